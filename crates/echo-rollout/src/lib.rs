@@ -1,0 +1,1 @@
+//! The wide swarm of reinforcement learning: environments, leases, trajectories, policy snapshots.

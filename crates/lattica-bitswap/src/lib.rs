@@ -1,0 +1,1 @@
+//! Content-addressed artefacts: manifests, blocks, verified exchange between peers, resumable stores.

@@ -1,0 +1,1 @@
+//! Which layers run on which machine, and which machines serve which request.

@@ -1,0 +1,1 @@
+//! Virtual time, links, faults and seeds: run a whole swarm deterministically inside one test.

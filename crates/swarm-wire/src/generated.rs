@@ -1,0 +1,22 @@
+//! prost messages, one module per protobuf package. Written by `cargo xtask codegen` from proto/: do not edit.
+#![allow(
+    missing_docs,
+    unused_qualifications,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    reason = "generated code"
+)]
+pub mod bitswap {
+    include!("generated/bitswap.rs");
+}
+pub mod lattica {
+    pub mod v1 {
+        include!("generated/lattica.v1.rs");
+    }
+}
+pub mod swarm {
+    pub mod v1 {
+        include!("generated/swarm.v1.rs");
+    }
+}

@@ -1,0 +1,1 @@
+//! What the example binaries share: logging, reports, ctrl-c.
