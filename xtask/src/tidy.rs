@@ -1,0 +1,88 @@
+//! The house rules that no compiler knows (docs/STYLE.md). Every complaint names file, line and remedy.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// Files may have this many lines before tidy asks whether they are two things; tests at the end do not count.
+const MAX_LINES: usize = 600;
+/// Tracked files may have this many bytes, the embedded model and golden numbers excepted.
+const MAX_BYTES: u64 = 1_500_000;
+
+/// Words that must not stay in the tree.
+const UNFINISHED: &[&str] = &["TO\u{44}O", "FIX\u{4d}E", "todo\u{21}(", "unimplemented\u{21}(", "#[ign\u{6f}re"];
+/// Module names that say nothing.
+const EMPTY_NAMES: &[&str] = &["utils", "util", "common", "helpers", "base", "manager", "misc", "mod"];
+
+/// Checks every tracked file; fails with all complaints at once.
+pub(crate) fn run(root: &Path) -> Result<()> {
+    let listed = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root)
+        .output()
+        .context("running git ls-files")?;
+    let mut faults = Vec::new();
+    for name in String::from_utf8(listed.stdout).context("file names in UTF-8")?.lines() {
+        let path = root.join(name);
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if metadata.len() > MAX_BYTES && !name.starts_with("assets/") && !name.starts_with("tests/golden/") {
+            faults.push(format!("{name}: {} bytes, more than {MAX_BYTES}", metadata.len()));
+        }
+        let Ok(text) = fs::read_to_string(&path) else { continue };
+        if name.ends_with(".rs") && !name.contains("/generated") {
+            rust(name, &text, &mut faults);
+        }
+        if [".rs", ".md", ".toml", ".proto", ".html"].iter().any(|e| name.ends_with(e)) {
+            lines(name, &text, &mut faults);
+        }
+    }
+    if !faults.is_empty() {
+        bail!("{} complaints:\n{}", faults.len(), faults.join("\n"));
+    }
+    Ok(())
+}
+
+fn rust(name: &str, text: &str, faults: &mut Vec<String>) {
+    if !text.starts_with("//!") {
+        faults.push(format!("{name}:1: open with `//!`: what is this file for?"));
+    }
+    let stem = Path::new(name).file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+    if EMPTY_NAMES.contains(&stem) {
+        faults.push(format!("{name}: '{stem}' says nothing; name the file by what it holds"));
+    }
+    let code_lines = text.lines().take_while(|l| *l != "#[cfg(test)]").count();
+    if code_lines > MAX_LINES {
+        faults.push(format!("{name}: {code_lines} lines, more than {MAX_LINES}: is it two things?"));
+    }
+    let may_be_unsafe = name.starts_with("crates/parallax-kernels/");
+    let is_core = name.starts_with("crates/") && name.contains("/src/") && !name.contains("/service");
+    for (i, line) in text.lines().enumerate().take(code_lines) {
+        let code = line.split("//").next().unwrap_or_default();
+        let mut fault = |what: &str| faults.push(format!("{name}:{}: {what}", i + 1));
+        if !may_be_unsafe && (code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl")) {
+            fault("unsafe belongs into parallax-kernels");
+        }
+        if is_core && (code.contains("Instant::now") || code.contains("SystemTime::now")) {
+            fault("cores get time as an argument; only service/ reads a clock");
+        }
+        if is_core && (code.contains("rand::rng(") || code.contains("from_os_rng") || code.contains("OsRng")) {
+            fault("cores get seeds as arguments");
+        }
+    }
+}
+
+fn lines(name: &str, text: &str, faults: &mut Vec<String>) {
+    for (i, line) in text.lines().enumerate() {
+        if let Some(word) = UNFINISHED.iter().find(|w| line.contains(**w)) {
+            faults.push(format!("{name}:{}: unfinished work ({word})", i + 1));
+        }
+        if line.trim_end() != line {
+            faults.push(format!("{name}:{}: trailing space", i + 1));
+        }
+    }
+    if !text.is_empty() && !text.ends_with('\n') {
+        faults.push(format!("{name}: no newline at the end"));
+    }
+}
