@@ -15,6 +15,11 @@ pub mod lattica {
         include!("generated/lattica.v1.rs");
     }
 }
+pub mod parallax {
+    pub mod v1 {
+        include!("generated/parallax.v1.rs");
+    }
+}
 pub mod swarm {
     pub mod v1 {
         include!("generated/swarm.v1.rs");
