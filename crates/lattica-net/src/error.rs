@@ -1,0 +1,296 @@
+//! Why something could not be done: one enum per kind of operation, each message naming the thing and the remedy.
+
+use std::time::Duration;
+
+use swarm_wire::{DecodeError, PeerId};
+
+use crate::status::{Status, StatusCode};
+
+/// A field of [`crate::NodeConfig`] that is out of range.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field} is {value} but must be {allowed}")]
+pub struct ConfigError {
+    /// The field.
+    pub field: &'static str,
+    /// Its value, as text.
+    pub value: String,
+    /// What is allowed.
+    pub allowed: &'static str,
+}
+
+/// Why an identity could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IdentityError {
+    /// The key file exists but is not one of ours.
+    #[error("key file {path} is {got_bytes} bytes but a key is 32; move it away to have a new one made")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// Its length.
+        got_bytes: u64,
+    },
+    /// Others may read the key file.
+    #[error("key file {path} can be read by others (mode {mode:o}); run chmod 600 on it")]
+    TooOpen {
+        /// The file.
+        path: String,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The operating system refused.
+    #[error("key file {path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// The reason.
+        source: std::io::Error,
+    },
+}
+
+/// Why a node could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The configuration is out of range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An address that is not a multiaddress, or of a kind that is not supported.
+    #[error("address {address} cannot be used: {reason}")]
+    Address {
+        /// The address.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A listen address is taken.
+    #[error("port of {address} is already in use; stop the other process or listen on another port (0 picks a free one)")]
+    PortInUse {
+        /// The address.
+        address: String,
+    },
+    /// The operating system refused to listen.
+    #[error("cannot listen on {address}: {reason}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// The reason.
+        reason: String,
+    },
+    /// Something that every node needs could not be set up.
+    #[error("cannot set up {what}: {reason}")]
+    Setup {
+        /// What was being set up.
+        what: &'static str,
+        /// The reason.
+        reason: String,
+    },
+}
+
+/// Why a peer could not be dialled.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DialError {
+    /// Not a multiaddress.
+    #[error("{address} is not a multiaddress: {reason}")]
+    Address {
+        /// The text.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No address is known for the peer.
+    #[error("no address is known for peer {peer}; dial one of its addresses or a bootstrap node first")]
+    NoAddress {
+        /// The peer.
+        peer: PeerId,
+    },
+    /// Nobody answered, or the handshake broke.
+    #[error("cannot connect to {target}: {reason}")]
+    Unreachable {
+        /// The address or peer.
+        target: String,
+        /// The reason, per address tried.
+        reason: String,
+    },
+    /// Somebody else answered.
+    #[error("{address} is peer {got}, not {expected}; the address is out of date")]
+    WrongPeer {
+        /// The address.
+        address: String,
+        /// The peer that was expected.
+        expected: PeerId,
+        /// The peer that answered.
+        got: String,
+    },
+    /// The dial took too long.
+    #[error("no connection to {target} within {timeout:?}")]
+    Timeout {
+        /// The address or peer.
+        target: String,
+        /// The time allowed.
+        timeout: Duration,
+    },
+    /// The node was shut down.
+    #[error("the node was shut down")]
+    ShutDown,
+}
+
+/// Why a call has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallError {
+    /// There is no connection to the peer and none could be made.
+    #[error("peer {peer} cannot be reached: {reason}")]
+    Unreachable {
+        /// The peer.
+        peer: PeerId,
+        /// Why no connection could be made.
+        reason: String,
+    },
+    /// The peer did not answer in time.
+    #[error("peer {peer} did not answer {method} within {timeout:?}")]
+    Timeout {
+        /// The peer.
+        peer: PeerId,
+        /// The method.
+        method: String,
+        /// The time allowed.
+        timeout: Duration,
+    },
+    /// The connection broke while the call was under way; the peer may or may not have done the work.
+    #[error("connection to peer {peer} was lost during {method}")]
+    ConnectionLost {
+        /// The peer.
+        peer: PeerId,
+        /// The method.
+        method: String,
+    },
+    /// The peer answered that it did not do it.
+    #[error("peer {peer} answered {method} with {status}")]
+    Remote {
+        /// The peer.
+        peer: PeerId,
+        /// The method.
+        method: String,
+        /// Its answer.
+        status: Status,
+    },
+    /// The body is larger than a call may carry.
+    #[error("body of {got_bytes} bytes for {method} is over the limit of {limit_bytes}; use a stream or publish it as blocks")]
+    TooLarge {
+        /// The method.
+        method: String,
+        /// The body's length.
+        got_bytes: usize,
+        /// The limit.
+        limit_bytes: usize,
+    },
+    /// A method name that cannot be sent.
+    #[error("method name {method:?} is empty or longer than 256 bytes")]
+    BadMethod {
+        /// The name.
+        method: String,
+    },
+    /// The node was shut down.
+    #[error("the node was shut down")]
+    ShutDown,
+}
+
+impl CallError {
+    /// The status code that the peer answered with, when it answered.
+    pub fn remote_code(&self) -> Option<StatusCode> {
+        match self {
+            Self::Remote { status, .. } => Some(status.code),
+            _ => None,
+        }
+    }
+}
+
+/// Why a stream could not be opened or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// There is no connection to the peer and none could be made.
+    #[error("peer {peer} cannot be reached: {reason}")]
+    Unreachable {
+        /// The peer.
+        peer: PeerId,
+        /// Why no connection could be made.
+        reason: String,
+    },
+    /// The peer does not speak the protocol.
+    #[error("peer {peer} does not speak {protocol}; it may run another version or another role")]
+    Unsupported {
+        /// The peer.
+        peer: PeerId,
+        /// The protocol.
+        protocol: String,
+    },
+    /// The connection broke.
+    #[error("connection to peer {peer} was lost")]
+    ConnectionLost {
+        /// The peer.
+        peer: PeerId,
+    },
+    /// The peer did not agree to the stream in time.
+    #[error("peer {peer} did not open a {protocol} stream in time")]
+    Timeout {
+        /// The peer.
+        peer: PeerId,
+        /// The protocol.
+        protocol: String,
+    },
+    /// A protocol name that cannot be used.
+    #[error("protocol name {protocol:?} must begin with '/' and have at most 140 bytes")]
+    BadProtocol {
+        /// The name.
+        protocol: String,
+    },
+    /// The peer sent something that its protocol forbids.
+    #[error("peer {peer} sent what its protocol forbids: {source}")]
+    Malformed {
+        /// The peer.
+        peer: PeerId,
+        /// What was wrong.
+        source: DecodeError,
+    },
+    /// The stream ended in the middle of something.
+    #[error("stream with peer {peer} broke: {source}")]
+    Io {
+        /// The peer.
+        peer: PeerId,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// The node was shut down.
+    #[error("the node was shut down")]
+    ShutDown,
+}
+
+/// Why the distributed table did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DhtError {
+    /// No other peer is known.
+    #[error("no other peer of the network is known yet; connect to a bootstrap node first")]
+    NoPeers,
+    /// Too few peers stored the record.
+    #[error("record could not be stored at any peer: {reason}")]
+    NotStored {
+        /// The reason.
+        reason: String,
+    },
+    /// The query took too long.
+    #[error("the query was not answered in time")]
+    Timeout,
+    /// The record or key is too large, or the local store is full.
+    #[error("the local record store refused: {reason}")]
+    Store {
+        /// The reason.
+        reason: String,
+    },
+    /// The node was shut down.
+    #[error("the node was shut down")]
+    ShutDown,
+}
