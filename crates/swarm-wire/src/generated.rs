@@ -25,3 +25,8 @@ pub mod swarm {
         include!("generated/swarm.v1.rs");
     }
 }
+pub mod veri {
+    pub mod v1 {
+        include!("generated/veri.v1.rs");
+    }
+}

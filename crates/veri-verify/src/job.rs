@@ -1,0 +1,135 @@
+//! What was asked and what was answered: the things that a commitment binds.
+
+use serde::{Deserialize, Serialize};
+
+/// How tokens were drawn. The seed comes with the job, so that the draw can be replayed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Temperature; 0 is greedy.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set with this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Seed of the counter-based generator.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 }
+    }
+}
+
+/// One piece of work: everything that fixes the right answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    /// Identity of the base model (hash of configuration and weights).
+    pub model_id: String,
+    /// Policy version that was asked for.
+    pub policy_version: u64,
+    /// Hash of the adapter of that version, when there is one.
+    pub adapter_hash: Option<[u8; 32]>,
+    /// Prompt tokens.
+    pub prompt: Vec<u32>,
+    /// How to draw.
+    pub sampling: Sampling,
+    /// Makes the job unique (the lease), so that an old answer cannot be sent again.
+    pub nonce: u64,
+}
+
+impl Job {
+    /// Hash of the job in canonical bytes.
+    pub fn id(&self) -> [u8; 32] {
+        let mut hash = blake3::Hasher::new_derive_key("veri/v1/job");
+        put_bytes(&mut hash, self.model_id.as_bytes());
+        hash.update(&self.policy_version.to_le_bytes());
+        put_bytes(&mut hash, self.adapter_hash.as_ref().map_or(&[][..], |h| h));
+        put_u32s(&mut hash, &self.prompt);
+        hash.update(&self.sampling.temperature.to_bits().to_le_bytes());
+        hash.update(&self.sampling.top_k.to_le_bytes());
+        hash.update(&self.sampling.top_p.to_bits().to_le_bytes());
+        hash.update(&self.sampling.seed.to_le_bytes());
+        hash.update(&self.nonce.to_le_bytes());
+        *hash.finalize().as_bytes()
+    }
+}
+
+/// What a worker reports: output tokens and the log-probability of each.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Output tokens.
+    pub tokens: Vec<u32>,
+    /// Natural log-probability of each output token under the model (temperature 1, no cut-off).
+    pub logprobs: Vec<f32>,
+}
+
+impl Answer {
+    /// Hash of tokens and log-probabilities, bit for bit.
+    pub fn hash(&self) -> [u8; 32] {
+        let mut hash = blake3::Hasher::new_derive_key("veri/v1/answer");
+        put_u32s(&mut hash, &self.tokens);
+        let bits: Vec<u32> = self.logprobs.iter().map(|p| p.to_bits()).collect();
+        put_u32s(&mut hash, &bits);
+        *hash.finalize().as_bytes()
+    }
+}
+
+fn put_bytes(hash: &mut blake3::Hasher, bytes: &[u8]) {
+    hash.update(&(bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+}
+
+fn put_u32s(hash: &mut blake3::Hasher, values: &[u32]) {
+    hash.update(&(values.len() as u64).to_le_bytes());
+    for value in values {
+        hash.update(&value.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job() -> Job {
+        Job {
+            model_id: "m".into(),
+            policy_version: 1,
+            adapter_hash: None,
+            prompt: vec![1, 2, 3],
+            sampling: Sampling::default(),
+            nonce: 9,
+        }
+    }
+
+    #[test]
+    fn every_field_of_a_job_changes_its_id() {
+        let base = job();
+        let mut seen = vec![base.id()];
+        let changed = [
+            Job { model_id: "n".into(), ..base.clone() },
+            Job { policy_version: 2, ..base.clone() },
+            Job { adapter_hash: Some([0; 32]), ..base.clone() },
+            Job { prompt: vec![1, 2], ..base.clone() },
+            Job { sampling: Sampling { temperature: 0.5, ..Sampling::default() }, ..base.clone() },
+            Job { sampling: Sampling { top_k: 5, ..Sampling::default() }, ..base.clone() },
+            Job { sampling: Sampling { top_p: 0.5, ..Sampling::default() }, ..base.clone() },
+            Job { sampling: Sampling { seed: 5, ..Sampling::default() }, ..base.clone() },
+            Job { nonce: 10, ..base },
+        ];
+        for job in changed {
+            let id = job.id();
+            assert!(!seen.contains(&id), "{job:?}");
+            seen.push(id);
+        }
+    }
+
+    #[test]
+    fn answers_are_bound_bit_for_bit() {
+        let answer = Answer { tokens: vec![1, 2], logprobs: vec![0.0, -1.0] };
+        let negative_zero = Answer { logprobs: vec![-0.0, -1.0], ..answer.clone() };
+        let moved = Answer { tokens: vec![1], ..answer.clone() };
+        assert_ne!(answer.hash(), negative_zero.hash());
+        assert_ne!(answer.hash(), moved.hash());
+    }
+}
