@@ -1,0 +1,328 @@
+//! The head's side: answers members, forgets silent ones, and tells them what to run.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use lattica_net::{NetEvent, Node, Status};
+use prost::Message;
+use swarm_wire::generated::parallax::v1 as pb;
+use swarm_wire::{DecodeError, PeerId};
+use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
+
+use super::{DESCRIBE, HEARTBEAT, JOIN, LEAVE, head_key};
+use crate::{Coordinator, Incarnation, JoinError, NodeId, NodeProfile, PlanView, Report, wire};
+
+/// The coordinator is ticked this often.
+const TICK: Duration = Duration::from_millis(50);
+/// Link measurements are taken over this often (in ticks).
+const RTT_TICKS: u32 = 20;
+/// The head announces itself in the DHT again this often (in ticks).
+const PROVIDE_TICKS: u32 = 200;
+
+/// Completes an assignment with what only the engine knows: cache pages, byte spans of the weights.
+pub type Answer = dyn Fn(&mut pb::Assignment) + Send + Sync;
+
+/// Membership of one swarm, at its head. A cheap handle; the tasks end when the last clone is dropped.
+#[derive(Clone)]
+pub struct MembershipServer {
+    inner: Arc<Inner>,
+    _tasks: Arc<Tasks>,
+}
+
+impl std::fmt::Debug for MembershipServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MembershipServer")
+            .field("swarm", &self.inner.description.swarm)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Inner {
+    node: Node,
+    coordinator: Mutex<Coordinator>,
+    local: Mutex<Option<(NodeId, Incarnation, Report)>>,
+    description: pb::ModelDescription,
+    complete: Box<Answer>,
+    view: watch::Sender<PlanView>,
+    busy: AtomicBool,
+    started: Instant,
+}
+
+struct Tasks(Vec<JoinHandle<()>>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl MembershipServer {
+    /// Answers members of `description.swarm` on `node` from now on.
+    pub fn start(
+        node: &Node,
+        coordinator: Coordinator,
+        description: pb::ModelDescription,
+        complete: impl Fn(&mut pb::Assignment) + Send + Sync + 'static,
+    ) -> Self {
+        let view = watch::Sender::new(coordinator.view().clone());
+        let inner = Arc::new(Inner {
+            node: node.clone(),
+            coordinator: Mutex::new(coordinator),
+            local: Mutex::new(None),
+            description,
+            complete: Box::new(complete),
+            view,
+            busy: AtomicBool::new(false),
+            started: Instant::now(),
+        });
+        answer(&inner, DESCRIBE, |inner, _, body| inner.describe(body));
+        answer(&inner, JOIN, |inner, peer, body| inner.join(&peer, body));
+        answer(&inner, HEARTBEAT, |inner, peer, body| inner.heartbeat(&peer, body));
+        answer(&inner, LEAVE, |inner, peer, body| inner.leave(&peer, body));
+        let tasks = vec![
+            tokio::spawn(tick_forever(Arc::clone(&inner))),
+            tokio::spawn(watch_connections(Arc::clone(&inner), node.events())),
+        ];
+        Self { inner, _tasks: Arc::new(Tasks(tasks)) }
+    }
+
+    /// Every change of the plan.
+    pub fn watch(&self) -> watch::Receiver<PlanView> {
+        self.inner.view.subscribe()
+    }
+
+    /// Looks at the coordinator.
+    pub fn read<T>(&self, look: impl FnOnce(&Coordinator) -> T) -> T {
+        look(&self.inner.coordinator())
+    }
+
+    /// What the swarm serves.
+    pub fn description(&self) -> &pb::ModelDescription {
+        &self.inner.description
+    }
+
+    /// While busy, plans that are merely better wait.
+    pub fn set_busy(&self, busy: bool) {
+        self.inner.busy.store(busy, Ordering::Relaxed);
+    }
+
+    /// The head itself takes part, without network.
+    ///
+    /// # Errors
+    /// When the profile is not usable.
+    pub fn join_local(
+        &self,
+        profile: NodeProfile,
+        incarnation: Incarnation,
+        device: &str,
+    ) -> Result<(), JoinError> {
+        let id = profile.id.clone();
+        self.inner.coordinator().join(
+            self.inner.now(),
+            profile,
+            incarnation,
+            Vec::new(),
+            device.to_owned(),
+        )?;
+        *lock(&self.inner.local) = Some((id, incarnation, Report::default()));
+        Ok(())
+    }
+
+    /// What the head says about its own stage; repeated as heartbeat until it changes.
+    pub fn report_local(&self, report: Report) {
+        if let Some((id, incarnation, last)) = lock(&self.inner.local).as_mut() {
+            self.inner.coordinator().heartbeat(self.inner.now(), id, *incarnation, report.clone());
+            *last = report;
+        }
+    }
+
+    /// A member's stage was found dead by somebody else: its connection broke during a step.
+    pub fn lost(&self, peer: &PeerId) {
+        self.inner.coordinator().lost(self.inner.now(), &NodeId::from(peer));
+        self.inner.tick();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn answer(
+    inner: &Arc<Inner>,
+    method: &'static str,
+    reply: impl Fn(&Inner, PeerId, &Bytes) -> Result<Vec<u8>, Status> + Send + Sync + Clone + 'static,
+) {
+    let weak = Arc::downgrade(inner);
+    inner.node.handle(method, move |peer, body| {
+        let (weak, reply) = (weak.clone(), reply.clone());
+        async move {
+            let inner = weak.upgrade().ok_or_else(|| Status::unavailable("the head is shutting down"))?;
+            reply(&inner, peer, &body).map(Bytes::from)
+        }
+    });
+}
+
+fn decode<M: Message + Default>(what: &'static str, body: &Bytes) -> Result<M, Status> {
+    M::decode(&body[..]).map_err(|e| Status::invalid_argument(DecodeError::message(what, &e)))
+}
+
+impl Inner {
+    fn coordinator(&self) -> MutexGuard<'_, Coordinator> {
+        lock(&self.coordinator)
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn check_swarm(&self, swarm: &str) -> Result<(), Status> {
+        if swarm == self.description.swarm {
+            return Ok(());
+        }
+        Err(Status::not_found(format!(
+            "this is the head of swarm `{}`, not `{swarm}`",
+            self.description.swarm
+        )))
+    }
+
+    fn describe(&self, body: &Bytes) -> Result<Vec<u8>, Status> {
+        let request: pb::DescribeRequest = decode("DescribeRequest", body)?;
+        self.check_swarm(&request.swarm)?;
+        Ok(self.description.encode_to_vec())
+    }
+
+    fn join(&self, peer: &PeerId, body: &Bytes) -> Result<Vec<u8>, Status> {
+        let request: pb::JoinRequest = decode("JoinRequest", body)?;
+        self.check_swarm(&request.swarm)?;
+        let profile = request.profile.unwrap_or_default();
+        let profile = wire::node_profile(NodeId::from(peer), &profile).map_err(Status::invalid_argument)?;
+        let addrs = wire::addrs(request.addrs).map_err(Status::invalid_argument)?;
+        let device: String = request.device.chars().take(100).collect();
+        let mut coordinator = self.coordinator();
+        coordinator.join(self.now(), profile, request.incarnation, addrs, device).map_err(
+            |error| match error {
+                JoinError::Full { .. } => Status::resource_exhausted(error),
+                JoinError::Ghost { .. } => Status::failed_precondition(error),
+                JoinError::Profile(_) => Status::invalid_argument(error),
+            },
+        )?;
+        tracing::info!(peer = %peer.short(), "member joined");
+        let config = coordinator.config();
+        let ms = |d: Duration| u32::try_from(d.as_millis()).unwrap_or(u32::MAX);
+        let reply = pb::JoinReply {
+            epoch: coordinator.view().epoch,
+            heartbeat_ms: ms(config.heartbeat),
+            timeout_ms: ms(config.timeout),
+        };
+        Ok(reply.encode_to_vec())
+    }
+
+    fn heartbeat(&self, peer: &PeerId, body: &Bytes) -> Result<Vec<u8>, Status> {
+        let heartbeat: pb::Heartbeat = decode("Heartbeat", body)?;
+        let (incarnation, epoch) = (heartbeat.incarnation, heartbeat.epoch);
+        let report = wire::report(heartbeat).map_err(Status::invalid_argument)?;
+        let id = NodeId::from(peer);
+        let mut coordinator = self.coordinator();
+        let known = coordinator.heartbeat(self.now(), &id, incarnation, report);
+        let current = coordinator.view().epoch;
+        let assignment = (known && epoch != current).then(|| self.assignment(&coordinator, &id));
+        drop(coordinator);
+        let assignment = assignment.map(|mut assignment| {
+            if assignment.layers_start < assignment.layers_end {
+                (self.complete)(&mut assignment);
+            }
+            assignment
+        });
+        Ok(pb::HeartbeatReply { epoch: current, known, assignment }.encode_to_vec())
+    }
+
+    fn leave(&self, peer: &PeerId, body: &Bytes) -> Result<Vec<u8>, Status> {
+        let request: pb::LeaveRequest = decode("LeaveRequest", body)?;
+        self.coordinator().leave(self.now(), &NodeId::from(peer), request.incarnation);
+        Ok(pb::LeaveReply {}.encode_to_vec())
+    }
+
+    /// What `id` runs in the current epoch; nothing when it is in no pipeline.
+    fn assignment(&self, coordinator: &Coordinator, id: &NodeId) -> pb::Assignment {
+        let epoch = coordinator.view().epoch;
+        let nothing = pb::Assignment { epoch, ..pb::Assignment::default() };
+        let Ok(plan) = &coordinator.view().plan else { return nothing };
+        let Some((pipeline, index, layers)) = plan.stage_of(id) else { return nothing };
+        let next = plan.pipelines[pipeline].stages.get(index + 1).map(|s| &s.node);
+        let next_peer = next.and_then(|id| id.as_str().parse::<PeerId>().ok());
+        pb::Assignment {
+            epoch,
+            layers_start: layers.start(),
+            layers_end: layers.end(),
+            stage_index: u32::try_from(index).unwrap_or(u32::MAX),
+            next_is_head: next.is_none(),
+            next_peer: next_peer.unwrap_or_else(|| self.node.peer_id()).as_bytes().to_vec().into(),
+            next_addrs: next
+                .and_then(|id| coordinator.member(id))
+                .map(|m| m.addrs.clone())
+                .unwrap_or_default(),
+            ..nothing
+        }
+    }
+
+    fn tick(&self) {
+        let local = lock(&self.local).clone();
+        let mut coordinator = self.coordinator();
+        let now = self.now();
+        if let Some((id, incarnation, report)) = local {
+            coordinator.heartbeat(now, &id, incarnation, report);
+        }
+        if coordinator.tick(now, self.busy.load(Ordering::Relaxed)) {
+            let view = coordinator.view().clone();
+            tracing::info!(epoch = view.epoch, plan = ?view.plan, "new plan");
+            self.view.send_replace(view);
+        }
+    }
+
+    fn measure_links(&self) {
+        let head = NodeId::from(&self.node.peer_id());
+        let members: Vec<NodeId> = self.coordinator().members().map(|(id, _)| id.clone()).collect();
+        for id in members {
+            let link = id.as_str().parse::<PeerId>().ok().and_then(|peer| self.node.link(&peer));
+            if let Some(link) = link {
+                self.coordinator().set_rtt(&head, &id, link.rtt_ms);
+            }
+        }
+    }
+}
+
+async fn tick_forever(inner: Arc<Inner>) {
+    let mut interval = tokio::time::interval(TICK);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    for n in 0u32.. {
+        interval.tick().await;
+        inner.tick();
+        if n % RTT_TICKS == 0 {
+            inner.measure_links();
+        }
+        if n % PROVIDE_TICKS == 0 {
+            let (node, key) = (inner.node.clone(), head_key(&inner.description.swarm));
+            // A head that knows no other peer yet cannot announce itself; it tries again.
+            tokio::spawn(async move { node.provide(&key).await });
+        }
+    }
+}
+
+async fn watch_connections(inner: Arc<Inner>, mut events: broadcast::Receiver<NetEvent>) {
+    loop {
+        match events.recv().await {
+            Ok(NetEvent::Disconnected(peer)) => {
+                inner.coordinator().lost(inner.now(), &NodeId::from(&peer));
+                inner.tick();
+            }
+            // Whoever was missed is found by its missing heartbeats.
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
