@@ -1,1 +1,58 @@
 //! From a checkpoint on disk to a forward pass over any contiguous range of layers, on Burn.
+//!
+//! One definition of the forward pass ([`Stage`] and [`train::TrainModel`] share `layer.rs`), read by the
+//! engine, the trainer and the verifier: if the three disagreed, importance ratios would drift and honest
+//! provers would be convicted.
+//!
+//! ```no_run
+//! use parallax_model::{Checkpoint, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::resolve("models/SmolLM2-135M-Instruct.Q4_1.gguf")?;
+//! let tokens = checkpoint.tokenizer()?.encode("Gravity is", false)?;
+//! let mut stage = Stage::load(&checkpoint, &LoadOptions::whole(&checkpoint))?;
+//! let rows = SequenceRows { start: 0, rows: tokens.len() as u32, pages: vec![0], want: Want::LastLogits };
+//! let output = stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(&tokens))?;
+//! println!("{:?}", parallax_model::logprob::argmax(&output.logits));
+//! # Ok(()) }
+//! ```
+//!
+//! # Map
+//! - [`config`]: `ModelConfig` from config.json or GGUF metadata, validated; [`catalogue`]: known checkpoints
+//! - `checkpoint`: one checkpoint, whatever its container; `weights/`: GGUF, safetensors, names
+//! - [`tokenizer`], [`chat_template`]: text <-> tokens, messages -> prompt
+//! - `layer`: the one decoder layer; `ops/`: the hot operations as Burn extension ops
+//! - `stage`: what one node holds; [`train`]: the same layers on an autodiff device
+//! - `adapter`: LoRA adapters, PEFT names; [`logprob`]: the one log-probability
+
+#![cfg_attr(
+    not(feature = "cpu"),
+    allow(dead_code, unused_imports, reason = "without a device only the pure parts are reachable")
+)]
+
+mod adapter;
+pub mod catalogue;
+pub mod chat_template;
+mod checkpoint;
+pub mod config;
+mod error;
+mod files;
+pub mod logprob;
+mod options;
+mod stage;
+pub mod tokenizer;
+#[cfg(feature = "train")]
+pub mod train;
+pub mod weights;
+
+pub use adapter::{Adapter, LoraTensors};
+pub use chat_template::{ChatMessage, ChatTemplate};
+pub use checkpoint::{Checkpoint, TensorSpan};
+pub use config::{Family, ModelConfig, RopeScaling};
+pub use error::{
+    AdapterError, ConfigError, ForwardError, LoadError, OpenError, SaveError, TemplateError, TokenizerError,
+};
+pub use options::{DeviceKind, LoadOptions, WeightDtype};
+pub use stage::{ForwardBatch, SequenceRows, Stage, StageInput, StageOutput, Want};
+pub use tokenizer::{StreamDecoder, Tokenizer};
+#[cfg(feature = "train")]
+pub use train::{LoraConfig, TrainModel, TrainOptions};

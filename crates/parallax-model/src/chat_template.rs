@@ -1,0 +1,149 @@
+//! Chat messages to a prompt, by the model's own Jinja template.
+//!
+//! Templates are written for Python's Jinja: `pycompat` gives the string methods they call, and the three
+//! functions that the transformers library adds are here too (`raise_exception`, `strftime_now`, the `tojson`
+//! filter). The clock is an argument of [`ChatTemplate::render_at`]; a core reads none.
+
+use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::error::TemplateError;
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl ChatMessage {
+    /// A message.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
+/// A compiled chat template with the special tokens it may name.
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    bos_token: String,
+    eos_token: String,
+}
+
+const NAME: &str = "chat";
+
+impl ChatTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// The template has a syntax error.
+    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self, TemplateError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| TemplateError::Compile(format!("{e:#}")))?);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(|e| TemplateError::Compile(format!("{e:#}")))?;
+        Ok(Self {
+            environment,
+            source: source.to_owned(),
+            bos_token: bos_token.to_owned(),
+            eos_token: eos_token.to_owned(),
+        })
+    }
+
+    /// The template's text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The prompt for a conversation. `add_generation_prompt` opens the assistant's turn at the end.
+    ///
+    /// # Errors
+    /// The template refuses the messages (`raise_exception`) or uses something that is not there.
+    pub fn render(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
+        self.render_at(messages, add_generation_prompt, None)
+    }
+
+    /// As [`Self::render`]; `date` is what `strftime_now` returns whatever the format asked for, e.g.
+    /// `"21 Nov 2026"`. Without it a template that asks sees `strftime_now` undefined and uses its own default.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub fn render_at(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+        date: Option<&str>,
+    ) -> Result<String, TemplateError> {
+        let mut environment = self.environment.clone();
+        if let Some(date) = date {
+            let date = date.to_owned();
+            environment.add_function("strftime_now", move |_format: String| date.clone());
+        }
+        let template =
+            environment.get_template(NAME).map_err(|e| TemplateError::Compile(format!("{e:#}")))?;
+        let messages: Vec<Value> =
+            messages.iter().map(|m| context! { role => &m.role, content => &m.content }).collect();
+        template
+            .render(context! {
+                messages,
+                add_generation_prompt,
+                bos_token => &self.bos_token,
+                eos_token => &self.eos_token,
+            })
+            .map_err(|e| TemplateError::Render(format!("{e:#}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pycompat_methods_and_special_tokens_work() {
+        let t = ChatTemplate::new(
+            "{{ bos_token }}{% for m in messages %}[{{ m['role'].upper() }}]{{ m.content.strip() }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
+            "<s>",
+            "</s>",
+        )
+        .unwrap();
+        assert_eq!(t.render(&[ChatMessage::new("user", "  hi ")], true).unwrap(), "<s>[USER]hi</s>>");
+    }
+
+    #[test]
+    fn raise_exception_reaches_the_caller() {
+        let t = ChatTemplate::new("{{ raise_exception('roles must alternate') }}", "", "").unwrap();
+        assert!(t.render(&[], false).unwrap_err().to_string().contains("roles must alternate"));
+    }
+
+    #[test]
+    fn tojson_and_date_are_available() {
+        let t = ChatTemplate::new(
+            "{{ messages[0].content | tojson }} {{ strftime_now('%d') if strftime_now is defined else 'none' }}",
+            "",
+            "",
+        )
+        .unwrap();
+        let m = [ChatMessage::new("user", "a\"b")];
+        assert_eq!(t.render(&m, false).unwrap(), "\"a\\\"b\" none");
+        assert_eq!(t.render_at(&m, false, Some("21 Nov 2026")).unwrap(), "\"a\\\"b\" 21 Nov 2026");
+    }
+
+    #[test]
+    fn syntax_error_is_named() {
+        assert!(matches!(ChatTemplate::new("{% for %}", "", ""), Err(TemplateError::Compile(_))));
+    }
+}

@@ -1,0 +1,311 @@
+//! One checkpoint, whatever its container: configuration, weights by HF name, tokenizer, chat template.
+
+mod resolve;
+mod tiny;
+
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use crate::{
+    chat_template::ChatTemplate,
+    config::ModelConfig,
+    error::{OpenError, TemplateError, TokenizerError},
+    tokenizer::{Tokenizer, gguf::GgufVocabulary},
+    weights::{Source, WeightIndex, gguf::GgufFile, safetensors},
+};
+
+/// Bytes of one tensor in one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpan {
+    /// HF name.
+    pub name: String,
+    /// Index into [`Checkpoint::files`].
+    pub file: usize,
+    /// Offset of the first byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+#[derive(Debug)]
+enum Text {
+    /// tokenizer.json, and the chat template with its special tokens.
+    Json {
+        tokenizer: Option<Vec<u8>>,
+        template: Option<(String, String, String)>,
+    },
+    Gguf(Box<GgufVocabulary>),
+}
+
+/// An opened checkpoint. Weights stay on disk until they are asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    config: ModelConfig,
+    index: WeightIndex,
+    text: Text,
+    location: PathBuf,
+    /// Files beside the weights: config.json, tokenizer.json and so on.
+    companions: Vec<PathBuf>,
+    id: OnceLock<String>,
+}
+
+/// Small files that belong to an HF checkpoint.
+const COMPANIONS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+];
+
+impl Checkpoint {
+    /// Opens a `.gguf` file or a directory with config.json and safetensors.
+    ///
+    /// # Errors
+    /// Nothing is there, or what is there is truncated, corrupt or of an unsupported architecture.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        if path.is_dir() { Self::open_dir(path) } else { Self::from_gguf(GgufFile::open(path)?, path) }
+    }
+
+    /// The model a user names: `tiny`, a path, or a repository id in the local hub cache.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; and [`OpenError::NotFound`], which lists where was looked.
+    pub fn resolve(model: &str) -> Result<Self, OpenError> {
+        resolve::resolve(model)
+    }
+
+    /// The embedded tiny model.
+    ///
+    /// # Errors
+    /// The embedded files do not fit together: a build mistake.
+    pub fn tiny() -> Result<Self, OpenError> {
+        tiny::open()
+    }
+
+    fn from_gguf(file: GgufFile, path: &Path) -> Result<Self, OpenError> {
+        let config = ModelConfig::from_gguf(&file)?;
+        let vocabulary = GgufVocabulary::read(&file);
+        let index = file.into_index(&config)?;
+        Ok(Self {
+            config,
+            index,
+            text: Text::Gguf(Box::new(vocabulary)),
+            location: path.to_owned(),
+            companions: Vec::new(),
+            id: OnceLock::new(),
+        })
+    }
+
+    fn open_dir(dir: &Path) -> Result<Self, OpenError> {
+        let read = |name: &str| -> Result<Option<Vec<u8>>, OpenError> {
+            let path = dir.join(name);
+            match std::fs::read(&path) {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(source) => Err(OpenError::Io { path, source }),
+            }
+        };
+        let config_path = dir.join("config.json");
+        let config = std::fs::read(&config_path)
+            .map_err(|source| OpenError::Io { path: config_path.clone(), source })?;
+        let generation = read("generation_config.json")?;
+        let index = safetensors::open_dir(dir)?;
+        let mut opened = Self::from_parts(
+            &config,
+            generation.as_deref(),
+            read("tokenizer.json")?,
+            read("tokenizer_config.json")?.as_deref(),
+            read("chat_template.jinja")?.as_deref(),
+            index,
+            dir,
+        )?;
+        opened.companions = COMPANIONS.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
+        Ok(opened)
+    }
+
+    /// From the texts of an HF directory, wherever they were read from.
+    fn from_parts(
+        config: &[u8],
+        generation: Option<&[u8]>,
+        tokenizer: Option<Vec<u8>>,
+        tokenizer_config: Option<&[u8]>,
+        template: Option<&[u8]>,
+        index: WeightIndex,
+        location: &Path,
+    ) -> Result<Self, OpenError> {
+        let mut config = ModelConfig::from_hf_json(&String::from_utf8_lossy(config))?;
+        // generation_config.json knows end tokens that config.json does not.
+        if let Some(more) = generation.and_then(|g| serde_json::from_slice::<serde_json::Value>(g).ok()) {
+            let ids = match &more["eos_token_id"] {
+                serde_json::Value::Array(ids) => ids.iter().filter_map(serde_json::Value::as_u64).collect(),
+                one => one.as_u64().into_iter().collect::<Vec<_>>(),
+            };
+            for id in ids.into_iter().filter_map(|id| u32::try_from(id).ok()) {
+                if !config.eos.contains(&id) && (id as usize) < config.vocab {
+                    config.eos.push(id);
+                }
+            }
+        }
+        config.tied_embeddings |= !index.tensors.contains_key("lm_head.weight");
+        let settings = tokenizer_config.and_then(|t| serde_json::from_slice::<serde_json::Value>(t).ok());
+        let token = |name: &str| {
+            let value = settings.as_ref().map(|s| &s[name]);
+            value.and_then(|v| v.as_str().or_else(|| v["content"].as_str())).unwrap_or_default().to_owned()
+        };
+        let template = match (template, settings.as_ref().map(|s| &s["chat_template"])) {
+            (Some(text), _) => Some(String::from_utf8_lossy(text).into_owned()),
+            (None, Some(serde_json::Value::String(text))) => Some(text.clone()),
+            // Several named templates: the default one.
+            (None, Some(serde_json::Value::Array(list))) => list
+                .iter()
+                .find(|t| t["name"] == "default")
+                .and_then(|t| t["template"].as_str())
+                .map(str::to_owned),
+            _ => None,
+        };
+        let template = template.map(|t| (t, token("bos_token"), token("eos_token")));
+        Ok(Self {
+            config,
+            index,
+            text: Text::Json { tokenizer, template },
+            location: location.to_owned(),
+            companions: Vec::new(),
+            id: OnceLock::new(),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where it was opened.
+    pub fn location(&self) -> &Path {
+        &self.location
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// The checkpoint brings none, or it is of an unsupported kind.
+    pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        match &self.text {
+            Text::Json { tokenizer: Some(bytes), .. } => Tokenizer::from_json(bytes),
+            Text::Json { tokenizer: None, .. } => Err(TokenizerError::Missing(self.location.clone())),
+            Text::Gguf(vocabulary) => vocabulary.tokenizer(),
+        }
+    }
+
+    /// The model's chat template; `None` for a base model.
+    ///
+    /// # Errors
+    /// The template does not compile.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, TemplateError> {
+        match &self.text {
+            Text::Json { template: Some((source, bos, eos)), .. } => {
+                ChatTemplate::new(source, bos, eos).map(Some)
+            }
+            Text::Json { template: None, .. } => Ok(None),
+            Text::Gguf(vocabulary) => vocabulary.chat_template(),
+        }
+    }
+
+    /// Values of a tensor by its HF name, in HF row order.
+    ///
+    /// # Errors
+    /// No such tensor, or the file cannot be read.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, OpenError> {
+        Ok(self.index.read_f32(name)?.1)
+    }
+
+    /// Names of all tensors.
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.index.tensors.keys().map(String::as_str)
+    }
+
+    pub(crate) fn index(&self) -> &WeightIndex {
+        &self.index
+    }
+
+    /// The bytes that a stage of these layers reads: its layers, and the embedding, final norm and head where
+    /// it is the first or the last. In the order of the files.
+    pub fn tensor_spans(&self, layers: Range<usize>) -> Vec<TensorSpan> {
+        let first = layers.start == 0;
+        let last = layers.end >= self.config.n_layers;
+        let wanted = |name: &str| match name {
+            "model.embed_tokens.weight" => first || (last && self.config.tied_embeddings),
+            "model.norm.weight" => last,
+            "lm_head.weight" => last && !self.config.tied_embeddings,
+            other => other
+                .strip_prefix("model.layers.")
+                .and_then(|rest| rest.split_once('.'))
+                .and_then(|(layer, _)| layer.parse().ok())
+                .is_some_and(|layer: usize| layers.contains(&layer)),
+        };
+        let mut spans: Vec<TensorSpan> = self
+            .index
+            .tensors
+            .iter()
+            .filter(|(name, _)| wanted(name))
+            .map(|(name, t)| TensorSpan { name: name.clone(), file: t.file, offset: t.offset, len: t.len })
+            .collect();
+        spans.sort_by_key(|s| (s.file, s.offset));
+        spans
+    }
+
+    /// The weight files, in the order that [`TensorSpan::file`] counts.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.index.paths()
+    }
+
+    /// Small files beside the weights (config.json, tokenizer.json and so on); none for a GGUF file, whose
+    /// header holds all of it.
+    pub fn companion_files(&self) -> &[PathBuf] {
+        &self.companions
+    }
+
+    /// Digest of configuration, tensor index and weights: equal ids compute equal values. Hex, 64 characters.
+    /// The first call reads all weights.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn id(&self) -> Result<String, OpenError> {
+        if let Some(id) = self.id.get() {
+            return Ok(id.clone());
+        }
+        let mut hash = blake3::Hasher::new();
+        hash.update(b"parallax checkpoint v1\0");
+        hash.update(self.config.to_hf_json().to_string().as_bytes());
+        hash.update(format!("{:?}", self.config.rope_scaling).as_bytes());
+        for (name, info) in &self.index.tensors {
+            hash.update(format!("\0{name}\0{:?}\0{}\0", info.shape, info.dtype.name()).as_bytes());
+            hash.update(&self.index.files[info.file].read(info.offset, info.len)?);
+        }
+        Ok(self.id.get_or_init(|| hash.finalize().to_hex().to_string()).clone())
+    }
+
+    pub(crate) fn embedded(
+        config: &'static [u8],
+        generation: &'static [u8],
+        tokenizer: &'static [u8],
+        tokenizer_config: &'static [u8],
+        weights: &'static [u8],
+    ) -> Result<Self, OpenError> {
+        let index = safetensors::index([Source::memory("the embedded tiny model", weights)])?;
+        Self::from_parts(
+            config,
+            Some(generation),
+            Some(tokenizer.to_vec()),
+            Some(tokenizer_config),
+            None,
+            index,
+            Path::new("tiny"),
+        )
+    }
+}

@@ -1,0 +1,199 @@
+//! Safetensors shards: the header of each file, checked against the file's length.
+//!
+//! The safetensors crate reads whole files; a node that holds four of thirty layers wants four thirtieths of
+//! them, so the header (a JSON map) is read here and tensors by position. Writing uses the crate.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use serde::Deserialize;
+
+use super::{
+    Source, TensorInfo, WeightIndex,
+    decode::{READABLE, StoredDtype},
+};
+use crate::error::OpenError;
+
+const MAX_HEADER_BYTES: u64 = 100 << 20;
+
+#[derive(Deserialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: (u64, u64),
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+pub(crate) fn open_dir(dir: &Path) -> Result<WeightIndex, OpenError> {
+    let index_path = dir.join("model.safetensors.index.json");
+    if !index_path.is_file() {
+        return index([Source::open(&dir.join("model.safetensors"))?]);
+    }
+    let text = std::fs::read_to_string(&index_path)
+        .map_err(|source| OpenError::Io { path: index_path.clone(), source })?;
+    let map: ShardIndex = serde_json::from_str(&text).map_err(|e| OpenError::Corrupt {
+        path: index_path.clone(),
+        reason: format!("not a shard index: {e}"),
+    })?;
+    let names: BTreeSet<&String> = map.weight_map.values().collect();
+    let mut files = Vec::new();
+    for name in names {
+        // A shard is a file beside its index, nothing else.
+        if name.contains(['/', '\\']) || name == ".." {
+            return Err(OpenError::Corrupt {
+                path: index_path,
+                reason: format!("shard name {name:?} is not a plain file name"),
+            });
+        }
+        files.push(Source::open(&dir.join(name))?);
+    }
+    let built = index(files)?;
+    match map.weight_map.keys().find(|name| !built.tensors.contains_key(*name)) {
+        Some(name) => Err(OpenError::MissingTensor { name: name.clone(), n_tensors: built.tensors.len() }),
+        None => Ok(built),
+    }
+}
+
+/// Reads the headers of all files into one index.
+pub(crate) fn index(files: impl IntoIterator<Item = Source>) -> Result<WeightIndex, OpenError> {
+    let files: Vec<Source> = files.into_iter().collect();
+    let mut tensors = BTreeMap::new();
+    for (i, file) in files.iter().enumerate() {
+        for (name, info) in header(file, i)? {
+            if tensors.insert(name.clone(), info).is_some() {
+                return Err(file.corrupt(format!("tensor {name:?} is in two shards")));
+            }
+        }
+    }
+    Ok(WeightIndex { files, tensors })
+}
+
+fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>, OpenError> {
+    if file.len() < 8 {
+        return Err(file.corrupt("shorter than a safetensors header"));
+    }
+    let mut len = [0; 8];
+    len.copy_from_slice(&file.read(0, 8)?);
+    let len = u64::from_le_bytes(len);
+    if len > MAX_HEADER_BYTES || len > file.len() - 8 {
+        return Err(file.corrupt(format!("header of {len} bytes in a file of {}", file.len())));
+    }
+    let data_start = 8 + len;
+    let text = file.read(8, len)?;
+    let map: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(&text).map_err(|e| file.corrupt(format!("header is not JSON: {e}")))?;
+    let mut out = Vec::with_capacity(map.len());
+    for (name, value) in map {
+        if name == "__metadata__" {
+            continue;
+        }
+        let entry: Entry =
+            serde_json::from_value(value).map_err(|e| file.corrupt(format!("tensor {name:?}: {e}")))?;
+        let dtype = match entry.dtype.as_str() {
+            "F32" => StoredDtype::F32,
+            "F16" => StoredDtype::F16,
+            "BF16" => StoredDtype::Bf16,
+            other => {
+                return Err(OpenError::UnsupportedDtype {
+                    name,
+                    dtype: other.to_owned(),
+                    readable: READABLE,
+                });
+            }
+        };
+        let (start, end) = entry.data_offsets;
+        let n = entry.shape.iter().try_fold(1u64, |n, d| n.checked_mul(*d as u64));
+        let wanted = n.and_then(|n| dtype.bytes(n));
+        let fits = end <= file.len() - data_start && end.checked_sub(start) == wanted && wanted.is_some();
+        if !fits {
+            return Err(file.corrupt(format!(
+                "tensor {name:?} of shape {:?} claims bytes {start}..{end} of {}",
+                entry.shape,
+                file.len() - data_start
+            )));
+        }
+        let info = TensorInfo {
+            shape: entry.shape,
+            dtype,
+            file: file_index,
+            offset: data_start + start,
+            len: end - start,
+            interleaved_heads: None,
+        };
+        out.push((name, info));
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use safetensors::tensor::{Dtype, TensorView, serialize};
+
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let a: Vec<u8> = (0..6).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let b: Vec<u8> = (0..4).flat_map(|i| half::bf16::from_f32(i as f32).to_le_bytes()).collect();
+        serialize(
+            [
+                ("a", TensorView::new(Dtype::F32, vec![2, 3], &a).unwrap()),
+                ("b", TensorView::new(Dtype::BF16, vec![4], &b).unwrap()),
+            ],
+            None,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn values_match_the_writing_crate() {
+        let index = index([Source::memory("m", sample())]).unwrap();
+        assert_eq!(index.read_shaped("a", &[2, 3]).unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        assert_eq!(index.read_f32("b").unwrap().1, [0.0, 1.0, 2.0, 3.0]);
+        assert!(index.read_shaped("a", &[3, 2]).unwrap_err().to_string().contains("[3, 2]"));
+        assert!(index.read_f32("c").unwrap_err().to_string().contains("\"c\""));
+    }
+
+    #[test]
+    fn every_truncation_is_an_error() {
+        let whole = sample();
+        for len in 0..whole.len() {
+            assert!(index([Source::memory("cut", whole[..len].to_vec())]).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn shards_are_joined_and_path_tricks_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("one.safetensors"), sample()).unwrap();
+        let index_path = dir.path().join("model.safetensors.index.json");
+        std::fs::write(&index_path, r#"{"weight_map":{"a":"one.safetensors","b":"one.safetensors"}}"#)
+            .unwrap();
+        assert_eq!(open_dir(dir.path()).unwrap().tensors.len(), 2);
+        std::fs::write(&index_path, r#"{"weight_map":{"z":"one.safetensors"}}"#).unwrap();
+        assert!(matches!(open_dir(dir.path()), Err(OpenError::MissingTensor { .. })));
+        std::fs::write(&index_path, r#"{"weight_map":{"a":"../one.safetensors"}}"#).unwrap();
+        assert!(matches!(open_dir(dir.path()), Err(OpenError::Corrupt { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn mutated_bytes_never_panic(at in 0usize..300, value: u8) {
+            let mut f = sample();
+            let n = f.len();
+            f[at % n] = value;
+            if let Ok(index) = index([Source::memory("mutated", f)]) {
+                for name in index.tensors.keys() {
+                    let _ = index.read_f32(name);
+                }
+            }
+        }
+    }
+}
