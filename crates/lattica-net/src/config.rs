@@ -73,7 +73,7 @@ pub struct Limits {
     pub streams_per_connection: usize,
     /// Incoming streams of one connection that wait for a place. Further ones are reset at once. Default: 64.
     pub waiting_streams_per_connection: usize,
-    /// Calls of one peer that run here at the same time; further ones are answered RESOURCE_EXHAUSTED. Default: 1024.
+    /// Calls of one peer that run here at the same time; further ones are answered RESOURCE_EXHAUSTED. Default: 256.
     pub calls_per_peer: usize,
     /// Bytes of call bodies of one peer held here; beyond, calls are answered RESOURCE_EXHAUSTED. Default: 64 MiB.
     pub call_bytes_per_peer: usize,
@@ -100,7 +100,7 @@ impl Default for Limits {
             peers: 4096,
             streams_per_connection: 256,
             waiting_streams_per_connection: 64,
-            calls_per_peer: 1024,
+            calls_per_peer: 256,
             call_bytes_per_peer: 64 * 1024 * 1024,
             outgoing_calls_per_peer: 4096,
             body_bytes: RPC_BODY_MAX_BYTES,

@@ -1,10 +1,13 @@
 //! Peer-to-peer network: identity, encrypted connections, discovery, relays, RPC, tensor streams and link measurements.
+pub mod addr;
 pub mod config;
 pub mod error;
 pub mod event;
 pub mod links;
 pub mod peers;
+pub mod rpc;
 pub mod status;
+pub mod wire;
 
 #[cfg(feature = "service")]
 pub mod service;

@@ -3,6 +3,8 @@
 //! Probes travel on a reliable stream, so "loss" here is the share of probes that stayed unanswered for longer than the
 //! probe timeout, not of packets.
 
+pub mod probe;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 

@@ -1,7 +1,13 @@
-//! What a node remembers of its peers.
+//! What a node remembers of its peers: addresses, capped and ranked, and the connections that stand. Pure: time is an
+//! argument, and what a connection or a peer carries besides (`C`, `S`) is the shell's business.
+
+use std::collections::HashMap;
+use std::time::Duration;
 
 use serde::Serialize;
 use swarm_wire::PeerId;
+
+use crate::addr::{ADDRESS_MAX_BYTES, rank};
 
 /// A peer as this node sees it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -16,4 +22,252 @@ pub struct PeerInfo {
     pub relayed: bool,
     /// Smoothed round trip, once measured.
     pub rtt_ms: Option<f64>,
+}
+
+/// What a new or lost connection means for the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// The first connection stands.
+    Connected,
+    /// A direct connection stands beside relayed ones.
+    BecameDirect,
+    /// The last connection is gone.
+    Disconnected,
+    /// One connection more or less.
+    Nothing,
+}
+
+/// Every peer that is connected or remembered.
+#[derive(Debug)]
+pub struct PeerTable<C, S> {
+    peers: HashMap<PeerId, Peer<C, S>>,
+    peers_limit: usize,
+    addresses_limit: usize,
+}
+
+#[derive(Debug)]
+struct Peer<C, S> {
+    /// Address and when it was last named or used, newest last.
+    addresses: Vec<(String, Duration)>,
+    connections: Vec<Connection<C>>,
+    last_seen: Duration,
+    state: S,
+}
+
+#[derive(Debug)]
+struct Connection<C> {
+    key: u64,
+    relayed: bool,
+    handle: C,
+}
+
+impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
+    /// A table of at most `peers_limit` peers that are not connected, each with at most `addresses_limit` addresses.
+    pub fn new(peers_limit: usize, addresses_limit: usize) -> Self {
+        Self { peers: HashMap::new(), peers_limit, addresses_limit }
+    }
+
+    /// Somebody named an address of `peer`. A peer's own connections push it to the front; beyond the limit the address
+    /// that was not heard of for the longest time is forgotten.
+    pub fn handle_address(&mut self, now: Duration, peer: &PeerId, address: &str) {
+        if address.len() > ADDRESS_MAX_BYTES {
+            return;
+        }
+        let limit = self.addresses_limit;
+        let entry = self.entry(now, peer);
+        entry.addresses.retain(|(known, _)| known != address);
+        entry.addresses.push((address.to_owned(), now));
+        if entry.addresses.len() > limit {
+            entry.addresses.remove(0);
+        }
+    }
+
+    /// An address did not lead to `peer`.
+    pub fn handle_dead_address(&mut self, peer: &PeerId, address: &str) {
+        if let Some(entry) = self.peers.get_mut(peer) {
+            entry.addresses.retain(|(known, _)| known != address);
+        }
+    }
+
+    /// A connection stands. `key` orders connections: the smaller one is older.
+    pub fn handle_connected(&mut self, now: Duration, peer: &PeerId, key: u64, relayed: bool, handle: C) -> Change {
+        let entry = self.entry(now, peer);
+        let first = entry.connections.is_empty();
+        let all_relayed = entry.connections.iter().all(|c| c.relayed);
+        entry.last_seen = now;
+        entry.connections.push(Connection { key, relayed, handle });
+        entry.connections.sort_by_key(|c| (c.relayed, c.key));
+        match (first, all_relayed && !relayed) {
+            (true, _) => Change::Connected,
+            (false, true) => Change::BecameDirect,
+            (false, false) => Change::Nothing,
+        }
+    }
+
+    /// A connection is gone.
+    pub fn handle_disconnected(&mut self, now: Duration, peer: &PeerId, key: u64) -> Change {
+        let Some(entry) = self.peers.get_mut(peer) else { return Change::Nothing };
+        let before = entry.connections.len();
+        entry.connections.retain(|c| c.key != key);
+        entry.last_seen = now;
+        let lost_last = before > 0 && entry.connections.is_empty();
+        if lost_last { Change::Disconnected } else { Change::Nothing }
+    }
+
+    /// The connection that new calls and streams use: direct before relayed, then the oldest.
+    pub fn best(&self, peer: &PeerId) -> Option<C> {
+        self.peers.get(peer)?.connections.first().map(|c| c.handle.clone())
+    }
+
+    /// Whether connection `key` is the one that new calls and streams use.
+    pub fn is_best(&self, peer: &PeerId, key: u64) -> bool {
+        self.peers.get(peer).and_then(|p| p.connections.first()).is_some_and(|c| c.key == key)
+    }
+
+    /// Whether a connection stands, and whether the best one is relayed.
+    pub fn connected(&self, peer: &PeerId) -> Option<Relayed> {
+        self.peers.get(peer)?.connections.first().map(|c| Relayed(c.relayed))
+    }
+
+    /// What the shell keeps for a peer, made on first use.
+    pub fn state(&mut self, now: Duration, peer: &PeerId) -> S {
+        self.entry(now, peer).state.clone()
+    }
+
+    /// What the shell keeps for a peer, if the peer is known.
+    pub fn known_state(&self, peer: &PeerId) -> Option<S> {
+        self.peers.get(peer).map(|p| p.state.clone())
+    }
+
+    /// Addresses to dial, the most promising first.
+    pub fn addresses(&self, peer: &PeerId) -> Vec<String> {
+        let Some(entry) = self.peers.get(peer) else { return Vec::new() };
+        let mut addresses: Vec<String> = entry.addresses.iter().rev().map(|(a, _)| a.clone()).collect();
+        addresses.sort_by_key(|a| rank(a));
+        addresses
+    }
+
+    /// Peers with a connection.
+    pub fn connected_peers(&self) -> Vec<PeerId> {
+        self.peers.iter().filter(|(_, p)| !p.connections.is_empty()).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Everything, in the order of peer ids. `rtt_ms` reads the round trip out of the shell's state.
+    pub fn infos(&self, rtt_ms: impl Fn(&S) -> Option<f64>) -> Vec<PeerInfo> {
+        let mut infos: Vec<PeerInfo> = self
+            .peers
+            .iter()
+            .map(|(peer, entry)| PeerInfo {
+                peer: peer.clone(),
+                addrs: self.addresses(peer),
+                connected: !entry.connections.is_empty(),
+                relayed: entry.connections.first().is_some_and(|c| c.relayed),
+                rtt_ms: rtt_ms(&entry.state),
+            })
+            .collect();
+        infos.sort_by(|a, b| a.peer.cmp(&b.peer));
+        infos
+    }
+
+    /// Peers remembered.
+    pub fn len(&self) -> usize {
+        self.peers.len()
+    }
+
+    /// Whether no peer is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.peers.is_empty()
+    }
+
+    fn entry(&mut self, now: Duration, peer: &PeerId) -> &mut Peer<C, S> {
+        if !self.peers.contains_key(peer) {
+            self.make_room();
+        }
+        self.peers.entry(peer.clone()).or_insert_with(|| Peer {
+            addresses: Vec::new(),
+            connections: Vec::new(),
+            last_seen: now,
+            state: S::default(),
+        })
+    }
+
+    /// Forgets the longest unseen peer that is not connected when the table is full. Connected peers always stay: their
+    /// number has a limit of its own.
+    fn make_room(&mut self) {
+        if self.peers.len() < self.peers_limit {
+            return;
+        }
+        let idle = self.peers.iter().filter(|(_, p)| p.connections.is_empty());
+        if let Some(oldest) = idle.min_by_key(|(_, p)| p.last_seen).map(|(id, _)| id.clone()) {
+            self.peers.remove(&oldest);
+        }
+    }
+}
+
+/// Whether the best connection goes through a relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Relayed(pub bool);
+
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn peer(n: u8) -> PeerId {
+        PeerId::from_ed25519(&[n; 32])
+    }
+
+    fn table() -> PeerTable<u64, ()> {
+        PeerTable::new(4, 3)
+    }
+
+    #[test]
+    fn direct_connections_are_preferred_and_changes_are_told_once() {
+        let mut table = table();
+        let now = Duration::ZERO;
+        assert_eq!(table.handle_connected(now, &peer(1), 1, true, 1), Change::Connected);
+        assert_eq!(table.connected(&peer(1)), Some(Relayed(true)));
+        assert_eq!(table.handle_connected(now, &peer(1), 2, false, 2), Change::BecameDirect);
+        assert_eq!(table.handle_connected(now, &peer(1), 3, false, 3), Change::Nothing);
+        assert_eq!(table.best(&peer(1)), Some(2));
+        assert!(table.is_best(&peer(1), 2) && !table.is_best(&peer(1), 3));
+        assert_eq!(table.handle_disconnected(now, &peer(1), 2), Change::Nothing);
+        assert_eq!(table.best(&peer(1)), Some(3));
+        assert_eq!(table.handle_disconnected(now, &peer(1), 3), Change::Nothing);
+        assert_eq!(table.handle_disconnected(now, &peer(1), 1), Change::Disconnected);
+        assert_eq!(table.handle_disconnected(now, &peer(1), 1), Change::Nothing);
+        assert_eq!(table.best(&peer(1)), None);
+    }
+
+    #[test]
+    fn old_addresses_give_way_and_the_best_is_first() {
+        let mut table = table();
+        for (i, port) in [1, 2, 3, 4].into_iter().enumerate() {
+            table.handle_address(Duration::from_secs(i as u64), &peer(1), &format!("/ip4/127.0.0.1/tcp/{port}"));
+        }
+        table.handle_address(Duration::from_secs(9), &peer(1), "/ip4/127.0.0.1/udp/5/quic-v1");
+        assert_eq!(
+            table.addresses(&peer(1)),
+            ["/ip4/127.0.0.1/udp/5/quic-v1", "/ip4/127.0.0.1/tcp/4", "/ip4/127.0.0.1/tcp/3"]
+        );
+        table.handle_dead_address(&peer(1), "/ip4/127.0.0.1/tcp/4");
+        assert_eq!(table.addresses(&peer(1)).len(), 2);
+    }
+
+    proptest! {
+        // Strangers can name any number of peers and addresses: memory stays bounded and connected peers stay known.
+        #[test]
+        fn floods_of_names_never_pass_the_limits(names in proptest::collection::vec((0u8..40, 0u16..40), 0..300)) {
+            let mut table = table();
+            table.handle_connected(Duration::ZERO, &peer(200), 1, false, 1);
+            for (i, (who, port)) in names.iter().enumerate() {
+                table.handle_address(Duration::from_secs(i as u64), &peer(*who), &format!("/ip4/127.0.0.1/tcp/{port}"));
+                prop_assert!(table.len() <= 4);
+                prop_assert!(table.addresses(&peer(*who)).len() <= 3);
+            }
+            prop_assert_eq!(table.best(&peer(200)), Some(1));
+        }
+    }
 }

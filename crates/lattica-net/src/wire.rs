@@ -1,0 +1,283 @@
+//! Bytes from a peer become calls, answers and probes here and nowhere else; past this file every field is in range.
+//!
+//! A frame is: varint length, a prost header of that length, then the raw body that the header announces. The body is
+//! never inside the protobuf message, so it is neither copied nor scanned when it is decoded.
+
+use std::time::Duration;
+
+use prost::Message;
+use swarm_wire::generated::lattica::v1::{
+    LinkEcho, LinkProbe, RpcCancel, RpcFrame, RpcRequest, RpcResponse, RpcStatus, rpc_frame::Kind,
+};
+use swarm_wire::limits::{NAME_MAX_BYTES, RPC_HEADER_MAX_BYTES};
+use swarm_wire::{DecodeError, frame};
+
+use crate::status::{Status, code_from_wire};
+
+/// A link probe or echo: two numbers and room for what later versions add.
+pub const LINK_FRAME_MAX_BYTES: usize = 256;
+/// No call waits longer than this, whatever its header says.
+pub const DEADLINE_MAX: Duration = Duration::from_secs(3600);
+/// Longer messages of a [`Status`] are cut: the header has to fit its limit.
+const STATUS_MESSAGE_MAX_BYTES: usize = 8 * 1024;
+
+/// The header of a frame on an RPC stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Header {
+    /// A call; `body_bytes` raw bytes follow.
+    Request {
+        /// Chosen by the caller, unique on its stream while the call is under way.
+        call_id: u64,
+        /// What is called.
+        method: String,
+        /// How long the caller will still wait.
+        deadline: Duration,
+        /// Length of the body.
+        body_bytes: usize,
+    },
+    /// The answer to a call; `body_bytes` raw bytes follow.
+    Answer {
+        /// The call's number.
+        call_id: u64,
+        /// `None` when the call was done.
+        refusal: Option<Status>,
+        /// Length of the body.
+        body_bytes: usize,
+    },
+    /// The caller does not want the answer any more.
+    Cancel {
+        /// The call's number.
+        call_id: u64,
+    },
+}
+
+impl Header {
+    /// Length of the body that follows.
+    pub fn body_bytes(&self) -> usize {
+        match self {
+            Self::Request { body_bytes, .. } | Self::Answer { body_bytes, .. } => *body_bytes,
+            Self::Cancel { .. } => 0,
+        }
+    }
+
+    /// The bytes of the header with its length in front.
+    pub fn encode(&self) -> Vec<u8> {
+        let kind = match self {
+            Self::Request { call_id, method, deadline, body_bytes } => Kind::Request(RpcRequest {
+                call_id: *call_id,
+                method: method.clone(),
+                deadline_ms: u32::try_from(deadline.min(&DEADLINE_MAX).as_millis()).expect("an hour fits"),
+                body_bytes: wire_length(*body_bytes),
+            }),
+            Self::Answer { call_id, refusal, body_bytes } => Kind::Response(RpcResponse {
+                call_id: *call_id,
+                status: refusal.as_ref().map_or(RpcStatus::Ok, |s| s.code.into()) as i32,
+                message: refusal.as_ref().map_or_else(String::new, |s| cut(&s.message).to_owned()),
+                body_bytes: wire_length(*body_bytes),
+            }),
+            Self::Cancel { call_id } => Kind::Cancel(RpcCancel { call_id: *call_id }),
+        };
+        encode_message(&RpcFrame { kind: Some(kind) })
+    }
+
+    /// Reads a header from the front of `bytes`: `Ok(None)` when more bytes are needed, else the header and how many
+    /// bytes it took. Nothing is allocated for a body here.
+    ///
+    /// # Errors
+    /// When the header is too long, not one of ours, or announces a body of more than `body_limit_bytes`.
+    pub fn decode(bytes: &[u8], body_limit_bytes: usize) -> Result<Option<(Self, usize)>, DecodeError> {
+        let Some((payload, rest)) = frame::decode("rpc header", bytes, RPC_HEADER_MAX_BYTES)? else {
+            return Ok(None);
+        };
+        let message = RpcFrame::decode(payload).map_err(|error| DecodeError::message("rpc header", &error))?;
+        let header = Self::try_from(message)?;
+        if header.body_bytes() > body_limit_bytes {
+            return Err(DecodeError::TooLarge {
+                what: "rpc body",
+                limit_bytes: body_limit_bytes,
+                got_bytes: header.body_bytes(),
+            });
+        }
+        Ok(Some((header, bytes.len() - rest.len())))
+    }
+}
+
+impl TryFrom<RpcFrame> for Header {
+    type Error = DecodeError;
+
+    fn try_from(message: RpcFrame) -> Result<Self, DecodeError> {
+        Ok(match message.kind {
+            Some(Kind::Request(request)) => {
+                if !method_is_valid(&request.method) {
+                    return Err(DecodeError::invalid("rpc method", format!("{} bytes", request.method.len())));
+                }
+                Self::Request {
+                    call_id: request.call_id,
+                    method: request.method,
+                    deadline: Duration::from_millis(request.deadline_ms.into()).min(DEADLINE_MAX),
+                    body_bytes: request.body_bytes as usize,
+                }
+            }
+            Some(Kind::Response(response)) => Self::Answer {
+                call_id: response.call_id,
+                refusal: code_from_wire(response.status).map(|code| Status { code, message: response.message }),
+                body_bytes: response.body_bytes as usize,
+            },
+            Some(Kind::Cancel(cancel)) => Self::Cancel { call_id: cancel.call_id },
+            None => return Err(DecodeError::invalid("rpc header", "neither request, answer nor cancel")),
+        })
+    }
+}
+
+/// Whether a method name can be sent: 1 to 256 bytes.
+pub fn method_is_valid(method: &str) -> bool {
+    (1..=NAME_MAX_BYTES).contains(&method.len())
+}
+
+/// A link probe with its length in front.
+pub fn encode_probe(sequence: u64) -> Vec<u8> {
+    encode_message(&LinkProbe { sequence })
+}
+
+/// Reads a probe from the front of `bytes`: its number and how many bytes it took.
+///
+/// # Errors
+/// When the frame is too long or not a probe.
+pub fn decode_probe(bytes: &[u8]) -> Result<Option<(u64, usize)>, DecodeError> {
+    decode_message("link probe", bytes).map(|found| found.map(|(m, n): (LinkProbe, usize)| (m.sequence, n)))
+}
+
+/// The answer to a probe with its length in front.
+pub fn encode_echo(sequence: u64, received_bytes_per_s: Option<f64>) -> Vec<u8> {
+    encode_message(&LinkEcho { sequence, received_bytes_per_s: received_bytes_per_s.unwrap_or(0.0) })
+}
+
+/// Reads an echo from the front of `bytes`: the probe's number, the peer's receive rate (0 when it has none), and how
+/// many bytes it took.
+///
+/// # Errors
+/// When the frame is too long or not an echo.
+pub fn decode_echo(bytes: &[u8]) -> Result<Option<(u64, f64, usize)>, DecodeError> {
+    decode_message("link echo", bytes)
+        .map(|found| found.map(|(m, n): (LinkEcho, usize)| (m.sequence, m.received_bytes_per_s, n)))
+}
+
+fn encode_message(message: &impl Message) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(message.encoded_len() + 2);
+    frame::encode_length(message.encoded_len(), &mut bytes);
+    message.encode(&mut bytes).expect("a vector grows");
+    bytes
+}
+
+fn decode_message<M: Message + Default>(
+    what: &'static str,
+    bytes: &[u8],
+) -> Result<Option<(M, usize)>, DecodeError> {
+    let Some((payload, rest)) = frame::decode(what, bytes, LINK_FRAME_MAX_BYTES)? else { return Ok(None) };
+    let message = M::decode(payload).map_err(|error| DecodeError::message(what, &error))?;
+    Ok(Some((message, bytes.len() - rest.len())))
+}
+
+fn wire_length(n_bytes: usize) -> u32 {
+    u32::try_from(n_bytes).expect("bodies are checked against their limit before they are sent")
+}
+
+/// The longest start of `message` that fits and does not end inside a character.
+fn cut(message: &str) -> &str {
+    let mut end = message.len().min(STATUS_MESSAGE_MAX_BYTES);
+    while !message.is_char_boundary(end) {
+        end -= 1;
+    }
+    &message[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::status::StatusCode;
+
+    const LIMIT: usize = 1 << 20;
+
+    fn headers() -> impl Strategy<Value = Header> {
+        prop_oneof![
+            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT).prop_map(|(call_id, method, ms, body_bytes)| {
+                Header::Request { call_id, method, deadline: Duration::from_millis(ms), body_bytes }
+            }),
+            (any::<u64>(), proptest::option::of(".{0,60}"), 0usize..=LIMIT).prop_map(|(call_id, text, body_bytes)| {
+                let refusal = text.map(|t| Status::new(StatusCode::Unavailable, t));
+                Header::Answer { call_id, refusal, body_bytes }
+            }),
+            any::<u64>().prop_map(|call_id| Header::Cancel { call_id }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn headers_round_trip_and_every_prefix_asks_for_more(header in headers(), tail in proptest::collection::vec(any::<u8>(), 0..9)) {
+            let mut bytes = header.encode();
+            let length = bytes.len();
+            for cut in 0..length {
+                prop_assert_eq!(Header::decode(&bytes[..cut], LIMIT).unwrap(), None);
+            }
+            bytes.extend(tail);
+            prop_assert_eq!(Header::decode(&bytes, LIMIT).unwrap(), Some((header, length)));
+        }
+
+        #[test]
+        fn any_bytes_decode_or_fail_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let _ = Header::decode(&bytes, LIMIT);
+            let _ = decode_probe(&bytes);
+            let _ = decode_echo(&bytes);
+        }
+
+        #[test]
+        fn probes_and_echoes_round_trip(sequence in any::<u64>(), rate in proptest::option::of(1.0f64..1e12)) {
+            let probe = encode_probe(sequence);
+            prop_assert_eq!(decode_probe(&probe).unwrap(), Some((sequence, probe.len())));
+            let echo = encode_echo(sequence, rate);
+            prop_assert_eq!(decode_echo(&echo).unwrap(), Some((sequence, rate.unwrap_or(0.0), echo.len())));
+        }
+    }
+
+    #[test]
+    fn request_bytes_are_pinned() {
+        let header = Header::Request {
+            call_id: 7,
+            method: "echo".to_owned(),
+            deadline: Duration::from_millis(1000),
+            body_bytes: 300,
+        };
+        let expected = [16, 0x0a, 14, 0x08, 7, 0x12, 4, b'e', b'c', b'h', b'o', 0x18, 0xe8, 0x07, 0x20, 0xac, 0x02];
+        assert_eq!(header.encode(), expected);
+    }
+
+    #[test]
+    fn oversized_headers_and_bodies_are_refused_before_they_arrive() {
+        assert!(matches!(
+            Header::decode(&[0xff, 0xff, 0xff, 0x7f], LIMIT),
+            Err(DecodeError::TooLarge { what: "rpc header", .. })
+        ));
+        let header = Header::Answer { call_id: 1, refusal: None, body_bytes: LIMIT + 1 };
+        assert!(matches!(
+            Header::decode(&header.encode(), LIMIT),
+            Err(DecodeError::TooLarge { what: "rpc body", .. })
+        ));
+    }
+
+    #[test]
+    fn endless_length_prefixes_and_empty_frames_are_refused() {
+        assert!(Header::decode(&[0x80; 5], LIMIT).is_err());
+        assert!(Header::decode(&[0], LIMIT).is_err());
+    }
+
+    #[test]
+    fn long_refusals_are_cut_at_a_character_and_still_fit() {
+        let status = Status::internal("é".repeat(10_000));
+        let bytes = Header::Answer { call_id: 1, refusal: Some(status), body_bytes: 0 }.encode();
+        let (header, _) = Header::decode(&bytes, LIMIT).unwrap().unwrap();
+        let Header::Answer { refusal: Some(status), .. } = header else { panic!("{header:?}") };
+        assert_eq!(status.message.len(), STATUS_MESSAGE_MAX_BYTES);
+    }
+}
