@@ -228,6 +228,13 @@ impl Coordinator {
         }
     }
 
+    /// The current plan does not work although its members answer: the next tick starts a new epoch.
+    pub fn rebuild(&mut self, now: Duration, reason: &str) {
+        if self.view.plan.is_ok() {
+            self.break_plan(now, reason.to_owned());
+        }
+    }
+
     /// Records a round-trip time for the order of stages.
     pub fn set_rtt(&mut self, a: &NodeId, b: &NodeId, rtt_ms: f64) {
         if self.members.contains_key(a) && self.members.contains_key(b) {

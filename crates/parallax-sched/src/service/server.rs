@@ -141,6 +141,13 @@ impl MembershipServer {
         }
     }
 
+    /// The current plan does not work although every member answers (a link between two of them is broken): everybody
+    /// starts over in a new epoch.
+    pub fn rebuild(&self, reason: &str) {
+        self.inner.coordinator().rebuild(self.inner.now(), reason);
+        self.inner.tick();
+    }
+
     /// A member's stage was found dead by somebody else: its connection broke during a step.
     pub fn lost(&self, peer: &PeerId) {
         self.inner.coordinator().lost(self.inner.now(), &NodeId::from(peer));
@@ -254,14 +261,20 @@ impl Inner {
         let Ok(plan) = &coordinator.view().plan else { return nothing };
         let Some((pipeline, index, layers)) = plan.stage_of(id) else { return nothing };
         let next = plan.pipelines[pipeline].stages.get(index + 1).map(|s| &s.node);
-        let next_peer = next.and_then(|id| id.as_str().parse::<PeerId>().ok());
+        let peer_of = |id: Option<&NodeId>| {
+            let peer = id.and_then(|id| id.as_str().parse::<PeerId>().ok());
+            peer.unwrap_or_else(|| self.node.peer_id()).as_bytes().to_vec().into()
+        };
+        let previous = index.checked_sub(1).map(|i| &plan.pipelines[pipeline].stages[i].node);
         pb::Assignment {
             epoch,
             layers_start: layers.start(),
             layers_end: layers.end(),
             stage_index: u32::try_from(index).unwrap_or(u32::MAX),
             next_is_head: next.is_none(),
-            next_peer: next_peer.unwrap_or_else(|| self.node.peer_id()).as_bytes().to_vec().into(),
+            next_peer: peer_of(next),
+            previous_peer: peer_of(previous),
+            n_stages: u32::try_from(plan.pipelines[pipeline].stages.len()).unwrap_or(u32::MAX),
             next_addrs: next
                 .and_then(|id| coordinator.member(id))
                 .map(|m| m.addrs.clone())

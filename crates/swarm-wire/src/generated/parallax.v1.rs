@@ -164,6 +164,12 @@ pub struct Assignment {
     /// Bytes of the published files that these layers need, for members without a local copy.
     #[prost(message, repeated, tag = "10")]
     pub files: ::prost::alloc::vec::Vec<FileSpans>,
+    /// Who may send batches: the stage before, or the head.
+    #[prost(bytes = "bytes", tag = "11")]
+    pub previous_peer: ::prost::bytes::Bytes,
+    /// Stages of the pipeline.
+    #[prost(uint32, tag = "12")]
+    pub n_stages: u32,
 }
 /// Parts of one file of the checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
