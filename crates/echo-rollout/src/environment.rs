@@ -1,0 +1,188 @@
+//! What a policy is trained on: an environment makes a task from a seed and judges a completion by a program.
+//!
+//! Tasks are named by their seed alone, so that a lease carries eight bytes instead of a prompt, and trainer, worker and
+//! auditor all see the same task. Seeds from [`HELD_OUT_SEEDS`] on are for evaluation only and are never leased.
+
+pub mod arithmetic;
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+pub use arithmetic::Arithmetic;
+
+/// Seeds from here on name held-out tasks; smaller ones name tasks to train on.
+pub const HELD_OUT_SEEDS: u64 = 1 << 63;
+
+/// The seed of the `index`-th held-out task.
+pub fn held_out_seed(index: u64) -> u64 {
+    HELD_OUT_SEEDS | index
+}
+
+/// A source of verifiable tasks. Implementations are pure: the same seed gives the same task, and the same completion the
+/// same reward, on every machine.
+pub trait Environment: Send + Sync {
+    /// Its name on the wire, for example `arithmetic`.
+    fn name(&self) -> &str;
+
+    /// Changes whenever a seed would give another task or a completion another reward.
+    fn version(&self) -> u32 {
+        1
+    }
+
+    /// The task of `seed`.
+    fn task(&self, seed: u64) -> Task;
+
+    /// Between which values its rewards lie.
+    fn reward_range(&self) -> RangeInclusive<f32> {
+        0.0..=1.0
+    }
+
+    /// Judges `completion`: the decoded answer without the end-of-sequence token.
+    ///
+    /// # Errors
+    /// When the verifier itself could not judge. That is not a reward of 0: the trajectory is dropped and counted.
+    fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError>;
+}
+
+impl fmt::Debug for dyn Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Environment({} {})", self.name(), self.version())
+    }
+}
+
+/// One task: what the user says, and what the verifier compares with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// What names it.
+    pub seed: u64,
+    /// The user's chat message.
+    pub prompt: String,
+    /// What a perfect answer says. Workers know it too (they run the verifier); the trainer grades again.
+    pub answer: String,
+}
+
+/// A finite reward within its environment's range, with its named parts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reward {
+    value: f32,
+    components: Vec<(String, f32)>,
+}
+
+impl Reward {
+    /// Most parts of one reward.
+    pub const MAX_COMPONENTS: usize = 16;
+
+    /// A reward of `value` within `range`.
+    ///
+    /// # Errors
+    /// When the value or a part is not finite, the value is outside of `range`, or there are too many parts.
+    pub fn new(
+        value: f32,
+        components: Vec<(String, f32)>,
+        range: &RangeInclusive<f32>,
+    ) -> Result<Self, RewardError> {
+        if !value.is_finite() {
+            return Err(RewardError::NotFinite { what: "reward".to_owned(), value });
+        }
+        if !range.contains(&value) {
+            return Err(RewardError::OutOfRange { value, low: *range.start(), high: *range.end() });
+        }
+        if let Some((what, value)) = components.iter().find(|(_, v)| !v.is_finite()) {
+            return Err(RewardError::NotFinite { what: what.clone(), value: *value });
+        }
+        if components.len() > Self::MAX_COMPONENTS {
+            return Err(RewardError::TooManyComponents { got: components.len() });
+        }
+        Ok(Self { value, components })
+    }
+
+    /// What the learner sees.
+    pub fn value(&self) -> f32 {
+        self.value
+    }
+
+    /// Its parts, for people and plots.
+    pub fn components(&self) -> &[(String, f32)] {
+        &self.components
+    }
+}
+
+/// Why there is no reward.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RewardError {
+    /// NaN or infinity.
+    #[error("{what} is {value}; a reward must be a finite number")]
+    NotFinite {
+        /// The reward or the part of it.
+        what: String,
+        /// What it was.
+        value: f32,
+    },
+    /// Outside of the environment's range.
+    #[error("reward {value} is outside of {low} to {high}")]
+    OutOfRange {
+        /// What it was.
+        value: f32,
+        /// The smallest allowed one.
+        low: f32,
+        /// The largest allowed one.
+        high: f32,
+    },
+    /// More parts than [`Reward::MAX_COMPONENTS`].
+    #[error("a reward of {got} parts; at most 16 are kept")]
+    TooManyComponents {
+        /// How many came.
+        got: usize,
+    },
+    /// The verifier could not judge, for example because a tool timed out.
+    #[error("the verifier of {environment} could not judge: {reason}")]
+    Verifier {
+        /// The environment.
+        environment: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The environment called `name`, with its default settings; what binaries use for `--env NAME`.
+///
+/// # Errors
+/// When there is none of that name; the message lists those that exist.
+pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
+    match name {
+        "arithmetic" => Ok(Box::new(Arithmetic::default())),
+        other => Err(UnknownEnvironment { name: other.to_owned() }),
+    }
+}
+
+/// There is no environment of that name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no environment {name}; known: arithmetic")]
+pub struct UnknownEnvironment {
+    /// The name that was asked for.
+    pub name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rewards_that_no_gradient_should_see_are_refused() {
+        let unit = 0.0..=1.0;
+        assert_eq!(Reward::new(1.0, vec![], &unit).unwrap().value(), 1.0);
+        assert!(matches!(Reward::new(f32::NAN, vec![], &unit), Err(RewardError::NotFinite { .. })));
+        assert!(matches!(Reward::new(f32::INFINITY, vec![], &unit), Err(RewardError::NotFinite { .. })));
+        assert!(matches!(Reward::new(1.5, vec![], &unit), Err(RewardError::OutOfRange { .. })));
+        assert!(matches!(Reward::new(-0.1, vec![], &unit), Err(RewardError::OutOfRange { .. })));
+        let nan = vec![("length".to_owned(), f32::NAN)];
+        assert!(matches!(Reward::new(0.5, nan, &unit), Err(RewardError::NotFinite { .. })));
+    }
+
+    #[test]
+    fn an_unknown_environment_is_named() {
+        assert!(by_name("arithmetic").is_ok());
+        assert!(by_name("chess").unwrap_err().to_string().contains("chess"));
+    }
+}
