@@ -1,0 +1,291 @@
+//! Linear layers: packed weights, and `y = x * W^T` for a handful of rows (decode) or many (prefill).
+//!
+//! Weights are packed in panels of sixteen outputs, so lanes are outputs and the inner dimension is walked in order:
+//! no horizontal sums, one sequential stream of weight bytes, and each output is the same chain of fused multiply-adds
+//! whatever the number of rows, the tile it falls in, the thread or the instruction set. For quantised weights the
+//! chain runs over blocks of 32, whose integer dot products are exact.
+
+mod activations;
+mod panels;
+mod tiles;
+
+use std::ops::Range;
+
+use half::bf16;
+
+use self::activations::with_quantized;
+use self::panels::{Bf16Line, PackedDense};
+use self::tiles::{PackedBlocks, Q4Tile, Q8Tile, Q41Tile};
+use crate::dispatch;
+use crate::dtype::WeightKind;
+use crate::error::{KernelError, check_len, rows_of};
+use crate::parallel::{Shared, share, task_count};
+use crate::pool;
+use crate::simd::{LANES, Line};
+
+/// Bytes of activations in a block of rows: half a small second-level cache.
+const ROW_BLOCK_BYTES: usize = 256 << 10;
+/// Rows of a block are a multiple of this, which every register tile divides.
+const ROW_MULTIPLE: usize = 24;
+
+/// A weight matrix [N, K] (outputs by inputs, PyTorch's order) in the layout that [`linear`] reads.
+#[derive(Debug, Clone)]
+pub struct PackedWeight(Packed);
+
+/// The packings, by kind.
+#[derive(Debug, Clone)]
+enum Packed {
+    F32(PackedDense<Line>),
+    Bf16(PackedDense<Bf16Line>),
+    Q8_0(PackedBlocks<Q8Tile>),
+    Q4_0(PackedBlocks<Q4Tile>),
+    Q4_1(PackedBlocks<Q41Tile>),
+}
+
+/// Calls `$body` with `$w` bound to whichever packing the weight holds.
+macro_rules! each_kind {
+    ($weight:expr, $w:ident => $body:expr) => {
+        match &$weight.0 {
+            Packed::F32($w) => $body,
+            Packed::Bf16($w) => $body,
+            Packed::Q8_0($w) => $body,
+            Packed::Q4_0($w) => $body,
+            Packed::Q4_1($w) => $body,
+        }
+    };
+}
+
+impl PackedWeight {
+    /// Packs `w` [N, K] row-major, quantising or rounding to `kind`.
+    ///
+    /// # Errors
+    /// When `w` is not n * k long, or `kind` has blocks and `k` is not a multiple of 32.
+    pub fn pack_f32(kind: WeightKind, w: &[f32], n: usize, k: usize) -> Result<Self, KernelError> {
+        check_len("pack", "weight", n * k, w.len())?;
+        Ok(Self(match kind {
+            WeightKind::F32 => Packed::F32(PackedDense::pack(n, k, |i| w[i])),
+            WeightKind::Bf16 => Packed::Bf16(PackedDense::pack(n, k, |i| bf16::from_f32(w[i]))),
+            WeightKind::Q8_0 => Packed::Q8_0(PackedBlocks::quantize(w, n, k)?),
+            WeightKind::Q4_0 => Packed::Q4_0(PackedBlocks::quantize(w, n, k)?),
+            WeightKind::Q4_1 => Packed::Q4_1(PackedBlocks::quantize(w, n, k)?),
+        }))
+    }
+
+    /// Packs bf16 weights [N, K] row-major without loss.
+    ///
+    /// # Errors
+    /// When `w` is not n * k long.
+    pub fn pack_bf16(w: &[bf16], n: usize, k: usize) -> Result<Self, KernelError> {
+        check_len("pack", "weight", n * k, w.len())?;
+        Ok(Self(Packed::Bf16(PackedDense::pack(n, k, |i| w[i]))))
+    }
+
+    /// Repacks GGML Q8_0 blocks [N, K / 32], bit for bit.
+    ///
+    /// # Errors
+    /// When the bytes are not those of n * k weights, or `k` is not a multiple of 32.
+    pub fn from_q8_0_blocks(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
+        Ok(Self(Packed::Q8_0(PackedBlocks::from_ggml(raw, n, k)?)))
+    }
+
+    /// Repacks GGML Q4_0 blocks [N, K / 32], bit for bit.
+    ///
+    /// # Errors
+    /// When the bytes are not those of n * k weights, or `k` is not a multiple of 32.
+    pub fn from_q4_0_blocks(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
+        Ok(Self(Packed::Q4_0(PackedBlocks::from_ggml(raw, n, k)?)))
+    }
+
+    /// Repacks GGML Q4_1 blocks [N, K / 32], bit for bit.
+    ///
+    /// # Errors
+    /// When the bytes are not those of n * k weights, or `k` is not a multiple of 32.
+    pub fn from_q4_1_blocks(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
+        Ok(Self(Packed::Q4_1(PackedBlocks::from_ggml(raw, n, k)?)))
+    }
+
+    /// How the elements are stored.
+    pub fn kind(&self) -> WeightKind {
+        match self.0 {
+            Packed::F32(_) => WeightKind::F32,
+            Packed::Bf16(_) => WeightKind::Bf16,
+            Packed::Q8_0(_) => WeightKind::Q8_0,
+            Packed::Q4_0(_) => WeightKind::Q4_0,
+            Packed::Q4_1(_) => WeightKind::Q4_1,
+        }
+    }
+
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        each_kind!(self, w => w.n())
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        each_kind!(self, w => w.k())
+    }
+
+    /// Bytes of memory held, padding included; what one decode step reads.
+    pub fn bytes(&self) -> usize {
+        each_kind!(self, w => w.bytes())
+    }
+
+    /// Writes row `i` [K] as f32: the embedding look-up when the embedding and the head share one weight.
+    ///
+    /// # Errors
+    /// When there is no row `i` or `out` is not K long.
+    pub fn dequantize_row(&self, i: usize, out: &mut [f32]) -> Result<(), KernelError> {
+        let op = "dequantize_row";
+        if i >= self.n() {
+            return Err(KernelError::OutOfRange { op, what: "row", limit: self.n(), got: i });
+        }
+        check_len(op, "out", self.k(), out.len())?;
+        each_kind!(self, w => w.row(i, out));
+        Ok(())
+    }
+
+    /// Whether the product quantises its activations to eight bits.
+    fn wants_quantized(&self) -> bool {
+        !matches!(self.0, Packed::F32(_) | Packed::Bf16(_))
+    }
+}
+
+/// `y [T, N] = x [T, K] * W^T`. T is `x.len() / K`.
+///
+/// # Errors
+/// When the lengths do not fit together.
+pub fn linear(x: &[f32], w: &PackedWeight, y: &mut [f32]) -> Result<(), KernelError> {
+    linear_multi(x, &[w], &mut [y])
+}
+
+/// Several products of the same rows: `ys[i] [T, N_i] = x [T, K] * ws[i]^T`, with one activation quantisation and one
+/// fork-join for all of them. Bit-equal to separate calls of [`linear`].
+///
+/// # Errors
+/// When the lengths do not fit together, or the weights differ in K.
+pub fn linear_multi(x: &[f32], ws: &[&PackedWeight], ys: &mut [&mut [f32]]) -> Result<(), KernelError> {
+    check_len("linear", "outputs list", ws.len(), ys.len())?;
+    let mut jobs = Vec::with_capacity(ws.len());
+    for (w, y) in ws.iter().zip(ys) {
+        jobs.push(Product::new(x, w, 0..w.n(), y)?);
+    }
+    run(x, &jobs);
+    Ok(())
+}
+
+/// Only the outputs in `rows`: `y [T, rows.len()] = x [T, K] * W[rows]^T`. Bit-equal to those columns of [`linear`].
+///
+/// # Errors
+/// When the lengths do not fit together or `rows` leaves 0..N.
+pub fn linear_rows(
+    x: &[f32],
+    w: &PackedWeight,
+    rows: Range<usize>,
+    y: &mut [f32],
+) -> Result<(), KernelError> {
+    if rows.end > w.n() || rows.start > rows.end {
+        return Err(KernelError::OutOfRange {
+            op: "linear",
+            what: "end of rows",
+            limit: w.n() + 1,
+            got: rows.end,
+        });
+    }
+    let job = Product::new(x, w, rows, y)?;
+    run(x, &[job]);
+    Ok(())
+}
+
+/// One weight, the outputs wanted of it, and where they go.
+struct Product<'a> {
+    weight: &'a PackedWeight,
+    out: Output<'a>,
+}
+
+/// Destination [T, columns.len()] of a product, written panel by panel from several threads.
+pub(crate) struct Output<'a> {
+    y: Shared<'a, f32>,
+    /// Outputs of the weight that are wanted; column 0 of `y` is `columns.start`.
+    columns: Range<usize>,
+    rows: usize,
+}
+
+impl<'a> Product<'a> {
+    fn new(
+        x: &[f32],
+        weight: &'a PackedWeight,
+        columns: Range<usize>,
+        y: &'a mut [f32],
+    ) -> Result<Self, KernelError> {
+        let rows = rows_of("linear", "x", x.len(), weight.k())?;
+        check_len("linear", "y", rows * columns.len(), y.len())?;
+        Ok(Self { weight, out: Output { y: Shared::new(y), columns, rows } })
+    }
+
+    fn panels(&self) -> Range<usize> {
+        self.out.columns.start / LANES..self.out.columns.end.div_ceil(LANES)
+    }
+}
+
+impl Output<'_> {
+    /// Writes the sixteen outputs of `panel` for one row, as far as they are wanted.
+    ///
+    /// # Safety
+    /// No two threads may write the same panel of the same output.
+    #[inline(always)]
+    unsafe fn write(&self, row: usize, panel: usize, lanes: &[f32; LANES]) {
+        let first = panel * LANES;
+        let from = self.columns.start.max(first);
+        let to = self.columns.end.min(first + LANES);
+        let start = row * self.columns.len() + (from - self.columns.start);
+        // SAFETY: the segment belongs to this panel and row, which by contract nobody else writes.
+        let segment = unsafe { self.y.slice(start..start + (to - from)) };
+        segment.copy_from_slice(&lanes[from - first..to - first]);
+    }
+}
+
+fn run(x: &[f32], jobs: &[Product<'_>]) {
+    let Some(first) = jobs.first() else { return };
+    let (rows, k) = (first.out.rows, first.weight.k());
+    if rows == 0 {
+        return;
+    }
+    let isa = dispatch::current();
+    let total: usize = jobs.iter().map(|j| j.panels().len()).sum();
+    let tasks = task_count(total, rows * k * LANES);
+    let quantized = jobs.iter().any(|j| j.weight.wants_quantized());
+    with_quantized(isa, quantized.then_some(x), k, |blocks| {
+        pool::run(tasks, |task| {
+            let mine = share(total, tasks, task);
+            let mut before = 0;
+            for job in jobs {
+                let panels = job.panels();
+                let from = mine.start.clamp(before, before + panels.len()) - before;
+                let to = mine.end.clamp(before, before + panels.len()) - before;
+                before += panels.len();
+                let part = panels.start + from..panels.start + to;
+                if part.is_empty() {
+                    continue;
+                }
+                for rows in row_blocks(rows, k) {
+                    match &job.weight.0 {
+                        Packed::F32(w) => w.multiply(isa, x, rows, part.clone(), &job.out),
+                        Packed::Bf16(w) => w.multiply(isa, x, rows, part.clone(), &job.out),
+                        Packed::Q8_0(w) => w.multiply(isa, blocks, rows, part.clone(), &job.out),
+                        Packed::Q4_0(w) => w.multiply(isa, blocks, rows, part.clone(), &job.out),
+                        Packed::Q4_1(w) => w.multiply(isa, blocks, rows, part.clone(), &job.out),
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// Splits the rows so that a block's activations stay in the second-level cache while the weights stream past.
+fn row_blocks(rows: usize, k: usize) -> impl Iterator<Item = Range<usize>> {
+    let size = (ROW_BLOCK_BYTES / (4 * k.max(1)) / ROW_MULTIPLE).max(1) * ROW_MULTIPLE;
+    (0..rows).step_by(size).map(move |from| from..(from + size).min(rows))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,68 @@
+//! Activations quantised to eight bits, per row and block of 32: the left operand of every quantised product.
+//!
+//! A block with a NaN or an infinity gets the scale NaN, so that it poisons the row's outputs instead of vanishing.
+
+use std::cell::RefCell;
+
+use crate::dispatch::{Isa, simd_kernel};
+use crate::dtype::BLOCK;
+use crate::parallel::for_rows;
+use crate::simd::{LANES, Simd};
+
+/// Thirty-two activations: `scale * q`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct ActivationBlock {
+    /// Integers in -127..=127.
+    pub q: [i8; BLOCK],
+    /// Sum of `q`.
+    pub sum: i32,
+    /// Largest magnitude / 127.
+    pub scale: f32,
+}
+
+const EMPTY: ActivationBlock = ActivationBlock { q: [0; BLOCK], sum: 0, scale: 0.0 };
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<ActivationBlock>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Calls `f` with the blocks of `x` [T, K], or with none when there is nothing to quantise.
+pub(crate) fn with_quantized<R>(
+    isa: Isa,
+    x: Option<&[f32]>,
+    k: usize,
+    f: impl FnOnce(&[ActivationBlock]) -> R,
+) -> R {
+    let Some(x) = x else { return f(&[]) };
+    // Taken out, not borrowed: a nested product on this thread then simply allocates its own.
+    let mut blocks = SCRATCH.with(|s| std::mem::take(&mut *s.borrow_mut()));
+    blocks.resize(x.len() / BLOCK, EMPTY);
+    for_rows(&mut blocks, k / BLOCK, k * 4, |rows, chunk| quantize(isa, &x[rows.start * k..rows.end * k], chunk));
+    let result = f(&blocks);
+    SCRATCH.with(|s| *s.borrow_mut() = blocks);
+    result
+}
+
+simd_kernel! {
+    /// Quantises whole blocks of `x`.
+    pub(crate) fn quantize(s; x: &[f32], blocks: &mut [ActivationBlock]) {
+        for (x, block) in x.as_chunks::<BLOCK>().0.iter().zip(blocks) {
+            let (halves, _) = x.as_chunks::<LANES>();
+            let v = [s.load(&halves[0]), s.load(&halves[1])];
+            let largest = f32::from_bits(s.max_abs_bits(v[1], s.max_abs_bits(v[0], 0)));
+            if !largest.is_finite() {
+                *block = ActivationBlock { scale: f32::NAN, ..EMPTY };
+                continue;
+            }
+            // Magnitudes whose inverse would overflow are zero for every purpose of a network.
+            let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
+            let (q, _) = block.q.as_chunks_mut::<LANES>();
+            let mut sum = 0;
+            for (v, q) in v.into_iter().zip(q) {
+                sum += s.store_i8(s.mul(v, s.splat(inverse)), q);
+            }
+            block.sum = sum;
+            block.scale = largest / 127.0;
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The vector vocabulary of the kernels: sixteen lanes, whatever the machine's registers hold.
+//!
+//! A kernel is written once against [`Simd`] and compiled for every level. Since each operation is exactly rounded
+//! and the lane count is fixed, every level gives the same bits; the scalar level is the specification.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod scalar;
+
+/// Lanes of a vector, at every level.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen floats, aligned for the widest load.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub [f32; LANES]);
+
+/// Operations on sixteen lanes. A value of the implementing type proves that the instructions exist.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+    /// Four signed bytes for each of sixteen outputs, prepared for [`Simd::dot4`].
+    type W: Copy;
+    /// Four unsigned nibbles (as bytes) for each of sixteen outputs, prepared for [`Simd::dot4_nibbles`].
+    type N: Copy;
+    /// Running sum of nibble products; holds the eight groups of one block.
+    type Acc: Copy;
+
+    /// Vectors of sixteen sums that fit the registers beside their operands.
+    const TILE: usize;
+
+    fn splat(self, v: f32) -> Self::F;
+    fn load(self, v: &[f32; LANES]) -> Self::F;
+    fn store(self, v: Self::F, to: &mut [f32; LANES]);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `if a > b { a } else { b }`: a NaN in `b` stays.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `if a < b { a } else { b }`: a NaN in `b` stays.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// 2^n for an integral `n` in -126..=127.
+    fn pow2(self, n: Self::F) -> Self::F;
+    /// Lanes of f16 bits, widened.
+    fn from_f16(self, v: &[u16; LANES]) -> Self::F;
+    /// Lanes of bf16 bits, widened.
+    fn from_bf16(self, v: &[u16; LANES]) -> Self::F;
+    /// Sum in the fixed order 8+8, 4+4, 2+2, 1+1.
+    fn sum(self, a: Self::F) -> f32;
+    /// Maximum in the same order.
+    fn max_lane(self, a: Self::F) -> f32;
+
+    /// Largest bit pattern of `|v|` over the lanes, joined with `so_far`; a NaN wins over every number.
+    fn max_abs_bits(self, v: Self::F, so_far: u32) -> u32;
+    /// Rounds `v` (within i8) to nearest even and writes the bytes; returns their sum.
+    fn store_i8(self, v: Self::F, to: &mut [i8; LANES]) -> i32;
+
+    /// The float value of each lane; exact below 2^24.
+    fn to_f32(self, v: Self::I) -> Self::F;
+    /// Where a block's integer sum starts, given the sum of the block's activations.
+    fn dot_start(self, activation_sum: i32) -> Self::I;
+    /// Prepares four weights per output: byte `4 * output + j`.
+    fn weights(self, v: &[u8; 4 * LANES]) -> Self::W;
+    /// Adds, for each output, the exact product of its four weights with the four signed activations in `x`.
+    fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I;
+    /// The low and the high nibbles of the bytes.
+    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N);
+    /// An empty sum.
+    fn acc_zero(self) -> Self::Acc;
+    /// Adds four nibbles times four signed activations per output; at most eight times before [`Simd::acc_total`].
+    fn dot4_nibbles(self, acc: Self::Acc, w: Self::N, x: i32) -> Self::Acc;
+    /// The sixteen totals.
+    fn acc_total(self, acc: Self::Acc) -> Self::I;
+}
+
+/// e^x in every lane: at most 2 units in the last place off, 0 below -104, infinity above 89, NaN kept.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
+    let x = s.min(s.splat(89.0), s.max(s.splat(-104.0), x));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    // Cody and Waite: ln 2 in two parts, the first with few enough bits that n * part is exact.
+    let r = s.fma(n, s.splat(-0.693_359_4), x);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    // Polynomial of Cephes expf (S. Moshier) on |r| <= ln 2 / 2.
+    let mut p = s.splat(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
+    // Two factors, so that results below the normal range and above the largest power of two come out right.
+    let half = s.round(s.mul(n, s.splat(0.5)));
+    s.mul(s.mul(p, s.pow2(half)), s.pow2(s.sub(n, half)))
+}
+
+/// Splits a slice into whole lines and a rest of fewer than sixteen.
+#[inline(always)]
+pub(crate) fn lines(v: &[f32]) -> (&[[f32; LANES]], &[f32]) {
+    v.as_chunks::<LANES>()
+}
+
+/// The rest of a slice, padded with `fill` to a line.
+#[inline(always)]
+pub(crate) fn padded(rest: &[f32], fill: f32) -> [f32; LANES] {
+    let mut line = [fill; LANES];
+    line[..rest.len()].copy_from_slice(rest);
+    line
+}
+
+#[cfg(test)]
+mod tests;

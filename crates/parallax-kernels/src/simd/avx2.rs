@@ -1,0 +1,241 @@
+//! AVX2 with FMA and F16C: sixteen lanes are two registers.
+//!
+//! The byte products use `vpmaddubsw` on |w| and x carrying w's sign. Two such products are at most
+//! 2 * 128 * 127 = 32512, so the saturating 16-bit sum never saturates and the result is exact.
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Simd};
+
+/// Proof that AVX2, FMA and F16C exist here.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The token, where the machine has the features.
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
+            .then_some(Self(()))
+    }
+}
+
+/// Evaluates a group of value-only intrinsics.
+macro_rules! simd {
+    ($e:expr) => {{
+        // SAFETY: `self` is only made by `detect`, which saw the features; no intrinsic here touches memory.
+        unsafe { $e }
+    }};
+}
+
+/// Applies an intrinsic to both halves.
+macro_rules! halves {
+    ($f:ident($($a:expr),*)) => { simd!([$f($($a[0]),*), $f($($a[1]),*)]) };
+}
+
+/// One intrinsic that reads or writes memory.
+macro_rules! memory {
+    ($e:expr) => {{
+        // SAFETY: `self` proves the feature; the pointer is derived from an array reference and the access, unaligned,
+        // stays within that array.
+        unsafe { $e }
+    }};
+}
+
+impl Avx2 {
+    #[inline(always)]
+    fn load_i(self, v: &[u8; 4 * LANES]) -> [__m256i; 2] {
+        let p: *const __m256i = v.as_ptr().cast();
+        memory!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
+    }
+
+    #[inline(always)]
+    fn load_u16(self, v: &[u16; LANES]) -> [__m128i; 2] {
+        let p: *const __m128i = v.as_ptr().cast();
+        memory!([_mm_loadu_si128(p), _mm_loadu_si128(p.add(1))])
+    }
+}
+
+impl Simd for Avx2 {
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    /// The weights, and their absolute values as unsigned bytes.
+    type W = ([__m256i; 2], [__m256i; 2]);
+    type N = [__m256i; 2];
+    /// Sixteen-bit pair sums: eight additions of at most 2 * 15 * 127 stay below 32767.
+    type Acc = [__m256i; 2];
+
+    const TILE: usize = 6;
+
+    #[inline(always)]
+    fn splat(self, v: f32) -> Self::F {
+        simd!([_mm256_set1_ps(v); 2])
+    }
+    #[inline(always)]
+    fn load(self, v: &[f32; LANES]) -> Self::F {
+        let p = v.as_ptr();
+        memory!([_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))])
+    }
+    #[inline(always)]
+    fn store(self, v: Self::F, to: &mut [f32; LANES]) {
+        let p = to.as_mut_ptr();
+        memory!({
+            _mm256_storeu_ps(p, v[0]);
+            _mm256_storeu_ps(p.add(8), v[1]);
+        });
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        halves!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::F {
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        simd!([_mm256_round_ps::<MODE>(a[0]), _mm256_round_ps::<MODE>(a[1])])
+    }
+    #[inline(always)]
+    fn pow2(self, n: Self::F) -> Self::F {
+        simd!(n.map(|n| {
+            let biased = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+        }))
+    }
+    #[inline(always)]
+    fn from_f16(self, v: &[u16; LANES]) -> Self::F {
+        let v = self.load_u16(v);
+        halves!(_mm256_cvtph_ps(v))
+    }
+    #[inline(always)]
+    fn from_bf16(self, v: &[u16; LANES]) -> Self::F {
+        let v = self.load_u16(v);
+        simd!(v.map(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))))
+    }
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        simd!({
+            let a8 = _mm256_add_ps(a[0], a[1]);
+            let a4 = _mm_add_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps::<1>(a8));
+            let a2 = _mm_add_ps(a4, _mm_movehl_ps(a4, a4));
+            _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)))
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, a: Self::F) -> f32 {
+        simd!({
+            let a8 = _mm256_max_ps(a[0], a[1]);
+            let a4 = _mm_max_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps::<1>(a8));
+            let a2 = _mm_max_ps(a4, _mm_movehl_ps(a4, a4));
+            _mm_cvtss_f32(_mm_max_ss(a2, _mm_movehdup_ps(a2)))
+        })
+    }
+    #[inline(always)]
+    fn max_abs_bits(self, v: Self::F, so_far: u32) -> u32 {
+        simd!({
+            let mask = _mm256_set1_epi32(0x7fff_ffff);
+            let bits = v.map(|v| _mm256_and_si256(_mm256_castps_si256(v), mask));
+            let m8 = _mm256_max_epu32(bits[0], bits[1]);
+            let m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256::<1>(m8));
+            let m2 = _mm_max_epu32(m4, _mm_shuffle_epi32::<0b1110>(m4));
+            let m1 = _mm_max_epu32(m2, _mm_shuffle_epi32::<0b01>(m2));
+            _mm_cvtsi128_si32(m1).cast_unsigned().max(so_far)
+        })
+    }
+    #[inline(always)]
+    fn store_i8(self, v: Self::F, to: &mut [i8; LANES]) -> i32 {
+        let q = simd!({
+            let q = v.map(|v| _mm256_cvtps_epi32(v));
+            // Packing works within 128-bit halves; the permutation restores the order.
+            let q16 = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[0], q[1]));
+            _mm_packs_epi16(_mm256_castsi256_si128(q16), _mm256_extracti128_si256::<1>(q16))
+        });
+        memory!(_mm_storeu_si128(to.as_mut_ptr().cast(), q));
+        simd!({
+            let pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), q);
+            let quads = _mm_madd_epi16(pairs, _mm_set1_epi16(1));
+            let two = _mm_add_epi32(quads, _mm_shuffle_epi32::<0b1110>(quads));
+            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b01>(two)))
+        })
+    }
+    #[inline(always)]
+    fn to_f32(self, v: Self::I) -> Self::F {
+        halves!(_mm256_cvtepi32_ps(v))
+    }
+    #[inline(always)]
+    fn dot_start(self, _activation_sum: i32) -> Self::I {
+        simd!([_mm256_setzero_si256(); 2])
+    }
+    #[inline(always)]
+    fn weights(self, v: &[u8; 4 * LANES]) -> Self::W {
+        let w = self.load_i(v);
+        (w, halves!(_mm256_abs_epi8(w)))
+    }
+    #[inline(always)]
+    fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I {
+        let (w, magnitude) = w;
+        simd!({
+            let x = _mm256_set1_epi32(x);
+            let ones = _mm256_set1_epi16(1);
+            let signed = [_mm256_sign_epi8(x, w[0]), _mm256_sign_epi8(x, w[1])];
+            let pairs = [
+                _mm256_maddubs_epi16(magnitude[0], signed[0]),
+                _mm256_maddubs_epi16(magnitude[1], signed[1]),
+            ];
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(pairs[0], ones)),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(pairs[1], ones)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {
+        let v = self.load_i(v);
+        simd!({
+            let mask = _mm256_set1_epi8(15);
+            (
+                v.map(|v| _mm256_and_si256(v, mask)),
+                v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)),
+            )
+        })
+    }
+    #[inline(always)]
+    fn acc_zero(self) -> Self::Acc {
+        simd!([_mm256_setzero_si256(); 2])
+    }
+    #[inline(always)]
+    fn dot4_nibbles(self, acc: Self::Acc, w: Self::N, x: i32) -> Self::Acc {
+        simd!({
+            let x = _mm256_set1_epi32(x);
+            [
+                _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(w[0], x)),
+                _mm256_add_epi16(acc[1], _mm256_maddubs_epi16(w[1], x)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn acc_total(self, acc: Self::Acc) -> Self::I {
+        simd!(acc.map(|acc| _mm256_madd_epi16(acc, _mm256_set1_epi16(1))))
+    }
+}

@@ -1,0 +1,204 @@
+//! AVX-512 with VNNI: sixteen lanes are one register.
+//!
+//! `vpdpbusd` multiplies unsigned by signed bytes, so the weights are stored offset by 128 (their sign bit flipped) and
+//! the sum starts at -128 times the sum of the activations: the total is the same exact integer as everywhere else.
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Simd};
+
+/// Proof that AVX-512 F, BW, DQ, VL and VNNI exist here.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// The token, where the machine has the features (and those of the AVX2 level).
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && super::avx2::Avx2::detect().is_some())
+        .then_some(Self(()))
+    }
+}
+
+/// Evaluates a group of value-only intrinsics.
+macro_rules! simd {
+    ($e:expr) => {{
+        // SAFETY: `self` is only made by `detect`, which saw the features; no intrinsic here touches memory.
+        unsafe { $e }
+    }};
+}
+
+/// One intrinsic that reads or writes memory.
+macro_rules! memory {
+    ($e:expr) => {{
+        // SAFETY: `self` proves the feature; the pointer is derived from an array reference and the access, unaligned,
+        // stays within that array.
+        unsafe { $e }
+    }};
+}
+
+impl Avx512 {
+    #[inline(always)]
+    fn load_i(self, v: &[u8; 4 * LANES]) -> __m512i {
+        memory!(_mm512_loadu_si512(v.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn load_u16(self, v: &[u16; LANES]) -> __m256i {
+        memory!(_mm256_loadu_si256(v.as_ptr().cast()))
+    }
+
+    /// The lower and the upper eight lanes.
+    #[inline(always)]
+    fn halves(self, a: __m512) -> [__m256; 2] {
+        simd!([_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a)])
+    }
+}
+
+impl Simd for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+    type W = __m512i;
+    type N = __m512i;
+    type Acc = __m512i;
+
+    const TILE: usize = 24;
+
+    #[inline(always)]
+    fn splat(self, v: f32) -> Self::F {
+        simd!(_mm512_set1_ps(v))
+    }
+    #[inline(always)]
+    fn load(self, v: &[f32; LANES]) -> Self::F {
+        memory!(_mm512_loadu_ps(v.as_ptr()))
+    }
+    #[inline(always)]
+    fn store(self, v: Self::F, to: &mut [f32; LANES]) {
+        memory!(_mm512_storeu_ps(to.as_mut_ptr(), v));
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        simd!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        simd!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        simd!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        simd!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        simd!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        simd!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        simd!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::F {
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        simd!(_mm512_roundscale_ps::<MODE>(a))
+    }
+    #[inline(always)]
+    fn pow2(self, n: Self::F) -> Self::F {
+        simd!({
+            let biased = _mm512_add_epi32(_mm512_cvttps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        })
+    }
+    #[inline(always)]
+    fn from_f16(self, v: &[u16; LANES]) -> Self::F {
+        let v = self.load_u16(v);
+        simd!(_mm512_cvtph_ps(v))
+    }
+    #[inline(always)]
+    fn from_bf16(self, v: &[u16; LANES]) -> Self::F {
+        let v = self.load_u16(v);
+        simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v))))
+    }
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        let [low, high] = self.halves(a);
+        simd!({
+            let a8 = _mm256_add_ps(low, high);
+            let a4 = _mm_add_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps::<1>(a8));
+            let a2 = _mm_add_ps(a4, _mm_movehl_ps(a4, a4));
+            _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)))
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, a: Self::F) -> f32 {
+        let [low, high] = self.halves(a);
+        simd!({
+            let a8 = _mm256_max_ps(low, high);
+            let a4 = _mm_max_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps::<1>(a8));
+            let a2 = _mm_max_ps(a4, _mm_movehl_ps(a4, a4));
+            _mm_cvtss_f32(_mm_max_ss(a2, _mm_movehdup_ps(a2)))
+        })
+    }
+    #[inline(always)]
+    fn max_abs_bits(self, v: Self::F, so_far: u32) -> u32 {
+        simd!({
+            let bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff_ffff));
+            _mm512_reduce_max_epu32(bits).max(so_far)
+        })
+    }
+    #[inline(always)]
+    fn store_i8(self, v: Self::F, to: &mut [i8; LANES]) -> i32 {
+        let q = simd!(_mm512_cvtps_epi32(v));
+        let bytes = simd!(_mm512_cvtsepi32_epi8(q));
+        memory!(_mm_storeu_si128(to.as_mut_ptr().cast(), bytes));
+        simd!(_mm512_reduce_add_epi32(q))
+    }
+    #[inline(always)]
+    fn to_f32(self, v: Self::I) -> Self::F {
+        simd!(_mm512_cvtepi32_ps(v))
+    }
+    #[inline(always)]
+    fn dot_start(self, activation_sum: i32) -> Self::I {
+        simd!(_mm512_set1_epi32(-128 * activation_sum))
+    }
+    #[inline(always)]
+    fn weights(self, v: &[u8; 4 * LANES]) -> Self::W {
+        let v = self.load_i(v);
+        simd!(_mm512_xor_si512(v, _mm512_set1_epi8(i8::MIN)))
+    }
+    #[inline(always)]
+    fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I {
+        simd!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)))
+    }
+    #[inline(always)]
+    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {
+        let v = self.load_i(v);
+        simd!({
+            let mask = _mm512_set1_epi8(15);
+            (_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask))
+        })
+    }
+    #[inline(always)]
+    fn acc_zero(self) -> Self::Acc {
+        simd!(_mm512_setzero_si512())
+    }
+    #[inline(always)]
+    fn dot4_nibbles(self, acc: Self::Acc, w: Self::N, x: i32) -> Self::Acc {
+        simd!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)))
+    }
+    #[inline(always)]
+    fn acc_total(self, acc: Self::Acc) -> Self::I {
+        acc
+    }
+}
