@@ -5,9 +5,9 @@
 use std::cell::Cell;
 use std::sync::OnceLock;
 
+use crate::simd::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{avx2::Avx2, avx512::Avx512};
-use crate::simd::scalar::Scalar;
 
 /// An instruction set level. On other architectures than x86-64 only `Scalar` exists, which the compiler vectorises
 /// with whatever the target has.
@@ -84,10 +84,7 @@ pub(crate) fn current() -> Isa {
     static BEST: OnceLock<Isa> = OnceLock::new();
     FORCED.get().unwrap_or_else(|| {
         *BEST.get_or_init(|| {
-            [Level::Avx512, Level::Avx2]
-                .into_iter()
-                .find_map(Isa::detect)
-                .unwrap_or(Isa::Scalar(Scalar))
+            [Level::Avx512, Level::Avx2].into_iter().find_map(Isa::detect).unwrap_or(Isa::Scalar(Scalar))
         })
     })
 }

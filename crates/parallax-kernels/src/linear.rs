@@ -6,22 +6,22 @@
 //! chain runs over blocks of 32, whose integer dot products are exact.
 
 mod activations;
-mod panels;
+pub(crate) mod panels;
 mod tiles;
 
 use std::ops::Range;
 
 use half::bf16;
 
-use self::activations::with_quantized;
+use self::activations::{ActivationBlock, with_quantized};
 use self::panels::{Bf16Line, PackedDense};
 use self::tiles::{PackedBlocks, Q4Tile, Q8Tile, Q41Tile};
-use crate::dispatch;
+use crate::dispatch::{self, Isa};
 use crate::dtype::WeightKind;
 use crate::error::{KernelError, check_len, rows_of};
 use crate::parallel::{Shared, share, task_count};
 use crate::pool;
-use crate::simd::{LANES, Line};
+use crate::simd::{LANES, Line, Simd};
 
 /// Bytes of activations in a block of rows: half a small second-level cache.
 const ROW_BLOCK_BYTES: usize = 256 << 10;
@@ -145,7 +145,7 @@ impl PackedWeight {
     }
 
     /// Whether the product quantises its activations to eight bits.
-    fn wants_quantized(&self) -> bool {
+    pub(crate) fn wants_quantized(&self) -> bool {
         !matches!(self.0, Packed::F32(_) | Packed::Bf16(_))
     }
 }
@@ -199,15 +199,19 @@ pub fn linear_rows(
 /// One weight, the outputs wanted of it, and where they go.
 struct Product<'a> {
     weight: &'a PackedWeight,
+    rows: usize,
     out: Output<'a>,
 }
 
-/// Destination [T, columns.len()] of a product, written panel by panel from several threads.
+/// Destination of a product, written panel by panel from several threads.
 pub(crate) struct Output<'a> {
     y: Shared<'a, f32>,
+    /// Elements from one row of `y` to the next.
+    stride: usize,
+    /// The row of the left operand that row 0 of `y` belongs to.
+    first_row: usize,
     /// Outputs of the weight that are wanted; column 0 of `y` is `columns.start`.
     columns: Range<usize>,
-    rows: usize,
 }
 
 impl<'a> Product<'a> {
@@ -219,7 +223,8 @@ impl<'a> Product<'a> {
     ) -> Result<Self, KernelError> {
         let rows = rows_of("linear", "x", x.len(), weight.k())?;
         check_len("linear", "y", rows * columns.len(), y.len())?;
-        Ok(Self { weight, out: Output { y: Shared::new(y), columns, rows } })
+        let stride = columns.len();
+        Ok(Self { weight, rows, out: Output::new(y, stride, 0, columns) })
     }
 
     fn panels(&self) -> Range<usize> {
@@ -227,34 +232,65 @@ impl<'a> Product<'a> {
     }
 }
 
-impl Output<'_> {
-    /// Writes the sixteen outputs of `panel` for one row, as far as they are wanted.
+impl<'a> Output<'a> {
+    pub(crate) fn new(y: &'a mut [f32], stride: usize, first_row: usize, columns: Range<usize>) -> Self {
+        Self { y: Shared::new(y), stride, first_row, columns }
+    }
+
+    /// The part of `y` that holds the outputs of `panel` for one row, and the lanes they come from.
     ///
     /// # Safety
-    /// No two threads may write the same panel of the same output.
+    /// No two threads may ask for the same row and panel of the same output at the same time.
     #[inline(always)]
-    unsafe fn write(&self, row: usize, panel: usize, lanes: &[f32; LANES]) {
+    pub(crate) unsafe fn segment(&self, row: usize, panel: usize) -> (&mut [f32], Range<usize>) {
         let first = panel * LANES;
         let from = self.columns.start.max(first);
         let to = self.columns.end.min(first + LANES);
-        let start = row * self.columns.len() + (from - self.columns.start);
-        // SAFETY: the segment belongs to this panel and row, which by contract nobody else writes.
+        let start = (row - self.first_row) * self.stride + (from - self.columns.start);
+        // SAFETY: the segment belongs to this panel and row, which by contract nobody else holds.
         let segment = unsafe { self.y.slice(start..start + (to - from)) };
-        segment.copy_from_slice(&lanes[from - first..to - first]);
+        (segment, from - first..to - first)
+    }
+
+    /// Writes the sixteen outputs of `panel` for one row, as far as they are wanted.
+    ///
+    /// # Safety
+    /// As for [`Output::segment`].
+    #[inline(always)]
+    pub(crate) unsafe fn write<S: Simd>(&self, s: S, row: usize, panel: usize, value: S::F) {
+        // SAFETY: the caller's promise is the one required.
+        let (segment, lanes) = unsafe { self.segment(row, panel) };
+        if let Ok(line) = <&mut [f32; LANES]>::try_from(&mut *segment) {
+            s.store(value, line);
+        } else {
+            let mut line = [0.0; LANES];
+            s.store(value, &mut line);
+            segment.copy_from_slice(&line[lanes]);
+        }
+    }
+
+    /// Reads what [`Output::write`] would write; lanes that are not wanted are zero.
+    ///
+    /// # Safety
+    /// As for [`Output::segment`].
+    #[inline(always)]
+    pub(crate) unsafe fn read<S: Simd>(&self, s: S, row: usize, panel: usize) -> S::F {
+        // SAFETY: the caller's promise is the one required.
+        let (segment, lanes) = unsafe { self.segment(row, panel) };
+        let mut line = [0.0; LANES];
+        line[lanes].copy_from_slice(segment);
+        s.load(&line)
     }
 }
 
 fn run(x: &[f32], jobs: &[Product<'_>]) {
     let Some(first) = jobs.first() else { return };
-    let (rows, k) = (first.out.rows, first.weight.k());
-    if rows == 0 {
-        return;
-    }
+    let (rows, k) = (first.rows, first.weight.k());
     let isa = dispatch::current();
     let total: usize = jobs.iter().map(|j| j.panels().len()).sum();
     let tasks = task_count(total, rows * k * LANES);
     let quantized = jobs.iter().any(|j| j.weight.wants_quantized());
-    with_quantized(isa, quantized.then_some(x), k, |blocks| {
+    with_left(isa, x, k, quantized, |left| {
         pool::run(tasks, |task| {
             let mine = share(total, tasks, task);
             let mut before = 0;
@@ -263,28 +299,59 @@ fn run(x: &[f32], jobs: &[Product<'_>]) {
                 let from = mine.start.clamp(before, before + panels.len()) - before;
                 let to = mine.end.clamp(before, before + panels.len()) - before;
                 before += panels.len();
-                let part = panels.start + from..panels.start + to;
-                if part.is_empty() {
-                    continue;
-                }
-                for rows in row_blocks(rows, k) {
-                    match &job.weight.0 {
-                        Packed::F32(w) => w.multiply(isa, x, rows, part.clone(), &job.out),
-                        Packed::Bf16(w) => w.multiply(isa, x, rows, part.clone(), &job.out),
-                        Packed::Q8_0(w) => w.multiply(isa, blocks, rows, part.clone(), &job.out),
-                        Packed::Q4_0(w) => w.multiply(isa, blocks, rows, part.clone(), &job.out),
-                        Packed::Q4_1(w) => w.multiply(isa, blocks, rows, part.clone(), &job.out),
-                    }
-                }
+                job.weight.multiply(left, 0..rows, panels.start + from..panels.start + to, &job.out);
             }
         });
     });
 }
 
+/// The left operand of a product: plain, and quantised where a weight wants it so.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    isa: Isa,
+    x: &'a [f32],
+    blocks: &'a [ActivationBlock],
+}
+
+/// Prepares `x` [T, K] for products, with its quantised form if `quantized`.
+pub(crate) fn with_left<R>(
+    isa: Isa,
+    x: &[f32],
+    k: usize,
+    quantized: bool,
+    f: impl FnOnce(Left<'_>) -> R,
+) -> R {
+    with_quantized(isa, quantized.then_some(x), k, |blocks| f(Left { isa, x, blocks }))
+}
+
+impl PackedWeight {
+    /// Computes the outputs of `panels` for `rows`. Different tasks must be given different panels of one output.
+    pub(crate) fn multiply(
+        &self,
+        left: Left<'_>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    ) {
+        if panels.is_empty() {
+            return;
+        }
+        for rows in row_blocks(rows, self.k()) {
+            match &self.0 {
+                Packed::F32(w) => w.multiply(left.isa, left.x, rows, panels.clone(), out),
+                Packed::Bf16(w) => w.multiply(left.isa, left.x, rows, panels.clone(), out),
+                Packed::Q8_0(w) => w.multiply(left.isa, left.blocks, rows, panels.clone(), out),
+                Packed::Q4_0(w) => w.multiply(left.isa, left.blocks, rows, panels.clone(), out),
+                Packed::Q4_1(w) => w.multiply(left.isa, left.blocks, rows, panels.clone(), out),
+            }
+        }
+    }
+}
+
 /// Splits the rows so that a block's activations stay in the second-level cache while the weights stream past.
-fn row_blocks(rows: usize, k: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn row_blocks(rows: Range<usize>, k: usize) -> impl Iterator<Item = Range<usize>> {
     let size = (ROW_BLOCK_BYTES / (4 * k.max(1)) / ROW_MULTIPLE).max(1) * ROW_MULTIPLE;
-    (0..rows).step_by(size).map(move |from| from..(from + size).min(rows))
+    rows.clone().step_by(size).map(move |from| from..(from + size).min(rows.end))
 }
 
 #[cfg(test)]

@@ -158,7 +158,8 @@ impl Pool {
             let asleep = Arc::new(AtomicBool::new(false));
             let flag = Arc::clone(&asleep);
             let name = format!("kernels-{}", workers.len() + 1);
-            let Ok(handle) = thread::Builder::new().name(name).spawn(move || shared.work_forever(&flag)) else {
+            let Ok(handle) = thread::Builder::new().name(name).spawn(move || shared.work_forever(&flag))
+            else {
                 return;
             };
             workers.push(Worker { thread: handle.thread().clone(), asleep });

@@ -17,6 +17,14 @@ pub(crate) const LANES: usize = 16;
 #[repr(C, align(64))]
 pub(crate) struct Line(pub [f32; LANES]);
 
+/// The elements of consecutive lines.
+#[inline(always)]
+pub(crate) fn flat(lines: &[Line]) -> &[f32] {
+    const { assert!(size_of::<Line>() == 4 * LANES) };
+    // SAFETY: a line is exactly sixteen floats without padding (asserted above), so `lines` is one run of floats.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * LANES) }
+}
+
 /// Operations on sixteen lanes. A value of the implementing type proves that the instructions exist.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen f32.
@@ -101,18 +109,31 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.mul(s.mul(p, s.pow2(half)), s.pow2(s.sub(n, half)))
 }
 
-/// Splits a slice into whole lines and a rest of fewer than sixteen.
+/// Sixteen elements of `v` from `i` on; lanes past the end are `fill`.
 #[inline(always)]
-pub(crate) fn lines(v: &[f32]) -> (&[[f32; LANES]], &[f32]) {
-    v.as_chunks::<LANES>()
+pub(crate) fn read<S: Simd>(s: S, v: &[f32], i: usize, fill: f32) -> S::F {
+    let rest = &v[i..];
+    match rest.first_chunk::<LANES>() {
+        Some(line) => s.load(line),
+        None => {
+            let mut line = [fill; LANES];
+            line[..rest.len()].copy_from_slice(rest);
+            s.load(&line)
+        }
+    }
 }
 
-/// The rest of a slice, padded with `fill` to a line.
+/// Writes sixteen elements of `v` from `i` on; lanes past the end are dropped.
 #[inline(always)]
-pub(crate) fn padded(rest: &[f32], fill: f32) -> [f32; LANES] {
-    let mut line = [fill; LANES];
-    line[..rest.len()].copy_from_slice(rest);
-    line
+pub(crate) fn write<S: Simd>(s: S, v: &mut [f32], i: usize, lanes: S::F) {
+    let rest = &mut v[i..];
+    if let Some(line) = rest.first_chunk_mut::<LANES>() {
+        s.store(lanes, line);
+    } else {
+        let mut line = [0.0; LANES];
+        s.store(lanes, &mut line);
+        rest.copy_from_slice(&line[..rest.len()]);
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use crate::dispatch::{Isa, simd_kernel};
 use crate::dtype::BLOCK;
 use crate::parallel::for_rows;
-use crate::simd::{LANES, Simd};
+use crate::simd::LANES;
 
 /// Thirty-two activations: `scale * q`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,7 +37,9 @@ pub(crate) fn with_quantized<R>(
     // Taken out, not borrowed: a nested product on this thread then simply allocates its own.
     let mut blocks = SCRATCH.with(|s| std::mem::take(&mut *s.borrow_mut()));
     blocks.resize(x.len() / BLOCK, EMPTY);
-    for_rows(&mut blocks, k / BLOCK, k * 4, |rows, chunk| quantize(isa, &x[rows.start * k..rows.end * k], chunk));
+    for_rows(&mut blocks, k / BLOCK, k * 4, |rows, chunk| {
+        quantize(isa, &x[rows.start * k..rows.end * k], chunk)
+    });
     let result = f(&blocks);
     SCRATCH.with(|s| *s.borrow_mut() = blocks);
     result

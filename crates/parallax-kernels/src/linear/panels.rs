@@ -21,6 +21,24 @@ pub(super) struct PackedDense<L> {
 #[repr(C, align(32))]
 pub(super) struct Bf16Line([u16; LANES]);
 
+/// The left operand: rows of at least as many elements as a panel has lines, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub x: &'a [f32],
+    pub stride: usize,
+    /// Whether the sums go on from what the output holds.
+    pub continued: bool,
+}
+
+/// The right operand: `stride` lines per panel, of which `inner` lines from `first` on take part.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a, L> {
+    pub lines: &'a [L],
+    pub stride: usize,
+    pub first: usize,
+    pub inner: usize,
+}
+
 /// Sixteen outputs' weights for one input.
 pub(super) trait DenseLine: Copy {
     type Element: Copy;
@@ -28,7 +46,14 @@ pub(super) trait DenseLine: Copy {
     fn set(&mut self, lane: usize, value: Self::Element);
     fn get(&self, lane: usize) -> f32;
     fn load<S: Simd>(&self, s: S) -> S::F;
-    fn kernel(isa: Isa, x: &[f32], k: usize, w: &[Self], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>);
+    fn kernel(
+        isa: Isa,
+        x: Rows<'_>,
+        w: Panels<'_, Self>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    );
 }
 
 impl DenseLine for Line {
@@ -45,8 +70,15 @@ impl DenseLine for Line {
     fn load<S: Simd>(&self, s: S) -> S::F {
         s.load(&self.0)
     }
-    fn kernel(isa: Isa, x: &[f32], k: usize, w: &[Self], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        dense_f32(isa, x, k, w, rows, panels, out);
+    fn kernel(
+        isa: Isa,
+        x: Rows<'_>,
+        w: Panels<'_, Self>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    ) {
+        dense_f32(isa, x, w, rows, panels, out);
     }
 }
 
@@ -64,8 +96,15 @@ impl DenseLine for Bf16Line {
     fn load<S: Simd>(&self, s: S) -> S::F {
         s.from_bf16(&self.0)
     }
-    fn kernel(isa: Isa, x: &[f32], k: usize, w: &[Self], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        dense_bf16(isa, x, k, w, rows, panels, out);
+    fn kernel(
+        isa: Isa,
+        x: Rows<'_>,
+        w: Panels<'_, Self>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    ) {
+        dense_bf16(isa, x, w, rows, panels, out);
     }
 }
 
@@ -102,20 +141,30 @@ impl<L: DenseLine> PackedDense<L> {
     }
 
     /// Computes the outputs of `panels` for `rows` of `x`. Different tasks must be given different panels.
-    pub(super) fn multiply(&self, isa: Isa, x: &[f32], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        L::kernel(isa, x, self.k, &self.lines, rows, panels, out);
+    pub(super) fn multiply(
+        &self,
+        isa: Isa,
+        x: &[f32],
+        rows: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    ) {
+        let x = Rows { x, stride: self.k, continued: false };
+        let w = Panels { lines: &self.lines, stride: self.k, first: 0, inner: self.k };
+        L::kernel(isa, x, w, rows, panels, out);
     }
 }
 
 simd_kernel! {
-    fn dense_f32(s; x: &[f32], k: usize, w: &[Line], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        walk(s, x, k, w, rows, panels, out);
+    /// Products with f32 panels; see [`walk`].
+    pub(crate) fn dense_f32(s; x: Rows<'_>, w: Panels<'_, Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
+        walk(s, x, w, rows, panels, out);
     }
 }
 
 simd_kernel! {
-    fn dense_bf16(s; x: &[f32], k: usize, w: &[Bf16Line], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        walk(s, x, k, w, rows, panels, out);
+    fn dense_bf16(s; x: Rows<'_>, w: Panels<'_, Bf16Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
+        walk(s, x, w, rows, panels, out);
     }
 }
 
@@ -123,9 +172,8 @@ simd_kernel! {
 #[inline(always)]
 fn walk<S: Simd, L: DenseLine>(
     s: S,
-    x: &[f32],
-    k: usize,
-    w: &[L],
+    x: Rows<'_>,
+    w: Panels<'_, L>,
     rows: Range<usize>,
     panels: Range<usize>,
     out: &Output<'_>,
@@ -135,11 +183,11 @@ fn walk<S: Simd, L: DenseLine>(
         let left = panels.end - panel;
         // Few rows: several panels at a time, to have enough independent sums in flight.
         panel += if rows.len() <= 2 && left >= 4 {
-            walk_rows::<S, L, 4>(s, x, k, w, rows.clone(), panel, out)
+            walk_rows::<S, L, 4>(s, x, w, rows.clone(), panel, out)
         } else if (S::TILE >= 24 || rows.len() <= 4) && left >= 2 {
-            walk_rows::<S, L, 2>(s, x, k, w, rows.clone(), panel, out)
+            walk_rows::<S, L, 2>(s, x, w, rows.clone(), panel, out)
         } else {
-            walk_rows::<S, L, 1>(s, x, k, w, rows.clone(), panel, out)
+            walk_rows::<S, L, 1>(s, x, w, rows.clone(), panel, out)
         };
     }
 }
@@ -148,27 +196,26 @@ fn walk<S: Simd, L: DenseLine>(
 #[inline(always)]
 fn walk_rows<S: Simd, L: DenseLine, const P: usize>(
     s: S,
-    x: &[f32],
-    k: usize,
-    w: &[L],
+    x: Rows<'_>,
+    w: Panels<'_, L>,
     rows: Range<usize>,
     panel: usize,
     out: &Output<'_>,
 ) -> usize {
-    let w: [&[L]; P] = std::array::from_fn(|p| &w[(panel + p) * k..(panel + p + 1) * k]);
+    let w: [&[L]; P] = std::array::from_fn(|p| &w.lines[(panel + p) * w.stride + w.first..][..w.inner]);
     let mut row = rows.start;
     while row < rows.end {
         let left = rows.end - row;
         row += if P <= 2 && S::TILE >= 24 && left >= 12 {
-            tile::<S, L, 12, P>(s, x, k, w, row, panel, out)
+            tile::<S, L, 12, P>(s, x, w, row, panel, out)
         } else if P * 6 <= S::TILE && left >= 6 {
-            tile::<S, L, 6, P>(s, x, k, w, row, panel, out)
+            tile::<S, L, 6, P>(s, x, w, row, panel, out)
         } else if P <= 2 && left >= 3 {
-            tile::<S, L, 3, P>(s, x, k, w, row, panel, out)
+            tile::<S, L, 3, P>(s, x, w, row, panel, out)
         } else if P <= 2 && left >= 2 {
-            tile::<S, L, 2, P>(s, x, k, w, row, panel, out)
+            tile::<S, L, 2, P>(s, x, w, row, panel, out)
         } else {
-            tile::<S, L, 1, P>(s, x, k, w, row, panel, out)
+            tile::<S, L, 1, P>(s, x, w, row, panel, out)
         };
     }
     P
@@ -178,31 +225,37 @@ fn walk_rows<S: Simd, L: DenseLine, const P: usize>(
 #[inline(always)]
 fn tile<S: Simd, L: DenseLine, const R: usize, const P: usize>(
     s: S,
-    x: &[f32],
-    k: usize,
+    x: Rows<'_>,
     w: [&[L]; P],
     row: usize,
     panel: usize,
     out: &Output<'_>,
 ) -> usize {
-    let x: [&[f32]; R] = std::array::from_fn(|r| &x[(row + r) * k..][..k]);
+    let k = w[0].len();
+    let rows: [&[f32]; R] = std::array::from_fn(|r| &x.x[(row + r) * x.stride..][..k]);
     let w: [&[L]; P] = std::array::from_fn(|p| &w[p][..k]);
     let mut acc = [[s.splat(0.0); P]; R];
+    if x.continued {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (p, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: the panels of this call belong to this task alone.
+                *acc = unsafe { out.read(s, row + r, panel + p) };
+            }
+        }
+    }
     for i in 0..k {
         let lines: [S::F; P] = std::array::from_fn(|p| w[p][i].load(s));
         for r in 0..R {
-            let v = s.splat(x[r][i]);
+            let v = s.splat(rows[r][i]);
             for p in 0..P {
                 acc[r][p] = s.fma(v, lines[p], acc[r][p]);
             }
         }
     }
-    let mut lanes = [0.0; LANES];
     for (r, acc) in acc.into_iter().enumerate() {
         for (p, acc) in acc.into_iter().enumerate() {
-            s.store(acc, &mut lanes);
             // SAFETY: the panels of this call belong to this task alone.
-            unsafe { out.write(row + r, panel + p, &lanes) };
+            unsafe { out.write(s, row + r, panel + p, acc) };
         }
     }
     R

@@ -5,8 +5,6 @@
 
 use std::ops::Range;
 
-use half::f16;
-
 use super::Output;
 use super::activations::ActivationBlock;
 use crate::dispatch::{Isa, simd_kernel};
@@ -82,7 +80,8 @@ fn group(x: &ActivationBlock, g: usize) -> i32 {
 
 fn set_nibbles(groups: &mut [[u8; 4 * LANES]; GROUPS / 2], lane: usize, q: &[i8; BLOCK]) {
     for i in 0..BLOCK / 2 {
-        groups[i / 4][4 * lane + i % 4] = (q[i].cast_unsigned() & 15) | (q[i + BLOCK / 2].cast_unsigned() << 4);
+        groups[i / 4][4 * lane + i % 4] =
+            (q[i].cast_unsigned() & 15) | (q[i + BLOCK / 2].cast_unsigned() << 4);
     }
 }
 
@@ -355,11 +354,9 @@ fn rows_by_panel<S: Simd, T: Tile, const R: usize>(
     for (b, tile) in tiles.iter().enumerate() {
         tile.multiply(s, std::array::from_fn(|r| &x[r][b]), &mut acc);
     }
-    let mut lanes = [0.0; LANES];
     for (r, acc) in acc.into_iter().enumerate() {
-        s.store(acc, &mut lanes);
         // SAFETY: the panels of this call belong to this task alone.
-        unsafe { out.write(row + r, panel, &lanes) };
+        unsafe { out.write(s, row + r, panel, acc) };
     }
     R
 }

@@ -18,7 +18,10 @@ fn every_task_runs_exactly_once() {
             run(n_tasks, |i| {
                 counts[i].fetch_add(1, Ordering::Relaxed);
             });
-            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{n_tasks} tasks, {n_threads} threads");
+            assert!(
+                counts.iter().all(|c| c.load(Ordering::Relaxed) == 1),
+                "{n_tasks} tasks, {n_threads} threads"
+            );
         }
     }
     set_threads(2);

@@ -117,9 +117,7 @@ impl Simd for Scalar {
     #[inline(always)]
     fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I {
         let x = x.to_le_bytes().map(|b| i32::from(b.cast_signed()));
-        std::array::from_fn(|o| {
-            (0..4).fold(acc[o], |sum, j| sum + i32::from(w[4 * o + j]) * x[j])
-        })
+        std::array::from_fn(|o| (0..4).fold(acc[o], |sum, j| sum + i32::from(w[4 * o + j]) * x[j]))
     }
     #[inline(always)]
     fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {

@@ -1,0 +1,241 @@
+//! Causal grouped-query attention: over a paged key-value store (inference) and over packed sequences (training).
+//!
+//! Both run the same core, which sees one row's keys in order from position 0 and nothing else, so prefill, decode,
+//! chunking, batching and training give a row the same bits. Keys are stored transposed within a page: sixteen keys are
+//! the lanes of a score, and no score needs a horizontal sum.
+
+mod backward;
+mod core;
+
+use std::cell::RefCell;
+
+pub use self::backward::causal_attention_backward;
+use self::core::{Geometry, Queries, attend};
+use crate::dispatch;
+use crate::error::{KernelError, check_len, rows_of};
+use crate::parallel::{Shared, share, task_count};
+use crate::pool;
+use crate::simd::LANES;
+
+/// One layer's key-value pages. Page layout is private to this module; see [`page_len`] for its size.
+#[derive(Debug, Clone, Copy)]
+pub struct KvPages<'a> {
+    /// Keys: a whole number of pages.
+    pub k: &'a [f32],
+    /// Values: as many pages.
+    pub v: &'a [f32],
+    /// Tokens per page; a multiple of 16.
+    pub page_tokens: usize,
+    /// Pages of each sequence, in order of position.
+    pub tables: &'a [Vec<u32>],
+    /// Key-value heads (K).
+    pub n_kv_heads: usize,
+    /// Elements per head (D).
+    pub head_dim: usize,
+}
+
+/// [`KvPages`] to be written.
+#[derive(Debug)]
+pub struct KvPagesMut<'a> {
+    /// Keys: a whole number of pages.
+    pub k: &'a mut [f32],
+    /// Values: as many pages.
+    pub v: &'a mut [f32],
+    /// Tokens per page; a multiple of 16.
+    pub page_tokens: usize,
+    /// Pages of each sequence, in order of position.
+    pub tables: &'a [Vec<u32>],
+    /// Key-value heads (K).
+    pub n_kv_heads: usize,
+    /// Elements per head (D).
+    pub head_dim: usize,
+}
+
+/// A row of a batch: which sequence it extends, and how many of that sequence's keys it sees, its own included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowRef {
+    /// Index into the tables.
+    pub seq: usize,
+    /// Keys seen; the row's own position is `n_keys - 1`.
+    pub n_keys: usize,
+}
+
+/// Elements that one page takes in the key store, and as many in the value store.
+pub fn page_len(page_tokens: usize, n_kv_heads: usize, head_dim: usize) -> usize {
+    n_kv_heads * page_tokens * head_dim.next_multiple_of(LANES)
+}
+
+/// Stores `k` and `v` [T, K, D]: row `t` at position `rows[t].n_keys - 1` of its sequence.
+///
+/// # Errors
+/// When the lengths do not fit together or a row leaves its sequence's pages.
+pub fn append_kv(kv: &mut KvPagesMut<'_>, rows: &[RowRef], k: &[f32], v: &[f32]) -> Result<(), KernelError> {
+    let op = "append_kv";
+    let view = KvPages {
+        k: &*kv.k,
+        v: &*kv.v,
+        page_tokens: kv.page_tokens,
+        tables: kv.tables,
+        n_kv_heads: kv.n_kv_heads,
+        head_dim: kv.head_dim,
+    };
+    let geometry = Geometry::check(op, &view, rows)?;
+    let width = kv.n_kv_heads * kv.head_dim;
+    check_len(op, "k", rows.len() * width, k.len())?;
+    check_len(op, "v", rows.len() * width, v.len())?;
+    let (tables, heads) = (kv.tables, kv.n_kv_heads);
+    let (k_store, v_store) = (Shared::new(kv.k), Shared::new(kv.v));
+    let tasks = task_count(heads, rows.len() * kv.head_dim * 4);
+    pool::run(tasks, |task| {
+        for head in share(heads, tasks, task) {
+            for (t, row) in rows.iter().enumerate() {
+                let position = row.n_keys - 1;
+                let page = tables[row.seq][position / geometry.page_tokens] as usize;
+                let region = geometry.head_region(page, head);
+                let new = t * width + head * geometry.head_dim..t * width + (head + 1) * geometry.head_dim;
+                // SAFETY: a head's region in any page is touched by the one task that owns the head.
+                let (keys, values) = unsafe { (k_store.slice(region.clone()), v_store.slice(region)) };
+                geometry.store(keys, values, position % geometry.page_tokens, &k[new.clone()], &v[new]);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Attention of `q` [T, Q, D] over the pages, into `out` [T, Q, D]. Query head `h` reads key-value head `h / (Q / K)`;
+/// scores are multiplied by `scale`.
+///
+/// # Errors
+/// When the lengths do not fit together, Q is not a multiple of K, or a row leaves its sequence's pages.
+pub fn paged_attention(
+    q: &[f32],
+    n_heads: usize,
+    rows: &[RowRef],
+    kv: &KvPages<'_>,
+    scale: f32,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    attention("paged_attention", q, n_heads, rows, kv, scale, out, None)
+}
+
+/// Attention within packed sequences: sequence `i` is rows `cu_seqlens[i]..cu_seqlens[i + 1]` of `q` [T, Q, D], `k` and
+/// `v` [T, K, D]. Writes `out` [T, Q, D] and, for the backward pass, the log-sum-exp of each row's scaled scores to `lse`
+/// [T, Q]. Bit-equal to [`paged_attention`] over the same rows.
+///
+/// # Errors
+/// When the lengths do not fit together or `cu_seqlens` does not ascend from 0 to T.
+#[expect(clippy::too_many_arguments, reason = "operands, shape, results; a struct would only rename them")]
+pub fn causal_attention_forward(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    cu_seqlens: &[u32],
+    scale: f32,
+    out: &mut [f32],
+    lse: &mut [f32],
+) -> Result<(), KernelError> {
+    let op = "causal_attention";
+    let total = rows_of(op, "k", k.len(), n_kv_heads * head_dim)?;
+    check_sequences(op, cu_seqlens, total)?;
+    let (mut rows, mut tables, mut n_pages) = (Vec::with_capacity(total), Vec::new(), 0u32);
+    for (seq, bounds) in cu_seqlens.windows(2).enumerate() {
+        let len = (bounds[1] - bounds[0]) as usize;
+        rows.extend((1..=len).map(|n_keys| RowRef { seq, n_keys }));
+        let pages = len.div_ceil(LANES) as u32;
+        tables.push((n_pages..n_pages + pages).collect::<Vec<u32>>());
+        n_pages += pages;
+    }
+    let len = n_pages as usize * page_len(LANES, n_kv_heads, head_dim);
+    let (mut keys, mut values) = STORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
+    keys.resize(len, 0.0);
+    values.resize(len, 0.0);
+    let (page_tokens, tables) = (LANES, tables.as_slice());
+    let mut store = KvPagesMut { k: &mut keys, v: &mut values, page_tokens, tables, n_kv_heads, head_dim };
+    let result = append_kv(&mut store, &rows, k, v).and_then(|()| {
+        let store = KvPages { k: &keys, v: &values, page_tokens, tables, n_kv_heads, head_dim };
+        attention(op, q, n_heads, &rows, &store, scale, out, Some(lse))
+    });
+    STORES.with(|s| *s.borrow_mut() = (keys, values));
+    result
+}
+
+thread_local! {
+    /// Keys and values of the sequences of a training batch, in page layout.
+    static STORES: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+fn check_sequences(op: &'static str, cu_seqlens: &[u32], total: usize) -> Result<(), KernelError> {
+    let ascending = cu_seqlens.windows(2).all(|w| w[0] <= w[1]);
+    if cu_seqlens.first() != Some(&0) || !ascending {
+        let rule = "sequence bounds must ascend from 0";
+        return Err(KernelError::BadDimension { op, what: "cu_seqlens", got: cu_seqlens.len(), rule });
+    }
+    check_len(op, "rows of all sequences", cu_seqlens.last().map_or(0, |&n| n as usize), total)
+}
+
+/// Query heads per key-value head.
+fn group_size(op: &'static str, n_heads: usize, n_kv_heads: usize) -> Result<usize, KernelError> {
+    if n_heads == 0 || n_kv_heads == 0 || !n_heads.is_multiple_of(n_kv_heads) {
+        let rule = "must be a positive multiple of the key-value heads";
+        return Err(KernelError::BadDimension { op, what: "query heads", got: n_heads, rule });
+    }
+    Ok(n_heads / n_kv_heads)
+}
+
+/// Rows that share their pages are taken in blocks of this many, so that a page is read once for all of them.
+const ROW_BLOCK: usize = 16;
+
+#[expect(clippy::too_many_arguments, reason = "operands, shape, results; a struct would only rename them")]
+fn attention(
+    op: &'static str,
+    q: &[f32],
+    n_heads: usize,
+    rows: &[RowRef],
+    kv: &KvPages<'_>,
+    scale: f32,
+    out: &mut [f32],
+    lse: Option<&mut [f32]>,
+) -> Result<(), KernelError> {
+    let geometry = Geometry::check(op, kv, rows)?;
+    let group = group_size(op, n_heads, kv.n_kv_heads)?;
+    let width = n_heads * kv.head_dim;
+    check_len(op, "q", rows.len() * width, q.len())?;
+    check_len(op, "out", rows.len() * width, out.len())?;
+    if let Some(lse) = &lse {
+        check_len(op, "lse", rows.len() * n_heads, lse.len())?;
+    }
+    let blocks = blocks_of_rows(rows);
+    let keys: usize = rows.iter().map(|r| r.n_keys).sum();
+    let items = blocks.len() * kv.n_kv_heads;
+    let tasks = task_count(items, keys * group * kv.head_dim * 2 / blocks.len().max(1));
+    let (out, lse) = (Shared::new(out), lse.map(Shared::new));
+    let isa = dispatch::current();
+    pool::run(tasks, |task| {
+        for item in share(items, tasks, task) {
+            // Later blocks of a long prompt see more keys; alternating their order evens out the shares.
+            let (block, head) = (item / kv.n_kv_heads, item % kv.n_kv_heads);
+            let range = blocks[block].clone();
+            let queries = Queries { q, rows, range, n_heads, head, group, scale };
+            attend(isa, kv, geometry, &queries, &out, lse.as_ref());
+        }
+    });
+    Ok(())
+}
+
+/// Runs of consecutive rows of one sequence, at most [`ROW_BLOCK`] long.
+fn blocks_of_rows(rows: &[RowRef]) -> Vec<std::ops::Range<usize>> {
+    let mut blocks: Vec<std::ops::Range<usize>> = Vec::new();
+    for (t, row) in rows.iter().enumerate() {
+        match blocks.last_mut() {
+            Some(last) if rows[last.start].seq == row.seq && last.len() < ROW_BLOCK => last.end = t + 1,
+            _ => blocks.push(t..t + 1),
+        }
+    }
+    blocks
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+//! Log-probabilities straight from the last hidden states, without a [T, V] matrix, and their gradient.
+
+use super::{Normalizer, VOCAB_BLOCK, block_normalizer, check_targets, join_blocks};
+use crate::dispatch::{self, simd_kernel};
+use crate::error::{KernelError, check_len, rows_of};
+use crate::linear::{Output, PackedWeight, linear_rows, with_left};
+use crate::matmul::{gemm_nn, gemm_tn};
+use crate::parallel::{Shared, for_rows};
+use crate::pool;
+use crate::simd::{LANES, exp, read, write};
+
+/// Rows whose block of logits is held at a time, by each thread.
+const ROW_BLOCK: usize = 48;
+
+/// Log-probability of `targets[t]` given the hidden row `x[t]` of [T, H] and the output head [V, H], into `out` [T]; the
+/// log-sum-exp of each row's logits, which the backward pass needs, into `lse` [T].
+///
+/// Bit-equal to [`super::token_logprobs`] over the logits of [`crate::linear::linear`].
+///
+/// # Errors
+/// When the lengths do not fit together or a target is not below V.
+pub fn head_logprob(
+    x: &[f32],
+    head: &PackedWeight,
+    targets: &[u32],
+    out: &mut [f32],
+    lse: &mut [f32],
+) -> Result<(), KernelError> {
+    let op = "head_logprob";
+    let rows = rows_of(op, "x", x.len(), head.k())?;
+    check_targets(op, targets, rows, head.n())?;
+    check_len(op, "out", rows, out.len())?;
+    check_len(op, "lse", rows, lse.len())?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let isa = dispatch::current();
+    let blocks = head.n().div_ceil(VOCAB_BLOCK);
+    let mut parts = vec![Normalizer::EMPTY; blocks * rows];
+    {
+        let (parts, picked) = (Shared::new(&mut parts), Shared::new(&mut *out));
+        with_left(isa, x, head.k(), head.wants_quantized(), |left| {
+            pool::run(blocks, |block| {
+                let columns = block * VOCAB_BLOCK..((block + 1) * VOCAB_BLOCK).min(head.n());
+                let width = columns.len();
+                let panels = columns.start / LANES..columns.end.div_ceil(LANES);
+                let mut logits = vec![0.0; ROW_BLOCK.min(rows) * width];
+                // SAFETY: each task has its own block of parts.
+                let parts = unsafe { parts.slice(block * rows..(block + 1) * rows) };
+                for first in (0..rows).step_by(ROW_BLOCK) {
+                    let mine = first..(first + ROW_BLOCK).min(rows);
+                    let logits = &mut logits[..mine.len() * width];
+                    let to = Output::new(&mut *logits, width, first, columns.clone());
+                    head.multiply(left, mine.clone(), panels.clone(), &to);
+                    for (row, logits) in mine.zip(logits.chunks_exact(width)) {
+                        parts[row] = block_normalizer(isa, logits);
+                        let target = targets[row] as usize;
+                        if columns.contains(&target) {
+                            // SAFETY: a row's target lies in one block, whose task alone writes here.
+                            let picked = unsafe { picked.slice(row..row + 1) };
+                            picked[0] = logits[target - columns.start];
+                        }
+                    }
+                }
+            });
+        });
+    }
+    for (row, (out, lse)) in out.iter_mut().zip(lse).enumerate() {
+        let whole = join_blocks(isa, &mut (0..blocks).map(|b| parts[b * rows + row]));
+        *out = whole.log_p(*out);
+        *lse = whole.max + whole.ln_sum();
+    }
+    Ok(())
+}
+
+/// Gradient of [`head_logprob`]: overwrites `dx` [T, H] and adds to `dw` [V, H] where wanted, given `lse` [T] of the forward
+/// pass and `dout` [T]. With p = softmax(logits): `dx = dout * (W[target] - sum_v p_v W_v)`.
+///
+/// # Errors
+/// When the lengths do not fit together or a target is not below V.
+pub fn head_logprob_backward(
+    x: &[f32],
+    head: &PackedWeight,
+    targets: &[u32],
+    lse: &[f32],
+    dout: &[f32],
+    dx: &mut [f32],
+    mut dw: Option<&mut [f32]>,
+) -> Result<(), KernelError> {
+    let (op, width) = ("head_logprob_backward", head.k());
+    let rows = rows_of(op, "x", x.len(), width)?;
+    check_targets(op, targets, rows, head.n())?;
+    check_len(op, "lse", rows, lse.len())?;
+    check_len(op, "dout", rows, dout.len())?;
+    check_len(op, "dx", x.len(), dx.len())?;
+    if let Some(dw) = &dw {
+        check_len(op, "dw", head.n() * width, dw.len())?;
+    }
+    let isa = dispatch::current();
+    let block_rows = VOCAB_BLOCK.min(head.n());
+    let mut weights = vec![0.0; block_rows * width];
+    let mut logits = vec![0.0; rows * block_rows];
+    dx.fill(0.0);
+    for first in (0..head.n()).step_by(VOCAB_BLOCK) {
+        let columns = first..(first + VOCAB_BLOCK).min(head.n());
+        let n = columns.len();
+        let (weights, logits) = (&mut weights[..n * width], &mut logits[..rows * n]);
+        for_rows(weights, width, width, |mine, weights| {
+            for (row, w) in mine.zip(weights.chunks_exact_mut(width)) {
+                head.dequantize_row(first + row, w).expect("the row exists and the slice is one row");
+            }
+        });
+        linear_rows(x, head, columns, logits)?;
+        for_rows(logits, n, n * 8, |mine, logits| {
+            for (row, logits) in mine.zip(logits.chunks_exact_mut(n)) {
+                let target = (targets[row] as usize).checked_sub(first).filter(|&t| t < n);
+                logit_gradient(isa, logits, lse[row], dout[row]);
+                if let Some(target) = target {
+                    logits[target] += dout[row];
+                }
+            }
+        });
+        gemm_nn(rows, width, n, logits, n, weights, width, dx, width, true)?;
+        if let Some(dw) = dw.as_deref_mut() {
+            gemm_tn(
+                n,
+                width,
+                rows,
+                logits,
+                n,
+                x,
+                width,
+                &mut dw[first * width..(first + n) * width],
+                width,
+                true,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+simd_kernel! {
+    /// `logits = -dout * e^(logits - lse)`.
+    fn logit_gradient(s; logits: &mut [f32], lse: f32, dout: f32) {
+        let (lse, negative) = (s.splat(lse), s.splat(-dout));
+        for i in (0..logits.len()).step_by(LANES) {
+            let p = exp(s, s.sub(read(s, logits, i, 0.0), lse));
+            write(s, logits, i, s.mul(p, negative));
+        }
+    }
+}
