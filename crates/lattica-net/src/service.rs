@@ -1,246 +1,356 @@
-//! The async shell: [`Node`].
+//! The async shell: [`Node`], its streams and its tensors. Sockets, clocks, files and threads live below here.
+//!
+//! A node has threads of its own for the network. What the application does in its handlers, however long it blocks, never
+//! delays a keep-alive, so peers do not believe that a busy node has died.
 
+use std::fmt;
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use swarm_wire::{PeerId, TensorHeader};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::broadcast;
+use libp2p::PeerId as LibPeerId;
+use libp2p::StreamProtocol;
+use swarm_wire::{DecodeError, PeerId};
+use tokio::sync::{broadcast, oneshot};
 
+use self::connection::OpenError;
+use self::driver::Command;
+use self::shared::{Acceptor, Shared};
 use crate::config::NodeConfig;
 use crate::error::{CallError, DhtError, DialError, StartError, StreamError};
 use crate::event::NetEvent;
 use crate::links::LinkEstimate;
 use crate::peers::PeerInfo;
 use crate::status::Status;
+use crate::wire::method_is_valid;
 
+mod behaviour;
+mod connection;
+mod driver;
+mod frames;
 mod identity;
+mod link_probe;
+mod rpc_client;
+mod rpc_server;
+mod shared;
+mod start;
+mod stream;
+mod streams;
+mod tensor;
 
 pub use identity::{Identity, verify};
+pub use link_probe::LINK_PROTOCOL;
+pub use rpc_client::RPC_PROTOCOL;
+pub use stream::Stream;
+pub use tensor::{Tensor, TensorReceiver, TensorSender};
 
-/// A node of the network. A cheap handle: clones speak for the same node.
-#[derive(Debug, Clone)]
+/// multistream-select refuses longer names.
+const PROTOCOL_NAME_MAX_BYTES: usize = 140;
+/// Tries when a connection turns out to be gone before a stream was opened on it.
+const OPEN_TRIES: usize = 3;
+
+/// A node of the network. A cheap handle: clones speak for the same node, which stops when [`Node::shutdown`] is called or
+/// the last clone is dropped. A handler that holds a clone keeps the node alive until `shutdown`.
+#[derive(Clone)]
 pub struct Node {
-    identity: Arc<Identity>,
-    events: broadcast::Sender<NetEvent>,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    identity: Identity,
+    /// Closed when the network threads have ended.
+    ended: tokio::sync::watch::Receiver<()>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.stopped.cancel();
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({})", self.peer_id())
+    }
 }
 
 impl Node {
-    /// Starts a node.
+    /// Starts a node and waits until it listens everywhere it should. Call it inside the tokio runtime on which the
+    /// handlers are to run.
     ///
     /// # Errors
-    /// When the configuration is out of range or an address cannot be listened on.
-    #[expect(clippy::unused_async, reason = "the listeners are awaited")]
+    /// When the configuration is out of range or an address cannot be listened on; a taken port is named.
     pub async fn start(identity: Identity, config: NodeConfig) -> Result<Self, StartError> {
-        config.validate()?;
-        Ok(Self { identity: Arc::new(identity), events: broadcast::channel(16).0 })
+        let (shared, ended) = start::start(&identity, config).await?;
+        Ok(Self { inner: Arc::new(Inner { shared, identity, ended }) })
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.inner.shared
     }
 
     /// Who this node is.
     pub fn peer_id(&self) -> PeerId {
-        self.identity.peer_id()
+        self.shared().local.clone()
     }
 
     /// The key of this node, for signing statements.
     pub fn identity(&self) -> &Identity {
-        &self.identity
+        &self.inner.identity
     }
 
-    /// Addresses with `/p2p/` part under which this node listens, relayed ones included.
+    /// What the node was started with.
+    pub fn config(&self) -> &NodeConfig {
+        &self.shared().config
+    }
+
+    /// Addresses with `/p2p/` part under which this node listens, relayed ones included, the nearest first. Empty after
+    /// a shutdown.
     pub async fn listen_addrs(&self) -> Vec<String> {
-        Vec::new()
+        let (reply, answer) = oneshot::channel();
+        if self.shared().command(Command::ListenAddrs { reply }).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default().iter().map(ToString::to_string).collect()
     }
 
-    /// Connects to `addr`, with or without a `/p2p/` part.
+    /// Connects to `addr`, with or without a `/p2p/` part. A peer that is connected already is returned at once. Dropping
+    /// the future does not stop the dial.
     ///
     /// # Errors
     /// When the address is malformed, nobody answers, or somebody else does.
-    pub async fn dial(&self, _addr: &str) -> Result<PeerId, DialError> {
-        Err(DialError::ShutDown)
+    pub async fn dial(&self, addr: &str) -> Result<PeerId, DialError> {
+        let address = addr.parse().map_err(|error: libp2p::multiaddr::Error| DialError::Address {
+            address: addr.to_owned(),
+            reason: error.to_string(),
+        })?;
+        self.dialled(addr, |reply| Command::Dial { address, reply }).await
     }
 
-    /// Calls `method` of `peer` and waits for the answer. Dropping the future cancels the call.
+    /// Connects to a peer wherever it can be found: at known addresses, then through the DHT.
     ///
     /// # Errors
-    /// See [`CallError`]; a peer that dies during the call is [`CallError::ConnectionLost`] at once.
-    pub async fn call(&self, _peer: &PeerId, _method: &str, _body: Bytes, _timeout: Duration) -> Result<Bytes, CallError> {
-        Err(CallError::ShutDown)
+    /// When no address is known or none leads to the peer.
+    pub async fn connect(&self, peer: &PeerId) -> Result<(), DialError> {
+        self.shared().connection(peer).await.map(|_| ())
     }
 
-    /// Opens a stream of `protocol` (begins with '/') to `peer`.
+    async fn dialled(
+        &self,
+        target: &str,
+        command: impl FnOnce(driver::Reply<PeerId, DialError>) -> Command,
+    ) -> Result<PeerId, DialError> {
+        let (reply, answer) = oneshot::channel();
+        self.shared().command(command(reply)).await?;
+        let timeout = self.shared().config.liveness.dial_timeout;
+        match tokio::time::timeout(timeout, answer).await {
+            Ok(result) => result.unwrap_or(Err(DialError::ShutDown)),
+            Err(_) => Err(DialError::Timeout { target: target.to_owned(), timeout }),
+        }
+    }
+
+    /// Remembers an address of a peer without dialling it, for [`Node::call`] and [`Node::open_stream`].
+    ///
+    /// # Errors
+    /// When the address is malformed.
+    pub fn add_address(&self, peer: &PeerId, addr: &str) -> Result<(), DialError> {
+        let bad = |reason: String| DialError::Address { address: addr.to_owned(), reason };
+        let address: libp2p::Multiaddr =
+            addr.parse().map_err(|error: libp2p::multiaddr::Error| bad(error.to_string()))?;
+        let text = driver::without_peer(&address).to_string();
+        self.shared().table().handle_address(self.shared().now(), peer, &text);
+        Ok(())
+    }
+
+    /// Closes every connection to `peer`. Bootstrap peers are dialled again.
+    pub async fn disconnect(&self, peer: &PeerId) {
+        let _ = self.shared().command(Command::Disconnect { peer: peer.clone() }).await;
+    }
+
+    /// Calls `method` of `peer` and waits for the answer. A peer that is not connected is dialled first. Dropping the
+    /// future cancels the call at the peer.
+    ///
+    /// # Errors
+    /// See [`CallError`]; a peer that dies during the call is [`CallError::ConnectionLost`] as soon as it is noticed, and
+    /// the call is not repeated: the peer may have done the work.
+    pub async fn call(
+        &self,
+        peer: &PeerId,
+        method: &str,
+        body: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, CallError> {
+        rpc_client::call(self.shared(), peer, method, body, timeout).await
+    }
+
+    /// Opens a stream of `protocol` (begins with '/') to `peer`, which is dialled if need be. Dropping the future is safe.
     ///
     /// # Errors
     /// When the peer cannot be reached or does not speak the protocol.
-    pub async fn open_stream(&self, _peer: &PeerId, _protocol: &str) -> Result<Stream, StreamError> {
-        Err(StreamError::ShutDown)
+    pub async fn open_stream(&self, peer: &PeerId, protocol: &str) -> Result<Stream, StreamError> {
+        let name = protocol_name(protocol)?;
+        for _ in 0..OPEN_TRIES {
+            let connection = self.shared().connection(peer).await.map_err(|error| match error {
+                DialError::ShutDown => StreamError::ShutDown,
+                error => StreamError::Unreachable { peer: peer.clone(), reason: error.to_string() },
+            })?;
+            match connection.open(name.clone()).await {
+                Ok(stream) => return Ok(Stream::new(Arc::clone(self.shared()), connection, stream)),
+                Err(OpenError::Lost) => {}
+                Err(OpenError::Unsupported) => {
+                    return Err(StreamError::Unsupported { peer: peer.clone(), protocol: protocol.to_owned() });
+                }
+                Err(OpenError::Timeout) => {
+                    return Err(StreamError::Timeout { peer: peer.clone(), protocol: protocol.to_owned() });
+                }
+                Err(OpenError::Io(source)) => return Err(StreamError::Io { peer: peer.clone(), source }),
+            }
+        }
+        Err(StreamError::ConnectionLost { peer: peer.clone() })
     }
 
-    /// Answers calls of `method` with `handler`, which runs on the runtime that started the node. Replaces an earlier handler.
-    pub fn handle<H, F>(&self, _method: &str, _handler: H)
+    /// Answers calls of `method` with `handler`, which runs on the runtime that started the node, once per call and under
+    /// the caller's deadline. Replaces an earlier handler.
+    ///
+    /// # Panics
+    /// When the name is empty or longer than 256 bytes.
+    pub fn handle<H, F>(&self, method: &str, handler: H)
     where
         H: Fn(PeerId, Bytes) -> F + Send + Sync + 'static,
         F: Future<Output = Result<Bytes, Status>> + Send + 'static,
     {
+        assert!(method_is_valid(method), "method name {method:?} is empty or longer than 256 bytes");
+        self.shared().set_method(method, Some(Arc::new(move |peer, body| Box::pin(handler(peer, body)))));
     }
 
-    /// Gives incoming streams of `protocol` (begins with '/') to `handler`. Replaces an earlier handler.
+    /// Stops answering calls of `method`.
+    pub fn unhandle(&self, method: &str) {
+        self.shared().set_method(method, None);
+    }
+
+    /// Gives incoming streams of `protocol` (begins with '/') to `handler`, one task each. Replaces an earlier handler.
     ///
     /// # Errors
     /// When the protocol name cannot be used.
-    pub fn handle_stream<H, F>(&self, _protocol: &str, _handler: H) -> Result<(), StreamError>
+    pub fn handle_stream<H, F>(&self, protocol: &str, handler: H) -> Result<(), StreamError>
     where
         H: Fn(PeerId, Stream) -> F + Send + Sync + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
+        let handler: shared::StreamHandler = Arc::new(move |peer, stream| Box::pin(handler(peer, stream)));
+        self.shared().set_acceptor(protocol_name(protocol)?, Some(Acceptor::Application(handler)));
         Ok(())
+    }
+
+    /// Refuses further streams of `protocol`; those that are open stay.
+    pub fn unhandle_stream(&self, protocol: &str) {
+        if let Ok(name) = protocol_name(protocol) {
+            self.shared().set_acceptor(name, None);
+        }
     }
 
     /// Every peer that is connected or remembered.
     pub fn peers(&self) -> Vec<PeerInfo> {
-        Vec::new()
+        let now = self.shared().now();
+        self.shared().table().infos(|state| state.link().estimate(now, false).map(|e| e.rtt_ms))
     }
 
-    /// What is known about the link to a peer; `None` before the first measurement.
-    pub fn link(&self, _peer: &PeerId) -> Option<LinkEstimate> {
-        None
+    /// Peers that are connected.
+    pub fn connected_peers(&self) -> Vec<PeerId> {
+        self.shared().table().connected_peers()
+    }
+
+    /// Whether a connection to `peer` stands.
+    pub fn is_connected(&self, peer: &PeerId) -> bool {
+        self.shared().table().connected(peer).is_some()
+    }
+
+    /// What is known about the link to a peer; `None` before the first measurement, which comes within a round trip of
+    /// connecting. Look at the age: a peer that left keeps its last estimate.
+    pub fn link(&self, peer: &PeerId) -> Option<LinkEstimate> {
+        let (state, relayed) = {
+            let table = self.shared().table();
+            (table.known_state(peer)?, table.connected(peer).is_some_and(|r| r.0))
+        };
+        let estimate = state.link().estimate(self.shared().now(), relayed);
+        estimate
     }
 
     /// Events from now on. A receiver that lags behind by more than 1024 events is told so and loses the oldest.
     pub fn events(&self) -> broadcast::Receiver<NetEvent> {
-        self.events.subscribe()
+        self.shared().events.subscribe()
     }
 
-    /// Announces in the DHT that this node has what `key` names.
+    /// Announces in the DHT that this node has what `key` names, and again every few hours. With nobody there yet the
+    /// announcement waits for the first peer.
     ///
     /// # Errors
-    /// When no other peer is known.
-    pub async fn provide(&self, _key: &[u8]) -> Result<(), DhtError> {
-        Err(DhtError::NoPeers)
+    /// When the query is not answered in time or too much is announced.
+    pub async fn provide(&self, key: &[u8]) -> Result<(), DhtError> {
+        self.query(|reply| Command::Provide { key: key.to_vec(), reply }).await
     }
 
-    /// Peers that announced `key`.
+    /// Stops announcing `key`; what others know expires by itself.
+    pub async fn stop_providing(&self, key: &[u8]) {
+        let _ = self.shared().command(Command::StopProviding { key: key.to_vec() }).await;
+    }
+
+    /// Peers that announced `key`, at most 64.
     ///
     /// # Errors
-    /// When the query is not answered in time.
-    pub async fn providers(&self, _key: &[u8]) -> Result<Vec<PeerId>, DhtError> {
-        Err(DhtError::NoPeers)
+    /// When the node was shut down or runs too many queries.
+    pub async fn providers(&self, key: &[u8]) -> Result<Vec<PeerId>, DhtError> {
+        self.query(|reply| Command::Providers { key: key.to_vec(), reply }).await
     }
 
-    /// Stores a record in the DHT.
+    /// Stores a record of at most 64 KiB in the DHT. Records are not signed: sign the value if it matters.
     ///
     /// # Errors
     /// When no peer stored it.
-    pub async fn put_record(&self, _key: &[u8], _value: Vec<u8>) -> Result<(), DhtError> {
-        Err(DhtError::NoPeers)
+    pub async fn put_record(&self, key: &[u8], value: Vec<u8>) -> Result<(), DhtError> {
+        self.query(|reply| Command::PutRecord { key: key.to_vec(), value, reply }).await
     }
 
-    /// Reads a record from the DHT.
+    /// Reads a record from the DHT; `None` when nobody has it.
     ///
     /// # Errors
     /// When the query is not answered in time.
-    pub async fn get_record(&self, _key: &[u8]) -> Result<Option<Vec<u8>>, DhtError> {
-        Err(DhtError::NoPeers)
+    pub async fn get_record(&self, key: &[u8]) -> Result<Option<Vec<u8>>, DhtError> {
+        self.query(|reply| Command::GetRecord { key: key.to_vec(), reply }).await
     }
 
-    /// Closes every connection and stops the node.
-    pub async fn shutdown(&self) {}
-}
-
-/// A stream of bytes to a peer, both ways.
-#[derive(Debug)]
-pub struct Stream {
-    inner: tokio::io::DuplexStream,
-    peer: PeerId,
-}
-
-impl Stream {
-    /// The peer at the other end.
-    pub fn peer(&self) -> &PeerId {
-        &self.peer
+    async fn query<T>(
+        &self,
+        command: impl FnOnce(driver::Reply<T, DhtError>) -> Command,
+    ) -> Result<T, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        self.shared().command(command(reply)).await.map_err(|_| DhtError::ShutDown)?;
+        answer.await.unwrap_or(Err(DhtError::ShutDown))
     }
-}
 
-impl AsyncRead for Stream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.inner).poll_read(cx, buf)
+    /// Says goodbye to every peer, forgets every handler and stops the node; returns when its threads have ended.
+    pub async fn shutdown(&self) {
+        self.shared().stopped.cancel();
+        self.shared().forget_handlers();
+        let mut ended = self.inner.ended.clone();
+        while ended.changed().await.is_ok() {}
     }
 }
 
-impl AsyncWrite for Stream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
+fn protocol_name(protocol: &str) -> Result<StreamProtocol, StreamError> {
+    let bad = || StreamError::BadProtocol { protocol: protocol.chars().take(200).collect() };
+    if protocol.len() > PROTOCOL_NAME_MAX_BYTES {
+        return Err(bad());
     }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
+    StreamProtocol::try_from_owned(protocol.to_owned()).map_err(|_| bad())
 }
 
-/// A tensor that arrived: what it is, and its bytes, row-major and little endian.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tensor {
-    /// Element type and shape.
-    pub header: TensorHeader,
-    /// `header.payload_bytes()` bytes.
-    pub payload: Bytes,
+fn wire_peer(peer: &LibPeerId) -> Result<PeerId, DecodeError> {
+    PeerId::from_bytes(&peer.to_bytes())
 }
 
-/// Sends tensors over a stream.
-#[derive(Debug)]
-pub struct TensorSender<W> {
-    writer: W,
-}
-
-impl<W: AsyncWrite + Unpin> TensorSender<W> {
-    /// Sends over `writer`: a [`Stream`] or the writing half of one.
-    pub fn new(writer: W) -> Self {
-        Self { writer }
-    }
-
-    /// Sends one tensor and flushes.
-    ///
-    /// # Errors
-    /// When the payload is not what the header says or the stream broke.
-    pub async fn send(&mut self, header: &TensorHeader, _payload: &[u8]) -> std::io::Result<()> {
-        tokio::io::AsyncWriteExt::write_all(&mut self.writer, &header.encode()).await
-    }
-
-    /// Tells the receiver that no tensor follows, and closes this direction.
-    ///
-    /// # Errors
-    /// When the stream broke.
-    pub async fn finish(mut self) -> std::io::Result<()> {
-        tokio::io::AsyncWriteExt::shutdown(&mut self.writer).await
-    }
-}
-
-/// Receives tensors from a stream.
-#[derive(Debug)]
-pub struct TensorReceiver<R> {
-    reader: R,
-    limit_bytes: usize,
-}
-
-impl<R: AsyncRead + Unpin> TensorReceiver<R> {
-    /// Receives from `reader`: a [`Stream`] or the reading half of one. Tensors of more than `limit_bytes` are refused.
-    pub fn new(reader: R, limit_bytes: usize) -> Self {
-        Self { reader, limit_bytes }
-    }
-
-    /// The next tensor; `None` when the sender finished.
-    ///
-    /// # Errors
-    /// When the peer sent something else or too much, or the stream broke, also when it ended without the sender's word.
-    pub async fn recv(&mut self) -> std::io::Result<Option<Tensor>> {
-        let _ = (&mut self.reader, self.limit_bytes);
-        Ok(None)
-    }
+fn libp2p_peer(peer: &PeerId) -> Result<LibPeerId, DecodeError> {
+    LibPeerId::from_bytes(peer.as_bytes()).map_err(|error| DecodeError::invalid("peer id", error))
 }

@@ -1,0 +1,122 @@
+//! The libp2p behaviours that make up a node, and how they are set.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libp2p::connection_limits::{self, ConnectionLimits};
+use libp2p::identity::Keypair;
+use libp2p::kad::{self, store::MemoryStore, store::MemoryStoreConfig};
+use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{StreamProtocol, autonat, dcutr, identify, mdns, ping, relay};
+
+use super::shared::Shared;
+use super::streams;
+use crate::config::NodeConfig;
+
+/// What identify says about us. Peers are never refused for what theirs says.
+const PROTOCOL_VERSION: &str = "lattica/2.0.0";
+/// Records and provider entries that one node keeps for the network.
+const DHT_RECORDS: usize = 16 * 1024;
+/// Largest value of a DHT record.
+pub(crate) const DHT_VALUE_MAX_BYTES: usize = 64 * 1024;
+
+/// The order matters: limits refuse before anybody else spends something on a connection.
+#[derive(NetworkBehaviour)]
+pub(crate) struct Behaviour {
+    pub(crate) limits: connection_limits::Behaviour,
+    pub(crate) relay_client: relay::client::Behaviour,
+    pub(crate) relay_server: Toggle<relay::Behaviour>,
+    pub(crate) dcutr: Toggle<dcutr::Behaviour>,
+    pub(crate) autonat_client: Toggle<autonat::v2::client::Behaviour>,
+    pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
+    pub(crate) identify: identify::Behaviour,
+    pub(crate) ping: ping::Behaviour,
+    pub(crate) kad: kad::Behaviour<MemoryStore>,
+    pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
+    pub(crate) streams: streams::Behaviour,
+}
+
+/// The DHT's protocol id: one per network, so that networks never mix.
+pub(crate) fn kad_protocol(network: &str) -> StreamProtocol {
+    StreamProtocol::try_from_owned(format!("/lattica/kad/2.0.0/{network}")).expect("it begins with a slash")
+}
+
+impl Behaviour {
+    pub(crate) fn new(
+        keypair: &Keypair,
+        relay_client: relay::client::Behaviour,
+        shared: Arc<Shared>,
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let config = &shared.config;
+        let peer = keypair.public().to_peer_id();
+        let limits = &config.limits;
+        // A quarter of the connections is kept for those that we want to make ourselves.
+        let incoming = (limits.connections - limits.connections / 4).max(1);
+        let connections = ConnectionLimits::default()
+            .with_max_established(Some(limits.connections))
+            .with_max_established_incoming(Some(incoming))
+            .with_max_established_per_peer(Some(limits.connections_per_peer))
+            .with_max_pending_incoming(Some(incoming.min(128)))
+            .with_max_pending_outgoing(Some(limits.connections.min(128)));
+        let identify = identify::Config::new(PROTOCOL_VERSION.to_owned(), keypair.public())
+            .with_agent_version(concat!("lattica-net/", env!("CARGO_PKG_VERSION")).to_owned())
+            .with_push_listen_addr_updates(true)
+            .with_cache_size(0);
+        let mdns = if config.mdns {
+            Some(mdns::tokio::Behaviour::new(mdns::Config::default(), peer)?)
+        } else {
+            None
+        };
+        Ok(Self {
+            limits: connection_limits::Behaviour::new(connections),
+            relay_client,
+            relay_server: config.relay_server.then(|| relay::Behaviour::new(peer, relay_config(config))).into(),
+            dcutr: config.hole_punching.then(|| dcutr::Behaviour::new(peer)).into(),
+            autonat_client: config.autonat.then(autonat::v2::client::Behaviour::default).into(),
+            autonat_server: config.autonat.then(autonat::v2::server::Behaviour::default).into(),
+            identify: identify::Behaviour::new(identify),
+            ping: ping::Behaviour::new(ping::Config::new()),
+            kad: kad(keypair, config),
+            mdns: mdns.into(),
+            streams: streams::Behaviour::new(shared),
+        })
+    }
+}
+
+fn relay_config(config: &NodeConfig) -> relay::Config {
+    let limits = &config.limits;
+    let per_minute = |n| NonZeroU32::new(n).expect("not zero");
+    let minute = Duration::from_secs(60);
+    relay::Config {
+        max_reservations: limits.relay_reservations,
+        max_reservations_per_peer: 4,
+        max_circuits: limits.relay_circuits,
+        max_circuits_per_peer: limits.relay_circuits.min(32),
+        max_circuit_bytes: limits.relay_circuit_bytes,
+        max_circuit_duration: limits.relay_circuit_duration,
+        reservation_rate_limiters: Vec::new(),
+        circuit_src_rate_limiters: Vec::new(),
+        ..relay::Config::default()
+    }
+    .reservation_rate_per_peer(per_minute(60), minute)
+    .reservation_rate_per_ip(per_minute(600), minute)
+    .circuit_src_per_peer(per_minute(120), minute)
+    .circuit_src_per_ip(per_minute(1200), minute)
+}
+
+fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<MemoryStore> {
+    let peer = keypair.public().to_peer_id();
+    let store = MemoryStoreConfig {
+        max_records: DHT_RECORDS,
+        max_value_bytes: DHT_VALUE_MAX_BYTES,
+        max_provided_keys: DHT_RECORDS,
+        ..MemoryStoreConfig::default()
+    };
+    let mut settings = kad::Config::new(kad_protocol(&config.network));
+    settings.set_query_timeout(Duration::from_secs(10)).set_max_packet_size(2 * DHT_VALUE_MAX_BYTES);
+    let mut kad = kad::Behaviour::with_config(peer, MemoryStore::with_config(peer, store), settings);
+    kad.set_mode(Some(if config.dht_server { kad::Mode::Server } else { kad::Mode::Client }));
+    kad
+}

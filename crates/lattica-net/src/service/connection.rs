@@ -1,0 +1,147 @@
+//! One connection to a peer, as the tasks outside the swarm see it: open a stream, call over it, learn that it is gone.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use libp2p::StreamProtocol;
+use libp2p::swarm::ConnectionId;
+use swarm_wire::PeerId;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::rpc_client::Lanes;
+use super::shared::PeerState;
+use crate::config::Limits;
+
+/// Stream requests that wait for the connection's task to take them; further callers wait.
+const OPEN_QUEUE: usize = 64;
+
+/// Why a connection gave no stream.
+#[derive(Debug)]
+pub(crate) enum OpenError {
+    /// The connection is gone.
+    Lost,
+    /// The peer does not speak the protocol.
+    Unsupported,
+    /// The peer did not answer in time.
+    Timeout,
+    /// The stream broke while it was opened.
+    Io(std::io::Error),
+}
+
+/// Asks the connection's handler for a stream.
+#[derive(Debug)]
+pub(crate) struct OpenRequest {
+    pub(crate) protocol: StreamProtocol,
+    pub(crate) reply: oneshot::Sender<Result<libp2p::Stream, OpenError>>,
+}
+
+/// See the module.
+pub(crate) struct Connection {
+    /// Older connections have smaller keys.
+    pub(crate) key: u64,
+    pub(crate) id: ConnectionId,
+    pub(crate) peer: PeerId,
+    pub(crate) relayed: bool,
+    pub(crate) state: Arc<PeerState>,
+    pub(crate) lanes: Lanes,
+    /// Cancelled when the connection is gone.
+    pub(crate) closed: CancellationToken,
+    /// Places for incoming streams of the application that run.
+    pub(crate) running: Arc<Semaphore>,
+    opens: mpsc::Sender<OpenRequest>,
+    redundant: AtomicBool,
+    incoming: AtomicUsize,
+    incoming_limit: usize,
+    last_use_ms: AtomicU64,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Connection({} {}{})", self.peer, self.key, if self.relayed { " relayed" } else { "" })
+    }
+}
+
+impl Connection {
+    pub(crate) fn new(
+        key: u64,
+        id: ConnectionId,
+        peer: PeerId,
+        relayed: bool,
+        state: Arc<PeerState>,
+        limits: &Limits,
+    ) -> (Arc<Self>, mpsc::Receiver<OpenRequest>) {
+        let (opens, requests) = mpsc::channel(OPEN_QUEUE);
+        let connection = Arc::new(Self {
+            key,
+            id,
+            peer,
+            relayed,
+            state,
+            lanes: Lanes::default(),
+            closed: CancellationToken::new(),
+            running: Arc::new(Semaphore::new(limits.streams_per_connection)),
+            opens,
+            redundant: AtomicBool::new(false),
+            incoming: AtomicUsize::new(0),
+            incoming_limit: limits.streams_per_connection + limits.waiting_streams_per_connection,
+            last_use_ms: AtomicU64::new(0),
+        });
+        (connection, requests)
+    }
+
+    /// Opens a stream. Dropping the future is safe: a stream that comes too late is closed.
+    pub(crate) async fn open(&self, protocol: StreamProtocol) -> Result<libp2p::Stream, OpenError> {
+        let (reply, answer) = oneshot::channel();
+        let opened = async {
+            self.opens.send(OpenRequest { protocol, reply }).await.map_err(|_| OpenError::Lost)?;
+            answer.await.unwrap_or(Err(OpenError::Lost))
+        };
+        tokio::select! {
+            result = opened => result,
+            () = self.closed.cancelled() => Err(OpenError::Lost),
+        }
+    }
+
+    /// Everything that waits on this connection ends now.
+    pub(crate) fn fail(&self) {
+        self.closed.cancel();
+        self.lanes.close();
+    }
+
+    /// Whether a better connection to the same peer stands, so that this one may close once it is idle.
+    pub(crate) fn is_redundant(&self) -> bool {
+        self.redundant.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_redundant(&self, redundant: bool) {
+        self.redundant.store(redundant, Ordering::Relaxed);
+    }
+
+    /// Takes a place for one more incoming stream; `None` when all are taken, waiting ones included.
+    pub(crate) fn admit_incoming(self: &Arc<Self>) -> Option<Incoming> {
+        let before = self.incoming.fetch_add(1, Ordering::Relaxed);
+        let place = Incoming(Arc::clone(self));
+        (before < self.incoming_limit).then_some(place)
+    }
+
+    /// Notes that a call used the connection at `now_ms`.
+    pub(crate) fn touch(&self, now_ms: u64) {
+        self.last_use_ms.store(now_ms, Ordering::Relaxed);
+    }
+
+    /// When a call last used the connection.
+    pub(crate) fn last_use_ms(&self) -> u64 {
+        self.last_use_ms.load(Ordering::Relaxed)
+    }
+}
+
+/// A place of an incoming stream, given back on drop.
+pub(crate) struct Incoming(Arc<Connection>);
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.0.incoming.fetch_sub(1, Ordering::Relaxed);
+    }
+}

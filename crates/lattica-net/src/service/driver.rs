@@ -1,0 +1,294 @@
+//! The one task that owns the swarm. It awaits nothing but the swarm, a bounded queue of commands and a clock tick, and
+//! it never moves the bytes of a stream: a slow peer or handler cannot hold it up.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use libp2p::core::{ConnectedPoint, Multiaddr, multiaddr::Protocol};
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, SwarmEvent};
+use libp2p::{PeerId as LibPeerId, Swarm, autonat, dcutr, identify, mdns, ping, relay};
+use swarm_wire::PeerId;
+use tokio::sync::{mpsc, oneshot};
+
+use super::behaviour::{Behaviour, BehaviourEvent, kad_protocol};
+use super::shared::Shared;
+use super::{libp2p_peer, wire_peer};
+use crate::addr::is_plausible;
+use crate::error::{DhtError, DialError};
+use crate::event::NetEvent;
+
+mod dht;
+mod dial;
+mod upkeep;
+
+use dht::Queries;
+use dial::Dials;
+pub(crate) use dial::root_cause;
+use upkeep::Upkeep;
+
+/// How often bootstrap peers and relays are looked after.
+const TICK: Duration = Duration::from_millis(250);
+/// How long a shutdown waits for connections to close properly.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+pub(crate) type Reply<T, E> = oneshot::Sender<Result<T, E>>;
+
+/// What other tasks ask of the swarm.
+pub(crate) enum Command {
+    /// Connect to an address.
+    Dial { address: Multiaddr, reply: Reply<PeerId, DialError> },
+    /// Connect to a peer at any address that is known or can be found.
+    Connect { peer: PeerId, reply: Reply<PeerId, DialError> },
+    /// Close a connection.
+    Close { id: ConnectionId },
+    /// Close every connection to a peer.
+    Disconnect { peer: PeerId },
+    /// Tell the addresses that this node listens on.
+    ListenAddrs { reply: oneshot::Sender<Vec<Multiaddr>> },
+    /// Announce a key.
+    Provide { key: Vec<u8>, reply: Reply<(), DhtError> },
+    /// Take an announcement back.
+    StopProviding { key: Vec<u8> },
+    /// Find who announced a key.
+    Providers { key: Vec<u8>, reply: Reply<Vec<PeerId>, DhtError> },
+    /// Store a record.
+    PutRecord { key: Vec<u8>, value: Vec<u8>, reply: Reply<(), DhtError> },
+    /// Find a record.
+    GetRecord { key: Vec<u8>, reply: Reply<Option<Vec<u8>>, DhtError> },
+}
+
+/// See the module.
+pub(crate) struct Driver {
+    swarm: Swarm<Behaviour>,
+    shared: Arc<Shared>,
+    commands: mpsc::Receiver<Command>,
+    dials: Dials,
+    queries: Queries,
+    upkeep: Upkeep,
+    /// Where each connection leads, for judging the addresses that its peer claims.
+    remotes: HashMap<ConnectionId, Multiaddr>,
+    /// Peers that we dialled because mDNS saw them; they may belong to another network.
+    from_mdns: HashMap<LibPeerId, ()>,
+}
+
+impl Driver {
+    pub(crate) fn new(swarm: Swarm<Behaviour>, shared: Arc<Shared>, commands: mpsc::Receiver<Command>) -> Self {
+        let upkeep = Upkeep::new(&shared.config);
+        Self {
+            swarm,
+            shared,
+            commands,
+            dials: Dials::default(),
+            queries: Queries::default(),
+            upkeep,
+            remotes: HashMap::new(),
+            from_mdns: HashMap::new(),
+        }
+    }
+
+    /// Runs until the node is stopped, then says goodbye to every peer.
+    pub(crate) async fn run(mut self) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let stopped = self.shared.stopped.clone();
+        loop {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.handle_event(event),
+                Some(command) = self.commands.recv() => self.handle_command(command),
+                _ = tick.tick() => self.handle_tick(),
+                () = stopped.cancelled() => break,
+            }
+        }
+        self.commands.close();
+        let peers: Vec<LibPeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let closed = async {
+            while self.swarm.connected_peers().next().is_some() {
+                let event = self.swarm.select_next_some().await;
+                self.handle_event(event);
+            }
+        };
+        if tokio::time::timeout(GOODBYE, closed).await.is_err() {
+            tracing::debug!("some connections did not close in time");
+        }
+    }
+
+    fn handle_command(&mut self, command: Command) {
+        match command {
+            Command::Dial { address, reply } => self.dial_address(address, reply),
+            Command::Connect { peer, reply } => self.connect(&peer, reply),
+            Command::Close { id } => {
+                self.swarm.close_connection(id);
+            }
+            Command::Disconnect { peer } => {
+                if let Ok(peer) = libp2p_peer(&peer) {
+                    let _ = self.swarm.disconnect_peer_id(peer);
+                }
+            }
+            Command::ListenAddrs { reply } => {
+                let _ = reply.send(self.listen_addrs());
+            }
+            Command::Provide { key, reply } => self.provide(key, reply),
+            Command::StopProviding { key } => self.swarm.behaviour_mut().kad.stop_providing(&key.into()),
+            Command::Providers { key, reply } => self.providers(key, reply),
+            Command::PutRecord { key, value, reply } => self.put_record(key, value, reply),
+            Command::GetRecord { key, reply } => self.get_record(key, reply),
+        }
+    }
+
+    fn listen_addrs(&self) -> Vec<Multiaddr> {
+        let local = *self.swarm.local_peer_id();
+        let mut addresses: Vec<Multiaddr> =
+            self.swarm.listeners().filter_map(|a| a.clone().with_p2p(local).ok()).collect();
+        addresses.sort_by_key(|a| crate::addr::rank(&a.to_string()));
+        addresses
+    }
+
+    fn handle_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        match event {
+            SwarmEvent::Behaviour(event) => self.handle_behaviour_event(event),
+            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
+                let remote = endpoint.get_remote_address().clone();
+                if let (ConnectedPoint::Dialer { address, .. }, Ok(peer)) = (&endpoint, wire_peer(&peer_id)) {
+                    self.shared.table().handle_address(self.shared.now(), &peer, &without_peer(address).to_string());
+                }
+                self.remotes.insert(connection_id, remote);
+                self.dials.handle_established(connection_id, peer_id);
+                self.upkeep.handle_established(peer_id);
+            }
+            SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, num_established, .. } => {
+                tracing::debug!(peer = %peer_id, ?cause, "connection closed");
+                self.remotes.remove(&connection_id);
+                if num_established == 0 {
+                    self.from_mdns.remove(&peer_id);
+                }
+            }
+            SwarmEvent::OutgoingConnectionError { peer_id, connection_id, error } => {
+                self.handle_dial_error(connection_id, peer_id, &error);
+            }
+            SwarmEvent::NewListenAddr { address, listener_id } => {
+                if self.upkeep.handle_listening(listener_id, self.shared.now()) {
+                    tracing::info!(%address, "reachable through a relay");
+                } else if self.shared.config.relay_server && self.shared.config.external.is_empty() {
+                    // A relay is of use only where it is reachable; its operator listens on such addresses.
+                    self.swarm.add_external_address(address.clone());
+                }
+                let local = *self.swarm.local_peer_id();
+                let text = address.clone().with_p2p(local).unwrap_or(address).to_string();
+                self.shared.emit(NetEvent::Listening(text));
+            }
+            SwarmEvent::ListenerClosed { listener_id, reason, .. } => {
+                self.upkeep.handle_listener_closed(listener_id, self.shared.now());
+                if let Err(error) = reason {
+                    tracing::warn!(%error, "listener closed");
+                }
+            }
+            SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "listener error"),
+            SwarmEvent::ExternalAddrConfirmed { address } => {
+                self.shared.emit(NetEvent::Reachable(address.to_string()));
+            }
+            _ => {}
+        }
+    }
+
+    fn handle_behaviour_event(&mut self, event: BehaviourEvent) {
+        match event {
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, connection_id, info }) => {
+                self.handle_identify(peer_id, connection_id, &info);
+            }
+            BehaviourEvent::Ping(ping::Event { peer, connection: _, result: Ok(rtt) }) => self.handle_ping(peer, rtt),
+            BehaviourEvent::Kad(event) => self.handle_kad_event(event),
+            BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
+                for (peer, address) in found {
+                    self.handle_mdns(peer, &address);
+                }
+            }
+            BehaviourEvent::RelayClient(relay::client::Event::ReservationReqAccepted {
+                relay_peer_id,
+                renewal: false,
+                ..
+            }) => {
+                if let Ok(peer) = wire_peer(&relay_peer_id) {
+                    self.shared.emit(NetEvent::RelayReserved(peer));
+                }
+            }
+            BehaviourEvent::Dcutr(dcutr::Event { remote_peer_id, result }) => match result {
+                Ok(_) => tracing::info!(peer = %remote_peer_id, "direct path found"),
+                Err(error) => tracing::info!(peer = %remote_peer_id, %error, "no direct path"),
+            },
+            BehaviourEvent::AutonatClient(autonat::v2::client::Event { tested_addr, result, .. }) => {
+                tracing::debug!(address = %tested_addr, reachable = result.is_ok(), "reachability tested");
+            }
+            _ => {}
+        }
+    }
+
+    /// What a peer says about itself: its addresses are kept when they are plausible, for us and for the DHT.
+    fn handle_identify(&mut self, peer_id: LibPeerId, connection_id: ConnectionId, info: &identify::Info) {
+        let Ok(peer) = wire_peer(&peer_id) else { return };
+        let in_our_network = info.protocols.contains(&kad_protocol(&self.shared.config.network));
+        if !in_our_network && self.from_mdns.remove(&peer_id).is_some() {
+            tracing::debug!(%peer_id, "closing: mDNS found it, but it belongs to another network");
+            let _ = self.swarm.disconnect_peer_id(peer_id);
+            return;
+        }
+        let Some(seen_at) = self.remotes.get(&connection_id).map(ToString::to_string) else { return };
+        let limit = self.shared.config.limits.addresses_per_peer;
+        for address in info.listen_addrs.iter().map(without_peer).take(limit) {
+            let text = address.to_string();
+            if !is_plausible(&text, &seen_at) {
+                continue;
+            }
+            self.shared.table().handle_address(self.shared.now(), &peer, &text);
+            if in_our_network {
+                self.swarm.behaviour_mut().kad.add_address(&peer_id, address);
+            }
+        }
+        if in_our_network {
+            self.announce_waiting();
+        }
+    }
+
+    /// Pings measure peers that have no link protocol of ours, such as stock libp2p nodes.
+    fn handle_ping(&mut self, peer: LibPeerId, rtt: Duration) {
+        let Ok(peer) = wire_peer(&peer) else { return };
+        let state = self.shared.table().known_state(&peer);
+        if let Some(state) = state {
+            let now = self.shared.now();
+            let mut link = state.link();
+            if link.estimate(now, false).is_none_or(|e| e.age > 5 * self.shared.config.liveness.probe_interval) {
+                link.handle_answer(now, rtt);
+            }
+        }
+    }
+
+    fn handle_mdns(&mut self, peer_id: LibPeerId, address: &Multiaddr) {
+        let Ok(peer) = wire_peer(&peer_id) else { return };
+        let address = without_peer(address);
+        self.shared.table().handle_address(self.shared.now(), &peer, &address.to_string());
+        if self.swarm.is_connected(&peer_id) || self.from_mdns.len() >= self.shared.config.limits.peers {
+            return;
+        }
+        let options = DialOpts::peer_id(peer_id)
+            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .addresses(vec![address])
+            .build();
+        if self.swarm.dial(options).is_ok() {
+            self.from_mdns.insert(peer_id, ());
+        }
+    }
+}
+
+/// The address without the peer id at its end. In `/p2p/RELAY/p2p-circuit/p2p/PEER` only the last one goes.
+pub(crate) fn without_peer(address: &Multiaddr) -> Multiaddr {
+    let mut address = address.clone();
+    if matches!(address.iter().last(), Some(Protocol::P2p(_))) {
+        address.pop();
+    }
+    address
+}

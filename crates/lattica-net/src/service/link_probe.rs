@@ -1,0 +1,144 @@
+//! Measures each connection with small probes on a stream of its own, answers those of the peer, closes connections that
+//! fell silent, and lets redundant ones go.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::AsyncReadExt;
+use libp2p::StreamProtocol;
+
+use super::connection::{Connection, Incoming, OpenError};
+use super::driver::Command;
+use super::frames::{FrameReader, STALL_TIMEOUT, write_all};
+use super::shared::Shared;
+use crate::links::probe::{ProbeAction, ProbeTracker};
+use crate::wire::{decode_echo, decode_probe, encode_echo, encode_probe};
+
+/// The protocol of link measurements.
+pub const LINK_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/link/1.0.0");
+/// A redundant connection whose last call is older than this gives its RPC streams up.
+const RELEASE_AFTER_MS: u64 = 2000;
+
+/// Probes a connection until it is gone.
+pub(crate) async fn measure(shared: Arc<Shared>, connection: Arc<Connection>) {
+    let probing = async {
+        match probe(&shared, &connection).await {
+            // The peer does not speak the protocol (its ping is measured instead), or the stream ended while the
+            // connection stands: watch on without probes.
+            Ok(Life::Unmeasured) => loop {
+                tokio::time::sleep(shared.config.liveness.probe_interval).await;
+                tidy(&shared, &connection);
+            },
+            Ok(Life::Silent) => {
+                tracing::info!(peer = %connection.peer.short(), "connection closed: the peer fell silent");
+                connection.fail();
+                let _ = shared.command(Command::Close { id: connection.id }).await;
+            }
+            Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "link probes ended"),
+        }
+    };
+    tokio::select! {
+        () = probing => {}
+        () = connection.closed.cancelled() => {}
+        () = shared.stopped.cancelled() => {}
+    }
+}
+
+enum Life {
+    Silent,
+    Unmeasured,
+}
+
+async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::Result<Life> {
+    let mut stream = match connection.open(LINK_PROTOCOL).await {
+        Ok(stream) => stream,
+        Err(OpenError::Io(error)) => return Err(error),
+        Err(OpenError::Unsupported | OpenError::Timeout | OpenError::Lost) => return Ok(Life::Unmeasured),
+    };
+    stream.ignore_for_keep_alive();
+    let (reader, mut writer) = stream.split();
+    let mut reader = FrameReader::new(reader, STALL_TIMEOUT);
+    let liveness = &shared.config.liveness;
+    let mut tracker = ProbeTracker::new(shared.now(), liveness.probe_interval, liveness.probe_timeout);
+    loop {
+        while let Some((sequence, rate, n_bytes)) = decode_echo(reader.buffered()).map_err(invalid)? {
+            reader.consume(n_bytes);
+            let now = shared.now();
+            if let Some(rtt) = tracker.handle_echo(now, sequence) {
+                let mut link = connection.state.link();
+                // Measurements of a spare path would blur those of the path in use.
+                if !connection.is_redundant() {
+                    link.handle_answer(now, rtt);
+                }
+                link.handle_reported_goodput(rate);
+            }
+        }
+        let wait = tracker.next_tick().saturating_sub(shared.now());
+        tokio::select! {
+            filled = reader.fill() => {
+                if filled? == 0 {
+                    return Ok(Life::Unmeasured);
+                }
+            }
+            () = tokio::time::sleep(wait) => {
+                tidy(shared, connection);
+                let (action, newly_late) = tracker.handle_tick(shared.now());
+                for _ in 0..newly_late {
+                    connection.state.link().handle_loss();
+                }
+                match action {
+                    ProbeAction::Send(sequence) => write_all(&mut writer, &encode_probe(sequence)).await?,
+                    ProbeAction::Wait => {}
+                    ProbeAction::Dead => return Ok(Life::Silent),
+                }
+            }
+        }
+    }
+}
+
+/// A connection beside a better one gives up its idle RPC streams; without streams the swarm lets it go.
+fn tidy(shared: &Shared, connection: &Connection) {
+    let redundant = !shared.table().is_best(&connection.peer, connection.key);
+    connection.set_redundant(redundant);
+    let now_ms = u64::try_from(shared.now().as_millis()).unwrap_or(u64::MAX);
+    if redundant && now_ms.saturating_sub(connection.last_use_ms()) > RELEASE_AFTER_MS {
+        connection.lanes.release_idle();
+    }
+}
+
+/// Echoes the peer's probes.
+pub(crate) async fn answer(
+    shared: Arc<Shared>,
+    connection: Arc<Connection>,
+    mut stream: libp2p::Stream,
+    place: Incoming,
+) {
+    stream.ignore_for_keep_alive();
+    let echoing = async {
+        let (reader, mut writer) = stream.split();
+        let mut reader = FrameReader::new(reader, STALL_TIMEOUT);
+        // A peer that probes without pause costs no more than this many echoes per second.
+        let mut pace = tokio::time::interval(Duration::from_millis(5));
+        pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while let Some(sequence) = reader.header(decode_probe).await? {
+            pace.tick().await;
+            let rate = connection.state.link().incoming_bytes_per_s();
+            write_all(&mut writer, &encode_echo(sequence, rate)).await?;
+        }
+        Ok::<(), std::io::Error>(())
+    };
+    tokio::select! {
+        result = echoing => {
+            if let Err(error) = result {
+                tracing::debug!(peer = %connection.peer.short(), %error, "link stream closed");
+            }
+        }
+        () = connection.closed.cancelled() => {}
+        () = shared.stopped.cancelled() => {}
+    }
+    drop(place);
+}
+
+fn invalid(error: swarm_wire::DecodeError) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidData, error)
+}

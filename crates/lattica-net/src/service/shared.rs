@@ -1,0 +1,240 @@
+//! What every task of a node shares: the peer table, the handlers, the clock and the ways to the swarm and to the
+//! application.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use libp2p::StreamProtocol;
+use swarm_wire::PeerId;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::connection::Connection;
+use super::driver::Command;
+use super::stream::Stream;
+use crate::config::NodeConfig;
+use crate::error::DialError;
+use crate::event::NetEvent;
+use crate::links::LinkEstimator;
+use crate::peers::PeerTable;
+use crate::rpc::{Admission, Refusal};
+use crate::status::Status;
+
+/// What a handler returns.
+pub(crate) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+/// Answers calls of one method.
+pub(crate) type Method = Arc<dyn Fn(PeerId, Bytes) -> BoxFuture<Result<Bytes, Status>> + Send + Sync>;
+/// Takes incoming streams of one protocol.
+pub(crate) type StreamHandler = Arc<dyn Fn(PeerId, Stream) -> BoxFuture<()> + Send + Sync>;
+
+/// Who gets an incoming stream.
+#[derive(Clone)]
+pub(crate) enum Acceptor {
+    /// The RPC server.
+    Rpc,
+    /// The link probes.
+    Link,
+    /// The application.
+    Application(StreamHandler),
+}
+
+/// The protocols that this node accepts. Replaced as a whole, so that readers hold no lock.
+#[derive(Clone, Default)]
+pub(crate) struct Acceptors {
+    pub(crate) protocols: Vec<StreamProtocol>,
+    by_name: HashMap<StreamProtocol, Acceptor>,
+}
+
+impl Acceptors {
+    pub(crate) fn get(&self, protocol: &StreamProtocol) -> Option<&Acceptor> {
+        self.by_name.get(protocol)
+    }
+}
+
+/// What is kept for each peer beside its addresses.
+#[derive(Default)]
+pub(crate) struct PeerState {
+    link: Mutex<LinkEstimator>,
+    admission: OnceLock<Mutex<Admission>>,
+    outgoing: OnceLock<Semaphore>,
+}
+
+impl PeerState {
+    pub(crate) fn link(&self) -> MutexGuard<'_, LinkEstimator> {
+        lock(&self.link)
+    }
+
+    /// Asks for a place for a call of the peer with a body of `body_bytes`; it is given back on drop.
+    pub(crate) fn admit(self: &Arc<Self>, config: &NodeConfig, body_bytes: usize) -> Result<Held, Refusal> {
+        let limits = &config.limits;
+        let admission = self
+            .admission
+            .get_or_init(|| Mutex::new(Admission::new(limits.calls_per_peer, limits.call_bytes_per_peer)));
+        lock(admission).admit(body_bytes)?;
+        Ok(Held { state: Arc::clone(self), n_bytes: body_bytes })
+    }
+
+    /// Places for our own calls to the peer.
+    pub(crate) fn outgoing(&self, config: &NodeConfig) -> &Semaphore {
+        self.outgoing.get_or_init(|| Semaphore::new(config.limits.outgoing_calls_per_peer))
+    }
+}
+
+/// A running call of a peer and the bytes that it holds.
+pub(crate) struct Held {
+    state: Arc<PeerState>,
+    n_bytes: usize,
+}
+
+impl Held {
+    /// The body is used up; the answer takes `n_bytes`.
+    pub(crate) fn resize(&mut self, n_bytes: usize) {
+        if let Some(admission) = self.state.admission.get() {
+            lock(admission).resize(self.n_bytes, n_bytes);
+        }
+        self.n_bytes = n_bytes;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(admission) = self.state.admission.get() {
+            lock(admission).finish(self.n_bytes);
+        }
+    }
+}
+
+/// See the module.
+pub(crate) struct Shared {
+    pub(crate) local: PeerId,
+    pub(crate) config: NodeConfig,
+    /// The application's runtime: handlers run there.
+    pub(crate) application: Handle,
+    /// The node's own runtime: bytes move there.
+    pub(crate) network: Handle,
+    pub(crate) events: broadcast::Sender<NetEvent>,
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) stopped: CancellationToken,
+    started: Instant,
+    table: Mutex<PeerTable<Arc<Connection>, Arc<PeerState>>>,
+    acceptors: RwLock<Arc<Acceptors>>,
+    methods: RwLock<HashMap<String, Method>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Shared({})", self.local)
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(
+        local: PeerId,
+        config: NodeConfig,
+        application: Handle,
+        network: Handle,
+        commands: mpsc::Sender<Command>,
+    ) -> Self {
+        let table = PeerTable::new(config.limits.peers, config.limits.addresses_per_peer);
+        Self {
+            local,
+            config,
+            application,
+            network,
+            events: broadcast::channel(1024).0,
+            commands,
+            stopped: CancellationToken::new(),
+            started: Instant::now(),
+            table: Mutex::new(table),
+            acceptors: RwLock::default(),
+            methods: RwLock::default(),
+        }
+    }
+
+    /// Time since the node was made: the clock of everything pure.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(crate) fn table(&self) -> MutexGuard<'_, PeerTable<Arc<Connection>, Arc<PeerState>>> {
+        lock(&self.table)
+    }
+
+    /// Tells everybody who listens. Nobody listening is fine.
+    pub(crate) fn emit(&self, event: NetEvent) {
+        tracing::debug!(node = %self.local.short(), ?event, "network event");
+        let _ = self.events.send(event);
+    }
+
+    pub(crate) fn acceptors(&self) -> Arc<Acceptors> {
+        Arc::clone(&self.acceptors.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_acceptor(&self, protocol: StreamProtocol, acceptor: Option<Acceptor>) {
+        let mut guard = self.acceptors.write().unwrap_or_else(PoisonError::into_inner);
+        let mut next = Acceptors::clone(&guard);
+        next.protocols.retain(|p| *p != protocol);
+        match acceptor {
+            Some(acceptor) => {
+                next.protocols.push(protocol.clone());
+                next.by_name.insert(protocol, acceptor);
+            }
+            None => {
+                next.by_name.remove(&protocol);
+            }
+        }
+        *guard = Arc::new(next);
+    }
+
+    pub(crate) fn method(&self, name: &str) -> Option<Method> {
+        self.methods.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    pub(crate) fn set_method(&self, name: &str, method: Option<Method>) {
+        let mut methods = self.methods.write().unwrap_or_else(PoisonError::into_inner);
+        match method {
+            Some(method) => methods.insert(name.to_owned(), method),
+            None => methods.remove(name),
+        };
+    }
+
+    /// Forgets every handler: they may hold handles of this node, which would keep it alive in a circle.
+    pub(crate) fn forget_handlers(&self) {
+        self.methods.write().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.acceptors.write().unwrap_or_else(PoisonError::into_inner) = Arc::default();
+    }
+
+    /// The best connection to `peer`; dials known addresses when none stands.
+    pub(crate) async fn connection(&self, peer: &PeerId) -> Result<Arc<Connection>, DialError> {
+        if let Some(connection) = self.table().best(peer) {
+            return Ok(connection);
+        }
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Connect { peer: peer.clone(), reply }).await?;
+        let timeout = self.config.liveness.dial_timeout;
+        match tokio::time::timeout(timeout, answer).await {
+            Ok(Ok(result)) => result?,
+            Ok(Err(_)) => return Err(DialError::ShutDown),
+            Err(_) => return Err(DialError::Timeout { target: format!("peer {peer}"), timeout }),
+        };
+        self.table().best(peer).ok_or_else(|| DialError::Unreachable {
+            target: format!("peer {peer}"),
+            reason: "the connection was lost again at once".to_owned(),
+        })
+    }
+
+    pub(crate) async fn command(&self, command: Command) -> Result<(), DialError> {
+        self.commands.send(command).await.map_err(|_| DialError::ShutDown)
+    }
+}
+
+/// Locks without minding that another holder panicked: every holder leaves the value usable at each step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,218 @@
+//! Brings a node up: its threads, its transports, its listeners.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use libp2p::core::transport::ListenerId;
+use libp2p::core::{Multiaddr, multiaddr::Protocol};
+use libp2p::swarm::SwarmEvent;
+use libp2p::{Swarm, SwarmBuilder, identity::Keypair, noise, tcp, yamux};
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::behaviour::Behaviour;
+use super::driver::{Driver, root_cause};
+use super::identity::Identity;
+use super::link_probe::LINK_PROTOCOL;
+use super::rpc_client::RPC_PROTOCOL;
+use super::shared::{Acceptor, Shared};
+use crate::addr::is_relayed;
+use crate::config::NodeConfig;
+use crate::error::StartError;
+
+/// Commands that wait for the swarm; further callers wait.
+const COMMAND_QUEUE: usize = 256;
+/// An idle connection beside a better one is closed after this long.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Listeners have this long to report their addresses.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Incoming streams of a connection whose protocol is not agreed upon yet.
+const NEGOTIATING_STREAMS: usize = 128;
+
+/// Starts a node's threads; returns when it listens.
+pub(super) async fn start(
+    identity: &Identity,
+    mut config: NodeConfig,
+) -> Result<(Arc<Shared>, watch::Receiver<()>), StartError> {
+    // A slot at a relay is kept by the upkeep, not by a listener of our own.
+    let (circuits, listen): (Vec<String>, Vec<String>) = config.listen.into_iter().partition(|a| is_relayed(a));
+    config.listen = listen;
+    config.relays.extend(circuits.iter().filter_map(|a| Some(a.split_once("/p2p-circuit")?.0.to_owned())));
+    config.validate()?;
+    let listen = parse_all(&config.listen)?;
+    let external = parse_all(&config.external)?;
+    parse_all(&config.bootstrap)?;
+    parse_all(&config.relays)?;
+    for address in &listen {
+        refuse_taken_port(address)?;
+    }
+
+    let setup = |what: &'static str| move |error: std::io::Error| StartError::Setup { what, reason: error.to_string() };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.io_threads)
+        .thread_name("lattica-io")
+        .enable_all()
+        .build()
+        .map_err(setup("the network threads"))?;
+    let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
+    let local = identity.peer_id();
+    let shared =
+        Arc::new(Shared::new(local, config, Handle::current(), runtime.handle().clone(), commands));
+    shared.set_acceptor(RPC_PROTOCOL, Some(Acceptor::Rpc));
+    shared.set_acceptor(LINK_PROTOCOL, Some(Acceptor::Link));
+
+    let keypair = identity.libp2p_keypair();
+    let (ready, started) = oneshot::channel();
+    let (end, ended) = watch::channel(());
+    let node = Arc::clone(&shared);
+    std::thread::Builder::new()
+        .name("lattica-swarm".to_owned())
+        .spawn(move || {
+            run(runtime, keypair, node, queue, &listen, &external, ready);
+            drop(end);
+        })
+        .map_err(setup("the swarm thread"))?;
+    match started.await {
+        Ok(result) => result.map(|()| (shared, ended)),
+        Err(_) => Err(StartError::Setup { what: "the swarm", reason: "its thread ended".to_owned() }),
+    }
+}
+
+fn run(
+    runtime: Runtime,
+    keypair: Keypair,
+    shared: Arc<Shared>,
+    commands: mpsc::Receiver<super::driver::Command>,
+    listen: &[Multiaddr],
+    external: &[Multiaddr],
+    ready: oneshot::Sender<Result<(), StartError>>,
+) {
+    runtime.block_on(async {
+        let swarm = async {
+            let mut swarm = build(keypair, Arc::clone(&shared))?;
+            for address in external {
+                swarm.add_external_address(address.clone());
+            }
+            listen_on(&mut swarm, &shared, listen).await?;
+            Ok(swarm)
+        };
+        match swarm.await {
+            Ok(swarm) => {
+                let driver = Driver::new(swarm, Arc::clone(&shared), commands);
+                if ready.send(Ok(())).is_ok() {
+                    driver.run().await;
+                }
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+            }
+        }
+    });
+    shared.stopped.cancel();
+    // Tasks that still wait for a peer are dropped; none of them holds anything that needs an orderly end.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+}
+
+fn build(keypair: Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, StartError> {
+    let liveness = shared.config.liveness.clone();
+    let setup = |what, reason: String| StartError::Setup { what, reason };
+    let swarm = SwarmBuilder::with_existing_identity(keypair)
+        .with_tokio()
+        .with_tcp(tcp::Config::new().nodelay(true), noise::Config::new, yamux::Config::default)
+        .map_err(|error| setup("TCP", error.to_string()))?
+        .with_quic_config(|mut quic| {
+            quic.max_idle_timeout = u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
+            quic.keep_alive_interval = liveness.quic_keep_alive;
+            quic.handshake_timeout = liveness.dial_timeout;
+            quic.max_concurrent_stream_limit = 1024;
+            quic
+        })
+        .with_dns()
+        .map_err(|error| setup("name lookup", error.to_string()))?
+        .with_relay_client(noise::Config::new, yamux::Config::default)
+        .map_err(|error| setup("the relay client", error.to_string()))?
+        .with_behaviour(|keypair, relay_client| Behaviour::new(keypair, relay_client, shared))
+        .map_err(|error| setup("the behaviours", error.to_string()))?
+        .with_swarm_config(|config| {
+            config
+                .with_idle_connection_timeout(IDLE_TIMEOUT)
+                .with_max_negotiating_inbound_streams(NEGOTIATING_STREAMS)
+                .with_smart_dial()
+        })
+        .with_connection_timeout(liveness.dial_timeout)
+        .build();
+    Ok(swarm)
+}
+
+/// Listens on every address and waits until each listener has reported where.
+async fn listen_on(
+    swarm: &mut Swarm<Behaviour>,
+    shared: &Shared,
+    addresses: &[Multiaddr],
+) -> Result<(), StartError> {
+    let mut waiting: HashSet<ListenerId> = HashSet::new();
+    for address in addresses {
+        let listener = swarm.listen_on(address.clone()).map_err(|error| listen_error(address, &root_cause(&error)))?;
+        waiting.insert(listener);
+    }
+    let reported = async {
+        while !waiting.is_empty() {
+            match swarm.select_next_some().await {
+                SwarmEvent::NewListenAddr { listener_id, address } => {
+                    waiting.remove(&listener_id);
+                    if shared.config.relay_server && shared.config.external.is_empty() {
+                        swarm.add_external_address(address);
+                    }
+                }
+                SwarmEvent::ListenerClosed { listener_id, reason: Err(error), .. } if waiting.contains(&listener_id) => {
+                    return Err(StartError::Listen { address: "an address".to_owned(), reason: error.to_string() });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    };
+    tokio::time::timeout(LISTEN_TIMEOUT, reported).await.unwrap_or_else(|_| {
+        let reason = format!("no listener came up within {LISTEN_TIMEOUT:?}");
+        Err(StartError::Listen { address: addresses.first().map_or_else(String::new, ToString::to_string), reason })
+    })
+}
+
+fn parse_all(addresses: &[String]) -> Result<Vec<Multiaddr>, StartError> {
+    let parse = |address: &String| {
+        address.parse().map_err(|error: libp2p::multiaddr::Error| StartError::Address {
+            address: address.clone(),
+            reason: error.to_string(),
+        })
+    };
+    addresses.iter().map(parse).collect()
+}
+
+/// The transports listen with port reuse, under which a second process can share a taken port without an error and then
+/// steal connections; so the port is tried without it first.
+fn refuse_taken_port(address: &Multiaddr) -> Result<(), StartError> {
+    let mut parts = address.iter();
+    let ip: IpAddr = match parts.next() {
+        Some(Protocol::Ip4(ip)) => ip.into(),
+        Some(Protocol::Ip6(ip)) => ip.into(),
+        _ => return Ok(()),
+    };
+    let tried = match parts.next() {
+        Some(Protocol::Tcp(port)) if port != 0 => TcpListener::bind(SocketAddr::new(ip, port)).map(|_| ()),
+        Some(Protocol::Udp(port)) if port != 0 => UdpSocket::bind(SocketAddr::new(ip, port)).map(|_| ()),
+        _ => return Ok(()),
+    };
+    tried.map_err(|error| listen_error(address, &error.to_string()))
+}
+
+fn listen_error(address: &Multiaddr, reason: &str) -> StartError {
+    let address = address.to_string();
+    if reason.contains("in use") {
+        StartError::PortInUse { address }
+    } else {
+        StartError::Listen { address, reason: reason.to_owned() }
+    }
+}

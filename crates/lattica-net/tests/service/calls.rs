@@ -1,0 +1,257 @@
+//! Calls: answers, refusals, deadlines, cancels, limits.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use lattica_net::{CallError, Limits, NetEvent, Status, StatusCode};
+use tokio::sync::{Notify, Semaphore};
+
+use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger, until};
+
+async fn echoes(transport: Transport) {
+    let (a, b) = pair(transport).await;
+    b.handle("echo", |_, body| async move { Ok(body) });
+    for n_bytes in [0, 1, 1000, 65_535, 65_536, 300_000, 8 * 1024 * 1024] {
+        let body = Bytes::from((0..n_bytes).map(|i| (i % 251) as u8).collect::<Vec<u8>>());
+        assert_eq!(a.call(&b.peer_id(), "echo", body.clone(), PATIENCE).await.unwrap(), body, "{n_bytes}");
+    }
+    let calls = (0..200u32).map(|i| {
+        let (a, peer) = (a.clone(), b.peer_id());
+        tokio::spawn(async move {
+            let body = Bytes::from(i.to_le_bytes().repeat(1 + (i as usize % 7) * 1000));
+            assert_eq!(a.call(&peer, "echo", body.clone(), PATIENCE).await.unwrap(), body);
+        })
+    });
+    for call in calls.collect::<Vec<_>>() {
+        call.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn bodies_of_every_size_come_back_over_quic() {
+    echoes(Transport::Quic).await;
+}
+
+#[tokio::test]
+async fn bodies_of_every_size_come_back_over_tcp() {
+    echoes(Transport::Tcp).await;
+}
+
+#[tokio::test]
+async fn both_sides_call_each_other_at_the_same_time() {
+    let (a, b) = pair(Transport::Quic).await;
+    a.handle("who", |peer, _| async move { Ok(Bytes::from(peer.to_string())) });
+    b.handle("who", |peer, _| async move { Ok(Bytes::from(peer.to_string())) });
+    let (of_a, of_b) = (a.peer_id(), b.peer_id());
+    let (from_b, from_a) = tokio::join!(
+        a.call(&of_b, "who", Bytes::new(), PATIENCE),
+        b.call(&of_a, "who", Bytes::new(), PATIENCE)
+    );
+    assert_eq!(from_b.unwrap(), a.peer_id().to_string());
+    assert_eq!(from_a.unwrap(), b.peer_id().to_string());
+}
+
+#[tokio::test]
+async fn refusals_carry_their_code_and_text() {
+    let (a, b) = pair(Transport::Quic).await;
+    b.handle("refuse", |_, _| async { Err(Status::not_found("no such thing")) });
+    b.handle("panic", |_, body| async move { Ok(body.slice(9..)) });
+    let peer = b.peer_id();
+    let error = a.call(&peer, "refuse", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert_eq!(error.remote_code(), Some(StatusCode::NotFound));
+    assert!(error.to_string().contains("no such thing"), "{error}");
+    let error = a.call(&peer, "nothing", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert_eq!(error.remote_code(), Some(StatusCode::Unimplemented));
+    let error = a.call(&peer, "panic", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert_eq!(error.remote_code(), Some(StatusCode::Internal));
+    // The node that had a handler panic still answers.
+    b.unhandle("refuse");
+    let error = a.call(&peer, "refuse", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert_eq!(error.remote_code(), Some(StatusCode::Unimplemented));
+}
+
+#[tokio::test]
+async fn a_node_can_call_itself() {
+    let a = start(config(Transport::Quic)).await;
+    a.handle("echo", |_, body| async move { Ok(body) });
+    assert_eq!(a.call(&a.peer_id(), "echo", Bytes::from_static(b"me"), PATIENCE).await.unwrap(), "me");
+}
+
+#[tokio::test]
+async fn what_cannot_be_sent_is_refused_before_it_is() {
+    let (a, b) = pair(Transport::Quic).await;
+    let large = Bytes::from(vec![0; 8 * 1024 * 1024 + 1]);
+    let error = a.call(&b.peer_id(), "echo", large, PATIENCE).await.unwrap_err();
+    assert!(matches!(error, CallError::TooLarge { limit_bytes: 8_388_608, .. }), "{error}");
+    let error = a.call(&b.peer_id(), "", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, CallError::BadMethod { .. }), "{error}");
+    let error = a.call(&stranger(), "echo", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, CallError::Unreachable { .. }), "{error}");
+    assert!(error.to_string().contains("dial one of its addresses"), "{error}");
+}
+
+/// Counts how often it is dropped without having been finished.
+struct Dropped(Arc<AtomicUsize>);
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_takes_too_long_ends_at_its_deadline_on_both_sides() {
+    let (a, b) = pair(Transport::Quic).await;
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&dropped);
+    b.handle("hang", move |_, _| {
+        let guard = Dropped(Arc::clone(&counter));
+        async move {
+            let _guard = guard;
+            std::future::pending::<Result<Bytes, Status>>().await
+        }
+    });
+    let start = Instant::now();
+    let error = a.call(&b.peer_id(), "hang", Bytes::new(), Duration::from_millis(200)).await.unwrap_err();
+    assert!(
+        matches!(error, CallError::Timeout { .. }) || error.remote_code() == Some(StatusCode::DeadlineExceeded),
+        "{error}"
+    );
+    assert!(start.elapsed() < Duration::from_secs(5));
+    eventually("the handler is dropped", || dropped.load(Ordering::SeqCst) == 1).await;
+}
+
+#[tokio::test]
+async fn dropping_a_call_cancels_the_handler() {
+    let (a, b) = pair(Transport::Tcp).await;
+    let (dropped, started) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
+    let (counter, signal) = (Arc::clone(&dropped), Arc::clone(&started));
+    b.handle("hang", move |_, _| {
+        let guard = Dropped(Arc::clone(&counter));
+        signal.notify_one();
+        async move {
+            let _guard = guard;
+            std::future::pending::<Result<Bytes, Status>>().await
+        }
+    });
+    let peer = b.peer_id();
+    let call = tokio::spawn({
+        let a = a.clone();
+        async move { a.call(&peer, "hang", Bytes::new(), Duration::from_secs(600)).await }
+    });
+    started.notified().await;
+    assert_eq!(dropped.load(Ordering::SeqCst), 0);
+    call.abort();
+    eventually("the handler is dropped", || dropped.load(Ordering::SeqCst) == 1).await;
+}
+
+#[tokio::test]
+async fn a_peer_with_too_many_calls_is_told_so_and_others_are_served() {
+    let limits = Limits { calls_per_peer: 3, ..Limits::default() };
+    let server = start(lattica_net::NodeConfig { limits, ..config(Transport::Quic) }).await;
+    let (a, b) = (start(config(Transport::Quic)).await, start(config(Transport::Quic)).await);
+    connect(&a, &server).await;
+    connect(&b, &server).await;
+    let gate = Arc::new(Semaphore::new(0));
+    let (entered, waiting) = (Arc::new(AtomicUsize::new(0)), Arc::clone(&gate));
+    let count = Arc::clone(&entered);
+    server.handle("wait", move |_, body| {
+        let gate = Arc::clone(&waiting);
+        count.fetch_add(1, Ordering::SeqCst);
+        async move {
+            gate.acquire().await.map_err(Status::internal)?.forget();
+            Ok(body)
+        }
+    });
+    let peer = server.peer_id();
+    let calls: Vec<_> = (0..3)
+        .map(|_| {
+            let (a, peer) = (a.clone(), peer.clone());
+            tokio::spawn(async move { a.call(&peer, "wait", Bytes::new(), PATIENCE).await })
+        })
+        .collect();
+    eventually("three calls run", || entered.load(Ordering::SeqCst) == 3).await;
+    let error = a.call(&peer, "wait", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert_eq!(error.remote_code(), Some(StatusCode::ResourceExhausted), "{error}");
+    // Another peer has its own limit.
+    gate.add_permits(4);
+    b.call(&peer, "wait", Bytes::new(), PATIENCE).await.unwrap();
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    gate.add_permits(1);
+    a.call(&peer, "wait", Bytes::new(), PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn one_slow_handler_does_not_hold_up_other_calls() {
+    let (a, b) = pair(Transport::Quic).await;
+    // Blocks a thread, as an application should not but will.
+    b.handle("block", |_, _| async {
+        std::thread::sleep(Duration::from_millis(600));
+        Ok(Bytes::new())
+    });
+    b.handle("echo", |_, body| async move { Ok(body) });
+    let peer = b.peer_id();
+    let blocked = tokio::spawn({
+        let (a, peer) = (a.clone(), peer.clone());
+        async move { a.call(&peer, "block", Bytes::new(), PATIENCE).await }
+    });
+    a.call(&peer, "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
+    blocked.await.unwrap().unwrap();
+    assert!(b.is_connected(&a.peer_id()) && a.is_connected(&peer));
+}
+
+#[tokio::test]
+async fn a_known_address_is_dialled_when_it_is_needed() {
+    let (a, b) = (start(config(Transport::Quic)).await, start(config(Transport::Quic)).await);
+    b.handle("echo", |_, body| async move { Ok(body) });
+    a.add_address(&b.peer_id(), &b.listen_addrs().await[0]).unwrap();
+    assert!(!a.is_connected(&b.peer_id()));
+    assert_eq!(a.call(&b.peer_id(), "echo", Bytes::from_static(b"hi"), PATIENCE).await.unwrap(), "hi");
+}
+
+async fn loses_peer(transport: Transport) {
+    let (a, b) = pair(transport).await;
+    let started = Arc::new(Notify::new());
+    let signal = Arc::clone(&started);
+    b.handle("hang", move |_, _| {
+        signal.notify_one();
+        std::future::pending::<Result<Bytes, Status>>()
+    });
+    let (peer, mut events) = (b.peer_id(), a.events());
+    let call = tokio::spawn({
+        let (a, peer) = (a.clone(), peer.clone());
+        async move { a.call(&peer, "hang", Bytes::new(), Duration::from_secs(600)).await }
+    });
+    started.notified().await;
+    let start = Instant::now();
+    b.shutdown().await;
+    let error = call.await.unwrap().unwrap_err();
+    assert!(matches!(error, CallError::ConnectionLost { .. }), "{error}");
+    until(&mut events, &NetEvent::Disconnected(peer.clone())).await;
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(!a.is_connected(&peer));
+}
+
+#[tokio::test]
+async fn a_peer_that_leaves_ends_its_calls_over_quic() {
+    loses_peer(Transport::Quic).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_leaves_ends_its_calls_over_tcp() {
+    loses_peer(Transport::Tcp).await;
+}
+
+#[tokio::test]
+async fn a_node_that_was_shut_down_says_so() {
+    let (a, b) = pair(Transport::Quic).await;
+    a.shutdown().await;
+    let error = a.call(&b.peer_id(), "echo", Bytes::new(), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, CallError::ShutDown), "{error}");
+    assert!(a.listen_addrs().await.is_empty());
+    assert!(a.dial("/ip4/127.0.0.1/tcp/9").await.unwrap_err().to_string().contains("shut down"));
+}
