@@ -17,7 +17,8 @@ use crate::{
 };
 
 /// The linear modules of a layer that may carry an adapter.
-pub(crate) const MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub(crate) const MODULES: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// Width in and width out of a module.
 pub(crate) fn module_shape(config: &ModelConfig, module: &str) -> Option<(usize, usize)> {

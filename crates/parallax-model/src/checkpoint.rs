@@ -270,6 +270,32 @@ impl Checkpoint {
         &self.companions
     }
 
+    /// Tokenizer, chat template and generation settings as the files of an HF directory.
+    pub(crate) fn text_files(&self) -> Vec<(String, Vec<u8>)> {
+        let settings = |template: Option<&str>, bos: &str, eos: &str| {
+            let json = serde_json::json!({"chat_template": template, "bos_token": bos, "eos_token": eos,
+                "tokenizer_class": "PreTrainedTokenizerFast"});
+            ("tokenizer_config.json".to_owned(), format!("{json:#}\n").into_bytes())
+        };
+        let mut files = Vec::new();
+        let generation =
+            serde_json::json!({"bos_token_id": self.config.bos, "eos_token_id": self.config.eos});
+        files.push(("generation_config.json".to_owned(), format!("{generation:#}\n").into_bytes()));
+        match &self.text {
+            Text::Json { tokenizer, template } => {
+                files.extend(tokenizer.clone().map(|t| ("tokenizer.json".to_owned(), t)));
+                files.extend(template.as_ref().map(|(t, bos, eos)| settings(Some(t), bos, eos)));
+            }
+            Text::Gguf(vocabulary) => {
+                let tokenizer = vocabulary.tokenizer().and_then(|t| t.to_json()).ok();
+                files.extend(tokenizer.map(|t| ("tokenizer.json".to_owned(), t.into_bytes())));
+                let (template, bos, eos) = vocabulary.template();
+                files.push(settings(template, bos, eos));
+            }
+        }
+        files
+    }
+
     /// Digest of configuration, tensor index and weights: equal ids compute equal values. Hex, 64 characters.
     /// The first call reads all weights.
     ///

@@ -1,9 +1,20 @@
 //! `Stage`: the contiguous range of layers that one node holds, with its paged key-value store.
 
+mod batch;
+
+use std::{ops::Range, sync::Arc};
+
+use burn::tensor::{Device, Tensor, TensorData};
+
 use crate::{
     adapter::Adapter,
     checkpoint::Checkpoint,
+    config::ModelConfig,
+    device,
     error::{AdapterError, ForwardError, LoadError},
+    layer::{self, Attend, LayerWeights, Linear, LinearWeight, Route, Shared},
+    load::{self, Loader},
+    ops::attention::KvStore,
     options::LoadOptions,
 };
 
@@ -77,7 +88,15 @@ pub struct StageOutput {
 /// A range of layers, loaded and ready. One forward pass at a time; `Send`, so that a thread can own it.
 #[derive(Debug)]
 pub struct Stage {
+    config: ModelConfig,
     options: LoadOptions,
+    device: Device,
+    shared: Shared,
+    layers: Vec<LayerWeights>,
+    embedding: Option<LinearWeight>,
+    head: Option<(Tensor<1>, Linear)>,
+    store: Arc<KvStore>,
+    weight_bytes: u64,
 }
 
 impl Stage {
@@ -87,17 +106,115 @@ impl Stage {
     /// # Errors
     /// A layer range or size that does not fit, a device that is not there, weights that cannot be read.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
-        let n_layers = checkpoint.config().n_layers;
-        if options.layers.is_empty() || options.layers.end > n_layers {
-            let (start, end) = (options.layers.start, options.layers.end);
-            return Err(LoadError::Layers { start, end, n_layers });
+        let (device, route) = device::open(options.device)?;
+        Self::load_on(checkpoint, options, device, route)
+    }
+
+    pub(crate) fn load_on(
+        checkpoint: &Checkpoint,
+        options: &LoadOptions,
+        device: Device,
+        route: Route,
+    ) -> Result<Self, LoadError> {
+        let config = checkpoint.config().clone();
+        let n_layers = config.n_layers;
+        let range = options.layers.clone();
+        if range.is_empty() || range.end > n_layers {
+            return Err(LoadError::Layers { start: range.start, end: range.end, n_layers });
         }
-        Ok(Self { options: options.clone() })
+        check_store(options, &config)?;
+        let loader = Loader {
+            index: checkpoint.index(),
+            config: &config,
+            dtype: options.dtype,
+            device: device.clone(),
+            route,
+            keep_dense: false,
+        };
+        let layers = range.clone().map(|i| loader.layer(i)).collect::<Result<Vec<_>, _>>()?;
+        let embedding = (range.start == 0).then(|| loader.table(load::EMBEDDING)).transpose()?;
+        let head = if range.end == n_layers {
+            let weight = match &embedding {
+                Some(table) if config.tied_embeddings => table.clone(),
+                _ => loader.table(load::head_name(&config))?,
+            };
+            let norm = loader.vector(load::FINAL_NORM, config.hidden)?;
+            Some((norm, Linear { weight, lora: Vec::new() }))
+        } else {
+            None
+        };
+        let shared = load::shared(&config, route, options.kv_pages * options.kv_page_tokens)?;
+        let store = match route {
+            Route::Kernels => {
+                KvStore::new(range.len(), options.kv_pages, options.kv_page_tokens, &shared.geometry)
+            }
+            Route::Composed => {
+                let rows = options.kv_pages * options.kv_page_tokens;
+                KvStore::tensors(range.len(), options.kv_page_tokens, rows, config.kv_width(), &device)
+            }
+        };
+        let store = Arc::new(store);
+        let mut stage = Self {
+            config,
+            options: options.clone(),
+            device,
+            shared,
+            layers,
+            embedding,
+            head,
+            store,
+            weight_bytes: 0,
+        };
+        stage.weight_bytes = stage.count_bytes();
+        Ok(stage)
+    }
+
+    fn count_bytes(&self) -> u64 {
+        let linear = |weight: &LinearWeight| match weight {
+            LinearWeight::Packed(packed) => packed.bytes() as u64,
+            LinearWeight::Dense(tensor) => tensor.dims().iter().product::<usize>() as u64 * 4,
+        };
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let mut bytes: u64 = layers.map(|l| linear(&l.weight)).sum();
+        bytes += self.embedding.as_ref().map_or(0, linear);
+        let shared_table = self.embedding.is_some() && self.config.tied_embeddings;
+        bytes += self.head.as_ref().filter(|_| !shared_table).map_or(0, |(_, head)| linear(&head.weight));
+        bytes
     }
 
     /// How it was loaded.
     pub fn options(&self) -> &LoadOptions {
         &self.options
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The layers it holds.
+    pub fn layers(&self) -> Range<usize> {
+        self.options.layers.clone()
+    }
+
+    /// Whether tokens enter here.
+    pub fn is_first(&self) -> bool {
+        self.embedding.is_some()
+    }
+
+    /// Whether logits leave here.
+    pub fn is_last(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// Bytes of the linear weights and tables in memory; what one decode step reads.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Tokens that fit into the key-value store.
+    pub fn kv_capacity_tokens(&self) -> usize {
+        self.options.kv_pages * self.options.kv_page_tokens
     }
 
     /// Computes a batch: writes the key-value store at the rows' positions and returns what leaves.
@@ -107,18 +224,110 @@ impl Stage {
     /// that is not finite.
     pub fn forward(
         &mut self,
-        _batch: &ForwardBatch,
-        _input: StageInput<'_>,
+        batch: &ForwardBatch,
+        input: StageInput<'_>,
     ) -> Result<StageOutput, ForwardError> {
-        Err(ForwardError::Batch { reason: "this build has no device: enable the feature `cpu`".to_owned() })
+        let rows = Arc::new(batch::rows(batch, &self.options, &self.config)?);
+        let mut x = self.enter(batch, input)?;
+        let attend = Attend::Paged { store: Arc::clone(&self.store), rows };
+        for (index, layer) in self.layers.iter().enumerate() {
+            x = layer::forward(layer, x, index, &attend, &self.shared);
+        }
+        let Some((norm, head)) = &self.head else {
+            let hidden = values(x);
+            self.check_finite("leaving", &hidden, batch)?;
+            return Ok(StageOutput { hidden, logits: Vec::new() });
+        };
+        let hidden = values(layer::rms_norm(x, norm, &self.shared));
+        self.check_finite("leaving", &hidden, batch)?;
+        let picked = batch::wanted_rows(batch, &hidden, self.config.hidden);
+        let logits = if picked.is_empty() {
+            Vec::new()
+        } else {
+            values(head.forward(self.matrix(picked), self.shared.route))
+        };
+        Ok(StageOutput { hidden, logits })
+    }
+
+    fn matrix(&self, values: Vec<f32>) -> Tensor<2> {
+        let shape = [values.len() / self.config.hidden, self.config.hidden];
+        Tensor::from_data(TensorData::new(values, shape), &self.device)
+    }
+
+    /// The hidden state that enters the first layer.
+    fn enter(&self, batch: &ForwardBatch, input: StageInput<'_>) -> Result<Tensor<2>, ForwardError> {
+        let n_rows = batch.n_rows();
+        let mismatch = |what: &str, got: usize, expected: usize| ForwardError::Batch {
+            reason: format!("{what} has {got} entries for {n_rows} rows, expected {expected}"),
+        };
+        match (input, &self.embedding) {
+            (StageInput::Tokens(tokens), Some(table)) => {
+                if tokens.len() != n_rows {
+                    return Err(mismatch("the token list", tokens.len(), n_rows));
+                }
+                layer::embed(table, tokens, &self.config, &self.shared, &self.device)
+            }
+            (StageInput::Hidden(hidden), None) => {
+                if hidden.len() != n_rows * self.config.hidden {
+                    return Err(mismatch("the hidden state", hidden.len(), n_rows * self.config.hidden));
+                }
+                self.check_finite("entering", hidden, batch)?;
+                Ok(self.matrix(hidden.to_vec()))
+            }
+            (StageInput::Tokens(_), None) => Err(ForwardError::Batch {
+                reason: format!("tokens given to layers {:?}, which take hidden states", self.options.layers),
+            }),
+            (StageInput::Hidden(_), Some(_)) => Err(ForwardError::Batch {
+                reason: "hidden states given to the first stage, which takes tokens".to_owned(),
+            }),
+        }
+    }
+
+    fn check_finite(
+        &self,
+        side: &'static str,
+        hidden: &[f32],
+        batch: &ForwardBatch,
+    ) -> Result<(), ForwardError> {
+        // One pass without branches; the position is looked for only when there is something to find.
+        if hidden.iter().fold(0.0, |sum, v| sum + v * 0.0) == 0.0 {
+            return Ok(());
+        }
+        let row = hidden.iter().position(|v| !v.is_finite()).unwrap_or(0) / self.config.hidden;
+        let (sequence, position) = batch::locate(batch, row);
+        let Range { start, end } = self.options.layers;
+        Err(ForwardError::NotFinite { side, start, end, sequence, position })
     }
 
     /// Applies an adapter from the next forward pass on, un-merged; `None` removes it. Modules of layers that
     /// this stage does not hold are ignored.
     ///
     /// # Errors
-    /// A module or shape that the model does not have.
-    pub fn set_adapter(&mut self, _adapter: Option<&Adapter>) -> Result<(), AdapterError> {
-        Ok(())
+    /// A module or shape that the model does not have; the adapter applied before stays.
+    pub fn set_adapter(&mut self, adapter: Option<&Adapter>) -> Result<(), AdapterError> {
+        load::attach(&mut self.layers, &self.options.layers, &self.config, adapter, &self.device)
     }
 }
+
+/// Values of a tensor, row-major.
+fn values(x: Tensor<2>) -> Vec<f32> {
+    x.into_data().try_to_vec().expect("activations are f32")
+}
+
+/// Largest key-value store of one layer, in values: what can be addressed with room to spare.
+const MAX_STORE_VALUES: usize = 1 << 36;
+
+fn check_store(options: &LoadOptions, config: &ModelConfig) -> Result<(), LoadError> {
+    let size = |what, value, reason: &str| Err(LoadError::Size { what, value, reason: reason.to_owned() });
+    if !(1..=4096).contains(&options.kv_page_tokens) || !options.kv_page_tokens.is_multiple_of(16) {
+        return size("kv_page_tokens", options.kv_page_tokens, "it must be a multiple of 16, at most 4096");
+    }
+    let values = options.kv_pages.saturating_mul(options.kv_page_tokens).saturating_mul(config.kv_width());
+    if options.kv_pages == 0 || options.kv_pages > u32::MAX as usize || values > MAX_STORE_VALUES {
+        return size("kv_pages", options.kv_pages, "the store would be empty or larger than any memory");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,27 +1,30 @@
 //! The same layers on an autodiff device: gradients for an adapter, or for all weights.
+//!
+//! On the CPU its values equal [`crate::Stage`]'s bit for bit (f32 weights, same kernels, same adapter formula).
 
-use std::path::Path;
+mod init;
+mod save;
 
-use burn::tensor::Tensor;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+pub use init::LoraConfig;
 
 use crate::{
-    adapter::Adapter,
+    adapter::{Adapter, LoraTensors},
     checkpoint::Checkpoint,
-    error::{ForwardError, LoadError, SaveError},
+    config::ModelConfig,
+    error::{AdapterError, ConfigError, ForwardError, LoadError, OpenError},
+    layer::{self, Attend, LayerWeights, Linear, LinearWeight, LoraPart, Route, Shared},
+    load::{self, Loader},
+    ops::{
+        composed,
+        head::{DenseHead, FrozenHead, Targets},
+        run1, run2,
+    },
+    options::WeightDtype,
 };
-
-/// A new adapter to train.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraConfig {
-    /// Inner width.
-    pub rank: usize,
-    /// Numerator of the scale alpha / rank.
-    pub alpha: f32,
-    /// Modules of every layer that get one, e.g. `q_proj`.
-    pub targets: Vec<String>,
-    /// Seed of A's initial values; B starts at zero.
-    pub seed: u64,
-}
 
 /// What to train.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,22 +35,149 @@ pub struct TrainOptions {
     pub full: bool,
 }
 
+#[derive(Clone, Debug)]
+enum Mode {
+    /// Frozen weights; parameters are A and B of each of these modules, in this order.
+    Lora { rank: usize, alpha: f32, modules: Vec<String> },
+    /// Parameters are all weights, in the order of `init::full_parameters`.
+    Full,
+}
+
 /// A model whose parameters have gradients.
+///
+/// With an adapter the parameters are `layers.3.q_proj.lora_a` [rank, in] and `.lora_b` [out, rank]. With all
+/// weights they are `embed_tokens`, per layer `input_norm`, `qkv_proj` (q, k, v stacked), `q_norm` and `k_norm`
+/// (Qwen3), `o_proj`, `post_norm`, `gate_up_proj` (stacked), `down_proj`, then `norm` and, when not tied,
+/// `lm_head`; matrices are [out, in], norms [1, n].
 #[derive(Debug)]
 pub struct TrainModel {
+    config: ModelConfig,
+    device: Device,
+    shared: Shared,
+    mode: Mode,
     parameters: Vec<(String, Tensor<2>)>,
+    /// Frozen weights; empty when all are trained.
+    frozen: Option<Frozen>,
+    /// Files to write beside saved weights.
+    text_files: Vec<(String, Vec<u8>)>,
+}
+
+#[derive(Debug)]
+struct Frozen {
+    layers: Vec<LayerWeights>,
+    embedding: LinearWeight,
+    norm: Tensor<1>,
+    head: LinearWeight,
+}
+
+/// Everything a forward pass reads, assembled from the parameters anew each time: gradients belong to one pass.
+struct Assembled {
+    layers: Vec<LayerWeights>,
+    embedding: LinearWeight,
+    norm: Tensor<1>,
+    head: LinearWeight,
+}
+
+/// Longest training sequence, in tokens: bounds the rotary table.
+const MAX_SEQUENCE_TOKENS: usize = 1 << 14;
+
+fn invalid(field: &str, value: String, reason: &str) -> LoadError {
+    let (field, reason) = (field.to_owned(), reason.to_owned());
+    LoadError::Open(OpenError::Config(ConfigError::Invalid { field, value, reason }))
 }
 
 impl TrainModel {
     /// Loads a checkpoint in f32 for training.
     ///
     /// # Errors
-    /// Neither an adapter nor all weights are asked for, an unknown target, weights that cannot be read.
-    pub fn from_checkpoint(_checkpoint: &Checkpoint, _options: &TrainOptions) -> Result<Self, LoadError> {
-        Ok(Self { parameters: Vec::new() })
+    /// Neither or both of an adapter and all weights are asked for, an unknown target, weights that cannot be
+    /// read.
+    pub fn from_checkpoint(checkpoint: &Checkpoint, options: &TrainOptions) -> Result<Self, LoadError> {
+        Self::load_on(checkpoint, options, Route::Kernels)
     }
 
-    /// The trained leaves by name, in a fixed order. Matrices are [out, in]; norm weights are [1, H].
+    pub(crate) fn load_on(
+        checkpoint: &Checkpoint,
+        options: &TrainOptions,
+        route: Route,
+    ) -> Result<Self, LoadError> {
+        let config = checkpoint.config().clone();
+        let device = Device::flex().autodiff();
+        let text_files = save::text_files(checkpoint);
+        let shared = load::shared(&config, route, MAX_SEQUENCE_TOKENS)?;
+        let (mode, parameters, frozen) = match (&options.lora, options.full) {
+            (None, true) => {
+                let parameters = init::read_parameters(checkpoint.index(), &config, &device)?;
+                (Mode::Full, parameters, None)
+            }
+            (Some(lora), false) => {
+                let (modules, parameters) = init::lora_parameters(lora, &config, &device)?;
+                let frozen = Self::freeze(checkpoint, &config, &device, route)?;
+                (Mode::Lora { rank: lora.rank, alpha: lora.alpha, modules }, parameters, Some(frozen))
+            }
+            (lora, full) => {
+                let value = format!("lora {}, full {full}", lora.is_some());
+                return Err(invalid("train options", value, "exactly one of them is trained"));
+            }
+        };
+        Ok(Self { config, device, shared, mode, parameters, frozen, text_files })
+    }
+
+    /// A new model with random weights, all trained: normal with standard deviation 0.02, the matrices that
+    /// write into the residual stream divided by sqrt(2 · layers) (GPT-2's scheme).
+    ///
+    /// # Errors
+    /// The configuration is not valid.
+    pub fn new_random(config: &ModelConfig, seed: u64) -> Result<Self, LoadError> {
+        config.validate().map_err(OpenError::Config)?;
+        let device = Device::flex().autodiff();
+        let shared = load::shared(config, Route::Kernels, MAX_SEQUENCE_TOKENS)?;
+        let parameters = init::random_parameters(config, seed, &device);
+        Ok(Self {
+            config: config.clone(),
+            device,
+            shared,
+            mode: Mode::Full,
+            parameters,
+            frozen: None,
+            text_files: Vec::new(),
+        })
+    }
+
+    fn freeze(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        device: &Device,
+        route: Route,
+    ) -> Result<Frozen, LoadError> {
+        let loader = Loader {
+            index: checkpoint.index(),
+            config,
+            dtype: WeightDtype::F32,
+            device: device.clone(),
+            route,
+            keep_dense: true,
+        };
+        let layers = (0..config.n_layers).map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
+        // The table needs no unpacked copy: its gradient is never asked for.
+        let tables = Loader { keep_dense: false, device: device.clone(), ..loader };
+        let embedding = tables.table(load::EMBEDDING)?;
+        let head =
+            if config.tied_embeddings { embedding.clone() } else { tables.table(load::head_name(config))? };
+        Ok(Frozen { layers, embedding, norm: tables.vector(load::FINAL_NORM, config.hidden)?, head })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The autodiff device that parameters and results live on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The trained leaves by name, in a fixed order.
     pub fn parameters(&self) -> &[(String, Tensor<2>)] {
         &self.parameters
     }
@@ -58,6 +188,55 @@ impl TrainModel {
     /// The number of tensors or a shape differs: a mistake of the calling program.
     pub fn set_parameters(&mut self, values: Vec<Tensor<2>>) {
         assert_eq!(values.len(), self.parameters.len(), "one tensor per parameter");
+        for ((name, parameter), value) in self.parameters.iter_mut().zip(values) {
+            assert_eq!(parameter.dims(), value.dims(), "shape of {name}");
+            let data = value.into_data();
+            *parameter = Tensor::from_data(data, &self.device).require_grad();
+        }
+    }
+
+    fn assemble(&self) -> Assembled {
+        match (&self.mode, &self.frozen) {
+            (Mode::Lora { rank, alpha, modules }, Some(frozen)) => {
+                let mut layers = frozen.layers.clone();
+                let scale = alpha / *rank as f32;
+                for (module, pair) in modules.iter().zip(self.parameters.chunks_exact(2)) {
+                    let place = crate::adapter::split(module)
+                        .and_then(|(layer, name)| load::linear_of(&mut layers[layer], name, &self.config));
+                    let (linear, offset, name) = place.expect("modules were checked when they were made");
+                    let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
+                    linear.lora.push(LoraPart { module: name, a, b, scale, offset });
+                }
+                let (embedding, head) = (frozen.embedding.clone(), frozen.head.clone());
+                Assembled { layers, embedding, norm: frozen.norm.clone(), head }
+            }
+            _ => self.assemble_full(),
+        }
+    }
+
+    fn assemble_full(&self) -> Assembled {
+        let mut next = self.parameters.iter().map(|(_, tensor)| tensor.clone());
+        let mut take = || next.next().expect("the parameters are those of the configuration");
+        let vector = |matrix: Tensor<2>| -> Tensor<1> {
+            let [_, n] = matrix.dims();
+            matrix.reshape([n])
+        };
+        let linear = |matrix| Linear { weight: LinearWeight::Dense(matrix), lora: Vec::new() };
+        let embedding = LinearWeight::Dense(take());
+        let layers = (0..self.config.n_layers)
+            .map(|_| LayerWeights {
+                input_norm: vector(take()),
+                qkv: linear(take()),
+                head_norms: self.config.family.has_head_norms().then(|| (vector(take()), vector(take()))),
+                o: linear(take()),
+                post_norm: vector(take()),
+                gate_up: linear(take()),
+                down: linear(take()),
+            })
+            .collect();
+        let norm = vector(take());
+        let head = if self.config.tied_embeddings { embedding.clone() } else { LinearWeight::Dense(take()) };
+        Assembled { layers, embedding, norm, head }
     }
 
     /// log p(token[t + 1] | token[..= t]) inside each of the packed sequences `cu_seqlens[i]..cu_seqlens[i + 1]`:
@@ -65,20 +244,114 @@ impl TrainModel {
     ///
     /// # Errors
     /// Lengths that do not fit, a token outside the vocabulary, a sequence longer than the context.
-    pub fn token_logprobs(&self, _tokens: &[u32], _cu_seqlens: &[u32]) -> Result<Tensor<1>, ForwardError> {
-        Err(ForwardError::Batch { reason: "no layers".to_owned() })
+    pub fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, ForwardError> {
+        let (positions, targets) = self.check(tokens, cu_seqlens)?;
+        let weights = self.assemble();
+        let x = self.hidden(&weights, tokens, positions, cu_seqlens)?;
+        let targets = Arc::new(targets);
+        let (vocab, hidden) = (self.config.vocab, self.config.hidden);
+        Ok(match (weights.head, self.shared.route) {
+            (LinearWeight::Packed(weight), _) => run1(x, FrozenHead { weight, targets }),
+            (LinearWeight::Dense(weight), Route::Kernels) => {
+                run2(x, weight, DenseHead { vocab, hidden, targets })
+            }
+            (LinearWeight::Dense(weight), Route::Composed) => composed::token_logprobs(x, weight, &targets),
+        })
+    }
+
+    /// Rows after the final norm, [T, H].
+    fn hidden(
+        &self,
+        weights: &Assembled,
+        tokens: &[u32],
+        positions: Vec<u32>,
+        cu_seqlens: &[u32],
+    ) -> Result<Tensor<2>, ForwardError> {
+        let mut x = layer::embed(&weights.embedding, tokens, &self.config, &self.shared, &self.device)?;
+        let attend =
+            Attend::Packed { positions: Arc::new(positions), cu_seqlens: Arc::new(cu_seqlens.to_vec()) };
+        for (index, layer) in weights.layers.iter().enumerate() {
+            x = layer::forward(layer, x, index, &attend, &self.shared);
+        }
+        Ok(layer::rms_norm(x, &weights.norm, &self.shared))
+    }
+
+    /// Positions of all rows, and what each row but the last of its sequence predicts.
+    fn check(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<(Vec<u32>, Targets), ForwardError> {
+        let whole = cu_seqlens.first() == Some(&0)
+            && cu_seqlens.last().is_some_and(|n| *n as usize == tokens.len())
+            && cu_seqlens.windows(2).all(|w| w[0] + 2 <= w[1]);
+        if !whole {
+            return Err(ForwardError::Batch {
+                reason: format!(
+                    "sequence bounds {cu_seqlens:?} do not cut {} tokens into sequences of at least two",
+                    tokens.len()
+                ),
+            });
+        }
+        let max_context = self.config.max_context.min(MAX_SEQUENCE_TOKENS);
+        let mut positions = Vec::with_capacity(tokens.len());
+        let mut targets = Targets { rows: Vec::new(), tokens: Vec::new() };
+        for bounds in cu_seqlens.windows(2) {
+            let n = bounds[1] - bounds[0];
+            if n as usize > max_context {
+                return Err(ForwardError::Context { position: n as usize - 1, max_context });
+            }
+            positions.extend(0..n);
+            targets.rows.extend(bounds[0]..bounds[1] - 1);
+            targets.tokens.extend_from_slice(&tokens[bounds[0] as usize + 1..bounds[1] as usize]);
+        }
+        Ok((positions, targets))
     }
 
     /// The adapter as it is now; `None` when all weights are trained.
     pub fn adapter(&self) -> Option<Adapter> {
-        None
+        let Mode::Lora { rank, alpha, modules } = &self.mode else { return None };
+        let values = |t: &Tensor<2>| -> Vec<f32> {
+            t.clone().inner().into_data().try_to_vec().expect("parameters are f32")
+        };
+        let tensors = modules
+            .iter()
+            .zip(self.parameters.chunks_exact(2))
+            .map(|(module, pair)| {
+                let ([_, inputs], [outputs, _]) = (pair[0].1.dims(), pair[1].1.dims());
+                let (a, b) = (values(&pair[0].1), values(&pair[1].1));
+                (module.clone(), LoraTensors { a, b, inputs, outputs })
+            })
+            .collect();
+        Some(Adapter { rank: *rank, alpha: *alpha, tensors })
     }
 
-    /// Writes config.json, model.safetensors and the tokenizer of a fully trained model.
+    /// Continues from an adapter of the same rank and modules.
     ///
     /// # Errors
-    /// The model trains an adapter, or the directory cannot be written.
-    pub fn save_checkpoint(&self, _dir: &Path) -> Result<(), SaveError> {
-        Err(SaveError::NotFull)
+    /// The adapter has other modules, another rank, or the model trains all weights.
+    pub fn set_adapter(&mut self, adapter: &Adapter) -> Result<(), AdapterError> {
+        adapter.check(&self.config)?;
+        let Mode::Lora { rank, alpha, modules } = &mut self.mode else {
+            return Err(AdapterError::Invalid(
+                "the model trains all weights, it takes no adapter".to_owned(),
+            ));
+        };
+        if adapter.rank != *rank || !adapter.tensors.keys().eq(modules.iter()) {
+            return Err(AdapterError::Invalid(format!(
+                "rank {} and {} modules do not match the model's rank {rank} and {} modules",
+                adapter.rank,
+                adapter.tensors.len(),
+                modules.len()
+            )));
+        }
+        *alpha = adapter.alpha;
+        for (pair, t) in self.parameters.chunks_exact_mut(2).zip(adapter.tensors.values()) {
+            let leaf = |values: &[f32], shape: [usize; 2]| {
+                Tensor::from_data(TensorData::new(values.to_vec(), shape), &self.device).require_grad()
+            };
+            pair[0].1 = leaf(&t.a, [adapter.rank, t.inputs]);
+            pair[1].1 = leaf(&t.b, [t.outputs, adapter.rank]);
+        }
+        Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,7 +74,7 @@ impl WeightIndex {
     /// The values as f32, rows in HF order.
     pub(crate) fn read_f32(&self, name: &str) -> Result<(TensorInfo, Vec<f32>), OpenError> {
         let (info, bytes) = self.read_bytes(name)?;
-        let values = decode::to_f32(info.dtype, &bytes);
+        let values = to_f32(info.dtype, &bytes);
         Ok((info, values))
     }
 

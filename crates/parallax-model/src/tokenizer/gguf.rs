@@ -75,6 +75,11 @@ impl GgufVocabulary {
         self.template.as_ref().map(compile).transpose()
     }
 
+    /// Source of the chat template, begin and end token.
+    pub(crate) fn template(&self) -> (Option<&str>, &str, &str) {
+        (self.template.as_deref(), self.token(self.bos), self.token(self.eos))
+    }
+
     /// Normaliser, pre-tokenizer and whether whole-word vocabulary entries win over merges.
     fn splitting(&self) -> Result<(Value, Value, bool), TokenizerError> {
         match (self.model.as_str(), self.pre.as_str()) {

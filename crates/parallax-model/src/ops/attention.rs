@@ -1,0 +1,231 @@
+//! Rotary embedding and causal grouped attention: over a paged store (inference, which also appends to it), and
+//! inside packed sequences (training). Both give the same bits for the same rows.
+
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use burn::tensor::{Device, Tensor};
+use parallax_kernels::{
+    attention::{
+        KvPages, KvPagesMut, RowRef, append_kv, causal_attention_backward, causal_attention_forward,
+        page_len, paged_attention,
+    },
+    rope::{RopeTable, rope_apply, rope_apply_inverse},
+};
+
+use super::{
+    BackwardArgs, CpuOp, Output,
+    norm::{columns, put_columns},
+};
+
+const SHAPES: &str = "the batch was checked against the store before the first layer";
+
+/// Head counts and rotation, shared by all layers.
+#[derive(Debug)]
+pub(crate) struct Geometry {
+    pub(crate) n_heads: usize,
+    pub(crate) n_kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) rope: RopeTable,
+    /// Radians per position of each pair, for the composed rotation. [D / 2]
+    pub(crate) frequencies: Vec<f32>,
+}
+
+impl Geometry {
+    /// 1 / sqrt(D).
+    fn scale(&self) -> f32 {
+        (self.head_dim as f32).sqrt().recip()
+    }
+
+    fn width(&self) -> usize {
+        (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+    }
+
+    /// Column ranges of q, k and v in a fused row.
+    fn parts(&self) -> [Range<usize>; 3] {
+        let q = self.n_heads * self.head_dim;
+        let kv = self.n_kv_heads * self.head_dim;
+        [0..q, q..q + kv, q + kv..q + 2 * kv]
+    }
+
+    /// q and k rotated, v as it is.
+    fn rotated(&self, qkv: &[f32], positions: &[u32]) -> [Vec<f32>; 3] {
+        let [q, k, v] = self.parts().map(|range| columns(qkv, self.width(), &range));
+        let rotate = |mut x: Vec<f32>, heads| {
+            rope_apply(&mut x, heads, positions, &self.rope).expect(SHAPES);
+            x
+        };
+        [rotate(q, self.n_heads), rotate(k, self.n_kv_heads), v]
+    }
+}
+
+#[derive(Debug)]
+enum LayerStore {
+    /// For the kernels.
+    Memory { k: Vec<f32>, v: Vec<f32> },
+    /// For other devices: [pages · page tokens, K·D] each.
+    Tensors { k: Tensor<2>, v: Tensor<2> },
+}
+
+/// Keys and values of all layers of a stage, in pages that sequences share.
+#[derive(Debug)]
+pub(crate) struct KvStore {
+    pub(crate) page_tokens: usize,
+    layers: Vec<Mutex<LayerStore>>,
+}
+
+impl KvStore {
+    /// Zeroed pages; the operating system hands out the memory when a page is first written.
+    pub(crate) fn new(n_layers: usize, n_pages: usize, page_tokens: usize, g: &Geometry) -> Self {
+        let n = n_pages * page_len(page_tokens, g.n_kv_heads, g.head_dim);
+        let layer = || Mutex::new(LayerStore::Memory { k: vec![0.0; n], v: vec![0.0; n] });
+        Self { page_tokens, layers: (0..n_layers).map(|_| layer()).collect() }
+    }
+
+    /// The same on a device.
+    pub(crate) fn tensors(
+        n_layers: usize,
+        page_tokens: usize,
+        rows: usize,
+        kv_width: usize,
+        device: &Device,
+    ) -> Self {
+        let zeros = || Tensor::zeros([rows, kv_width], device);
+        let layer = || Mutex::new(LayerStore::Tensors { k: zeros(), v: zeros() });
+        Self { page_tokens, layers: (0..n_layers).map(|_| layer()).collect() }
+    }
+
+    fn with_memory<R>(&self, layer: usize, f: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
+        let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *layer {
+            LayerStore::Memory { k, v } => f(k, v),
+            LayerStore::Tensors { .. } => {
+                unreachable!("a stage on the kernels' route makes a store in memory")
+            }
+        }
+    }
+
+    pub(crate) fn with_tensors<R>(
+        &self,
+        layer: usize,
+        f: impl FnOnce(&mut Tensor<2>, &mut Tensor<2>) -> R,
+    ) -> R {
+        let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *layer {
+            LayerStore::Tensors { k, v } => f(k, v),
+            LayerStore::Memory { .. } => {
+                unreachable!("a stage on the composed route makes a store of tensors")
+            }
+        }
+    }
+}
+
+/// The rows of a batch as attention sees them.
+#[derive(Debug)]
+pub(crate) struct PagedRows {
+    /// Position of each row in its sequence. [T]
+    pub(crate) positions: Vec<u32>,
+    /// Sequence of each row, and how many keys it attends to. [T]
+    pub(crate) rows: Vec<RowRef>,
+    /// Page table of each sequence.
+    pub(crate) tables: Vec<Vec<u32>>,
+}
+
+/// Input: qkv [T, (Q + 2K)·D]; result [T, Q·D]. Appends the rows' keys and values to the store.
+#[derive(Debug)]
+pub(crate) struct PagedAttention {
+    pub(crate) geometry: Arc<Geometry>,
+    pub(crate) store: Arc<KvStore>,
+    /// Index within the stage.
+    pub(crate) layer: usize,
+    pub(crate) rows: Arc<PagedRows>,
+}
+
+impl CpuOp for PagedAttention {
+    fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
+        let g = &self.geometry;
+        let [q, k, v] = g.rotated(inputs[0], &self.rows.positions);
+        let mut out = vec![0.0; q.len()];
+        self.store.with_memory(self.layer, |keys, values| {
+            let (tables, page_tokens) = (self.rows.tables.as_slice(), self.store.page_tokens);
+            let (n_kv_heads, head_dim) = (g.n_kv_heads, g.head_dim);
+            let mut pages = KvPagesMut { k: keys, v: values, page_tokens, tables, n_kv_heads, head_dim };
+            append_kv(&mut pages, &self.rows.rows, &k, &v).expect(SHAPES);
+            let pages = KvPages { k: keys, v: values, page_tokens, tables, n_kv_heads, head_dim };
+            paged_attention(&q, g.n_heads, &self.rows.rows, &pages, g.scale(), &mut out).expect(SHAPES);
+        });
+        Output::matrix(out, g.n_heads * g.head_dim)
+    }
+
+    fn backward(&self, _args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        unreachable!("training attends inside packed sequences, never through a store")
+    }
+}
+
+/// Input: qkv [T, (Q + 2K)·D] of packed sequences; result [T, Q·D].
+#[derive(Debug)]
+pub(crate) struct PackedAttention {
+    pub(crate) geometry: Arc<Geometry>,
+    pub(crate) positions: Arc<Vec<u32>>,
+    /// Sequence i is rows `cu_seqlens[i]..cu_seqlens[i + 1]`.
+    pub(crate) cu_seqlens: Arc<Vec<u32>>,
+}
+
+impl CpuOp for PackedAttention {
+    fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
+        let g = &self.geometry;
+        let [q, k, v] = g.rotated(inputs[0], &self.positions);
+        let mut out = vec![0.0; q.len()];
+        let mut lse = vec![0.0; self.positions.len() * g.n_heads];
+        causal_attention_forward(
+            &q,
+            &k,
+            &v,
+            g.n_heads,
+            g.n_kv_heads,
+            g.head_dim,
+            &self.cu_seqlens,
+            g.scale(),
+            &mut out,
+            &mut lse,
+        )
+        .expect(SHAPES);
+        let columns = g.n_heads * g.head_dim;
+        let saved = if keep { [out.as_slice(), &lse].concat() } else { Vec::new() };
+        Output { saved, ..Output::matrix(out, columns) }
+    }
+
+    fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        let g = &self.geometry;
+        // Rotating again is cheaper than keeping three more buffers per layer.
+        let [q, k, v] = g.rotated(args.inputs[0], &self.positions);
+        let (out, lse) = args.saved.split_at(q.len());
+        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        causal_attention_backward(
+            &q,
+            &k,
+            &v,
+            out,
+            lse,
+            args.grad,
+            g.n_heads,
+            g.n_kv_heads,
+            g.head_dim,
+            &self.cu_seqlens,
+            g.scale(),
+            &mut dq,
+            &mut dk,
+            &mut dv,
+        )
+        .expect(SHAPES);
+        rope_apply_inverse(&mut dq, g.n_heads, &self.positions, &g.rope).expect(SHAPES);
+        rope_apply_inverse(&mut dk, g.n_kv_heads, &self.positions, &g.rope).expect(SHAPES);
+        let mut dx = vec![0.0; args.inputs[0].len()];
+        for (range, part) in g.parts().iter().zip([dq, dk, dv]) {
+            put_columns(&mut dx, g.width(), range, &part);
+        }
+        vec![Some(dx)]
+    }
+}

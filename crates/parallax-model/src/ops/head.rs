@@ -1,0 +1,99 @@
+//! Log-probability of given tokens under the output head, without ever holding [T, V].
+
+use std::sync::Arc;
+
+use parallax_kernels::{
+    PackedWeight, WeightKind,
+    logprob::{head_logprob, head_logprob_backward},
+};
+
+use super::{BackwardArgs, CpuOp, Output, linear::FrozenLinear};
+
+const SHAPES: &str = "shapes were checked when the weights were loaded";
+
+/// Which rows predict which tokens.
+#[derive(Debug)]
+pub(crate) struct Targets {
+    /// Row of each prediction. [P]
+    pub(crate) rows: Vec<u32>,
+    /// Token of each prediction. [P]
+    pub(crate) tokens: Vec<u32>,
+}
+
+impl Targets {
+    fn gather(&self, x: &[f32], width: usize) -> Vec<f32> {
+        let row = |r: &u32| &x[*r as usize * width..(*r as usize + 1) * width];
+        self.rows.iter().flat_map(row).copied().collect()
+    }
+
+    fn scatter(&self, picked: &[f32], width: usize, n_rows: usize) -> Vec<f32> {
+        let mut out = vec![0.0; n_rows * width];
+        for (row, values) in self.rows.iter().zip(picked.chunks_exact(width)) {
+            out[*row as usize * width..(*row as usize + 1) * width].copy_from_slice(values);
+        }
+        out
+    }
+}
+
+impl Targets {
+    fn logprobs(&self, x: &[f32], head: &PackedWeight, keep: bool) -> Output {
+        let x = self.gather(x, head.k());
+        let mut values = vec![0.0; self.rows.len()];
+        let mut lse = vec![0.0; values.len()];
+        head_logprob(&x, head, &self.tokens, &mut values, &mut lse).expect(SHAPES);
+        Output { shape: vec![values.len()], values, saved: if keep { lse } else { Vec::new() } }
+    }
+
+    fn gradients(&self, args: &BackwardArgs<'_>, head: &PackedWeight, dw: Option<&mut [f32]>) -> Vec<f32> {
+        let width = head.k();
+        let x = self.gather(args.inputs[0], width);
+        let mut dx = vec![0.0; x.len()];
+        head_logprob_backward(&x, head, &self.tokens, args.saved, args.grad, &mut dx, dw).expect(SHAPES);
+        self.scatter(&dx, width, args.inputs[0].len() / width)
+    }
+}
+
+/// Input: x [T, H] after the final norm; result [P].
+#[derive(Debug)]
+pub(crate) struct FrozenHead {
+    pub(crate) weight: Arc<FrozenLinear>,
+    pub(crate) targets: Arc<Targets>,
+}
+
+impl CpuOp for FrozenHead {
+    fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
+        self.targets.logprobs(inputs[0], &self.weight.parts[0], keep)
+    }
+
+    fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        vec![Some(self.targets.gradients(args, &self.weight.parts[0], None))]
+    }
+}
+
+/// Inputs: x [T, H] after the final norm, head weights [V, H]; result [P].
+#[derive(Debug)]
+pub(crate) struct DenseHead {
+    pub(crate) vocab: usize,
+    pub(crate) hidden: usize,
+    pub(crate) targets: Arc<Targets>,
+}
+
+impl DenseHead {
+    /// Packing costs one pass over the weights; the product reads them once per block of rows.
+    fn pack(&self, weight: &[f32]) -> PackedWeight {
+        PackedWeight::pack_f32(WeightKind::F32, weight, self.vocab, self.hidden).expect(SHAPES)
+    }
+}
+
+impl CpuOp for DenseHead {
+    fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
+        self.targets.logprobs(inputs[0], &self.pack(inputs[1]), keep)
+    }
+
+    fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        let head = self.pack(args.inputs[1]);
+        let mut dw = args.wanted[1].then(|| vec![0.0; args.inputs[1].len()]);
+        let dx = self.targets.gradients(args, &head, dw.as_deref_mut());
+        vec![Some(dx), dw]
+    }
+}

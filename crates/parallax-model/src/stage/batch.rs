@@ -1,0 +1,89 @@
+//! A batch checked against the store and the context, and its rows as attention sees them.
+
+use parallax_kernels::attention::RowRef;
+
+use super::{ForwardBatch, Want};
+use crate::{config::ModelConfig, error::ForwardError, ops::attention::PagedRows, options::LoadOptions};
+
+/// Rows of one batch; what the largest prefill chunk of an engine needs, many times over.
+const MAX_ROWS: usize = 1 << 20;
+
+pub(super) fn rows(
+    batch: &ForwardBatch,
+    options: &LoadOptions,
+    config: &ModelConfig,
+) -> Result<PagedRows, ForwardError> {
+    let n_rows = batch.sequences.iter().fold(0usize, |n, s| n.saturating_add(s.rows as usize));
+    if n_rows == 0 || n_rows > MAX_ROWS {
+        return Err(ForwardError::Batch { reason: format!("{n_rows} rows, must be within 1..={MAX_ROWS}") });
+    }
+    let mut out = PagedRows {
+        positions: Vec::with_capacity(n_rows),
+        rows: Vec::with_capacity(n_rows),
+        tables: Vec::with_capacity(batch.sequences.len()),
+    };
+    for (i, sequence) in batch.sequences.iter().enumerate() {
+        let end = sequence.start as usize + sequence.rows as usize;
+        if end > config.max_context {
+            return Err(ForwardError::Context { position: end - 1, max_context: config.max_context });
+        }
+        let capacity = options.kv_pages * options.kv_page_tokens;
+        if end > capacity {
+            return Err(ForwardError::Batch {
+                reason: format!(
+                    "sequence {i} has {end} positions, the key-value store holds {capacity}; load with more kv_pages"
+                ),
+            });
+        }
+        let n_pages = end.div_ceil(options.kv_page_tokens);
+        if sequence.rows > 0 && sequence.pages.len() < n_pages {
+            return Err(ForwardError::Batch {
+                reason: format!(
+                    "sequence {i} has {} pages of {} tokens for {end} positions",
+                    sequence.pages.len(),
+                    options.kv_page_tokens
+                ),
+            });
+        }
+        if let Some(page) = sequence.pages.iter().find(|p| **p as usize >= options.kv_pages) {
+            return Err(ForwardError::Batch {
+                reason: format!("sequence {i} names page {page} of a store of {}", options.kv_pages),
+            });
+        }
+        for position in sequence.start..sequence.start + sequence.rows {
+            out.positions.push(position);
+            out.rows.push(RowRef { seq: i, n_keys: position as usize + 1 });
+        }
+        out.tables.push(sequence.pages.clone());
+    }
+    Ok(out)
+}
+
+/// The hidden rows that need logits.
+pub(super) fn wanted_rows(batch: &ForwardBatch, hidden: &[f32], width: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(batch.n_wanted() * width);
+    let mut first = 0;
+    for sequence in &batch.sequences {
+        let n = sequence.rows as usize;
+        let skip = match sequence.want {
+            Want::Nothing => n,
+            Want::LastLogits => n.saturating_sub(1),
+            Want::AllLogits => 0,
+        };
+        out.extend_from_slice(&hidden[(first + skip) * width..(first + n) * width]);
+        first += n;
+    }
+    out
+}
+
+/// Sequence and position of a row.
+pub(super) fn locate(batch: &ForwardBatch, row: usize) -> (usize, u32) {
+    let mut first = 0;
+    for (i, sequence) in batch.sequences.iter().enumerate() {
+        if row < first + sequence.rows as usize {
+            return (i, sequence.start + (row - first) as u32);
+        }
+        first += sequence.rows as usize;
+    }
+    (batch.sequences.len(), 0)
+}

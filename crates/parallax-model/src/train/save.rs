@@ -1,0 +1,61 @@
+//! A fully trained model as an HF directory.
+
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, TensorView, serialize};
+
+use super::{Mode, TrainModel, init};
+use crate::{checkpoint::Checkpoint, error::SaveError, files};
+
+/// The files beside the weights that a copy of this checkpoint needs.
+pub(super) fn text_files(checkpoint: &Checkpoint) -> Vec<(String, Vec<u8>)> {
+    checkpoint.text_files()
+}
+
+impl TrainModel {
+    /// Puts a file beside the weights that [`Self::save_checkpoint`] writes, e.g. `tokenizer.json`; one of the
+    /// same name is replaced.
+    pub fn set_text_file(&mut self, name: &str, content: Vec<u8>) {
+        self.text_files.retain(|(other, _)| other != name);
+        self.text_files.push((name.to_owned(), content));
+    }
+
+    /// Writes config.json, model.safetensors (f32) and the tokenizer of a fully trained model.
+    ///
+    /// # Errors
+    /// The model trains an adapter, or the directory cannot be written.
+    pub fn save_checkpoint(&self, dir: &Path) -> Result<(), SaveError> {
+        if !matches!(self.mode, Mode::Full) {
+            return Err(SaveError::NotFull);
+        }
+        let path = dir.join("model.safetensors");
+        let encode =
+            |e: &dyn std::fmt::Display| SaveError::Encode { path: path.clone(), reason: e.to_string() };
+        let mut tensors = Vec::new();
+        for (p, (_, tensor)) in init::full_parameters(&self.config).iter().zip(&self.parameters) {
+            let values: Vec<f32> =
+                tensor.clone().inner().into_data().try_to_vec().expect("parameters are f32");
+            let mut first = 0;
+            for (name, rows) in &p.parts {
+                let part = &values[first..first + rows * p.columns];
+                first += part.len();
+                let shape = if p.is_norm { vec![p.columns] } else { vec![*rows, p.columns] };
+                let bytes: Vec<u8> = part.iter().flat_map(|v| v.to_le_bytes()).collect();
+                tensors.push((name.clone(), shape, bytes));
+            }
+        }
+        let mut views = Vec::with_capacity(tensors.len());
+        for (name, shape, bytes) in &tensors {
+            let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|e| encode(&e))?;
+            views.push((name.as_str(), view));
+        }
+        let bytes = serialize(views, None).map_err(|e| encode(&e))?;
+        for (name, content) in &self.text_files {
+            files::write(&dir.join(name), content)?;
+        }
+        let config = format!("{:#}\n", self.config.to_hf_json());
+        files::write(&dir.join("config.json"), config.as_bytes())?;
+        // Last: a directory with weights is complete.
+        files::write(&path, &bytes)
+    }
+}
