@@ -76,6 +76,9 @@ pub struct CoordinatorConfig {
     pub settle: Duration,
     /// A plan that works is replaced only by one with at least this many times its throughput.
     pub min_gain: f64,
+    /// Epochs count up from here. A head that restarts begins above what its members have seen (it takes the time of
+    /// day), so that an assignment of its former life is never taken for a current one.
+    pub first_epoch: u64,
     /// Passed to the planner.
     pub plan: PlanOptions,
 }
@@ -88,6 +91,7 @@ impl Default for CoordinatorConfig {
             max_members: 1024,
             settle: Duration::from_millis(300),
             min_gain: 1.1,
+            first_epoch: 0,
             plan: PlanOptions { max_pipelines: 1, more_nodes_slack: 4.0, ..PlanOptions::default() },
         }
     }

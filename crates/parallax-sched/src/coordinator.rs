@@ -112,13 +112,14 @@ impl Coordinator {
     pub fn new(model: ModelProfile, config: CoordinatorConfig) -> Result<Self, PlanError> {
         model.validate()?;
         config.validate()?;
+        let epoch = config.first_epoch;
         Ok(Self {
             model,
             config,
             members: BTreeMap::new(),
             graves: BTreeMap::new(),
             rtt: RttMatrix::default(),
-            view: PlanView { epoch: 0, plan: Err(PlanError::NoNodes) },
+            view: PlanView { epoch, plan: Err(PlanError::NoNodes) },
             wanted: None,
             last_loss: None,
         })
@@ -320,6 +321,11 @@ impl Coordinator {
                 )
             }
         }
+    }
+
+    /// The newest loss that broke a plan: who, with which layers, and how it was noticed.
+    pub fn last_loss(&self) -> Option<&str> {
+        self.last_loss.as_deref()
     }
 
     /// The layers of a member in the current plan: pipeline, stage index, layers.

@@ -170,6 +170,9 @@ pub struct Assignment {
     /// Stages of the pipeline.
     #[prost(uint32, tag = "12")]
     pub n_stages: u32,
+    /// The checkpoint that these layers are of, as in ModelDescription.
+    #[prost(string, tag = "13")]
+    pub checkpoint_id: ::prost::alloc::string::String,
 }
 /// Parts of one file of the checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
