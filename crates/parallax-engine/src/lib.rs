@@ -1,1 +1,86 @@
 //! An inference engine in a library: continuous batching, paged KV cache, sampling, pipelines over peers, OpenAI HTTP.
+//!
+//! The core is pure: [`Engine`] plans batches, a [`StageRunner`] runs them (one stage here, several, or a pipeline of
+//! peers), and tokens come back as events. The same request gives the same bits whatever runs beside it.
+//!
+//! ```
+//! use parallax_engine::{Batch, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor};
+//! use parallax_engine::{Engine, EngineConfig, Request};
+//! # use swarm_wire::{LayerRange, PolicyVersion};
+//!
+//! /// A "model" whose likeliest next token is one more than the last.
+//! struct Successor;
+//! impl StageRunner for Successor {
+//!     fn shape(&self) -> StageShape {
+//!         let layers = LayerRange::new(0, 1).expect("one layer");
+//!         StageShape { layers, n_layers: 1, hidden: 1, vocab: 8, max_context: 64, page_tokens: 4, n_pages: 16 }
+//!     }
+//!     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
+//!         let ids = input.to_ids(batch.n_rows())?;
+//!         let rows = batch.wanted_rows();
+//!         let mut logits = vec![0.0; rows.len() * 8];
+//!         for (i, row) in rows.iter().enumerate() {
+//!             logits[i * 8 + (ids[*row] as usize + 1) % 8] = 5.0;
+//!         }
+//!         Ok(StageOutput { hidden: None, logits: Some(Tensor::from_f32(&[rows.len(), 8], &logits)) })
+//!     }
+//!     # fn set_adapter(&mut self, _: PolicyVersion, _: Option<&[u8]>) -> Result<(), StageError> { Ok(()) }
+//!     # fn log_softmax(&self) -> LogSoftmax { |logits| {
+//!     #     let sum: f32 = logits.iter().map(|l| l.exp()).sum();
+//!     #     logits.iter().map(|l| l - sum.ln()).collect()
+//!     # } }
+//! }
+//!
+//! let mut runner = Successor;
+//! let mut engine = Engine::new(runner.shape(), runner.log_softmax(), EngineConfig::default())?;
+//! engine.add(Request::greedy(vec![1, 2], 3))?;
+//! let mut ids = Vec::new();
+//! while engine.is_busy() {
+//!     ids.extend(engine.step(&mut runner).into_iter().filter_map(|e| e.token_id()));
+//! }
+//! assert_eq!(ids, [3, 4, 5]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Map
+//! - [`request`]: requests, sampling parameters, tokens, endings; [`config`], [`error`]
+//! - [`engine`]: add, abort, step; [`batching`]: which rows run next; [`sequence`]: one request's progress
+//! - [`kv_cache`]: pages and page tables; [`sampler`]: logits to a token; [`metrics`]: counters
+//! - [`batch`], [`stage`], [`tap`]: the seam to whatever computes; `local`: over parallax-model (feature `local`)
+//! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
+//! - `service`: the engine thread and pipelines over peers (feature `service`); `http`: OpenAI API (feature `http`)
+
+pub mod batch;
+pub mod batching;
+pub mod config;
+pub mod engine;
+pub mod error;
+#[cfg(feature = "http")]
+pub mod http;
+pub mod kv_cache;
+#[cfg(feature = "local")]
+pub mod local;
+pub mod metrics;
+pub mod request;
+pub mod sampler;
+pub mod sequence;
+#[cfg(feature = "service")]
+pub mod service;
+pub mod stage;
+pub mod stop_strings;
+pub mod tap;
+
+pub use batch::{Batch, BatchSequence, StageOutput, Tensor, Want};
+pub use config::{EngineConfig, OnSwap};
+pub use engine::Engine;
+pub use error::{ConfigError, OutOfPages, RequestError, StageError};
+pub use metrics::EngineMetrics;
+pub use request::{
+    Completion, Event, FinishReason, Request, RequestEvent, RequestLimits, SamplingParams, Token,
+};
+pub use sampler::Sampler;
+#[cfg(feature = "service")]
+pub use service::{EngineHandle, TokenStream};
+pub use stage::{LogSoftmax, StageRunner, StageShape};
+pub use stop_strings::StopStrings;
+pub use tap::ActivationTap;

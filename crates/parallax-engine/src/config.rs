@@ -1,0 +1,75 @@
+//! What bounds the engine: rows per step, sequences, queue.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ConfigError;
+
+/// Bounds of one engine. The defaults suit a small model on a small machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EngineConfig {
+    /// Rows (tokens) of one forward pass, 1..=65536. Decoding sequences take one each, the rest goes to prompts.
+    pub step_tokens: usize,
+    /// Sequences that hold cache pages at the same time, 1..=`step_tokens`, so that each can decode in every step.
+    pub running_sequences: usize,
+    /// Requests in the engine, waiting and running; one more is refused. At least 1.
+    pub queued_requests: usize,
+    /// What a weight swap does to sequences that have already cached keys and values.
+    pub on_swap: OnSwap,
+}
+
+/// What becomes of cached keys and values when the weights change under a running sequence.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum OnSwap {
+    /// Drop them and prefill again under the new weights. Each token is then a function of its version and the tokens
+    /// before it, so that one prefill per version can recompute its log-probability.
+    #[default]
+    Recompute,
+    /// Keep them: cheaper, but the tokens that follow mix two versions and no prefill reproduces them.
+    Keep,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self { step_tokens: 512, running_sequences: 64, queued_requests: 1024, on_swap: OnSwap::default() }
+    }
+}
+
+impl EngineConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// A field outside its range, by name.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let fault = |field, value, expected: String| Err(ConfigError { field, value, expected });
+        if self.step_tokens == 0 || self.step_tokens > 65536 {
+            return fault("step_tokens", self.step_tokens, "1..=65536".into());
+        }
+        if self.running_sequences == 0 || self.running_sequences > self.step_tokens {
+            return fault("running_sequences", self.running_sequences, format!("1..={}", self.step_tokens));
+        }
+        if self.queued_requests == 0 {
+            return fault("queued_requests", 0, "at least 1".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bound_is_checked() {
+        assert!(EngineConfig::default().validate().is_ok());
+        for (bad, field) in [
+            (EngineConfig { step_tokens: 0, ..EngineConfig::default() }, "step_tokens"),
+            (EngineConfig { running_sequences: 513, ..EngineConfig::default() }, "running_sequences"),
+            (EngineConfig { queued_requests: 0, ..EngineConfig::default() }, "queued_requests"),
+        ] {
+            assert_eq!(bad.validate().unwrap_err().field, field);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Prometheus text of an engine, under vLLM's names where the meaning is the same.
+
+use std::fmt::Write as _;
+
+use crate::metrics::{EngineMetrics, Histogram};
+
+/// The metrics of the engine that serves `model`, in Prometheus' text format 0.0.4.
+pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
+    let label = format!("model_name=\"{}\"", model.replace(['\\', '"', '\n'], "_"));
+    let mut text = String::new();
+    let mut one = |name: &str, kind: &str, help: &str, value: f64| {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{{{label}}} {value}");
+    };
+    one("vllm:num_requests_running", "gauge", "Requests that hold cache pages.", engine.running as f64);
+    one("vllm:num_requests_waiting", "gauge", "Requests in the queue.", engine.waiting as f64);
+    one("vllm:kv_cache_usage_perc", "gauge", "Share of cache pages in use, 0 to 1.", engine.kv_usage());
+    one(
+        "vllm:num_preemptions_total",
+        "counter",
+        "Requests that lost their pages.",
+        engine.preemptions as f64,
+    );
+    one("vllm:prompt_tokens_total", "counter", "Prompt tokens taken.", engine.prompt_tokens as f64);
+    one("vllm:generation_tokens_total", "counter", "Tokens made.", engine.generated_tokens as f64);
+
+    let name = "vllm:request_success_total";
+    let _ = writeln!(text, "# HELP {name} Finished requests by reason.\n# TYPE {name} counter");
+    for (reason, n) in [
+        ("stop", engine.finished_stop),
+        ("length", engine.finished_length),
+        ("abort", engine.finished_aborted),
+        ("error", engine.finished_error),
+    ] {
+        let _ = writeln!(text, "{name}{{{label},finished_reason=\"{reason}\"}} {n}");
+    }
+    let times = &engine.latencies;
+    histogram(&mut text, &label, "vllm:time_to_first_token_seconds", &times.time_to_first_token);
+    histogram(&mut text, &label, "vllm:inter_token_latency_seconds", &times.inter_token);
+    histogram(&mut text, &label, "vllm:e2e_request_latency_seconds", &times.end_to_end);
+    text
+}
+
+fn histogram(text: &mut String, label: &str, name: &str, histogram: &Histogram) {
+    let _ = writeln!(text, "# TYPE {name} histogram");
+    for (bound, n) in histogram.cumulative() {
+        let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_owned() };
+        let _ = writeln!(text, "{name}_bucket{{{label},le=\"{bound}\"}} {n}");
+    }
+    let _ = writeln!(
+        text,
+        "{name}_sum{{{label}}} {}\n{name}_count{{{label}}} {}",
+        histogram.sum_seconds(),
+        histogram.count()
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_is_a_comment_or_a_sample_and_names_cannot_break_out() {
+        let mut engine = EngineMetrics { running: 2, generated_tokens: 7, ..EngineMetrics::default() };
+        engine.latencies.inter_token.observe(0.02);
+        let text = text(&engine, "a\"b\n");
+        assert!(text.contains("vllm:generation_tokens_total{model_name=\"a_b_\"} 7"), "{text}");
+        assert!(
+            text.contains("vllm:inter_token_latency_seconds_bucket{model_name=\"a_b_\",le=\"0.025\"} 1"),
+            "{text}"
+        );
+        for line in text.lines() {
+            assert!(
+                line.starts_with('#') || line.rsplit_once(' ').is_some_and(|(_, v)| v.parse::<f64>().is_ok()),
+                "{line}"
+            );
+        }
+    }
+}

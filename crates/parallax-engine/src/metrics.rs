@@ -1,0 +1,126 @@
+//! Counters of an engine. The engine counts; whoever owns a clock adds the latencies.
+
+use crate::request::FinishReason;
+
+/// What an engine has done and how full it is.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EngineMetrics {
+    /// Sequences that hold cache pages.
+    pub running: usize,
+    /// Sequences in the queue.
+    pub waiting: usize,
+    /// Cache pages in all.
+    pub pages: usize,
+    /// Cache pages held.
+    pub pages_used: usize,
+    /// Forward passes.
+    pub steps: u64,
+    /// Rows of all forward passes.
+    pub rows: u64,
+    /// Prompt tokens of all requests.
+    pub prompt_tokens: u64,
+    /// Tokens of all answers.
+    pub generated_tokens: u64,
+    /// How often a sequence lost its pages to an older one.
+    pub preemptions: u64,
+    /// Requests that ended with a stop token.
+    pub finished_stop: u64,
+    /// Requests that ended with their allowance.
+    pub finished_length: u64,
+    /// Requests that were aborted.
+    pub finished_aborted: u64,
+    /// Requests that a stage failed.
+    pub finished_error: u64,
+    /// Times, as far as they were measured.
+    pub latencies: Latencies,
+}
+
+impl EngineMetrics {
+    /// Share of cache pages that are held, 0 to 1.
+    pub fn kv_usage(&self) -> f64 {
+        if self.pages == 0 { 0.0 } else { self.pages_used as f64 / self.pages as f64 }
+    }
+
+    pub(crate) fn count_finished(&mut self, reason: FinishReason) {
+        *match reason {
+            FinishReason::Stop => &mut self.finished_stop,
+            FinishReason::Length => &mut self.finished_length,
+            FinishReason::Aborted => &mut self.finished_aborted,
+            FinishReason::Error => &mut self.finished_error,
+        } += 1;
+    }
+}
+
+/// Times of requests and steps.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Latencies {
+    /// From submission to the first token.
+    pub time_to_first_token: Histogram,
+    /// Between two tokens of one answer.
+    pub inter_token: Histogram,
+    /// From submission to the end.
+    pub end_to_end: Histogram,
+    /// Seconds inside runners, of all steps.
+    pub forward_seconds: f64,
+    /// Seconds of all steps, planning and sampling included.
+    pub step_seconds: f64,
+}
+
+/// Upper bounds of the histogram buckets in seconds; a last bucket has no bound.
+pub const BUCKETS_SECONDS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0];
+
+/// Observations by bucket.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Histogram {
+    counts: [u64; BUCKETS_SECONDS.len() + 1],
+    sum_seconds: f64,
+}
+
+impl Histogram {
+    /// Adds one observation.
+    pub fn observe(&mut self, seconds: f64) {
+        let bucket =
+            BUCKETS_SECONDS.iter().position(|bound| seconds <= *bound).unwrap_or(BUCKETS_SECONDS.len());
+        self.counts[bucket] += 1;
+        self.sum_seconds += seconds;
+    }
+
+    /// Observations.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Sum of the observations.
+    pub fn sum_seconds(&self) -> f64 {
+        self.sum_seconds
+    }
+
+    /// Bucket bounds with the number of observations at or below each, as Prometheus wants them; the last bound is
+    /// infinite.
+    pub fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
+        let bounds = BUCKETS_SECONDS.into_iter().chain([f64::INFINITY]);
+        bounds.zip(self.counts.iter().scan(0, |sum, n| {
+            *sum += n;
+            Some(*sum)
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histograms_count_at_or_below_each_bound() {
+        let mut histogram = Histogram::default();
+        for seconds in [0.0005, 0.001, 0.3, 1000.0] {
+            histogram.observe(seconds);
+        }
+        let cumulative: Vec<_> = histogram.cumulative().collect();
+        assert_eq!(cumulative[0], (0.001, 2));
+        assert_eq!(cumulative[8], (0.5, 3));
+        assert_eq!(cumulative.last(), Some(&(f64::INFINITY, 4)));
+        assert_eq!(histogram.count(), 4);
+    }
+}

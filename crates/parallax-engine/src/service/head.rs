@@ -1,0 +1,478 @@
+//! The head's end of a pipeline over peers: a [`StageRunner`] whose layers run elsewhere.
+//!
+//! [`Head`] keeps a pipeline formed: for every plan of the membership it loads its own layers (if it has any), waits
+//! until all stages are ready, and opens the streams to the first remote stage and from the last. [`PipelineRunner`] is
+//! what the engine drives: it runs the head's own layers, sends the rows on, and waits for the logits. When a stage dies
+//! the plan's epoch changes, which ends the wait at once with an error that names the peer and its layers; until a new
+//! pipeline stands, every batch is refused with what is missing.
+
+mod link;
+mod status;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use lattica_net::{Node, StreamError};
+use parallax_sched::service::MembershipServer;
+use parallax_sched::{MemberState, NodeId, Pipeline, PlanView, Report};
+use swarm_wire::generated::parallax::v1::{StageAdapter, StageStep, stage_frame};
+use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::batch::{Batch, StageOutput, Tensor};
+use crate::error::StageError;
+use crate::service::stage_server::StageStats;
+use crate::service::stage_server::frame::{EncodedFrame, ReceivedFrame};
+use crate::service::stage_server::steps::StepEncoder;
+use crate::stage::{LogSoftmax, StageRunner, StageShape};
+use link::Link;
+
+/// Loads the runner of a range of layers at the head itself; blocking.
+pub type StageLoader = Arc<dyn Fn(LayerRange) -> Result<Box<dyn StageRunner>, String> + Send + Sync>;
+
+/// How often readiness of the members is looked at while a pipeline forms.
+const FORM_POLL: Duration = Duration::from_millis(20);
+/// How long a broken stream waits for the membership to say who died, before everybody starts over.
+const BLAME_WAIT: Duration = Duration::from_millis(1600);
+/// Without batches for this long, better plans may be adopted.
+const IDLE_AFTER: Duration = Duration::from_millis(500);
+
+/// What the head needs to know beside the membership.
+#[derive(Clone)]
+pub struct HeadOptions {
+    /// The whole model: layers `0..n_layers`, and the cache pages that every stage has.
+    pub shape: StageShape,
+    /// The model's log-softmax.
+    pub log_softmax: LogSoftmax,
+    /// Loads the head's own layers; `None` when it takes part with none.
+    pub local: Option<StageLoader>,
+    /// How long one step may take before the pipeline counts as stuck.
+    pub step_timeout: Duration,
+}
+
+impl std::fmt::Debug for HeadOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HeadOptions").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// Keeps a pipeline formed; dropping it ends that.
+#[derive(Debug)]
+pub struct Head {
+    shared: Arc<Shared>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// A version and the bytes of its adapter; none is the base model.
+type WantedAdapter = (PolicyVersion, Option<Vec<u8>>);
+
+#[derive(Clone)]
+enum State {
+    Forming(String),
+    Ready(Arc<Link>),
+}
+
+struct Shared {
+    node: Node,
+    membership: MembershipServer,
+    options: HeadOptions,
+    state: watch::Sender<State>,
+    /// The head's own stage: kept over epochs while its layers stay the same.
+    local: Mutex<Option<Box<dyn StageRunner>>>,
+    /// The adapter that stages must have, once one was asked for.
+    adapter: Mutex<Option<WantedAdapter>>,
+    stats: Arc<StageStats>,
+    expected_return: Mutex<Option<link::ExpectedReturn>>,
+    /// Milliseconds since `started` of the newest batch.
+    last_batch_ms: AtomicU64,
+    used_pages: AtomicU64,
+    started: Instant,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Head {
+    /// Forms pipelines for the plans of `membership` from now on; the runner is for the engine.
+    ///
+    /// # Errors
+    /// When the node refuses the stage protocol.
+    pub fn start(
+        node: &Node,
+        membership: MembershipServer,
+        options: HeadOptions,
+    ) -> Result<(Self, PipelineRunner), StreamError> {
+        let shared = Arc::new(Shared {
+            node: node.clone(),
+            membership,
+            options,
+            state: watch::Sender::new(State::Forming("the swarm has just started".to_owned())),
+            local: Mutex::new(None),
+            adapter: Mutex::new(None),
+            stats: Arc::default(),
+            expected_return: Mutex::new(None),
+            last_batch_ms: AtomicU64::new(0),
+            used_pages: AtomicU64::new(0),
+            started: Instant::now(),
+        });
+        link::accept_returns(&shared)?;
+        let tasks = vec![
+            tokio::spawn(form_forever(Arc::clone(&shared))),
+            tokio::spawn(watch_idleness(Arc::clone(&shared))),
+        ];
+        let runner = PipelineRunner {
+            shared: Arc::clone(&shared),
+            runtime: tokio::runtime::Handle::current(),
+            link_epoch: None,
+            adapter_sent: None,
+            encoder: StepEncoder::default(),
+            next_step: 0,
+        };
+        Ok((Self { shared, tasks }, runner))
+    }
+
+    /// Whether requests can be served; otherwise what is missing.
+    ///
+    /// # Errors
+    /// The reason, for people.
+    pub fn ready(&self) -> Result<(), String> {
+        self.shared.ready()
+    }
+
+    /// A function for [`Head::ready`] that outlives this handle.
+    pub fn readiness(&self) -> Arc<dyn Fn() -> Result<(), String> + Send + Sync> {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move || shared.ready())
+    }
+
+    /// Waits until requests can be served. Safe to drop.
+    pub async fn until_ready(&self) {
+        let mut state = self.shared.state.subscribe();
+        // The sender lives in `shared`, so this ends with the state wanted.
+        let _ = state.wait_for(|state| matches!(state, State::Ready(_))).await;
+    }
+
+    /// The report of `parallax status`: nodes, pipelines, and why it does or does not serve.
+    pub fn status(&self) -> serde_json::Value {
+        status::status(&self.shared)
+    }
+
+    /// A function for [`Head::status`] that outlives this handle.
+    pub fn status_source(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move || status::status(&shared))
+    }
+}
+
+impl Drop for Head {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Shared {
+    fn ready(&self) -> Result<(), String> {
+        match &*self.state.borrow() {
+            State::Ready(_) => Ok(()),
+            State::Forming(why) => Err(why.clone()),
+        }
+    }
+
+    fn forming(&self) {
+        self.state.send_replace(State::Forming(self.membership.read(parallax_sched::Coordinator::why)));
+    }
+}
+
+async fn watch_idleness(shared: Arc<Shared>) {
+    let mut interval = tokio::time::interval(IDLE_AFTER / 4);
+    loop {
+        interval.tick().await;
+        let last = Duration::from_millis(shared.last_batch_ms.load(Ordering::Relaxed));
+        let busy = !last.is_zero() && shared.started.elapsed().saturating_sub(last) < IDLE_AFTER;
+        shared.membership.set_busy(busy);
+    }
+}
+
+async fn form_forever(shared: Arc<Shared>) {
+    let mut plans = shared.membership.watch();
+    loop {
+        let view = plans.borrow_and_update().clone();
+        shared.forming();
+        tokio::select! {
+            changed = plans.changed() => if changed.is_err() { return },
+            () = serve_plan(&shared, &view) => {}
+        }
+    }
+}
+
+/// Brings the plan's pipeline up and stays until it breaks without the membership noticing.
+async fn serve_plan(shared: &Arc<Shared>, view: &PlanView) {
+    let pipeline = view.plan.as_ref().ok().and_then(|plan| plan.pipelines.first());
+    let Some(pipeline) = pipeline else {
+        // Whoever asks wants to know what is missing now.
+        loop {
+            shared.forming();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    if let Err(reason) = load_local(shared, view.epoch, pipeline).await {
+        let report =
+            Report { epoch: view.epoch, state: MemberState::Failed, detail: reason, ..Report::default() };
+        shared.membership.report_local(report);
+        return std::future::pending().await;
+    }
+    while !shared.membership.read(|c| c.is_ready(pipeline)) {
+        shared.forming();
+        tokio::time::sleep(FORM_POLL).await;
+    }
+    let link = match Link::open(shared, view.epoch, pipeline).await {
+        Ok(link) => Arc::new(link),
+        Err(reason) => {
+            tokio::time::sleep(BLAME_WAIT).await;
+            return shared.membership.rebuild(&reason);
+        }
+    };
+    shared.state.send_replace(State::Ready(Arc::clone(&link)));
+    tracing::info!(epoch = view.epoch, stages = pipeline.stages.len(), "pipeline is ready");
+    let reason = link.until_broken().await;
+    // If a member died, its epoch is over in a moment and this future is dropped.
+    tokio::time::sleep(BLAME_WAIT).await;
+    shared.membership.rebuild(&reason);
+}
+
+/// The head's own layers, loaded or kept.
+async fn load_local(shared: &Arc<Shared>, epoch: u64, pipeline: &Pipeline) -> Result<(), String> {
+    let me = NodeId::from(&shared.node.peer_id());
+    let Some((index, stage)) = pipeline.stage_of(&me) else { return Ok(()) };
+    if index != 0 {
+        return Err(format!("the head was given stage {index}, it can only be the first"));
+    }
+    let layers = stage.layers;
+    let report = |state, detail: &str| {
+        let detail = detail.to_owned();
+        shared.membership.report_local(Report { epoch, state, detail, ..Report::default() });
+    };
+    let held = lock(&shared.local).as_ref().map(|runner| runner.shape().layers);
+    if held != Some(layers) {
+        report(MemberState::Loading, "loading weights");
+        let loader = shared.options.local.clone().ok_or("the head has no layers to give")?;
+        drop(lock(&shared.local).take());
+        let loaded =
+            tokio::task::spawn_blocking(move || loader(layers)).await.map_err(|e| e.to_string())??;
+        *lock(&shared.local) = Some(loaded);
+    }
+    report(MemberState::Ready, "");
+    Ok(())
+}
+
+/// The whole model as one runner; its layers run at the head and at peers.
+#[derive(Debug)]
+pub struct PipelineRunner {
+    shared: Arc<Shared>,
+    runtime: tokio::runtime::Handle,
+    /// The epoch whose stages know what the encoder says they know.
+    link_epoch: Option<u64>,
+    adapter_sent: Option<PolicyVersion>,
+    encoder: StepEncoder,
+    next_step: u64,
+}
+
+impl StageRunner for PipelineRunner {
+    fn shape(&self) -> StageShape {
+        self.shared.options.shape
+    }
+
+    fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
+        let now_ms = u64::try_from(self.shared.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.shared.last_batch_ms.store(now_ms.max(1), Ordering::Relaxed);
+        let link = self.link()?;
+        let (rows, n_layers) = match link.local {
+            Some(layers) => (self.run_local(batch, input)?, Some(layers)),
+            None => (StageOutput { hidden: Some(input), logits: None }, None),
+        };
+        if link.remote.is_none() {
+            return Ok(rows);
+        }
+        let tensor = rows.hidden.ok_or_else(|| StageError::Forward {
+            layers: n_layers.map_or_else(String::new, |l| l.to_string()),
+            reason: "the head's own stage returned no hidden rows".to_owned(),
+        })?;
+        self.next_step += 1;
+        let step_id = self.next_step;
+        let step = self.encoder.encode(step_id, batch);
+        let used: usize = batch.sequences.iter().map(|s| s.pages.len()).sum();
+        self.shared.used_pages.store(used as u64, Ordering::Relaxed);
+        let frame = crate::service::stage_server::hidden_frame(step, &tensor)
+            .map_err(|reason| StageError::Forward { layers: "head".to_owned(), reason })?;
+        if n_layers.is_some() {
+            self.shared.stats.count_sent(&frame, batch.n_rows());
+        }
+        let reply = self.exchange(&link, frame, step_id)?;
+        self.output(batch, &reply)
+    }
+
+    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+        let wanted = (version, adapter.map(<[u8]>::to_vec));
+        let old = lock(&self.shared.adapter).replace(wanted);
+        self.adapter_sent = None;
+        // Taking up the link brings its stages to the wanted adapter.
+        let sent = self.link().map(|_| ());
+        if sent.is_err() {
+            *lock(&self.shared.adapter) = old;
+        }
+        sent
+    }
+
+    fn log_softmax(&self) -> LogSoftmax {
+        self.shared.options.log_softmax
+    }
+
+    fn close(&mut self, request: RequestId) {
+        self.encoder.release(request);
+        if let Some(runner) = lock(&self.shared.local).as_mut() {
+            runner.close(request);
+        }
+    }
+}
+
+impl PipelineRunner {
+    /// The pipeline that stands, with stages that have the right adapter and know no old sequence.
+    fn link(&mut self) -> Result<Arc<Link>, StageError> {
+        let link = match &*self.shared.state.borrow() {
+            State::Ready(link) => Arc::clone(link),
+            State::Forming(why) => return Err(StageError::NotReady { reason: why.clone() }),
+        };
+        if self.link_epoch != Some(link.epoch) {
+            self.encoder = StepEncoder::default();
+            self.link_epoch = Some(link.epoch);
+            self.adapter_sent = None;
+        }
+        let wanted = lock(&self.shared.adapter).clone();
+        if let Some(wanted) = wanted.filter(|wanted| self.adapter_sent != Some(wanted.0)) {
+            self.send_adapter(&link, &wanted)?;
+        }
+        Ok(link)
+    }
+
+    fn run_local(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
+        let mut local = lock(&self.shared.local);
+        let runner = local
+            .as_mut()
+            .ok_or_else(|| StageError::NotReady { reason: "the head is loading".to_owned() })?;
+        let started = Instant::now();
+        let output = runner.forward(batch, input)?;
+        if batch.n_rows() == 1 {
+            self.shared.stats.measure_decode(started.elapsed(), runner.shape().layers.len());
+        }
+        Ok(output)
+    }
+
+    fn send_adapter(&mut self, link: &Arc<Link>, (version, bytes): &WantedAdapter) -> Result<(), StageError> {
+        let version = *version;
+        if link.local.is_some()
+            && let Some(runner) = lock(&self.shared.local).as_mut()
+        {
+            runner.set_adapter(version, bytes.as_deref())?;
+        }
+        if link.remote.is_some() {
+            self.next_step += 1;
+            let kind =
+                stage_frame::Kind::Adapter(StageAdapter { step_id: self.next_step, version: version.0 });
+            let frame = EncodedFrame::with_bytes(kind, bytes.as_deref().unwrap_or_default());
+            let step_id = self.next_step;
+            self.exchange(link, frame, step_id)?;
+        }
+        self.adapter_sent = Some(version);
+        Ok(())
+    }
+
+    /// Sends a frame and waits for its answer, for a loss, or for the deadline.
+    fn exchange(
+        &self,
+        link: &Arc<Link>,
+        frame: EncodedFrame,
+        step_id: u64,
+    ) -> Result<ReceivedFrame, StageError> {
+        let mut state = self.shared.state.subscribe();
+        let timeout = self.shared.options.step_timeout;
+        self.runtime.block_on(async {
+            let over = state.wait_for(|state| !matches!(state, State::Ready(now) if now.epoch == link.epoch));
+            tokio::select! {
+                biased;
+                answer = link.exchange(frame, step_id) => match answer {
+                    Ok(answer) => Ok(answer),
+                    Err(link::ExchangeError::Stage(error)) => Err(error),
+                    Err(link::ExchangeError::Broken(reason)) => Err(self.blame(link, reason).await),
+                },
+                _ = over => Err(self.lost(link, "the pipeline was taken down")),
+                () = tokio::time::sleep(timeout) => {
+                    let reason = format!("no answer within {timeout:?}");
+                    self.shared.membership.rebuild(&reason);
+                    Err(self.lost(link, &reason))
+                }
+            }
+        })
+    }
+
+    /// A stream broke: the membership soon knows whose.
+    async fn blame(&self, link: &Arc<Link>, reason: String) -> StageError {
+        let mut plans = self.shared.membership.watch();
+        let changed = plans.wait_for(|view| view.epoch != link.epoch);
+        let _ = tokio::time::timeout(BLAME_WAIT, changed).await;
+        self.lost(link, &reason)
+    }
+
+    /// Names the stage of this link's pipeline that is no longer a member, if that is the cause.
+    fn lost(&self, link: &Arc<Link>, reason: &str) -> StageError {
+        let gone = self.shared.membership.read(|coordinator| {
+            let gone = link.stages.iter().find(|stage| coordinator.member(&stage.node).is_none())?;
+            Some((gone.clone(), coordinator.last_loss().unwrap_or(reason).to_owned()))
+        });
+        match gone {
+            Some((stage, reason)) => {
+                StageError::Lost { peer: stage.node.to_string(), layers: stage.layers.to_string(), reason }
+            }
+            None => StageError::Lost {
+                peer: "unknown".to_owned(),
+                layers: link.remote_layers(),
+                reason: reason.to_owned(),
+            },
+        }
+    }
+
+    /// Logits [W, V] and final-norm rows [W, H] out of the flat tensor of the last stage.
+    fn output(&self, batch: &Batch, reply: &ReceivedFrame) -> Result<StageOutput, StageError> {
+        let shape = self.shared.options.shape;
+        let bad = |reason: String| StageError::Forward { layers: "last stage".to_owned(), reason };
+        let stage_frame::Kind::Step(StageStep { hidden_rows, .. }) = reply.kind else {
+            return Err(bad("answered with another kind of frame".to_owned()));
+        };
+        let (header, payload) = reply.tensor().map_err(|e| bad(e.to_string()))?;
+        let n_wanted = batch.n_wanted();
+        let hidden_bytes = hidden_rows as usize * shape.hidden * 4;
+        let expected = hidden_bytes + n_wanted * shape.vocab * 4;
+        let rows_fit = hidden_rows == 0 || hidden_rows as usize == n_wanted;
+        if header.dtype() != DType::F32 || !rows_fit || payload.len() != expected {
+            let got = payload.len();
+            return Err(bad(format!("answered with {got} bytes where {expected} were expected")));
+        }
+        let hidden = (hidden_rows > 0)
+            .then(|| Tensor::new(DType::F32, &[n_wanted, shape.hidden], payload.slice(..hidden_bytes)))
+            .transpose()?;
+        let logits = (n_wanted > 0)
+            .then(|| Tensor::new(DType::F32, &[n_wanted, shape.vocab], payload.slice(hidden_bytes..)))
+            .transpose()?;
+        Ok(StageOutput { hidden, logits })
+    }
+}

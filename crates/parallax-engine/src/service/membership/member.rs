@@ -1,0 +1,340 @@
+//! A member's life: find the head, join, and run whatever is assigned, until the future is dropped.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lattica_bitswap::Blocks;
+use lattica_net::{Node, StreamError};
+use parallax_model::{Checkpoint, DeviceKind, LoadOptions};
+use parallax_sched::profile::roofline;
+use parallax_sched::service::{JoinOptions as SchedJoin, MemberClient, SwarmError, find_head};
+use parallax_sched::{MemberState, NodeId, NodeProfile, Report, wire};
+use swarm_wire::generated::parallax::v1 as pb;
+use swarm_wire::{DecodeError, LayerRange, PeerId, PolicyVersion};
+
+use super::{bandwidth_gbps, incarnation_now, load_stage};
+use crate::service::stage_server::{StageServer, StageServerError};
+use crate::service::weights::{self, WeightsError};
+use crate::stage::StageRunner;
+
+/// Reports carry fresh counters at least this often.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// How a member takes part.
+#[derive(Debug, Clone)]
+pub struct JoinOptions {
+    /// Name of the swarm.
+    pub swarm: String,
+    /// Addresses to look for the head at; otherwise whoever mDNS and the DHT find.
+    pub bootstrap: Vec<String>,
+    /// Memory for weights and cache.
+    pub memory_bytes: u64,
+    /// Where to compute.
+    pub device: DeviceKind,
+    /// Exactly these layers, or none.
+    pub pinned: Option<LayerRange>,
+    /// A local copy of the model, when there is one.
+    pub model: Option<String>,
+    /// Where weights from peers are kept.
+    pub cache_dir: PathBuf,
+    /// How long to look for the head.
+    pub patience: Duration,
+}
+
+/// What a member tells its operator.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum MemberNews {
+    /// The head was found.
+    Joined {
+        /// Who.
+        head: PeerId,
+        /// What it serves.
+        model: String,
+    },
+    /// Bytes of weights that have arrived.
+    Fetching {
+        /// So far.
+        done_bytes: u64,
+        /// In all.
+        total_bytes: u64,
+    },
+    /// Weights are being loaded.
+    Loading {
+        /// These layers.
+        layers: LayerRange,
+        /// From here.
+        from: String,
+    },
+    /// The stage answers.
+    Ready {
+        /// With these layers.
+        layers: LayerRange,
+    },
+    /// Nothing to run at the moment.
+    Standby,
+    /// The stage could not be brought up; the head leaves this member out until it is started again.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why a member gave up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemberError {
+    /// No head, or it refused.
+    #[error(transparent)]
+    Swarm(#[from] SwarmError),
+    /// The head sent something that makes no sense.
+    #[error("the head sent a malformed message: {0}")]
+    Malformed(#[from] DecodeError),
+    /// Weights could not be had.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The local copy is another model.
+    #[error("{model} is not the model that the swarm serves ({served}): pass the right one, or none to fetch it from peers")]
+    OtherModel {
+        /// The local copy.
+        model: String,
+        /// What the head serves.
+        served: String,
+    },
+    /// Weights could not be loaded.
+    #[error("cannot load layers {layers}: {reason}")]
+    Load {
+        /// Which.
+        layers: LayerRange,
+        /// Why.
+        reason: String,
+    },
+    /// The stage could not be hosted.
+    #[error(transparent)]
+    Stage(#[from] StageServerError),
+    /// The node refused.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}
+
+/// Takes part until dropped; tells `news` what happens. Returns only on an error that starting again would not repair
+/// by itself.
+///
+/// # Errors
+/// When there is no head, the local copy is another model, or weights cannot be had or loaded.
+pub async fn join(
+    node: &Node,
+    blocks: &Blocks,
+    options: &JoinOptions,
+    mut news: impl FnMut(MemberNews) + Send,
+) -> Result<(), MemberError> {
+    let stage = StageServer::start(node)?;
+    loop {
+        let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
+        news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
+        let own_copy = own_copy(options, &model).await?;
+        let head_addrs = node.peers().into_iter().find(|p| p.peer == head).map(|p| p.addrs).unwrap_or_default();
+        let client = SchedJoin {
+            swarm: options.swarm.clone(),
+            head,
+            head_addrs: options.bootstrap.iter().cloned().chain(head_addrs).collect(),
+            profile: profile(node, options, &model),
+            incarnation: incarnation_now(),
+            device: options.device.to_string(),
+        };
+        let client = MemberClient::join(node, client).await?;
+        let mut member = Member { blocks, options, model, own_copy, stage: &stage, client, spare: None };
+        member.run(&mut news).await?;
+        // The head serves another model now: look at it afresh.
+    }
+}
+
+fn profile(node: &Node, options: &JoinOptions, model: &pb::ModelDescription) -> NodeProfile {
+    let (decode_ms_per_layer, head_ms) = roofline(&wire::model_profile(model), bandwidth_gbps(), 0.0);
+    NodeProfile {
+        id: NodeId::from(&node.peer_id()),
+        memory_bytes: options.memory_bytes,
+        decode_ms_per_layer,
+        head_ms,
+        prefill_ms_per_layer_token: 0.0,
+        overhead_ms: 0.0,
+        pinned: options.pinned,
+    }
+}
+
+/// The local copy, if it is the model that is served: named by the operator, or built into the program.
+async fn own_copy(
+    options: &JoinOptions,
+    model: &pb::ModelDescription,
+) -> Result<Option<Arc<Checkpoint>>, MemberError> {
+    let named = options.model.clone();
+    let Some(name) = named.clone().or_else(|| model.weights_root.is_empty().then(|| model.name.clone())) else {
+        return Ok(None);
+    };
+    let opened = tokio::task::spawn_blocking({
+        let name = name.clone();
+        move || Checkpoint::resolve(&name).and_then(|c| Ok((c.id()?, c)))
+    })
+    .await;
+    match opened {
+        Ok(Ok((id, checkpoint))) if id == model.checkpoint_id => Ok(Some(Arc::new(checkpoint))),
+        Ok(Ok(_)) => Err(MemberError::OtherModel { model: name, served: model.name.clone() }),
+        Ok(Err(error)) if named.is_some() => Err(MemberError::OtherModel {
+            model: format!("{name} ({error})"),
+            served: model.name.clone(),
+        }),
+        _ => Err(WeightsError::NotPublished { model: model.name.clone() }.into()),
+    }
+}
+
+struct Member<'a> {
+    blocks: &'a Blocks,
+    options: &'a JoinOptions,
+    model: pb::ModelDescription,
+    own_copy: Option<Arc<Checkpoint>>,
+    stage: &'a StageServer,
+    client: MemberClient,
+    /// The stage of the last assignment: the next one often has the same layers.
+    spare: Option<Box<dyn StageRunner>>,
+}
+
+impl Member<'_> {
+    /// Follows assignments until the head serves another model.
+    async fn run(&mut self, news: &mut (impl FnMut(MemberNews) + Send)) -> Result<(), MemberError> {
+        let mut assignments = self.client.assignments();
+        let mut report = Report::default();
+        let mut interval = tokio::time::interval(REPORT_EVERY);
+        loop {
+            tokio::select! {
+                changed = assignments.changed() => {
+                    let new = if changed.is_ok() { assignments.borrow_and_update().clone() } else { None };
+                    let Some(assignment) = new else { continue };
+                    let nothing = assignment.layers_start == assignment.layers_end;
+                    if !nothing && assignment.checkpoint_id != self.model.checkpoint_id {
+                        self.stage.deactivate().await;
+                        return Ok(());
+                    }
+                    let mut changed = assignments.clone();
+                    report = tokio::select! {
+                        report = self.take_up(&assignment, news) => report,
+                        // A newer assignment makes this one pointless; what was fetched so far is kept.
+                        _ = changed.changed() => continue,
+                    };
+                    self.client.report(report.clone());
+                }
+                _ = interval.tick() => {
+                    self.count(&mut report);
+                    self.client.report(report.clone());
+                }
+            }
+        }
+    }
+
+    fn count(&self, report: &mut Report) {
+        let stats = self.stage.stats();
+        report.decode_ms_per_layer = stats.decode_ms_per_layer();
+        report.sent_bytes = stats.sent_bytes();
+        report.sent_payload_bytes = stats.sent_payload_bytes();
+        report.sent_tokens = stats.sent_tokens();
+    }
+
+    /// Brings the assignment up and says how that went.
+    async fn take_up(&mut self, assignment: &pb::Assignment, news: &mut (impl FnMut(MemberNews) + Send)) -> Report {
+        let epoch = assignment.epoch;
+        if let Some(runner) = self.stage.deactivate().await {
+            self.spare = Some(runner);
+        }
+        if assignment.layers_start == assignment.layers_end {
+            news(MemberNews::Standby);
+            return Report { epoch, state: MemberState::Standby, ..Report::default() };
+        }
+        let outcome = self.activate(assignment, news).await;
+        match outcome {
+            Ok(layers) => {
+                news(MemberNews::Ready { layers });
+                let pages = u64::from(assignment.kv_pages) * u64::from(assignment.kv_page_tokens);
+                Report { epoch, state: MemberState::Ready, kv_free_tokens: pages, ..Report::default() }
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                news(MemberNews::Failed { reason: reason.clone() });
+                Report { epoch, state: MemberState::Failed, detail: reason, ..Report::default() }
+            }
+        }
+    }
+
+    async fn activate(
+        &mut self,
+        assignment: &pb::Assignment,
+        news: &mut (impl FnMut(MemberNews) + Send),
+    ) -> Result<LayerRange, MemberError> {
+        let layers = LayerRange::new(assignment.layers_start, assignment.layers_end)?;
+        let pages = (assignment.kv_page_tokens as usize, assignment.kv_pages as usize);
+        let fits = |runner: &dyn StageRunner| {
+            let shape = runner.shape();
+            shape.layers == layers && (shape.page_tokens, shape.n_pages) == pages
+        };
+        let spare = self.spare.take().filter(|runner| fits(runner.as_ref()));
+        let runner = match spare {
+            Some(mut runner) => {
+                let base = runner.set_adapter(PolicyVersion(0), None);
+                base.map_err(|e| MemberError::Load { layers, reason: e.to_string() })?;
+                runner
+            }
+            None => self.load(assignment, layers, news).await?,
+        };
+        self.stage.activate(assignment, runner)?;
+        Ok(layers)
+    }
+
+    async fn load(
+        &mut self,
+        assignment: &pb::Assignment,
+        layers: LayerRange,
+        news: &mut (impl FnMut(MemberNews) + Send),
+    ) -> Result<Box<dyn StageRunner>, MemberError> {
+        let loading = |detail: String| Report {
+            epoch: assignment.epoch,
+            state: MemberState::Loading,
+            detail,
+            ..Report::default()
+        };
+        self.client.report(loading("getting weights".to_owned()));
+        let (checkpoint, from) = match &self.own_copy {
+            Some(copy) => (Arc::clone(copy), copy.location().display().to_string()),
+            None => {
+                let path = self.fetch(assignment, layers, news).await?;
+                let from = path.display().to_string();
+                let opened = tokio::task::spawn_blocking(move || Checkpoint::open(&path)).await;
+                let failed = |reason: String| MemberError::Load { layers, reason };
+                let opened = opened.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+                (Arc::new(opened), from)
+            }
+        };
+        news(MemberNews::Loading { layers, from });
+        self.client.report(loading("loading weights".to_owned()));
+        let failed = |reason: String| MemberError::Load { layers, reason };
+        let options = LoadOptions {
+            layers: layers.as_range(),
+            dtype: self.model.weight_dtype.parse().map_err(failed)?,
+            device: self.options.device,
+            kv_page_tokens: assignment.kv_page_tokens as usize,
+            kv_pages: assignment.kv_pages as usize,
+        };
+        let loaded = tokio::task::spawn_blocking(move || load_stage(&checkpoint, &options)).await;
+        loaded.map_err(|e| failed(e.to_string()))?.map_err(failed)
+    }
+
+    async fn fetch(
+        &self,
+        assignment: &pb::Assignment,
+        layers: LayerRange,
+        news: &mut (impl FnMut(MemberNews) + Send),
+    ) -> Result<PathBuf, MemberError> {
+        let root = swarm_wire::cid::decode(&self.model.weights_root)?;
+        let (from, cache) = ([self.client.head().clone()], &self.options.cache_dir);
+        let progress = |done_bytes, total_bytes| news(MemberNews::Fetching { done_bytes, total_bytes });
+        Ok(weights::fetch(self.blocks, &root, &assignment.files, layers, &from, cache, progress).await?)
+    }
+}

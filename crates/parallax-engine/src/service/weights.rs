@@ -1,0 +1,306 @@
+//! A model's files over the swarm: the head publishes its checkpoint by reference; a member without a copy gets just the
+//! bytes of its own layers, every block checked, into a sparse copy that opens like the real thing.
+//!
+//! The sparse copy has every file at its full length, with the headers, the small files and this member's tensors filled
+//! in and holes elsewhere: the loader reads nothing else. A file named `.complete` is written last; without it
+//! the copy is filled again (blocks that arrived before are not fetched twice).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use lattica_bitswap::{FetchError, Manifest};
+use parallax_model::{Checkpoint, WeightDtype};
+use parallax_sched::ModelProfile;
+use swarm_wire::generated::parallax::v1::FileSpans;
+use swarm_wire::limits::NAME_MAX_BYTES;
+use swarm_wire::{Cid, DecodeError, LayerRange, PeerId};
+
+/// Files of one checkpoint; more are refused.
+const MAX_FILES: usize = 1024;
+/// Spans closer than this are fetched as one: blocks are larger anyway.
+const MERGE_GAP_BYTES: u64 = 64 * 1024;
+/// Pieces in which a span is copied into its file.
+const COPY_BYTES: u64 = 8 << 20;
+
+/// Why weights could not be had from the swarm.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightsError {
+    /// The head publishes nothing.
+    #[error("the head publishes no weights for `{model}`: pass a local copy with --model")]
+    NotPublished {
+        /// The model.
+        model: String,
+    },
+    /// The announcement makes no sense.
+    #[error("the head's list of files is malformed: {0}")]
+    Malformed(#[from] DecodeError),
+    /// A file that is not in the manifest.
+    #[error("the head's manifest does not contain {name} at {needed_bytes} bytes")]
+    NotInManifest {
+        /// The file.
+        name: String,
+        /// Its announced length.
+        needed_bytes: u64,
+    },
+    /// Fetching broke.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The disk refused.
+    #[error("cannot write {path}: {source}; free some space or choose another --cache-dir")]
+    Disk {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// What a model's parts weigh when loaded as `dtype`: what the planner needs.
+pub fn model_profile(name: &str, checkpoint: &Checkpoint, dtype: WeightDtype) -> ModelProfile {
+    let config = checkpoint.config();
+    let n_layers = config.n_layers;
+    let stored = |range: std::ops::Range<usize>| checkpoint.tensor_spans(range).iter().map(|s| s.len).sum::<u64>();
+    let table = config.vocab as u64 * config.hidden as u64;
+    let per_value = |values: u64| match dtype {
+        WeightDtype::F32 => values * 4,
+        WeightDtype::Bf16 => values * 2,
+        WeightDtype::Q8_0 => values * 34 / 32,
+        WeightDtype::Q4_0 => values * 18 / 32,
+        _ => 0,
+    };
+    let (layer_bytes, table_bytes) = if dtype == WeightDtype::Native {
+        let spans = checkpoint.tensor_spans(0..n_layers);
+        let embedding = spans.iter().find(|s| s.name == "model.embed_tokens.weight").map_or(0, |s| s.len);
+        let head = spans.iter().find(|s| s.name == "lm_head.weight").map_or(0, |s| s.len);
+        let all = stored(0..n_layers);
+        ((all - embedding - head).div_ceil(n_layers.max(1) as u64), embedding)
+    } else {
+        (per_value(config.layer_parameters()), per_value(table))
+    };
+    ModelProfile {
+        name: name.to_owned(),
+        n_layers: u32::try_from(n_layers).unwrap_or(u32::MAX),
+        layer_bytes: layer_bytes.max(1),
+        embedding_bytes: table_bytes,
+        head_bytes: table_bytes,
+        tied: config.tied_embeddings,
+        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(),
+        layer_flops: 2.0 * config.layer_parameters() as f64,
+        hidden: u32::try_from(config.hidden).unwrap_or(u32::MAX),
+    }
+}
+
+/// The name of a file within the published checkpoint.
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// All files of a checkpoint that live on disk; empty for one that is built into the program.
+pub fn published_files(checkpoint: &Checkpoint) -> Vec<PathBuf> {
+    let weights = checkpoint.files();
+    if weights.is_empty() || weights.iter().any(|path| !path.is_file()) {
+        return Vec::new();
+    }
+    checkpoint.companion_files().iter().cloned().chain(weights).collect()
+}
+
+/// The bytes of the published files that a stage of these layers reads: small files whole, headers, its tensors.
+///
+/// # Errors
+/// When a file cannot be looked at.
+pub fn file_spans(checkpoint: &Checkpoint, layers: LayerRange) -> std::io::Result<Vec<FileSpans>> {
+    let mut files = Vec::new();
+    for path in checkpoint.companion_files() {
+        let file_bytes = fs::metadata(path)?.len();
+        files.push(FileSpans { name: file_name(path), file_bytes, spans: vec![0, file_bytes] });
+    }
+    let all = checkpoint.tensor_spans(0..checkpoint.config().n_layers);
+    let wanted = checkpoint.tensor_spans(layers.as_range());
+    for (index, path) in checkpoint.files().iter().enumerate() {
+        let file_bytes = fs::metadata(path)?.len();
+        // Everything before the first tensor is header; a file without tensors is needed whole.
+        let header = all.iter().filter(|s| s.file == index).map(|s| s.offset).min().unwrap_or(file_bytes);
+        let tensors = wanted.iter().filter(|s| s.file == index).map(|s| (s.offset, s.len));
+        let spans = merged(std::iter::once((0, header)).chain(tensors).collect());
+        let spans = spans.into_iter().flat_map(|(offset, len)| [offset, len]).collect();
+        files.push(FileSpans { name: file_name(path), file_bytes, spans });
+    }
+    Ok(files)
+}
+
+/// Ascending spans, those that touch or nearly touch joined.
+fn merged(mut spans: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    spans.retain(|&(_, len)| len > 0);
+    spans.sort_unstable();
+    let mut joined: Vec<(u64, u64)> = Vec::with_capacity(spans.len());
+    for (offset, len) in spans {
+        match joined.last_mut() {
+            Some((start, total)) if offset <= *start + *total + MERGE_GAP_BYTES => {
+                *total = (*total).max(offset + len - *start);
+            }
+            _ => joined.push((offset, len)),
+        }
+    }
+    joined
+}
+
+/// The head's list of files, checked: plain names, spans inside of their files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WantedFiles {
+    files: Vec<(String, u64, Vec<(u64, u64)>)>,
+}
+
+impl TryFrom<&[FileSpans]> for WantedFiles {
+    type Error = DecodeError;
+
+    fn try_from(files: &[FileSpans]) -> Result<Self, DecodeError> {
+        if files.len() > MAX_FILES {
+            return Err(DecodeError::invalid("number of files", files.len()));
+        }
+        let mut seen = BTreeMap::new();
+        let mut wanted = Vec::with_capacity(files.len());
+        for file in files {
+            let plain = !file.name.is_empty()
+                && file.name.len() <= NAME_MAX_BYTES
+                && !file.name.starts_with('.')
+                && !file.name.contains(['/', '\\', '\0']);
+            if !plain || seen.insert(file.name.clone(), ()).is_some() {
+                return Err(DecodeError::invalid("file name", &file.name));
+            }
+            if file.spans.len() % 2 != 0 {
+                return Err(DecodeError::invalid("list of spans", file.spans.len()));
+            }
+            let spans: Vec<(u64, u64)> = file.spans.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+            let inside = |&(offset, len): &(u64, u64)| {
+                offset.checked_add(len).is_some_and(|end| end <= file.file_bytes)
+            };
+            if !spans.iter().all(inside) {
+                return Err(DecodeError::invalid("span outside of its file", &file.name));
+            }
+            wanted.push((file.name.clone(), file.file_bytes, spans));
+        }
+        Ok(Self { files: wanted })
+    }
+}
+
+impl WantedFiles {
+    /// Bytes to fetch.
+    pub fn needed_bytes(&self) -> u64 {
+        self.files.iter().flat_map(|(_, _, spans)| spans).map(|(_, len)| len).sum()
+    }
+
+    /// Where the wanted bytes lie in the artefact: (file, offset in the file, offset in the artefact, length).
+    fn places(&self, manifest: &Manifest) -> Result<Vec<(&str, u64, u64, u64)>, WeightsError> {
+        let mut places = Vec::new();
+        for (name, file_bytes, spans) in &self.files {
+            let entry = manifest.entries().iter().find(|e| e.name == *name && e.length == *file_bytes);
+            let entry = entry.ok_or_else(|| WeightsError::NotInManifest {
+                name: name.clone(),
+                needed_bytes: *file_bytes,
+            })?;
+            places.extend(spans.iter().map(|&(at, len)| (name.as_str(), at, entry.offset + at, len)));
+        }
+        Ok(places)
+    }
+}
+
+/// Where a sparse copy of these weights for these layers is kept under `cache_dir`.
+pub fn sparse_dir(cache_dir: &Path, root: &Cid, layers: LayerRange) -> PathBuf {
+    cache_dir.join("models").join(root.to_string()).join(format!("layers-{}-{}", layers.start(), layers.end()))
+}
+
+/// A finished sparse copy, as a path for [`Checkpoint::open`].
+pub fn finished_copy(cache_dir: &Path, root: &Cid, layers: LayerRange) -> Option<PathBuf> {
+    let dir = sparse_dir(cache_dir, root, layers);
+    let name = fs::read_to_string(dir.join(COMPLETE)).ok()?;
+    Some(if name.is_empty() { dir } else { dir.join(name) })
+}
+
+/// Written last; holds the name of the file to open, or nothing for a directory.
+const COMPLETE: &str = ".complete";
+
+/// Fetches what is missing and makes the sparse copy; returns the path for [`Checkpoint::open`]. Dropping the future
+/// leaves an unfinished copy that is never taken for a finished one.
+///
+/// # Errors
+/// When the list makes no sense, nobody has the bytes, or the disk refuses.
+pub async fn fetch(
+    blocks: &lattica_bitswap::Blocks,
+    root: &Cid,
+    files: &[FileSpans],
+    layers: LayerRange,
+    from: &[PeerId],
+    cache_dir: &Path,
+    mut progress: impl FnMut(u64, u64) + Send,
+) -> Result<PathBuf, WeightsError> {
+    if let Some(path) = finished_copy(cache_dir, root, layers) {
+        return Ok(path);
+    }
+    let wanted = WantedFiles::try_from(files)?;
+    let manifest = blocks.fetch_manifest(root, from).await?;
+    let places = wanted.places(&manifest)?;
+    let spans: Vec<(u64, u64)> = merged(places.iter().map(|&(_, _, at, len)| (at, len)).collect());
+    blocks.fetch_spans(root, &spans, from, |p| progress(p.done_bytes, p.total_bytes)).await?;
+
+    let dir = sparse_dir(cache_dir, root, layers);
+    let disk = |path: &Path| {
+        let path = path.to_owned();
+        move |source| WeightsError::Disk { path, source }
+    };
+    fs::create_dir_all(&dir).map_err(disk(&dir))?;
+    for (name, file_bytes, _) in &wanted.files {
+        let path = dir.join(name);
+        let mut file = File::create(&path).map_err(disk(&path))?;
+        file.set_len(*file_bytes).map_err(disk(&path))?;
+        for &(_, at, source_at, len) in places.iter().filter(|place| place.0 == name) {
+            file.seek(SeekFrom::Start(at)).map_err(disk(&path))?;
+            let mut done = 0;
+            while done < len {
+                let n = COPY_BYTES.min(len - done);
+                let bytes = blocks.read_span(root, source_at + done, n).await?;
+                file.write_all(&bytes).map_err(disk(&path))?;
+                done += n;
+            }
+        }
+        file.sync_all().map_err(disk(&path))?;
+    }
+    let gguf = wanted.files.iter().find(|(name, ..)| name.ends_with(".gguf")).map_or("", |(name, ..)| name.as_str());
+    let complete = dir.join(COMPLETE);
+    let partial = dir.join(".complete.partial");
+    fs::write(&partial, gguf).and_then(|()| fs::rename(&partial, &complete)).map_err(disk(&complete))?;
+    Ok(if gguf.is_empty() { dir } else { dir.join(gguf) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_spans_are_joined_and_far_ones_kept() {
+        let far = MERGE_GAP_BYTES * 10;
+        assert_eq!(merged(vec![(far, 5), (0, 10), (10, 3), (20, 0)]), [(0, 13), (far, 5)]);
+        assert_eq!(merged(vec![(0, 100), (10, 5)]), [(0, 100)]);
+    }
+
+    #[test]
+    fn lists_with_paths_or_spans_outside_are_refused() {
+        let list = |name: &str, spans: Vec<u64>| {
+            WantedFiles::try_from(&[FileSpans { name: name.into(), file_bytes: 100, spans }][..])
+        };
+        assert_eq!(list("model.gguf", vec![0, 10, 50, 50]).unwrap().needed_bytes(), 60);
+        for (name, spans) in [
+            ("../model.gguf", vec![]),
+            ("/etc/passwd", vec![]),
+            (".complete", vec![]),
+            ("", vec![]),
+            ("a", vec![0]),
+            ("a", vec![60, 50]),
+            ("a", vec![u64::MAX, 2]),
+        ] {
+            assert!(list(name, spans).is_err(), "{name}");
+        }
+    }
+}
