@@ -1,6 +1,9 @@
 //! Real nodes on loopback addresses and free ports: calls, streams, deaths, relays, the DHT and hostile peers.
 
 mod calls;
+mod death;
+mod discovery;
+mod hostile;
 mod streams;
 
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -11,17 +14,17 @@ use swarm_wire::PeerId;
 use tokio::sync::broadcast;
 
 /// Longer than anything here takes on a loaded machine; a test that needs it has failed.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Which transport two nodes use.
 #[derive(Debug, Clone, Copy)]
-pub enum Transport {
+pub(crate) enum Transport {
     Quic,
     Tcp,
 }
 
 /// A configuration for a loopback address that no other node of this process uses.
-pub fn config(transport: Transport) -> NodeConfig {
+pub(crate) fn config(transport: Transport) -> NodeConfig {
     static NEXT: AtomicU8 = AtomicU8::new(2);
     let ip = format!("127.0.0.{}", NEXT.fetch_add(1, Ordering::Relaxed));
     let listen = match transport {
@@ -31,19 +34,19 @@ pub fn config(transport: Transport) -> NodeConfig {
     NodeConfig { listen: vec![listen], network: "test".to_owned(), ..NodeConfig::default() }
 }
 
-pub async fn start(config: NodeConfig) -> Node {
+pub(crate) async fn start(config: NodeConfig) -> Node {
     Node::start(Identity::generate(), config).await.unwrap()
 }
 
 /// Two connected nodes; the first dialled the second.
-pub async fn pair(transport: Transport) -> (Node, Node) {
+pub(crate) async fn pair(transport: Transport) -> (Node, Node) {
     let (a, b) = (start(config(transport)).await, start(config(transport)).await);
     connect(&a, &b).await;
     (a, b)
 }
 
 /// Connects `a` to `b` and waits until both know it.
-pub async fn connect(a: &Node, b: &Node) {
+pub(crate) async fn connect(a: &Node, b: &Node) {
     let mut events = b.events();
     let address = b.listen_addrs().await.remove(0);
     assert_eq!(a.dial(&address).await.unwrap(), b.peer_id());
@@ -53,7 +56,7 @@ pub async fn connect(a: &Node, b: &Node) {
 }
 
 /// Waits for one event.
-pub async fn until(events: &mut broadcast::Receiver<NetEvent>, wanted: &NetEvent) {
+pub(crate) async fn until(events: &mut broadcast::Receiver<NetEvent>, wanted: &NetEvent) {
     let found = async {
         loop {
             if events.recv().await.unwrap() == *wanted {
@@ -65,7 +68,7 @@ pub async fn until(events: &mut broadcast::Receiver<NetEvent>, wanted: &NetEvent
 }
 
 /// Waits until `condition` holds, looking again whenever something changed and now and then in between.
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let holds = async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -75,6 +78,6 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// A peer id that nobody has.
-pub fn stranger() -> PeerId {
+pub(crate) fn stranger() -> PeerId {
     Identity::from_seed([0x5a; 32]).peer_id()
 }

@@ -1,0 +1,179 @@
+//! Relays, hole punching, the DHT, bootstrap peers: how nodes find and reach each other.
+
+use bytes::Bytes;
+use lattica_net::{DhtError, DialError, NetEvent, Node, NodeConfig, StartError};
+
+use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger, until};
+
+/// A relay, and a node that can only be reached through it.
+async fn relayed(transport: Transport, hole_punching: bool) -> (Node, Node, String) {
+    let relay = start(NodeConfig { relay_server: true, ..config(transport) }).await;
+    let relay_address = relay.listen_addrs().await.remove(0);
+    let hidden_config =
+        NodeConfig { listen: vec![], relays: vec![relay_address], hole_punching, ..config(transport) };
+    let hidden = start(hidden_config).await;
+    let mut events = hidden.events();
+    if !hidden.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
+        until(&mut events, &NetEvent::RelayReserved(relay.peer_id())).await;
+        while !hidden.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
+            tokio::time::timeout(PATIENCE, events.recv()).await.unwrap().unwrap();
+        }
+    }
+    let address = hidden.listen_addrs().await.into_iter().find(|a| a.contains("p2p-circuit")).unwrap();
+    (relay, hidden, address)
+}
+
+async fn works_over_a_relay(transport: Transport) {
+    let (relay, hidden, address) = relayed(transport, false).await;
+    hidden.handle("echo", |_, body| async move { Ok(body) });
+    let client = start(NodeConfig { hole_punching: false, ..config(transport) }).await;
+    assert_eq!(client.dial(&address).await.unwrap(), hidden.peer_id());
+    let info = client.peers().into_iter().find(|p| p.peer == hidden.peer_id()).unwrap();
+    assert!(info.connected && info.relayed, "{info:?}");
+    for n_bytes in [10usize, 1_000_000] {
+        let body = Bytes::from(vec![7; n_bytes]);
+        let answer = client.call(&hidden.peer_id(), "echo", body.clone(), PATIENCE).await.unwrap();
+        assert_eq!(answer, body);
+    }
+    assert!(client.link(&hidden.peer_id()).unwrap().relayed);
+
+    // The relay goes: the call that hangs ends, and both learn that the other is gone.
+    hidden.handle("hang", |_, _| std::future::pending());
+    let mut events = client.events();
+    let call = {
+        let (client, peer) = (client.clone(), hidden.peer_id());
+        tokio::spawn(async move { client.call(&peer, "hang", Bytes::new(), PATIENCE * 10).await })
+    };
+    relay.shutdown().await;
+    call.await.unwrap().unwrap_err();
+    until(&mut events, &NetEvent::Disconnected(hidden.peer_id())).await;
+}
+
+#[tokio::test]
+async fn calls_work_over_a_quic_relay() {
+    works_over_a_relay(Transport::Quic).await;
+}
+
+#[tokio::test]
+async fn calls_work_over_a_tcp_relay() {
+    works_over_a_relay(Transport::Tcp).await;
+}
+
+#[tokio::test]
+async fn a_relayed_connection_becomes_direct_and_calls_go_on() {
+    let relay = start(NodeConfig { relay_server: true, ..config(Transport::Quic) }).await;
+    let relays = relay.listen_addrs().await;
+    let hidden = start(NodeConfig { relays: relays.clone(), ..config(Transport::Quic) }).await;
+    hidden.handle("echo", |_, body| async move { Ok(body) });
+    let mut ready = hidden.events();
+    until(&mut ready, &NetEvent::RelayReserved(relay.peer_id())).await;
+    let client = start(NodeConfig { bootstrap: relays.clone(), ..config(Transport::Quic) }).await;
+    eventually("the client knows the relay", || client.is_connected(&relay.peer_id())).await;
+    let mut events = client.events();
+    let address = format!("{}/p2p-circuit/p2p/{}", relays[0], hidden.peer_id());
+    client.dial(&address).await.unwrap();
+    let became_direct = NetEvent::DirectPath(hidden.peer_id());
+    let calling = async {
+        loop {
+            client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = calling => {}
+        () = until(&mut events, &became_direct) => {}
+    }
+    let stream = client.open_stream(&hidden.peer_id(), "/lattica/link/1.0.0").await.unwrap();
+    assert!(!stream.is_relayed());
+    client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn bootstrap_peers_are_found_again_when_they_come_back() {
+    let first = start(config(Transport::Tcp)).await;
+    let address = first.listen_addrs().await.remove(0);
+    let identity = first.identity().clone();
+    let node = start(NodeConfig { bootstrap: vec![address.clone()], ..config(Transport::Tcp) }).await;
+    let mut events = node.events();
+    if !node.is_connected(&first.peer_id()) {
+        until(&mut events, &NetEvent::Connected(first.peer_id())).await;
+    }
+    first.shutdown().await;
+    until(&mut events, &NetEvent::Disconnected(first.peer_id())).await;
+    let listen = vec![address.split("/p2p/").next().unwrap().to_owned()];
+    let again = Node::start(identity, NodeConfig { listen, ..config(Transport::Tcp) }).await.unwrap();
+    until(&mut events, &NetEvent::Connected(again.peer_id())).await;
+}
+
+#[tokio::test]
+async fn providers_records_and_peers_are_found_through_the_dht() {
+    let hub = start(config(Transport::Quic)).await;
+    let bootstrap = hub.listen_addrs().await;
+    let spoke = || async { start(NodeConfig { bootstrap: bootstrap.clone(), ..config(Transport::Quic) }).await };
+    let (a, b) = (spoke().await, spoke().await);
+    // Announced while alone: made when the hub is there.
+    a.provide(b"the thing").await.unwrap();
+    b.handle("echo", |_, body| async move { Ok(body) });
+    let found = async {
+        while b.providers(b"the thing").await.unwrap() != [a.peer_id()] {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("the provider is found");
+    assert_eq!(b.providers(b"another thing").await.unwrap(), []);
+
+    a.put_record(b"key", b"value".to_vec()).await.unwrap();
+    assert_eq!(b.get_record(b"key").await.unwrap(), Some(b"value".to_vec()));
+    assert_eq!(b.get_record(b"no key").await.unwrap(), None);
+    let error = a.put_record(b"key", vec![0; 100_000]).await.unwrap_err();
+    assert!(matches!(error, DhtError::Store { .. }), "{error}");
+
+    // The spokes never met, but each can be called.
+    assert_eq!(a.call(&b.peer_id(), "echo", Bytes::from_static(b"hi"), PATIENCE).await.unwrap(), "hi");
+}
+
+#[tokio::test]
+async fn a_lone_node_says_that_nobody_can_be_asked() {
+    let node = start(config(Transport::Quic)).await;
+    assert_eq!(node.put_record(b"key", vec![1]).await, Err(DhtError::NoPeers));
+    assert_eq!(node.providers(b"key").await, Ok(vec![]));
+    let error = node.connect(&stranger()).await.unwrap_err();
+    assert!(matches!(error, DialError::NoAddress { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn dials_that_cannot_work_say_why() {
+    let (a, b) = pair(Transport::Tcp).await;
+    let listening = b.listen_addrs().await.remove(0);
+    let base = listening.split("/p2p/").next().unwrap();
+    let other = start(config(Transport::Tcp)).await;
+    let error = other.dial(&format!("{base}/p2p/{}", stranger())).await.unwrap_err();
+    assert!(matches!(&error, DialError::WrongPeer { expected, .. } if *expected == stranger()), "{error}");
+    let error = a.dial("not an address").await.unwrap_err();
+    assert!(matches!(error, DialError::Address { .. }), "{error}");
+    b.shutdown().await;
+    let error = other.dial(base).await.unwrap_err();
+    assert!(matches!(&error, DialError::Unreachable { .. }), "{error}");
+    assert!(error.to_string().contains("refused"), "{error}");
+}
+
+#[tokio::test]
+async fn a_taken_port_is_named_with_the_remedy() {
+    for transport in [Transport::Quic, Transport::Tcp] {
+        let first = start(config(transport)).await;
+        let taken = first.listen_addrs().await[0].split("/p2p/").next().unwrap().to_owned();
+        let config = NodeConfig { listen: vec![taken.clone()], ..config(transport) };
+        let error = Node::start(lattica_net::Identity::generate(), config).await.unwrap_err();
+        assert!(matches!(error, StartError::PortInUse { .. }), "{error}");
+        assert!(error.to_string().contains(&taken) && error.to_string().contains("another port"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn networks_do_not_share_a_dht() {
+    let hub = start(config(Transport::Quic)).await;
+    let stranger = start(NodeConfig { network: "other".to_owned(), ..config(Transport::Quic) }).await;
+    connect(&stranger, &hub).await;
+    eventually("the link is measured", || stranger.link(&hub.peer_id()).is_some()).await;
+    // Connected, and calls work, but neither serves as the other's table.
+    assert_eq!(stranger.put_record(b"key", vec![1]).await, Err(DhtError::NoPeers));
+}
