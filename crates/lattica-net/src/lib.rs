@@ -1,4 +1,39 @@
 //! Peer-to-peer network: identity, encrypted connections, discovery, relays, RPC, tensor streams and link measurements.
+//!
+//! A [`Node`] listens on QUIC and TCP, finds peers through bootstrap nodes, a Kademlia DHT or mDNS, reaches those behind
+//! NATs through relays (calls and streams work there too) and moves to a direct path where one can be punched. Peers call
+//! each other's methods and open named streams; every byte that comes from a peer is bounded before it is kept.
+//!
+//! ```
+//! use bytes::Bytes;
+//! use lattica_net::{Identity, Node, NodeConfig};
+//! # #[cfg(feature = "service")]
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!
+//! let alice = Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.91", "doc")).await?;
+//! let bob = Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.92", "doc")).await?;
+//! bob.handle("greet", |peer, name| async move {
+//!     Ok(Bytes::from(format!("hello {}, you are {peer}", String::from_utf8_lossy(&name))))
+//! });
+//! let peer = alice.dial(&bob.listen_addrs().await[0]).await?;
+//! let answer = alice.call(&peer, "greet", Bytes::from_static(b"alice"), std::time::Duration::from_secs(5)).await?;
+//! assert_eq!(answer, format!("hello alice, you are {}", alice.peer_id()));
+//! # alice.shutdown().await;
+//! # bob.shutdown().await;
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "service"))]
+//! # fn main() {}
+//! ```
+//!
+//! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
+//! (how calls are refused), [`event`], [`wire`] (frames), [`rpc`] (calls under way, admission), [`links`] (estimates and
+//! the probe schedule), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling). Shell,
+//! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
+//! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/
+//! rpc_client`, `service/rpc_server`, `service/link_probe`, `service/tensor`, `service/identity`. On the wire: docs/WIRE.md.
+
 pub mod addr;
 pub mod config;
 pub mod error;
