@@ -476,3 +476,6 @@ impl PipelineRunner {
         Ok(StageOutput { hidden, logits })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -82,7 +82,9 @@ pub enum ServeError {
 
 /// Milliseconds since 1970: grows with every start of a process on a machine whose clock works.
 pub fn incarnation_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Becomes the head of a swarm: publishes the model, answers members, forms pipelines. The runner is for the engine.
@@ -99,7 +101,8 @@ pub async fn serve(
     let files = weights::published_files(&checkpoint);
     let weights_root = match files.first().and_then(|f| f.parent()) {
         Some(dir) => {
-            let root = blocks.publish_files(dir, &files).await.map_err(|e| ServeError::Publish(e.to_string()))?;
+            let root =
+                blocks.publish_files(dir, &files).await.map_err(|e| ServeError::Publish(e.to_string()))?;
             root.to_bytes().into()
         }
         None => bytes::Bytes::new(),
@@ -110,7 +113,8 @@ pub async fn serve(
         id.map_err(|e| ServeError::Publish(e.to_string()))??
     };
     let size = |what, value: usize| u32::try_from(value).map_err(|_| ServeError::Size { what, value });
-    let (kv_pages, kv_page_tokens) = (size("kv_pages", options.kv_pages)?, size("kv_page_tokens", options.kv_page_tokens)?);
+    let (kv_pages, kv_page_tokens) =
+        (size("kv_pages", options.kv_pages)?, size("kv_page_tokens", options.kv_page_tokens)?);
     let context_tokens = u64::from(kv_pages) * u64::from(kv_page_tokens);
     let head_id = NodeId::from(&node.peer_id());
     let config = CoordinatorConfig {
@@ -143,7 +147,9 @@ pub async fn serve(
     let membership = MembershipServer::start(node, coordinator, description, move |assignment| {
         (assignment.kv_pages, assignment.kv_page_tokens) = (kv_pages, kv_page_tokens);
         assignment.checkpoint_id.clone_from(&checkpoint_id);
-        if let (true, Ok(layers)) = (published, LayerRange::new(assignment.layers_start, assignment.layers_end)) {
+        if let (true, Ok(layers)) =
+            (published, LayerRange::new(assignment.layers_start, assignment.layers_end))
+        {
             match weights::file_spans(&spans_of, layers) {
                 Ok(files) => assignment.files = files,
                 Err(error) => tracing::warn!(%error, "the model's files cannot be listed for a member"),
@@ -165,7 +171,8 @@ pub async fn serve(
     }
     let config = checkpoint.config();
     let shape = StageShape {
-        layers: LayerRange::new(0, model.n_layers).map_err(|_| ServeError::Size { what: "n_layers", value: 0 })?,
+        layers: LayerRange::new(0, model.n_layers)
+            .map_err(|_| ServeError::Size { what: "n_layers", value: 0 })?,
         n_layers: model.n_layers,
         hidden: config.hidden,
         vocab: config.vocab,
@@ -188,9 +195,15 @@ pub async fn serve(
         Arc::new(load) as StageLoader
     });
     let log_softmax = crate::local::log_softmax;
-    Ok(Head::start(node, membership, HeadOptions { shape, log_softmax, local, step_timeout: options.step_timeout })?)
+    Ok(Head::start(
+        node,
+        membership,
+        HeadOptions { shape, log_softmax, local, step_timeout: options.step_timeout },
+    )?)
 }
 
 fn load_stage(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Box<dyn StageRunner>, String> {
-    LocalStage::load(checkpoint, options).map(|s| Box::new(s) as Box<dyn StageRunner>).map_err(|e| e.to_string())
+    LocalStage::load(checkpoint, options)
+        .map(|s| Box::new(s) as Box<dyn StageRunner>)
+        .map_err(|e| e.to_string())
 }

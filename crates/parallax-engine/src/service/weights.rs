@@ -62,7 +62,8 @@ pub enum WeightsError {
 pub fn model_profile(name: &str, checkpoint: &Checkpoint, dtype: WeightDtype) -> ModelProfile {
     let config = checkpoint.config();
     let n_layers = config.n_layers;
-    let stored = |range: std::ops::Range<usize>| checkpoint.tensor_spans(range).iter().map(|s| s.len).sum::<u64>();
+    let stored =
+        |range: std::ops::Range<usize>| checkpoint.tensor_spans(range).iter().map(|s| s.len).sum::<u64>();
     let table = config.vocab as u64 * config.hidden as u64;
     let per_value = |values: u64| match dtype {
         WeightDtype::F32 => values * 4,
@@ -209,7 +210,11 @@ impl WantedFiles {
 
 /// Where a sparse copy of these weights for these layers is kept under `cache_dir`.
 pub fn sparse_dir(cache_dir: &Path, root: &Cid, layers: LayerRange) -> PathBuf {
-    cache_dir.join("models").join(root.to_string()).join(format!("layers-{}-{}", layers.start(), layers.end()))
+    cache_dir.join("models").join(root.to_string()).join(format!(
+        "layers-{}-{}",
+        layers.start(),
+        layers.end()
+    ))
 }
 
 /// A finished sparse copy, as a path for [`Checkpoint::open`].
@@ -267,7 +272,8 @@ pub async fn fetch(
         }
         file.sync_all().map_err(disk(&path))?;
     }
-    let gguf = wanted.files.iter().find(|(name, ..)| name.ends_with(".gguf")).map_or("", |(name, ..)| name.as_str());
+    let gguf =
+        wanted.files.iter().find(|(name, ..)| name.ends_with(".gguf")).map_or("", |(name, ..)| name.as_str());
     let complete = dir.join(COMPLETE);
     let partial = dir.join(".complete.partial");
     fs::write(&partial, gguf).and_then(|()| fs::rename(&partial, &complete)).map_err(disk(&complete))?;

@@ -95,7 +95,9 @@ pub enum MemberError {
     #[error(transparent)]
     Weights(#[from] WeightsError),
     /// The local copy is another model.
-    #[error("{model} is not the model that the swarm serves ({served}): pass the right one, or none to fetch it from peers")]
+    #[error(
+        "{model} is not the model that the swarm serves ({served}): pass the right one, or none to fetch it from peers"
+    )]
     OtherModel {
         /// The local copy.
         model: String,
@@ -134,7 +136,8 @@ pub async fn join(
         let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
         news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
         let own_copy = own_copy(options, &model).await?;
-        let head_addrs = node.peers().into_iter().find(|p| p.peer == head).map(|p| p.addrs).unwrap_or_default();
+        let head_addrs =
+            node.peers().into_iter().find(|p| p.peer == head).map(|p| p.addrs).unwrap_or_default();
         let client = SchedJoin {
             swarm: options.swarm.clone(),
             head,
@@ -169,7 +172,8 @@ async fn own_copy(
     model: &pb::ModelDescription,
 ) -> Result<Option<Arc<Checkpoint>>, MemberError> {
     let named = options.model.clone();
-    let Some(name) = named.clone().or_else(|| model.weights_root.is_empty().then(|| model.name.clone())) else {
+    let Some(name) = named.clone().or_else(|| model.weights_root.is_empty().then(|| model.name.clone()))
+    else {
         return Ok(None);
     };
     let opened = tokio::task::spawn_blocking({
@@ -180,10 +184,9 @@ async fn own_copy(
     match opened {
         Ok(Ok((id, checkpoint))) if id == model.checkpoint_id => Ok(Some(Arc::new(checkpoint))),
         Ok(Ok(_)) => Err(MemberError::OtherModel { model: name, served: model.name.clone() }),
-        Ok(Err(error)) if named.is_some() => Err(MemberError::OtherModel {
-            model: format!("{name} ({error})"),
-            served: model.name.clone(),
-        }),
+        Ok(Err(error)) if named.is_some() => {
+            Err(MemberError::OtherModel { model: format!("{name} ({error})"), served: model.name.clone() })
+        }
         _ => Err(WeightsError::NotPublished { model: model.name.clone() }.into()),
     }
 }
@@ -240,7 +243,11 @@ impl Member<'_> {
     }
 
     /// Brings the assignment up and says how that went.
-    async fn take_up(&mut self, assignment: &pb::Assignment, news: &mut (impl FnMut(MemberNews) + Send)) -> Report {
+    async fn take_up(
+        &mut self,
+        assignment: &pb::Assignment,
+        news: &mut (impl FnMut(MemberNews) + Send),
+    ) -> Report {
         let epoch = assignment.epoch;
         if let Some(runner) = self.stage.deactivate().await {
             self.spare = Some(runner);
