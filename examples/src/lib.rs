@@ -1,1 +1,5 @@
-//! What the example binaries share: logging, reports, ctrl-c.
+//! What the example binaries share: starting, logging, reports; and the commands of `parallax`.
+
+pub mod machine;
+pub mod parallax;
+pub mod program;

@@ -45,7 +45,7 @@
 //! # Map
 //! - [`request`]: requests, sampling parameters, tokens, endings; [`config`], [`error`]
 //! - [`engine`]: add, abort, step; [`batching`]: which rows run next; [`sequence`]: one request's progress
-//! - [`kv_cache`]: pages and page tables; [`sampler`]: logits to a token; [`metrics`]: counters
+//! - [`kv_cache`]: pages and page tables; [`sampler`]: logits to a token; [`mod@score`]: given tokens; [`metrics`]: counters
 //! - [`batch`], [`stage`], [`tap`]: the seam to whatever computes; `local`: over parallax-model (feature `local`)
 //! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
 //! - `service`: the engine thread and pipelines over peers (feature `service`); `http`: OpenAI API (feature `http`)
@@ -63,6 +63,7 @@ pub mod local;
 pub mod metrics;
 pub mod request;
 pub mod sampler;
+pub mod score;
 pub mod sequence;
 #[cfg(feature = "service")]
 pub mod service;
@@ -79,6 +80,7 @@ pub use request::{
     Completion, Event, FinishReason, Request, RequestEvent, RequestLimits, SamplingParams, Token,
 };
 pub use sampler::Sampler;
+pub use score::{ScoreError, Scored, score};
 #[cfg(feature = "service")]
 pub use service::{EngineHandle, TokenStream};
 pub use stage::{LogSoftmax, StageRunner, StageShape};

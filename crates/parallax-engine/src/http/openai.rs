@@ -15,7 +15,7 @@ const MAX_MESSAGES: usize = 1024;
 /// One or several strings.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
-pub enum OneOrMany {
+pub(super) enum OneOrMany {
     /// One.
     One(String),
     /// Several.
@@ -25,7 +25,7 @@ pub enum OneOrMany {
 /// Text, or parts of which only text is supported.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
-pub enum Content {
+pub(super) enum Content {
     /// Plain text.
     Text(String),
     /// Typed parts.
@@ -34,7 +34,7 @@ pub enum Content {
 
 /// One part of a message.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Part {
+pub(super) struct Part {
     /// `text` is supported.
     #[serde(rename = "type")]
     pub kind: String,
@@ -44,7 +44,7 @@ pub struct Part {
 
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Message {
+pub(super) struct Message {
     /// `system`, `developer`, `user` or `assistant`.
     pub role: String,
     /// What was said.
@@ -53,7 +53,7 @@ pub struct Message {
 
 /// Options of a streamed answer.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Default)]
-pub struct StreamOptions {
+pub(super) struct StreamOptions {
     /// Send the token counts in a last chunk.
     #[serde(default)]
     pub include_usage: bool,
@@ -61,7 +61,7 @@ pub struct StreamOptions {
 
 /// Fields that chat and plain completions share.
 #[derive(Debug, Clone, PartialEq, Deserialize, Default)]
-pub struct Common {
+pub(super) struct Common {
     /// Which model; checked against the one that is served.
     pub model: Option<String>,
     /// Send tokens as they come.
@@ -94,7 +94,7 @@ pub struct Common {
 
 /// Body of `POST /v1/chat/completions`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct ChatBody {
+pub(super) struct ChatBody {
     /// The conversation.
     pub messages: Vec<Message>,
     /// Report the log-probability of every token.
@@ -112,7 +112,7 @@ pub struct ChatBody {
 
 /// Body of `POST /v1/completions`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct CompletionBody {
+pub(super) struct CompletionBody {
     /// The prompt.
     pub prompt: OneOrMany,
     /// Return the prompt before the completion.
@@ -126,7 +126,7 @@ pub struct CompletionBody {
 ///
 /// # Errors
 /// 400 with serde's account of what is wrong and where.
-pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(body)
         .map_err(|e| ApiError::invalid(None, format!("the request body is not valid: {e}")))
 }
@@ -136,7 +136,7 @@ impl Common {
     ///
     /// # Errors
     /// 400 naming the field that is out of range or not supported.
-    pub fn sampling(
+    pub(super) fn sampling(
         &self,
         default_max_tokens: usize,
         fresh_seed: u64,
@@ -203,7 +203,7 @@ impl ChatBody {
     ///
     /// # Errors
     /// 400 naming the message that is wrong, or a field that is not supported.
-    pub fn conversation(&self) -> Result<Vec<(String, String)>, ApiError> {
+    pub(super) fn conversation(&self) -> Result<Vec<(String, String)>, ApiError> {
         if self.tools.as_ref().is_some_and(|t| !t.is_empty()) {
             return Err(ApiError::invalid("tools", "tools are not supported by this server"));
         }

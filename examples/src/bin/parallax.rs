@@ -1,0 +1,37 @@
+//! `parallax`: run a language model, on this machine or on many.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use swarm_examples::parallax::{bench, generate, models, score};
+use swarm_examples::program;
+
+/// Run a language model, on this machine or on many.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Start here:\n  parallax generate --model tiny --prompt 'What is 1+2?' --chat\n  parallax models\n\nEvery \
+                  command that takes --json prints one JSON object as the last line of stdout; all else goes to stderr."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Generate(generate::GenerateArgs),
+    Score(score::ScoreArgs),
+    Bench(bench::BenchArgs),
+    Models(models::ModelsArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    program::run(|| match cli.command {
+        Command::Generate(args) => generate::run(args),
+        Command::Score(args) => score::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Models(args) => models::run(args),
+    })
+}
