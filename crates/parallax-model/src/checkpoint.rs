@@ -14,7 +14,7 @@ use crate::{
     config::ModelConfig,
     error::{OpenError, TemplateError, TokenizerError},
     tokenizer::{Tokenizer, gguf::GgufVocabulary},
-    weights::{Source, WeightIndex, gguf::GgufFile, safetensors},
+    weights::{ROPE_FACTORS, Source, WeightIndex, gguf::GgufFile, safetensors},
 };
 
 /// Bytes of one tensor in one file.
@@ -234,13 +234,15 @@ impl Checkpoint {
     }
 
     /// The bytes that a stage of these layers reads: its layers, and the embedding, final norm and head where
-    /// it is the first or the last. In the order of the files.
+    /// it is the first or the last; and what opening itself reads beyond the files' headers. In the order of the
+    /// files.
     pub fn tensor_spans(&self, layers: Range<usize>) -> Vec<TensorSpan> {
         let first = layers.start == 0;
         let last = layers.end >= self.config.n_layers;
         let wanted = |name: &str| match name {
             "model.embed_tokens.weight" => first || (last && self.config.tied_embeddings),
             "model.norm.weight" => last,
+            ROPE_FACTORS => true,
             "lm_head.weight" => last && !self.config.tied_embeddings,
             other => other
                 .strip_prefix("model.layers.")

@@ -44,8 +44,6 @@ pub(crate) enum LinearWeight {
 /// One module's adapter inside a (possibly fused) linear layer.
 #[derive(Clone, Debug)]
 pub(crate) struct LoraPart {
-    /// Module name, e.g. `q_proj`.
-    pub(crate) module: &'static str,
     /// [r, K]
     pub(crate) a: Tensor<2>,
     /// [n, r]

@@ -43,6 +43,8 @@ pub mod logprob;
 mod ops;
 mod options;
 mod stage;
+#[cfg(all(test, feature = "train"))]
+mod testing;
 pub mod tokenizer;
 #[cfg(feature = "train")]
 pub mod train;

@@ -206,15 +206,15 @@ pub(crate) fn linear_of<'a>(
     layer: &'a mut LayerWeights,
     module: &str,
     config: &ModelConfig,
-) -> Option<(&'a mut Linear, usize, &'static str)> {
+) -> Option<(&'a mut Linear, usize)> {
     Some(match module {
-        "q_proj" => (&mut layer.qkv, 0, "q_proj"),
-        "k_proj" => (&mut layer.qkv, config.q_width(), "k_proj"),
-        "v_proj" => (&mut layer.qkv, config.q_width() + config.kv_width(), "v_proj"),
-        "o_proj" => (&mut layer.o, 0, "o_proj"),
-        "gate_proj" => (&mut layer.gate_up, 0, "gate_proj"),
-        "up_proj" => (&mut layer.gate_up, config.ffn, "up_proj"),
-        "down_proj" => (&mut layer.down, 0, "down_proj"),
+        "q_proj" => (&mut layer.qkv, 0),
+        "k_proj" => (&mut layer.qkv, config.q_width()),
+        "v_proj" => (&mut layer.qkv, config.q_width() + config.kv_width()),
+        "o_proj" => (&mut layer.o, 0),
+        "gate_proj" => (&mut layer.gate_up, 0),
+        "up_proj" => (&mut layer.gate_up, config.ffn),
+        "down_proj" => (&mut layer.down, 0),
         _ => return None,
     })
 }
@@ -238,14 +238,13 @@ pub(crate) fn attach(
     let Some(adapter) = adapter else { return Ok(()) };
     for (module, t) in &adapter.tensors {
         let Some((layer, name)) = split(module).filter(|(layer, _)| range.contains(layer)) else { continue };
-        let Some((linear, offset, name)) = linear_of(&mut layers[layer - range.start], name, config) else {
+        let Some((linear, offset)) = linear_of(&mut layers[layer - range.start], name, config) else {
             return Err(AdapterError::UnknownModule { module: module.clone() });
         };
         let matrix = |values: &[f32], shape: [usize; 2]| {
             Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device)
         };
         linear.lora.push(LoraPart {
-            module: name,
             a: matrix(&t.a, [adapter.rank, t.inputs]),
             b: matrix(&t.b, [t.outputs, adapter.rank]),
             scale: adapter.scale(),

@@ -329,5 +329,5 @@ fn check_store(options: &LoadOptions, config: &ModelConfig) -> Result<(), LoadEr
     Ok(())
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "train"))]
 mod tests;

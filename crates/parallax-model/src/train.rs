@@ -203,9 +203,9 @@ impl TrainModel {
                 for (module, pair) in modules.iter().zip(self.parameters.chunks_exact(2)) {
                     let place = crate::adapter::split(module)
                         .and_then(|(layer, name)| load::linear_of(&mut layers[layer], name, &self.config));
-                    let (linear, offset, name) = place.expect("modules were checked when they were made");
+                    let (linear, offset) = place.expect("modules were checked when they were made");
                     let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-                    linear.lora.push(LoraPart { module: name, a, b, scale, offset });
+                    linear.lora.push(LoraPart { a, b, scale, offset });
                 }
                 let (embedding, head) = (frozen.embedding.clone(), frozen.head.clone());
                 Assembled { layers, embedding, norm: frozen.norm.clone(), head }

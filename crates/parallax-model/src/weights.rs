@@ -14,6 +14,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 pub use decode::StoredDtype;
 pub(crate) use decode::to_f32;
+pub(crate) use names::ROPE_FACTORS;
 pub(crate) use source::Source;
 
 use crate::error::OpenError;
@@ -30,16 +31,6 @@ pub(crate) struct TensorInfo {
     pub(crate) len: u64,
     /// Rows are stored in llama.cpp's interleaved rotary order for this many heads; undone on reading.
     pub(crate) interleaved_heads: Option<usize>,
-}
-
-impl TensorInfo {
-    /// Rows and columns, a vector counting as one row.
-    pub(crate) fn matrix(&self) -> (usize, usize) {
-        match self.shape.as_slice() {
-            [n, k] => (*n, *k),
-            other => (1, other.iter().product()),
-        }
-    }
 }
 
 /// All tensors of a checkpoint.

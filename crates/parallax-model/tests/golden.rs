@@ -74,7 +74,8 @@ fn tokens_and_chat_prompt_equal_the_recording() {
         assert_eq!(text, tokenizer.decode(&output).unwrap());
     }
     let template = checkpoint.chat_template().unwrap().unwrap();
-    let prompt = template.render(&[ChatMessage::new("user", "What is the capital of France?")], true).unwrap();
+    let prompt =
+        template.render(&[ChatMessage::new("user", "What is the capital of France?")], true).unwrap();
     assert_eq!(prompt, golden["cases"][0]["prompt"].as_str().unwrap());
 }
 
@@ -93,14 +94,21 @@ fn f32_logprobs_and_greedy_tokens_agree_with_the_reference() {
 
         // Decoding token by token gives the very values of the prefill, and the recorded tokens.
         let margins = floats(&case["top1_margin"]);
-        let mut logits =
-            stage.forward(&rows(0, prompt.len() as u32, Want::LastLogits), StageInput::Tokens(&prompt)).unwrap().logits;
+        let mut logits = stage
+            .forward(&rows(0, prompt.len() as u32, Want::LastLogits), StageInput::Tokens(&prompt))
+            .unwrap()
+            .logits;
         for (i, token) in output.iter().enumerate() {
             if margins[i] > 0.05 {
                 assert_eq!(argmax(&logits) as u32, *token, "{} token {i}", case["name"]);
             }
             let decoded = log_softmax(&logits)[*token as usize];
-            assert_eq!(decoded.to_bits(), scored[prompt.len() - 1 + i].to_bits(), "{} token {i}", case["name"]);
+            assert_eq!(
+                decoded.to_bits(),
+                scored[prompt.len() - 1 + i].to_bits(),
+                "{} token {i}",
+                case["name"]
+            );
             let batch = rows((prompt.len() + i) as u32, 1, Want::LastLogits);
             logits = stage.forward(&batch, StageInput::Tokens(&[*token])).unwrap().logits;
         }
@@ -115,12 +123,16 @@ fn smaller_weights_stay_near_the_reference() {
     let tokens = [ids(&case["prompt_ids"]), ids(&case["output_ids"])].concat();
     let expected = floats(&case["logprobs_all"]);
     let mut bytes = Vec::new();
-    for (dtype, bound) in
-        [(WeightDtype::Native, 0.05), (WeightDtype::Bf16, 0.05), (WeightDtype::Q8_0, 0.05), (WeightDtype::Q4_0, 0.7)]
-    {
+    for (dtype, bound) in [
+        (WeightDtype::Native, 0.05),
+        (WeightDtype::Bf16, 0.05),
+        (WeightDtype::Q8_0, 0.05),
+        (WeightDtype::Q4_0, 0.7),
+    ] {
         let mut stage = load(&checkpoint, dtype);
         let scored = score(&mut stage, &tokens);
-        let mean = scored.iter().zip(&expected).map(|(a, b)| (a - b).abs()).sum::<f32>() / scored.len() as f32;
+        let mean =
+            scored.iter().zip(&expected).map(|(a, b)| (a - b).abs()).sum::<f32>() / scored.len() as f32;
         println!("{dtype}: mean log-probability difference {mean:.4}, {} weight bytes", stage.weight_bytes());
         assert!(mean < bound, "{dtype}: {mean}");
         bytes.push(stage.weight_bytes());

@@ -1,7 +1,10 @@
 //! Model shape from the metadata of a GGUF file (keys `ARCH.block_count` and friends).
 
 use super::{Family, ModelConfig, RopeScaling};
-use crate::{error::ConfigError, weights::gguf::GgufFile};
+use crate::{
+    error::ConfigError,
+    weights::{ROPE_FACTORS, gguf::GgufFile},
+};
 
 pub(super) fn parse(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
     let missing = |field: &str| ConfigError::Missing { field: field.to_owned() };
@@ -44,9 +47,9 @@ pub(super) fn parse(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
 }
 
 fn scaling(file: &GgufFile, prefix: &str) -> Result<Option<RopeScaling>, ConfigError> {
-    if file.has_tensor("rope_freqs.weight") {
-        let factors = file.read_f32("rope_freqs.weight").map_err(|e| ConfigError::Invalid {
-            field: "rope_freqs.weight".to_owned(),
+    if file.has_tensor(ROPE_FACTORS) {
+        let factors = file.read_f32(ROPE_FACTORS).map_err(|e| ConfigError::Invalid {
+            field: ROPE_FACTORS.to_owned(),
             value: e.to_string(),
             reason: "it must be a readable tensor".to_owned(),
         })?;

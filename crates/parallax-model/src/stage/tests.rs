@@ -1,1 +1,136 @@
-//! tests
+//! A stage against itself cut, batched and chunked differently, against the composed path, and bad batches.
+
+use super::*;
+use crate::{config::Family, options::WeightDtype, testing};
+
+fn options(checkpoint: &Checkpoint, layers: Range<usize>) -> LoadOptions {
+    LoadOptions { layers, dtype: WeightDtype::F32, kv_pages: 24, ..LoadOptions::whole(checkpoint) }
+}
+
+fn sequence(start: u32, rows: u32, pages: &[u32]) -> SequenceRows {
+    SequenceRows { start, rows, pages: pages.to_vec(), want: Want::AllLogits }
+}
+
+fn one(start: u32, rows: u32, pages: &[u32]) -> ForwardBatch {
+    ForwardBatch { sequences: vec![sequence(start, rows, pages)] }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn cuts_batches_and_chunks_do_not_change_a_bit() {
+    for family in Family::ALL {
+        for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Q8_0, WeightDtype::Q4_0] {
+            let (_dir, checkpoint) = testing::checkpoint(family);
+            let load = |layers| {
+                Stage::load(&checkpoint, &LoadOptions { dtype, ..options(&checkpoint, layers) }).unwrap()
+            };
+            let tokens = testing::tokens(37, 0);
+            let mut whole = load(0..4);
+            let expected = whole.forward(&one(0, 37, &[3, 1, 2]), StageInput::Tokens(&tokens)).unwrap();
+
+            // Three stages.
+            let (mut a, mut b, mut c) = (load(0..1), load(1..3), load(3..4));
+            let batch = one(0, 37, &[5, 0, 9]);
+            let x = a.forward(&batch, StageInput::Tokens(&tokens)).unwrap();
+            assert!(x.logits.is_empty());
+            let x = b.forward(&batch, StageInput::Hidden(&x.hidden)).unwrap();
+            let x = c.forward(&batch, StageInput::Hidden(&x.hidden)).unwrap();
+            assert_eq!(bits(&x.logits), bits(&expected.logits), "{family:?} {dtype}: stages");
+            assert_eq!(bits(&x.hidden), bits(&expected.hidden));
+
+            // Chunks, beside another sequence, decoding the last token alone.
+            let other = testing::tokens(20, 5);
+            let mut logits = Vec::new();
+            for (start, end) in [(0usize, 5usize), (5, 36), (36, 37)] {
+                let mut sequences = vec![sequence(start as u32, (end - start) as u32, &[11, 12, 13])];
+                let mut input = tokens[start..end].to_vec();
+                if start < 20 {
+                    let n = end.min(20) - start;
+                    sequences.insert(0, sequence(start as u32, n as u32, &[20, 21]));
+                    input = [&other[start..start + n], &tokens[start..end]].concat();
+                }
+                let skip = input.len() - (end - start);
+                let output = whole.forward(&ForwardBatch { sequences }, StageInput::Tokens(&input)).unwrap();
+                logits.extend_from_slice(&output.logits[skip * 97..]);
+            }
+            assert_eq!(bits(&logits), bits(&expected.logits), "{family:?} {dtype}: chunks");
+        }
+    }
+}
+
+#[test]
+fn kernels_agree_with_the_composed_path() {
+    for family in Family::ALL {
+        let (_dir, checkpoint) = testing::checkpoint(family);
+        let adapter = testing::adapter(checkpoint.config(), 3);
+        let run = |route| {
+            let options = options(&checkpoint, 0..4);
+            let mut stage = Stage::load_on(&checkpoint, &options, Device::flex(), route).unwrap();
+            stage.set_adapter(Some(&adapter)).unwrap();
+            let mut logits = Vec::new();
+            // Prefill of two sequences, then one decode step of both.
+            let first = [testing::tokens(21, 0), testing::tokens(6, 1)].concat();
+            let batch = ForwardBatch { sequences: vec![sequence(0, 21, &[4, 7]), sequence(0, 6, &[2])] };
+            logits.extend(stage.forward(&batch, StageInput::Tokens(&first)).unwrap().logits);
+            let batch = ForwardBatch { sequences: vec![sequence(21, 1, &[4, 7]), sequence(6, 1, &[2])] };
+            logits.extend(stage.forward(&batch, StageInput::Tokens(&[5, 6])).unwrap().logits);
+            logits
+        };
+        let (kernels, composed) = (run(Route::Kernels), run(Route::Composed));
+        assert_eq!(kernels.len(), composed.len());
+        let largest = composed.iter().map(|v| v.abs()).fold(0.0, f32::max);
+        let worst = kernels.iter().zip(&composed).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        println!("{family:?}: {worst:.2e} of {largest:.2}");
+        assert!(worst < 1e-4 * largest, "{family:?}: {worst} of {largest}");
+    }
+}
+
+#[test]
+fn wanted_rows_pick_the_logits() {
+    let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
+    let mut stage = Stage::load(&checkpoint, &options(&checkpoint, 0..4)).unwrap();
+    let tokens = testing::tokens(12, 0);
+    let mut batch = ForwardBatch { sequences: vec![sequence(0, 7, &[0]), sequence(0, 5, &[1])] };
+    let all = stage.forward(&batch, StageInput::Tokens(&tokens)).unwrap();
+    batch.sequences[0].want = Want::LastLogits;
+    batch.sequences[1].want = Want::Nothing;
+    let last = stage.forward(&batch, StageInput::Tokens(&tokens)).unwrap();
+    assert_eq!(bits(&last.logits), bits(&all.logits[6 * 97..7 * 97]));
+    assert_eq!((batch.n_rows(), batch.n_wanted()), (12, 1));
+}
+
+#[test]
+fn bad_batches_are_refused_with_the_reason() {
+    let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
+    let mut stage = Stage::load(&checkpoint, &options(&checkpoint, 0..2)).unwrap();
+    let mut error =
+        |batch: &ForwardBatch, input: StageInput<'_>| stage.forward(batch, input).unwrap_err().to_string();
+    assert!(error(&one(0, 1, &[0]), StageInput::Tokens(&[97])).contains("97"));
+    assert!(error(&one(0, 2, &[0]), StageInput::Tokens(&[1])).contains("expected 2"));
+    assert!(error(&one(0, 17, &[0]), StageInput::Tokens(&[1; 17])).contains("pages"));
+    assert!(error(&one(0, 1, &[24]), StageInput::Tokens(&[1])).contains("page 24"));
+    assert!(error(&one(127, 2, &[0; 9]), StageInput::Tokens(&[1; 2])).contains("128"));
+    assert!(error(&one(0, 1, &[0]), StageInput::Hidden(&[0.0; 32])).contains("first stage"));
+    assert!(error(&ForwardBatch::default(), StageInput::Tokens(&[])).contains("0 rows"));
+
+    let mut second = Stage::load(&checkpoint, &options(&checkpoint, 2..4)).unwrap();
+    let mut hidden = vec![0.5; 3 * 32];
+    hidden[2 * 32 + 4] = f32::INFINITY;
+    let error = second.forward(&one(5, 3, &[0]), StageInput::Hidden(&hidden)).unwrap_err().to_string();
+    assert!(error.contains("2..4") && error.contains("position 7") && error.contains("entering"), "{error}");
+}
+
+#[test]
+fn bad_load_options_are_refused() {
+    let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
+    let refuse = |options: LoadOptions| Stage::load(&checkpoint, &options).unwrap_err().to_string();
+    assert!(refuse(options(&checkpoint, 2..5)).contains("2..5"));
+    assert!(refuse(options(&checkpoint, 2..2)).contains("2..2"));
+    assert!(
+        refuse(LoadOptions { kv_page_tokens: 20, ..options(&checkpoint, 0..4) }).contains("multiple of 16")
+    );
+    assert!(refuse(LoadOptions { kv_pages: 0, ..options(&checkpoint, 0..4) }).contains("kv_pages"));
+}

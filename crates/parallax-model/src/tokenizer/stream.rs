@@ -8,18 +8,20 @@ use crate::error::TokenizerError;
 #[derive(Clone, Debug)]
 pub struct StreamDecoder {
     tokenizer: Tokenizer,
-    /// Tokens from the start of the last text given out.
+    /// Tokens whose text is not all given out, after some that are: some decoders join words by looking back.
     window: Vec<u32>,
-    /// How many of them were already given out.
-    given: usize,
+    /// How many of them only give context.
+    context: usize,
+    /// Bytes of the window's text that were given out.
+    given_bytes: usize,
 }
 
-/// A character has at most 4 bytes, each at worst one token; past this many the bytes are no character.
-const MAX_PENDING_TOKENS: usize = 8;
+/// Past this many tokens that never became a character, the bytes are none.
+const MAX_PENDING_TOKENS: usize = 64;
 
 impl StreamDecoder {
     pub(super) fn new(tokenizer: Tokenizer) -> Self {
-        Self { tokenizer, window: Vec::new(), given: 0 }
+        Self { tokenizer, window: Vec::new(), context: 0, given_bytes: 0 }
     }
 
     /// Takes one token; returns the text that became complete, possibly empty.
@@ -28,15 +30,23 @@ impl StreamDecoder {
     /// As [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String, TokenizerError> {
         self.window.push(id);
-        let (before, now) = self.texts()?;
-        let pending = self.window.len() - self.given;
-        if now.ends_with(char::REPLACEMENT_CHARACTER) && pending < MAX_PENDING_TOKENS {
-            return Ok(String::new());
+        let text = self.tokenizer.decode(&self.window)?;
+        let pending = self.window.len() - self.context;
+        // A character that is not complete yet decodes to one replacement character at the end.
+        match text.strip_suffix(char::REPLACEMENT_CHARACTER).filter(|_| pending < MAX_PENDING_TOKENS) {
+            Some(complete) => {
+                let new = complete.get(self.given_bytes..).unwrap_or_default().to_owned();
+                self.given_bytes += new.len();
+                Ok(new)
+            }
+            None => {
+                let new = text.get(self.given_bytes..).unwrap_or_default().to_owned();
+                self.window.drain(..self.context);
+                self.context = self.window.len();
+                self.given_bytes = self.tokenizer.decode(&self.window)?.len();
+                Ok(new)
+            }
         }
-        // The tokens just given out stay as context: some decoders join words by looking back.
-        self.window.drain(..self.given);
-        self.given = self.window.len();
-        Ok(now.strip_prefix(before.as_str()).unwrap_or_default().to_owned())
     }
 
     /// The rest, with replacement characters for bytes that never became a character.
@@ -44,14 +54,10 @@ impl StreamDecoder {
     /// # Errors
     /// As [`Tokenizer::decode`].
     pub fn finish(&mut self) -> Result<String, TokenizerError> {
-        let (before, now) = self.texts()?;
-        self.window.clear();
-        self.given = 0;
-        Ok(now.strip_prefix(before.as_str()).unwrap_or_default().to_owned())
-    }
-
-    fn texts(&self) -> Result<(String, String), TokenizerError> {
-        Ok((self.tokenizer.decode(&self.window[..self.given])?, self.tokenizer.decode(&self.window)?))
+        let text = self.tokenizer.decode(&self.window)?;
+        let rest = text.get(self.given_bytes..).unwrap_or_default().to_owned();
+        *self = Self::new(self.tokenizer.clone());
+        Ok(rest)
     }
 }
 

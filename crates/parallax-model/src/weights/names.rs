@@ -2,12 +2,17 @@
 
 use crate::config::Family;
 
+/// Divisors of the rotary frequencies, where a GGUF file carries them.
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
 /// The HF name of a GGUF tensor, or `None` for tensors that are not weights of the forward pass.
 pub(crate) fn canonical(name: &str) -> Option<String> {
     match name {
         "token_embd.weight" => return Some("model.embed_tokens.weight".to_owned()),
         "output_norm.weight" => return Some("model.norm.weight".to_owned()),
         "output.weight" => return Some("lm_head.weight".to_owned()),
+        // No HF name: HF keeps the formula in config.json. Part of the index because opening reads it.
+        ROPE_FACTORS => return Some(ROPE_FACTORS.to_owned()),
         _ => {}
     }
     let (block, rest) = name.strip_prefix("blk.")?.split_once('.')?;
@@ -75,7 +80,7 @@ mod tests {
             canonical("blk.12.ffn_gate.weight").as_deref(),
             Some("model.layers.12.mlp.gate_proj.weight")
         );
-        assert_eq!(canonical("rope_freqs.weight"), None);
+        assert_eq!(canonical("blk.0.attn_rot_embd"), None);
         assert_eq!(canonical("blk.x.ffn_gate.weight"), None);
     }
 }

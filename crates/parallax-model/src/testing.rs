@@ -1,0 +1,82 @@
+//! Random tiny checkpoints for tests.
+
+use tempfile::TempDir;
+
+use crate::{
+    adapter::{Adapter, LoraTensors, MODULES, module_shape},
+    checkpoint::Checkpoint,
+    config::{Family, ModelConfig, RopeScaling},
+    train::TrainModel,
+};
+
+/// Four layers, grouped heads, odd sizes where they are allowed.
+pub(crate) fn config(family: Family) -> ModelConfig {
+    ModelConfig {
+        family,
+        n_layers: 4,
+        hidden: 32,
+        ffn: 64,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: if family == Family::Qwen3 { 16 } else { 8 },
+        vocab: 97,
+        rope_theta: 10_000.0,
+        rope_scaling: (family == Family::Llama).then_some(RopeScaling::Llama3 {
+            factor: 4.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 32,
+        }),
+        rms_eps: 1e-5,
+        tied_embeddings: family == Family::Llama,
+        max_context: 128,
+        bos: Some(1),
+        eos: vec![2],
+    }
+}
+
+/// A random model on disk. Its weights are larger than a new model's, so that differences show.
+pub(crate) fn checkpoint(family: Family) -> (TempDir, Checkpoint) {
+    let mut model = TrainModel::new_random(&config(family), 7).unwrap();
+    let louder = model.parameters().iter().map(|(name, tensor)| {
+        let tensor = tensor.clone().inner();
+        if name.contains("norm") {
+            tensor.clone() * 0.5 + tensor.cumsum(1) * 0.02
+        } else {
+            tensor.mul_scalar(8.0)
+        }
+    });
+    let louder = louder.collect();
+    model.set_parameters(louder);
+    let dir = tempfile::tempdir().unwrap();
+    model.save_checkpoint(dir.path()).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    (dir, checkpoint)
+}
+
+/// An adapter with both factors away from zero.
+pub(crate) fn adapter(config: &ModelConfig, rank: usize) -> Adapter {
+    let mut counter = 0u32;
+    let mut values = |n: usize| -> Vec<f32> {
+        (0..n)
+            .map(|_| {
+                counter = counter.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (counter >> 8) as f32 / (1u32 << 24) as f32 * 0.4 - 0.2
+            })
+            .collect()
+    };
+    let mut tensors = std::collections::BTreeMap::new();
+    for layer in 0..config.n_layers {
+        for module in MODULES {
+            let (inputs, outputs) = module_shape(config, module).unwrap();
+            let t = LoraTensors { a: values(rank * inputs), b: values(outputs * rank), inputs, outputs };
+            tensors.insert(format!("layers.{layer}.{module}"), t);
+        }
+    }
+    Adapter { rank, alpha: 2.0 * rank as f32, tensors }
+}
+
+/// Tokens of a fixed pattern.
+pub(crate) fn tokens(n: usize, seed: u32) -> Vec<u32> {
+    (0..n as u32).map(|i| (i * 31 + seed * 17 + i * i) % 97).collect()
+}
