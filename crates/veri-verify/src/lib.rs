@@ -34,6 +34,8 @@ pub mod error;
 pub mod job;
 pub mod merkle;
 pub mod prover;
+#[cfg(feature = "service")]
+pub mod service;
 pub mod verdict;
 pub mod verifier;
 pub mod wire;
