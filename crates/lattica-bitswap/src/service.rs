@@ -1,0 +1,1 @@
+//! The async shell: blocks on disk, and the exchange over lattica-net streams.
