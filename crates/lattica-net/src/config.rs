@@ -172,7 +172,8 @@ impl NodeConfig {
             if addresses.len() > 64 {
                 return bad(field, format!("{} addresses", addresses.len()), "at most 64 addresses");
             }
-            if let Some(address) = addresses.iter().find(|a| !a.starts_with('/') || a.len() > NAME_MAX_BYTES) {
+            if let Some(address) = addresses.iter().find(|a| !a.starts_with('/') || a.len() > NAME_MAX_BYTES)
+            {
                 return bad(field, address.clone(), "a multiaddress such as /ip4/127.0.0.1/tcp/4001");
             }
         }
@@ -263,7 +264,10 @@ mod tests {
     fn the_error_names_the_field_and_the_range() {
         let config = NodeConfig { network: "with space".to_owned(), ..NodeConfig::default() };
         let text = config.validate().unwrap_err().to_string();
-        assert!(text.contains("network") && text.contains("with space") && text.contains("letters"), "{text}");
+        assert!(
+            text.contains("network") && text.contains("with space") && text.contains("letters"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -64,7 +64,9 @@ pub enum StartError {
         reason: String,
     },
     /// A listen address is taken.
-    #[error("port of {address} is already in use; stop the other process or listen on another port (0 picks a free one)")]
+    #[error(
+        "port of {address} is already in use; stop the other process or listen on another port (0 picks a free one)"
+    )]
     PortInUse {
         /// The address.
         address: String,
@@ -177,7 +179,9 @@ pub enum CallError {
         status: Status,
     },
     /// The body is larger than a call may carry.
-    #[error("body of {got_bytes} bytes for {method} is over the limit of {limit_bytes}; use a stream or publish it as blocks")]
+    #[error(
+        "body of {got_bytes} bytes for {method} is over the limit of {limit_bytes}; use a stream or publish it as blocks"
+    )]
     TooLarge {
         /// The method.
         method: String,

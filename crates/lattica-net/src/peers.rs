@@ -37,6 +37,16 @@ pub enum Change {
     Nothing,
 }
 
+/// Which of several connections to a peer is used: the smallest. Both ends come to the same order, so that they never
+/// each let go of the connection that the other one uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// Whether the connection goes through a relay.
+    pub relayed: bool,
+    /// Whether the end that dialled has the larger peer id of the two.
+    pub dialled_by_larger: bool,
+}
+
 /// Every peer that is connected or remembered.
 #[derive(Debug)]
 pub struct PeerTable<C, S> {
@@ -56,8 +66,8 @@ struct Peer<C, S> {
 
 #[derive(Debug)]
 struct Connection<C> {
+    rank: Rank,
     key: u64,
-    relayed: bool,
     handle: C,
 }
 
@@ -89,15 +99,22 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
         }
     }
 
-    /// A connection stands. `key` orders connections: the smaller one is older.
-    pub fn handle_connected(&mut self, now: Duration, peer: &PeerId, key: u64, relayed: bool, handle: C) -> Change {
+    /// A connection stands. `key` orders connections of the same rank: the smaller one is older.
+    pub fn handle_connected(
+        &mut self,
+        now: Duration,
+        peer: &PeerId,
+        key: u64,
+        rank: Rank,
+        handle: C,
+    ) -> Change {
         let entry = self.entry(now, peer);
         let first = entry.connections.is_empty();
-        let all_relayed = entry.connections.iter().all(|c| c.relayed);
+        let all_relayed = entry.connections.iter().all(|c| c.rank.relayed);
         entry.last_seen = now;
-        entry.connections.push(Connection { key, relayed, handle });
-        entry.connections.sort_by_key(|c| (c.relayed, c.key));
-        match (first, all_relayed && !relayed) {
+        entry.connections.push(Connection { rank, key, handle });
+        entry.connections.sort_by_key(|c| (c.rank, c.key));
+        match (first, all_relayed && !rank.relayed) {
             (true, _) => Change::Connected,
             (false, true) => Change::BecameDirect,
             (false, false) => Change::Nothing,
@@ -114,7 +131,7 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
         if lost_last { Change::Disconnected } else { Change::Nothing }
     }
 
-    /// The connection that new calls and streams use: direct before relayed, then the oldest.
+    /// The connection that new calls and streams use: the one of the smallest [`Rank`], then the oldest.
     pub fn best(&self, peer: &PeerId) -> Option<C> {
         self.peers.get(peer)?.connections.first().map(|c| c.handle.clone())
     }
@@ -126,7 +143,7 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
 
     /// Whether a connection stands, and whether the best one is relayed.
     pub fn connected(&self, peer: &PeerId) -> Option<Relayed> {
-        self.peers.get(peer)?.connections.first().map(|c| Relayed(c.relayed))
+        self.peers.get(peer)?.connections.first().map(|c| Relayed(c.rank.relayed))
     }
 
     /// What the shell keeps for a peer, made on first use.
@@ -161,7 +178,7 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
                 peer: peer.clone(),
                 addrs: self.addresses(peer),
                 connected: !entry.connections.is_empty(),
-                relayed: entry.connections.first().is_some_and(|c| c.relayed),
+                relayed: entry.connections.first().is_some_and(|c| c.rank.relayed),
                 rtt_ms: rtt_ms(&entry.state),
             })
             .collect();
@@ -208,7 +225,6 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Relayed(pub bool);
 
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -227,10 +243,11 @@ mod tests {
     fn direct_connections_are_preferred_and_changes_are_told_once() {
         let mut table = table();
         let now = Duration::ZERO;
-        assert_eq!(table.handle_connected(now, &peer(1), 1, true, 1), Change::Connected);
+        let rank = |relayed| Rank { relayed, dialled_by_larger: false };
+        assert_eq!(table.handle_connected(now, &peer(1), 1, rank(true), 1), Change::Connected);
         assert_eq!(table.connected(&peer(1)), Some(Relayed(true)));
-        assert_eq!(table.handle_connected(now, &peer(1), 2, false, 2), Change::BecameDirect);
-        assert_eq!(table.handle_connected(now, &peer(1), 3, false, 3), Change::Nothing);
+        assert_eq!(table.handle_connected(now, &peer(1), 2, rank(false), 2), Change::BecameDirect);
+        assert_eq!(table.handle_connected(now, &peer(1), 3, rank(false), 3), Change::Nothing);
         assert_eq!(table.best(&peer(1)), Some(2));
         assert!(table.is_best(&peer(1), 2) && !table.is_best(&peer(1), 3));
         assert_eq!(table.handle_disconnected(now, &peer(1), 2), Change::Nothing);
@@ -242,10 +259,30 @@ mod tests {
     }
 
     #[test]
+    fn both_ends_of_two_crossing_dials_use_the_same_connection() {
+        let crossing = [(1, false), (2, true)]
+            .map(|(key, larger)| (key, Rank { relayed: false, dialled_by_larger: larger }));
+        let mut chosen = Vec::new();
+        for order in [[0, 1], [1, 0]] {
+            let mut table = table();
+            for (key, i) in order.into_iter().enumerate() {
+                let (connection, rank) = crossing[i];
+                table.handle_connected(Duration::ZERO, &peer(1), key as u64, rank, connection);
+            }
+            chosen.push(table.best(&peer(1)));
+        }
+        assert_eq!(chosen, [Some(1), Some(1)]);
+    }
+
+    #[test]
     fn old_addresses_give_way_and_the_best_is_first() {
         let mut table = table();
         for (i, port) in [1, 2, 3, 4].into_iter().enumerate() {
-            table.handle_address(Duration::from_secs(i as u64), &peer(1), &format!("/ip4/127.0.0.1/tcp/{port}"));
+            table.handle_address(
+                Duration::from_secs(i as u64),
+                &peer(1),
+                &format!("/ip4/127.0.0.1/tcp/{port}"),
+            );
         }
         table.handle_address(Duration::from_secs(9), &peer(1), "/ip4/127.0.0.1/udp/5/quic-v1");
         assert_eq!(
@@ -261,7 +298,8 @@ mod tests {
         #[test]
         fn floods_of_names_never_pass_the_limits(names in proptest::collection::vec((0u8..40, 0u16..40), 0..300)) {
             let mut table = table();
-            table.handle_connected(Duration::ZERO, &peer(200), 1, false, 1);
+            let rank = Rank { relayed: false, dialled_by_larger: false };
+            table.handle_connected(Duration::ZERO, &peer(200), 1, rank, 1);
             for (i, (who, port)) in names.iter().enumerate() {
                 table.handle_address(Duration::from_secs(i as u64), &peer(*who), &format!("/ip4/127.0.0.1/tcp/{port}"));
                 prop_assert!(table.len() <= 4);

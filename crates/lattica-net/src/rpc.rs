@@ -59,7 +59,8 @@ impl<T> CallTable<T> {
 
     /// Removes the calls whose deadline has passed at `now`.
     pub fn expire(&mut self, now: Duration) -> Vec<(u64, T)> {
-        let over: Vec<u64> = self.waiting.iter().filter(|(_, w)| w.deadline <= now).map(|(id, _)| *id).collect();
+        let over: Vec<u64> =
+            self.waiting.iter().filter(|(_, w)| w.deadline <= now).map(|(id, _)| *id).collect();
         over.into_iter().filter_map(|id| Some((id, self.remove(id)?))).collect()
     }
 

@@ -200,7 +200,10 @@ impl Node {
                 Ok(stream) => return Ok(Stream::new(Arc::clone(self.shared()), connection, stream)),
                 Err(OpenError::Lost) => {}
                 Err(OpenError::Unsupported) => {
-                    return Err(StreamError::Unsupported { peer: peer.clone(), protocol: protocol.to_owned() });
+                    return Err(StreamError::Unsupported {
+                        peer: peer.clone(),
+                        protocol: protocol.to_owned(),
+                    });
                 }
                 Err(OpenError::Timeout) => {
                     return Err(StreamError::Timeout { peer: peer.clone(), protocol: protocol.to_owned() });

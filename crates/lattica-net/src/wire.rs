@@ -89,7 +89,8 @@ impl Header {
         let Some((payload, rest)) = frame::decode("rpc header", bytes, RPC_HEADER_MAX_BYTES)? else {
             return Ok(None);
         };
-        let message = RpcFrame::decode(payload).map_err(|error| DecodeError::message("rpc header", &error))?;
+        let message =
+            RpcFrame::decode(payload).map_err(|error| DecodeError::message("rpc header", &error))?;
         let header = Self::try_from(message)?;
         if header.body_bytes() > body_limit_bytes {
             return Err(DecodeError::TooLarge {
@@ -109,7 +110,10 @@ impl TryFrom<RpcFrame> for Header {
         Ok(match message.kind {
             Some(Kind::Request(request)) => {
                 if !method_is_valid(&request.method) {
-                    return Err(DecodeError::invalid("rpc method", format!("{} bytes", request.method.len())));
+                    return Err(DecodeError::invalid(
+                        "rpc method",
+                        format!("{} bytes", request.method.len()),
+                    ));
                 }
                 Self::Request {
                     call_id: request.call_id,
@@ -120,7 +124,8 @@ impl TryFrom<RpcFrame> for Header {
             }
             Some(Kind::Response(response)) => Self::Answer {
                 call_id: response.call_id,
-                refusal: code_from_wire(response.status).map(|code| Status { code, message: response.message }),
+                refusal: code_from_wire(response.status)
+                    .map(|code| Status { code, message: response.message }),
                 body_bytes: response.body_bytes as usize,
             },
             Some(Kind::Cancel(cancel)) => Self::Cancel { call_id: cancel.call_id },
@@ -202,13 +207,17 @@ mod tests {
 
     fn headers() -> impl Strategy<Value = Header> {
         prop_oneof![
-            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT).prop_map(|(call_id, method, ms, body_bytes)| {
-                Header::Request { call_id, method, deadline: Duration::from_millis(ms), body_bytes }
-            }),
-            (any::<u64>(), proptest::option::of(".{0,60}"), 0usize..=LIMIT).prop_map(|(call_id, text, body_bytes)| {
-                let refusal = text.map(|t| Status::new(StatusCode::Unavailable, t));
-                Header::Answer { call_id, refusal, body_bytes }
-            }),
+            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT).prop_map(
+                |(call_id, method, ms, body_bytes)| {
+                    Header::Request { call_id, method, deadline: Duration::from_millis(ms), body_bytes }
+                }
+            ),
+            (any::<u64>(), proptest::option::of(".{0,60}"), 0usize..=LIMIT).prop_map(
+                |(call_id, text, body_bytes)| {
+                    let refusal = text.map(|t| Status::new(StatusCode::Unavailable, t));
+                    Header::Answer { call_id, refusal, body_bytes }
+                }
+            ),
             any::<u64>().prop_map(|call_id| Header::Cancel { call_id }),
         ]
     }
@@ -249,7 +258,8 @@ mod tests {
             deadline: Duration::from_millis(1000),
             body_bytes: 300,
         };
-        let expected = [16, 0x0a, 14, 0x08, 7, 0x12, 4, b'e', b'c', b'h', b'o', 0x18, 0xe8, 0x07, 0x20, 0xac, 0x02];
+        let expected =
+            [16, 0x0a, 14, 0x08, 7, 0x12, 4, b'e', b'c', b'h', b'o', 0x18, 0xe8, 0x07, 0x20, 0xac, 0x02];
         assert_eq!(header.encode(), expected);
     }
 

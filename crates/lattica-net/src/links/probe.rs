@@ -36,7 +36,14 @@ pub struct ProbeTracker {
 impl ProbeTracker {
     /// Probes every `interval` from `now` on; silence of `timeout` means death.
     pub fn new(now: Duration, interval: Duration, timeout: Duration) -> Self {
-        Self { interval, timeout, next_sequence: 0, next_tick: now, unanswered: VecDeque::new(), smoothed: None }
+        Self {
+            interval,
+            timeout,
+            next_sequence: 0,
+            next_tick: now,
+            unanswered: VecDeque::new(),
+            smoothed: None,
+        }
     }
 
     /// When to call [`ProbeTracker::handle_tick`] next.
@@ -65,7 +72,8 @@ impl ProbeTracker {
         }
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        let distance = if sequence + 1 < FIRST_PROBES { FIRST_INTERVAL.min(self.interval) } else { self.interval };
+        let distance =
+            if sequence + 1 < FIRST_PROBES { FIRST_INTERVAL.min(self.interval) } else { self.interval };
         self.next_tick = now + distance;
         self.unanswered.push_back((sequence, now, false));
         (ProbeAction::Send(sequence), newly_late)
@@ -95,7 +103,9 @@ mod tests {
         let mut sent_at = Vec::new();
         for _ in 0..7 {
             let now = tracker.next_tick();
-            let (ProbeAction::Send(sequence), 0) = tracker.handle_tick(now) else { panic!("not sent at {now:?}") };
+            let (ProbeAction::Send(sequence), 0) = tracker.handle_tick(now) else {
+                panic!("not sent at {now:?}")
+            };
             assert_eq!(tracker.handle_echo(now + 10 * MS, sequence), Some(10 * MS));
             sent_at.push(now.as_millis());
         }

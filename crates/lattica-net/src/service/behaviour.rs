@@ -72,7 +72,10 @@ impl Behaviour {
         Ok(Self {
             limits: connection_limits::Behaviour::new(connections),
             relay_client,
-            relay_server: config.relay_server.then(|| relay::Behaviour::new(peer, relay_config(config))).into(),
+            relay_server: config
+                .relay_server
+                .then(|| relay::Behaviour::new(peer, relay_config(config)))
+                .into(),
             dcutr: config.hole_punching.then(|| dcutr::Behaviour::new(peer)).into(),
             autonat_client: config.autonat.then(autonat::v2::client::Behaviour::default).into(),
             autonat_server: config.autonat.then(autonat::v2::server::Behaviour::default).into(),

@@ -44,6 +44,8 @@ pub(crate) struct Connection {
     pub(crate) id: ConnectionId,
     pub(crate) peer: PeerId,
     pub(crate) relayed: bool,
+    /// Whether this end dialled.
+    pub(crate) dialled: bool,
     pub(crate) state: Arc<PeerState>,
     pub(crate) lanes: Lanes,
     /// Cancelled when the connection is gone.
@@ -68,7 +70,7 @@ impl Connection {
         key: u64,
         id: ConnectionId,
         peer: PeerId,
-        relayed: bool,
+        (relayed, dialled): (bool, bool),
         state: Arc<PeerState>,
         limits: &Limits,
     ) -> (Arc<Self>, mpsc::Receiver<OpenRequest>) {
@@ -78,6 +80,7 @@ impl Connection {
             id,
             peer,
             relayed,
+            dialled,
             state,
             lanes: Lanes::default(),
             closed: CancellationToken::new(),
@@ -110,7 +113,7 @@ impl Connection {
         self.lanes.close();
     }
 
-    /// Whether a better connection to the same peer stands, so that this one may close once it is idle.
+    /// Whether a better connection to the same peer stands.
     pub(crate) fn is_redundant(&self) -> bool {
         self.redundant.load(Ordering::Relaxed)
     }

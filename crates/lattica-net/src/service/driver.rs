@@ -75,7 +75,11 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) fn new(swarm: Swarm<Behaviour>, shared: Arc<Shared>, commands: mpsc::Receiver<Command>) -> Self {
+    pub(crate) fn new(
+        swarm: Swarm<Behaviour>,
+        shared: Arc<Shared>,
+        commands: mpsc::Receiver<Command>,
+    ) -> Self {
         let upkeep = Upkeep::new(&shared.config);
         Self {
             swarm,
@@ -155,7 +159,11 @@ impl Driver {
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
                 let remote = endpoint.get_remote_address().clone();
                 if let (ConnectedPoint::Dialer { address, .. }, Ok(peer)) = (&endpoint, wire_peer(&peer_id)) {
-                    self.shared.table().handle_address(self.shared.now(), &peer, &without_peer(address).to_string());
+                    self.shared.table().handle_address(
+                        self.shared.now(),
+                        &peer,
+                        &without_peer(address).to_string(),
+                    );
                 }
                 self.remotes.insert(connection_id, remote);
                 self.dials.handle_established(connection_id, peer_id);
@@ -201,7 +209,9 @@ impl Driver {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, connection_id, info }) => {
                 self.handle_identify(peer_id, connection_id, &info);
             }
-            BehaviourEvent::Ping(ping::Event { peer, connection: _, result: Ok(rtt) }) => self.handle_ping(peer, rtt),
+            BehaviourEvent::Ping(ping::Event { peer, connection: _, result: Ok(rtt) }) => {
+                self.handle_ping(peer, rtt)
+            }
             BehaviourEvent::Kad(event) => self.handle_kad_event(event),
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, address) in found {
@@ -261,7 +271,10 @@ impl Driver {
         if let Some(state) = state {
             let now = self.shared.now();
             let mut link = state.link();
-            if link.estimate(now, false).is_none_or(|e| e.age > 5 * self.shared.config.liveness.probe_interval) {
+            if link
+                .estimate(now, false)
+                .is_none_or(|e| e.age > 5 * self.shared.config.liveness.probe_interval)
+            {
                 link.handle_answer(now, rtt);
             }
         }

@@ -81,7 +81,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 Err(error) => return Err(Error::new(ErrorKind::InvalidData, error)),
             }
             let between_frames = self.buffered().is_empty();
-            let n_bytes = if between_frames { self.fill().await? } else { stalled(self.stall, self.fill()).await? };
+            let n_bytes =
+                if between_frames { self.fill().await? } else { stalled(self.stall, self.fill()).await? };
             if n_bytes == 0 {
                 return if between_frames { Ok(None) } else { Err(ErrorKind::UnexpectedEof.into()) };
             }
@@ -165,7 +166,10 @@ pub(crate) async fn write_frames<W: AsyncWrite + Unpin>(
 }
 
 /// Like `AsyncWriteExt::write_all`, but the peer has to take something now and then.
-pub(crate) async fn write_all<W: AsyncWrite + Unpin>(writer: &mut W, mut bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) async fn write_all<W: AsyncWrite + Unpin>(
+    writer: &mut W,
+    mut bytes: &[u8],
+) -> std::io::Result<()> {
     while !bytes.is_empty() {
         let n_bytes = stalled(STALL_TIMEOUT, writer.write(bytes)).await?;
         if n_bytes == 0 {
@@ -176,10 +180,7 @@ pub(crate) async fn write_all<W: AsyncWrite + Unpin>(writer: &mut W, mut bytes: 
     Ok(())
 }
 
-async fn stalled<T>(
-    limit: Duration,
-    step: impl Future<Output = std::io::Result<T>>,
-) -> std::io::Result<T> {
+async fn stalled<T>(limit: Duration, step: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
     tokio::time::timeout(limit, step)
         .await
         .unwrap_or_else(|_| Err(Error::new(ErrorKind::TimedOut, "peer stalled in the middle of a frame")))

@@ -198,7 +198,10 @@ mod tests {
         let made = Identity::load_or_create(&path).unwrap();
         assert_eq!(Identity::load_or_create(&path).unwrap().peer_id(), made.peer_id());
         std::fs::write(&path, b"short").unwrap();
-        assert!(matches!(Identity::load_or_create(&path), Err(IdentityError::Malformed { got_bytes: 5, .. })));
+        assert!(matches!(
+            Identity::load_or_create(&path),
+            Err(IdentityError::Malformed { got_bytes: 5, .. })
+        ));
     }
 
     #[cfg(unix)]

@@ -93,7 +93,11 @@ impl Lane {
         lock(&self.current).as_ref().filter(|stream| !lock(&stream.calls).is_closed()).cloned()
     }
 
-    async fn stream(&self, shared: &Arc<Shared>, connection: &Arc<Connection>) -> Result<Arc<LaneStream>, OpenError> {
+    async fn stream(
+        &self,
+        shared: &Arc<Shared>,
+        connection: &Arc<Connection>,
+    ) -> Result<Arc<LaneStream>, OpenError> {
         if let Some(stream) = self.usable() {
             return Ok(stream);
         }
@@ -167,9 +171,10 @@ async fn read_answer(
         Some(Header::Answer { call_id, refusal, body_bytes }) => {
             Ok(Some((call_id, refusal, reader.body(body_bytes).await?)))
         }
-        Some(other) => {
-            Err(std::io::Error::new(std::io::ErrorKind::InvalidData, format!("expected an answer, got {other:?}")))
-        }
+        Some(other) => Err(std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            format!("expected an answer, got {other:?}"),
+        )),
         None => Ok(None),
     }
 }
@@ -232,11 +237,14 @@ async fn exchange(
     let unreachable = |reason: String| CallError::Unreachable { peer: peer.clone(), reason };
     for _ in 0..TRIES {
         let connection = shared.connection(peer).await.map_err(|error| unreachable(error.to_string()))?;
-        let _place = connection.state.outgoing(&shared.config).acquire().await.map_err(|_| CallError::ShutDown)?;
+        let _place =
+            connection.state.outgoing(&shared.config).acquire().await.map_err(|_| CallError::ShutDown)?;
         let stream = match connection.lanes.pick(body.len()).stream(shared, &connection).await {
             Ok(stream) => stream,
             Err(OpenError::Lost) => continue,
-            Err(OpenError::Unsupported) => return Err(unreachable(format!("it does not speak {RPC_PROTOCOL}"))),
+            Err(OpenError::Unsupported) => {
+                return Err(unreachable(format!("it does not speak {RPC_PROTOCOL}")));
+            }
             Err(OpenError::Timeout) => return Err(unreachable(format!("it did not open {RPC_PROTOCOL}"))),
             Err(OpenError::Io(error)) => {
                 tracing::debug!(peer = %peer.short(), %error, "rpc stream could not be opened");

@@ -73,7 +73,10 @@ async fn read_calls(
             }
             Some(Header::Request { call_id, method, deadline, body_bytes }) => {
                 if lock(running).contains_key(&call_id) {
-                    return Err(Error::new(ErrorKind::InvalidData, format!("call {call_id} is running already")));
+                    return Err(Error::new(
+                        ErrorKind::InvalidData,
+                        format!("call {call_id} is running already"),
+                    ));
                 }
                 match connection.state.admit(&shared.config, body_bytes) {
                     Ok(held) => {
@@ -145,7 +148,9 @@ pub(crate) async fn run(
             tracing::error!(method, "handler panicked");
             Err(Status::internal(format!("the handler of {method} panicked")))
         }
-        Err(_) => Err(Status::new(StatusCode::DeadlineExceeded, format!("{method} took longer than {deadline:?}"))),
+        Err(_) => {
+            Err(Status::new(StatusCode::DeadlineExceeded, format!("{method} took longer than {deadline:?}")))
+        }
     }
 }
 
@@ -153,7 +158,9 @@ fn answer(call_id: u64, outcome: Result<Bytes, Status>, body_limit: usize, held:
     let outcome = outcome.and_then(|body| {
         if body.len() > body_limit {
             let n_bytes = body.len();
-            return Err(Status::internal(format!("the answer of {n_bytes} bytes is over the limit of {body_limit}")));
+            return Err(Status::internal(format!(
+                "the answer of {n_bytes} bytes is over the limit of {body_limit}"
+            )));
         }
         Ok(body)
     });

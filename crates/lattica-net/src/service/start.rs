@@ -38,7 +38,8 @@ pub(super) async fn start(
     mut config: NodeConfig,
 ) -> Result<(Arc<Shared>, watch::Receiver<()>), StartError> {
     // A slot at a relay is kept by the upkeep, not by a listener of our own.
-    let (circuits, listen): (Vec<String>, Vec<String>) = config.listen.into_iter().partition(|a| is_relayed(a));
+    let (circuits, listen): (Vec<String>, Vec<String>) =
+        config.listen.into_iter().partition(|a| is_relayed(a));
     config.listen = listen;
     config.relays.extend(circuits.iter().filter_map(|a| Some(a.split_once("/p2p-circuit")?.0.to_owned())));
     config.validate()?;
@@ -50,7 +51,9 @@ pub(super) async fn start(
         refuse_taken_port(address)?;
     }
 
-    let setup = |what: &'static str| move |error: std::io::Error| StartError::Setup { what, reason: error.to_string() };
+    let setup = |what: &'static str| {
+        move |error: std::io::Error| StartError::Setup { what, reason: error.to_string() }
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.io_threads)
         .thread_name("lattica-io")
@@ -59,8 +62,7 @@ pub(super) async fn start(
         .map_err(setup("the network threads"))?;
     let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
     let local = identity.peer_id();
-    let shared =
-        Arc::new(Shared::new(local, config, Handle::current(), runtime.handle().clone(), commands));
+    let shared = Arc::new(Shared::new(local, config, Handle::current(), runtime.handle().clone(), commands));
     shared.set_acceptor(RPC_PROTOCOL, Some(Acceptor::Rpc));
     shared.set_acceptor(LINK_PROTOCOL, Some(Acceptor::Link));
 
@@ -124,7 +126,8 @@ fn build(keypair: Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Star
         .with_tcp(tcp::Config::new().nodelay(true), noise::Config::new, yamux::Config::default)
         .map_err(|error| setup("TCP", error.to_string()))?
         .with_quic_config(|mut quic| {
-            quic.max_idle_timeout = u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
+            quic.max_idle_timeout =
+                u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
             quic.keep_alive_interval = liveness.quic_keep_alive;
             quic.handshake_timeout = liveness.dial_timeout;
             quic.max_concurrent_stream_limit = 1024;
@@ -155,7 +158,8 @@ async fn listen_on(
 ) -> Result<(), StartError> {
     let mut waiting: HashSet<ListenerId> = HashSet::new();
     for address in addresses {
-        let listener = swarm.listen_on(address.clone()).map_err(|error| listen_error(address, &root_cause(&error)))?;
+        let listener =
+            swarm.listen_on(address.clone()).map_err(|error| listen_error(address, &root_cause(&error)))?;
         waiting.insert(listener);
     }
     let reported = async {
@@ -167,8 +171,13 @@ async fn listen_on(
                         swarm.add_external_address(address);
                     }
                 }
-                SwarmEvent::ListenerClosed { listener_id, reason: Err(error), .. } if waiting.contains(&listener_id) => {
-                    return Err(StartError::Listen { address: "an address".to_owned(), reason: error.to_string() });
+                SwarmEvent::ListenerClosed { listener_id, reason: Err(error), .. }
+                    if waiting.contains(&listener_id) =>
+                {
+                    return Err(StartError::Listen {
+                        address: "an address".to_owned(),
+                        reason: error.to_string(),
+                    });
                 }
                 _ => {}
             }
@@ -177,7 +186,10 @@ async fn listen_on(
     };
     tokio::time::timeout(LISTEN_TIMEOUT, reported).await.unwrap_or_else(|_| {
         let reason = format!("no listener came up within {LISTEN_TIMEOUT:?}");
-        Err(StartError::Listen { address: addresses.first().map_or_else(String::new, ToString::to_string), reason })
+        Err(StartError::Listen {
+            address: addresses.first().map_or_else(String::new, ToString::to_string),
+            reason,
+        })
     })
 }
 

@@ -21,7 +21,7 @@ use super::connection::Connection;
 use super::shared::Shared;
 use super::{link_probe, wire_peer};
 use crate::event::NetEvent;
-use crate::peers::Change;
+use crate::peers::{Change, Rank};
 
 mod handler;
 
@@ -41,13 +41,19 @@ impl Behaviour {
         Self { shared, next_key: 1, pending: HashMap::new(), established: HashMap::new() }
     }
 
-    fn handler(&mut self, id: ConnectionId, peer: LibPeerId, relayed: bool) -> Result<Handler, ConnectionDenied> {
+    fn handler(
+        &mut self,
+        id: ConnectionId,
+        peer: LibPeerId,
+        relayed: bool,
+        dialled: bool,
+    ) -> Result<Handler, ConnectionDenied> {
         let peer = wire_peer(&peer).map_err(ConnectionDenied::new)?;
         let state = self.shared.table().state(self.shared.now(), &peer);
         let key = self.next_key;
         self.next_key += 1;
         let limits = &self.shared.config.limits;
-        let (connection, requests) = Connection::new(key, id, peer, relayed, state, limits);
+        let (connection, requests) = Connection::new(key, id, peer, (relayed, dialled), state, limits);
         self.pending.insert(id, Arc::clone(&connection));
         Ok(Handler::new(Arc::clone(&self.shared), connection, requests))
     }
@@ -57,8 +63,11 @@ impl Behaviour {
         let peer = connection.peer.clone();
         let now = self.shared.now();
         let change = {
-            let handle = Arc::clone(&connection);
-            self.shared.table().handle_connected(now, &peer, connection.key, connection.relayed, handle)
+            let rank = Rank {
+                relayed: connection.relayed,
+                dialled_by_larger: connection.dialled == (self.shared.local > peer),
+            };
+            self.shared.table().handle_connected(now, &peer, connection.key, rank, Arc::clone(&connection))
         };
         self.established.insert(id, Arc::clone(&connection));
         self.shared.network.spawn(link_probe::measure(Arc::clone(&self.shared), connection));
@@ -95,7 +104,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, is_relayed(local) || is_relayed(remote))
+        self.handler(id, peer, is_relayed(local) || is_relayed(remote), false)
     }
 
     fn handle_established_outbound_connection(
@@ -106,7 +115,7 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, is_relayed(address))
+        self.handler(id, peer, is_relayed(address), true)
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {

@@ -43,7 +43,8 @@ impl<W: AsyncWrite + Unpin> TensorSender<W> {
     /// When the payload's length is not what the header says, or the stream broke.
     pub async fn send(&mut self, header: &TensorHeader, payload: &[u8]) -> std::io::Result<()> {
         if payload.len() != header.payload_bytes() {
-            let reason = format!("tensor payload of {} bytes, header says {}", payload.len(), header.payload_bytes());
+            let reason =
+                format!("tensor payload of {} bytes, header says {}", payload.len(), header.payload_bytes());
             return Err(Error::new(ErrorKind::InvalidInput, reason));
         }
         let mut bytes = header.encode();

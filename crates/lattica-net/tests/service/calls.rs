@@ -116,7 +116,8 @@ async fn a_call_that_takes_too_long_ends_at_its_deadline_on_both_sides() {
     let start = Instant::now();
     let error = a.call(&b.peer_id(), "hang", Bytes::new(), Duration::from_millis(200)).await.unwrap_err();
     assert!(
-        matches!(error, CallError::Timeout { .. }) || error.remote_code() == Some(StatusCode::DeadlineExceeded),
+        matches!(error, CallError::Timeout { .. })
+            || error.remote_code() == Some(StatusCode::DeadlineExceeded),
         "{error}"
     );
     assert!(start.elapsed() < Duration::from_secs(5));

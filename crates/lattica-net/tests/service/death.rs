@@ -44,7 +44,8 @@ async fn is_noticed(listen: &str, within: Duration) {
             .unwrap(),
     );
     let lines = BufReader::new(victim.0.stdout.take().unwrap()).lines();
-    let address = lines.map(Result::unwrap).find_map(|l| l.strip_prefix("listening ").map(str::to_owned)).unwrap();
+    let address =
+        lines.map(Result::unwrap).find_map(|l| l.strip_prefix("listening ").map(str::to_owned)).unwrap();
     let node = start(config(Transport::Quic)).await;
     let mut events = node.events();
     let peer = node.dial(&address).await.unwrap();

@@ -108,7 +108,8 @@ async fn bootstrap_peers_are_found_again_when_they_come_back() {
 async fn providers_records_and_peers_are_found_through_the_dht() {
     let hub = start(config(Transport::Quic)).await;
     let bootstrap = hub.listen_addrs().await;
-    let spoke = || async { start(NodeConfig { bootstrap: bootstrap.clone(), ..config(Transport::Quic) }).await };
+    let spoke =
+        || async { start(NodeConfig { bootstrap: bootstrap.clone(), ..config(Transport::Quic) }).await };
     let (a, b) = (spoke().await, spoke().await);
     // Announced while alone: made when the hub is there.
     a.provide(b"the thing").await.unwrap();

@@ -5,8 +5,8 @@ use std::collections::{HashMap, HashSet};
 use libp2p::PeerId as LibPeerId;
 use libp2p::core::Multiaddr;
 use libp2p::kad::{
-    self, AddProviderError, GetClosestPeersError, GetClosestPeersOk, GetProvidersOk, GetRecordError, GetRecordOk,
-    PutRecordError, QueryId, QueryResult, Quorum, Record, RecordKey, store,
+    self, AddProviderError, GetClosestPeersError, GetClosestPeersOk, GetProvidersOk, GetRecordError,
+    GetRecordOk, PutRecordError, QueryId, QueryResult, Quorum, Record, RecordKey, store,
 };
 use swarm_wire::PeerId;
 
@@ -181,7 +181,8 @@ impl Driver {
             },
             (Query::Find { peer }, QueryResult::GetClosestPeers(result)) => {
                 let peers = match result {
-                    Ok(GetClosestPeersOk { peers, .. }) | Err(GetClosestPeersError::Timeout { peers, .. }) => peers,
+                    Ok(GetClosestPeersOk { peers, .. })
+                    | Err(GetClosestPeersError::Timeout { peers, .. }) => peers,
                 };
                 let addresses: Vec<Multiaddr> =
                     peers.into_iter().filter(|p| p.peer_id == peer).flat_map(|p| p.addrs).collect();

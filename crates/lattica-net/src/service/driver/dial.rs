@@ -133,7 +133,9 @@ impl Driver {
         error: &SwarmDialError,
     ) {
         tracing::debug!(?peer, %error, "dial ended");
-        if let (Some(peer), SwarmDialError::WrongPeerId { address, .. }) = (peer.and_then(|p| wire_peer(&p).ok()), error) {
+        if let (Some(peer), SwarmDialError::WrongPeerId { address, .. }) =
+            (peer.and_then(|p| wire_peer(&p).ok()), error)
+        {
             self.shared.table().handle_dead_address(&peer, &without_peer(address).to_string());
         }
         let Some(dial) = self.dials.by_connection.remove(&id) else { return };
@@ -166,10 +168,12 @@ fn explain(target: &str, error: &SwarmDialError) -> DialError {
                 None => unreachable(format!("{address} is peer {obtained}")),
             }
         }
-        SwarmDialError::NoAddresses => match target.strip_prefix("peer ").and_then(|text| text.parse().ok()) {
-            Some(peer) => DialError::NoAddress { peer },
-            None => unreachable("it is an address of this node itself".to_owned()),
-        },
+        SwarmDialError::NoAddresses => {
+            match target.strip_prefix("peer ").and_then(|text| text.parse().ok()) {
+                Some(peer) => DialError::NoAddress { peer },
+                None => unreachable("it is an address of this node itself".to_owned()),
+            }
+        }
         SwarmDialError::LocalPeerId { .. } => unreachable("it is this node itself".to_owned()),
         SwarmDialError::Transport(errors) => {
             let mut reason = String::new();

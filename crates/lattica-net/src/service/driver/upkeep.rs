@@ -58,7 +58,9 @@ impl Upkeep {
 
     /// Whether the listener that stands now is a relay slot.
     pub(super) fn handle_listening(&mut self, listener: ListenerId, _now: Duration) -> bool {
-        let Some(relay) = self.listeners.get(&listener).and_then(|i| self.relays.get_mut(*i)) else { return false };
+        let Some(relay) = self.listeners.get(&listener).and_then(|i| self.relays.get_mut(*i)) else {
+            return false;
+        };
         relay.pause = FIRST_PAUSE;
         true
     }

@@ -7,7 +7,9 @@ use std::task::{Context, Poll};
 
 use libp2p::StreamProtocol;
 use libp2p::core::upgrade::{InboundUpgrade, ReadyUpgrade, UpgradeInfo};
-use libp2p::swarm::handler::{ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound};
+use libp2p::swarm::handler::{
+    ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
+};
 use libp2p::swarm::{ConnectionHandler, ConnectionHandlerEvent, StreamUpgradeError, SubstreamProtocol};
 use tokio::sync::{mpsc, oneshot};
 
@@ -74,9 +76,10 @@ impl ConnectionHandler for Handler {
         SubstreamProtocol::new(Accept(self.shared.acceptors()), ())
     }
 
-    /// Peers stay connected; only a connection beside a better one may close when nothing uses it.
+    /// Peers stay connected; only a connection beside a better one may close when nothing uses it, and only the end that
+    /// dialled it lets it go: two ends that disagree for a moment would otherwise close everything between them.
     fn connection_keep_alive(&self) -> bool {
-        !self.connection.is_redundant()
+        !(self.connection.dialled && self.connection.is_redundant())
     }
 
     fn poll(
@@ -104,7 +107,10 @@ impl ConnectionHandler for Handler {
                 protocol: (protocol, stream),
                 ..
             }) => self.handle_incoming(&protocol, stream),
-            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound { protocol: stream, info: reply }) => {
+            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
+                protocol: stream,
+                info: reply,
+            }) => {
                 // The asker may have given up; the stream is then closed by dropping it.
                 let _ = reply.send(Ok(stream));
             }
