@@ -10,6 +10,11 @@
 pub mod bitswap {
     include!("generated/bitswap.rs");
 }
+pub mod echo {
+    pub mod v1 {
+        include!("generated/echo.v1.rs");
+    }
+}
 pub mod lattica {
     pub mod v1 {
         include!("generated/lattica.v1.rs");

@@ -92,7 +92,8 @@ impl Environment for Arithmetic {
         let said = completion.trim();
         let integer = !said.is_empty() && said.len() <= 20 && said.bytes().all(|b| b.is_ascii_digit());
         let correct = said == task.answer;
-        let parts = vec![("correct".to_owned(), f32::from(correct)), ("integer".to_owned(), f32::from(integer))];
+        let parts =
+            vec![("correct".to_owned(), f32::from(correct)), ("integer".to_owned(), f32::from(integer))];
         Reward::new(f32::from(correct), parts, &self.reward_range())
     }
 }

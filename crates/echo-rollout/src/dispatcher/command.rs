@@ -1,0 +1,157 @@
+//! What can happen to a dispatcher, and what it answers.
+
+use swarm_wire::{PeerId, PolicyVersion};
+
+use crate::group::Group;
+use crate::lease::{GroupId, Lease, LeaseId};
+use crate::rollout::Trajectory;
+
+/// One thing that happened. The journal keeps these.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// New groups of the current version, one per task.
+    OpenGroups {
+        /// Names the tasks.
+        task_seeds: Vec<u64>,
+    },
+    /// A version was published.
+    SetVersion(PolicyVersion),
+    /// A worker is there, for the first time or again.
+    Register {
+        /// The worker.
+        worker: PeerId,
+        /// Grows with each of its starts.
+        incarnation: u64,
+    },
+    /// A worker has checked and installed a version.
+    Acknowledge {
+        /// The worker.
+        worker: PeerId,
+        /// The version.
+        version: PolicyVersion,
+    },
+    /// A worker asks for samples to make.
+    Lease {
+        /// The worker.
+        worker: PeerId,
+        /// The most that it wants.
+        max: u32,
+    },
+    /// A worker's trajectory has come.
+    Submit {
+        /// What came.
+        trajectory: Trajectory,
+        /// Whether admission refused it.
+        refused: bool,
+    },
+    /// A worker cannot serve a lease.
+    Fail {
+        /// The worker.
+        worker: PeerId,
+        /// The lease.
+        lease: LeaseId,
+    },
+    /// The connection to a worker is gone.
+    Disconnect {
+        /// The worker.
+        worker: PeerId,
+    },
+    /// Only time has passed.
+    Tick,
+    /// An audit has a result.
+    Verdict {
+        /// The audited lease.
+        lease: LeaseId,
+        /// The result.
+        verdict: AuditOutcome,
+    },
+    /// The learner takes complete groups for a step.
+    Take {
+        /// Its step.
+        step: u64,
+        /// The most groups.
+        max_groups: u32,
+    },
+    /// The step's weights, optimiser and random state are on disk.
+    Commit {
+        /// The step.
+        step: u64,
+    },
+    /// The trainer has restarted.
+    Recover {
+        /// How many steps its checkpoint contains.
+        steps: u64,
+    },
+}
+
+/// What an audit says about a trajectory, as far as book-keeping goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AuditOutcome {
+    /// It is what it claims to be.
+    Pass,
+    /// It is not: the worker is convicted.
+    Fail,
+    /// Not known, or not opened: this trajectory is not trained on.
+    Unproven,
+}
+
+/// What became of a submission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Submission {
+    /// It counts.
+    Accepted,
+    /// It was here before.
+    Duplicate,
+    /// Its lease is no longer this worker's.
+    Late,
+    /// Too many versions behind.
+    Stale,
+    /// Admission refused it, or it is not what was leased.
+    Rejected,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The worker must register first.
+    #[error("not registered with this run; register again")]
+    NotRegistered,
+    /// A later start of the same worker has registered.
+    #[error("a later start of this worker has registered")]
+    OldIncarnation,
+    /// The worker failed an audit.
+    #[error("this worker failed an audit; it gets no leases in this run")]
+    Convicted,
+    /// No room for another worker.
+    #[error("this run has as many workers as it allows; raise max_workers")]
+    TooManyWorkers,
+    /// A version that was never published.
+    #[error("that version was never published")]
+    UnknownVersion,
+    /// Versions only grow.
+    #[error("versions never go back")]
+    VersionRollback,
+    /// No audit of that lease is open.
+    #[error("no audit of that lease is open")]
+    NoSuchAudit,
+}
+
+/// The answer to a command.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Nothing to say.
+    Done,
+    /// Groups that were opened; fewer than asked for when there is no room.
+    Opened(Vec<GroupId>),
+    /// Leases that were granted.
+    Leased(Vec<Lease>),
+    /// What became of a submission.
+    Submitted(Submission),
+    /// Groups for the learner.
+    Groups(Vec<Group>),
+    /// How many groups were consumed.
+    Committed(usize),
+    /// Not carried out; nothing changed.
+    Refused(Refusal),
+}

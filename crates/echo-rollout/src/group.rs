@@ -1,0 +1,33 @@
+//! The samples of one prompt, complete: what group-relative advantages are computed from.
+
+use swarm_wire::PolicyVersion;
+
+use crate::lease::GroupId;
+use crate::rollout::Trajectory;
+
+/// All samples of one prompt, in the order of their indices.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group {
+    /// Its number.
+    pub id: GroupId,
+    /// Names the task.
+    pub task_seed: u64,
+    /// The policy that made all of its samples.
+    pub version: PolicyVersion,
+    /// One trajectory per sample index.
+    pub trajectories: Vec<Trajectory>,
+}
+
+impl Group {
+    /// The rewards, in the order of the samples.
+    pub fn rewards(&self) -> Vec<f32> {
+        self.trajectories.iter().map(|t| t.reward().value()).collect()
+    }
+
+    /// Whether all rewards are equal, so that the group says nothing about which sample is better.
+    pub fn is_flat(&self) -> bool {
+        let mut rewards = self.trajectories.iter().map(|t| t.reward().value());
+        let first = rewards.next();
+        rewards.all(|r| Some(r) == first)
+    }
+}

@@ -1,0 +1,81 @@
+//! The async shell: workers, the trainer's collector and auditors on a lattica-net node. Clocks, sockets and files live
+//! below here.
+
+pub mod auditor;
+pub mod collector;
+pub mod journal;
+pub mod snapshot_watcher;
+pub mod veri;
+pub mod worker;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lattica_net::{CallError, Node};
+use swarm_wire::prost::Message;
+use swarm_wire::{DecodeError, PeerId};
+
+pub use auditor::{AuditorConfig, AuditorError, Replay, run_auditor};
+pub use collector::{Collector, CollectorConfig, CollectorError};
+pub use journal::{Journal, JournalError};
+pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
+pub use veri::VeriCommitter;
+pub use worker::{CommitError, Committer, Opener, Work, Worker, WorkerConfig, WorkerError, WorkerStats};
+
+/// Worker to trainer: I am here.
+pub const REGISTER: &str = "echo/register";
+/// Worker to trainer: what shall I make? Also the heartbeat.
+pub const LEASE: &str = "echo/lease";
+/// Worker to trainer: here it is.
+pub const SUBMIT: &str = "echo/submit";
+/// Trainer to worker: open your commitment.
+pub const OPEN: &str = "echo/open";
+/// Auditor to trainer: what is to be audited?
+pub const AUDIT_NEXT: &str = "echo/audit/next";
+/// Auditor to trainer: pass this challenge on.
+pub const AUDIT_OPEN: &str = "echo/audit/open";
+/// Auditor to trainer: a signed verdict.
+pub const AUDIT_VERDICT: &str = "echo/audit/verdict";
+/// Domain of signed verdicts.
+pub const VERDICT_DOMAIN: &str = "echo/v1/verdict";
+
+/// How long the trainer keeps a question for work open before it answers that there is none.
+pub const LONG_POLL: Duration = Duration::from_millis(1500);
+
+/// A future of a trait object.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Why a call gave no usable answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AskError {
+    /// The call failed.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The answer is malformed.
+    #[error("answer of {peer}: {source}")]
+    Answer {
+        /// Who answered.
+        peer: PeerId,
+        /// What is wrong with it.
+        source: DecodeError,
+    },
+}
+
+/// Calls `method` with a message and decodes the answer.
+async fn ask<A: Message + Default>(
+    node: &Node,
+    peer: &PeerId,
+    method: &'static str,
+    question: &impl Message,
+    timeout: Duration,
+) -> Result<A, AskError> {
+    let answer = node.call(peer, method, question.encode_to_vec().into(), timeout).await?;
+    crate::wire::message(method, &answer).map_err(|source| AskError::Answer { peer: peer.clone(), source })
+}
+
+fn encode(message: &impl Message) -> Bytes {
+    message.encode_to_vec().into()
+}

@@ -1,0 +1,246 @@
+//! An auditor: takes trajectories that the trainer drew, challenges their workers, recomputes and signs a verdict.
+//!
+//! The recomputation needs the model, so whoever wires an auditor hands it in as a [`Replay`] (a few lines over
+//! `veri_verify::service::Auditor`).
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use lattica_net::{CallError, Node};
+use swarm_wire::generated::echo::v1 as proto;
+use swarm_wire::prost::Message;
+use swarm_wire::{DecodeError, PeerId, PolicyVersion};
+use veri_verify::{Answer, Audit, Job, Profile, Verdict, wire as veri_wire};
+
+use super::snapshot_watcher::PayloadSource;
+use super::{AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, AskError, LONG_POLL, VERDICT_DOMAIN, ask, veri};
+use crate::rollout::Trajectory;
+use crate::snapshot::SignedSnapshot;
+use crate::wire;
+
+/// How an auditor behaves.
+#[derive(Debug, Clone)]
+pub struct AuditorConfig {
+    /// The trainer.
+    pub trainer: PeerId,
+    /// What counts as the same computation.
+    pub profile: Profile,
+    /// Rows opened per trajectory. Default: 8.
+    pub positions: u32,
+    /// How long one call may take. Default: 10 s.
+    pub call_timeout: Duration,
+    /// After this long without an answer of the trainer the auditor ends. Default: 60 s.
+    pub give_up: Duration,
+}
+
+impl AuditorConfig {
+    /// The defaults: f32 weights, 8 positions.
+    pub fn new(trainer: PeerId) -> Self {
+        Self {
+            trainer,
+            profile: Profile::f32(),
+            positions: veri_verify::config::DEFAULT_POSITIONS,
+            call_timeout: Duration::from_secs(10),
+            give_up: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Recomputes an answer with the auditor's own copy of the model.
+pub trait Replay: Send {
+    /// Final-norm rows and log-probabilities behind every token of `answer`, under the policy `version` whose adapter is
+    /// given (`None`: the base model). Calls for one version come together, so keep the adapter installed.
+    ///
+    /// # Errors
+    /// When it cannot be recomputed here; no verdict is given then.
+    fn replay(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&[u8]>,
+        job: &Job,
+        answer: &Answer,
+    ) -> Result<veri_verify::Replay, String>;
+}
+
+/// Why an auditor ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AuditorError {
+    /// The trainer does not answer any more, or does not want this auditor.
+    #[error("trainer {trainer}: {reason}")]
+    Trainer {
+        /// The trainer.
+        trainer: PeerId,
+        /// What it said last.
+        reason: String,
+    },
+}
+
+/// Audits until the trainer is gone. `on_verdict` sees each one; `randomness` gives fresh unpredictable bytes. Dropping
+/// the future stops the auditor; what it had taken is given out again.
+///
+/// # Errors
+/// When the trainer refuses this auditor or stays silent.
+pub async fn run_auditor(
+    node: &Node,
+    source: &dyn PayloadSource,
+    replay: &mut dyn Replay,
+    config: &AuditorConfig,
+    mut randomness: impl FnMut() -> [u8; 32],
+    mut on_verdict: impl FnMut(&Trajectory, &Verdict),
+) -> Result<(), AuditorError> {
+    let mut last_answer = Instant::now();
+    let mut adapter: Option<(PolicyVersion, Option<Bytes>)> = None;
+    loop {
+        let question = proto::AuditRequest { max_jobs: 16 };
+        let timeout = config.call_timeout.max(LONG_POLL * 2);
+        let reply: Result<proto::AuditReply, _> =
+            ask(node, &config.trainer, AUDIT_NEXT, &question, timeout).await;
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error) => {
+                let refused = matches!(&error, AskError::Call(CallError::Remote { .. }));
+                if refused || last_answer.elapsed() > config.give_up {
+                    let (trainer, reason) = (config.trainer.clone(), error.to_string());
+                    return Err(AuditorError::Trainer { trainer, reason });
+                }
+                tokio::time::sleep(Duration::from_millis(250)).await;
+                continue;
+            }
+        };
+        last_answer = Instant::now();
+        for job in reply.jobs {
+            let claim = match claim(job, &config.trainer) {
+                Ok(claim) => claim,
+                Err(error) => {
+                    tracing::warn!(%error, "audit job refused");
+                    continue;
+                }
+            };
+            let version = claim.snapshot.manifest().version;
+            if adapter.as_ref().is_none_or(|(installed, _)| *installed != version) {
+                match payload(source, &claim.snapshot, &config.trainer).await {
+                    Ok(bytes) => adapter = Some((version, bytes)),
+                    Err(reason) => {
+                        tracing::warn!(%version, reason, "snapshot not available to the auditor");
+                        continue;
+                    }
+                }
+            }
+            let bytes = adapter.as_ref().and_then(|(_, bytes)| bytes.as_deref());
+            let verdict = audit(node, replay, config, &claim, bytes, randomness()).await;
+            let Some(verdict) = verdict else { continue };
+            on_verdict(&claim.trajectory, &verdict);
+            report(node, config, &claim.trajectory, &verdict).await;
+        }
+    }
+}
+
+/// A claimed computation.
+struct Claim {
+    trajectory: Trajectory,
+    snapshot: SignedSnapshot,
+    base_model_id: String,
+}
+
+fn claim(job: proto::AuditJob, trainer: &PeerId) -> Result<Claim, DecodeError> {
+    let absent = |what| DecodeError::invalid(what, "absent");
+    let worker = PeerId::from_bytes(&job.worker)?;
+    let trajectory = wire::trajectory(job.trajectory.ok_or_else(|| absent("trajectory"))?, &worker)?;
+    let snapshot = SignedSnapshot::verify(job.snapshot.ok_or_else(|| absent("snapshot"))?, trainer)?;
+    if snapshot.manifest().version != trajectory.lease().version {
+        return Err(DecodeError::invalid("snapshot version", snapshot.manifest().version));
+    }
+    let base_model_id = wire::name("base model id", job.base_model_id)?;
+    Ok(Claim { trajectory, snapshot, base_model_id })
+}
+
+async fn payload(
+    source: &dyn PayloadSource,
+    snapshot: &SignedSnapshot,
+    trainer: &PeerId,
+) -> Result<Option<Bytes>, String> {
+    let manifest = snapshot.manifest();
+    if manifest.payload.artefact().is_none() {
+        return Ok(None);
+    }
+    let bytes = source.fetch(manifest, trainer).await?;
+    manifest.check_payload(&bytes).map_err(|e| e.to_string())?;
+    Ok(Some(bytes))
+}
+
+/// A verdict, or nothing when it was our own fault that there is none.
+async fn audit(
+    node: &Node,
+    replay: &mut dyn Replay,
+    config: &AuditorConfig,
+    claim: &Claim,
+    adapter: Option<&[u8]>,
+    randomness: [u8; 32],
+) -> Option<Verdict> {
+    let t = &claim.trajectory;
+    let adapter_hash = claim.snapshot.manifest().payload.artefact().map(|a| a.hash);
+    let job = veri::job(&claim.base_model_id, t.lease(), adapter_hash, t.prompt());
+    let answer = Answer { tokens: t.completion(), logprobs: t.logprobs() };
+    let signed = match veri_wire::decode_signed_commitment(t.commitment()) {
+        Ok(signed) => signed,
+        Err(error) => return Some(Verdict::Malformed { reason: error.to_string() }),
+    };
+    let begun = Audit::begin(&job, &answer, &signed, Some(t.worker()), randomness, config.positions);
+    let audit = match begun {
+        Ok(audit) => audit,
+        Err(verdict) => return Some(verdict),
+    };
+    let challenge = veri_wire::encode_challenge(audit.challenge()).into();
+    let question = proto::OpenRequest { lease: t.id().0, challenge };
+    let reply: Result<proto::OpenReply, _> =
+        ask(node, &config.trainer, AUDIT_OPEN, &question, config.call_timeout).await;
+    let opening = match reply {
+        Ok(reply) => match veri_wire::decode_opening(&reply.opening) {
+            Ok(opening) => opening,
+            Err(error) => return Some(Verdict::Malformed { reason: error.to_string() }),
+        },
+        Err(AskError::Call(CallError::Remote { .. })) => return Some(Verdict::Withheld),
+        Err(error) => {
+            tracing::warn!(%error, "challenge not passed on");
+            return None;
+        }
+    };
+    let version = t.lease().version;
+    match off_runtime(|| replay.replay(version, adapter, &job, &answer)) {
+        Ok(replayed) => Some(audit.judge(&opening, &replayed, &config.profile)),
+        Err(reason) => {
+            tracing::warn!(reason, lease = %t.id(), "cannot recompute");
+            None
+        }
+    }
+}
+
+/// A prefill takes a while; where the runtime has other threads, they take over meanwhile.
+fn off_runtime<T>(work: impl FnOnce() -> T) -> T {
+    match tokio::runtime::Handle::current().runtime_flavor() {
+        tokio::runtime::RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
+async fn report(node: &Node, config: &AuditorConfig, t: &Trajectory, verdict: &Verdict) {
+    let word = match verdict {
+        Verdict::Pass { .. } => proto::Verdict::Pass,
+        Verdict::Withheld => proto::Verdict::Withheld,
+        _ if verdict.convicts() => proto::Verdict::Fail,
+        _ => proto::Verdict::Inconclusive,
+    };
+    let statement = proto::AuditVerdict {
+        run: t.lease().run.0,
+        lease: t.id().0,
+        worker: t.worker().as_bytes().to_vec().into(),
+        verdict: word.into(),
+        reason: verdict.reason(),
+    };
+    let signed = node.identity().signed(VERDICT_DOMAIN, &statement.encode_to_vec());
+    let body = signed.encode_to_vec().into();
+    if let Err(error) = node.call(&config.trainer, AUDIT_VERDICT, body, config.call_timeout).await {
+        tracing::warn!(%error, lease = %t.id(), "verdict not delivered");
+    }
+}

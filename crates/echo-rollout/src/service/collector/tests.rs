@@ -1,0 +1,346 @@
+//! Worker, collector and auditor on real nodes on this machine, with a model of three lines.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use ed25519_dalek::SigningKey;
+use lattica_net::{Identity, NodeConfig};
+use parallax_engine::{
+    Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor,
+};
+use swarm_wire::{LayerRange, RunId};
+use veri_verify::{Answer, Job};
+
+use super::*;
+use crate::admission::tests::ByteText;
+use crate::admission::{All, Regrade, Shape};
+use crate::config::AuditPolicy;
+use crate::environment::Arithmetic;
+use crate::lease::{DropReason, SamplingSpec};
+use crate::service::{
+    AuditorConfig, BoxFuture, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig, WorkerError,
+    run_auditor,
+};
+use crate::snapshot::{Artefact, Payload, SnapshotManifest};
+use crate::sync::SequentialConfig;
+
+const VOCABULARY: usize = 128;
+
+/// The row of a token depends on the token and on the installed weights alone.
+fn row(token: u32, weights: f32) -> Vec<f32> {
+    vec![token as f32 / 100.0 + 1.0, weights]
+}
+
+/// A digit or the end, all equally likely.
+fn logits(row: &[f32]) -> Vec<f32> {
+    (0..VOCABULARY).map(|t| if t == 0 || (48..58).contains(&t) { row[0] } else { -1e9 }).collect()
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f32> {
+    let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+    let sum: f32 = logits.iter().map(|l| (l - largest).exp()).sum();
+    logits.iter().map(|l| l - largest - sum.ln()).collect()
+}
+
+/// The weights are one number: the base model's, or the adapter's first byte.
+struct Model {
+    base: f32,
+    weights: f32,
+}
+
+impl StageRunner for Model {
+    fn shape(&self) -> StageShape {
+        let layers = LayerRange::new(0, 1).unwrap();
+        StageShape {
+            layers,
+            n_layers: 1,
+            hidden: 2,
+            vocab: VOCABULARY,
+            max_context: 64,
+            page_tokens: 16,
+            n_pages: 64,
+        }
+    }
+
+    fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
+        let ids = input.to_ids(batch.n_rows())?;
+        let wanted = batch.wanted_rows();
+        let hidden: Vec<f32> = ids.iter().flat_map(|id| row(*id, self.weights)).collect();
+        let scores: Vec<f32> = wanted.iter().flat_map(|r| logits(&row(ids[*r], self.weights))).collect();
+        Ok(StageOutput {
+            hidden: Some(Tensor::from_f32(&[ids.len(), 2], &hidden)),
+            logits: Some(Tensor::from_f32(&[wanted.len(), VOCABULARY], &scores)),
+        })
+    }
+
+    fn set_adapter(&mut self, _: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+        self.weights = adapter.map_or(self.base, |bytes| f32::from(bytes[0]) + self.base);
+        Ok(())
+    }
+
+    fn log_softmax(&self) -> LogSoftmax {
+        log_softmax
+    }
+}
+
+/// The auditor's own copy of the model.
+struct Recompute;
+
+impl Replay for Recompute {
+    fn replay(
+        &mut self,
+        _: PolicyVersion,
+        adapter: Option<&[u8]>,
+        job: &Job,
+        answer: &Answer,
+    ) -> Result<veri_verify::Replay, String> {
+        let weights = adapter.map_or(0.0, |bytes| f32::from(bytes[0]));
+        let before = job.prompt.last().into_iter().chain(&answer.tokens);
+        let rows: Vec<Vec<f32>> = before.take(answer.tokens.len()).map(|t| row(*t, weights)).collect();
+        let scored = rows.iter().zip(&answer.tokens);
+        let logprobs = scored.map(|(row, t)| log_softmax(&logits(row))[*t as usize]).collect();
+        Ok(veri_verify::Replay { rows, logprobs, tokens: None })
+    }
+}
+
+/// Adapters by version: the version itself as one byte, wrong on request.
+struct Adapters {
+    corrupt: bool,
+}
+
+impl PayloadSource for Adapters {
+    fn fetch<'a>(&'a self, m: &'a SnapshotManifest, _: &'a PeerId) -> BoxFuture<'a, Result<Bytes, String>> {
+        let byte = if self.corrupt { 255 } else { m.version.0 as u8 };
+        Box::pin(async move { Ok(Bytes::from(vec![byte])) })
+    }
+}
+
+async fn node(seed: u8) -> Node {
+    let config = NodeConfig::loopback("127.0.0.1", "rollout-test");
+    Node::start(Identity::from_seed([seed; 32]), config).await.unwrap()
+}
+
+async fn connected(seed: u8, to: &Node) -> Node {
+    let node = node(seed).await;
+    node.dial(&to.listen_addrs().await[0]).await.unwrap();
+    node
+}
+
+fn snapshot(seed: u8, version: u64) -> SignedSnapshot {
+    let key = SigningKey::from_bytes(&[seed; 32]);
+    let hash = *blake3::hash(&[version as u8]).as_bytes();
+    let root = swarm_wire::cid::raw(swarm_wire::cid::HASH_BLAKE3, &hash);
+    let payload = if version == 0 { Payload::Base } else { Payload::Lora(Artefact { root, hash, bytes: 1 }) };
+    let manifest = SnapshotManifest {
+        run: RunId(7),
+        version: PolicyVersion(version),
+        parent: version.checked_sub(1).map(PolicyVersion),
+        payload,
+        base_model_id: "three lines".to_owned(),
+        created_by: PeerId::from_ed25519(&key.verifying_key().to_bytes()),
+    };
+    manifest.sign(&key)
+}
+
+fn config(auditors: Vec<PeerId>) -> CollectorConfig {
+    let first = if auditors.is_empty() { 0 } else { 2 };
+    let audit = AuditPolicy { fraction: if first > 0 { 0.25 } else { 0.0 }, first, seed: 3 };
+    let sampling = SamplingSpec { max_tokens: 4, ..SamplingSpec::default() };
+    let dispatch = DispatchConfig { group_size: 4, sampling, audit, ..DispatchConfig::new(RunId(7)) };
+    CollectorConfig { auditors, ..CollectorConfig::new(dispatch, "three lines", "arithmetic", 1) }
+}
+
+fn admission() -> Arc<dyn Admission> {
+    let shape = Shape {
+        environment: "arithmetic".to_owned(),
+        vocabulary: VOCABULARY as u32,
+        rewards: 0.0..=1.0,
+        commitment: true,
+    };
+    let regrade = Regrade { environment: Arc::new(Arithmetic::default()), text: Arc::new(ByteText) };
+    Arc::new(All(vec![Box::new(shape), Box::new(regrade)]))
+}
+
+/// A worker whose base weights are off by `error`.
+fn worker(node: &Node, trainer: &PeerId, seed: u8, error: f32, corrupt: bool) -> Worker {
+    let engine =
+        EngineHandle::start(Box::new(Model { base: error, weights: error }), EngineConfig::default())
+            .unwrap();
+    let committer = VeriCommitter::new(&[seed; 32], "three lines".to_owned(), 1);
+    Worker::new(
+        node.clone(),
+        engine,
+        Arc::new(Arithmetic::default()),
+        Arc::new(ByteText),
+        Arc::new(Adapters { corrupt }),
+        Some(Arc::new(committer)),
+        WorkerConfig { max_leases: 3, ..WorkerConfig::new(trainer.clone(), "three lines".to_owned()) },
+    )
+}
+
+fn round_config() -> SequentialConfig {
+    SequentialConfig { groups_per_step: 5, min_workers: 1, ack_timeout_ms: 2000 }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_trained_on() {
+    let trainer = node(1).await;
+    let auditor = connected(4, &trainer).await;
+    let collector = Collector::start(trainer.clone(), config(vec![auditor.peer_id()]), admission(), None, 0)
+        .await
+        .unwrap();
+    let (honest, liar) = (connected(2, &trainer).await, connected(3, &trainer).await);
+    let id = trainer.peer_id();
+    let honest_worker = worker(&honest, &id, 2, 0.0, false);
+    let stats = honest_worker.stats();
+    let honest_run = tokio::spawn(honest_worker.run());
+    let liar_run = tokio::spawn(worker(&liar, &id, 3, 0.5, false).run());
+    let verdicts = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&verdicts);
+    let audits = tokio::spawn(async move {
+        let mut n = 0u8;
+        let fresh = move || {
+            n = n.wrapping_add(1);
+            [n; 32]
+        };
+        let on_verdict = |_: &crate::Trajectory, _: &veri_verify::Verdict| {
+            counted.fetch_add(1, Ordering::Relaxed);
+        };
+        let config = AuditorConfig::new(id);
+        run_auditor(&auditor, &Adapters { corrupt: false }, &mut Recompute, &config, fresh, on_verdict).await
+    });
+
+    assert_eq!(collector.wait_for_workers(2, Duration::from_secs(20)).await, 2);
+    let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
+    let mut seeds = 0u64..;
+    for version in 0..3u64 {
+        let snapshot = snapshot(1, version);
+        let round = collector.round(&mut sync, &snapshot, |n| seeds.by_ref().take(n as usize).collect());
+        let groups = tokio::time::timeout(Duration::from_secs(60), round).await.unwrap().unwrap();
+        assert_eq!(groups.len(), 5);
+        for t in groups.iter().flat_map(|g| &g.trajectories) {
+            assert_eq!(*t.worker(), honest.peer_id(), "a liar's trajectory reached the learner");
+            assert!(t.steps().iter().all(|s| s.version.0 == version));
+            assert!(!t.commitment().is_empty());
+        }
+        collector.commit(&mut sync).await.unwrap();
+    }
+    let ended = tokio::time::timeout(Duration::from_secs(20), liar_run).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(WorkerError::Refused { .. })), "{ended:?}");
+    let convicted = collector.convicted();
+    assert_eq!(convicted.len(), 1);
+    assert_eq!(convicted[0].0, liar.peer_id());
+    let counts = collector.counts();
+    assert_eq!(counts.consumed, 60);
+    assert_eq!((counts.lost, counts.duplicated, counts.consumed_of_convicted), (0, 0, 0));
+    assert!(counts.dropped_for(DropReason::Convicted) > 0);
+    assert!(verdicts.load(Ordering::Relaxed) > 5);
+    collector.check().unwrap();
+    assert_eq!(stats.borrow().version, Some(2));
+    assert!(stats.borrow().accepted >= 60);
+    honest_run.abort();
+    audits.abort();
+    for node in [trainer, honest, liar] {
+        node.shutdown().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_trainer_goes_on_where_its_checkpoint_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal.redb");
+    let trainer = node(11).await;
+    let rollouts = connected(12, &trainer).await;
+    let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 12, 0.0, false).run());
+    let start =
+        |steps| Collector::start(trainer.clone(), config(vec![]), admission(), Some(path.clone()), steps);
+    let mut seeds = 0u64..;
+    let mut take = |n: u32| -> Vec<u64> { seeds.by_ref().take(n as usize).collect() };
+
+    let collector = start(0).await.unwrap();
+    let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
+    collector.round(&mut sync, &snapshot(11, 0), &mut take).await.unwrap();
+    collector.commit(&mut sync).await.unwrap();
+    let lost = collector.round(&mut sync, &snapshot(11, 1), &mut take).await.unwrap();
+    // The trainer dies with the second batch in training; the checkpoint has one step.
+    drop(collector);
+    let resumed = loop {
+        match start(1).await {
+            Ok(collector) => break collector,
+            // A handler that is still at work keeps the file open for a moment.
+            Err(CollectorError::Journal(_)) => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    resumed.check().unwrap();
+    assert_eq!(resumed.counts().consumed, 20);
+    let mut sync = SequentialSync::new(round_config(), PolicyVersion(1), 1);
+    let again = resumed.round(&mut sync, &snapshot(11, 1), &mut take).await.unwrap();
+    assert_eq!(again, lost, "what was acknowledged is not sampled again");
+    resumed.commit(&mut sync).await.unwrap();
+    resumed.check().unwrap();
+    assert_eq!((resumed.counts().consumed, resumed.counts().lost), (40, 0));
+    run.abort();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_is_only_reported_after_its_hash_matched() {
+    let trainer = node(21).await;
+    let rollouts = connected(22, &trainer).await;
+    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let broken = worker(&rollouts, &trainer.peer_id(), 22, 0.0, true);
+    let stats = broken.stats();
+    let run = tokio::spawn(broken.run());
+    collector.publish(&snapshot(21, 0)).await.unwrap();
+    let mut changed = stats.clone();
+    changed.wait_for(|s| s.version == Some(0)).await.unwrap();
+    collector.publish(&snapshot(21, 1)).await.unwrap();
+    // Its copy of version 1 is damaged: it tries again and again, and stays at version 0.
+    let mut sync = SequentialSync::new(round_config(), PolicyVersion(1), 1);
+    let given = snapshot(21, 1);
+    let round = collector.round(&mut sync, &given, |n| (0..u64::from(n)).collect());
+    assert!(tokio::time::timeout(Duration::from_secs(2), round).await.is_err());
+    assert_eq!(collector.workers()[0].version, Some(PolicyVersion(0)));
+    assert_eq!(collector.counts().leased, 0);
+    run.abort();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_and_nonsense_get_an_answer_and_change_nothing() {
+    let trainer = node(31).await;
+    let stranger = connected(32, &trainer).await;
+    let auditor = PeerId::from_ed25519(&[9; 32]);
+    let collector =
+        Collector::start(trainer.clone(), config(vec![auditor]), admission(), None, 0).await.unwrap();
+    let before = collector.counts();
+    for method in [
+        "echo/register",
+        "echo/lease",
+        "echo/submit",
+        "echo/audit/next",
+        "echo/audit/open",
+        "echo/audit/verdict",
+    ] {
+        for body in [&b""[..], b"\xff\xff\xff\xff", &[8; 5000]] {
+            let (id, body) = (trainer.peer_id(), Bytes::copy_from_slice(body));
+            let answer = stranger.call(&id, method, body, Duration::from_secs(5)).await;
+            assert!(answer.is_err(), "{method}");
+        }
+    }
+    assert_eq!(collector.counts(), before);
+    assert!(collector.workers().is_empty());
+    let nobody = Collector::start(
+        trainer.clone(),
+        CollectorConfig { auditors: vec![], ..config(vec![stranger.peer_id()]) },
+        admission(),
+        None,
+        0,
+    );
+    assert!(matches!(nobody.await, Err(CollectorError::NoAuditor)));
+    trainer.shutdown().await;
+    stranger.shutdown().await;
+}

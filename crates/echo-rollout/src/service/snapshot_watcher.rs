@@ -1,0 +1,148 @@
+//! From a signed manifest to installed weights: verify, fetch, hash, swap, and only then say the version.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parallax_engine::{EngineHandle, StageError};
+use swarm_wire::generated::swarm::v1::Signed;
+use swarm_wire::{DecodeError, PeerId, PolicyVersion, RunId};
+
+use super::BoxFuture;
+use crate::snapshot::{Payload, PayloadMismatch, SignedSnapshot, SnapshotManifest};
+
+/// Where a snapshot's bytes come from. The bytes are checked by the caller.
+pub trait PayloadSource: Send + Sync {
+    /// Fetches the payload of `manifest`; the trainer has it, others may.
+    fn fetch<'a>(
+        &'a self,
+        manifest: &'a SnapshotManifest,
+        trainer: &'a PeerId,
+    ) -> BoxFuture<'a, Result<Bytes, String>>;
+}
+
+/// Why a snapshot was not installed. The weights from before stay, under their own version.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// Not signed by the trainer, or malformed.
+    #[error(transparent)]
+    Refused(#[from] DecodeError),
+    /// Made for another run or base model.
+    #[error("snapshot is for {what} {got}, this worker serves {expected}; start it with the same model")]
+    Mismatch {
+        /// Run or base model.
+        what: &'static str,
+        /// The snapshot's.
+        got: String,
+        /// The worker's.
+        expected: String,
+    },
+    /// An older version than the one installed.
+    #[error("snapshot {got} is older than the installed {installed}; versions never go back")]
+    Rollback {
+        /// The snapshot's version.
+        got: PolicyVersion,
+        /// The installed one.
+        installed: PolicyVersion,
+    },
+    /// The bytes did not come.
+    #[error("payload of {version} did not arrive: {reason}")]
+    Fetch {
+        /// The version.
+        version: PolicyVersion,
+        /// Why.
+        reason: String,
+    },
+    /// The bytes are not those that were signed.
+    #[error(transparent)]
+    Payload(#[from] PayloadMismatch),
+    /// A kind that a running engine cannot take.
+    #[error("snapshot {version} replaces all weights; a running engine takes adapters only")]
+    FullWeights {
+        /// The version.
+        version: PolicyVersion,
+    },
+    /// The engine refused the adapter.
+    #[error(transparent)]
+    Engine(#[from] StageError),
+}
+
+/// Keeps an engine at the trainer's newest version.
+pub struct SnapshotWatcher {
+    trainer: PeerId,
+    run: RunId,
+    base_model_id: String,
+    engine: EngineHandle,
+    source: Arc<dyn PayloadSource>,
+    active: Option<(PolicyVersion, Option<[u8; 32]>)>,
+}
+
+impl fmt::Debug for SnapshotWatcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SnapshotWatcher({} at {:?})", self.run, self.active)
+    }
+}
+
+impl SnapshotWatcher {
+    /// Watches `trainer`'s snapshots of `run` for `engine`, which has loaded the base model.
+    pub fn new(
+        trainer: PeerId,
+        run: RunId,
+        base_model_id: String,
+        engine: EngineHandle,
+        source: Arc<dyn PayloadSource>,
+    ) -> Self {
+        Self { trainer, run, base_model_id, engine, source, active: None }
+    }
+
+    /// The version whose hash was checked and that is installed.
+    pub fn active(&self) -> Option<PolicyVersion> {
+        self.active.map(|(version, _)| version)
+    }
+
+    /// Hash of the installed adapter; `None` for the base model.
+    pub fn adapter_hash(&self) -> Option<[u8; 32]> {
+        self.active.and_then(|(_, hash)| hash)
+    }
+
+    /// Installs the snapshot, unless it is installed already. Dropping the future leaves the engine with the old or the
+    /// new weights; the version says the old one, so that the next call installs again.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`]; the old weights stay.
+    pub async fn follow(&mut self, signed: Signed) -> Result<PolicyVersion, SnapshotError> {
+        let snapshot = SignedSnapshot::verify(signed, &self.trainer)?;
+        let manifest = snapshot.manifest();
+        let version = manifest.version;
+        let mismatch = |what, got: String, expected: String| SnapshotError::Mismatch { what, got, expected };
+        if manifest.run != self.run {
+            return Err(mismatch("run", manifest.run.to_string(), self.run.to_string()));
+        }
+        if manifest.base_model_id != self.base_model_id {
+            return Err(mismatch("base model", manifest.base_model_id.clone(), self.base_model_id.clone()));
+        }
+        match self.active() {
+            Some(active) if active == version => return Ok(version),
+            Some(installed) if installed > version => {
+                return Err(SnapshotError::Rollback { got: version, installed });
+            }
+            _ => {}
+        }
+        let adapter = match &manifest.payload {
+            Payload::Base => None,
+            Payload::Full(_) => return Err(SnapshotError::FullWeights { version }),
+            Payload::Lora(artefact) => {
+                let fetched = self.source.fetch(manifest, &self.trainer).await;
+                let bytes = fetched.map_err(|reason| SnapshotError::Fetch { version, reason })?;
+                manifest.check_payload(&bytes)?;
+                Some((artefact.hash, bytes.to_vec()))
+            }
+        };
+        let hash = adapter.as_ref().map(|(hash, _)| *hash);
+        self.engine.swap_adapter(version, adapter.map(|(_, bytes)| bytes)).await?;
+        self.active = Some((version, hash));
+        tracing::info!(%version, run = %self.run, "installed policy");
+        Ok(version)
+    }
+}
