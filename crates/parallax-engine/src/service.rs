@@ -5,9 +5,11 @@
 
 mod engine_thread;
 pub mod head;
+#[cfg(feature = "local")]
+pub mod membership;
 pub mod stage_server;
-//SWARM #[cfg(feature = "local")] pub mod membership;
-//SWARM #[cfg(feature = "local")] pub mod weights;
+#[cfg(feature = "local")]
+pub mod weights;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

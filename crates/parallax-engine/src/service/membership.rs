@@ -9,7 +9,6 @@ mod member;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lattica_bitswap::Blocks;
 use lattica_net::{Node, StreamError};
 use parallax_model::{Checkpoint, DeviceKind, LoadOptions, WeightDtype};
 use parallax_sched::service::MembershipServer;
@@ -21,7 +20,7 @@ use swarm_wire::generated::parallax::v1 as pb;
 
 use crate::local::LocalStage;
 use crate::service::head::{Head, HeadOptions, PipelineRunner, StageLoader};
-use crate::service::weights;
+use crate::service::weights::{self, WeightExchange};
 use crate::stage::{StageRunner, StageShape};
 pub use measure::bandwidth_gbps;
 pub use member::{JoinOptions, MemberError, MemberNews, join};
@@ -66,7 +65,10 @@ pub enum ServeError {
     Join(#[from] JoinError),
     /// The files cannot be published.
     #[error("cannot publish the model's files: {0}")]
-    Publish(String),
+    Publish(#[from] lattica_bitswap::PublishError),
+    /// The files could not be hashed.
+    #[error("cannot hash the model's files: {0}")]
+    Hash(String),
     /// The node refused.
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -87,30 +89,27 @@ pub fn incarnation_now() -> u64 {
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Becomes the head of a swarm: publishes the model, answers members, forms pipelines. The runner is for the engine.
+/// Becomes the head of a swarm: publishes the model over `exchange` (without one, members need copies of their own),
+/// answers members, forms pipelines. The runner is for the engine.
 ///
 /// # Errors
 /// When the checkpoint cannot be read or published, or the options make no sense.
 pub async fn serve(
     node: &Node,
-    blocks: &Blocks,
+    exchange: Option<&dyn WeightExchange>,
     checkpoint: Arc<Checkpoint>,
     options: ServeOptions,
 ) -> Result<(Head, PipelineRunner), ServeError> {
     let model = weights::model_profile(&options.model, &checkpoint, options.dtype);
     let files = weights::published_files(&checkpoint);
-    let weights_root = match files.first().and_then(|f| f.parent()) {
-        Some(dir) => {
-            let root =
-                blocks.publish_files(dir, &files).await.map_err(|e| ServeError::Publish(e.to_string()))?;
-            root.to_bytes().into()
-        }
-        None => bytes::Bytes::new(),
+    let weights_root = match (files.first().and_then(|f| f.parent()), exchange) {
+        (Some(dir), Some(exchange)) => exchange.publish(dir, &files).await?.to_bytes().into(),
+        _ => bytes::Bytes::new(),
     };
     let checkpoint_id = {
         let checkpoint = Arc::clone(&checkpoint);
         let id = tokio::task::spawn_blocking(move || checkpoint.id()).await;
-        id.map_err(|e| ServeError::Publish(e.to_string()))??
+        id.map_err(|e| ServeError::Hash(e.to_string()))??
     };
     let size = |what, value: usize| u32::try_from(value).map_err(|_| ServeError::Size { what, value });
     let (kv_pages, kv_page_tokens) =

@@ -10,7 +10,9 @@ use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use lattica_bitswap::{FetchError, Manifest};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use lattica_bitswap::{FetchError, Manifest, PublishError};
 use parallax_model::{Checkpoint, WeightDtype};
 use parallax_sched::ModelProfile;
 use swarm_wire::generated::parallax::v1::FileSpans;
@@ -56,6 +58,32 @@ pub enum WeightsError {
         /// Why.
         source: std::io::Error,
     },
+}
+
+/// Where published files go to and come from: a block exchange with peers, or a toy in a test.
+pub trait WeightExchange: Send + Sync {
+    /// Publishes files by reference; returns the root of their manifest, with one entry per file name.
+    fn publish<'a>(&'a self, dir: &'a Path, files: &'a [PathBuf])
+    -> BoxFuture<'a, Result<Cid, PublishError>>;
+
+    /// The manifest of a root, from here or from these peers.
+    fn manifest<'a>(
+        &'a self,
+        root: &'a Cid,
+        from: &'a [PeerId],
+    ) -> BoxFuture<'a, Result<Manifest, FetchError>>;
+
+    /// Gets the blocks of these spans (offset, length) and checks them; tells `progress` bytes done and in all.
+    fn fetch<'a>(
+        &'a self,
+        root: &'a Cid,
+        spans: &'a [(u64, u64)],
+        from: &'a [PeerId],
+        progress: Box<dyn FnMut(u64, u64) + Send + 'a>,
+    ) -> BoxFuture<'a, Result<(), FetchError>>;
+
+    /// Bytes that were fetched or published before.
+    fn read<'a>(&'a self, root: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>>;
 }
 
 /// What a model's parts weigh when loaded as `dtype`: what the planner needs.
@@ -233,22 +261,22 @@ const COMPLETE: &str = ".complete";
 /// # Errors
 /// When the list makes no sense, nobody has the bytes, or the disk refuses.
 pub async fn fetch(
-    blocks: &lattica_bitswap::Blocks,
+    exchange: &dyn WeightExchange,
     root: &Cid,
     files: &[FileSpans],
     layers: LayerRange,
     from: &[PeerId],
     cache_dir: &Path,
-    mut progress: impl FnMut(u64, u64) + Send,
+    progress: impl FnMut(u64, u64) + Send,
 ) -> Result<PathBuf, WeightsError> {
     if let Some(path) = finished_copy(cache_dir, root, layers) {
         return Ok(path);
     }
     let wanted = WantedFiles::try_from(files)?;
-    let manifest = blocks.fetch_manifest(root, from).await?;
+    let manifest = exchange.manifest(root, from).await?;
     let places = wanted.places(&manifest)?;
     let spans: Vec<(u64, u64)> = merged(places.iter().map(|&(_, _, at, len)| (at, len)).collect());
-    blocks.fetch_spans(root, &spans, from, |p| progress(p.done_bytes, p.total_bytes)).await?;
+    exchange.fetch(root, &spans, from, Box::new(progress)).await?;
 
     let dir = sparse_dir(cache_dir, root, layers);
     let disk = |path: &Path| {
@@ -265,7 +293,7 @@ pub async fn fetch(
             let mut done = 0;
             while done < len {
                 let n = COPY_BYTES.min(len - done);
-                let bytes = blocks.read_span(root, source_at + done, n).await?;
+                let bytes = exchange.read(root, source_at + done, n).await?;
                 file.write_all(&bytes).map_err(disk(&path))?;
                 done += n;
             }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lattica_bitswap::Blocks;
 use lattica_net::{Node, StreamError};
 use parallax_model::{Checkpoint, DeviceKind, LoadOptions};
 use parallax_sched::profile::roofline;
@@ -15,7 +14,7 @@ use swarm_wire::{DecodeError, LayerRange, PeerId, PolicyVersion};
 
 use super::{bandwidth_gbps, incarnation_now, load_stage};
 use crate::service::stage_server::{StageServer, StageServerError};
-use crate::service::weights::{self, WeightsError};
+use crate::service::weights::{self, WeightExchange, WeightsError};
 use crate::stage::StageRunner;
 
 /// Reports carry fresh counters at least this often.
@@ -127,7 +126,7 @@ pub enum MemberError {
 /// When there is no head, the local copy is another model, or weights cannot be had or loaded.
 pub async fn join(
     node: &Node,
-    blocks: &Blocks,
+    exchange: Option<&dyn WeightExchange>,
     options: &JoinOptions,
     mut news: impl FnMut(MemberNews) + Send,
 ) -> Result<(), MemberError> {
@@ -147,7 +146,7 @@ pub async fn join(
             device: options.device.to_string(),
         };
         let client = MemberClient::join(node, client).await?;
-        let mut member = Member { blocks, options, model, own_copy, stage: &stage, client, spare: None };
+        let mut member = Member { exchange, options, model, own_copy, stage: &stage, client, spare: None };
         member.run(&mut news).await?;
         // The head serves another model now: look at it afresh.
     }
@@ -192,7 +191,7 @@ async fn own_copy(
 }
 
 struct Member<'a> {
-    blocks: &'a Blocks,
+    exchange: Option<&'a dyn WeightExchange>,
     options: &'a JoinOptions,
     model: pb::ModelDescription,
     own_copy: Option<Arc<Checkpoint>>,
@@ -342,6 +341,8 @@ impl Member<'_> {
         let root = swarm_wire::cid::decode(&self.model.weights_root)?;
         let (from, cache) = ([self.client.head().clone()], &self.options.cache_dir);
         let progress = |done_bytes, total_bytes| news(MemberNews::Fetching { done_bytes, total_bytes });
-        Ok(weights::fetch(self.blocks, &root, &assignment.files, layers, &from, cache, progress).await?)
+        let missing = || WeightsError::NotPublished { model: self.model.name.clone() };
+        let exchange = self.exchange.ok_or_else(missing)?;
+        Ok(weights::fetch(exchange, &root, &assignment.files, layers, &from, cache, progress).await?)
     }
 }
