@@ -101,6 +101,9 @@ impl ChatTemplate {
             .render(context! {
                 messages,
                 add_generation_prompt,
+                // Templates ask whether these are none, as transformers passes them.
+                tools => Value::from(()),
+                documents => Value::from(()),
                 bos_token => &self.bos_token,
                 eos_token => &self.eos_token,
             })
@@ -140,6 +143,28 @@ mod tests {
         let m = [ChatMessage::new("user", "a\"b")];
         assert_eq!(t.render(&m, false).unwrap(), "\"a\\\"b\" none");
         assert_eq!(t.render_at(&m, false, Some("21 Nov 2026")).unwrap(), "\"a\\\"b\" 21 Nov 2026");
+    }
+
+    #[test]
+    fn real_world_constructs_render() {
+        // The idioms of the Llama 3 and Qwen3 templates: namespaces, slices, none tests, string methods.
+        let source = "{%- set ns = namespace(found=false, last=messages|length - 1) %}
+{%- if tools is not none %}TOOLS{% endif %}
+{%- if messages[0]['role'] == 'system' %}{{- '<sys>' + messages[0]['content']|trim + '</sys>' }}{% set messages = messages[1:] %}{% endif %}
+{%- for message in messages[::-1] %}{% if message.role == 'user' and not ns.found %}{% set ns.found = true %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+{%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+{{- '<' ~ message.role ~ '>' ~ content }}
+{%- if message.tool_calls is defined and message.tool_calls.startswith('y') %}no{% endif %}
+{%- if not loop.last %}{{ ' ' }}{% endif %}
+{%- endfor %} {{ ns.last }}";
+        let t = ChatTemplate::new(source, "", "").unwrap();
+        let m = [
+            ChatMessage::new("system", " be brief "),
+            ChatMessage::new("user", "q"),
+            ChatMessage::new("assistant", "<think>t</think>\n\na"),
+        ];
+        assert_eq!(t.render(&m, false).unwrap(), "<sys>be brief</sys><user>q <assistant>a 1");
     }
 
     #[test]

@@ -13,8 +13,9 @@ use crate::{
     chat_template::ChatTemplate,
     config::ModelConfig,
     error::{OpenError, TemplateError, TokenizerError},
+    options::WeightDtype,
     tokenizer::{Tokenizer, gguf::GgufVocabulary},
-    weights::{ROPE_FACTORS, Source, WeightIndex, gguf::GgufFile, safetensors},
+    weights::{ROPE_FACTORS, Source, StoredDtype, WeightIndex, gguf::GgufFile, safetensors},
 };
 
 /// Bytes of one tensor in one file.
@@ -259,6 +260,19 @@ impl Checkpoint {
             .collect();
         spans.sort_by_key(|s| (s.file, s.offset));
         spans
+    }
+
+    /// Bytes in memory of a stage of these layers.
+    pub fn stage_bytes(&self, layers: Range<usize>, dtype: WeightDtype) -> u64 {
+        if dtype != WeightDtype::Native {
+            return self.config.stage_bytes(&layers, dtype);
+        }
+        // f16 is the one format that grows: the kernels take it as f32.
+        let in_memory = |span: &TensorSpan| match self.index.tensors[&span.name].dtype {
+            StoredDtype::F16 => span.len * 2,
+            _ => span.len,
+        };
+        self.tensor_spans(layers).iter().map(in_memory).sum()
     }
 
     /// The weight files, in the order that [`TensorSpan::file`] counts.

@@ -5,9 +5,11 @@
 mod from_gguf;
 mod from_hf;
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
-use crate::error::ConfigError;
+use crate::{error::ConfigError, options::WeightDtype};
 
 /// Families with a forward pass here. What is special about each is in `family/`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -269,6 +271,28 @@ impl ModelConfig {
         let table = self.vocab as u64 * self.hidden as u64;
         let tables = if self.tied_embeddings { table } else { 2 * table };
         self.layer_parameters() * self.n_layers as u64 + tables + self.hidden as u64
+    }
+
+    /// Bytes of one decoder layer in memory.
+    pub fn layer_bytes(&self, dtype: WeightDtype) -> u64 {
+        dtype.bytes(self.layer_parameters())
+    }
+
+    /// Bytes of the embedding table, or of the head; a tied head is the table itself. Four-bit weights keep
+    /// the tables at eight.
+    pub fn table_bytes(&self, dtype: WeightDtype) -> u64 {
+        let dtype = if dtype == WeightDtype::Q4_0 { WeightDtype::Q8_0 } else { dtype };
+        dtype.bytes(self.vocab as u64 * self.hidden as u64)
+    }
+
+    /// Bytes of a stage of these layers, tables included where it needs them.
+    pub fn stage_bytes(&self, layers: &Range<usize>, dtype: WeightDtype) -> u64 {
+        let (first, last) = (layers.start == 0, layers.end >= self.n_layers);
+        let tables = match (first, last) {
+            (true, true) if self.tied_embeddings => 1,
+            _ => u64::from(first) + u64::from(last),
+        };
+        layers.len() as u64 * self.layer_bytes(dtype) + tables * self.table_bytes(dtype)
     }
 
     /// Key-value bytes of one token in one layer, stored as f32.

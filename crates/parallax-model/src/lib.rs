@@ -5,6 +5,7 @@
 //! provers would be convicted.
 //!
 //! ```no_run
+//! # #[cfg(feature = "cpu")]
 //! use parallax_model::{Checkpoint, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let checkpoint = Checkpoint::resolve("models/SmolLM2-135M-Instruct.Q4_1.gguf")?;
@@ -14,19 +15,20 @@
 //! let output = stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(&tokens))?;
 //! println!("{:?}", parallax_model::logprob::argmax(&output.logits));
 //! # Ok(()) }
+//! # #[cfg(not(feature = "cpu"))] fn main() {}
 //! ```
 //!
 //! # Map
 //! - [`config`]: `ModelConfig` from config.json or GGUF metadata, validated; [`catalogue`]: known checkpoints
 //! - `checkpoint`: one checkpoint, whatever its container; `weights/`: GGUF, safetensors, names
 //! - [`tokenizer`], [`chat_template`]: text <-> tokens, messages -> prompt
-//! - `layer`: the one decoder layer; `ops/`: the hot operations as Burn extension ops
-//! - `stage`: what one node holds; [`train`]: the same layers on an autodiff device
+//! - `layer`: the one decoder layer; `ops/`: the hot operations as Burn extension ops, and composed of Burn's own
+//! - `load`: weights packed for the kernels; `stage`: what one node holds; `train`: the same layers with gradients
 //! - `adapter`: LoRA adapters, PEFT names; [`logprob`]: the one log-probability
 
 #![cfg_attr(
     not(feature = "cpu"),
-    allow(dead_code, unused_imports, reason = "without a device only the pure parts are reachable")
+    allow(dead_code, reason = "without a device only reading and describing checkpoints is left")
 )]
 
 mod adapter;
@@ -34,14 +36,19 @@ pub mod catalogue;
 pub mod chat_template;
 mod checkpoint;
 pub mod config;
+#[cfg(feature = "cpu")]
 mod device;
 mod error;
 mod files;
+#[cfg(feature = "cpu")]
 mod layer;
+#[cfg(feature = "cpu")]
 mod load;
 pub mod logprob;
+#[cfg(feature = "cpu")]
 mod ops;
 mod options;
+#[cfg(feature = "cpu")]
 mod stage;
 #[cfg(all(test, feature = "train"))]
 mod testing;
@@ -58,6 +65,7 @@ pub use error::{
     AdapterError, ConfigError, ForwardError, LoadError, OpenError, SaveError, TemplateError, TokenizerError,
 };
 pub use options::{DeviceKind, LoadOptions, WeightDtype};
+#[cfg(feature = "cpu")]
 pub use stage::{ForwardBatch, SequenceRows, Stage, StageInput, StageOutput, Want};
 pub use tokenizer::{StreamDecoder, Tokenizer};
 #[cfg(feature = "train")]

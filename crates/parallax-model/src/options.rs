@@ -21,6 +21,20 @@ pub enum WeightDtype {
     Q4_0,
 }
 
+impl WeightDtype {
+    /// Bytes of `n` weights in memory. `Native` counts as bf16, which most checkpoints are published in;
+    /// [`crate::Checkpoint::stage_bytes`] knows better for an opened one.
+    pub fn bytes(self, n: u64) -> u64 {
+        match self {
+            Self::F32 => n * 4,
+            Self::Native | Self::Bf16 => n * 2,
+            // 32 values and a 16-bit scale.
+            Self::Q8_0 => n.div_ceil(32) * 34,
+            Self::Q4_0 => n.div_ceil(32) * 18,
+        }
+    }
+}
+
 impl FromStr for WeightDtype {
     type Err = String;
 
