@@ -16,8 +16,11 @@ pub mod matmul;
 pub mod norm;
 mod parallel;
 pub mod pool;
+pub mod reference;
 pub mod rope;
 mod simd;
+#[cfg(test)]
+mod testing;
 
 pub use dtype::WeightKind;
 pub use error::KernelError;

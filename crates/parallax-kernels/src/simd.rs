@@ -33,6 +33,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type I: Copy;
     /// Four signed bytes for each of sixteen outputs, prepared for [`Simd::dot4`].
     type W: Copy;
+    /// As [`Simd::W`], prepared for [`Simd::dot4_wide`].
+    type Wide: Copy;
     /// Four unsigned nibbles (as bytes) for each of sixteen outputs, prepared for [`Simd::dot4_nibbles`].
     type N: Copy;
     /// Running sum of nibble products; holds the eight groups of one block.
@@ -40,6 +42,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Vectors of sixteen sums that fit the registers beside their operands.
     const TILE: usize;
+    /// Whether several rows are faster by [`Simd::dot4_wide`] than by [`Simd::dot4`].
+    const WIDE: bool;
 
     fn splat(self, v: f32) -> Self::F;
     fn load(self, v: &[f32; LANES]) -> Self::F;
@@ -74,12 +78,18 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// The float value of each lane; exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::F;
+    /// Zero in every lane.
+    fn zero(self) -> Self::I;
     /// Where a block's integer sum starts, given the sum of the block's activations.
     fn dot_start(self, activation_sum: i32) -> Self::I;
     /// Prepares four weights per output: byte `4 * output + j`.
     fn weights(self, v: &[u8; 4 * LANES]) -> Self::W;
     /// Adds, for each output, the exact product of its four weights with the four signed activations in `x`.
     fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I;
+    /// As [`Simd::weights`], for use with several rows: more work here, less in [`Simd::dot4_wide`].
+    fn weights_wide(self, v: &[u8; 4 * LANES]) -> Self::Wide;
+    /// As [`Simd::dot4`] at 256 times the scale, with the activations as pairs of 16 bits: (0, 2) and (1, 3).
+    fn dot4_wide(self, acc: Self::I, w: Self::Wide, x: [i32; 2]) -> Self::I;
     /// The low and the high nibbles of the bytes.
     fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N);
     /// An empty sum.

@@ -1,1 +1,208 @@
-//! Tests.
+//! Attention against the reference, finite differences, and itself under other batchings.
+
+use super::*;
+use crate::reference::attention::{Shape, causal};
+use crate::testing::{assert_close, assert_gradient, bits, noise, same_at_every_level, with_threads};
+
+const SHAPES: [Shape; 4] = [
+    Shape { n_heads: 9, n_kv_heads: 3, head_dim: 64 },
+    Shape { n_heads: 4, n_kv_heads: 4, head_dim: 8 },
+    Shape { n_heads: 8, n_kv_heads: 1, head_dim: 24 },
+    Shape { n_heads: 14, n_kv_heads: 2, head_dim: 32 },
+];
+
+struct Batch {
+    shape: Shape,
+    cu_seqlens: Vec<u32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    scale: f32,
+}
+
+impl Batch {
+    fn new(shape: Shape, lengths: &[u32]) -> Self {
+        let mut cu_seqlens = vec![0];
+        for len in lengths {
+            cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + len);
+        }
+        let total = *cu_seqlens.last().unwrap() as usize;
+        let narrow = total * shape.n_kv_heads * shape.head_dim;
+        Self {
+            shape,
+            cu_seqlens,
+            q: noise(total * shape.n_heads * shape.head_dim, 1).iter().map(|v| v * 3.0).collect(),
+            k: noise(narrow, 2),
+            v: noise(narrow, 3),
+            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+        }
+    }
+
+    fn forward(&self) -> (Vec<f32>, Vec<f32>) {
+        let Shape { n_heads, n_kv_heads, head_dim } = self.shape;
+        let (mut out, mut lse) = (vec![0.0; self.q.len()], vec![0.0; self.q.len() / head_dim]);
+        let (q, k, v, cu) = (&self.q, &self.k, &self.v, &self.cu_seqlens);
+        causal_attention_forward(q, k, v, n_heads, n_kv_heads, head_dim, cu, self.scale, &mut out, &mut lse)
+            .expect("shapes fit");
+        (out, lse)
+    }
+
+    /// The same rows through a paged store whose pages lie scattered, fed in steps of `chunk` rows per sequence.
+    fn paged(&self, page_tokens: usize, chunk: usize) -> Vec<f32> {
+        let Shape { n_heads, n_kv_heads, head_dim } = self.shape;
+        let (wide, narrow) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let lengths: Vec<usize> = self.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
+        let mut next = 0;
+        let mut tables: Vec<Vec<u32>> = lengths
+            .iter()
+            .map(|len| {
+                (0..len.div_ceil(page_tokens))
+                    .map(|_| {
+                        next += 1;
+                        next - 1
+                    })
+                    .collect()
+            })
+            .collect();
+        for page in tables.iter_mut().flatten() {
+            *page = next - 1 - *page;
+        }
+        let store = next as usize * page_len(page_tokens, n_kv_heads, head_dim);
+        // Unused slots hold NaN: nothing may look at them.
+        let (mut keys, mut values) = (vec![f32::NAN; store], vec![f32::NAN; store]);
+        let mut out = vec![0.0; self.q.len()];
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        for from in (0..longest).step_by(chunk) {
+            let mut rows = Vec::new();
+            let mut index = Vec::new();
+            for (seq, &len) in lengths.iter().enumerate() {
+                for p in from..(from + chunk).min(len) {
+                    rows.push(RowRef { seq, n_keys: p + 1 });
+                    index.push(self.cu_seqlens[seq] as usize + p);
+                }
+            }
+            let take = |v: &[f32], width: usize| -> Vec<f32> {
+                index.iter().flat_map(|&t| v[t * width..(t + 1) * width].to_vec()).collect()
+            };
+            let tables = tables.as_slice();
+            let mut kv =
+                KvPagesMut { k: &mut keys, v: &mut values, page_tokens, tables, n_kv_heads, head_dim };
+            append_kv(&mut kv, &rows, &take(&self.k, narrow), &take(&self.v, narrow)).unwrap();
+            let kv = KvPages { k: &keys, v: &values, page_tokens, tables, n_kv_heads, head_dim };
+            let mut part = vec![0.0; rows.len() * wide];
+            paged_attention(&take(&self.q, wide), n_heads, &rows, &kv, self.scale, &mut part).unwrap();
+            for (row, &t) in part.chunks_exact(wide).zip(&index) {
+                out[t * wide..(t + 1) * wide].copy_from_slice(row);
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn forward_agrees_with_the_reference() {
+    for shape in SHAPES {
+        let batch = Batch::new(shape, &[1, 40, 0, 17]);
+        let out = same_at_every_level(|| {
+            let (out, lse) = batch.forward();
+            [out, lse].concat()
+        });
+        let expected = causal(&batch.q, &batch.k, &batch.v, shape, &batch.cu_seqlens, batch.scale);
+        assert_close(&out[..batch.q.len()], &expected, 2e-6);
+    }
+}
+
+#[test]
+fn paging_chunking_and_threads_do_not_change_a_bit() {
+    for shape in SHAPES {
+        let batch = Batch::new(shape, &[70, 3, 33]);
+        let expected = bits(&batch.forward().0);
+        for (page_tokens, chunk) in [(16, 1), (16, 70), (32, 7), (48, 20)] {
+            assert_eq!(
+                bits(&batch.paged(page_tokens, chunk)),
+                expected,
+                "pages {page_tokens}, chunk {chunk}"
+            );
+        }
+        for threads in [1, 3] {
+            assert_eq!(with_threads(threads, || bits(&batch.forward().0)), expected);
+        }
+    }
+}
+
+#[test]
+fn a_later_nan_does_not_reach_earlier_rows() {
+    let shape = SHAPES[0];
+    let mut batch = Batch::new(shape, &[20]);
+    let clean = batch.forward().0;
+    let width = shape.n_kv_heads * shape.head_dim;
+    batch.v[12 * width..13 * width].fill(f32::NAN);
+    batch.k[12 * width..13 * width].fill(f32::INFINITY);
+    let out = batch.forward().0;
+    let wide = shape.n_heads * shape.head_dim;
+    assert_eq!(bits(&out[..12 * wide]), bits(&clean[..12 * wide]));
+    assert!(out[12 * wide..].iter().all(|v| !v.is_finite()));
+}
+
+#[test]
+fn backward_is_the_derivative() {
+    // Longer than one block of rows.
+    for (shape, lengths) in [
+        (Shape { n_heads: 4, n_kv_heads: 2, head_dim: 8 }, [5u32, 9].as_slice()),
+        (Shape { n_heads: 2, n_kv_heads: 1, head_dim: 6 }, &[70]),
+    ] {
+        let batch = Batch::new(shape, lengths);
+        let dout = noise(batch.q.len(), 4);
+        let gradients = same_at_every_level(|| {
+            let (out, lse) = batch.forward();
+            let mut d = [vec![1.0; batch.q.len()], vec![1.0; batch.k.len()], vec![1.0; batch.v.len()]];
+            let [dq, dk, dv] = &mut d;
+            let Shape { n_heads, n_kv_heads, head_dim } = shape;
+            causal_attention_backward(
+                &batch.q,
+                &batch.k,
+                &batch.v,
+                &out,
+                &lse,
+                &dout,
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                &batch.cu_seqlens,
+                batch.scale,
+                dq,
+                dk,
+                dv,
+            )
+            .unwrap();
+            d.concat()
+        });
+        let (dq, rest) = gradients.split_at(batch.q.len());
+        let (dk, dv) = rest.split_at(batch.k.len());
+        let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
+            let out = causal(q, k, v, shape, &batch.cu_seqlens, batch.scale);
+            out.iter().zip(&dout).map(|(o, &d)| o * f64::from(d)).sum()
+        };
+        let some = |n: usize| (0..n).step_by(n.div_ceil(60));
+        assert_gradient(&batch.q, dq, some(dq.len()), 2e-3, |q| loss(q, &batch.k, &batch.v));
+        assert_gradient(&batch.k, dk, some(dk.len()), 2e-3, |k| loss(&batch.q, k, &batch.v));
+        assert_gradient(&batch.v, dv, some(dv.len()), 2e-3, |v| loss(&batch.q, &batch.k, v));
+    }
+}
+
+#[test]
+fn rows_outside_their_pages_are_refused() {
+    let store = vec![0.0; 2 * page_len(16, 1, 4)];
+    let tables = [vec![0u32, 1], vec![2]];
+    let kv = |tables| KvPages { k: &store, v: &store, page_tokens: 16, tables, n_kv_heads: 1, head_dim: 4 };
+    let mut out = [0.0; 4];
+    let mut attend = |row: RowRef, kv: &KvPages<'_>| paged_attention(&[0.0; 4], 1, &[row], kv, 1.0, &mut out);
+    assert!(attend(RowRef { seq: 0, n_keys: 32 }, &kv(&tables[..1])).is_ok());
+    assert!(attend(RowRef { seq: 0, n_keys: 33 }, &kv(&tables[..1])).is_err());
+    assert!(attend(RowRef { seq: 0, n_keys: 0 }, &kv(&tables[..1])).is_err());
+    assert!(attend(RowRef { seq: 1, n_keys: 1 }, &kv(&tables[..1])).is_err());
+    assert!(attend(RowRef { seq: 0, n_keys: 1 }, &kv(&tables)).is_err(), "page 2 does not exist");
+    let odd = KvPages { page_tokens: 8, ..kv(&tables[..1]) };
+    assert!(attend(RowRef { seq: 0, n_keys: 1 }, &odd).is_err());
+    assert!(check_sequences("test", &[0, 3, 2], 2).is_err());
+}

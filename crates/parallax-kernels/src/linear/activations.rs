@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use crate::dispatch::{Isa, simd_kernel};
 use crate::dtype::BLOCK;
 use crate::parallel::for_rows;
-use crate::simd::LANES;
+use crate::simd::{LANES, Simd};
 
 /// Thirty-two activations: `scale * q`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,9 +18,27 @@ pub(crate) struct ActivationBlock {
     pub sum: i32,
     /// Largest magnitude / 127.
     pub scale: f32,
+    /// `q` as 16-bit pairs for [`Simd::dot4_wide`], the even pairs and the odd ones apart, so that each is one broadcast
+    /// load; filled when there are several rows and the level wants it.
+    pub pairs: [[i32; BLOCK / 4]; 2],
 }
 
-const EMPTY: ActivationBlock = ActivationBlock { q: [0; BLOCK], sum: 0, scale: 0.0 };
+impl ActivationBlock {
+    const EMPTY: Self = Self { q: [0; BLOCK], sum: 0, scale: 0.0, pairs: [[0; BLOCK / 4]; 2] };
+
+    #[inline(always)]
+    fn fill_pairs(&mut self) {
+        let pair = |a: i8, b: i8| i32::from(a) & 0xffff | i32::from(b) << 16;
+        let [even, odd] = &mut self.pairs;
+        for ((even, odd), q) in even.iter_mut().zip(odd).zip(self.q.as_chunks::<4>().0) {
+            *even = pair(q[0], q[2]);
+            *odd = pair(q[1], q[3]);
+        }
+    }
+}
+
+/// A block without any magnitude above this counts as zero, which keeps every product of scales a normal number.
+const SMALLEST: f32 = 1e-25;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<ActivationBlock>> = const { RefCell::new(Vec::new()) };
@@ -36,28 +54,34 @@ pub(crate) fn with_quantized<R>(
     let Some(x) = x else { return f(&[]) };
     // Taken out, not borrowed: a nested product on this thread then simply allocates its own.
     let mut blocks = SCRATCH.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    blocks.resize(x.len() / BLOCK, EMPTY);
+    blocks.resize(x.len() / BLOCK, ActivationBlock::EMPTY);
+    let several = x.len() > k;
     for_rows(&mut blocks, k / BLOCK, k * 4, |rows, chunk| {
-        quantize(isa, &x[rows.start * k..rows.end * k], chunk)
+        quantize(isa, &x[rows.start * k..rows.end * k], several, chunk)
     });
     let result = f(&blocks);
     SCRATCH.with(|s| *s.borrow_mut() = blocks);
     result
 }
 
+/// Whether the level uses the pairs.
+#[inline(always)]
+fn is_wide<S: Simd>(_: S) -> bool {
+    S::WIDE
+}
+
 simd_kernel! {
     /// Quantises whole blocks of `x`.
-    pub(crate) fn quantize(s; x: &[f32], blocks: &mut [ActivationBlock]) {
+    pub(crate) fn quantize(s; x: &[f32], several: bool, blocks: &mut [ActivationBlock]) {
         for (x, block) in x.as_chunks::<BLOCK>().0.iter().zip(blocks) {
             let (halves, _) = x.as_chunks::<LANES>();
             let v = [s.load(&halves[0]), s.load(&halves[1])];
             let largest = f32::from_bits(s.max_abs_bits(v[1], s.max_abs_bits(v[0], 0)));
             if !largest.is_finite() {
-                *block = ActivationBlock { scale: f32::NAN, ..EMPTY };
+                *block = ActivationBlock { scale: f32::NAN, ..ActivationBlock::EMPTY };
                 continue;
             }
-            // Magnitudes whose inverse would overflow are zero for every purpose of a network.
-            let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
+            let inverse = if largest > SMALLEST { 127.0 / largest } else { 0.0 };
             let (q, _) = block.q.as_chunks_mut::<LANES>();
             let mut sum = 0;
             for (v, q) in v.into_iter().zip(q) {
@@ -65,6 +89,9 @@ simd_kernel! {
             }
             block.sum = sum;
             block.scale = largest / 127.0;
+            if several && is_wide(s) {
+                block.fill_pairs();
+            }
         }
     }
 }

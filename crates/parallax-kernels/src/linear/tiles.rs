@@ -128,6 +128,23 @@ impl Tile for Q8Tile {
 
     #[inline(always)]
     fn multiply<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R], acc: &mut [S::F; R]) {
+        let scale = s.from_f16(&self.scales);
+        if S::WIDE && R > 1 {
+            let mut dot = [s.zero(); R];
+            for (g, bytes) in self.groups.iter().enumerate() {
+                let w = s.weights_wide(bytes);
+                for r in 0..R {
+                    dot[r] = s.dot4_wide(dot[r], w, [x[r].pairs[0][g], x[r].pairs[1][g]]);
+                }
+            }
+            // The sums are 256 times too large. That is a power of two, and the scales are far from the subnormals, so
+            // taking it out of the scale changes no bit.
+            let scale = s.mul(scale, s.splat(1.0 / 256.0));
+            for r in 0..R {
+                acc[r] = s.fma(s.to_f32(dot[r]), s.mul(scale, s.splat(x[r].scale)), acc[r]);
+            }
+            return;
+        }
         let mut dot: [S::I; R] = std::array::from_fn(|r| s.dot_start(x[r].sum));
         for (g, bytes) in self.groups.iter().enumerate() {
             let w = s.weights(bytes);
@@ -135,7 +152,6 @@ impl Tile for Q8Tile {
                 dot[r] = s.dot4(dot[r], w, group(x[r], g));
             }
         }
-        let scale = s.from_f16(&self.scales);
         for r in 0..R {
             acc[r] = s.fma(s.to_f32(dot[r]), s.mul(scale, s.splat(x[r].scale)), acc[r]);
         }
@@ -329,6 +345,8 @@ fn walk<S: Simd, T: Tile>(
                 rows_by_panel::<S, T, 8>(s, x, tiles, row, panel, out)
             } else if left >= 4 {
                 rows_by_panel::<S, T, 4>(s, x, tiles, row, panel, out)
+            } else if left >= 3 {
+                rows_by_panel::<S, T, 3>(s, x, tiles, row, panel, out)
             } else if left >= 2 {
                 rows_by_panel::<S, T, 2>(s, x, tiles, row, panel, out)
             } else {

@@ -1,7 +1,8 @@
 //! AVX2 with FMA and F16C: sixteen lanes are two registers.
 //!
 //! The byte products use `vpmaddubsw` on |w| and x carrying w's sign. Two such products are at most
-//! 2 * 128 * 127 = 32512, so the saturating 16-bit sum never saturates and the result is exact.
+//! 2 * 128 * 127 = 32512, so the saturating 16-bit sum never saturates and the result is exact. With several rows the
+//! weights are spread to 16 bits once (times 256, which costs no extra instruction) and `vpmaddwd` does the rest.
 
 use std::arch::x86_64::*;
 
@@ -62,11 +63,14 @@ impl Simd for Avx2 {
     type I = [__m256i; 2];
     /// The weights, and their absolute values as unsigned bytes.
     type W = ([__m256i; 2], [__m256i; 2]);
+    /// Sixteen-bit lanes of 256 times the even bytes, and of 256 times the odd bytes.
+    type Wide = ([__m256i; 2], [__m256i; 2]);
     type N = [__m256i; 2];
     /// Sixteen-bit pair sums: eight additions of at most 2 * 15 * 127 stay below 32767.
     type Acc = [__m256i; 2];
 
     const TILE: usize = 6;
+    const WIDE: bool = true;
 
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
@@ -186,6 +190,10 @@ impl Simd for Avx2 {
         halves!(_mm256_cvtepi32_ps(v))
     }
     #[inline(always)]
+    fn zero(self) -> Self::I {
+        simd!([_mm256_setzero_si256(); 2])
+    }
+    #[inline(always)]
     fn dot_start(self, _activation_sum: i32) -> Self::I {
         simd!([_mm256_setzero_si256(); 2])
     }
@@ -208,6 +216,29 @@ impl Simd for Avx2 {
             [
                 _mm256_add_epi32(acc[0], _mm256_madd_epi16(pairs[0], ones)),
                 _mm256_add_epi32(acc[1], _mm256_madd_epi16(pairs[1], ones)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn weights_wide(self, v: &[u8; 4 * LANES]) -> Self::Wide {
+        let v = self.load_i(v);
+        simd!({
+            let high = _mm256_set1_epi16(i16::MIN >> 7);
+            (v.map(|v| _mm256_slli_epi16::<8>(v)), v.map(|v| _mm256_and_si256(v, high)))
+        })
+    }
+    #[inline(always)]
+    fn dot4_wide(self, acc: Self::I, w: Self::Wide, x: [i32; 2]) -> Self::I {
+        let (even, odd) = w;
+        simd!({
+            let x = [_mm256_set1_epi32(x[0]), _mm256_set1_epi32(x[1])];
+            let acc = [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(even[0], x[0])),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(even[1], x[0])),
+            ];
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(odd[0], x[1])),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(odd[1], x[1])),
             ]
         })
     }

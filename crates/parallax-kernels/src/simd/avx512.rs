@@ -63,10 +63,12 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     type W = __m512i;
+    type Wide = (__m512i, __m512i);
     type N = __m512i;
     type Acc = __m512i;
 
     const TILE: usize = 24;
+    const WIDE: bool = false;
 
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
@@ -169,6 +171,10 @@ impl Simd for Avx512 {
         simd!(_mm512_cvtepi32_ps(v))
     }
     #[inline(always)]
+    fn zero(self) -> Self::I {
+        simd!(_mm512_setzero_si512())
+    }
+    #[inline(always)]
     fn dot_start(self, activation_sum: i32) -> Self::I {
         simd!(_mm512_set1_epi32(-128 * activation_sum))
     }
@@ -180,6 +186,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I {
         simd!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)))
+    }
+    #[inline(always)]
+    fn weights_wide(self, v: &[u8; 4 * LANES]) -> Self::Wide {
+        let v = self.load_i(v);
+        simd!((_mm512_slli_epi16::<8>(v), _mm512_and_si512(v, _mm512_set1_epi16(i16::MIN >> 7))))
+    }
+    #[inline(always)]
+    fn dot4_wide(self, acc: Self::I, w: Self::Wide, x: [i32; 2]) -> Self::I {
+        simd!({
+            let acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w.0, _mm512_set1_epi32(x[0])));
+            _mm512_add_epi32(acc, _mm512_madd_epi16(w.1, _mm512_set1_epi32(x[1])))
+        })
     }
     #[inline(always)]
     fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {

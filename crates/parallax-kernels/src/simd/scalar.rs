@@ -24,10 +24,12 @@ impl Simd for Scalar {
     type F = [f32; LANES];
     type I = [i32; LANES];
     type W = [i8; 4 * LANES];
+    type Wide = [i8; 4 * LANES];
     type N = [i8; 4 * LANES];
     type Acc = [i32; LANES];
 
     const TILE: usize = 6;
+    const WIDE: bool = false;
 
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
@@ -107,6 +109,10 @@ impl Simd for Scalar {
         v.map(|v| v as f32)
     }
     #[inline(always)]
+    fn zero(self) -> Self::I {
+        [0; LANES]
+    }
+    #[inline(always)]
     fn dot_start(self, _activation_sum: i32) -> Self::I {
         [0; LANES]
     }
@@ -118,6 +124,17 @@ impl Simd for Scalar {
     fn dot4(self, acc: Self::I, w: Self::W, x: i32) -> Self::I {
         let x = x.to_le_bytes().map(|b| i32::from(b.cast_signed()));
         std::array::from_fn(|o| (0..4).fold(acc[o], |sum, j| sum + i32::from(w[4 * o + j]) * x[j]))
+    }
+    #[inline(always)]
+    fn weights_wide(self, v: &[u8; 4 * LANES]) -> Self::Wide {
+        v.map(u8::cast_signed)
+    }
+    #[inline(always)]
+    fn dot4_wide(self, acc: Self::I, w: Self::Wide, x: [i32; 2]) -> Self::I {
+        // Low and high halves of the even pair, then of the odd pair.
+        let [even, odd] = x.map(|pair| [i32::from(pair as i16), pair >> 16]);
+        let x = [even[0], odd[0], even[1], odd[1]];
+        std::array::from_fn(|o| (0..4).fold(acc[o], |sum, j| sum + 256 * i32::from(w[4 * o + j]) * x[j]))
     }
     #[inline(always)]
     fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {

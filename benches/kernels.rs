@@ -1,0 +1,158 @@
+//! Kernel benches on the shapes of SmolLM2-135M: linear layers against the memory bandwidth, and the small kernels.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use parallax_kernels::attention::{KvPages, RowRef, page_len, paged_attention};
+use parallax_kernels::linear::{PackedWeight, linear, linear_multi};
+use parallax_kernels::{WeightKind, activation, logprob, matmul, norm, pool};
+
+const HIDDEN: usize = 576;
+const FFN: usize = 1536;
+const KV: usize = 192;
+const VOCAB: usize = 49152;
+const LAYERS: usize = 30;
+
+/// Numbers in -1..1 from a multiplicative congruential generator.
+fn noise(n: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2).wrapping_add(1);
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+struct Layer {
+    qkv: [PackedWeight; 3],
+    o: PackedWeight,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+}
+
+/// The linear layers of the whole model, so that a sweep streams all of its bytes from memory.
+struct Model {
+    layers: Vec<Layer>,
+    head: PackedWeight,
+}
+
+impl Model {
+    fn new(kind: WeightKind) -> Self {
+        let pack = |n: usize, k: usize| {
+            PackedWeight::pack_f32(kind, &noise(n * k, (n + k) as u32), n, k).expect("shapes fit")
+        };
+        let layer = || Layer {
+            qkv: [pack(HIDDEN, HIDDEN), pack(KV, HIDDEN), pack(KV, HIDDEN)],
+            o: pack(HIDDEN, HIDDEN),
+            gate_up: pack(2 * FFN, HIDDEN),
+            down: pack(HIDDEN, FFN),
+        };
+        Self { layers: (0..LAYERS).map(|_| layer()).collect(), head: pack(VOCAB, HIDDEN) }
+    }
+
+    fn bytes(&self) -> usize {
+        let layer = |l: &Layer| {
+            l.qkv.iter().map(PackedWeight::bytes).sum::<usize>()
+                + l.o.bytes()
+                + l.gate_up.bytes()
+                + l.down.bytes()
+        };
+        self.layers.iter().map(layer).sum::<usize>() + self.head.bytes()
+    }
+
+    /// All linear layers of one step; `head_rows` rows need logits.
+    fn sweep(&self, x: &[f32], wide: &[f32], rows: usize, head_rows: usize, y: &mut [Vec<f32>; 5]) {
+        let [a, b, c, d, logits] = y;
+        for layer in &self.layers {
+            let [q, k, v] = &layer.qkv;
+            linear_multi(
+                x,
+                &[q, k, v],
+                &mut [&mut a[..rows * HIDDEN], &mut b[..rows * KV], &mut c[..rows * KV]],
+            )
+            .expect("shapes fit");
+            linear(x, &layer.o, &mut a[..rows * HIDDEN]).expect("shapes fit");
+            linear(x, &layer.gate_up, &mut d[..rows * 2 * FFN]).expect("shapes fit");
+            linear(wide, &layer.down, &mut a[..rows * HIDDEN]).expect("shapes fit");
+        }
+        linear(&x[..head_rows * HIDDEN], &self.head, &mut logits[..head_rows * VOCAB]).expect("shapes fit");
+    }
+}
+
+fn sweeps(c: &mut Criterion) {
+    let kinds = [WeightKind::Q8_0, WeightKind::Q4_0, WeightKind::Q4_1, WeightKind::Bf16, WeightKind::F32];
+    for kind in kinds {
+        let model = Model::new(kind);
+        let mut group = c.benchmark_group(format!("sweep_{kind:?}"));
+        group.sample_size(10).measurement_time(Duration::from_secs(2));
+        for rows in [1, 4, 8, 32, 128] {
+            let head_rows = if rows <= 32 { rows } else { 1 };
+            let (x, wide) = (noise(rows * HIDDEN, 1), noise(rows * FFN, 2));
+            let mut y = [rows * HIDDEN, rows * KV, rows * KV, rows * 2 * FFN, head_rows * VOCAB]
+                .map(|n| vec![0.0; n]);
+            group.throughput(Throughput::Bytes(model.bytes() as u64));
+            group.bench_function(BenchmarkId::from_parameter(rows), |b| {
+                b.iter(|| model.sweep(black_box(&x), &wide, rows, head_rows, &mut y));
+            });
+        }
+    }
+}
+
+fn products(c: &mut Criterion) {
+    let mut group = c.benchmark_group("gemm_512x1536x576");
+    group.sample_size(10).measurement_time(Duration::from_secs(2));
+    let (m, n, k) = (512, FFN, HIDDEN);
+    let (a, b, mut out) = (noise(m * k, 1), noise(n * k, 2), vec![0.0; m * n]);
+    group.throughput(Throughput::Elements((2 * m * n * k) as u64));
+    group.bench_function("nt", |bench| {
+        bench.iter(|| matmul::gemm_nt(m, n, k, black_box(&a), k, &b, k, &mut out, n, false));
+    });
+    group.bench_function("nn", |bench| {
+        bench.iter(|| matmul::gemm_nn(m, n, k, black_box(&a), k, &b, n, &mut out, n, false));
+    });
+    group.bench_function("tn", |bench| {
+        bench.iter(|| matmul::gemm_tn(m, n, k, black_box(&a), m, &b, n, &mut out, n, false));
+    });
+}
+
+fn small(c: &mut Criterion) {
+    let mut group = c.benchmark_group("small");
+    group.sample_size(20).measurement_time(Duration::from_secs(1));
+    let x = noise(512 * 2 * FFN, 1);
+    let w = noise(HIDDEN, 2);
+    let mut y = vec![0.0; 512 * FFN];
+    group.bench_function("rms_norm_512", |b| {
+        b.iter(|| norm::rms_norm(black_box(&x[..512 * HIDDEN]), &w, 1e-5, &mut y[..512 * HIDDEN]));
+    });
+    group.bench_function("silu_mul_512", |b| b.iter(|| activation::silu_mul(black_box(&x), FFN, &mut y)));
+    let logits = noise(16 * VOCAB, 3);
+    let mut out = vec![0.0; 16];
+    group.bench_function("token_logprobs_16x49152", |b| {
+        b.iter(|| logprob::token_logprobs(black_box(&logits), VOCAB, &[7; 16], &mut out));
+    });
+    group.bench_function("pool_run_2", |b| b.iter(|| pool::run(2, |i| _ = black_box(i))));
+    for (name, rows, first) in [("attention_prefill_512", 512, 0), ("attention_decode_at_512", 1, 511)] {
+        let pages = 512 / 16;
+        let store = noise(pages * page_len(16, 3, 64), 4);
+        let tables = [(0..pages as u32).collect::<Vec<_>>()];
+        let kv = KvPages {
+            k: &store,
+            v: &store,
+            page_tokens: 16,
+            tables: &tables,
+            n_kv_heads: 3,
+            head_dim: 64,
+        };
+        let rows: Vec<RowRef> = (first..first + rows).map(|p| RowRef { seq: 0, n_keys: p + 1 }).collect();
+        let q = noise(rows.len() * HIDDEN, 5);
+        let mut out = vec![0.0; q.len()];
+        group.bench_function(name, |b| {
+            b.iter(|| paged_attention(black_box(&q), 9, &rows, &kv, 0.125, &mut out));
+        });
+    }
+}
+
+criterion_group!(benches, sweeps, products, small);
+criterion_main!(benches);

@@ -1,0 +1,76 @@
+//! What the tests share: seeded noise, comparisons, and the levels of this machine.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::dispatch::{Level, available, with_level};
+use crate::pool;
+
+/// Numbers in -1..1, the same for the same seed.
+pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32) / (1u32 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// Bit patterns, so that -0 and NaN are told apart.
+pub(crate) fn bits(v: &[f32]) -> Vec<u32> {
+    v.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Runs `f` at every level of this machine and asserts that all give the bits of the scalar level, which are returned.
+/// Says on stderr which levels could not be tried here.
+pub(crate) fn same_at_every_level(f: impl Fn() -> Vec<f32>) -> Vec<f32> {
+    let expected = with_level(Level::Scalar, &f).expect("the scalar level always exists");
+    for level in [Level::Avx2, Level::Avx512] {
+        match with_level(level, &f) {
+            Some(got) => assert_eq!(bits(&expected), bits(&got), "{level:?} differs from the scalar level"),
+            None => eprintln!("skipped: {level:?} is not on this machine ({:?})", available()),
+        }
+    }
+    expected
+}
+
+/// Runs `f` with `threads` threads. The count is process-wide, so callers take turns; other tests do not care, since
+/// that no result depends on it is just what is being tested.
+pub(crate) fn with_threads<R>(threads: usize, f: impl FnOnce() -> R) -> R {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let outer = pool::threads();
+    pool::set_threads(threads);
+    let result = f();
+    pool::set_threads(outer);
+    result
+}
+
+/// Asserts `|got - expected| <= tolerance * max(1, |expected|)` everywhere.
+pub(crate) fn assert_close(got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len());
+    for (i, (&g, &e)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(g) - e).abs();
+        assert!(error <= tolerance * e.abs().max(1.0), "element {i}: {g} against {e}, off by {error}");
+    }
+}
+
+/// Asserts that `gradient` [n] is the derivative of `f` at `x` along each coordinate in `coordinates`.
+pub(crate) fn assert_gradient(
+    x: &[f32],
+    gradient: &[f32],
+    coordinates: impl Iterator<Item = usize>,
+    tolerance: f64,
+    f: impl Fn(&[f32]) -> f64,
+) {
+    const STEP: f32 = 1.0 / 128.0;
+    for i in coordinates {
+        let mut moved = x.to_vec();
+        moved[i] = x[i] + STEP;
+        let above = f(&moved);
+        moved[i] = x[i] - STEP;
+        let slope = (above - f(&moved)) / f64::from(2.0 * STEP);
+        let error = (slope - f64::from(gradient[i])).abs();
+        assert!(error <= tolerance * slope.abs().max(1.0), "coordinate {i}: {} against {slope}", gradient[i]);
+    }
+}
