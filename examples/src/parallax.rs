@@ -1,8 +1,16 @@
 //! The commands of the `parallax` binary, one file each.
 
 pub mod bench;
+pub mod bench_swarm;
+pub mod chat;
 pub mod generate;
+pub mod join;
 pub mod known;
 pub mod model;
 pub mod models;
+pub mod plan;
+pub mod run;
 pub mod score;
+pub mod serve;
+pub mod status;
+pub mod swarm_node;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use swarm_examples::parallax::{bench, generate, models, score};
+use swarm_examples::parallax::{bench, bench_swarm, chat, generate, join, models, plan, run, score, serve, status};
 use swarm_examples::program;
 
 /// Run a language model, on this machine or on many.
@@ -24,6 +24,13 @@ enum Command {
     Score(score::ScoreArgs),
     Bench(bench::BenchArgs),
     Models(models::ModelsArgs),
+    Run(run::RunArgs),
+    Chat(chat::ChatArgs),
+    Serve(serve::ServeArgs),
+    Join(join::JoinArgs),
+    Status(status::StatusArgs),
+    Plan(plan::PlanArgs),
+    BenchSwarm(bench_swarm::BenchSwarmArgs),
 }
 
 fn main() -> ExitCode {
@@ -33,5 +40,12 @@ fn main() -> ExitCode {
         Command::Score(args) => score::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Models(args) => models::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Join(args) => join::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::BenchSwarm(args) => bench_swarm::run(args),
+        Command::Run(args) => run::run(args),
+        Command::Chat(args) => chat::run(args),
     })
 }

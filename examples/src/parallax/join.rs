@@ -1,0 +1,80 @@
+//! `parallax join`: one stage of a swarm.
+
+use std::time::Duration;
+
+use clap::Args;
+use parallax_engine::service::membership::{self, JoinOptions, MemberNews};
+use parallax_model::DeviceKind;
+
+use super::swarm_node::{SwarmNodeArgs, asked_to_end};
+use crate::program;
+
+/// Take part in a swarm: get some layers of its model, load only those, and compute them for everybody.
+///
+/// Weights come from the other machines, every block checked, unless --model names a local copy.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  parallax join --swarm home --bootstrap /ip4/192.168.1.2/tcp/4001/p2p/12D3KooW..."
+)]
+pub struct JoinArgs {
+    #[command(flatten)]
+    node: SwarmNodeArgs,
+    /// A local copy of the model that the swarm serves
+    #[arg(long)]
+    model: Option<String>,
+    /// Where to compute: cpu, cuda or wgpu (the latter two when compiled in)
+    #[arg(long, default_value = "cpu")]
+    device: DeviceKind,
+    /// How long to look for the head
+    #[arg(long, default_value_t = 60)]
+    patience_s: u64,
+}
+
+/// Runs the command: until ctrl-c.
+///
+/// # Errors
+/// No head of that swarm, another model than the local copy, weights that cannot be had or loaded.
+pub fn run(args: JoinArgs) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()?.block_on(join(args))
+}
+
+async fn join(args: JoinArgs) -> anyhow::Result<()> {
+    let (node, exchange) = args.node.start().await?;
+    let options = JoinOptions {
+        swarm: args.node.swarm.clone(),
+        bootstrap: args.node.bootstrap.clone(),
+        memory_bytes: args.node.memory_bytes()?,
+        device: args.device,
+        pinned: args.node.layers,
+        model: args.model,
+        cache_dir: args.node.cache_dir()?,
+        patience: Duration::from_secs(args.patience_s),
+    };
+    program::say(&format!("peer {}, looking for the head of swarm {}", node.peer_id(), options.swarm));
+    let mut last_percent = u64::MAX;
+    let tell = move |news| {
+        let line = match news {
+            MemberNews::Joined { head, model } => format!("joined {head}, which serves {model}"),
+            MemberNews::Fetching { done_bytes, total_bytes } => {
+                let percent = done_bytes * 100 / total_bytes.max(1);
+                if percent / 10 == last_percent / 10 {
+                    return;
+                }
+                last_percent = percent;
+                format!("weights: {percent} % of {:.1} MB", total_bytes as f64 / 1e6)
+            }
+            MemberNews::Loading { layers, from } => format!("loading layers {layers} from {from}"),
+            MemberNews::Ready { layers } => format!("ready with layers {layers}"),
+            MemberNews::Standby => "standing by".to_owned(),
+            MemberNews::Failed { reason } => format!("failed: {reason}"),
+            other => format!("{other:?}"),
+        };
+        program::say(&line);
+    };
+    let outcome = tokio::select! {
+        outcome = membership::join(&node, exchange.as_deref(), &options, tell) => outcome,
+        () = asked_to_end() => Ok(()),
+    };
+    node.shutdown().await;
+    Ok(outcome?)
+}

@@ -1,0 +1,148 @@
+//! `parallax serve`: the head of a swarm: scheduler, API, and by default the first stage.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::Json;
+use axum::routing::get;
+use clap::Args;
+use parallax_engine::http::{self, HttpState};
+use parallax_engine::service::head::Head;
+use parallax_engine::service::membership::{self, ServeOptions};
+use parallax_engine::{EngineConfig, EngineHandle};
+use parallax_model::{Checkpoint, DeviceKind, WeightDtype};
+
+use super::swarm_node::{Exchange, SwarmNodeArgs, asked_to_end};
+use crate::program;
+
+/// Positions of a cache page.
+pub const PAGE_TOKENS: usize = 16;
+
+/// Serve a model over many machines: the head of a swarm. Others take part with `parallax join`.
+///
+/// Without --bootstrap the machines of the local network find each other; with it, machines anywhere. Stages see hidden
+/// states, from which prompts can be reconstructed: let only machines that you trust join.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example, two terminals:\n  parallax serve --model tiny --swarm home --port 3001\n  parallax join \
+                        --swarm home --bootstrap ADDRESS_THAT_SERVE_PRINTED"
+)]
+pub struct ServeArgs {
+    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or a repository in the local hub
+    /// cache
+    #[arg(long)]
+    model: String,
+    #[command(flatten)]
+    node: SwarmNodeArgs,
+    /// Weights in memory, on every stage
+    #[arg(long, default_value = "native", value_name = "f32|bf16|q8_0|q4_0|native")]
+    dtype: WeightDtype,
+    /// Where the head computes its own layers: cpu, cuda or wgpu
+    #[arg(long, default_value = "cpu")]
+    device: DeviceKind,
+    /// Where the API listens
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port of the API; 0 picks a free one
+    #[arg(long, default_value_t = 3001)]
+    port: u16,
+    /// Key that API clients must send
+    #[arg(long)]
+    api_key: Option<String>,
+    /// Leave all layers to the machines that join
+    #[arg(long)]
+    no_layers: bool,
+    /// Cached positions of all requests together, on every stage [default: the model's context, at most 8192]
+    #[arg(long)]
+    context_tokens: Option<usize>,
+    /// A step that takes longer counts as stuck
+    #[arg(long, default_value_t = 120)]
+    step_timeout_s: u64,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A model that cannot be read, a port in use, an address that cannot be listened on.
+pub fn run(args: ServeArgs) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()?.block_on(serve(args))
+}
+
+async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let address = format!("{}:{}", args.host, args.port);
+    let listener = tokio::net::TcpListener::bind(&address)
+        .await
+        .with_context(|| format!("cannot listen on {address}: choose another --port, 0 picks a free one"))?;
+    let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
+    let (node, exchange) = args.node.start().await?;
+    let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
+    let template = checkpoint.chat_template()?.map(Arc::new);
+    let readiness = head.readiness();
+    let state = HttpState {
+        engine,
+        tokenizer: checkpoint.tokenizer()?,
+        template,
+        model_name: args.model.clone(),
+        stop_ids: checkpoint.config().eos.clone(),
+        api_key: args.api_key.clone(),
+        body_limit_bytes: http::DEFAULT_BODY_LIMIT_BYTES,
+        readiness: Some(readiness),
+    };
+    let status = head.status_source();
+    let swarm = axum::Router::new().route("/swarm/status", get(move || async move { Json(status()) }));
+    for addr in node.listen_addrs().await {
+        program::say(&format!(
+            "peers join with: parallax join --swarm {} --bootstrap {addr}",
+            args.node.swarm
+        ));
+    }
+    program::say(&format!("serving on http://{}", listener.local_addr()?));
+    tokio::select! {
+        done = axum::serve(listener, http::router(state).merge(swarm)) => done?,
+        () = tell_readiness(&head) => {}
+        () = asked_to_end() => {}
+    }
+    node.shutdown().await;
+    Ok(())
+}
+
+async fn start_head(
+    args: &ServeArgs,
+    node: &lattica_net::Node,
+    exchange: &Exchange,
+    checkpoint: &Arc<Checkpoint>,
+) -> anyhow::Result<(Head, EngineHandle)> {
+    let context = args.context_tokens.unwrap_or_else(|| checkpoint.config().max_context.min(8192));
+    let options = ServeOptions {
+        swarm: args.node.swarm.clone(),
+        model: args.model.clone(),
+        dtype: args.dtype,
+        device: args.device,
+        take_layers: !args.no_layers,
+        memory_bytes: args.node.memory_bytes()?,
+        pinned: args.node.layers,
+        kv_pages: context.div_ceil(PAGE_TOKENS).max(1),
+        kv_page_tokens: PAGE_TOKENS,
+        step_timeout: Duration::from_secs(args.step_timeout_s.max(1)),
+    };
+    let (head, runner) =
+        membership::serve(node, exchange.as_deref(), Arc::clone(checkpoint), options).await?;
+    Ok((head, EngineHandle::start(Box::new(runner), EngineConfig::default())?))
+}
+
+/// One line for every change of what the swarm can do; never ends.
+async fn tell_readiness(head: &Head) {
+    let mut last = String::new();
+    loop {
+        let now = match head.ready() {
+            Ok(()) => "ready".to_owned(),
+            Err(why) => format!("not ready: {why}"),
+        };
+        if now != last {
+            program::say(&now);
+            last = now;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}

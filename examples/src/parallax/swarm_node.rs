@@ -1,0 +1,116 @@
+//! The node behind `parallax serve` and `parallax join`: where it listens, who it is, where blocks are kept.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use lattica_net::{Identity, Liveness, Node, NodeConfig};
+use parallax_engine::service::weights::WeightExchange;
+use swarm_wire::LayerRange;
+
+/// The exchange of weights with peers; none when every machine has its own copy.
+pub type Exchange = Option<Arc<dyn WeightExchange>>;
+
+/// How this machine takes part in the network.
+#[derive(Debug, Clone, Args)]
+pub struct SwarmNodeArgs {
+    /// Name of the swarm: everybody who gives the same one works together
+    #[arg(long)]
+    pub swarm: String,
+    /// Address of a peer that is in the network already, with its /p2p/ part; repeat for more. Without one, peers on the
+    /// local network are found by mDNS
+    #[arg(long, value_name = "MULTIADDR")]
+    pub bootstrap: Vec<String>,
+    /// Where to listen [default: QUIC and TCP on all interfaces, free ports]
+    #[arg(long, value_name = "MULTIADDR")]
+    pub listen: Vec<String>,
+    /// Key file: keeps the peer id over restarts [default: a new id each time]
+    #[arg(long, value_name = "FILE")]
+    pub identity: Option<PathBuf>,
+    /// Where weights from peers are kept [default: the user's cache directory]
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+    /// Memory for weights and cache, gigabytes [default: 70 % of what is available]
+    #[arg(long, value_name = "G")]
+    pub memory_gb: Option<f64>,
+    /// Take exactly these layers
+    #[arg(long, value_name = "A..B")]
+    pub layers: Option<LayerRange>,
+    /// Threads of the CPU kernels [default: all cores]. The result does not depend on it
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+impl SwarmNodeArgs {
+    /// Starts the node and its block exchange.
+    ///
+    /// # Errors
+    /// A taken port, a malformed address, a cache directory that cannot be written.
+    pub async fn start(&self) -> anyhow::Result<(Node, Exchange)> {
+        if let Some(threads) = self.threads {
+            anyhow::ensure!(threads > 0, "--threads must be at least 1");
+            parallax_kernels::pool::set_threads(threads);
+        }
+        let identity = match &self.identity {
+            Some(path) => Identity::load_or_create(path)?,
+            None => Identity::generate(),
+        };
+        let everywhere = || ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"].map(str::to_owned).to_vec();
+        let config = NodeConfig {
+            listen: if self.listen.is_empty() { everywhere() } else { self.listen.clone() },
+            bootstrap: self.bootstrap.clone(),
+            mdns: self.bootstrap.is_empty(),
+            // A dead stage has to be known within two seconds.
+            liveness: Liveness {
+                quic_idle: Duration::from_millis(1200),
+                quic_keep_alive: Duration::from_millis(200),
+                ..Liveness::default()
+            },
+            ..NodeConfig::default()
+        };
+        let node = Node::start(identity, config).await?;
+        Ok((node, None))
+    }
+
+    /// The directory for weights from peers.
+    ///
+    /// # Errors
+    /// When none was given and the user has no cache directory.
+    pub fn cache_dir(&self) -> anyhow::Result<PathBuf> {
+        if let Some(dir) = &self.cache_dir {
+            return Ok(dir.clone());
+        }
+        let base = std::env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+        Ok(base.context("no HOME to keep weights in: pass --cache-dir")?.join("open-intelligence-stack"))
+    }
+
+    /// Bytes for weights and cache.
+    ///
+    /// # Errors
+    /// An impossible number.
+    pub fn memory_bytes(&self) -> anyhow::Result<u64> {
+        let Some(gb) = self.memory_gb else {
+            let mut system = sysinfo::System::new();
+            system.refresh_memory();
+            return Ok(system.available_memory() / 10 * 7);
+        };
+        anyhow::ensure!(gb.is_finite() && gb > 0.0, "--memory-gb must be above 0");
+        Ok((gb * 1e9) as u64)
+    }
+}
+
+/// Waits for ctrl-c or, where there is one, the signal that asks to end.
+pub async fn asked_to_end() {
+    let interrupted = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        tokio::select! { _ = interrupted => {}, _ = terminate.recv() => {} }
+        return;
+    }
+    // A system without signals ends the process itself.
+    let _ = interrupted.await;
+}
