@@ -1,0 +1,144 @@
+//! `parallax run`: an OpenAI-compatible server and a chat page on this machine.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpState};
+use parallax_engine::{EngineConfig, EngineHandle};
+use parallax_model::Checkpoint;
+use serde::Serialize;
+use tokio::net::TcpListener;
+
+use super::model::{LoadedModel, ModelArgs};
+use crate::program;
+
+/// Serve a model on this machine: OpenAI chat completions, completions and models under /v1, a chat page at /, Prometheus
+/// metrics at /metrics.
+///
+/// Report (--json), printed when the server is ready: url, model, context_tokens, load_ms.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  parallax run --model tiny\n  parallax run --model SmolLM2-135M-Instruct.Q4_1.gguf --port 8080 \
+                  --api-key secret\n\nThen open the printed address in a browser, or point any OpenAI client at it with \
+                  base_url = URL/v1."
+)]
+pub struct RunArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    listen: ListenArgs,
+    /// Cached positions that all requests share
+    #[arg(long, default_value_t = 16384)]
+    context: usize,
+    /// Print the report on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where an HTTP server listens and whom it lets in.
+#[derive(Debug, Clone, Args)]
+pub struct ListenArgs {
+    /// Address to listen on; the default is reachable from this machine only
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 3001)]
+    pub port: u16,
+    /// Key that clients must send as `Authorization: Bearer KEY`
+    #[arg(long, env = "PARALLAX_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+impl ListenArgs {
+    /// Opens the port.
+    ///
+    /// # Errors
+    /// A port in use or a host that is not this machine's, with the remedy.
+    pub async fn bind(&self) -> anyhow::Result<(TcpListener, SocketAddr)> {
+        let listener = TcpListener::bind((self.host.as_str(), self.port)).await.with_context(|| {
+            format!(
+                "cannot listen on {}:{}; choose another --port, or --port 0 for a free one",
+                self.host, self.port
+            )
+        })?;
+        let address = listener.local_addr()?;
+        if !address.ip().is_loopback() && self.api_key.is_none() {
+            program::say(&format!(
+                "note: {address} is open to the network and asks for no key; give --api-key"
+            ));
+        }
+        Ok((listener, address))
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    url: String,
+    model: String,
+    context_tokens: usize,
+    load_ms: f64,
+}
+
+/// Runs the command until ctrl-c.
+///
+/// # Errors
+/// A model that cannot be loaded, a port that cannot be opened.
+pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()?.block_on(async {
+        // The port first: a taken port should not cost a load.
+        let (listener, address) = args.listen.bind().await?;
+        let checkpoint = args.model.open()?;
+        if args.context == 0 {
+            bail!("--context must be at least 1");
+        }
+        let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
+        let engine = EngineHandle::start(Box::new(pipeline), EngineConfig::default())?;
+        let context_tokens = engine.limits().context_tokens;
+        let state =
+            http_state(engine, &checkpoint, model_name(&args.model.model), args.listen.api_key.clone())?;
+        let report = Report {
+            url: format!("http://{address}"),
+            model: state.model_name.clone(),
+            context_tokens,
+            load_ms,
+        };
+        program::say(&format!("{} is ready at {} (ctrl-c ends it)", report.model, report.url));
+        if args.json {
+            program::report(&report)?;
+        }
+        tokio::select! {
+            served = http::serve(listener, state) => served.context("serving HTTP"),
+            stop = tokio::signal::ctrl_c() => stop.context("waiting for ctrl-c"),
+        }
+    })
+}
+
+/// What the HTTP server needs of a model.
+///
+/// # Errors
+/// A checkpoint without a tokenizer, or with a chat template that does not compile.
+pub fn http_state(
+    engine: EngineHandle,
+    checkpoint: &Checkpoint,
+    model_name: String,
+    api_key: Option<String>,
+) -> anyhow::Result<HttpState> {
+    Ok(HttpState {
+        engine,
+        tokenizer: checkpoint.tokenizer()?,
+        template: checkpoint.chat_template()?.map(Arc::new),
+        model_name,
+        stop_ids: checkpoint.config().eos.clone(),
+        api_key,
+        body_limit_bytes: DEFAULT_BODY_LIMIT_BYTES,
+        readiness: None,
+    })
+}
+
+/// The name under which a model is listed: the last part of its path, without `.gguf`.
+pub fn model_name(model: &str) -> String {
+    let name = model.trim_end_matches('/').rsplit('/').next().unwrap_or(model);
+    name.strip_suffix(".gguf").unwrap_or(name).to_owned()
+}
