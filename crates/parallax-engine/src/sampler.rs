@@ -154,3 +154,6 @@ fn nucleus_len(
     }
     order.len()
 }
+
+#[cfg(test)]
+mod tests;

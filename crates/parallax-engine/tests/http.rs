@@ -45,7 +45,10 @@ impl StageRunner for Alphabet {
             let next = (ids[row] as usize + 1).min(LETTERS.len() - 1);
             logits.extend((0..LETTERS.len()).map(|i| if i == next { 20.0 } else { 0.0 }));
         }
-        Ok(StageOutput { hidden: None, logits: Some(Tensor::from_f32(&[batch.n_wanted(), LETTERS.len()], &logits)) })
+        Ok(StageOutput {
+            hidden: None,
+            logits: Some(Tensor::from_f32(&[batch.n_wanted(), LETTERS.len()], &logits)),
+        })
     }
 
     fn set_adapter(&mut self, _version: PolicyVersion, _adapter: Option<&[u8]>) -> Result<(), StageError> {
@@ -98,11 +101,18 @@ async fn start(setup: Setup) -> std::net::SocketAddr {
     address
 }
 
-async fn send(address: std::net::SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> (u16, String) {
+async fn send(
+    address: std::net::SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &str,
+) -> (u16, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let length = body.len();
-    let request =
-        format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n{body}");
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n{body}"
+    );
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await.unwrap();
@@ -112,7 +122,8 @@ async fn send(address: std::net::SocketAddr, method: &str, path: &str, headers: 
 }
 
 async fn post(address: std::net::SocketAddr, path: &str, body: &Value) -> (u16, Value) {
-    let (status, text) = send(address, "POST", path, "content-type: application/json\r\n", &body.to_string()).await;
+    let (status, text) =
+        send(address, "POST", path, "content-type: application/json\r\n", &body.to_string()).await;
     (status, serde_json::from_str(&text).unwrap())
 }
 
@@ -143,7 +154,8 @@ async fn a_chat_answer_has_text_reason_and_counts() {
     assert_eq!(answer["choices"][0]["message"]["content"], "defgh");
     assert_eq!(answer["choices"][0]["finish_reason"], "length");
 
-    let (_, answer) = post(address, "/v1/chat/completions", &with(chat("abc"), "stop", json!(["gh", "zz"]))).await;
+    let (_, answer) =
+        post(address, "/v1/chat/completions", &with(chat("abc"), "stop", json!(["gh", "zz"]))).await;
     assert_eq!(answer["choices"][0]["message"]["content"], "def");
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
 
@@ -156,12 +168,14 @@ async fn a_chat_answer_has_text_reason_and_counts() {
 #[tokio::test]
 async fn a_stream_gives_the_same_text_piece_by_piece() {
     let address = start(Setup::default()).await;
-    let body = with(with(chat("uvw"), "stream", json!(true)), "stream_options", json!({"include_usage": true}));
+    let body =
+        with(with(chat("uvw"), "stream", json!(true)), "stream_options", json!({"include_usage": true}));
     let (status, text) = send(address, "POST", "/v1/chat/completions", "", &body.to_string()).await;
     assert_eq!(status, 200);
     let events = events(&text);
     assert_eq!(events.last().unwrap(), "[DONE]");
-    let chunks: Vec<Value> = events[..events.len() - 1].iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+    let chunks: Vec<Value> =
+        events[..events.len() - 1].iter().map(|e| serde_json::from_str(e).unwrap()).collect();
     let said: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(said, "xyz");
     assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
@@ -217,7 +231,9 @@ async fn keys_readiness_models_metrics_and_the_page() {
     let ready = Arc::new(AtomicBool::new(false));
     let seen = ready.clone();
     let readiness: Readiness =
-        Arc::new(move || if seen.load(Ordering::SeqCst) { Ok(()) } else { Err("waiting for layers 3..6".into()) });
+        Arc::new(
+            move || if seen.load(Ordering::SeqCst) { Ok(()) } else { Err("waiting for layers 3..6".into()) },
+        );
     let address =
         start(Setup { api_key: Some("secret"), readiness: Some(readiness), ..Setup::default() }).await;
     let key = "authorization: Bearer secret\r\n";
@@ -234,7 +250,11 @@ async fn keys_readiness_models_metrics_and_the_page() {
     assert_eq!(send(address, "POST", "/v1/chat/completions", key, &chat("y").to_string()).await.0, 200);
 
     let (status, metrics) = send(address, "GET", "/metrics", "", "").await;
-    assert_eq!((status, metrics.contains("vllm:generation_tokens_total{model_name=\"alphabet\"} 2")), (200, true), "{metrics}");
+    assert_eq!(
+        (status, metrics.contains("vllm:generation_tokens_total{model_name=\"alphabet\"} 2")),
+        (200, true),
+        "{metrics}"
+    );
     let (status, page) = send(address, "GET", "/", "", "").await;
     assert_eq!((status, page.contains("<!doctype html>")), (200, true));
 }
@@ -244,7 +264,8 @@ async fn many_clients_are_served_together() {
     let address = start(Setup::default()).await;
     let asks = (0..20).map(|i| async move {
         let start = LETTERS.chars().nth(i).unwrap().to_string();
-        let (status, answer) = post(address, "/v1/chat/completions", &with(chat(&start), "max_tokens", json!(6))).await;
+        let (status, answer) =
+            post(address, "/v1/chat/completions", &with(chat(&start), "max_tokens", json!(6))).await;
         assert_eq!(status, 200);
         assert_eq!(answer["choices"][0]["message"]["content"], LETTERS[i + 1..i + 7]);
     });

@@ -68,6 +68,12 @@ const LLAMA31_405B: Shape = (126, 16384, 53248, 128, 8, 128, 128256, false, 1310
 const LLAMA32_1B: Shape = (16, 2048, 8192, 32, 8, 64, 128256, true, 131072);
 const LLAMA32_3B: Shape = (28, 3072, 8192, 24, 8, 128, 128256, true, 131072);
 const TINY_LLAMA: Shape = (22, 2048, 5632, 32, 4, 64, 32000, false, 2048);
+// Base models of the family have 32768 positions, the others as given here.
+const fn base(shape: Shape) -> Shape {
+    let (layers, hidden, ffn, heads, kv_heads, head_dim, vocab, tied, _) = shape;
+    (layers, hidden, ffn, heads, kv_heads, head_dim, vocab, tied, 32768)
+}
+
 const QWEN3_0_6B: Shape = (28, 1024, 3072, 16, 8, 128, 151936, true, 40960);
 const QWEN3_1_7B: Shape = (28, 2048, 6144, 16, 8, 128, 151936, true, 40960);
 const QWEN3_4B: Shape = (36, 2560, 9728, 32, 8, 128, 151936, true, 40960);
@@ -110,16 +116,16 @@ pub const KNOWN: &[Known] = &[
     llama("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", LLAMA31_70B),
     llama("NousResearch/Hermes-3-Llama-3.1-8B", LLAMA31_8B),
     qwen3("Qwen/Qwen3-0.6B", QWEN3_0_6B),
-    qwen3("Qwen/Qwen3-0.6B-Base", QWEN3_0_6B),
+    qwen3("Qwen/Qwen3-0.6B-Base", base(QWEN3_0_6B)),
     qwen3("Qwen/Qwen3-1.7B", QWEN3_1_7B),
-    qwen3("Qwen/Qwen3-1.7B-Base", QWEN3_1_7B),
+    qwen3("Qwen/Qwen3-1.7B-Base", base(QWEN3_1_7B)),
     qwen3("Qwen/Qwen3-4B", QWEN3_4B),
-    qwen3("Qwen/Qwen3-4B-Base", QWEN3_4B),
+    qwen3("Qwen/Qwen3-4B-Base", base(QWEN3_4B)),
     qwen3("Qwen/Qwen3-4B-Instruct-2507", QWEN3_4B_2507),
     qwen3("Qwen/Qwen3-4B-Thinking-2507", QWEN3_4B_2507),
     qwen3("Qwen/Qwen3-8B", QWEN3_8B),
-    qwen3("Qwen/Qwen3-8B-Base", QWEN3_8B),
+    qwen3("Qwen/Qwen3-8B-Base", base(QWEN3_8B)),
     qwen3("Qwen/Qwen3-14B", QWEN3_14B),
-    qwen3("Qwen/Qwen3-14B-Base", QWEN3_14B),
+    qwen3("Qwen/Qwen3-14B-Base", base(QWEN3_14B)),
     qwen3("Qwen/Qwen3-32B", QWEN3_32B),
 ];

@@ -1,0 +1,147 @@
+//! A toy language model behind the runner trait: deterministic, and strict about what it is given.
+//!
+//! It keeps real "pages" (the token at each position) and computes each row from what the page table leads to. A wrong
+//! page, a wrong position or a page shared by two sequences therefore gives wrong tokens, not a pass.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+
+use parallax_engine::{
+    Batch, LogSoftmax, Request, SamplingParams, StageError, StageOutput, StageRunner, StageShape, Tensor,
+};
+use swarm_wire::{LayerRange, PolicyVersion};
+
+/// Size of the toy vocabulary.
+pub const VOCAB: usize = 97;
+/// Width of its hidden rows.
+pub const HIDDEN: usize = 4;
+const EMPTY: u32 = u32::MAX;
+
+/// The toy model.
+pub struct ToyModel {
+    shape: StageShape,
+    cache: Vec<u32>,
+    /// Added to every hash: what an adapter changes.
+    pub salt: u64,
+    /// Rows of every step so far.
+    pub rows_per_step: Vec<usize>,
+    /// Fail at this step.
+    pub fail_at: Option<u64>,
+}
+
+impl ToyModel {
+    /// A model with this cache.
+    pub fn new(n_pages: usize, page_tokens: usize) -> Self {
+        let shape = StageShape {
+            layers: LayerRange::new(0, 2).unwrap(),
+            n_layers: 2,
+            hidden: HIDDEN,
+            vocab: VOCAB,
+            max_context: 4096,
+            page_tokens,
+            n_pages,
+        };
+        Self {
+            shape,
+            cache: vec![EMPTY; n_pages * page_tokens],
+            salt: 0,
+            rows_per_step: Vec::new(),
+            fail_at: None,
+        }
+    }
+}
+
+/// Logits and hidden row after a prefix.
+pub fn toy_logits(prefix: &[u32], salt: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut hash = 0xcbf2_9ce4_8422_2325 ^ salt;
+    for (position, token) in prefix.iter().enumerate() {
+        hash = (hash ^ u64::from(*token) ^ ((position as u64) << 20)).wrapping_mul(0x0100_0000_01b3);
+        hash ^= hash >> 29;
+    }
+    let value = |i: u64| {
+        let mut x = hash.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        ((x >> 40) as f32) / (1u64 << 24) as f32 * 8.0
+    };
+    ((0..VOCAB as u64).map(value).collect(), (1000..1000 + HIDDEN as u64).map(value).collect())
+}
+
+/// The greedy continuation, computed naively.
+pub fn toy_greedy(prompt: &[u32], n: usize, salt: u64) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..n {
+        let (logits, _) = toy_logits(&tokens, salt);
+        let best = (0..VOCAB).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+        tokens.push(best as u32);
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// A plain log-softmax in f64: the toy's own.
+pub fn toy_log_softmax(logits: &[f32]) -> Vec<f32> {
+    let sum: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+    logits.iter().map(|l| (f64::from(*l) - sum.ln()) as f32).collect()
+}
+
+impl StageRunner for ToyModel {
+    fn shape(&self) -> StageShape {
+        self.shape
+    }
+
+    fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
+        let ids = input.to_ids(batch.n_rows())?;
+        self.rows_per_step.push(ids.len());
+        if self.fail_at == Some(batch.step) {
+            return Err(StageError::Lost {
+                peer: "toy".into(),
+                layers: "0..2".into(),
+                reason: "unplugged".into(),
+            });
+        }
+        let page_tokens = self.shape.page_tokens;
+        let slot = |pages: &[u32], p: usize| pages[p / page_tokens] as usize * page_tokens + p % page_tokens;
+        let mut next = ids.iter();
+        let (mut logits, mut hidden) = (Vec::new(), Vec::new());
+        for sequence in &batch.sequences {
+            let (start, rows) = (sequence.start as usize, sequence.rows as usize);
+            assert!(rows > 0, "sequences without rows are not in a batch");
+            assert!(sequence.pages.len() * page_tokens >= start + rows, "the page table covers the rows");
+            for position in start..start + rows {
+                self.cache[slot(&sequence.pages, position)] = *next.next().unwrap();
+                let wanted =
+                    sequence.n_wanted() == rows || (sequence.n_wanted() == 1 && position + 1 == start + rows);
+                if wanted {
+                    let prefix: Vec<u32> =
+                        (0..=position).map(|p| self.cache[slot(&sequence.pages, p)]).collect();
+                    assert!(prefix.iter().all(|t| *t != EMPTY), "every position was written before");
+                    let (row, state) = toy_logits(&prefix, self.salt);
+                    logits.extend(row);
+                    hidden.extend(state);
+                }
+            }
+        }
+        let wanted = batch.n_wanted();
+        Ok(StageOutput {
+            hidden: batch.want_hidden.then(|| Tensor::from_f32(&[wanted, HIDDEN], &hidden)),
+            logits: (wanted > 0).then(|| Tensor::from_f32(&[wanted, VOCAB], &logits)),
+        })
+    }
+
+    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+        if adapter == Some(b"bad".as_slice()) {
+            return Err(StageError::Adapter { version, reason: "not an adapter".into() });
+        }
+        self.salt = adapter.map_or(0, |bytes| bytes.iter().map(|b| u64::from(*b)).sum());
+        Ok(())
+    }
+
+    fn log_softmax(&self) -> LogSoftmax {
+        toy_log_softmax
+    }
+}
+
+/// A sampled request.
+pub fn sampled(prompt: Vec<u32>, max_tokens: usize, stream: u64) -> Request {
+    let sampling =
+        SamplingParams { temperature: 1.0, seed: 7, stream, max_tokens, ..SamplingParams::default() };
+    Request { prompt, sampling, capture_hidden: true }
+}
