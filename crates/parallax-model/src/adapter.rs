@@ -75,6 +75,9 @@ struct Settings {
     alpha: f32,
 }
 
+/// Values and shape of A or B while a file is read.
+type Half = (Vec<f32>, [usize; 2]);
+
 /// Key of the one metadata entry. One, because the order of several would not be fixed.
 const METADATA: &str = "lora";
 const PREFIX: &str = "base_model.model.";
@@ -162,7 +165,7 @@ impl Adapter {
             .transpose()
             .map_err(|e| invalid(format!("metadata: {e}")))?;
         let file = SafeTensors::deserialize(bytes).map_err(|e| invalid(e.to_string()))?;
-        let mut halves: BTreeMap<String, [Option<(Vec<f32>, [usize; 2])>; 2]> = BTreeMap::new();
+        let mut halves: BTreeMap<String, [Option<Half>; 2]> = BTreeMap::new();
         for (name, view) in file.iter() {
             let (module, half) =
                 parse_name(name).ok_or_else(|| invalid(format!("unknown tensor {name:?}")))?;

@@ -34,6 +34,7 @@ pub(crate) enum Route {
 
 /// Weights of a linear layer, [N, K].
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a handful per layer; a box would cost a hop on every product")]
 pub(crate) enum LinearWeight {
     /// Packed for the kernels, without gradient.
     Packed(Arc<FrozenLinear>),
@@ -61,7 +62,7 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    pub(crate) fn forward(&self, x: Tensor<2>, route: Route) -> Tensor<2> {
+    pub(crate) fn forward(&self, x: &Tensor<2>, route: Route) -> Tensor<2> {
         let base = match (&self.weight, route) {
             (LinearWeight::Packed(weight), _) => run1(x.clone(), Frozen(Arc::clone(weight))),
             (LinearWeight::Dense(weight), Route::Kernels) => {
@@ -190,7 +191,7 @@ pub(crate) fn forward(
     shared: &Shared,
 ) -> Tensor<2> {
     let route = shared.route;
-    let mut qkv = weights.qkv.forward(rms_norm(x.clone(), &weights.input_norm, shared), route);
+    let mut qkv = weights.qkv.forward(&rms_norm(x.clone(), &weights.input_norm, shared), route);
     if let Some((q_norm, k_norm)) = &weights.head_norms {
         let g = &shared.geometry;
         qkv = match route {
@@ -203,12 +204,12 @@ pub(crate) fn forward(
         };
     }
     let attended = attention(qkv, index, attend, shared);
-    let x = x + weights.o.forward(attended, route);
-    let gate_up = weights.gate_up.forward(rms_norm(x.clone(), &weights.post_norm, shared), route);
+    let x = x + weights.o.forward(&attended, route);
+    let gate_up = weights.gate_up.forward(&rms_norm(x.clone(), &weights.post_norm, shared), route);
     let ffn = gate_up.dims()[1] / 2;
     let inner = match route {
         Route::Kernels => run1(gate_up, SiluMul { ffn }),
         Route::Composed => composed::silu_mul(gate_up),
     };
-    x + weights.down.forward(inner, route)
+    x + weights.down.forward(&inner, route)
 }

@@ -50,7 +50,8 @@ mod ops;
 mod options;
 #[cfg(feature = "cpu")]
 mod stage;
-#[cfg(all(test, feature = "train"))]
+#[cfg(test)]
+#[cfg(feature = "train")]
 mod testing;
 pub mod tokenizer;
 #[cfg(feature = "train")]

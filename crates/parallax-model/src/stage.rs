@@ -244,7 +244,7 @@ impl Stage {
         let logits = if picked.is_empty() {
             Vec::new()
         } else {
-            values(head.forward(self.matrix(picked), self.shared.route))
+            values(head.forward(&self.matrix(picked), self.shared.route))
         };
         Ok(StageOutput { hidden, logits })
     }
@@ -329,5 +329,6 @@ fn check_store(options: &LoadOptions, config: &ModelConfig) -> Result<(), LoadEr
     Ok(())
 }
 
-#[cfg(all(test, feature = "train"))]
+#[cfg(test)]
+#[cfg(feature = "train")]
 mod tests;

@@ -2,6 +2,12 @@
 //!
 //! The weights are fetched by `cargo xtask fetch-model smollm2-135m`; without them the tests say so and pass.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: the helpers outside the test functions too"
+)]
+
 use std::path::{Path, PathBuf};
 
 use parallax_model::{

@@ -62,6 +62,7 @@ impl Geometry {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per layer")]
 enum LayerStore {
     /// For the kernels.
     Memory { k: Vec<f32>, v: Vec<f32> },

@@ -37,7 +37,7 @@ pub(crate) fn silu_mul(gate_up: Tensor<2>) -> Tensor<2> {
     activation::silu(gate) * up
 }
 
-fn parts(qkv: Tensor<2>, g: &Geometry) -> [Tensor<2>; 3] {
+fn parts(qkv: &Tensor<2>, g: &Geometry) -> [Tensor<2>; 3] {
     let [rows, _] = qkv.dims();
     let (q, kv) = (g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim);
     [0..q, q..q + kv, q + kv..q + 2 * kv].map(|columns| qkv.clone().slice([0..rows, columns]))
@@ -52,7 +52,7 @@ pub(crate) fn head_norms(
     eps: f32,
 ) -> Tensor<2> {
     let [rows, _] = qkv.dims();
-    let [q, k, v] = parts(qkv, g);
+    let [q, k, v] = parts(&qkv, g);
     let heads = |x: Tensor<2>, weight: &Tensor<1>| {
         let [_, width] = x.dims();
         let by_head = x.reshape([rows * width / g.head_dim, g.head_dim]);
@@ -104,7 +104,7 @@ pub(crate) fn packed_attention(
     positions: &[u32],
     cu_seqlens: &[u32],
 ) -> Tensor<2> {
-    let [q, k, v] = parts(qkv, g);
+    let [q, k, v] = parts(&qkv, g);
     let (q, k) = (rotate(q, positions, g), rotate(k, positions, g));
     let v = v.reshape([positions.len(), g.n_kv_heads, g.head_dim]);
     let sequences = cu_seqlens.windows(2).map(|w| {
@@ -123,7 +123,7 @@ pub(crate) fn paged_attention(
     layer: usize,
     rows: &PagedRows,
 ) -> Tensor<2> {
-    let [q, k, v] = parts(qkv, g);
+    let [q, k, v] = parts(&qkv, g);
     let q = rotate(q, &rows.positions, g);
     let n_rows = rows.positions.len();
     let k = rotate(k, &rows.positions, g).reshape([n_rows, g.n_kv_heads * g.head_dim]);

@@ -151,7 +151,7 @@ fn gradients_agree_with_finite_differences() {
     let mut model = TrainModel::from_checkpoint(&checkpoint, &FULL).unwrap();
     let analytic = gradients(&model);
     let (tokens, bounds) = packed();
-    let mut value = |model: &mut TrainModel, index: usize, at: usize, step: f32| -> f64 {
+    let value = |model: &mut TrainModel, index: usize, at: usize, step: f32| -> f64 {
         let before: Vec<Tensor<2>> = model.parameters().iter().map(|(_, t)| t.clone()).collect();
         let mut changed = before.clone();
         let dims = before[index].dims();

@@ -1,0 +1,90 @@
+//! Broken checkpoints: every one a clear error or a model that computes, never a panic.
+#![expect(clippy::unwrap_used, reason = "a test: the helpers outside the test functions too")]
+#![cfg(feature = "train")]
+
+use std::path::Path;
+
+use parallax_model::{Checkpoint, Family, LoadOptions, ModelConfig, Stage, TrainModel};
+use proptest::prelude::*;
+
+fn tiny_config() -> ModelConfig {
+    ModelConfig {
+        family: Family::Qwen3,
+        n_layers: 1,
+        hidden: 8,
+        ffn: 16,
+        n_heads: 2,
+        n_kv_heads: 1,
+        head_dim: 4,
+        vocab: 16,
+        rope_theta: 10_000.0,
+        rope_scaling: None,
+        rms_eps: 1e-5,
+        tied_embeddings: true,
+        max_context: 32,
+        bos: None,
+        eos: vec![0],
+    }
+}
+
+fn saved(dir: &Path) {
+    TrainModel::new_random(&tiny_config(), 1).unwrap().save_checkpoint(dir).unwrap();
+}
+
+/// Opens and loads; the error's text, if any.
+fn try_load(dir: &Path) -> Result<(), String> {
+    let checkpoint = Checkpoint::open(dir).map_err(|e| e.to_string())?;
+    Stage::load(&checkpoint, &LoadOptions::whole(&checkpoint)).map_err(|e| e.to_string())?;
+    Ok(())
+}
+
+#[test]
+fn errors_name_the_file_and_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = Checkpoint::resolve(dir.path().join("nothing").to_str().unwrap()).unwrap_err().to_string();
+    assert!(missing.contains("nothing"), "{missing}");
+    assert!(try_load(dir.path()).unwrap_err().contains("config.json"));
+
+    saved(dir.path());
+    try_load(dir.path()).unwrap();
+    let weights = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() - 7]).unwrap();
+    let error = try_load(dir.path()).unwrap_err();
+    assert!(error.contains("model.safetensors") && error.contains("fetch it again"), "{error}");
+
+    // Another width than the tensors have.
+    std::fs::write(&weights, &bytes).unwrap();
+    let wider = ModelConfig { hidden: 16, ..tiny_config() };
+    std::fs::write(dir.path().join("config.json"), wider.to_hf_json().to_string()).unwrap();
+    let error = try_load(dir.path()).unwrap_err();
+    assert!(error.contains("shape") && error.contains("16"), "{error}");
+
+    let other = r#"{"architectures":["GPT2LMHeadModel"],"model_type":"gpt2"}"#;
+    std::fs::write(dir.path().join("config.json"), other).unwrap();
+    let error = try_load(dir.path()).unwrap_err();
+    assert!(error.contains("GPT2LMHeadModel") && error.contains("qwen3"), "{error}");
+
+    let gguf = dir.path().join("model.gguf");
+    std::fs::write(&gguf, b"GGUF\x03\0\0\0").unwrap();
+    let error = Checkpoint::open(&gguf).unwrap_err().to_string();
+    assert!(error.contains("model.gguf") && error.contains("truncated"), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn mutated_files_never_panic(in_config: bool, at in 0.0f64..1.0, value: u8) {
+        let dir = tempfile::tempdir().unwrap();
+        saved(dir.path());
+        let path = dir.path().join(if in_config { "config.json" } else { "model.safetensors" });
+        let mut bytes = std::fs::read(&path).unwrap();
+        // Mostly the header: that is where a byte can lie about sizes.
+        let n = if in_config { bytes.len() } else { 1500.min(bytes.len()) };
+        bytes[(at * n as f64) as usize] = value;
+        std::fs::write(&path, bytes).unwrap();
+        if let Err(error) = try_load(dir.path()) {
+            prop_assert!(!error.is_empty());
+        }
+    }
+}
