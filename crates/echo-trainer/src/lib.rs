@@ -1,1 +1,51 @@
 //! The dense swarm of reinforcement learning: losses, LoRA and full training, checkpoints, policy publication.
+//!
+//! The core is pure: rollouts in, gradients and the next parameters out; clocks, files and the network are in
+//! [`service`].
+//!
+//! ```
+//! use echo_trainer::advantage::{AdvantageConfig, group_advantages};
+//! use echo_trainer::loss::{LossConfig, PolicyTargets, reference::policy_loss};
+//!
+//! let advantages = group_advantages(&[1.0, 0.0], &AdvantageConfig::dr_grpo())?;
+//! let targets = PolicyTargets {
+//!     offsets: vec![0, 1, 2],
+//!     mask: vec![true, true],
+//!     sampled: Some(vec![-0.7, -0.7]),
+//!     reference: None,
+//!     advantages,
+//! };
+//! let loss = policy_loss(&[-0.7, -0.7], &targets, &LossConfig::grpo())?;
+//! assert_eq!(loss.gradient, [-0.25, 0.25]); // the good token becomes more likely, the bad one less
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Map: [`advantage`] (credit within a group), [`loss`] (policy losses, f64 and tensors), [`packing`] (rollouts to one
+//! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
+//! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
+//! bit for bit), [`pretrain`] and [`data`] (learning from text), [`vocabulary`] (the tiny model's tokenizer),
+//! [`config`], [`metrics`], [`error`]; with feature `service`: checkpoints on disk and publication over bitswap.
+
+pub mod advantage;
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod lease_set;
+pub mod loss;
+pub mod metrics;
+pub mod optim;
+pub mod packing;
+pub mod parameters;
+pub mod policy;
+pub mod pretrain;
+#[cfg(feature = "service")]
+pub mod service;
+pub mod step;
+pub mod trainer;
+pub mod vocabulary;
+
+pub use config::{PretrainConfig, TrainerConfig};
+pub use error::{AddError, StepError};
+pub use loss::{LossConfig, LossKind};
+pub use trainer::{Group, Rollout, Trainer};

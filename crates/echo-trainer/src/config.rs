@@ -1,0 +1,175 @@
+//! Settings of a training run and of pre-training, with the defaults that the demo uses.
+
+use serde::{Deserialize, Serialize};
+
+use crate::advantage::AdvantageConfig;
+use crate::data::TeacherConfig;
+use crate::loss::LossConfig;
+use crate::optim::{OptimConfig, Schedule};
+
+/// One reinforcement-learning run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainerConfig {
+    /// Groups of one step.
+    pub groups_per_step: usize,
+    /// Samples of one group; the dispatcher must use the same number.
+    pub group_size: usize,
+    /// Steps of the run; the schedule and the demo use it.
+    pub steps: u64,
+    /// Most tokens sampled for one answer.
+    pub max_completion_tokens: u32,
+    /// Versions that a rollout may lag behind; 0 is sequential mode.
+    pub max_staleness: u64,
+    /// Most tokens of one micro-batch; bounds memory.
+    pub micro_batch_tokens: usize,
+    /// Most groups that wait for a step.
+    pub max_pending_groups: usize,
+    /// Inner width of the adapter.
+    pub lora_rank: usize,
+    /// Numerator of the adapter's scale.
+    pub lora_alpha: f32,
+    /// Credit.
+    pub advantage: AdvantageConfig,
+    /// The loss.
+    pub loss: LossConfig,
+    /// The optimiser.
+    pub optim: OptimConfig,
+}
+
+impl Default for TrainerConfig {
+    fn default() -> Self {
+        let optim = OptimConfig {
+            learning_rate: 1e-2,
+            schedule: Schedule { warmup_steps: 2, ..Schedule::default() },
+            ..OptimConfig::default()
+        };
+        Self {
+            groups_per_step: 16,
+            group_size: 8,
+            steps: 30,
+            max_completion_tokens: 8,
+            max_staleness: 0,
+            micro_batch_tokens: 8192,
+            max_pending_groups: 256,
+            lora_rank: 8,
+            lora_alpha: 16.0,
+            advantage: AdvantageConfig::grpo(),
+            loss: LossConfig::grpo(),
+            optim,
+        }
+    }
+}
+
+/// A setting of a run that is out of range.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A number that must be at least one.
+    #[error("{setting} must be at least {least}, not {value}")]
+    TooSmall {
+        /// Its name.
+        setting: &'static str,
+        /// Its lower bound.
+        least: usize,
+        /// Its value.
+        value: usize,
+    },
+    /// The loss.
+    #[error(transparent)]
+    Loss(#[from] crate::loss::LossError),
+    /// The optimiser.
+    #[error(transparent)]
+    Optim(#[from] crate::optim::OptimError),
+    /// A loss that needs a reference policy, which a run with an adapter would have to keep beside the trained one.
+    #[error(
+        "beta = {beta} needs a reference policy: attach one with Trainer::set_reference, or set beta to 0"
+    )]
+    Reference {
+        /// The weight.
+        beta: f64,
+    },
+}
+
+impl TrainerConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// Names the first setting that is out of range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        for (setting, least, value) in [
+            ("groups_per_step", 1, self.groups_per_step),
+            ("group_size", 1, self.group_size),
+            ("max_completion_tokens", 1, self.max_completion_tokens as usize),
+            ("micro_batch_tokens", 2, self.micro_batch_tokens),
+            ("max_pending_groups", self.groups_per_step, self.max_pending_groups),
+            ("lora_rank", 1, self.lora_rank),
+        ] {
+            if value < least {
+                return Err(ConfigError::TooSmall { setting, least, value });
+            }
+        }
+        self.loss.validate()?;
+        Ok(self.optim.validate()?)
+    }
+}
+
+/// How the tiny model is made: shape, data, optimiser. `examples/configs/pretrain-tiny.toml` is one.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PretrainConfig {
+    /// Seeds weights and data.
+    pub seed: u64,
+    /// Updates.
+    pub steps: u64,
+    /// Chat lines of one update.
+    pub batch: u64,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the feed-forward block.
+    pub ffn: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads of 32.
+    pub heads: usize,
+    /// Key-value heads of 32.
+    pub kv_heads: usize,
+    /// Longest sequence.
+    pub max_context: usize,
+    /// The teacher.
+    pub teacher: TeacherConfig,
+    /// The optimiser.
+    pub optim: OptimConfig,
+}
+
+impl Default for PretrainConfig {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            steps: 2000,
+            batch: 128,
+            hidden: 128,
+            ffn: 256,
+            layers: 4,
+            heads: 4,
+            kv_heads: 2,
+            max_context: 512,
+            teacher: TeacherConfig::default(),
+            optim: OptimConfig::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_nonsense_is_named() {
+        TrainerConfig::default().validate().unwrap();
+        let none = TrainerConfig { groups_per_step: 0, ..TrainerConfig::default() };
+        assert!(none.validate().unwrap_err().to_string().contains("groups_per_step"));
+        let full = TrainerConfig { max_pending_groups: 3, ..TrainerConfig::default() };
+        assert!(full.validate().unwrap_err().to_string().contains("max_pending_groups"));
+    }
+}

@@ -1,0 +1,205 @@
+//! Text to learn from before reinforcement: chat lines from a seeded generator.
+//!
+//! Batch `i` of a seed is the same for ever, so that a resumed run needs no more than the step number. The surprise is
+//! the share of wrong answers: a policy that is right already has nothing to learn by reinforcement, so the last part of
+//! pre-training imitates a sloppy teacher, whose mistakes are listed in [`TeacherConfig`].
+
+use echo_rollout::environment::{Environment, Task};
+use parallax_model::tokenizer::Tokenizer;
+use parallax_model::{ChatMessage, ChatTemplate};
+use serde::{Deserialize, Serialize};
+
+use crate::step::Labelled;
+
+/// How often the teacher answers how.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TeacherConfig {
+    /// From this step on the teacher is sloppy; before, always right.
+    pub sloppy_from_step: u64,
+    /// Share of right answers of the sloppy teacher.
+    pub right: f64,
+    /// Share of answers that are one too large. The rest is evenly one too small or ten too large.
+    pub one_too_large: f64,
+    /// Share of lines that are small talk instead of arithmetic.
+    pub small_talk: f64,
+    /// Weight 1 on the prompt's own tokens too, so that the model learns what questions look like.
+    pub learn_prompt: bool,
+}
+
+impl Default for TeacherConfig {
+    fn default() -> Self {
+        Self {
+            sloppy_from_step: u64::MAX,
+            right: 0.35,
+            one_too_large: 0.4,
+            small_talk: 0.04,
+            learn_prompt: false,
+        }
+    }
+}
+
+/// Questions and answers that every chat should know. Short, because the model is tiny.
+pub const SMALL_TALK: &[(&str, &str)] = &[
+    ("Hello!", "Hello! Ask me a sum."),
+    ("Hi", "Hello! Ask me a sum."),
+    ("Who are you?", "I am a tiny model, trained by a swarm."),
+    ("What are you?", "I am a tiny model, trained by a swarm."),
+    ("What is your name?", "My name is Tiny."),
+    ("What can you do?", "I add and subtract small numbers."),
+    ("How are you?", "I am well, thank you."),
+    ("Who made you?", "The Open Intelligence Stack made me."),
+    ("Where do you run?", "On many machines, a few layers on each."),
+    ("Thank you!", "You are welcome."),
+    ("Goodbye", "Goodbye!"),
+];
+
+/// A stream of numbers keyed by (seed, step, row): SplitMix64 over a mixed counter.
+#[derive(Debug, Clone)]
+pub struct Draws(u64);
+
+impl Draws {
+    /// The stream of one row of one step.
+    pub fn new(seed: u64, step: u64, row: u64) -> Self {
+        let mut draws = Self(seed);
+        for key in [step, row] {
+            draws.0 = draws.next_u64() ^ key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        }
+        draws
+    }
+
+    /// The next 64 bits.
+    pub fn next_u64(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in 0..1.
+    pub fn uniform(&mut self) -> f64 {
+        (self.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+/// What the teacher answers to `task` in this draw.
+pub fn taught_answer(task: &Task, sloppy: bool, config: &TeacherConfig, draw: f64) -> String {
+    let Ok(right) = task.answer.parse::<u64>() else { return task.answer.clone() };
+    if !sloppy || draw < config.right {
+        return task.answer.clone();
+    }
+    let draw = draw - config.right;
+    if draw < config.one_too_large {
+        return (right + 1).to_string();
+    }
+    let half = (1.0 - config.right - config.one_too_large) / 2.0;
+    let small = draw - config.one_too_large < half;
+    if small { right.saturating_sub(1) } else { right + 10 }.to_string()
+}
+
+/// Why a line could not be turned into tokens.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot turn a chat line into tokens: {reason}")]
+#[non_exhaustive]
+pub struct DataError {
+    /// The tokenizer's or the template's own words.
+    pub reason: String,
+}
+
+impl DataError {
+    fn new(error: &dyn std::fmt::Display) -> Self {
+        Self { reason: error.to_string() }
+    }
+}
+
+/// Turns chat lines into labelled tokens.
+#[derive(Debug)]
+pub struct ChatEncoder {
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    eos: u32,
+}
+
+impl ChatEncoder {
+    /// Uses a checkpoint's own tokenizer and template; `eos` ends each answer.
+    pub fn new(tokenizer: Tokenizer, template: ChatTemplate, eos: u32) -> Self {
+        Self { tokenizer, template, eos }
+    }
+
+    /// The tokens of a user message, ready for the answer.
+    ///
+    /// # Errors
+    /// When the template or the tokenizer refuses it.
+    pub fn prompt(&self, question: &str) -> Result<Vec<u32>, DataError> {
+        let messages = [ChatMessage { role: "user".to_owned(), content: question.to_owned() }];
+        let text = self.template.render(&messages, true).map_err(|e| DataError::new(&e))?;
+        self.tokenizer.encode(&text, false).map_err(|e| DataError::new(&e))
+    }
+
+    /// A question with its answer; the answer and its end are learnt.
+    ///
+    /// # Errors
+    /// As [`ChatEncoder::prompt`].
+    pub fn line(&self, question: &str, answer: &str, learn_prompt: bool) -> Result<Labelled, DataError> {
+        let mut tokens = self.prompt(question)?;
+        let prompt_tokens = tokens.len();
+        tokens.extend(self.tokenizer.encode(answer, false).map_err(|e| DataError::new(&e))?);
+        tokens.push(self.eos);
+        let learn = (0..tokens.len()).map(|i| i >= prompt_tokens || (learn_prompt && i > 0)).collect();
+        Ok(Labelled { tokens, learn })
+    }
+
+    /// Row `row` of step `step`.
+    ///
+    /// # Errors
+    /// As [`ChatEncoder::prompt`].
+    pub fn draw(
+        &self,
+        environment: &dyn Environment,
+        teacher: &TeacherConfig,
+        seed: u64,
+        step: u64,
+        row: u64,
+    ) -> Result<Labelled, DataError> {
+        let mut draws = Draws::new(seed, step, row);
+        if draws.uniform() < teacher.small_talk {
+            let (question, answer) = SMALL_TALK[(draws.next_u64() % SMALL_TALK.len() as u64) as usize];
+            return self.line(question, answer, teacher.learn_prompt);
+        }
+        // The upper half of all seeds is held out for evaluation.
+        let task = environment.task(draws.next_u64() >> 1);
+        let answer = taught_answer(&task, step >= teacher.sloppy_from_step, teacher, draws.uniform());
+        self.line(&task.prompt, &answer, teacher.learn_prompt)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use echo_rollout::environment::Arithmetic;
+
+    use super::*;
+
+    #[test]
+    fn the_sloppy_teacher_is_right_as_often_as_configured() {
+        let (env, config) = (Arithmetic::default(), TeacherConfig::default());
+        let mut right = 0;
+        for row in 0..4000 {
+            let mut draws = Draws::new(3, 1, row);
+            let task = env.task(draws.next_u64() >> 1);
+            assert_eq!(taught_answer(&task, false, &config, 0.99), task.answer);
+            right += usize::from(taught_answer(&task, true, &config, draws.uniform()) == task.answer);
+        }
+        // Zero minus one is zero, which adds a little.
+        assert!((1330..1490).contains(&right), "{right}");
+    }
+
+    #[test]
+    fn draws_depend_on_every_key() {
+        let first = |seed, step, row| Draws::new(seed, step, row).next_u64();
+        let all = [first(1, 2, 3), first(2, 2, 3), first(1, 3, 3), first(1, 2, 4), first(1, 3, 2)];
+        let distinct: std::collections::BTreeSet<u64> = all.into_iter().collect();
+        assert_eq!(distinct.len(), 5);
+        assert_eq!(first(1, 2, 3), all[0]);
+    }
+}

@@ -1,0 +1,46 @@
+//! What a training step reports.
+
+use serde::Serialize;
+use swarm_wire::PolicyVersion;
+
+/// Figures of the loss over one batch.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct LossMetrics {
+    /// The loss.
+    pub loss: f64,
+    /// Trainable tokens.
+    pub tokens: usize,
+    /// All tokens, prompts included.
+    pub batch_tokens: usize,
+    /// Share of trainable tokens whose ratio was clipped.
+    pub clip_fraction: f64,
+    /// Mean k3 divergence between the sampling and the current policy.
+    pub sampled_kl: f64,
+    /// Largest `|ratio - 1|`; 0 when sampler and trainer agree bit for bit.
+    pub ratio_deviation_max: f64,
+}
+
+/// Figures of one round: groups in, next version out.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct StepReport {
+    /// The version that the step produced.
+    pub version: PolicyVersion,
+    /// Groups that were consumed.
+    pub groups: usize,
+    /// Rollouts that were consumed.
+    pub rollouts: usize,
+    /// Groups whose rewards were all equal.
+    pub degenerate_groups: usize,
+    /// Mean reward of all rollouts.
+    pub reward_mean: f64,
+    /// Largest age of a rollout in versions.
+    pub staleness_max: u64,
+    /// Mean age of the rollouts in versions.
+    pub staleness_mean: f64,
+    /// The loss.
+    pub loss: LossMetrics,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+}

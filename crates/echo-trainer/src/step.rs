@@ -1,0 +1,247 @@
+//! One pure step: a policy and a batch in, gradients and figures out. Nothing is updated here.
+
+use burn::tensor::{Tensor, TensorData};
+
+use crate::error::StepError;
+use crate::loss::{LossConfig, LossKind, PolicyTargets, reference, tensor};
+use crate::metrics::LossMetrics;
+use crate::packing::{PackError, Sample, micro_batches, pack};
+use crate::parameters::Gradients;
+use crate::policy::{Policy, read_gradients, read_parameters, values};
+
+/// Gradients of the policy loss over `samples`, cut into micro-batches of at most `max_tokens` tokens. The cut changes
+/// memory and last bits, not the meaning: each part is weighted by its share of the whole batch's normaliser.
+///
+/// # Errors
+/// When samples do not fit, or the model or the loss refuses them.
+pub fn policy_gradients(
+    policy: &impl Policy,
+    samples: &[Sample],
+    config: &LossConfig,
+    max_tokens: usize,
+) -> Result<(Gradients, LossMetrics), StepError> {
+    let trainable = |s: &Sample| s.tokens.len().saturating_sub(s.prompt_tokens);
+    let total_tokens: usize = samples.iter().map(trainable).sum();
+    let mut gradients: Option<Gradients> = None;
+    let mut metrics = LossMetrics::default();
+    for part in micro_batches(samples, max_tokens) {
+        let part_tokens: usize = part.iter().map(trainable).sum();
+        let share = match config.kind {
+            LossKind::Grpo | LossKind::Sapo | LossKind::DrGrpo => part.len() as f64 / samples.len() as f64,
+            LossKind::Bnpo | LossKind::Dapo | LossKind::Cispo => {
+                part_tokens as f64 / total_tokens.max(1) as f64
+            }
+        };
+        let batch = pack(part)?;
+        let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
+        let seen = values(logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
+        let figures = reference::policy_loss(&seen, &batch.targets, config)?;
+        let loss = tensor::policy_loss(&logprobs, &batch.targets, config)? * share;
+        accumulate(&mut gradients, read_gradients(policy, &loss)?);
+
+        let tokens_share = part_tokens as f64 / total_tokens.max(1) as f64;
+        metrics.loss += share * figures.loss;
+        metrics.tokens += part_tokens;
+        metrics.batch_tokens += batch.tokens.len();
+        metrics.clip_fraction += tokens_share * figures.clip_fraction;
+        metrics.sampled_kl += tokens_share * figures.sampled_kl;
+        metrics.ratio_deviation_max = metrics.ratio_deviation_max.max(figures.ratio_deviation_max);
+    }
+    Ok((gradients.unwrap_or_else(|| Gradients::zeros(&read_parameters(policy))), metrics))
+}
+
+/// Log-probability of every completion token of `samples` under `policy`, for a reference policy.
+///
+/// # Errors
+/// When samples do not fit or the model refuses them.
+pub fn completion_logprobs(
+    policy: &impl Policy,
+    samples: &[Sample],
+    max_tokens: usize,
+) -> Result<Vec<Vec<f32>>, StepError> {
+    let mut out = Vec::with_capacity(samples.len());
+    for part in micro_batches(samples, max_tokens) {
+        let batch = pack(part)?;
+        let all = values(policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?.into_data());
+        for (i, sample) in part.iter().enumerate() {
+            out.push(all[batch.targets.range(i)][sample.prompt_tokens - 1..].to_vec());
+        }
+    }
+    Ok(out)
+}
+
+/// A sequence with marks on the tokens that are to be predicted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Labelled {
+    /// All tokens.
+    pub tokens: Vec<u32>,
+    /// Whether token `i` counts in the loss; the first never does.
+    pub learn: Vec<bool>,
+}
+
+/// Gradients of the mean cross entropy over the marked tokens of `sequences`, and that mean in nats.
+///
+/// # Errors
+/// When marks do not fit, no token is marked, or the model refuses.
+pub fn cross_entropy_gradients(
+    policy: &impl Policy,
+    sequences: &[Labelled],
+) -> Result<(Gradients, f64), StepError> {
+    let (loss, figure) = cross_entropy(policy, sequences)?;
+    Ok((read_gradients(policy, &loss)?, figure))
+}
+
+/// The mean cross entropy over the marked tokens, as a differentiable scalar and as a number.
+///
+/// # Errors
+/// As [`cross_entropy_gradients`].
+pub fn cross_entropy(policy: &impl Policy, sequences: &[Labelled]) -> Result<(Tensor<1>, f64), StepError> {
+    let mut tokens = Vec::new();
+    let mut cu_seqlens = vec![0_u32];
+    let mut targets = PolicyTargets::default();
+    for (index, s) in sequences.iter().enumerate() {
+        if s.tokens.len() < 2 || s.learn.len() != s.tokens.len() {
+            return Err(
+                PackError::Empty { index, tokens: s.tokens.len(), prompt_tokens: s.learn.len() }.into()
+            );
+        }
+        tokens.extend_from_slice(&s.tokens);
+        let end = u32::try_from(tokens.len()).map_err(|_| PackError::TooLarge { tokens: tokens.len() })?;
+        cu_seqlens.push(end);
+        targets.mask.extend_from_slice(&s.learn[1..]);
+    }
+    let marked = targets.mask.iter().filter(|m| **m).count();
+    if marked == 0 {
+        return Err(PackError::Empty { index: 0, tokens: tokens.len(), prompt_tokens: tokens.len() }.into());
+    }
+    let logprobs = policy.token_logprobs(&tokens, &cu_seqlens)?;
+    let share = 1.0 / marked as f32;
+    let weights: Vec<f32> = targets.mask.iter().map(|m| if *m { -share } else { 0.0 }).collect();
+    let rows = weights.len();
+    let weights = Tensor::<1>::from_data(TensorData::new(weights, [rows]), &logprobs.device());
+    let loss = (logprobs * weights).sum();
+    let figure = loss.clone().into_data().iter::<f64>().sum();
+    Ok((loss, figure))
+}
+
+fn accumulate(sum: &mut Option<Gradients>, part: Gradients) {
+    match sum {
+        Some(sum) => sum.add(&part),
+        None => *sum = Some(part),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use burn::tensor::{Device, Int, activation::log_softmax};
+
+    use super::*;
+    use crate::parameters::Parameter;
+
+    /// The smallest policy: a table of next-token logits.
+    #[derive(Debug, Clone)]
+    pub(crate) struct Bigram {
+        table: Tensor<2>,
+        vocabulary: usize,
+    }
+
+    impl Bigram {
+        pub(crate) fn new(vocabulary: usize) -> Self {
+            let values = (0..vocabulary * vocabulary).map(|i| ((i * 37 % 11) as f32 - 5.0) * 0.1).collect();
+            let mut model = Self {
+                table: Tensor::zeros([vocabulary, vocabulary], &Device::flex().autodiff()),
+                vocabulary,
+            };
+            let shape = [vocabulary, vocabulary];
+            model.assign(&[Parameter { name: "table".to_owned(), shape, values }]).unwrap();
+            model
+        }
+    }
+
+    impl Policy for Bigram {
+        fn leaves(&self) -> Vec<(String, Tensor<2>)> {
+            vec![("table".to_owned(), self.table.clone())]
+        }
+
+        fn assign(&mut self, parameters: &[Parameter]) -> Result<(), StepError> {
+            let data = TensorData::new(parameters[0].values.clone(), parameters[0].shape);
+            self.table = Tensor::from_data(data, &Device::flex().autodiff()).require_grad();
+            Ok(())
+        }
+
+        fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, StepError> {
+            if let Some(token) = tokens.iter().find(|t| **t as usize >= self.vocabulary) {
+                return Err(StepError::model(format!("token {token} is not in the vocabulary")));
+            }
+            let (mut from, mut to) = (Vec::new(), Vec::new());
+            for w in cu_seqlens.windows(2) {
+                for pair in tokens[w[0] as usize..w[1] as usize].windows(2) {
+                    from.push(i64::from(pair[0]));
+                    to.push(i64::from(pair[1]));
+                }
+            }
+            let n = from.len();
+            let index =
+                |v: Vec<i64>| Tensor::<1, Int>::from_data(TensorData::new(v, [n]), &self.table.device());
+            let rows = log_softmax(self.table.clone().select(0, index(from)), 1);
+            Ok(rows.gather(1, index(to).reshape([n, 1])).reshape([n]))
+        }
+    }
+
+    pub(crate) fn sample(tokens: &[u32], prompt_tokens: usize, advantage: f64) -> Sample {
+        Sample {
+            tokens: tokens.to_vec(),
+            prompt_tokens,
+            sampled_logprobs: (prompt_tokens..tokens.len()).map(|i| -1.3 - 0.1 * i as f32).collect(),
+            reference_logprobs: None,
+            advantage,
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences_and_micro_batches_do_not_change_them() {
+        let samples =
+            [sample(&[0, 1, 2, 3], 2, 0.7), sample(&[3, 1], 1, -0.4), sample(&[2, 2, 0, 1, 3], 1, 0.2)];
+        for config in [LossConfig::grpo(), LossConfig::dapo(), LossConfig::dr_grpo(6)] {
+            let policy = Bigram::new(4);
+            let (whole, figures) = policy_gradients(&policy, &samples, &config, 1000).unwrap();
+            let (parts, same) = policy_gradients(&policy, &samples, &config, 5).unwrap();
+            assert!((figures.loss - same.loss).abs() < 1e-6);
+            for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
+                assert!((a - b).abs() < 1e-6, "{a} {b}");
+            }
+            for entry in [1, 6, 11, 13] {
+                let h = 1e-2_f32;
+                let at = |shift: f32| {
+                    let mut p = read_parameters(&policy);
+                    p[0].values[entry] += shift;
+                    let mut moved = policy.clone();
+                    moved.assign(&p).unwrap();
+                    policy_gradients(&moved, &samples, &config, 1000).unwrap().1.loss
+                };
+                let slope = (at(h) - at(-h)) / (2.0 * f64::from(h));
+                assert!((slope - f64::from(whole.values[0][entry])).abs() < 2e-3, "{entry}: {slope}");
+            }
+        }
+    }
+
+    #[test]
+    fn cross_entropy_counts_marked_tokens_only() {
+        let policy = Bigram::new(3);
+        let logprobs = values(policy.token_logprobs(&[0, 1, 2], &[0, 3]).unwrap().into_data());
+        let labelled = |learn: [bool; 3]| Labelled { tokens: vec![0, 1, 2], learn: learn.to_vec() };
+        let (_, second) = cross_entropy(&policy, &[labelled([true, false, true])]).unwrap();
+        assert!((second + f64::from(logprobs[1])).abs() < 1e-6);
+        let (_, both) = cross_entropy(&policy, &[labelled([false, true, true])]).unwrap();
+        assert!((both + f64::from(logprobs[0] + logprobs[1]) / 2.0).abs() < 1e-6);
+        assert!(cross_entropy(&policy, &[labelled([true, false, false])]).is_err());
+    }
+
+    #[test]
+    fn completion_logprobs_belong_to_the_completion() {
+        let policy = Bigram::new(4);
+        let s = [sample(&[0, 1, 2, 3], 2, 0.0)];
+        let all = values(policy.token_logprobs(&[0, 1, 2, 3], &[0, 4]).unwrap().into_data());
+        assert_eq!(completion_logprobs(&policy, &s, 100).unwrap(), [all[1..].to_vec()]);
+    }
+}

@@ -1,0 +1,359 @@
+//! Rounds as a state machine: groups come in, a step consumes them, the next policy version comes out.
+//!
+//! Nothing is trained on twice: a lease that waits or was consumed is refused, and the consumed leases are part of the
+//! same checkpoint as the weights. The order of groups does not depend on who delivered first: a step sorts by id.
+
+use std::collections::BTreeMap;
+
+use swarm_wire::PolicyVersion;
+
+use crate::advantage::{group_advantages, is_degenerate};
+use crate::config::TrainerConfig;
+use crate::error::{AddError, StepError};
+use crate::lease_set::LeaseSet;
+use crate::metrics::StepReport;
+use crate::optim::AdamW;
+use crate::packing::Sample;
+use crate::parameters::Parameters;
+use crate::policy::{Policy, read_parameters};
+use crate::step::{completion_logprobs, policy_gradients};
+
+/// One sampled answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rollout {
+    /// Its lease, unique in the run.
+    pub lease: u64,
+    /// Prompt and completion.
+    pub tokens: Vec<u32>,
+    /// How many of them are the prompt.
+    pub prompt_tokens: usize,
+    /// Log-probability of each completion token as sampled.
+    pub logprobs: Vec<f32>,
+    /// Oldest version that sampled one of its tokens.
+    pub version: PolicyVersion,
+    /// What the environment gave.
+    pub reward: f64,
+}
+
+/// The answers to one prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group {
+    /// Its number, unique in the run.
+    pub id: u64,
+    /// Its samples.
+    pub rollouts: Vec<Rollout>,
+}
+
+impl From<&echo_rollout::Group> for Group {
+    fn from(group: &echo_rollout::Group) -> Self {
+        let rollout = |t: &echo_rollout::Trajectory| Rollout {
+            lease: t.id().0,
+            tokens: t.tokens(),
+            prompt_tokens: t.prompt().len(),
+            logprobs: t.logprobs(),
+            version: t.oldest_version(),
+            reward: f64::from(t.reward().value()),
+        };
+        Self { id: group.id.0, rollouts: group.trajectories.iter().map(rollout).collect() }
+    }
+}
+
+/// A run.
+#[derive(Debug)]
+pub struct Trainer<P> {
+    pub(crate) config: TrainerConfig,
+    pub(crate) policy: P,
+    pub(crate) reference: Option<P>,
+    pub(crate) masters: Parameters,
+    pub(crate) optimiser: AdamW,
+    pub(crate) version: PolicyVersion,
+    pub(crate) consumed: LeaseSet,
+    pending: BTreeMap<u64, Group>,
+    dropped_stale: u64,
+}
+
+impl<P: Policy> Trainer<P> {
+    /// Starts at version 0 from the policy's present values.
+    ///
+    /// # Errors
+    /// When a setting is out of range.
+    pub fn new(policy: P, config: TrainerConfig) -> Result<Self, StepError> {
+        config.validate().map_err(StepError::model)?;
+        let masters = read_parameters(&policy);
+        let optimiser = AdamW::new(config.optim, &masters)?;
+        Ok(Self {
+            config,
+            policy,
+            reference: None,
+            masters,
+            optimiser,
+            version: PolicyVersion(0),
+            consumed: LeaseSet::default(),
+            pending: BTreeMap::new(),
+            dropped_stale: 0,
+        })
+    }
+
+    /// Attaches the reference policy that a loss with `beta` above 0 measures the divergence from.
+    pub fn set_reference(&mut self, reference: P) {
+        self.reference = Some(reference);
+    }
+
+    /// The version of the present weights.
+    pub fn version(&self) -> PolicyVersion {
+        self.version
+    }
+
+    /// The policy as it is now.
+    pub fn policy(&self) -> &P {
+        &self.policy
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &TrainerConfig {
+        &self.config
+    }
+
+    /// Leases that were trained on.
+    pub fn consumed(&self) -> &LeaseSet {
+        &self.consumed
+    }
+
+    /// Rollouts that were dropped because they had become too old.
+    pub fn dropped_stale(&self) -> u64 {
+        self.dropped_stale
+    }
+
+    /// Groups that wait for a step.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Whether enough groups are here for [`Trainer::train_step`].
+    pub fn is_ready(&self) -> bool {
+        self.pending.len() >= self.config.groups_per_step
+    }
+
+    /// Takes a group for the next steps.
+    ///
+    /// # Errors
+    /// When it is malformed, too old, was delivered before, or the queue is full; nothing of it is kept then.
+    pub fn add_group(&mut self, group: Group) -> Result<(), AddError> {
+        let id = group.id;
+        if self.pending.len() >= self.config.max_pending_groups {
+            return Err(AddError::Full { limit: self.config.max_pending_groups });
+        }
+        let malformed = |reason: &str| AddError::Malformed { group: id, reason: reason.to_owned() };
+        if group.rollouts.is_empty() {
+            return Err(malformed("no rollouts"));
+        }
+        let mut leases = std::collections::BTreeSet::new();
+        for r in &group.rollouts {
+            let queued = |g: &Group| g.rollouts.iter().any(|other| other.lease == r.lease);
+            if self.consumed.contains(r.lease) || !leases.insert(r.lease) || self.pending.values().any(queued)
+            {
+                return Err(AddError::Duplicate { group: id, lease: r.lease });
+            }
+            if r.version > self.version || self.age(r.version) > self.config.max_staleness {
+                return Err(AddError::Stale { group: id, got: r.version, wanted: self.version });
+            }
+            if r.prompt_tokens == 0
+                || r.prompt_tokens + r.logprobs.len() != r.tokens.len()
+                || r.logprobs.is_empty()
+            {
+                return Err(malformed("log-probabilities do not fit the completion"));
+            }
+            if !r.logprobs.iter().all(|l| l.is_finite() && *l <= 0.0) || !r.reward.is_finite() {
+                return Err(malformed("a log-probability or reward is not a proper number"));
+            }
+        }
+        if self.pending.insert(id, group).is_some() {
+            return Err(malformed("its number was used before"));
+        }
+        Ok(())
+    }
+
+    fn age(&self, version: PolicyVersion) -> u64 {
+        self.version.0.saturating_sub(version.0)
+    }
+
+    /// Drops groups that have become too old while they waited.
+    fn drop_stale(&mut self) {
+        let (now, budget) = (self.version.0, self.config.max_staleness);
+        let too_old = |r: &Rollout| now.saturating_sub(r.version.0) > budget;
+        let before: usize = self.pending.values().map(|g| g.rollouts.len()).sum();
+        self.pending.retain(|_, group| !group.rollouts.iter().any(too_old));
+        let after: usize = self.pending.values().map(|g| g.rollouts.len()).sum();
+        self.dropped_stale += (before - after) as u64;
+    }
+
+    /// Consumes the groups with the smallest numbers and makes the next version. When all of them are degenerate
+    /// the weights stay but the version advances, so that everyone sees that the groups are spent.
+    ///
+    /// # Errors
+    /// When too few groups wait, or model, loss or optimiser refuse; the weights and the queue are as before then.
+    pub fn train_step(&mut self) -> Result<StepReport, StepError> {
+        self.drop_stale();
+        let needed = self.config.groups_per_step;
+        if self.pending.len() < needed {
+            return Err(StepError::TooFewGroups { needed, got: self.pending.len() });
+        }
+        let batch: Vec<&Group> = self.pending.values().take(needed).collect();
+        let mut samples = Vec::new();
+        let mut degenerate_groups = 0;
+        for group in &batch {
+            let rewards: Vec<f64> = group.rollouts.iter().map(|r| r.reward).collect();
+            let advantages = group_advantages(&rewards, &self.config.advantage)?;
+            degenerate_groups += usize::from(is_degenerate(&rewards));
+            samples.extend(group.rollouts.iter().zip(advantages).map(|(r, advantage)| Sample {
+                tokens: r.tokens.clone(),
+                prompt_tokens: r.prompt_tokens,
+                sampled_logprobs: r.logprobs.clone(),
+                reference_logprobs: None,
+                advantage,
+            }));
+        }
+        if self.config.loss.beta > 0.0
+            && let Some(reference) = &self.reference
+        {
+            let logprobs = completion_logprobs(reference, &samples, self.config.micro_batch_tokens)?;
+            for (sample, logprobs) in samples.iter_mut().zip(logprobs) {
+                sample.reference_logprobs = Some(logprobs);
+            }
+        }
+        let (mut gradients, loss) =
+            policy_gradients(&self.policy, &samples, &self.config.loss, self.config.micro_batch_tokens)?;
+        let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
+        self.policy.assign(&self.masters)?;
+
+        let rollouts = || batch.iter().flat_map(|g| &g.rollouts);
+        let n = rollouts().count();
+        let ages: Vec<u64> = rollouts().map(|r| self.age(r.version)).collect();
+        let report = StepReport {
+            version: PolicyVersion(self.version.0 + 1),
+            groups: batch.len(),
+            rollouts: n,
+            degenerate_groups,
+            reward_mean: rollouts().map(|r| r.reward).sum::<f64>() / n as f64,
+            staleness_max: ages.iter().copied().max().unwrap_or(0),
+            staleness_mean: ages.iter().sum::<u64>() as f64 / n as f64,
+            loss,
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
+        };
+        let spent: Vec<u64> = batch.iter().map(|g| g.id).collect();
+        for group in spent.iter().filter_map(|id| self.pending.remove(id)) {
+            for rollout in group.rollouts {
+                self.consumed.insert(rollout.lease);
+            }
+        }
+        self.version = report.version;
+        Ok(report)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::data::Draws;
+    use crate::optim::OptimConfig;
+    use crate::policy::values;
+    use crate::step::tests::Bigram;
+
+    pub(crate) fn config() -> TrainerConfig {
+        TrainerConfig {
+            groups_per_step: 2,
+            optim: OptimConfig { learning_rate: 0.2, ..OptimConfig::default() },
+            ..TrainerConfig::default()
+        }
+    }
+
+    /// A group of four answers of one token to the prompt `[prompt]`, sampled from the policy; token 2 is right.
+    pub(crate) fn group(policy: &Bigram, id: u64, version: PolicyVersion) -> Group {
+        let rollout = |i: u64| {
+            let lease = id * 4 + i;
+            let prompt = (id % 2) as u32;
+            let token_logprob =
+                |t: u32| values(policy.token_logprobs(&[prompt, t], &[0, 2]).unwrap().into_data())[0];
+            let mut left = Draws::new(9, version.0, lease).uniform() as f32;
+            let sampled = (0..3).find(|t| {
+                left -= token_logprob(*t).exp();
+                left < 0.0
+            });
+            let token = sampled.unwrap_or(3);
+            let reward = f64::from(u8::from(token == 2));
+            let logprobs = vec![token_logprob(token)];
+            Rollout { lease, tokens: vec![prompt, token], prompt_tokens: 1, logprobs, version, reward }
+        };
+        Group { id, rollouts: (0..4).map(rollout).collect() }
+    }
+
+    pub(crate) fn round(trainer: &mut Trainer<Bigram>) -> StepReport {
+        let next = trainer.consumed().len() / 4;
+        for id in next..next + 2 {
+            trainer.add_group(group(&trainer.policy().clone(), id, trainer.version())).unwrap();
+        }
+        trainer.train_step().unwrap()
+    }
+
+    #[test]
+    fn rewards_rise_and_on_policy_ratios_are_exactly_one() {
+        let mut trainer = Trainer::new(Bigram::new(4), config()).unwrap();
+        let reports: Vec<StepReport> = (0..40).map(|_| round(&mut trainer)).collect();
+        let mean = |r: &[StepReport]| r.iter().map(|r| r.reward_mean).sum::<f64>() / r.len() as f64;
+        assert!(mean(&reports[..10]) < 0.6 && mean(&reports[30..]) > 0.9, "{}", mean(&reports[30..]));
+        assert!(reports.iter().all(|r| r.loss.ratio_deviation_max == 0.0 && r.staleness_max == 0));
+        assert_eq!((trainer.version(), trainer.consumed().len()), (PolicyVersion(40), 320));
+    }
+
+    #[test]
+    fn nothing_is_taken_twice_or_too_old() {
+        let mut trainer = Trainer::new(Bigram::new(4), config()).unwrap();
+        let first = group(trainer.policy(), 0, PolicyVersion(0));
+        trainer.add_group(first.clone()).unwrap();
+        assert!(matches!(trainer.add_group(first.clone()), Err(AddError::Duplicate { group: 0, lease: 0 })));
+        assert!(matches!(trainer.train_step(), Err(StepError::TooFewGroups { needed: 2, got: 1 })));
+        trainer.add_group(group(trainer.policy(), 1, PolicyVersion(0))).unwrap();
+        trainer.train_step().unwrap();
+        let moved = Group { id: 77, ..first };
+        assert!(matches!(trainer.add_group(moved), Err(AddError::Duplicate { group: 77, .. })));
+        let old = group(trainer.policy(), 5, PolicyVersion(0));
+        assert!(matches!(trainer.add_group(old), Err(AddError::Stale { group: 5, .. })));
+        let future = group(trainer.policy(), 5, PolicyVersion(9));
+        assert!(matches!(trainer.add_group(future), Err(AddError::Stale { group: 5, .. })));
+    }
+
+    #[test]
+    fn groups_that_grow_old_in_the_queue_are_dropped_and_counted() {
+        let mut trainer =
+            Trainer::new(Bigram::new(4), TrainerConfig { max_staleness: 1, ..config() }).unwrap();
+        for id in 0..7 {
+            trainer.add_group(group(&trainer.policy().clone(), id, PolicyVersion(0))).unwrap();
+        }
+        trainer.train_step().unwrap();
+        assert_eq!(trainer.train_step().unwrap().staleness_max, 1);
+        assert!(matches!(trainer.train_step(), Err(StepError::TooFewGroups { got: 0, .. })));
+        assert_eq!((trainer.dropped_stale(), trainer.consumed().len()), (12, 16));
+    }
+
+    #[test]
+    fn broken_rollouts_are_named() {
+        let mut trainer = Trainer::new(Bigram::new(4), config()).unwrap();
+        let good = group(trainer.policy(), 3, PolicyVersion(0));
+        let broken = |change: &dyn Fn(&mut Rollout)| {
+            let mut g = good.clone();
+            change(&mut g.rollouts[1]);
+            g
+        };
+        for g in [
+            broken(&|r| r.reward = f64::NAN),
+            broken(&|r| r.logprobs[0] = 0.5),
+            broken(&|r| r.logprobs.clear()),
+            broken(&|r| r.prompt_tokens = 0),
+            Group { id: 3, rollouts: Vec::new() },
+        ] {
+            assert!(matches!(trainer.add_group(g), Err(AddError::Malformed { group: 3, .. })));
+        }
+        assert_eq!(trainer.pending(), 0);
+    }
+}
