@@ -39,6 +39,6 @@ pub use ledger::Ledger;
 pub use manifest::{BlockRef, Entry, Manifest};
 pub use serve::Server;
 #[cfg(feature = "service")]
-//SVCpub use service::{Blocks, FsStore, FsStoreConfig, Progress};
+pub use service::{Blocks, FsStore, FsStoreConfig, Progress};
 pub use session::Session;
 pub use store::{BlockStore, MemoryStore};

@@ -1,0 +1,166 @@
+//! Bitswap on streams: one for each direction between two peers, as other implementations do it.
+
+use std::sync::Weak;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use lattica_net::{Node, Stream};
+use swarm_wire::limits::BITSWAP_MESSAGE_MAX_BYTES;
+use swarm_wire::{DecodeError, PeerId, frame};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::exchange::{Exchange, Outgoing};
+use crate::serve::Batch;
+use crate::wire::{Message, PROTOCOL};
+
+/// A stream without anything to send is closed after this time.
+const IDLE: Duration = Duration::from_secs(60);
+/// A peer that does not take one message in this time is given up.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+const READ_BUFFER_BYTES: usize = 64 * 1024;
+
+/// Takes in what a peer sends, until its stream or the exchange ends.
+pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
+    let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
+    loop {
+        let message = match read_message(&mut reader).await {
+            Ok(Some(bytes)) => Message::decode(bytes),
+            Ok(None) => return,
+            Err(ReadError::Malformed(error)) => Err(error),
+            Err(ReadError::Broken) => return,
+        };
+        let Some(exchange) = exchange.upgrade() else { return };
+        match message {
+            Ok(message) => exchange.handle_message(&peer, message).await,
+            Err(error) => {
+                exchange.peer_lied(&peer, &error.to_string());
+                return;
+            }
+        }
+    }
+}
+
+enum ReadError {
+    Malformed(DecodeError),
+    Broken,
+}
+
+/// One message's bytes; `None` at a clean end. The length is checked before anything is allocated.
+async fn read_message(reader: &mut (impl AsyncRead + Unpin)) -> Result<Option<Bytes>, ReadError> {
+    let mut prefix = [0u8; frame::LENGTH_MAX_BYTES];
+    let mut filled = 0;
+    let length = loop {
+        match reader.read(&mut prefix[filled..=filled]).await {
+            Ok(0) if filled == 0 => return Ok(None),
+            Ok(0) | Err(_) => return Err(ReadError::Broken),
+            Ok(_) => filled += 1,
+        }
+        match frame::decode_length("bitswap message", &prefix[..filled], BITSWAP_MESSAGE_MAX_BYTES) {
+            Ok(Some((length, _))) => break length,
+            Ok(None) => {}
+            Err(error) => return Err(ReadError::Malformed(error)),
+        }
+    };
+    let mut bytes = BytesMut::zeroed(length);
+    reader.read_exact(&mut bytes).await.map_err(|_| ReadError::Broken)?;
+    Ok(Some(bytes.freeze()))
+}
+
+/// Sends what is queued for `peer`. Ends when there is nothing for long, or the peer cannot be reached.
+pub(super) async fn write(
+    exchange: Weak<Exchange>,
+    node: Node,
+    peer: PeerId,
+    mut queue: mpsc::Receiver<Outgoing>,
+) {
+    let mut stream: Option<Stream> = None;
+    loop {
+        let outgoing = match timeout(IDLE, queue.recv()).await {
+            Ok(Some(outgoing)) => outgoing,
+            Ok(None) => break,
+            Err(_) => match exchange.upgrade() {
+                Some(exchange) if !exchange.release_writer(&peer, &queue) => continue,
+                _ => break,
+            },
+        };
+        let sent = match &outgoing {
+            Outgoing::Message(message) => send(&node, &peer, &mut stream, message.clone()).await,
+            Outgoing::Served(batch) => match load(&exchange, batch).await {
+                Some(message) => send(&node, &peer, &mut stream, message).await,
+                None => Err(()),
+            },
+        };
+        let Some(exchange) = exchange.upgrade() else { break };
+        if let Outgoing::Served(batch) = &outgoing {
+            exchange.batch_done(batch, sent.is_ok());
+        }
+        if sent.is_err() {
+            exchange.peer_gone(&peer);
+            queue.close();
+            while let Some(left) = queue.recv().await {
+                if let Outgoing::Served(batch) = left {
+                    exchange.batch_done(&batch, false);
+                }
+            }
+            return;
+        }
+    }
+    if let Some(mut stream) = stream {
+        let _ = stream.shutdown().await;
+    }
+}
+
+/// The batch as a message. A block that went missing meanwhile is denied.
+async fn load(exchange: &Weak<Exchange>, batch: &Batch) -> Option<Message> {
+    let exchange = exchange.upgrade()?;
+    let Batch { blocks, presences, pending_bytes, .. } = batch.clone();
+    exchange
+        .blocking(move |store| {
+            let mut message = Message { presences, pending_bytes, ..Message::default() };
+            for cid in blocks {
+                match store.get(&cid) {
+                    Ok(Some(block)) => message.blocks.push(block),
+                    Ok(None) => message.presences.push((cid, false)),
+                    Err(error) => {
+                        tracing::warn!(%cid, %error, "block is not served");
+                        message.presences.push((cid, false));
+                    }
+                }
+            }
+            message
+        })
+        .await
+        .ok()
+}
+
+/// Sends a message in parts of the usual size. A stream that broke while it was idle is opened anew once.
+async fn send(node: &Node, peer: &PeerId, stream: &mut Option<Stream>, message: Message) -> Result<(), ()> {
+    for part in message.split() {
+        let bytes = part.encode();
+        let mut fresh = stream.is_none();
+        loop {
+            if stream.is_none() {
+                let opened = node.open_stream(peer, PROTOCOL).await;
+                *stream =
+                    Some(opened.map_err(|error| tracing::debug!(peer = %peer.short(), %error, "no stream"))?);
+            }
+            let open = stream.as_mut().expect("opened above");
+            let written = timeout(WRITE_TIMEOUT, async {
+                open.write_all(&bytes).await?;
+                open.flush().await
+            })
+            .await;
+            match written {
+                Ok(Ok(())) => break,
+                Ok(Err(_)) if !fresh => {
+                    *stream = None;
+                    fresh = true;
+                }
+                _ => return Err(()),
+            }
+        }
+    }
+    Ok(())
+}
