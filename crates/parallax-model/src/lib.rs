@@ -1,11 +1,10 @@
 //! From a checkpoint on disk to a forward pass over any contiguous range of layers, on Burn.
 //!
-//! One definition of the forward pass ([`Stage`] and [`train::TrainModel`] share `layer.rs`), read by the
+//! One definition of the forward pass (`Stage` and `TrainModel` share `layer.rs`), read by the
 //! engine, the trainer and the verifier: if the three disagreed, importance ratios would drift and honest
 //! provers would be convicted.
 //!
 //! ```no_run
-//! # #[cfg(feature = "cpu")]
 //! use parallax_model::{Checkpoint, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let checkpoint = Checkpoint::resolve("models/SmolLM2-135M-Instruct.Q4_1.gguf")?;
@@ -15,7 +14,6 @@
 //! let output = stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(&tokens))?;
 //! println!("{:?}", parallax_model::logprob::argmax(&output.logits));
 //! # Ok(()) }
-//! # #[cfg(not(feature = "cpu"))] fn main() {}
 //! ```
 //!
 //! # Map
@@ -27,8 +25,11 @@
 //! - `adapter`: LoRA adapters, PEFT names; [`logprob`]: the one log-probability
 
 #![cfg_attr(
-    not(feature = "cpu"),
-    allow(dead_code, reason = "without a device only reading and describing checkpoints is left")
+    not(feature = "train"),
+    allow(
+        dead_code,
+        reason = "operations carry their gradients, and readers serve loaders, that are not compiled in"
+    )
 )]
 
 mod adapter;
