@@ -277,8 +277,7 @@ impl Node {
             let table = self.shared().table();
             (table.known_state(peer)?, table.connected(peer).is_some_and(|r| r.0))
         };
-        let estimate = state.link().estimate(self.shared().now(), relayed);
-        estimate
+        state.link().estimate(self.shared().now(), relayed)
     }
 
     /// Events from now on. A receiver that lags behind by more than 1024 events is told so and loses the oldest.

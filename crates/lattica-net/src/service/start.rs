@@ -73,7 +73,7 @@ pub(super) async fn start(
     std::thread::Builder::new()
         .name("lattica-swarm".to_owned())
         .spawn(move || {
-            run(runtime, keypair, node, queue, &listen, &external, ready);
+            run(runtime, keypair, &node, queue, &listen, &external, ready);
             drop(end);
         })
         .map_err(setup("the swarm thread"))?;
@@ -86,7 +86,7 @@ pub(super) async fn start(
 fn run(
     runtime: Runtime,
     keypair: Keypair,
-    shared: Arc<Shared>,
+    shared: &Arc<Shared>,
     commands: mpsc::Receiver<super::driver::Command>,
     listen: &[Multiaddr],
     external: &[Multiaddr],
@@ -94,16 +94,16 @@ fn run(
 ) {
     runtime.block_on(async {
         let swarm = async {
-            let mut swarm = build(keypair, Arc::clone(&shared))?;
+            let mut swarm = build(keypair, Arc::clone(shared))?;
             for address in external {
                 swarm.add_external_address(address.clone());
             }
-            listen_on(&mut swarm, &shared, listen).await?;
+            listen_on(&mut swarm, shared, listen).await?;
             Ok(swarm)
         };
         match swarm.await {
             Ok(swarm) => {
-                let driver = Driver::new(swarm, Arc::clone(&shared), commands);
+                let driver = Driver::new(swarm, Arc::clone(shared), commands);
                 if ready.send(Ok(())).is_ok() {
                     driver.run().await;
                 }

@@ -1,7 +1,11 @@
 //! Relays, hole punching, the DHT, bootstrap peers: how nodes find and reach each other.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use bytes::Bytes;
-use lattica_net::{DhtError, DialError, NetEvent, Node, NodeConfig, StartError};
+use lattica_net::{CallError, DhtError, DialError, NetEvent, Node, NodeConfig, StartError};
+use tokio::sync::Notify;
 
 use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger, until};
 
@@ -26,7 +30,8 @@ async fn relayed(transport: Transport, hole_punching: bool) -> (Node, Node, Stri
 async fn works_over_a_relay(transport: Transport) {
     let (relay, hidden, address) = relayed(transport, false).await;
     hidden.handle("echo", |_, body| async move { Ok(body) });
-    let client = start(NodeConfig { hole_punching: false, ..config(transport) }).await;
+    // Nobody listens but the relay: whatever arrives came through it.
+    let client = start(NodeConfig { listen: vec![], hole_punching: false, ..config(transport) }).await;
     assert_eq!(client.dial(&address).await.unwrap(), hidden.peer_id());
     let info = client.peers().into_iter().find(|p| p.peer == hidden.peer_id()).unwrap();
     assert!(info.connected && info.relayed, "{info:?}");
@@ -38,14 +43,21 @@ async fn works_over_a_relay(transport: Transport) {
     assert!(client.link(&hidden.peer_id()).unwrap().relayed);
 
     // The relay goes: the call that hangs ends, and both learn that the other is gone.
-    hidden.handle("hang", |_, _| std::future::pending());
+    let started = Arc::new(Notify::new());
+    let signal = Arc::clone(&started);
+    hidden.handle("hang", move |_, _| {
+        signal.notify_one();
+        std::future::pending()
+    });
     let mut events = client.events();
     let call = {
         let (client, peer) = (client.clone(), hidden.peer_id());
-        tokio::spawn(async move { client.call(&peer, "hang", Bytes::new(), PATIENCE * 10).await })
+        tokio::spawn(async move { client.call(&peer, "hang", Bytes::new(), Duration::from_secs(600)).await })
     };
+    started.notified().await;
     relay.shutdown().await;
-    call.await.unwrap().unwrap_err();
+    let error = tokio::time::timeout(PATIENCE, call).await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, CallError::ConnectionLost { .. }), "{error}");
     until(&mut events, &NetEvent::Disconnected(hidden.peer_id())).await;
 }
 

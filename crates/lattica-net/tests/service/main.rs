@@ -1,4 +1,5 @@
 //! Real nodes on loopback addresses and free ports: calls, streams, deaths, relays, the DHT and hostile peers.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a broken expectation ends the test")]
 
 mod calls;
 mod death;
