@@ -127,8 +127,24 @@ pub(super) struct CompletionBody {
 /// # Errors
 /// 400 with serde's account of what is wrong and where.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body)
-        .map_err(|e| ApiError::invalid(None, format!("the request body is not valid: {e}")))
+    serde_json::from_slice(body).map_err(|e| {
+        let field = culprit::<T>(body).map(|f| format!(" in {f}")).unwrap_or_default();
+        ApiError::invalid(None, format!("the request body is not valid{field}: {e}"))
+    })
+}
+
+/// The top-level field without which the body is valid. Serde does not name the field of a wrong type when structs are
+/// flattened into each other.
+fn culprit<T: DeserializeOwned>(body: &[u8]) -> Option<String> {
+    /// Clients send about twenty; beyond, a name is not worth the time.
+    const MAX_FIELDS: usize = 64;
+    let serde_json::Value::Object(fields) = serde_json::from_slice(body).ok()? else { return None };
+    let is_culprit = |name: &&String| {
+        let mut rest = fields.clone();
+        rest.remove(*name);
+        serde_json::from_value::<T>(serde_json::Value::Object(rest)).is_ok()
+    };
+    if fields.len() > MAX_FIELDS { None } else { fields.keys().find(is_culprit).cloned() }
 }
 
 impl Common {
