@@ -241,6 +241,10 @@ impl<'a> Output<'a> {
     ///
     /// # Safety
     /// No two threads may ask for the same row and panel of the same output at the same time.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "several threads write disjoint parts of one output; see the contract"
+    )]
     #[inline(always)]
     pub(crate) unsafe fn segment(&self, row: usize, panel: usize) -> (&mut [f32], Range<usize>) {
         let first = panel * LANES;

@@ -20,8 +20,9 @@ const TASK_BITS: u32 = 24;
 const CLOSED: u64 = (1 << TASK_BITS) - 1;
 /// Pauses before a worker parks; tens of microseconds, longer than the gaps between the kernels of one step.
 const WORKER_SPINS: u32 = 2_000;
-/// Pauses before the caller of a run parks while it waits for the last claimed tasks.
-const CALLER_SPINS: u32 = 20_000;
+/// Pauses before the caller of a run parks while it waits for the last claimed tasks; longer than any task should take
+/// unless its thread has lost its core, in which case spinning would only keep it from getting one back.
+const CALLER_SPINS: u32 = 4_000;
 
 thread_local! {
     /// True while this thread executes a task: a nested run is then executed in place.

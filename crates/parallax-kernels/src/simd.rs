@@ -63,9 +63,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// 2^n for an integral `n` in -126..=127.
     fn pow2(self, n: Self::F) -> Self::F;
     /// Lanes of f16 bits, widened.
-    fn from_f16(self, v: &[u16; LANES]) -> Self::F;
+    fn widen_f16(self, v: &[u16; LANES]) -> Self::F;
     /// Lanes of bf16 bits, widened.
-    fn from_bf16(self, v: &[u16; LANES]) -> Self::F;
+    fn widen_bf16(self, v: &[u16; LANES]) -> Self::F;
     /// Sum in the fixed order 8+8, 4+4, 2+2, 1+1.
     fn sum(self, a: Self::F) -> f32;
     /// Maximum in the same order.
@@ -110,7 +110,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
     // Polynomial of Cephes expf (S. Moshier) on |r| <= ln 2 / 2.
     let mut p = s.splat(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = s.fma(p, r, s.splat(c));
     }
     let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));

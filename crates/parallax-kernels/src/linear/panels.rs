@@ -94,7 +94,7 @@ impl DenseLine for Bf16Line {
     }
     #[inline(always)]
     fn load<S: Simd>(&self, s: S) -> S::F {
-        s.from_bf16(&self.0)
+        s.widen_bf16(&self.0)
     }
     fn kernel(
         isa: Isa,
@@ -182,9 +182,11 @@ fn walk<S: Simd, L: DenseLine>(
     while panel < panels.end {
         let left = panels.end - panel;
         // Few rows: several panels at a time, to have enough independent sums in flight.
-        panel += if rows.len() <= 2 && left >= 4 {
+        panel += if S::TILE >= 24 && rows.len() == 1 && left >= 8 {
+            walk_rows::<S, L, 8>(s, x, w, rows.clone(), panel, out)
+        } else if rows.len() * 4 <= S::TILE && rows.len() <= 2 && left >= 4 {
             walk_rows::<S, L, 4>(s, x, w, rows.clone(), panel, out)
-        } else if (S::TILE >= 24 || rows.len() <= 4) && left >= 2 {
+        } else if (S::TILE >= 24 || rows.len() == 2) && left >= 2 {
             walk_rows::<S, L, 2>(s, x, w, rows.clone(), panel, out)
         } else {
             walk_rows::<S, L, 1>(s, x, w, rows.clone(), panel, out)
@@ -206,16 +208,27 @@ fn walk_rows<S: Simd, L: DenseLine, const P: usize>(
     let mut row = rows.start;
     while row < rows.end {
         let left = rows.end - row;
-        row += if P <= 2 && S::TILE >= 24 && left >= 12 {
-            tile::<S, L, 12, P>(s, x, w, row, panel, out)
-        } else if P * 6 <= S::TILE && left >= 6 {
-            tile::<S, L, 6, P>(s, x, w, row, panel, out)
-        } else if P <= 2 && left >= 3 {
-            tile::<S, L, 3, P>(s, x, w, row, panel, out)
-        } else if P <= 2 && left >= 2 {
-            tile::<S, L, 2, P>(s, x, w, row, panel, out)
-        } else {
+        row += if P >= 8 {
             tile::<S, L, 1, P>(s, x, w, row, panel, out)
+        } else if P >= 4 {
+            match left {
+                1 => tile::<S, L, 1, P>(s, x, w, row, panel, out),
+                _ => tile::<S, L, 2, P>(s, x, w, row, panel, out),
+            }
+        } else if S::TILE >= 24 && left >= 12 {
+            tile::<S, L, 12, P>(s, x, w, row, panel, out)
+        } else if S::TILE >= 24 && left >= 8 {
+            tile::<S, L, 8, P>(s, x, w, row, panel, out)
+        } else {
+            // Two middling tiles are faster than a full one and a single row.
+            match if left > 6 && left < 12 { left.div_ceil(2) } else { left } {
+                1 => tile::<S, L, 1, P>(s, x, w, row, panel, out),
+                2 => tile::<S, L, 2, P>(s, x, w, row, panel, out),
+                3 => tile::<S, L, 3, P>(s, x, w, row, panel, out),
+                4 => tile::<S, L, 4, P>(s, x, w, row, panel, out),
+                5 => tile::<S, L, 5, P>(s, x, w, row, panel, out),
+                _ => tile::<S, L, 6, P>(s, x, w, row, panel, out),
+            }
         };
     }
     P
@@ -244,7 +257,10 @@ fn tile<S: Simd, L: DenseLine, const R: usize, const P: usize>(
         }
     }
     for i in 0..k {
-        let lines: [S::F; P] = std::array::from_fn(|p| w[p][i].load(s));
+        let mut lines = [s.splat(0.0); P];
+        for p in 0..P {
+            lines[p] = w[p][i].load(s);
+        }
         for r in 0..R {
             let v = s.splat(rows[r][i]);
             for p in 0..P {

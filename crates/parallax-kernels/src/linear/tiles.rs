@@ -107,7 +107,11 @@ fn dot_nibbles<S: Simd, const R: usize>(
             dot[r] = s.dot4_nibbles(dot[r], high, group(x[r], g + GROUPS / 2));
         }
     }
-    dot.map(|dot| s.to_f32(s.acc_total(dot)))
+    let mut total = [s.splat(0.0); R];
+    for r in 0..R {
+        total[r] = s.to_f32(s.acc_total(dot[r]));
+    }
+    total
 }
 
 impl Tile for Q8Tile {
@@ -128,7 +132,7 @@ impl Tile for Q8Tile {
 
     #[inline(always)]
     fn multiply<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R], acc: &mut [S::F; R]) {
-        let scale = s.from_f16(&self.scales);
+        let scale = s.widen_f16(&self.scales);
         if S::WIDE && R > 1 {
             let mut dot = [s.zero(); R];
             for (g, bytes) in self.groups.iter().enumerate() {
@@ -145,7 +149,10 @@ impl Tile for Q8Tile {
             }
             return;
         }
-        let mut dot: [S::I; R] = std::array::from_fn(|r| s.dot_start(x[r].sum));
+        let mut dot = [s.zero(); R];
+        for r in 0..R {
+            dot[r] = s.dot_start(x[r].sum);
+        }
         for (g, bytes) in self.groups.iter().enumerate() {
             let w = s.weights(bytes);
             for r in 0..R {
@@ -186,7 +193,7 @@ impl Tile for Q4Tile {
     #[inline(always)]
     fn multiply<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R], acc: &mut [S::F; R]) {
         let dot = dot_nibbles(s, &self.groups, x);
-        let scale = s.from_f16(&self.scales);
+        let scale = s.widen_f16(&self.scales);
         for r in 0..R {
             // Nibbles are offset by eight; both terms are integers below 2^24, so the difference is exact.
             let centred = s.sub(dot[r], s.splat((8 * x[r].sum) as f32));
@@ -224,7 +231,7 @@ impl Tile for Q41Tile {
     #[inline(always)]
     fn multiply<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R], acc: &mut [S::F; R]) {
         let dot = dot_nibbles(s, &self.groups, x);
-        let (scale, min) = (s.from_f16(&self.scales), s.from_f16(&self.mins));
+        let (scale, min) = (s.widen_f16(&self.scales), s.widen_f16(&self.mins));
         for r in 0..R {
             acc[r] = s.fma(dot[r], s.mul(scale, s.splat(x[r].scale)), acc[r]);
             acc[r] = s.fma(min, s.splat(x[r].sum as f32 * x[r].scale), acc[r]);

@@ -25,6 +25,7 @@ fn products_have_the_bits_of_the_reference() {
         let (a, b) = (noise(m * k, 1), noise(n * k, 2));
         let expected = reference::linear::dense(&a, &b, k);
         let (at, bt) = (transposed(&a, k), transposed(&b, k));
+        #[expect(clippy::type_complexity, reason = "a table of cases")]
         let cases: [(Gemm, &[f32], usize, &[f32], usize); 3] =
             [(gemm_nt, &a, k, &b, k), (gemm_nn, &a, k, &bt, n), (gemm_tn, &at, m, &bt, n)];
         for (i, (gemm, a, lda, b, ldb)) in cases.into_iter().enumerate() {

@@ -89,3 +89,21 @@ fn callers_from_several_threads_take_turns() {
     });
     assert_eq!(total.load(Ordering::Relaxed), 4 * 500 * 3);
 }
+
+#[test]
+fn idle_workers_park() {
+    with_threads(3, || {
+        run(64, |_| {});
+        // Nothing is published while the lock is held; each worker gives up after its spins and goes to sleep.
+        let workers = super::lock(&super::pool().workers);
+        assert!(!workers.is_empty());
+        for worker in workers.iter() {
+            let mut waits = 0u64;
+            while !worker.asleep.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+                waits += 1;
+                assert!(waits < 1 << 32, "a worker keeps spinning");
+            }
+        }
+    });
+}

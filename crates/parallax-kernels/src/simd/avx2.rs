@@ -4,6 +4,7 @@
 //! 2 * 128 * 127 = 32512, so the saturating 16-bit sum never saturates and the result is exact. With several rows the
 //! weights are spread to 16 bits once (times 256, which costs no extra instruction) and `vpmaddwd` does the rest.
 
+#[expect(clippy::wildcard_imports, reason = "dozens of intrinsics, all with the prefix _mm")]
 use std::arch::x86_64::*;
 
 use super::{LANES, Simd};
@@ -130,12 +131,12 @@ impl Simd for Avx2 {
         }))
     }
     #[inline(always)]
-    fn from_f16(self, v: &[u16; LANES]) -> Self::F {
+    fn widen_f16(self, v: &[u16; LANES]) -> Self::F {
         let v = self.load_u16(v);
         halves!(_mm256_cvtph_ps(v))
     }
     #[inline(always)]
-    fn from_bf16(self, v: &[u16; LANES]) -> Self::F {
+    fn widen_bf16(self, v: &[u16; LANES]) -> Self::F {
         let v = self.load_u16(v);
         simd!(v.map(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))))
     }

@@ -3,6 +3,7 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes, so the weights are stored offset by 128 (their sign bit flipped) and
 //! the sum starts at -128 times the sum of the activations: the total is the same exact integer as everywhere else.
 
+#[expect(clippy::wildcard_imports, reason = "dozens of intrinsics, all with the prefix _mm")]
 use std::arch::x86_64::*;
 
 use super::{LANES, Simd};
@@ -123,12 +124,12 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn from_f16(self, v: &[u16; LANES]) -> Self::F {
+    fn widen_f16(self, v: &[u16; LANES]) -> Self::F {
         let v = self.load_u16(v);
         simd!(_mm512_cvtph_ps(v))
     }
     #[inline(always)]
-    fn from_bf16(self, v: &[u16; LANES]) -> Self::F {
+    fn widen_bf16(self, v: &[u16; LANES]) -> Self::F {
         let v = self.load_u16(v);
         simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v))))
     }

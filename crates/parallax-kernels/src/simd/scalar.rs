@@ -80,11 +80,11 @@ impl Simd for Scalar {
         n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
     }
     #[inline(always)]
-    fn from_f16(self, v: &[u16; LANES]) -> Self::F {
+    fn widen_f16(self, v: &[u16; LANES]) -> Self::F {
         v.map(|b| f16::from_bits(b).to_f32())
     }
     #[inline(always)]
-    fn from_bf16(self, v: &[u16; LANES]) -> Self::F {
+    fn widen_bf16(self, v: &[u16; LANES]) -> Self::F {
         v.map(|b| bf16::from_bits(b).to_f32())
     }
     #[inline(always)]

@@ -11,7 +11,7 @@ simd_kernel! {
         let results = [
             s.add(x, y), s.sub(x, y), s.mul(x, y), s.div(x, y), s.fma(x, y, x), s.max(x, y), s.min(x, y),
             s.round(x), s.pow2(s.round(s.min(s.splat(90.0), s.max(s.splat(-90.0), x)))),
-            s.from_f16(halves), s.from_bf16(halves), exp(s, x),
+            s.widen_f16(halves), s.widen_bf16(halves), exp(s, x),
         ];
         let mut out = Vec::new();
         for result in results {
