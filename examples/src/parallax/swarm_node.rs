@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use lattica_bitswap::{Blocks, FsStore, StoreError};
 use lattica_net::{Identity, Liveness, Node, NodeConfig};
 use parallax_engine::service::weights::WeightExchange;
 use swarm_wire::LayerRange;
+
+/// Processes of one machine that share a cache directory; each has a block store of its own in it.
+const MAX_STORES: usize = 64;
 
 /// The exchange of weights with peers; none when every machine has its own copy.
 pub type Exchange = Option<Arc<dyn WeightExchange>>;
@@ -71,7 +75,24 @@ impl SwarmNodeArgs {
             ..NodeConfig::default()
         };
         let node = Node::start(identity, config).await?;
-        Ok((node, None))
+        let exchange: Arc<dyn WeightExchange> =
+            Arc::new(Blocks::start(node.clone(), Arc::new(self.store()?)));
+        Ok((node, Some(exchange)))
+    }
+
+    /// The first store that no other process of this machine has open.
+    fn store(&self) -> anyhow::Result<FsStore> {
+        let base = self.cache_dir()?;
+        for n in 1..=MAX_STORES {
+            match FsStore::open(base.join(format!("blocks-{n}"))) {
+                Err(StoreError::InUse { .. }) => {}
+                opened => return Ok(opened?),
+            }
+        }
+        anyhow::bail!(
+            "{MAX_STORES} processes use {} already: give this one its own --cache-dir",
+            base.display()
+        )
     }
 
     /// The directory for weights from peers.

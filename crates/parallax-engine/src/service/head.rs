@@ -260,8 +260,14 @@ async fn load_local(shared: &Arc<Shared>, epoch: u64, pipeline: &Pipeline) -> Re
     }
     let layers = stage.layers;
     let report = |state, detail: &str| {
-        let detail = detail.to_owned();
-        shared.membership.report_local(Report { epoch, state, detail, ..Report::default() });
+        let (detail, decode_ms_per_layer) = (detail.to_owned(), shared.stats.decode_ms_per_layer());
+        shared.membership.report_local(Report {
+            epoch,
+            state,
+            detail,
+            decode_ms_per_layer,
+            ..Report::default()
+        });
     };
     let held = lock(&shared.local).as_ref().map(|runner| runner.shape().layers);
     if held != Some(layers) {

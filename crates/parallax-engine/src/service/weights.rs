@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use lattica_bitswap::{FetchError, Manifest, PublishError};
+use lattica_bitswap::{Blocks, FetchError, Manifest, PublishError};
 use parallax_model::{Checkpoint, WeightDtype};
 use parallax_sched::ModelProfile;
 use swarm_wire::generated::parallax::v1::FileSpans;
@@ -84,6 +84,40 @@ pub trait WeightExchange: Send + Sync {
 
     /// Bytes that were fetched or published before.
     fn read<'a>(&'a self, root: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>>;
+}
+
+impl WeightExchange for Blocks {
+    fn publish<'a>(
+        &'a self,
+        dir: &'a Path,
+        files: &'a [PathBuf],
+    ) -> BoxFuture<'a, Result<Cid, PublishError>> {
+        Box::pin(self.publish_files(dir, files))
+    }
+
+    fn manifest<'a>(
+        &'a self,
+        root: &'a Cid,
+        from: &'a [PeerId],
+    ) -> BoxFuture<'a, Result<Manifest, FetchError>> {
+        Box::pin(self.fetch_manifest(root, from))
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        root: &'a Cid,
+        spans: &'a [(u64, u64)],
+        from: &'a [PeerId],
+        mut progress: Box<dyn FnMut(u64, u64) + Send + 'a>,
+    ) -> BoxFuture<'a, Result<(), FetchError>> {
+        Box::pin(async move {
+            self.fetch_spans(root, spans, from, |p| progress(p.done_bytes, p.total_bytes)).await.map(|_| ())
+        })
+    }
+
+    fn read<'a>(&'a self, root: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>> {
+        Box::pin(self.read_span(root, offset, len))
+    }
 }
 
 /// What a model's parts weigh when loaded as `dtype`: what the planner needs.
@@ -310,6 +344,8 @@ pub async fn fetch(
 
 #[cfg(test)]
 mod tests {
+    use lattica_bitswap::{BlockRef, HashKind};
+
     use super::*;
 
     #[test]
@@ -336,5 +372,121 @@ mod tests {
         ] {
             assert!(list(name, spans).is_err(), "{name}");
         }
+    }
+
+    /// An artefact in memory that counts what is asked of it.
+    struct Toy {
+        manifest: Manifest,
+        bytes: Vec<u8>,
+        fetched: std::sync::Mutex<Vec<(u64, u64)>>,
+        broken: bool,
+    }
+
+    impl Toy {
+        fn new(files: &[(&str, Vec<u8>)]) -> Self {
+            let (mut bytes, mut entries) = (Vec::new(), Vec::new());
+            for (name, content) in files {
+                let (offset, length) = (bytes.len() as u64, content.len() as u64);
+                entries.push(lattica_bitswap::Entry { name: (*name).to_owned(), offset, length });
+                bytes.extend_from_slice(content);
+            }
+            let block = lattica_bitswap::Block::new(HashKind::Blake3, bytes.clone().into()).unwrap();
+            let blocks = vec![BlockRef { cid: *block.cid(), length: u32::try_from(bytes.len()).unwrap() }];
+            let manifest = Manifest::new("model", "files", HashKind::Blake3, entries, blocks).unwrap();
+            Self { manifest, bytes, fetched: std::sync::Mutex::default(), broken: false }
+        }
+
+        fn root(&self) -> Cid {
+            self.manifest.blocks()[0].cid
+        }
+    }
+
+    impl WeightExchange for Toy {
+        fn publish<'a>(&'a self, _: &'a Path, _: &'a [PathBuf]) -> BoxFuture<'a, Result<Cid, PublishError>> {
+            Box::pin(async { Ok(self.root()) })
+        }
+
+        fn manifest<'a>(
+            &'a self,
+            _: &'a Cid,
+            _: &'a [PeerId],
+        ) -> BoxFuture<'a, Result<Manifest, FetchError>> {
+            Box::pin(async { Ok(self.manifest.clone()) })
+        }
+
+        fn fetch<'a>(
+            &'a self,
+            _: &'a Cid,
+            spans: &'a [(u64, u64)],
+            _: &'a [PeerId],
+            mut progress: Box<dyn FnMut(u64, u64) + Send + 'a>,
+        ) -> BoxFuture<'a, Result<(), FetchError>> {
+            self.fetched.lock().unwrap().extend_from_slice(spans);
+            progress(1, 1);
+            Box::pin(async { Ok(()) })
+        }
+
+        fn read<'a>(
+            &'a self,
+            root: &'a Cid,
+            offset: u64,
+            len: u64,
+        ) -> BoxFuture<'a, Result<Bytes, FetchError>> {
+            let range = offset as usize..(offset + len) as usize;
+            let bytes = Bytes::copy_from_slice(&self.bytes[range]);
+            let broken = self.broken;
+            Box::pin(async move { if broken { Err(FetchError::NoPeers { root: *root }) } else { Ok(bytes) } })
+        }
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    }
+
+    #[test]
+    fn a_sparse_copy_has_the_wanted_bytes_at_their_places_and_holes_elsewhere() {
+        let far = usize::try_from(MERGE_GAP_BYTES).unwrap() * 3;
+        let weights: Vec<u8> = (0..far * 2).map(|i| (i % 251) as u8 + 1).collect();
+        let toy = Toy::new(&[("config.json", b"{}".to_vec()), ("model.safetensors", weights.clone())]);
+        let files = [
+            FileSpans { name: "config.json".into(), file_bytes: 2, spans: vec![0, 2] },
+            FileSpans {
+                name: "model.safetensors".into(),
+                file_bytes: weights.len() as u64,
+                spans: vec![0, 100, far as u64, 50],
+            },
+        ];
+        let (cache, layers) = (tempfile::tempdir().unwrap(), LayerRange::new(1, 3).unwrap());
+        let copy = || run(fetch(&toy, &toy.root(), &files, layers, &[], cache.path(), |_, _| ()));
+        let dir = copy().unwrap();
+        assert_eq!(fs::read(dir.join("config.json")).unwrap(), b"{}");
+        let got = fs::read(dir.join("model.safetensors")).unwrap();
+        assert_eq!(got.len(), weights.len());
+        assert_eq!((&got[..100], &got[far..far + 50]), (&weights[..100], &weights[far..far + 50]));
+        assert!(got[100..far].iter().chain(&got[far + 50..]).all(|&byte| byte == 0));
+        let asked: u64 = toy.fetched.lock().unwrap().iter().map(|(_, len)| len).sum();
+        assert_eq!(asked, 152, "only these layers' bytes are fetched");
+        assert_eq!(copy().unwrap(), dir);
+        assert_eq!(toy.fetched.lock().unwrap().len(), 2, "a finished copy is not fetched again");
+    }
+
+    #[test]
+    fn an_unfinished_copy_is_never_taken_for_a_finished_one() {
+        let mut toy = Toy::new(&[("model.gguf", vec![7; 64])]);
+        toy.broken = true;
+        let files = [FileSpans { name: "model.gguf".into(), file_bytes: 64, spans: vec![0, 64] }];
+        let (cache, layers) = (tempfile::tempdir().unwrap(), LayerRange::new(0, 1).unwrap());
+        assert!(run(fetch(&toy, &toy.root(), &files, layers, &[], cache.path(), |_, _| ())).is_err());
+        assert_eq!(finished_copy(cache.path(), &toy.root(), layers), None);
+        toy.broken = false;
+        let path = run(fetch(&toy, &toy.root(), &files, layers, &[], cache.path(), |_, _| ())).unwrap();
+        assert_eq!(path.file_name().unwrap(), "model.gguf");
+        assert_eq!(fs::read(path).unwrap(), [7; 64]);
+
+        let other = [FileSpans { name: "other.gguf".into(), file_bytes: 64, spans: vec![0, 64] }];
+        let layers = LayerRange::new(1, 2).unwrap();
+        let missing =
+            run(fetch(&toy, &toy.root(), &other, layers, &[], cache.path(), |_, _| ())).unwrap_err();
+        assert!(missing.to_string().contains("other.gguf"), "{missing}");
     }
 }
