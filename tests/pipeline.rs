@@ -152,9 +152,25 @@ impl Swarm {
         let cache = dir.path().join("head-cache");
         let mut head = Process::start(
             &[
-                "serve", "--model", &model, "--swarm", "test", "--port", "0", "--layers", "0..2", "--threads", "1",
-                "--memory-gb", "1", "--cache-dir", cache.to_str().unwrap(),
-                "--listen", "/ip4/127.0.0.1/tcp/0", "--listen", "/ip4/127.0.0.1/udp/0/quic-v1",
+                "serve",
+                "--model",
+                &model,
+                "--swarm",
+                "test",
+                "--port",
+                "0",
+                "--layers",
+                "0..2",
+                "--threads",
+                "1",
+                "--memory-gb",
+                "1",
+                "--cache-dir",
+                cache.to_str().unwrap(),
+                "--listen",
+                "/ip4/127.0.0.1/tcp/0",
+                "--listen",
+                "/ip4/127.0.0.1/udp/0/quic-v1",
             ],
             dir.path().join("serve.log"),
         );
@@ -169,8 +185,23 @@ impl Swarm {
         let (tcp, quic) = (format!("/ip4/127.0.0.{n}/tcp/0"), format!("/ip4/127.0.0.{n}/udp/0/quic-v1"));
         Process::start(
             &[
-                "join", "--swarm", "test", "--bootstrap", &self.bootstrap, "--layers", layers, "--threads", "1",
-                "--memory-gb", "1", "--cache-dir", cache.to_str().unwrap(), "--listen", &tcp, "--listen", &quic,
+                "join",
+                "--swarm",
+                "test",
+                "--bootstrap",
+                &self.bootstrap,
+                "--layers",
+                layers,
+                "--threads",
+                "1",
+                "--memory-gb",
+                "1",
+                "--cache-dir",
+                cache.to_str().unwrap(),
+                "--listen",
+                &tcp,
+                "--listen",
+                &quic,
             ],
             self.dir.path().join(format!("{name}.log")),
         )
@@ -184,7 +215,13 @@ impl Swarm {
         let started = Instant::now();
         while self.status()["ready"] != json!(true) {
             let logs: Vec<String> = members.iter().map(|m| m.log()).collect();
-            assert!(started.elapsed() < PATIENCE, "{}\n{}\n{}", self.status(), self.head.log(), logs.join("\n---\n"));
+            assert!(
+                started.elapsed() < PATIENCE,
+                "{}\n{}\n{}",
+                self.status(),
+                self.head.log(),
+                logs.join("\n---\n")
+            );
             pause();
         }
     }
@@ -196,12 +233,17 @@ impl Swarm {
     fn check_tokens(&self) {
         for (body, expected) in expected(&self.model) {
             let (status, answer) = self.complete(&body);
-            assert_eq!((status, answer["choices"][0]["text"].as_str()), (200, Some(expected.as_str())), "{answer}");
+            assert_eq!(
+                (status, answer["choices"][0]["text"].as_str()),
+                (200, Some(expected.as_str())),
+                "{answer}"
+            );
         }
     }
 }
 
-const PROMPTS: [&str; 3] = ["w3 w9 w1 w44", "w60", "w7 w7 w7 w8 w21 w5 w2 w63 w11 w30 w31 w32 w33 w34 w35 w36 w37 w38"];
+const PROMPTS: [&str; 3] =
+    ["w3 w9 w1 w44", "w60", "w7 w7 w7 w8 w21 w5 w2 w63 w11 w30 w31 w32 w33 w34 w35 w36 w37 w38"];
 
 /// Requests, greedy and sampled, with the text that one process gives.
 fn expected(model: &str) -> Vec<(Value, String)> {
@@ -252,7 +294,10 @@ fn three_processes_give_the_tokens_of_one_and_a_killed_stage_is_reported_in_time
     assert_eq!(events, 5, "tokens stream through all stages");
     let killed = Instant::now();
     last.kill();
-    let error = lines.map(Result::unwrap).find(|line| line.contains("\"error\"")).expect("the stream ends with an error");
+    let error = lines
+        .map(Result::unwrap)
+        .find(|line| line.contains("\"error\""))
+        .expect("the stream ends with an error");
     assert!(killed.elapsed() < DETECTED_WITHIN, "{:?}: {error}", killed.elapsed());
     let peer = stages[2]["peer"].as_str().unwrap();
     assert!(error.contains(peer) && error.contains("4..6"), "{error}");
@@ -275,12 +320,26 @@ fn commands_that_cannot_do_their_job_say_why() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     let cache = dir.path().to_str().unwrap();
-    let alone = ["join", "--swarm", "nobody", "--patience-s", "0", "--listen", "/ip4/127.0.0.1/tcp/0", "--cache-dir", cache];
+    let alone = [
+        "join",
+        "--swarm",
+        "nobody",
+        "--patience-s",
+        "0",
+        "--listen",
+        "/ip4/127.0.0.1/tcp/0",
+        "--cache-dir",
+        cache,
+    ];
     assert!(run(&alone).contains("no head of swarm `nobody`"));
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
-    assert!(run(&["serve", "--model", "tiny", "--swarm", "s", "--port", &port]).contains("choose another --port"));
-    assert!(run(&["status", "--url", &format!("http://127.0.0.1:{}", free_port())]).contains("nobody answers"));
+    assert!(
+        run(&["serve", "--model", "tiny", "--swarm", "s", "--port", &port]).contains("choose another --port")
+    );
+    assert!(
+        run(&["status", "--url", &format!("http://127.0.0.1:{}", free_port())]).contains("nobody answers")
+    );
     let bench = ["bench-swarm", "--model", "tiny", "--nodes", "2", "--kill-every-s", "3"];
     assert!(run(&bench).contains("--kill-every-s"));
     let cluster = dir.path().join("cluster.json");
@@ -288,7 +347,9 @@ fn commands_that_cannot_do_their_job_say_why() {
     let cluster = cluster.to_str().unwrap();
     let plan = run(&["plan", "--cluster", cluster, "--model", "meta-llama/Llama-3.1-8B", "--json"]);
     assert!(plan.contains("more of 32 layers"), "{plan}");
-    assert!(run(&["plan", "--cluster", cluster, "--model", "tiny", "--algorithm", "paper"]).contains("exact"));
+    assert!(
+        run(&["plan", "--cluster", cluster, "--model", "tiny", "--algorithm", "paper"]).contains("exact")
+    );
 }
 
 /// Between two looks at another process, whose cores these are, too.
