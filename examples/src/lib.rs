@@ -1,5 +1,7 @@
 //! What the example binaries share: starting, logging, reports; and the commands of `parallax`.
 
+pub mod demo;
 pub mod machine;
 pub mod parallax;
 pub mod program;
+pub mod rollouts;

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use swarm_examples::parallax::{bench, bench_swarm, chat, generate, join, models, plan, run, score, serve, status};
+use swarm_examples::parallax::{
+    bench, bench_swarm, chat, generate, join, models, plan, run, score, serve, status,
+};
 use swarm_examples::program;
 
 /// Run a language model, on this machine or on many.

@@ -24,7 +24,13 @@ pub struct Series {
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn line_plot(path: &Path, title: &str, x_label: &str, y_label: &str, series: &[Series]) -> Result<PathBuf> {
+pub fn line_plot(
+    path: &Path,
+    title: &str,
+    x_label: &str,
+    y_label: &str,
+    series: &[Series],
+) -> Result<PathBuf> {
     let plots: Vec<Plot> = series
         .iter()
         .filter(|s| !s.points.is_empty())

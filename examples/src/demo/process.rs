@@ -52,7 +52,9 @@ impl Role {
     /// # Errors
     /// When the role prints something that is no JSON.
     pub async fn next(&mut self) -> Result<Option<Value>> {
-        let Some(line) = self.lines.next_line().await.with_context(|| format!("reading from {}", self.name))? else {
+        let Some(line) =
+            self.lines.next_line().await.with_context(|| format!("reading from {}", self.name))?
+        else {
             return Ok(None);
         };
         Ok(Some(serde_json::from_str(&line).with_context(|| format!("{} printed {line:?}", self.name))?))
@@ -66,10 +68,16 @@ impl Role {
         match tokio::time::timeout(patience, self.next()).await {
             Ok(Ok(Some(value))) if value["event"] == event => Ok(value),
             Ok(Ok(Some(other))) => bail!("{} said {other} instead of {event:?}", self.name),
-            Ok(Ok(None)) => bail!("{} ended before {event:?}; its log ends with:\n{}", self.name, self.log_tail()),
+            Ok(Ok(None)) => {
+                bail!("{} ended before {event:?}; its log ends with:\n{}", self.name, self.log_tail())
+            }
             Ok(Err(error)) => Err(error),
             Err(_) => {
-                bail!("{} did not say {event:?} within {patience:?}; its log ends with:\n{}", self.name, self.log_tail())
+                bail!(
+                    "{} did not say {event:?} within {patience:?}; its log ends with:\n{}",
+                    self.name,
+                    self.log_tail()
+                )
             }
         }
     }

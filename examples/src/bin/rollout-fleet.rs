@@ -1,0 +1,148 @@
+//! Rollout workers for a trainer: they sample what it leases, with the policies that it publishes.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser;
+use echo_rollout::service::{Worker, WorkerStats};
+use lattica_net::{Identity, Node, NodeConfig};
+use parallax_model::Checkpoint;
+use serde::{Deserialize, Serialize};
+use swarm_examples::program;
+use swarm_examples::rollouts::{WorkerOptions, start_worker};
+
+/// Runs rollout workers against a trainer until it is done with them.
+///
+/// With --json: one line per change, `{"workers":[STATS,…]}`, where STATS is `{"peer":…,"version":…,"sampled":…,
+/// "accepted":…,"refused":…,"failed":…,"tokens":…,"reward_sum":…}`; the last line has `"ended":[REASON,…]` as well.
+#[derive(Debug, Clone, Parser, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Args {
+    /// A TOML file with these options (dashes become underscores) instead of flags
+    #[arg(long)]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// Address of the trainer, with its /p2p/ part
+    #[arg(long, default_value = "")]
+    trainer: String,
+    /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache; the one that the trainer has
+    #[arg(long, default_value = "tiny")]
+    model: String,
+    /// The trainer's environment
+    #[arg(long, default_value = "arithmetic")]
+    env: String,
+    /// How many workers, each with its own copy of the model
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// The network's name, as the trainer has it
+    #[arg(long, default_value = "default")]
+    network: String,
+    /// Address to listen on, for auditors' challenges and other workers
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    listen: IpAddr,
+    /// Directory of the workers' keys, so that they are the same peers after a restart [default: new keys]
+    #[arg(long)]
+    keys: Option<PathBuf>,
+    /// Weights in memory. A trainer that audits expects f32
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|q8_0|q4_0|native")]
+    dtype: String,
+    /// Samples made at once by one worker
+    #[arg(long, default_value_t = 16)]
+    leases: u32,
+    /// Positions of the key-value cache of one worker
+    #[arg(long, default_value_t = 4096)]
+    cache_tokens: usize,
+    /// Print what happens as JSON lines
+    #[arg(long)]
+    json: bool,
+}
+
+impl Default for Args {
+    fn default() -> Self {
+        Self::parse_from(["rollout-fleet"])
+    }
+}
+
+#[derive(Serialize)]
+struct Line {
+    workers: Vec<Stats>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ended: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Stats {
+    peer: String,
+    #[serde(flatten)]
+    stats: WorkerStats,
+}
+
+fn main() -> ExitCode {
+    program::run(|| {
+        let mut args = Args::parse();
+        if let Some(path) = &args.config {
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+            args = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        }
+        anyhow::ensure!(!args.trainer.is_empty(), "no trainer named; give --trainer ADDR/p2p/PEER_ID");
+        anyhow::ensure!(args.workers > 0, "--workers must be at least 1");
+        tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(fleet(&args))
+    })
+}
+
+async fn fleet(args: &Args) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::resolve(&args.model)?;
+    let (mut running, mut stats, mut peers) = (tokio::task::JoinSet::new(), Vec::new(), Vec::new());
+    for index in 0..args.workers {
+        let (node, worker) = worker(args, &checkpoint, index).await?;
+        peers.push(node.peer_id().to_string());
+        stats.push(worker.stats());
+        running.spawn(worker.run());
+    }
+    program::say(&format!("{} workers sample for {}", args.workers, args.trainer));
+    let mut tick = tokio::time::interval(std::time::Duration::from_secs(2));
+    let mut ended = Vec::new();
+    let line = |ended: &[String]| {
+        let workers =
+            peers.iter().zip(&stats).map(|(peer, s)| Stats { peer: peer.clone(), stats: *s.borrow() });
+        Line { workers: workers.collect(), ended: ended.to_vec() }
+    };
+    loop {
+        tokio::select! {
+            done = running.join_next() => match done {
+                Some(done) => ended.extend(done?.err().map(|e| e.to_string())),
+                None => break,
+            },
+            _ = tick.tick() => if args.json { program::report(&line(&ended))? },
+            _ = tokio::signal::ctrl_c() => break,
+        }
+    }
+    if args.json {
+        program::report(&line(&ended))?;
+    }
+    ended.iter().for_each(|reason| program::say(reason));
+    Ok(())
+}
+
+async fn worker(args: &Args, checkpoint: &Checkpoint, index: usize) -> anyhow::Result<(Node, Worker)> {
+    let identity = match &args.keys {
+        Some(dir) => Identity::load_or_create(&dir.join(format!("worker-{index}.key")))?,
+        None => Identity::generate(),
+    };
+    let node = Node::start(identity, NodeConfig::loopback(&args.listen.to_string(), &args.network)).await?;
+    let options = WorkerOptions {
+        trainer: args.trainer.clone(),
+        environment: args.env.clone(),
+        dtype: args
+            .dtype
+            .parse()
+            .map_err(anyhow::Error::msg)
+            .with_context(|| format!("--dtype {}", args.dtype))?,
+        leases: args.leases,
+        cache_tokens: args.cache_tokens,
+    };
+    Ok((node.clone(), start_worker(node, checkpoint, &options).await?))
+}

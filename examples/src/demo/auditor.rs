@@ -1,0 +1,56 @@
+//! The auditor's role: recompute challenged rollouts with an own copy of the model, and sign verdicts.
+
+use std::sync::Arc;
+
+use echo_rollout::service::{AuditorConfig, PayloadSource, run_auditor};
+use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
+use lattica_net::Identity;
+use parallax_model::Checkpoint;
+use serde_json::json;
+
+use super::process::say;
+use super::role::NodeArgs;
+use crate::rollouts::ModelReplay;
+
+/// Longest answer, prompt included, that the auditor recomputes.
+const MAX_TOKENS: usize = 1024;
+
+/// Options of the auditor.
+#[derive(Debug, Clone, clap::Args)]
+pub struct AuditorArgs {
+    #[command(flatten)]
+    node: NodeArgs,
+    /// The learner's address.
+    #[arg(long)]
+    trainer: String,
+    /// The model.
+    #[arg(long)]
+    model: String,
+}
+
+/// Runs the auditor until the learner has ended.
+///
+/// # Errors
+/// A model that cannot be loaded, a learner that cannot be reached.
+pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::resolve(&args.model)?;
+    let mut replay = ModelReplay::load(&checkpoint, MAX_TOKENS)?;
+    let node = args.node.start().await?;
+    let trainer = node.dial(&args.trainer).await?;
+    let store: Arc<dyn BlockStore> = Arc::new(MemoryStore::new());
+    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), store));
+    say(&json!({"event": "ready", "peer": node.peer_id()}));
+    let config = AuditorConfig::new(trainer);
+    // A fresh key's secret is 32 bytes of the system's randomness: what a challenge needs.
+    let randomness = || Identity::generate().secret_seed();
+    let ended = run_auditor(&node, &*source, &mut replay, &config, randomness, |trajectory, verdict| {
+        say(&json!({"event": "verdict", "worker": trajectory.worker(), "lease": trajectory.id().0,
+            "verdict": verdict.word(), "reason": verdict.reason()}));
+    })
+    .await;
+    // The learner going away is how a run ends.
+    if let Err(error) = ended {
+        say(&json!({"event": "ended", "reason": error.to_string()}));
+    }
+    Ok(())
+}
