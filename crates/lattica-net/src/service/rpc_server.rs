@@ -43,8 +43,12 @@ pub(crate) async fn serve(
         _ = writing => Ok(()),
         () = connection.closed.cancelled() => Ok(()),
     };
-    if let Err(error) = served {
-        tracing::warn!(peer = %connection.peer.short(), %error, "rpc stream closed");
+    match served {
+        Err(error) if error.kind() == ErrorKind::InvalidData => {
+            tracing::warn!(peer = %connection.peer.short(), %error, "rpc stream closed: the peer broke the protocol");
+        }
+        Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "rpc stream ended"),
+        Ok(()) => {}
     }
     for (_, call) in lock(&running).drain() {
         call.abort();
