@@ -8,7 +8,7 @@ use super::{Environment, HELD_OUT_SEEDS, Reward, RewardError, Task};
 /// "What is A+B?" and "What is A-B?", answered by exactly one non-negative integer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Arithmetic {
-    /// Largest operand; both lie in `0..=max_operand`. Default: 99.
+    /// Largest operand; both lie in `0..=max_operand`. Default: 49, so that answers have at most two digits.
     pub max_operand: u32,
     /// Whether differences are asked as well. Default: true. The larger operand comes first.
     pub subtraction: bool,
@@ -16,7 +16,7 @@ pub struct Arithmetic {
 
 impl Default for Arithmetic {
     fn default() -> Self {
-        Self { max_operand: 99, subtraction: true }
+        Self { max_operand: 49, subtraction: true }
     }
 }
 
@@ -117,7 +117,7 @@ mod tests {
             };
             let (a, b): (i64, i64) = (a.parse().unwrap(), b.parse().unwrap());
             let expected = if plus { a + b } else { a - b };
-            assert!(expected >= 0 && a <= 99 && b <= 99);
+            assert!(expected >= 0 && a <= 49 && b <= 49);
             let reward = |text: &str| env.verify(&task, text).unwrap().value();
             assert_eq!(reward(&format!(" {expected}\n")), 1.0);
             assert_eq!(reward(&format!("{}", expected + 1)), 0.0);
@@ -141,7 +141,7 @@ mod tests {
         let env = Arithmetic::default();
         assert_eq!(env.task(7), env.task(7));
         let pinned: Vec<String> = (0..4).map(|seed| env.task(seed).prompt).collect();
-        assert_eq!(pinned, ["What is 92+8?", "What is 99-2?", "What is 69-7?", "What is 50+33?"]);
+        assert_eq!(pinned, ["What is 42+8?", "What is 49-2?", "What is 19-7?", "What is 12+9?"]);
     }
 
     #[test]

@@ -155,6 +155,7 @@ struct Inner {
 struct State {
     dispatcher: Dispatcher,
     journal: Option<Journal>,
+    closed: bool,
     /// What the run's clock showed when this process started.
     base_ms: u64,
     snapshots: BTreeMap<PolicyVersion, SignedSnapshot>,
@@ -191,7 +192,7 @@ impl Collector {
         let opened = opened.await.expect("opening the journal does not panic")?;
         let (journal, commands) = opened.map_or((None, Vec::new()), |(j, c)| (Some(j), c));
         let (snapshots, audits) = (BTreeMap::new(), BTreeMap::new());
-        let mut state = State { dispatcher, journal, base_ms: 0, snapshots, audits };
+        let mut state = State { dispatcher, journal, closed: false, base_ms: 0, snapshots, audits };
         let resumed = !commands.is_empty();
         for (now_ms, command) in commands {
             state.base_ms = state.base_ms.max(now_ms);
@@ -307,6 +308,16 @@ impl Collector {
         self.inner.state().dispatcher.convicted()
     }
 
+    /// Stops answering and closes the journal, so that another collector can open it. Workers keep what they have and
+    /// ask again.
+    pub fn close(&self) {
+        let mut state = self.inner.state();
+        state.closed = true;
+        state.journal = None;
+        drop(state);
+        self.inner.changed.send_modify(|n| *n += 1);
+    }
+
     /// How many leases went where.
     pub fn counts(&self) -> Counts {
         self.inner.state().dispatcher.counts()
@@ -354,7 +365,11 @@ impl Inner {
             let now_ms = state.base_ms + inner.elapsed_ms();
             let outcomes = state.execute(now_ms, commands, durable);
             drop(state);
-            inner.changed.send_modify(|n| *n += 1);
+            // A question for work that was answered with nothing must not wake those who wait for work.
+            let nothing = |outcome: &Outcome| matches!(outcome, Outcome::Leased(leases) if leases.is_empty());
+            if !outcomes.as_ref().is_ok_and(|all| all.iter().all(nothing)) {
+                inner.changed.send_modify(|n| *n += 1);
+            }
             outcomes
         };
         tokio::task::spawn_blocking(work).await.expect("carrying out a command does not panic")
@@ -368,6 +383,9 @@ impl State {
         commands: Vec<Command>,
         durable: bool,
     ) -> Result<Vec<Outcome>, JournalError> {
+        if self.closed {
+            return Err(JournalError::Closed);
+        }
         if let Some(journal) = &mut self.journal {
             journal.append(now_ms, &commands, durable)?;
         }

@@ -30,6 +30,9 @@ pub enum JournalError {
         /// The reason.
         reason: String,
     },
+    /// The run has ended.
+    #[error("the run has ended; nothing was acknowledged")]
+    Closed,
     /// An entry that no version of this program wrote.
     #[error("journal {path}, entry {index}: {source}; restore the file from a copy", path = path.display())]
     Damaged {

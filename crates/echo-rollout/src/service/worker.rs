@@ -270,7 +270,13 @@ impl Worker {
             return Ok(true);
         }
         let request = self.serve(leases, watcher).await;
-        self.submit(request).await
+        let nothing_made = request.trajectories.is_empty();
+        let registered = self.submit(request).await?;
+        if nothing_made {
+            // Whatever is wrong here is still wrong at once; others may take the samples meanwhile.
+            tokio::time::sleep(self.config.retry_pause).await;
+        }
+        Ok(registered)
     }
 
     /// Samples all leases at once, so that the engine batches them.

@@ -40,7 +40,7 @@ where
     node.handle(name, move |peer, body| {
         let inner = inner.upgrade();
         async move {
-            match inner {
+            match inner.filter(|inner| !inner.state().closed) {
                 Some(inner) => handler(inner, peer, body).await,
                 None => Err(Status::unavailable("the run has ended")),
             }
@@ -107,6 +107,9 @@ fn lease_commands(
     max: u32,
 ) -> Result<(Option<Signed>, Vec<Command>), Status> {
     let dispatcher = &state.dispatcher;
+    if state.closed {
+        return Err(Status::unavailable("the run has ended"));
+    }
     if !dispatcher.is_registered(worker) {
         return Err(refused(Refusal::NotRegistered));
     }
@@ -151,6 +154,10 @@ async fn submit(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes,
         }
         commands.push(command);
         answers.push((lease, reason));
+    }
+    for failed in &m.failed {
+        let (worker, reason) = (worker.short(), failed.reason.chars().take(200).collect::<String>());
+        tracing::warn!(worker, lease = failed.lease, reason, "lease given back");
     }
     let failed = m.failed.iter().map(|f| LeaseId(f.lease));
     commands.extend(failed.map(|lease| Command::Fail { worker: worker.clone(), lease }));

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use ed25519_dalek::SigningKey;
+use lattica_bitswap::{Blocks, MemoryStore};
 use lattica_net::{Identity, NodeConfig};
 use parallax_engine::{
     Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor,
@@ -65,10 +66,10 @@ impl StageRunner for Model {
     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
         let ids = input.to_ids(batch.n_rows())?;
         let wanted = batch.wanted_rows();
-        let hidden: Vec<f32> = ids.iter().flat_map(|id| row(*id, self.weights)).collect();
-        let scores: Vec<f32> = wanted.iter().flat_map(|r| logits(&row(ids[*r], self.weights))).collect();
+        let hidden: Vec<f32> = wanted.iter().flat_map(|r| row(ids[*r], self.weights)).collect();
+        let scores: Vec<f32> = hidden.chunks(2).flat_map(logits).collect();
         Ok(StageOutput {
-            hidden: Some(Tensor::from_f32(&[ids.len(), 2], &hidden)),
+            hidden: Some(Tensor::from_f32(&[wanted.len(), 2], &hidden)),
             logits: Some(Tensor::from_f32(&[wanted.len(), VOCABULARY], &scores)),
         })
     }
@@ -192,7 +193,7 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     let (honest, liar) = (connected(2, &trainer).await, connected(3, &trainer).await);
     let id = trainer.peer_id();
     let honest_worker = worker(&honest, &id, 2, 0.0, false);
-    let stats = honest_worker.stats();
+    let mut stats = honest_worker.stats();
     let honest_run = tokio::spawn(honest_worker.run());
     let liar_run = tokio::spawn(worker(&liar, &id, 3, 0.5, false).run());
     let verdicts = Arc::new(AtomicU64::new(0));
@@ -236,8 +237,10 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     assert!(counts.dropped_for(DropReason::Convicted) > 0);
     assert!(verdicts.load(Ordering::Relaxed) > 5);
     collector.check().unwrap();
-    assert_eq!(stats.borrow().version, Some(2));
-    assert!(stats.borrow().accepted >= 60);
+    // The worker counts an answer a moment after the trainer has counted the trajectory.
+    let counted = stats.wait_for(|s| s.accepted >= 60);
+    let counted = *tokio::time::timeout(Duration::from_secs(20), counted).await.unwrap().unwrap();
+    assert_eq!(counted.version, Some(2));
     honest_run.abort();
     audits.abort();
     for node in [trainer, honest, liar] {
@@ -263,15 +266,8 @@ async fn a_restarted_trainer_goes_on_where_its_checkpoint_is() {
     collector.commit(&mut sync).await.unwrap();
     let lost = collector.round(&mut sync, &snapshot(11, 1), &mut take).await.unwrap();
     // The trainer dies with the second batch in training; the checkpoint has one step.
-    drop(collector);
-    let resumed = loop {
-        match start(1).await {
-            Ok(collector) => break collector,
-            // A handler that is still at work keeps the file open for a moment.
-            Err(CollectorError::Journal(_)) => tokio::task::yield_now().await,
-            Err(error) => panic!("{error}"),
-        }
-    };
+    collector.close();
+    let resumed = start(1).await.unwrap();
     resumed.check().unwrap();
     assert_eq!(resumed.counts().consumed, 20);
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(1), 1);
@@ -305,6 +301,28 @@ async fn a_version_is_only_reported_after_its_hash_matched() {
     assert_eq!(collector.workers()[0].version, Some(PolicyVersion(0)));
     assert_eq!(collector.counts().leased, 0);
     run.abort();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_come_over_bitswap_and_only_as_they_were_signed() {
+    let trainer = node(41).await;
+    let rollouts = connected(42, &trainer).await;
+    let source = Blocks::start(trainer.clone(), Arc::new(MemoryStore::new()));
+    let copy = Blocks::start(rollouts.clone(), Arc::new(MemoryStore::new()));
+    let adapter = Bytes::from(vec![5; 300_000]);
+    let root = source.publish_bytes("adapter", "lora", adapter.clone()).await.unwrap();
+    let artefact = Artefact { root, hash: *blake3::hash(&adapter).as_bytes(), bytes: adapter.len() as u64 };
+    let manifest =
+        SnapshotManifest { payload: Payload::Lora(artefact.clone()), ..snapshot(41, 1).manifest().clone() };
+    let fetched = PayloadSource::fetch(&copy, &manifest, &trainer.peer_id()).await.unwrap();
+    assert_eq!(fetched, adapter);
+    manifest.check_payload(&fetched).unwrap();
+    let longer = Artefact { bytes: artefact.bytes + 1, ..artefact };
+    let manifest = SnapshotManifest { payload: Payload::Lora(longer), ..manifest };
+    let error = PayloadSource::fetch(&copy, &manifest, &trainer.peer_id()).await.unwrap_err();
+    assert!(error.contains("300000"), "{error}");
     trainer.shutdown().await;
     rollouts.shutdown().await;
 }
