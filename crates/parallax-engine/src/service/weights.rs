@@ -435,7 +435,7 @@ mod tests {
             let range = offset as usize..(offset + len) as usize;
             let bytes = Bytes::copy_from_slice(&self.bytes[range]);
             let broken = self.broken;
-            Box::pin(async move { if broken { Err(FetchError::NoPeers { root: *root }) } else { Ok(bytes) } })
+            Box::pin(async move { if broken { Err(FetchError::Closed) } else { Ok(bytes) } })
         }
     }
 
