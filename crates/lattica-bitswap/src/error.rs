@@ -110,7 +110,7 @@ pub enum StoreError {
     #[error("stored block {cid} in {path} is damaged; fetch it again", path = path.display())]
     Damaged {
         /// The block.
-        cid: Cid,
+        cid: Box<Cid>,
         /// The file that holds its bytes.
         path: PathBuf,
     },
@@ -187,7 +187,7 @@ pub enum FetchError {
     )]
     Incomplete {
         /// The artefact.
-        root: Cid,
+        root: Box<Cid>,
         /// How many blocks are missing.
         missing_blocks: usize,
         /// How many peers were asked.
@@ -199,7 +199,7 @@ pub enum FetchError {
     #[error("{root} is not an artefact: {source}")]
     BadManifest {
         /// The artefact.
-        root: Cid,
+        root: Box<Cid>,
         /// What is wrong with it.
         source: ManifestError,
     },
@@ -207,9 +207,9 @@ pub enum FetchError {
     #[error("manifest {root} gives block {cid} {expected_bytes} bytes but it has {got_bytes}")]
     WrongLength {
         /// The artefact.
-        root: Cid,
+        root: Box<Cid>,
         /// The block.
-        cid: Cid,
+        cid: Box<Cid>,
         /// The manifest's length.
         expected_bytes: usize,
         /// The block's length.
@@ -219,7 +219,7 @@ pub enum FetchError {
     #[error("bytes {offset} + {length} are outside of {root}, which has {total_bytes} bytes")]
     SpanOutside {
         /// The artefact.
-        root: Cid,
+        root: Box<Cid>,
         /// Where the span starts.
         offset: u64,
         /// How long it is.
@@ -231,7 +231,7 @@ pub enum FetchError {
     #[error("{root} has no entry named {entry}")]
     NoEntry {
         /// The artefact.
-        root: Cid,
+        root: Box<Cid>,
         /// The name that was asked for.
         entry: String,
     },
@@ -239,9 +239,9 @@ pub enum FetchError {
     #[error("block {cid} of {root} is not stored here; fetch it first")]
     NotHere {
         /// The artefact.
-        root: Cid,
+        root: Box<Cid>,
         /// The block.
-        cid: Cid,
+        cid: Box<Cid>,
     },
     /// The store refused, for example because the disk is full.
     #[error(transparent)]

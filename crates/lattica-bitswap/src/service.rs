@@ -61,8 +61,9 @@ impl Blocks {
     pub fn start_with(node: Node, store: Arc<dyn BlockStore>, config: ExchangeConfig) -> Self {
         let runtime = Handle::current();
         let events = node.events();
-        let exchange = Exchange::new(node.clone(), store, config, runtime.clone());
+        let exchange = Exchange::new(node, store, config, runtime.clone());
         let served = Arc::downgrade(&exchange);
+        let node = &exchange.node;
         node.handle_stream(PROTOCOL, move |peer, stream| streams::read(served.clone(), peer, stream))
             .expect("the protocol's name is valid");
         runtime.spawn(exchange::follow(Arc::downgrade(&exchange), events));
@@ -134,7 +135,7 @@ impl Blocks {
         let order = Order { root: cid, wanted, lengths: HashMap::new(), from: from.to_vec() };
         fetch::run(&self.exchange, order, |_| ()).await?;
         let stored = self.exchange.blocking(move |store| files::stored_manifest(store, &cid)).await??;
-        stored.ok_or(FetchError::NotHere { root: cid, cid })
+        stored.ok_or_else(|| files::not_here(&cid, cid))
     }
 
     /// Gets a whole artefact into the store. `from` are peers that have it; without any, the DHT and the connected peers
@@ -281,8 +282,8 @@ fn wanted_blocks(root: &Cid, manifest: &Manifest, spans: &[(u64, u64)]) -> Resul
     let mut wanted: Vec<Wanted> = Vec::new();
     let mut seen = std::collections::HashSet::new();
     for (rank, &(offset, length)) in spans.iter().enumerate() {
-        let range = manifest.blocks_of_span(offset, length).ok_or(FetchError::SpanOutside {
-            root: *root,
+        let range = manifest.blocks_of_span(offset, length).ok_or_else(|| FetchError::SpanOutside {
+            root: Box::new(*root),
             offset,
             length,
             total_bytes: manifest.total_bytes(),
@@ -306,7 +307,8 @@ fn missing_blocks(
             None => missing.push(want),
             Some(length) if length == want.length as usize => {}
             Some(got_bytes) => {
-                let (root, cid, expected_bytes) = (*root, want.cid, want.length as usize);
+                let (root, cid) = (Box::new(*root), Box::new(want.cid));
+                let expected_bytes = want.length as usize;
                 return Err(FetchError::WrongLength { root, cid, expected_bytes, got_bytes });
             }
         }

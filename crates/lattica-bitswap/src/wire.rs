@@ -84,7 +84,7 @@ impl Message {
         let message =
             proto::Message::decode(bytes).map_err(|e| DecodeError::message("bitswap message", &e))?;
         let wantlist = message.wantlist.unwrap_or_default();
-        let entries = wantlist.entries.into_iter().take(ENTRIES_MAX).filter_map(entry_from_proto).collect();
+        let entries = wantlist.entries.iter().take(ENTRIES_MAX).filter_map(entry_from_proto).collect();
         let mut blocks = Vec::with_capacity(message.payload.len());
         for block in message.payload {
             blocks.push(block_from_prefix(&block.prefix, block.data)?);
@@ -175,7 +175,7 @@ impl Message {
     }
 }
 
-fn entry_from_proto(entry: ProtoEntry) -> Option<WantEntry> {
+fn entry_from_proto(entry: &ProtoEntry) -> Option<WantEntry> {
     let cid = cid::decode(&entry.block).ok()?;
     if entry.cancel {
         return Some(WantEntry::Cancel { cid });

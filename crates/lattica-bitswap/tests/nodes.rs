@@ -1,5 +1,6 @@
 //! Exchange between real nodes on loopback: fetches, liars, resuming, spans, files, full stores.
 #![cfg(feature = "service")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests sit outside of test functions")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -215,7 +216,7 @@ async fn an_aborted_fetch_resumes_with_only_the_missing_blocks() {
     let blocks = Blocks::start(c.clone(), store);
     connect(&c, &a).await;
     let mut first = None;
-    blocks.fetch(&root, &[a.peer_id()], |p| drop(first.get_or_insert(p.done_bytes))).await.unwrap();
+    blocks.fetch(&root, &[a.peer_id()], |p| _ = first.get_or_insert(p.done_bytes)).await.unwrap();
     assert_eq!(first, Some(stored_bytes));
     assert_eq!(blocks.read(&root).await.unwrap(), bytes);
     assert_eq!(blocks.account(&a.peer_id()).bytes_in, bytes.len() as u64 - stored_bytes);

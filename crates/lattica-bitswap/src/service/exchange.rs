@@ -245,7 +245,7 @@ impl Exchange {
                     (expected != block.len()).then_some((f, expected))
                 });
                 if let Some((fetch, expected_bytes)) = misfit {
-                    let (root, got_bytes) = (fetch.root, block.len());
+                    let (root, cid, got_bytes) = (Box::new(fetch.root), Box::new(cid), block.len());
                     fetch.failed = Some(FetchError::WrongLength { root, cid, expected_bytes, got_bytes });
                     fetch.wake.notify_one();
                     continue;

@@ -194,7 +194,12 @@ fn failure(root: Cid, step: &Step, hopeless: Option<Outlook>) -> FetchError {
         Some(_) => "every peer left, stalled or sent wrong blocks",
         None => "no peer delivered anything for too long",
     };
-    FetchError::Incomplete { root, missing_blocks: step.missing, asked_peers: step.asked_peers, reason }
+    FetchError::Incomplete {
+        root: Box::new(root),
+        missing_blocks: step.missing,
+        asked_peers: step.asked_peers,
+        reason,
+    }
 }
 
 /// Asks whoever is connected whether they have something.

@@ -76,7 +76,7 @@ fn publish_file(
 pub(super) fn stored_manifest(store: &dyn BlockStore, root: &Cid) -> Result<Option<Manifest>, FetchError> {
     let Some(block) = store.get(root)? else { return Ok(None) };
     let manifest = Manifest::decode(block.bytes());
-    manifest.map(Some).map_err(|source| FetchError::BadManifest { root: *root, source })
+    manifest.map(Some).map_err(|source| FetchError::BadManifest { root: Box::new(*root), source })
 }
 
 /// Hands the bytes of a span to `take`, block by block.
@@ -87,19 +87,17 @@ pub(super) fn read_span(
     (offset, length): (u64, u64),
     mut take: impl FnMut(&[u8]) -> Result<(), FetchError>,
 ) -> Result<(), FetchError> {
-    let total_bytes = manifest.total_bytes();
-    let range = manifest.blocks_of_span(offset, length).ok_or(FetchError::SpanOutside {
-        root: *root,
-        offset,
-        length,
-        total_bytes,
-    })?;
+    let Some(range) = manifest.blocks_of_span(offset, length) else {
+        let (root, total_bytes) = (Box::new(*root), manifest.total_bytes());
+        return Err(FetchError::SpanOutside { root, offset, length, total_bytes });
+    };
     for index in range {
         let BlockRef { cid, length: block_bytes } = manifest.blocks()[index];
-        let block = store.get(&cid)?.ok_or(FetchError::NotHere { root: *root, cid })?;
+        let block = store.get(&cid)?.ok_or_else(|| not_here(root, cid))?;
         if block.len() != block_bytes as usize {
             let (expected_bytes, got_bytes) = (block_bytes as usize, block.len());
-            return Err(FetchError::WrongLength { root: *root, cid, expected_bytes, got_bytes });
+            let (root, cid) = (Box::new(*root), Box::new(cid));
+            return Err(FetchError::WrongLength { root, cid, expected_bytes, got_bytes });
         }
         let start = manifest.block_start(index);
         let from = offset.saturating_sub(start) as usize;
@@ -109,14 +107,19 @@ pub(super) fn read_span(
     Ok(())
 }
 
+/// A block that the caller takes for stored is not.
+pub(super) fn not_here(root: &Cid, cid: Cid) -> FetchError {
+    FetchError::NotHere { root: Box::new(*root), cid: Box::new(cid) }
+}
+
 /// The bytes of a span in memory.
 pub(super) fn read_bytes(
     store: &dyn BlockStore,
     root: &Cid,
     span: Option<(u64, u64)>,
 ) -> Result<Bytes, FetchError> {
-    let manifest = stored_manifest(store, root)?.ok_or(FetchError::NotHere { root: *root, cid: *root })?;
-    let span = span.unwrap_or((0, manifest.total_bytes()));
+    let manifest = stored_manifest(store, root)?.ok_or_else(|| not_here(root, *root))?;
+    let span = span.unwrap_or_else(|| (0, manifest.total_bytes()));
     // A manifest may promise more than there is: memory grows with what is really read.
     let mut bytes = BytesMut::new();
     read_span(store, root, &manifest, span, |part| {
@@ -133,13 +136,13 @@ pub(super) fn write_file(
     entry: Option<&str>,
     path: &Path,
 ) -> Result<(), FetchError> {
-    let manifest = stored_manifest(store, root)?.ok_or(FetchError::NotHere { root: *root, cid: *root })?;
+    let manifest = stored_manifest(store, root)?.ok_or_else(|| not_here(root, *root))?;
     let span = match entry {
         None => (0, manifest.total_bytes()),
         Some(name) => manifest
             .entry(name)
             .map(|e| (e.offset, e.length))
-            .ok_or_else(|| FetchError::NoEntry { root: *root, entry: name.to_owned() })?,
+            .ok_or_else(|| FetchError::NoEntry { root: Box::new(*root), entry: name.to_owned() })?,
     };
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let mut left = span.1;

@@ -168,10 +168,10 @@ impl FsStore {
         let mut file = File::open(path).map_err(failed)?;
         file.seek(SeekFrom::Start(place.offset)).map_err(failed)?;
         let mut bytes = vec![0; place.length as usize];
-        let damaged = |_| StoreError::Damaged { cid: *cid, path: path.to_owned() };
+        let damaged = |_| StoreError::Damaged { cid: Box::new(*cid), path: path.to_owned() };
         match file.read_exact(&mut bytes) {
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-                return Err(StoreError::Damaged { cid: *cid, path: path.to_owned() });
+                return Err(StoreError::Damaged { cid: Box::new(*cid), path: path.to_owned() });
             }
             other => other.map_err(failed)?,
         }

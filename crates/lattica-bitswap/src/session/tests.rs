@@ -89,7 +89,7 @@ fn run(n: u32, peers: &[(Behaviour, bool)], config: SessionConfig) -> Run {
                 if kind == WantKind::Block {
                     *asks.entry((to.clone(), index)).or_insert(0) += 1;
                 }
-                if behaviour.loses_every.is_some_and(|every| *seen % every == 0) {
+                if behaviour.loses_every.is_some_and(|every| seen.is_multiple_of(every)) {
                     continue;
                 }
                 let event = match (behaviour.has.contains(&index), kind) {

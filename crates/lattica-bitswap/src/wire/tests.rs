@@ -106,11 +106,8 @@ fn the_encoding_is_pinned() {
     let hex: String = message.encode().iter().map(|b| format!("{b:02x}")).collect();
     let name = format!("01551220{digest}");
     // wantlist { entry { cid, priority 5, want have, send dont have }, full }, payload { prefix, data }, presence, pending
-    let expected = format!(
-        "690a300a2c0a24{name}1005200128011001{}{}2803",
-        "1a090a0401551220120107",
-        format!("22280a24{name}1001")
-    );
+    let presence = format!("22280a24{name}1001");
+    let expected = format!("690a300a2c0a24{name}10052001280110011a090a0401551220120107{presence}2803");
     assert_eq!(hex, expected);
 }
 
