@@ -284,9 +284,18 @@ impl Dispatcher {
         let room = (self.config.max_leases_per_worker as usize).saturating_sub(worker.held.len());
         let Some(active) = worker.active else { return Outcome::Leased(Vec::new()) };
         let fits = |(group, _): &&(GroupId, u32)| self.groups.get(group).is_some_and(|g| g.version == active);
-        let chosen: Vec<_> = self.pending.iter().filter(fits).take(room.min(max as usize)).copied().collect();
+        let want = room.min(max as usize).min(self.share(active).saturating_sub(worker.held.len()));
+        let chosen: Vec<_> = self.pending.iter().filter(fits).take(want).copied().collect();
         let leases = chosen.into_iter().map(|(group, index)| self.grant(now_ms, id, group, index)).collect();
         Outcome::Leased(leases)
+    }
+
+    /// How many samples one worker may hold, so that the first to ask does not get everything: an equal part of what is
+    /// to be made, rounded up.
+    fn share(&self, version: PolicyVersion) -> usize {
+        let ready =
+            self.workers.values().filter(|w| w.convicted.is_none() && w.active == Some(version)).count();
+        (self.pending.len() + self.leases.n_given()).div_ceil(ready.max(1))
     }
 
     fn grant(&mut self, now_ms: u64, worker: &PeerId, group: GroupId, index: u32) -> Lease {

@@ -426,6 +426,21 @@ fn a_new_version_gives_up_groups_beyond_the_bound() {
 }
 
 #[test]
+fn samples_are_shared_among_the_workers_that_are_ready() {
+    let mut d = open(DispatchConfig { max_leases_per_worker: 64, group_size: 8, ..config() });
+    for i in 1..=3 {
+        d.handle(0, Command::Register { worker: worker(i), incarnation: 1 });
+        d.handle(0, Command::Acknowledge { worker: worker(i), version: PolicyVersion(0) });
+    }
+    let counts: Vec<usize> = (1..=3).map(|i| leased(&mut d, 0, i, 64).len()).collect();
+    assert_eq!(counts, [6, 6, 4]);
+    assert!(leased(&mut d, 0, 1, 64).is_empty());
+    d.handle(1, Command::Disconnect { worker: worker(3) });
+    assert_eq!(leased(&mut d, 1, 1, 64).len(), 2, "the share grows when a worker leaves");
+    d.check_invariants().unwrap();
+}
+
+#[test]
 fn a_conviction_takes_back_everything_not_yet_trained_on() {
     let mut d =
         open(DispatchConfig { audit: AuditPolicy { first: 1, ..AuditPolicy::default() }, ..config() });
