@@ -4,5 +4,11 @@ use super::Checkpoint;
 use crate::error::OpenError;
 
 pub(super) fn open() -> Result<Checkpoint, OpenError> {
-    Err(OpenError::NotFound { model: "tiny".to_owned(), cache: "not embedded in this build".to_owned() })
+    Checkpoint::embedded(
+        include_bytes!("../../../../assets/tiny/config.json"),
+        include_bytes!("../../../../assets/tiny/generation_config.json"),
+        include_bytes!("../../../../assets/tiny/tokenizer.json"),
+        include_bytes!("../../../../assets/tiny/tokenizer_config.json"),
+        include_bytes!("../../../../assets/tiny/model.safetensors"),
+    )
 }
