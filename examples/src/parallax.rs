@@ -1,5 +1,7 @@
 //! The commands of the `parallax` binary, one file each.
 
+#![expect(clippy::needless_pass_by_value, reason = "a command consumes its arguments, whatever it does with them")]
+
 pub mod bench;
 pub mod bench_swarm;
 pub mod chat;

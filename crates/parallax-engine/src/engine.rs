@@ -145,7 +145,7 @@ impl Engine {
     pub fn step(&mut self, runner: &mut dyn StageRunner) -> Vec<RequestEvent> {
         let Some((batch, input)) = self.plan() else { return Vec::new() };
         let result = runner.forward(&batch, input);
-        let events = self.complete(batch, result);
+        let events = self.complete(&batch, result);
         for event in events.iter().filter(|e| matches!(e.event, Event::Finished { .. })) {
             runner.close(event.request);
         }
@@ -166,10 +166,10 @@ impl Engine {
 
     /// What became of a planned batch. A failure ends every request, waiting ones too: they would meet the same runner,
     /// and their callers can decide sooner.
-    pub fn complete(&mut self, batch: Batch, result: Result<StageOutput, StageError>) -> Vec<RequestEvent> {
+    pub fn complete(&mut self, batch: &Batch, result: Result<StageOutput, StageError>) -> Vec<RequestEvent> {
         self.counted.steps += 1;
         self.counted.rows += batch.n_rows() as u64;
-        match result.and_then(|output| self.sample(&batch, &output)) {
+        match result.and_then(|output| self.sample(batch, &output)) {
             Ok(events) => events,
             Err(error) => self.fail(&error),
         }

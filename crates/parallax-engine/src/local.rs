@@ -209,7 +209,7 @@ impl Pipeline {
 /// Half-open ranges that cover `n_layers`, the first ones longer by one where it does not divide.
 fn cut(n_layers: usize, n_stages: usize) -> Vec<Range<usize>> {
     if n_stages == 0 || n_stages > n_layers {
-        return vec![n_layers..n_layers];
+        return std::iter::once(n_layers..n_layers).collect();
     }
     (0..n_stages)
         .map(|i| (i * n_layers).div_ceil(n_stages)..((i + 1) * n_layers).div_ceil(n_stages))

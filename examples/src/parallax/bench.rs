@@ -227,7 +227,7 @@ fn step(engine: &mut Engine, runner: &mut Pipeline) -> anyhow::Result<f64> {
     if let Err(error) = &output {
         bail!("{error}");
     }
-    engine.complete(batch, output);
+    engine.complete(&batch, output);
     Ok(seconds)
 }
 

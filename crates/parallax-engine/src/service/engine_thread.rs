@@ -125,7 +125,7 @@ impl EngineThread {
         if let Err(error) = &result {
             tracing::warn!(%error, step = batch.step, "stage failed, every request in flight ends");
         }
-        for event in self.engine.complete(batch, result) {
+        for event in self.engine.complete(&batch, result) {
             if matches!(event.event, Event::Finished { .. }) {
                 self.runner.close(event.request);
             }
