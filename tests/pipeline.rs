@@ -226,6 +226,20 @@ impl Swarm {
         }
     }
 
+    /// Every request is refused with 503; soon the reason is this one.
+    fn wait_until_refused(&self, why: &str) {
+        let started = Instant::now();
+        loop {
+            let (status, refused) = self.complete(&json!({"prompt": "w1", "max_tokens": 1}));
+            assert_eq!(status, 503, "{refused}");
+            if refused["error"]["message"].as_str().is_some_and(|message| message.contains(why)) {
+                return;
+            }
+            assert!(started.elapsed() < PATIENCE, "{refused}");
+            pause();
+        }
+    }
+
     fn complete(&self, request: &Value) -> (u16, Value) {
         call(&self.address, "POST", "/v1/completions", request)
     }
@@ -274,9 +288,7 @@ fn expected(model: &str) -> Vec<(Value, String)> {
 #[test]
 fn three_processes_give_the_tokens_of_one_and_a_killed_stage_is_reported_in_time() {
     let swarm = Swarm::start();
-    let (status, refused) = swarm.complete(&json!({"prompt": "w1", "max_tokens": 1}));
-    assert_eq!(status, 503, "{refused}");
-    assert!(refused["error"]["message"].as_str().unwrap().contains("nobody holds layers 2..6"), "{refused}");
+    swarm.wait_until_refused("nobody holds layers 2..6");
 
     let middle = swarm.join("middle", 2, "2..4");
     let mut last = swarm.join("last", 3, "4..6");
@@ -302,9 +314,7 @@ fn three_processes_give_the_tokens_of_one_and_a_killed_stage_is_reported_in_time
     let peer = stages[2]["peer"].as_str().unwrap();
     assert!(error.contains(peer) && error.contains("4..6"), "{error}");
 
-    let (status, refused) = swarm.complete(&json!({"prompt": "w1", "max_tokens": 1}));
-    assert_eq!(status, 503, "{refused}");
-    assert!(refused["error"]["message"].as_str().unwrap().contains("nobody holds layers 4..6"), "{refused}");
+    swarm.wait_until_refused("nobody holds layers 4..6");
 
     let again = swarm.join("again", 4, "4..6");
     swarm.wait_until_ready(&[&middle, &again]);

@@ -293,6 +293,9 @@ impl Coordinator {
         };
         match &self.view.plan {
             _ if self.is_serving() => "serving".to_owned(),
+            Err(_) if self.wanted.is_some() && !self.members.is_empty() => {
+                after(format!("about to plan with {} nodes", self.members.len()))
+            }
             Err(error) => after(error.to_string()),
             Ok(plan) => {
                 let waiting = plan.pipelines.iter().flat_map(|p| &p.stages).find_map(|stage| {

@@ -19,8 +19,9 @@ use crate::{Coordinator, Incarnation, JoinError, NodeId, NodeProfile, PlanView, 
 const TICK: Duration = Duration::from_millis(50);
 /// Link measurements are taken over this often (in ticks).
 const RTT_TICKS: u32 = 20;
-/// The head announces itself in the DHT again this often (in ticks).
-const PROVIDE_TICKS: u32 = 200;
+/// The head announces itself in the DHT again this often, and this often while nobody is there to be told.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(60);
+const ANNOUNCE_RETRY: Duration = Duration::from_secs(2);
 
 /// Completes an assignment with what only the engine knows: cache pages, byte spans of the weights.
 pub type Answer = dyn Fn(&mut pb::Assignment) + Send + Sync;
@@ -86,6 +87,7 @@ impl MembershipServer {
         answer(&inner, LEAVE, |inner, peer, body| inner.leave(&peer, body));
         let tasks = vec![
             tokio::spawn(tick_forever(Arc::clone(&inner))),
+            tokio::spawn(announce_forever(Arc::clone(&inner))),
             tokio::spawn(watch_connections(Arc::clone(&inner), node.events())),
         ];
         Self { inner, _tasks: Arc::new(Tasks(tasks)) }
@@ -318,11 +320,21 @@ async fn tick_forever(inner: Arc<Inner>) {
         if n % RTT_TICKS == 0 {
             inner.measure_links();
         }
-        if n % PROVIDE_TICKS == 0 {
-            let (node, key) = (inner.node.clone(), head_key(&inner.description.swarm));
-            // A head that knows no other peer yet cannot announce itself; it tries again.
-            tokio::spawn(async move { node.provide(&key).await });
-        }
+    }
+}
+
+/// Lets members that share only a bootstrap peer with the head find it.
+async fn announce_forever(inner: Arc<Inner>) {
+    let key = head_key(&inner.description.swarm);
+    loop {
+        let pause = match inner.node.provide(&key).await {
+            Ok(()) => ANNOUNCE_EVERY,
+            Err(error) => {
+                tracing::debug!(%error, "the head could not announce itself yet");
+                ANNOUNCE_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 
