@@ -68,6 +68,9 @@ pub struct DemoArgs {
     /// Learner steps [default: the trainer's]
     #[arg(long)]
     steps: Option<u64>,
+    /// Learning rate [default: the trainer's]
+    #[arg(long)]
+    learning_rate: Option<f64>,
     /// Held-out tasks of one evaluation
     #[arg(long, default_value_t = 200)]
     eval_tasks: u64,

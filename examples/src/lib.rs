@@ -5,3 +5,4 @@ pub mod machine;
 pub mod parallax;
 pub mod program;
 pub mod rollouts;
+pub mod training;

@@ -1,6 +1,9 @@
 //! The commands of the `parallax` binary, one file each.
 
-#![expect(clippy::needless_pass_by_value, reason = "a command consumes its arguments, whatever it does with them")]
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "a command consumes its arguments, whatever it does with them"
+)]
 
 pub mod bench;
 pub mod bench_swarm;

@@ -71,6 +71,9 @@ pub struct LearnerArgs {
     /// Learner steps.
     #[arg(long)]
     steps: u64,
+    /// Learning rate, when not the trainer's.
+    #[arg(long)]
+    learning_rate: Option<f64>,
     /// End before this many seconds have passed.
     #[arg(long)]
     seconds: u64,
@@ -175,7 +178,8 @@ impl Learner {
         node: Node,
         blocks: Blocks,
     ) -> anyhow::Result<Self> {
-        let config = TrainerConfig { steps: args.steps, ..TrainerConfig::default() };
+        let mut config = TrainerConfig { steps: args.steps, ..TrainerConfig::default() };
+        config.optim.learning_rate = args.learning_rate.unwrap_or(config.optim.learning_rate);
         let (run, base_model_id) = (RunId(args.seed), checkpoint.id()?);
         let environment: Arc<dyn Environment> = Arc::from(by_name(&args.env)?);
         let text: Arc<dyn Text> = Arc::new(ModelText::open(checkpoint)?);

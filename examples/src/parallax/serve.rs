@@ -1,23 +1,29 @@
 //! `parallax serve`: the head of a swarm: scheduler, API, and by default the first stage.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Json;
 use axum::routing::get;
 use clap::Args;
-use parallax_engine::http::{self, HttpState};
+use parallax_engine::http::{self, HttpState, Readiness};
 use parallax_engine::service::head::Head;
 use parallax_engine::service::membership::{self, ServeOptions};
 use parallax_engine::{EngineConfig, EngineHandle};
 use parallax_model::{Checkpoint, DeviceKind, WeightDtype};
+use serde_json::json;
+use swarm_wire::PolicyVersion;
 
 use super::swarm_node::{Exchange, SwarmNodeArgs, asked_to_end};
 use crate::program;
 
 /// Positions of a cache page.
 pub const PAGE_TOKENS: usize = 16;
+/// Pause between attempts to apply an adapter.
+const ADAPTER_RETRY: Duration = Duration::from_millis(300);
 
 /// Serve a model over many machines: the head of a swarm. Others take part with `parallax join`.
 ///
@@ -56,6 +62,12 @@ pub struct ServeArgs {
     /// Cached positions of all requests together, on every stage [default: the model's context, at most 8192]
     #[arg(long)]
     context_tokens: Option<usize>,
+    /// A LoRA adapter (PEFT safetensors) to apply on every stage; requests wait until it is
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+    /// Print one JSON object on stdout when the API listens: url, peer, addrs
+    #[arg(long)]
+    json: bool,
     /// A step that takes longer counts as stuck
     #[arg(long, default_value_t = 120)]
     step_timeout_s: u64,
@@ -78,7 +90,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let (node, exchange) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
     let template = checkpoint.chat_template()?.map(Arc::new);
-    let readiness = head.readiness();
+    let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
     let state = HttpState {
         engine,
         tokenizer: checkpoint.tokenizer()?,
@@ -97,7 +109,11 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             args.node.swarm
         ));
     }
-    program::say(&format!("serving on http://{}", listener.local_addr()?));
+    let url = format!("http://{}", listener.local_addr()?);
+    program::say(&format!("serving on {url}"));
+    if args.json {
+        program::report(&json!({"url": url, "peer": node.peer_id(), "addrs": node.listen_addrs().await}))?;
+    }
     tokio::select! {
         done = axum::serve(listener, http::router(state).merge(swarm)) => done?,
         () = tell_readiness(&head) => {}
@@ -105,6 +121,29 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     }
     node.shutdown().await;
     Ok(())
+}
+
+/// Readiness with the adapter: it is applied as soon as the pipeline stands, and requests wait until it is.
+fn adapted(pipeline: Readiness, adapter: Option<&Path>, engine: &EngineHandle) -> anyhow::Result<Readiness> {
+    let Some(path) = adapter else { return Ok(pipeline) };
+    let bytes = std::fs::read(path).with_context(|| format!("reading the adapter {}", path.display()))?;
+    let (applied, ready, engine) = (Arc::new(AtomicBool::new(false)), pipeline.clone(), engine.clone());
+    let done = applied.clone();
+    tokio::spawn(async move {
+        loop {
+            if ready().is_ok() {
+                match engine.swap_adapter(PolicyVersion(1), Some(bytes.clone())).await {
+                    Ok(()) => return done.store(true, Ordering::SeqCst),
+                    Err(error) => program::say(&format!("the adapter is not applied yet: {error}")),
+                }
+            }
+            tokio::time::sleep(ADAPTER_RETRY).await;
+        }
+    });
+    Ok(Arc::new(move || {
+        pipeline()?;
+        if applied.load(Ordering::SeqCst) { Ok(()) } else { Err("the adapter is being applied".to_owned()) }
+    }))
 }
 
 async fn start_head(

@@ -1,0 +1,5 @@
+//! The commands of `training-swarm`.
+
+pub mod bench;
+pub mod losses;
+pub mod pretrain;

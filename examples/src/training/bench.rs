@@ -1,0 +1,84 @@
+//! `training-swarm bench`: speed of one adapter step, forward and backward.
+
+use std::time::Instant;
+
+use clap::Args;
+use echo_trainer::loss::LossConfig;
+use echo_trainer::packing::Sample;
+use echo_trainer::step::policy_gradients;
+use parallax_model::Checkpoint;
+use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
+use serde_json::json;
+
+use crate::{machine, program};
+
+/// Measure forward and backward of one GRPO step with an adapter on all seven linears.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Report: {\"tokens_per_s\",\"forward_backward_ms\",\"rss_mb\",\"forward_backward_ms_min\",\"forward_backward_ms_max\",\
+                  \"machine\",\"commit\",...}; the median of --repeats after one warm-up."
+)]
+pub struct BenchArgs {
+    /// Model to train
+    #[arg(long, default_value = "tiny")]
+    model: String,
+    /// Sequences of the batch
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Tokens of each sequence
+    #[arg(long, default_value_t = 64)]
+    seq: usize,
+    /// Inner width of the adapter
+    #[arg(long, default_value_t = 8)]
+    lora_rank: usize,
+    /// Measurements
+    #[arg(long, default_value_t = 3)]
+    repeats: usize,
+    /// Print the report on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// A model that is not there, sizes of zero.
+pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+    anyhow::ensure!(args.batch > 0 && args.seq > 1, "--batch must be at least 1 and --seq at least 2");
+    anyhow::ensure!(args.lora_rank > 0 && args.repeats > 0, "--lora-rank and --repeats must be at least 1");
+    let checkpoint = Checkpoint::resolve(&args.model)?;
+    let vocabulary = checkpoint.config().vocab as u64;
+    let lora = LoraConfig { rank: args.lora_rank, alpha: 16.0, targets: Vec::new(), seed: 1 };
+    let model = TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
+    let sample = |row: u64| {
+        let mut draws = echo_trainer::data::Draws::new(1, 0, row);
+        Sample {
+            tokens: (0..args.seq).map(|_| (draws.next_u64() % vocabulary) as u32).collect(),
+            prompt_tokens: 1,
+            sampled_logprobs: vec![-5.0; args.seq - 1],
+            reference_logprobs: None,
+            advantage: if row % 2 == 0 { 1.0 } else { -1.0 },
+        }
+    };
+    let samples: Vec<Sample> = (0..args.batch as u64).map(sample).collect();
+    let mut times_ms = Vec::new();
+    for _ in 0..=args.repeats {
+        let started = Instant::now();
+        policy_gradients(&model, &samples, &LossConfig::grpo(), usize::MAX)?;
+        times_ms.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    times_ms.remove(0);
+    times_ms.sort_by(f64::total_cmp);
+    let median = times_ms[times_ms.len() / 2];
+    let tokens_per_s = (args.batch * args.seq) as f64 / median * 1e3;
+    program::say(&format!("{tokens_per_s:.0} tokens/s, {median:.1} ms forward and backward"));
+    if !args.json {
+        return Ok(());
+    }
+    program::report(&json!({
+        "tokens_per_s": tokens_per_s, "forward_backward_ms": median, "forward_backward_ms_min": times_ms[0],
+        "forward_backward_ms_max": times_ms[times_ms.len() - 1], "rss_mb": machine::resident_mb(), "model": args.model,
+        "batch": args.batch, "seq": args.seq, "lora_rank": args.lora_rank, "repeats": args.repeats,
+        "machine": machine::describe(), "commit": machine::commit()
+    }))
+}

@@ -1,0 +1,99 @@
+//! The binaries as a person meets them: help that teaches, wrong input that ends in one clear sentence and a failure.
+//!
+//! This file also makes cargo build the binaries for `cargo test`, which the tests with real processes need.
+
+use std::process::{Command, Output};
+
+const PARALLAX: &str = env!("CARGO_BIN_EXE_parallax");
+const DEMO_SWARM: &str = env!("CARGO_BIN_EXE_demo-swarm");
+const LATTICA_NODE: &str = env!("CARGO_BIN_EXE_lattica-node");
+const ROLLOUT_FLEET: &str = env!("CARGO_BIN_EXE_rollout-fleet");
+const TRAINING_SWARM: &str = env!("CARGO_BIN_EXE_training-swarm");
+
+fn run(binary: &str, args: &[&str]) -> Output {
+    Command::new(binary).args(args).env_remove("RUST_LOG").output().unwrap()
+}
+
+#[test]
+fn every_binary_and_command_explains_itself() {
+    let commands: &[(&str, &[&str])] = &[
+        (
+            PARALLAX,
+            &[
+                "generate",
+                "score",
+                "bench",
+                "run",
+                "chat",
+                "models",
+                "serve",
+                "join",
+                "status",
+                "plan",
+                "bench-swarm",
+            ],
+        ),
+        (DEMO_SWARM, &[]),
+        (LATTICA_NODE, &["bench"]),
+        (ROLLOUT_FLEET, &[]),
+        (TRAINING_SWARM, &["losses", "bench", "pretrain"]),
+    ];
+    for (binary, subcommands) in commands {
+        for subcommand in subcommands.iter().map(|s| vec![*s, "--help"]).chain([vec!["--help"]]) {
+            let output = run(binary, &subcommand);
+            let help = String::from_utf8(output.stdout).unwrap();
+            assert!(output.status.success() && help.contains("Usage:"), "{binary} {subcommand:?}: {help}");
+        }
+    }
+}
+
+#[test]
+fn wrong_input_ends_in_one_sentence_and_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let broken = dir.path().join("broken.gguf");
+    std::fs::write(&broken, b"GGUF\x03\x00\x00\x00 and then nothing of use").unwrap();
+    let broken = broken.to_str().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().port().to_string();
+    let cases: &[(&str, &[&str], &str)] = &[
+        (PARALLAX, &["generate", "--model", "/no/such/model", "--prompt", "hi"], "/no/such/model"),
+        (PARALLAX, &["generate", "--model", broken, "--prompt", "hi"], "broken.gguf"),
+        (PARALLAX, &["generate", "--model", "tiny", "--prompt-ids", "1,99999999"], "99999999"),
+        (PARALLAX, &["generate", "--model", "tiny", "--prompt", "hi", "--stages", "99"], "--stages"),
+        (PARALLAX, &["generate", "--model", "tiny", "--prompt", "hi", "--temperature=-1"], "temperature"),
+        (PARALLAX, &["score", "--model", "tiny", "--ids", "/no/such/file.json"], "/no/such/file.json"),
+        (PARALLAX, &["run", "--model", "tiny", "--port", taken.as_str()], "--port"),
+        (DEMO_SWARM, &["--workers", "0"], "--workers"),
+        (DEMO_SWARM, &["--mode", "async"], "--mode"),
+        (DEMO_SWARM, &["--cheater", "--workers", "1"], "--workers"),
+        (ROLLOUT_FLEET, &[], "--trainer"),
+        (LATTICA_NODE, &["--listen", "nonsense"], "nonsense"),
+    ];
+    for (binary, args, named) in cases {
+        let output = run(binary, args);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{args:?} succeeded");
+        assert!(said.contains(named), "{args:?} should name {named:?}: {said}");
+        assert!(!said.contains("panicked"), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn the_embedded_model_answers_and_reports() {
+    let args =
+        ["generate", "--model", "tiny", "--prompt", "What is 1+2?", "--chat", "--max-tokens", "8", "--json"];
+    let whole = run(PARALLAX, &args);
+    assert!(whole.status.success(), "{}", String::from_utf8_lossy(&whole.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&whole.stdout).unwrap();
+    let ids = report["token_ids"].as_array().unwrap();
+    assert_eq!(ids.len(), report["logprobs"].as_array().unwrap().len());
+    assert!(!ids.is_empty() && report["text"].is_string(), "{report}");
+
+    let cut = run(PARALLAX, &[&args[..], &["--stages", "2", "--threads", "1"]].concat());
+    let cut: serde_json::Value = serde_json::from_slice(&cut.stdout).unwrap();
+    assert_eq!(
+        (&cut["token_ids"], &cut["logprobs"]),
+        (&report["token_ids"], &report["logprobs"]),
+        "the cut changed bits"
+    );
+}
