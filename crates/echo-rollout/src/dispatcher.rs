@@ -131,7 +131,7 @@ impl Dispatcher {
         match command {
             Command::OpenGroups { task_seeds } => self.open_groups(&task_seeds),
             Command::SetVersion(version) => self.set_version(version),
-            Command::Register { worker, incarnation } => self.register(worker, incarnation),
+            Command::Register { worker, incarnation } => self.register(&worker, incarnation),
             Command::Acknowledge { worker, version } => self.acknowledge(&worker, version),
             Command::Lease { worker, max } => self.lease(now_ms, &worker, max),
             Command::Submit { trajectory, refused } => Outcome::Submitted(self.submit(trajectory, refused)),
@@ -241,8 +241,8 @@ impl Dispatcher {
         Outcome::Done
     }
 
-    fn register(&mut self, id: PeerId, incarnation: u64) -> Outcome {
-        if !self.workers.contains_key(&id) && self.workers.len() >= self.config.max_workers as usize {
+    fn register(&mut self, id: &PeerId, incarnation: u64) -> Outcome {
+        if !self.workers.contains_key(id) && self.workers.len() >= self.config.max_workers as usize {
             // Whoever never delivered anything makes room; it can register again.
             let idle = |w: &Worker| w.held.is_empty() && w.accepted == 0 && w.convicted.is_none();
             let Some(idle) = self.workers.iter().find(|(_, w)| idle(w)).map(|(id, _)| id.clone()) else {
@@ -260,7 +260,7 @@ impl Dispatcher {
         if incarnation > worker.incarnation {
             worker.incarnation = incarnation;
             worker.active = None;
-            self.release_held(&id, DropReason::Disconnected);
+            self.release_held(id, DropReason::Disconnected);
         }
         Outcome::Done
     }

@@ -8,6 +8,10 @@ use crate::rollout::Trajectory;
 
 /// One thing that happened. The journal keeps these.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "commands are handled one by one; most of them are submissions"
+)]
 pub enum Command {
     /// New groups of the current version, one per task.
     OpenGroups {

@@ -236,7 +236,7 @@ impl Worker {
                 environment_version: self.environment.version(),
             };
             let reply: Result<proto::RegisterReply, _> = self.ask(REGISTER, &request).await;
-            match self.judge(reply).await? {
+            match self.judge(reply)? {
                 Some(reply) => return Ok(RunId(reply.run)),
                 None => tokio::time::sleep(self.config.retry_pause).await,
             }
@@ -251,7 +251,7 @@ impl Worker {
             max_leases: self.config.max_leases,
         };
         let reply: Result<proto::LeaseReply, _> = self.ask(LEASE, &request).await;
-        let Some(reply) = self.judge(reply).await? else {
+        let Some(reply) = self.judge(reply)? else {
             tokio::time::sleep(self.config.retry_pause).await;
             return Ok(false);
         };
@@ -331,7 +331,7 @@ impl Worker {
         loop {
             let reply: Result<proto::SubmitReply, _> = self.ask(SUBMIT, &request).await;
             let lost = matches!(&reply, Err(AskError::Call(error)) if status(error).is_none());
-            let Some(reply) = self.judge(reply).await? else {
+            let Some(reply) = self.judge(reply)? else {
                 if lost {
                     tokio::time::sleep(self.config.retry_pause).await;
                     continue;
@@ -358,7 +358,7 @@ impl Worker {
     }
 
     /// An answer, or `None` when it is worth trying again.
-    async fn judge<A>(&mut self, reply: Result<A, AskError>) -> Result<Option<A>, WorkerError> {
+    fn judge<A>(&mut self, reply: Result<A, AskError>) -> Result<Option<A>, WorkerError> {
         let trainer = self.config.trainer.clone();
         let error = match reply {
             Ok(answer) => {
