@@ -40,14 +40,14 @@ pub struct TrainerConfig {
 impl Default for TrainerConfig {
     fn default() -> Self {
         let optim = OptimConfig {
-            learning_rate: 1e-2,
+            learning_rate: 1e-3,
             schedule: Schedule { warmup_steps: 2, ..Schedule::default() },
             ..OptimConfig::default()
         };
         Self {
-            groups_per_step: 16,
+            groups_per_step: 32,
             group_size: 8,
-            steps: 30,
+            steps: 80,
             max_completion_tokens: 8,
             max_staleness: 0,
             micro_batch_tokens: 8192,
@@ -136,6 +136,8 @@ pub struct PretrainConfig {
     pub kv_heads: usize,
     /// Longest sequence.
     pub max_context: usize,
+    /// Largest operand of the arithmetic questions; the environment's default.
+    pub max_operand: u32,
     /// The teacher.
     pub teacher: TeacherConfig,
     /// The optimiser.
@@ -154,6 +156,7 @@ impl Default for PretrainConfig {
             heads: 4,
             kv_heads: 2,
             max_context: 512,
+            max_operand: 49,
             teacher: TeacherConfig::default(),
             optim: OptimConfig::default(),
         }

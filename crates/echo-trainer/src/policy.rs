@@ -1,10 +1,15 @@
 //! What the trainer needs of a model, as a trait: the real one is parallax-model's `TrainModel`, tests train a table.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use parallax_model::train::TrainModel;
 
 use crate::error::StepError;
 use crate::parameters::{Gradients, Parameter, Parameters};
+
+/// The CPU with gradients: where policies train unless they say otherwise.
+pub fn training_device() -> Device {
+    Device::flex().autodiff()
+}
 
 /// A model with trainable matrices and differentiable token log-probabilities.
 pub trait Policy {

@@ -1,3 +1,4 @@
-//! The shell around the core: checkpoints on disk, publication over bitswap.
+//! The shell around the core: checkpoints on disk, pre-training to a model directory, publication over bitswap.
 
 pub mod checkpoint_dir;
+pub mod pretraining;
