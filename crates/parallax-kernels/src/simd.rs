@@ -45,6 +45,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Whether several rows are faster by [`Simd::dot4_wide`] than by [`Simd::dot4`].
     const WIDE: bool;
 
+    /// Asks for `v` to be brought into the cache.
+    fn prefetch<T>(self, v: &T);
     fn splat(self, v: f32) -> Self::F;
     fn load(self, v: &[f32; LANES]) -> Self::F;
     fn store(self, v: Self::F, to: &mut [f32; LANES]);

@@ -12,6 +12,9 @@ use crate::dtype::{BLOCK, Block, WeightKind, blocks_per_row, check_blocks, quant
 use crate::error::KernelError;
 use crate::simd::{LANES, Simd};
 
+/// Tiles between the one in use and the one that is asked for.
+const AHEAD: usize = 8;
+
 /// Groups of four inputs in a block.
 const GROUPS: usize = BLOCK / 4;
 
@@ -344,31 +347,44 @@ fn walk<S: Simd, T: Tile>(
     out: &Output<'_>,
 ) {
     for panel in panels {
-        let tiles = &tiles[panel * per_row..(panel + 1) * per_row];
+        let ahead = &tiles[panel * per_row..];
+        let (this, rest) = ahead.split_at(per_row);
+        // The hardware fetches too little ahead while the arithmetic keeps it busy. A single group of rows asks for the
+        // tiles that it will need soon. With several groups the memory would idle while the later ones run from the
+        // cache, so each asks for its share of the next panel.
+        let next = &rest[..per_row.min(rest.len())];
         let mut row = rows.start;
         while row < rows.end {
             let left = rows.end - row;
-            row += if S::TILE >= 24 && left >= 8 {
-                rows_by_panel::<S, T, 8>(s, x, tiles, row, panel, out)
-            } else if left >= 4 {
-                rows_by_panel::<S, T, 4>(s, x, tiles, row, panel, out)
-            } else if left >= 3 {
-                rows_by_panel::<S, T, 3>(s, x, tiles, row, panel, out)
-            } else if left >= 2 {
-                rows_by_panel::<S, T, 2>(s, x, tiles, row, panel, out)
+            let group = if S::TILE >= 24 && left >= 8 { 8 } else { left.min(4) };
+            let done = row - rows.start;
+            let wanted = if group == rows.len() {
+                &ahead[ahead.len().min(AHEAD)..]
             } else {
-                rows_by_panel::<S, T, 1>(s, x, tiles, row, panel, out)
+                &next[next.len() * done / rows.len()..next.len() * (done + group) / rows.len()]
+            };
+            row += if group == 8 {
+                rows_by_panel::<S, T, 8>(s, x, this, wanted, row, panel, out)
+            } else if left >= 4 {
+                rows_by_panel::<S, T, 4>(s, x, this, wanted, row, panel, out)
+            } else if left >= 3 {
+                rows_by_panel::<S, T, 3>(s, x, this, wanted, row, panel, out)
+            } else if left >= 2 {
+                rows_by_panel::<S, T, 2>(s, x, this, wanted, row, panel, out)
+            } else {
+                rows_by_panel::<S, T, 1>(s, x, this, wanted, row, panel, out)
             };
         }
     }
 }
 
-/// `R` rows against one panel; returns `R`.
+/// `R` rows against one panel, while `wanted` is fetched; returns `R`.
 #[inline(always)]
 fn rows_by_panel<S: Simd, T: Tile, const R: usize>(
     s: S,
     x: &[ActivationBlock],
     tiles: &[T],
+    wanted: &[T],
     row: usize,
     panel: usize,
     out: &Output<'_>,
@@ -377,6 +393,12 @@ fn rows_by_panel<S: Simd, T: Tile, const R: usize>(
     let x: [&[ActivationBlock]; R] = std::array::from_fn(|r| &x[(row + r) * per_row..][..per_row]);
     let mut acc = [s.splat(0.0); R];
     for (b, tile) in tiles.iter().enumerate() {
+        // One row alone is bound by memory; the hardware does it best.
+        if R > 1
+            && let Some(tile) = wanted.get(b)
+        {
+            s.prefetch(tile);
+        }
         tile.multiply(s, std::array::from_fn(|r| &x[r][b]), &mut acc);
     }
     for (r, acc) in acc.into_iter().enumerate() {

@@ -74,6 +74,14 @@ impl Simd for Avx2 {
     const WIDE: bool = true;
 
     #[inline(always)]
+    fn prefetch<T>(self, v: &T) {
+        let p: *const i8 = std::ptr::from_ref(v).cast();
+        for line in (0..size_of::<T>()).step_by(64) {
+            // A prefetch reads nothing that the program can see, and `line` lies within `v`.
+            memory!(_mm_prefetch::<_MM_HINT_T0>(p.add(line)));
+        }
+    }
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         simd!([_mm256_set1_ps(v); 2])
     }

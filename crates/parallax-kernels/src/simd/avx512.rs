@@ -72,6 +72,14 @@ impl Simd for Avx512 {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn prefetch<T>(self, v: &T) {
+        let p: *const i8 = std::ptr::from_ref(v).cast();
+        for line in (0..size_of::<T>()).step_by(64) {
+            // A prefetch reads nothing that the program can see, and `line` lies within `v`.
+            memory!(_mm_prefetch::<_MM_HINT_T0>(p.add(line)));
+        }
+    }
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         simd!(_mm512_set1_ps(v))
     }

@@ -32,6 +32,8 @@ impl Simd for Scalar {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn prefetch<T>(self, _v: &T) {}
+    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         [v; LANES]
     }
