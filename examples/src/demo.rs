@@ -178,8 +178,9 @@ async fn demo(args: &DemoArgs) -> anyhow::Result<Report> {
         ("--seconds", format!("{:.0}", args.minutes * 60.0)),
         ("--eval-tasks", args.eval_tasks.to_string()),
     ];
-    let (mut learner_process, ready) =
-        learner.start(logs, "learner", &[&common[..], &learner_args].concat()).await?;
+    let rate = args.learning_rate.map(|rate| ("--learning-rate", rate.to_string()));
+    let learner_args = [&common[..], &learner_args, rate.as_slice()].concat();
+    let (mut learner_process, ready) = learner.start(logs, "learner", &learner_args).await?;
     let trainer = ("--trainer", first_address(&ready)?);
     let model = ("--model", args.model.clone());
     let auditor_args = [&common[..], &[trainer.clone(), model.clone()]].concat();
