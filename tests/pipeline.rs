@@ -1,6 +1,8 @@
 //! A model cut over three operating system processes: the tokens of one process, and a killed stage that is reported
 //! within two seconds. Runs the real `parallax` binary, which `cargo test --workspace` builds beside this test.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

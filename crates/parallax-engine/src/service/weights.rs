@@ -213,8 +213,11 @@ fn merged(mut spans: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 /// The head's list of files, checked: plain names, spans inside of their files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WantedFiles {
-    files: Vec<(String, u64, Vec<(u64, u64)>)>,
+    files: Vec<WantedFile>,
 }
+
+/// Name, length, and spans (offset, length) of a file.
+type WantedFile = (String, u64, Vec<(u64, u64)>);
 
 impl TryFrom<&[FileSpans]> for WantedFiles {
     type Error = DecodeError;
@@ -426,12 +429,7 @@ mod tests {
             Box::pin(async { Ok(()) })
         }
 
-        fn read<'a>(
-            &'a self,
-            root: &'a Cid,
-            offset: u64,
-            len: u64,
-        ) -> BoxFuture<'a, Result<Bytes, FetchError>> {
+        fn read<'a>(&'a self, _: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>> {
             let range = offset as usize..(offset + len) as usize;
             let bytes = Bytes::copy_from_slice(&self.bytes[range]);
             let broken = self.broken;

@@ -69,7 +69,7 @@ impl Worker {
                     let Some(open) = current.as_mut().filter(|open| open.stream_id == stream_id) else {
                         continue;
                     };
-                    let result = self.frame(&mut open.tables, frame);
+                    let result = self.frame(&mut open.tables, &frame);
                     if open.out.blocking_send(result).is_err() {
                         current = None;
                     }
@@ -79,10 +79,10 @@ impl Worker {
         self.runner
     }
 
-    fn frame(&mut self, tables: &mut StepDecoder, frame: ReceivedFrame) -> EncodedFrame {
+    fn frame(&mut self, tables: &mut StepDecoder, frame: &ReceivedFrame) -> EncodedFrame {
         let (step_id, result) = match &frame.kind {
-            stage_frame::Kind::Step(step) => (step.step_id, self.step(tables, step, &frame)),
-            stage_frame::Kind::Adapter(adapter) => (adapter.step_id, self.adapter(*adapter, &frame)),
+            stage_frame::Kind::Step(step) => (step.step_id, self.step(tables, step, frame)),
+            stage_frame::Kind::Adapter(adapter) => (adapter.step_id, self.adapter(*adapter, frame)),
             // An earlier stage failed: the head wants to know.
             stage_frame::Kind::Error(error) => {
                 return EncodedFrame::new(stage_frame::Kind::Error(error.clone()));
