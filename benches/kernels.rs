@@ -137,14 +137,8 @@ fn small(c: &mut Criterion) {
         let pages = 512 / 16;
         let store = noise(pages * page_len(16, 3, 64), 4);
         let tables = [(0..pages as u32).collect::<Vec<_>>()];
-        let kv = KvPages {
-            k: &store,
-            v: &store,
-            page_tokens: 16,
-            tables: &tables,
-            n_kv_heads: 3,
-            head_dim: 64,
-        };
+        let kv =
+            KvPages { k: &store, v: &store, page_tokens: 16, tables: &tables, n_kv_heads: 3, head_dim: 64 };
         let rows: Vec<RowRef> = (first..first + rows).map(|p| RowRef { seq: 0, n_keys: p + 1 }).collect();
         let q = noise(rows.len() * HIDDEN, 5);
         let mut out = vec![0.0; q.len()];

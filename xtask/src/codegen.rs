@@ -85,7 +85,8 @@ fn modules<'a>(files: impl Iterator<Item = &'a String>) -> String {
 }
 
 fn format(path: &Path) -> Result<String> {
-    let done = Command::new("rustfmt").args(["--edition", "2024"]).arg(path).output().context("running rustfmt")?;
+    let done =
+        Command::new("rustfmt").args(["--edition", "2024"]).arg(path).output().context("running rustfmt")?;
     if !done.status.success() {
         bail!("rustfmt on {}: {}", path.display(), String::from_utf8_lossy(&done.stderr));
     }

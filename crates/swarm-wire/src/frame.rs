@@ -86,7 +86,10 @@ mod tests {
 
     #[test]
     fn oversized_and_endless_lengths_are_refused() {
-        assert!(matches!(decode("test", &[0xff, 0x7f], 100), Err(DecodeError::TooLarge { got_bytes: 16383, .. })));
+        assert!(matches!(
+            decode("test", &[0xff, 0x7f], 100),
+            Err(DecodeError::TooLarge { got_bytes: 16383, .. })
+        ));
         assert!(decode("test", &[0xff; 10], 100).is_err());
     }
 }

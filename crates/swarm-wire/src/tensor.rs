@@ -85,7 +85,11 @@ impl TensorHeader {
             }
         }
         if payload_bytes > TENSOR_MAX_BYTES {
-            return Err(DecodeError::TooLarge { what: "tensor", limit_bytes: TENSOR_MAX_BYTES, got_bytes: payload_bytes });
+            return Err(DecodeError::TooLarge {
+                what: "tensor",
+                limit_bytes: TENSOR_MAX_BYTES,
+                got_bytes: payload_bytes,
+            });
         }
         Ok(Self { dtype, shape: shape.to_vec(), payload_bytes })
     }
@@ -125,7 +129,11 @@ impl TensorHeader {
     /// # Errors
     /// When the bytes are too short, not a tensor header, or announce more than [`TENSOR_MAX_BYTES`].
     pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), DecodeError> {
-        let truncated = |needed_bytes| DecodeError::Truncated { what: "tensor header", needed_bytes, got_bytes: bytes.len() };
+        let truncated = |needed_bytes| DecodeError::Truncated {
+            what: "tensor header",
+            needed_bytes,
+            got_bytes: bytes.len(),
+        };
         let [magic, dtype, n_dims, zero, rest @ ..] = bytes else { return Err(truncated(4)) };
         if *magic != MAGIC || *zero != 0 {
             return Err(DecodeError::invalid("tensor magic", format!("{magic:#04x} {zero:#04x}")));

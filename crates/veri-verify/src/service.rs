@@ -109,7 +109,8 @@ impl Auditor {
                 pages: pages.clone(),
                 want: Want::AllLogits,
             };
-            let output = self.stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(chunk))?;
+            let output =
+                self.stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(chunk))?;
             let (width, vocab) = (output.hidden.len() / chunk.len(), output.logits.len() / chunk.len());
             for row in 0..chunk.len() {
                 let Some(output_index) = (start + row + 1).checked_sub(n_prompt) else { continue };
