@@ -4,7 +4,10 @@
 //! 2 * 128 * 127 = 32512, so the saturating 16-bit sum never saturates and the result is exact. With several rows the
 //! weights are spread to 16 bits once (times 256, which costs no extra instruction) and `vpmaddwd` does the rest.
 
-#[expect(clippy::wildcard_imports, reason = "dozens of intrinsics, all with the prefix _mm")]
+#[cfg_attr(
+    not(test),
+    expect(clippy::wildcard_imports, reason = "dozens of intrinsics, all with the prefix _mm")
+)]
 use std::arch::x86_64::*;
 
 use super::{LANES, Simd};

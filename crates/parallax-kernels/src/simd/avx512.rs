@@ -3,7 +3,10 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes, so the weights are stored offset by 128 (their sign bit flipped) and
 //! the sum starts at -128 times the sum of the activations: the total is the same exact integer as everywhere else.
 
-#[expect(clippy::wildcard_imports, reason = "dozens of intrinsics, all with the prefix _mm")]
+#[cfg_attr(
+    not(test),
+    expect(clippy::wildcard_imports, reason = "dozens of intrinsics, all with the prefix _mm")
+)]
 use std::arch::x86_64::*;
 
 use super::{LANES, Simd};
