@@ -40,14 +40,14 @@ pub struct TrainerConfig {
 impl Default for TrainerConfig {
     fn default() -> Self {
         let optim = OptimConfig {
-            learning_rate: 1e-3,
+            learning_rate: 2e-3,
             schedule: Schedule { warmup_steps: 2, ..Schedule::default() },
             ..OptimConfig::default()
         };
         Self {
             groups_per_step: 32,
             group_size: 8,
-            steps: 80,
+            steps: 50,
             max_completion_tokens: 8,
             max_staleness: 0,
             micro_batch_tokens: 8192,
