@@ -169,7 +169,7 @@ mod tests {
         ) {
             let samples: Vec<Sample> = lengths.iter().map(|n| sample(&vec![7; *n], 1, *n as f64)).collect();
             let cuts = micro_batches(&samples, max);
-            prop_assert_eq!(cuts.concat(), samples);
+            prop_assert_eq!(&cuts.concat(), &samples);
             for cut in cuts {
                 let tokens: usize = cut.iter().map(|s| s.tokens.len()).sum();
                 prop_assert!(cut.len() == 1 || tokens <= max);
