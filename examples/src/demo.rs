@@ -86,10 +86,10 @@ pub struct DemoArgs {
 ///
 /// # Errors
 /// Settings that this version cannot do, a process that fails, an unwritable directory.
-pub fn run(args: DemoArgs) -> anyhow::Result<()> {
+pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     args.check()?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
-    let report = tokio::runtime::Runtime::new()?.block_on(demo(&args))?;
+    let report = tokio::runtime::Runtime::new()?.block_on(demo(args))?;
     let path = args.out.join("report.json");
     std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("writing {}", path.display()))?;

@@ -1,6 +1,7 @@
 //! The binaries as a person meets them: help that teaches, wrong input that ends in one clear sentence and a failure.
 //!
 //! This file also makes cargo build the binaries for `cargo test`, which the tests with real processes need.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::process::{Command, Output};
 

@@ -1,4 +1,5 @@
 //! Developer commands, cheapest first. `cargo xtask help` lists them; `cargo xtask ci` runs what the gate runs, and more.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its user")]
 
 mod ci;
 mod codegen;

@@ -162,7 +162,7 @@ impl Trajectory {
         &self.steps
     }
 
-    /// Prompt and completion, one after the other: [T].
+    /// Prompt and completion, one after the other: `[T]`.
     pub fn tokens(&self) -> Vec<u32> {
         self.prompt.iter().copied().chain(self.steps.iter().map(|s| s.token)).collect()
     }
@@ -177,7 +177,7 @@ impl Trajectory {
         self.steps.iter().map(|s| s.logprob).collect()
     }
 
-    /// Which of all tokens the learner trains on: [T]; false for the prompt.
+    /// Which of all tokens the learner trains on: `[T]`; false for the prompt.
     pub fn mask(&self) -> Vec<bool> {
         let prompt = std::iter::repeat_n(false, self.prompt.len());
         prompt.chain(self.steps.iter().map(|s| s.trainable)).collect()

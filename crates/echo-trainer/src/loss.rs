@@ -1,6 +1,6 @@
 //! Policy losses over the log-probabilities of sampled tokens: what each is, and its settings.
 //!
-//! Two implementations share [`LossConfig`] and [`PolicyTargets`]: [`reference`] is plain f64 with the derivative
+//! Two implementations share [`LossConfig`] and [`PolicyTargets`]: [`mod@reference`] is plain f64 with the derivative
 //! written out, the specification and the test oracle; [`tensor`] is the one that trains, through Burn's autodiff. The
 //! surprise: all ratios are against the log-probability *as sampled*; when none is given, the current one is taken
 //! without its gradient, so the ratio is exactly 1 but the gradient is not zero.

@@ -34,7 +34,7 @@ pub fn policy_gradients(
         };
         let batch = pack(part)?;
         let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
-        let seen = values(logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
+        let seen = values(&logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
         let figures = reference::policy_loss(&seen, &batch.targets, config)?;
         let loss = tensor::policy_loss(&logprobs, &batch.targets, config)? * share;
         accumulate(&mut gradients, read_gradients(policy, &loss)?);
@@ -62,7 +62,7 @@ pub fn completion_logprobs(
     let mut out = Vec::with_capacity(samples.len());
     for part in micro_batches(samples, max_tokens) {
         let batch = pack(part)?;
-        let all = values(policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?.into_data());
+        let all = values(&policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?.into_data());
         for (i, sample) in part.iter().enumerate() {
             out.push(all[batch.targets.range(i)][sample.prompt_tokens - 1..].to_vec());
         }
@@ -228,7 +228,7 @@ pub(crate) mod tests {
     #[test]
     fn cross_entropy_counts_marked_tokens_only() {
         let policy = Bigram::new(3);
-        let logprobs = values(policy.token_logprobs(&[0, 1, 2], &[0, 3]).unwrap().into_data());
+        let logprobs = values(&policy.token_logprobs(&[0, 1, 2], &[0, 3]).unwrap().into_data());
         let labelled = |learn: [bool; 3]| Labelled { tokens: vec![0, 1, 2], learn: learn.to_vec() };
         let (_, second) = cross_entropy(&policy, &[labelled([true, false, true])]).unwrap();
         assert!((second + f64::from(logprobs[1])).abs() < 1e-6);
@@ -241,7 +241,7 @@ pub(crate) mod tests {
     fn completion_logprobs_belong_to_the_completion() {
         let policy = Bigram::new(4);
         let s = [sample(&[0, 1, 2, 3], 2, 0.0)];
-        let all = values(policy.token_logprobs(&[0, 1, 2, 3], &[0, 4]).unwrap().into_data());
+        let all = values(&policy.token_logprobs(&[0, 1, 2, 3], &[0, 4]).unwrap().into_data());
         assert_eq!(completion_logprobs(&policy, &s, 100).unwrap(), [all[1..].to_vec()]);
     }
 }

@@ -274,7 +274,7 @@ pub(crate) mod tests {
             let lease = id * 4 + i;
             let prompt = (id % 2) as u32;
             let token_logprob =
-                |t: u32| values(policy.token_logprobs(&[prompt, t], &[0, 2]).unwrap().into_data())[0];
+                |t: u32| values(&policy.token_logprobs(&[prompt, t], &[0, 2]).unwrap().into_data())[0];
             let mut left = Draws::new(9, version.0, lease).uniform() as f32;
             let sampled = (0..3).find(|t| {
                 left -= token_logprob(*t).exp();

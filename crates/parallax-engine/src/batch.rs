@@ -125,7 +125,7 @@ impl Tensor {
         Self { dtype: DType::F32, shape: shape.to_vec(), data: data.into() }
     }
 
-    /// Token ids [T].
+    /// Token ids `[T]`.
     pub fn from_ids(ids: &[u32]) -> Self {
         let data = ids.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         Self { dtype: DType::U32, shape: vec![ids.len()], data: data.into() }

@@ -152,7 +152,7 @@ impl Engine {
         events
     }
 
-    /// The next batch and its token ids [T].
+    /// The next batch and its token ids `[T]`.
     pub fn plan(&mut self) -> Option<(Batch, Tensor)> {
         let batch = self.scheduler.plan(&mut self.cache)?;
         let mut ids = Vec::with_capacity(batch.n_rows());

@@ -70,7 +70,7 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to choose tokens, and when to stop.
     pub sampling: SamplingParams,
-    /// Hand out, with each token, the final-norm hidden row [H] that produced it.
+    /// Hand out, with each token, the final-norm hidden row `[H]` that produced it.
     pub capture_hidden: bool,
 }
 
@@ -161,7 +161,7 @@ pub struct Token {
     pub sampled_logprob: f32,
     /// Weights that produced it.
     pub version: PolicyVersion,
-    /// Final-norm hidden row [H] that produced it, when [`Request::capture_hidden`] asked for it.
+    /// Final-norm hidden row `[H]` that produced it, when [`Request::capture_hidden`] asked for it.
     pub hidden: Option<Vec<f32>>,
 }
 

@@ -35,7 +35,7 @@ impl Sampler {
         Self { log_softmax }
     }
 
-    /// Chooses the token at `position` of a sequence from logits [V].
+    /// Chooses the token at `position` of a sequence from logits `[V]`.
     pub fn sample(&self, logits: &[f32], params: &SamplingParams, position: u64) -> Sampled {
         let logprobs = (self.log_softmax)(logits);
         let pick = |index: usize, sampled_logprob| Sampled {

@@ -43,7 +43,7 @@ impl StageShape {
     }
 }
 
-/// The log-softmax [V] of logits [V].
+/// The log-softmax `[V]` of logits `[V]`.
 ///
 /// There is one log-probability in this workspace, `parallax_model::logprob`; runners pass it on, so that sampler,
 /// trainer and verifier agree in every bit without this core importing a tensor library.
@@ -58,7 +58,7 @@ pub trait StageRunner: Send {
     /// What is being run. Constant over the life of the runner.
     fn shape(&self) -> StageShape;
 
-    /// One forward pass. `input` is ids [T] for the first stage, hidden rows [T, H] otherwise.
+    /// One forward pass. `input` is ids `[T]` for the first stage, hidden rows [T, H] otherwise.
     ///
     /// # Errors
     /// A failure after which none of the batch's sequences can be continued; the engine ends them with its text and

@@ -1,5 +1,6 @@
 //! The engine against a toy model: nothing is lost, the budget holds, the oldest make progress, and what a request gets
 //! does not depend on its neighbours, the chunk size or preemption.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 #[path = "support/toy.rs"]
 mod toy;
@@ -185,11 +186,12 @@ proptest! {
                 ids.push(engine.add(requests[ids.len()].1.clone()).unwrap());
             }
             let mut events = engine.step(&mut model);
-            if step == 5 && let Some(id) = abort_one.and_then(|i| ids.get(i)) {
-                if let Some(event) = engine.abort(*id) {
-                    aborted = Some(*id);
-                    events.push(event);
-                }
+            if step == 5
+                && let Some(id) = abort_one.and_then(|i| ids.get(i))
+                && let Some(event) = engine.abort(*id)
+            {
+                aborted = Some(*id);
+                events.push(event);
             }
             for event in events {
                 let completion = completions.entry(event.request).or_default();

@@ -1,4 +1,5 @@
 //! The HTTP server over a toy language model that counts through the alphabet: shapes, streams, stops, errors.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 #![cfg(feature = "http")]
 
 use std::sync::Arc;
@@ -70,16 +71,11 @@ fn tokenizer() -> Tokenizer {
     Tokenizer::from_json(file.to_string().as_bytes()).unwrap()
 }
 
+#[derive(Default)]
 struct Setup {
     fails_at_x: bool,
     api_key: Option<&'static str>,
     readiness: Option<Readiness>,
-}
-
-impl Default for Setup {
-    fn default() -> Self {
-        Self { fails_at_x: false, api_key: None, readiness: None }
-    }
 }
 
 /// A server on a free port; ends with the runtime.

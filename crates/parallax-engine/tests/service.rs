@@ -1,4 +1,5 @@
 //! The engine thread behind its handle, over the toy model.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 #![cfg(feature = "service")]
 
 #[path = "support/toy.rs"]

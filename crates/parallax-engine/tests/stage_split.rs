@@ -1,5 +1,6 @@
 //! Real stages over a small random checkpoint that the test writes: n stages equal one, and neighbours change nothing,
 //! bit for bit.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 #![cfg(feature = "local")]
 
 use std::collections::BTreeMap;

@@ -130,7 +130,7 @@ impl PackedWeight {
         each_kind!(self, w => w.bytes())
     }
 
-    /// Writes row `i` [K] as f32: the embedding look-up when the embedding and the head share one weight.
+    /// Writes row `i` `[K]` as f32: the embedding look-up when the embedding and the head share one weight.
     ///
     /// # Errors
     /// When there is no row `i` or `out` is not K long.

@@ -16,7 +16,7 @@ use crate::simd::{LANES, Simd, exp, read, write};
 /// Logits that are summed relative to one maximum. Part of the definition: changing it changes bits.
 pub const VOCAB_BLOCK: usize = 1024;
 
-/// Log-probabilities of all entries of one row of logits [V]. Entries of -infinity (masked) stay so.
+/// Log-probabilities of all entries of one row of logits `[V]`. Entries of -infinity (masked) stay so.
 ///
 /// # Errors
 /// When the lengths differ.
@@ -26,7 +26,7 @@ pub fn log_softmax_row(logits: &[f32], out: &mut [f32]) -> Result<(), KernelErro
     Ok(())
 }
 
-/// Log-probability of `targets[t]` under row `t` of `logits` [T, V], into `out` [T].
+/// Log-probability of `targets[t]` under row `t` of `logits` [T, V], into `out` `[T]`.
 ///
 /// # Errors
 /// When the lengths do not fit together or a target is not below `vocab`.

@@ -8,7 +8,7 @@ use crate::error::{KernelError, check_len, rows_of};
 use crate::parallel::{Shared, for_ranges, for_rows};
 use crate::simd::{LANES, Simd, read, write};
 
-/// `y [T, H] = x / sqrt(mean(x^2) + eps) * w`, row by row; `w` is [H].
+/// `y [T, H] = x / sqrt(mean(x^2) + eps) * w`, row by row; `w` is `[H]`.
 ///
 /// # Errors
 /// When the lengths do not fit together.
@@ -22,7 +22,7 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> Result<(), Ker
     Ok(())
 }
 
-/// Gradients of [`rms_norm`]: writes `dx` [T, H] and adds to `dw` [H] where wanted.
+/// Gradients of [`rms_norm`]: writes `dx` [T, H] and adds to `dw` `[H]` where wanted.
 ///
 /// # Errors
 /// When the lengths do not fit together.

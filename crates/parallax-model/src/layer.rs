@@ -174,10 +174,10 @@ fn attention(qkv: Tensor<2>, index: usize, attend: &Attend, shared: &Shared) -> 
             run1(qkv, PackedAttention { geometry, positions, cu_seqlens })
         }
         (Attend::Packed { positions, cu_seqlens }, Route::Composed) => {
-            composed::packed_attention(qkv, &geometry, positions, cu_seqlens)
+            composed::packed_attention(&qkv, &geometry, positions, cu_seqlens)
         }
         (Attend::Paged { store, rows }, Route::Composed) => {
-            composed::paged_attention(qkv, &geometry, store, index, rows)
+            composed::paged_attention(&qkv, &geometry, store, index, rows)
         }
     }
 }
@@ -200,7 +200,7 @@ pub(crate) fn forward(
                 let op = HeadNorms { n_heads, n_kv_heads, head_dim, eps: shared.eps };
                 run3(qkv, q_norm.clone(), k_norm.clone(), op)
             }
-            Route::Composed => composed::head_norms(qkv, q_norm, k_norm, g, shared.eps),
+            Route::Composed => composed::head_norms(&qkv, q_norm, k_norm, g, shared.eps),
         };
     }
     let attended = attention(qkv, index, attend, shared);

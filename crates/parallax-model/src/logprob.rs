@@ -5,7 +5,7 @@ pub fn argmax(values: &[f32]) -> usize {
     parallax_kernels::logprob::argmax(values)
 }
 
-/// `log_softmax` of one row of logits. [V]
+/// `log_softmax` of one row of logits. `[V]`
 pub fn log_softmax(logits: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; logits.len()];
     parallax_kernels::logprob::log_softmax_row(logits, &mut out).expect("both have the row's length");

@@ -50,6 +50,7 @@ pub enum DecodeError {
 
 impl DecodeError {
     /// An [`DecodeError::Invalid`] for `what` with any displayable value.
+    #[expect(clippy::needless_pass_by_value, reason = "callers pass numbers and fresh text alike")]
     pub fn invalid(what: &'static str, value: impl ToString) -> Self {
         Self::Invalid { what, value: value.to_string() }
     }

@@ -48,6 +48,9 @@ pub fn decode_length(
     Ok(None)
 }
 
+/// A payload and the bytes after its frame.
+pub type Split<'a> = (&'a [u8], &'a [u8]);
+
 /// Splits one frame off the front of `bytes`: `Ok(None)` when more bytes are needed, else the payload and the rest.
 ///
 /// # Errors
@@ -56,7 +59,7 @@ pub fn decode<'a>(
     what: &'static str,
     bytes: &'a [u8],
     limit_bytes: usize,
-) -> Result<Option<(&'a [u8], &'a [u8])>, DecodeError> {
+) -> Result<Option<Split<'a>>, DecodeError> {
     let Some((length, prefix)) = decode_length(what, bytes, limit_bytes)? else { return Ok(None) };
     Ok(bytes[prefix..].split_at_checked(length))
 }

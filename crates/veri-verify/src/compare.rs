@@ -21,7 +21,7 @@ pub struct Distance {
     pub top_exponent_mismatch: f64,
 }
 
-/// Compares pairs (claimed [H], recomputed [H]). Rows of different widths, or not finite, count as infinitely far.
+/// Compares pairs (claimed `[H]`, recomputed `[H]`). Rows of different widths, or not finite, count as infinitely far.
 pub fn rows<'a>(pairs: impl IntoIterator<Item = (&'a [f32], &'a [f32])>) -> Distance {
     let mut distance = Distance::default();
     let (mut residuals, mut mismatches) = (0.0, 0.0);

@@ -13,7 +13,7 @@ use crate::merkle::{Hash, LeafContext, Tree, leaf};
 pub struct OpenedRow {
     /// Index of the output token.
     pub position: u32,
-    /// The row, [H].
+    /// The row, `[H]`.
     pub values: Vec<f32>,
     /// Sibling hashes from the leaf upwards.
     pub path: Vec<Hash>,
@@ -45,7 +45,7 @@ impl Prover {
         Self { job_id: job.id(), boundary, width, rows: Vec::new(), committed: None }
     }
 
-    /// Adds the row [H] that produced the next output token.
+    /// Adds the row `[H]` that produced the next output token.
     ///
     /// # Panics
     /// When the row has another width: our own stage made it.

@@ -11,6 +11,9 @@ use crate::verifier::Replay;
 /// depend on it (docs/NUMERICS.md).
 const CHUNK_ROWS: usize = 64;
 
+/// Draws output token i again from its logits `[V]`.
+pub type Draw<'a> = &'a mut dyn FnMut(usize, &[f32]) -> u32;
+
 /// Why an answer could not be recomputed. Not the worker's fault, so never a verdict.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -77,7 +80,7 @@ impl Auditor {
     }
 
     /// Recomputes the rows and log-probabilities behind every output token. `draw(i, logits)` replays the sampler for
-    /// output token i from its logits [V]; `None` when the sampler cannot be replayed.
+    /// output token i from its logits `[V]`; `None` when the sampler cannot be replayed.
     ///
     /// # Errors
     /// When job or answer are empty, too long, or the forward pass fails.
@@ -85,7 +88,7 @@ impl Auditor {
         &mut self,
         job: &Job,
         answer: &Answer,
-        mut draw: Option<&mut dyn FnMut(usize, &[f32]) -> u32>,
+        mut draw: Option<Draw<'_>>,
     ) -> Result<Replay, ReplayError> {
         let (n_prompt, n_output) = (job.prompt.len(), answer.tokens.len());
         if n_prompt == 0 || n_output == 0 {

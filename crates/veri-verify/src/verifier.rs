@@ -15,7 +15,7 @@ use crate::verdict::{FailReason, Verdict};
 /// What the auditor recomputed for one answer.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Replay {
-    /// The row behind every output token, [n][H].
+    /// The row behind every output token, `[n][H]`.
     pub rows: Vec<Vec<f32>>,
     /// Log-probability of every output token.
     pub logprobs: Vec<f32>,

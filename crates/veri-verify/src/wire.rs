@@ -108,7 +108,7 @@ pub fn decode_opening(bytes: &[u8]) -> Result<Opening, DecodeError> {
 }
 
 fn decode_row(row: &proto::OpenedRow) -> Result<OpenedRow, DecodeError> {
-    if row.values.len() % 4 != 0 || row.values.len() / 4 > MAX_WIDTH as usize {
+    if !row.values.len().is_multiple_of(4) || row.values.len() / 4 > MAX_WIDTH as usize {
         return Err(DecodeError::invalid("row bytes", row.values.len()));
     }
     if row.path.len() > MAX_PATH {

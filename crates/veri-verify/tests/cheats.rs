@@ -1,4 +1,5 @@
 //! Both sides of the protocol in memory: an honest worker passes, every lie that the threat page names does not.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use ed25519_dalek::SigningKey;
 use swarm_wire::PeerId;

@@ -42,6 +42,6 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     program::run(|| match cli.command {
         Some(Command::Role { role }) => role.play(),
-        None => demo::run(cli.demo),
+        None => demo::run(&cli.demo),
     })
 }

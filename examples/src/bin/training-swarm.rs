@@ -29,8 +29,8 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     program::run(|| match cli.command {
-        Command::Losses(args) => losses::run(args),
-        Command::Pretrain(args) => pretrain::run(args),
-        Command::Bench(args) => bench::run(args),
+        Command::Losses(args) => losses::run(&args),
+        Command::Pretrain(args) => pretrain::run(&args),
+        Command::Bench(args) => bench::run(&args),
     })
 }

@@ -143,7 +143,7 @@ pub async fn run(args: LearnerArgs) -> anyhow::Result<()> {
     learner.collector.publish(&snapshot).await?;
     let last = learner.evaluate(args.eval_tasks).await?;
     say(&last);
-    say(&learner.summary(&args.dir, training.as_secs_f64() / loop_s.max(1e-9)).await?);
+    say(&learner.summary(&args.dir, training.as_secs_f64() / loop_s.max(1e-9))?);
     // Workers see that the run is over and end by themselves.
     learner.collector.close();
     node.shutdown().await;
@@ -305,7 +305,7 @@ impl Learner {
         )
     }
 
-    async fn summary(&self, dir: &Path, learner_utilisation: f64) -> anyhow::Result<Value> {
+    fn summary(&self, dir: &Path, learner_utilisation: f64) -> anyhow::Result<Value> {
         let counts = self.collector.counts();
         let adapter = dir.join("adapter.safetensors");
         if let Some(bytes) = &self.adapter {

@@ -43,6 +43,7 @@ pub struct ChatArgs {
     max_tokens: usize,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one")]
 enum Partner {
     Local { engine: EngineHandle, tokenizer: Tokenizer, template: ChatTemplate, stop_ids: Vec<u32> },
     Remote { client: reqwest::Client, url: String, api_key: Option<String> },
@@ -150,7 +151,7 @@ impl Partner {
                     let (status, body) = (response.status(), response.text().await.unwrap_or_default());
                     let message = serde_json::from_str::<Value>(&body).ok();
                     let message = message.as_ref().and_then(|m| m["error"]["message"].as_str());
-                    bail!("{url} answered {status}: {}", message.unwrap_or(body.trim()));
+                    bail!("{url} answered {status}: {}", message.unwrap_or_else(|| body.trim()));
                 }
                 remote_stream(response).await
             }

@@ -21,7 +21,7 @@ const SHOWN_PIPELINES: usize = 16;
 /// Assign a model's layers to the nodes of a cluster file, without starting anything.
 ///
 /// The cluster file is {"nodes":[{"id":..,"memory_gb":..,"tflops":..,"bandwidth_gbps":..}],"rtt_ms":[[..]]}; a node may
-/// also have "layers":[a,b] (pinned), "decode_ms_per_layer" and "head_ms" (measured, instead of the roofline). Decimal
+/// also have `"layers":[a,b]` (pinned), "decode_ms_per_layer" and "head_ms" (measured, instead of the roofline). Decimal
 /// gigabytes. tflops may be 0 or absent: decoding one token at a time is bound by bandwidth.
 ///
 /// Report (--json): assignments (id, layers [a,b)), throughput_tokens_per_s (all pipelines kept full, one token per
@@ -200,7 +200,7 @@ fn node(node: &ClusterNode, model: &ModelProfile) -> anyhow::Result<NodeProfile>
     let (layer_ms, head_ms) = roofline(model, node.bandwidth_gbps, node.tflops);
     Ok(NodeProfile {
         decode_ms_per_layer: node.decode_ms_per_layer.unwrap_or(layer_ms),
-        head_ms: node.head_ms.unwrap_or(if head_ms.is_finite() { head_ms } else { 0.0 }),
+        head_ms: node.head_ms.unwrap_or_else(|| if head_ms.is_finite() { head_ms } else { 0.0 }),
         pinned: node.layers.map(|[start, end]| LayerRange::new(start, end)).transpose()?,
         ..NodeProfile::new(id, (node.memory_gb * 1e9) as u64, layer_ms)
     })

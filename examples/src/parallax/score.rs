@@ -11,8 +11,8 @@ use crate::program;
 
 /// Log-probabilities of given token sequences, by one prefill each. Needs no tokenizer.
 ///
-/// Report (--json): logprobs[i][t] = log p(ids[t+1] | ids[..=t]), argmax[i][t] = likeliest token after position t,
-/// last_logits_argmax[i] = likeliest token after the sequence.
+/// Report (--json): `logprobs[i][t]` = log p(ids[t+1] | ids[..=t]), `argmax[i][t]` = likeliest token after position t,
+/// `last_logits_argmax[i]` = likeliest token after the sequence.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  echo '{\"sequences\":[[1,2,3],[4,5]]}' > ids.json\n  parallax score --model tiny --ids \

@@ -43,7 +43,7 @@ pub struct BenchArgs {
 ///
 /// # Errors
 /// A model that is not there, sizes of zero.
-pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     anyhow::ensure!(args.batch > 0 && args.seq > 1, "--batch must be at least 1 and --seq at least 2");
     anyhow::ensure!(args.lora_rank > 0 && args.repeats > 0, "--lora-rank and --repeats must be at least 1");
     let checkpoint = Checkpoint::resolve(&args.model)?;
@@ -57,7 +57,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             prompt_tokens: 1,
             sampled_logprobs: vec![-5.0; args.seq - 1],
             reference_logprobs: None,
-            advantage: if row % 2 == 0 { 1.0 } else { -1.0 },
+            advantage: if row.is_multiple_of(2) { 1.0 } else { -1.0 },
         }
     };
     let samples: Vec<Sample> = (0..args.batch as u64).map(sample).collect();

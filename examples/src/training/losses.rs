@@ -29,7 +29,7 @@ pub struct LossesArgs {
 ///
 /// # Errors
 /// A file that is missing or malformed.
-pub fn run(args: LossesArgs) -> anyhow::Result<()> {
+pub fn run(args: &LossesArgs) -> anyhow::Result<()> {
     let text =
         std::fs::read_to_string(&args.cases).with_context(|| format!("reading {}", args.cases.display()))?;
     let cases = CaseFile::parse(&text)?.run(&training_device())?;

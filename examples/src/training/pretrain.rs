@@ -31,7 +31,7 @@ pub struct PretrainArgs {
 ///
 /// # Errors
 /// A missing or malformed file, settings out of range, a full disk.
-pub fn run(args: PretrainArgs) -> anyhow::Result<()> {
+pub fn run(args: &PretrainArgs) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.config)
         .with_context(|| format!("reading {}", args.config.display()))?;
     let config: PretrainConfig =

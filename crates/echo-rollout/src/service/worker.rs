@@ -64,11 +64,11 @@ pub struct Work<'a> {
     pub lease: &'a Lease,
     /// The rendered prompt.
     pub prompt: &'a [u32],
-    /// Sampled tokens: [T].
+    /// Sampled tokens: `[T]`.
     pub tokens: &'a [u32],
-    /// Their log-probabilities as submitted: [T].
+    /// Their log-probabilities as submitted: `[T]`.
     pub logprobs: &'a [f32],
-    /// The final-norm row [H] that produced each token: [T].
+    /// The final-norm row `[H]` that produced each token: `[T]`.
     pub rows: &'a [Vec<f32>],
     /// Hash of the installed adapter; `None` for the base model.
     pub adapter_hash: Option<[u8; 32]>,

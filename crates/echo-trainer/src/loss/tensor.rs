@@ -7,7 +7,7 @@ use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
 use super::{LossConfig, LossError, LossKind, PolicyTargets, RatioLevel};
 
-/// The policy loss of `logprobs` [rows] as a scalar tensor [1] on the same device and, if they carry one, on the same
+/// The policy loss of `logprobs` `[rows]` as a scalar tensor `[1]` on the same device and, if they carry one, on the same
 /// gradient tape.
 ///
 /// # Errors

@@ -84,7 +84,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), CheckpointDirError> {
     file.write_all(bytes).map_err(io_error("writing", &temporary))?;
     file.sync_all().map_err(io_error("syncing", &temporary))?;
     fs::rename(&temporary, path).map_err(io_error("renaming", path))?;
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = path.parent().unwrap_or_else(|| Path::new("."));
     // The rename itself is durable once the directory is.
     File::open(dir).and_then(|d| d.sync_all()).map_err(io_error("syncing", dir))
 }

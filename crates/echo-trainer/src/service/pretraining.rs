@@ -179,7 +179,7 @@ pub fn expected_reward(policy: &impl Policy, lines: &[Labelled]) -> Result<f64, 
         for line in part {
             ends.push(ends[ends.len() - 1] + line.tokens.len() as u32);
         }
-        let logprobs = values(policy.token_logprobs(&tokens, &ends)?.into_data());
+        let logprobs = values(&policy.token_logprobs(&tokens, &ends)?.into_data());
         let mut rows = logprobs.iter();
         for line in part {
             let marked = line.learn[1..].iter().zip(rows.by_ref()).filter(|(learn, _)| **learn);

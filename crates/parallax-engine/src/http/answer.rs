@@ -93,7 +93,7 @@ fn events(
     usage: bool,
 ) -> impl Stream<Item = Result<SseEvent, Infallible>> {
     let role = match frame.shape {
-        Shape::Chat { .. } => Some(frame.chunk(json!({"role": "assistant", "content": ""}), None, None)),
+        Shape::Chat { .. } => Some(frame.chunk(&json!({"role": "assistant", "content": ""}), None, None)),
         Shape::Text => None,
     };
     let opening = stream::iter(role.map(|chunk| Ok(SseEvent::default().data(chunk.to_string()))));
@@ -126,17 +126,20 @@ impl Frame {
     fn event(&self, piece: &Piece, usage: bool) -> (SseEvent, Next) {
         let (chunk, next) = match piece {
             Piece::Token { text, logprob } => {
-                (self.chunk(json!({"content": text}), None, Some(*logprob)), Next::Await)
+                (self.chunk(&json!({"content": text}), None, Some(*logprob)), Next::Await)
             }
             Piece::End { text, reason } => {
                 let delta = if text.is_empty() { json!({}) } else { json!({"content": text}) };
-                (self.chunk(delta, Some(reason.as_str()), None), if usage { Next::Usage } else { Next::Done })
+                (
+                    self.chunk(&delta, Some(reason.as_str()), None),
+                    if usage { Next::Usage } else { Next::Done },
+                )
             }
         };
         (SseEvent::default().data(chunk.to_string()), next)
     }
 
-    fn chunk(&self, delta: Value, finish: Option<&str>, logprob: Option<f32>) -> Value {
+    fn chunk(&self, delta: &Value, finish: Option<&str>, logprob: Option<f32>) -> Value {
         let choice = match self.shape {
             Shape::Chat { logprobs } => {
                 let content = logprob.filter(|_| logprobs).map(|p| {

@@ -12,8 +12,8 @@ use crate::simd::{LANES, exp, read, write};
 /// Rows whose block of logits is held at a time, by each thread.
 const ROW_BLOCK: usize = 48;
 
-/// Log-probability of `targets[t]` given the hidden row `x[t]` of [T, H] and the output head [V, H], into `out` [T]; the
-/// log-sum-exp of each row's logits, which the backward pass needs, into `lse` [T].
+/// Log-probability of `targets[t]` given the hidden row `x[t]` of [T, H] and the output head [V, H], into `out` `[T]`; the
+/// log-sum-exp of each row's logits, which the backward pass needs, into `lse` `[T]`.
 ///
 /// Bit-equal to [`super::token_logprobs`] over the logits of [`crate::linear::linear`].
 ///
@@ -73,8 +73,8 @@ pub fn head_logprob(
     Ok(())
 }
 
-/// Gradient of [`head_logprob`]: overwrites `dx` [T, H] and adds to `dw` [V, H] where wanted, given `lse` [T] of the forward
-/// pass and `dout` [T]. With p = softmax(logits): `dx = dout * (W[target] - sum_v p_v W_v)`.
+/// Gradient of [`head_logprob`]: overwrites `dx` [T, H] and adds to `dw` [V, H] where wanted, given `lse` `[T]` of the forward
+/// pass and `dout` `[T]`. With p = softmax(logits): `dx = dout * (W[target] - sum_v p_v W_v)`.
 ///
 /// # Errors
 /// When the lengths do not fit together or a target is not below V.

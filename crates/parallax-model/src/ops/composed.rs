@@ -45,14 +45,14 @@ fn parts(qkv: &Tensor<2>, g: &Geometry) -> [Tensor<2>; 3] {
 
 /// RMS norm of every query and key head.
 pub(crate) fn head_norms(
-    qkv: Tensor<2>,
+    qkv: &Tensor<2>,
     q_norm: &Tensor<1>,
     k_norm: &Tensor<1>,
     g: &Geometry,
     eps: f32,
 ) -> Tensor<2> {
     let [rows, _] = qkv.dims();
-    let [q, k, v] = parts(&qkv, g);
+    let [q, k, v] = parts(qkv, g);
     let heads = |x: Tensor<2>, weight: &Tensor<1>| {
         let [_, width] = x.dims();
         let by_head = x.reshape([rows * width / g.head_dim, g.head_dim]);
@@ -99,12 +99,12 @@ fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, g: &Geometry) -> Tensor<2> {
 
 /// Causal attention inside each packed sequence.
 pub(crate) fn packed_attention(
-    qkv: Tensor<2>,
+    qkv: &Tensor<2>,
     g: &Geometry,
     positions: &[u32],
     cu_seqlens: &[u32],
 ) -> Tensor<2> {
-    let [q, k, v] = parts(&qkv, g);
+    let [q, k, v] = parts(qkv, g);
     let (q, k) = (rotate(q, positions, g), rotate(k, positions, g));
     let v = v.reshape([positions.len(), g.n_kv_heads, g.head_dim]);
     let sequences = cu_seqlens.windows(2).map(|w| {
@@ -117,13 +117,13 @@ pub(crate) fn packed_attention(
 
 /// Appends the rows' keys and values to the store, then attends over it.
 pub(crate) fn paged_attention(
-    qkv: Tensor<2>,
+    qkv: &Tensor<2>,
     g: &Geometry,
     store: &KvStore,
     layer: usize,
     rows: &PagedRows,
 ) -> Tensor<2> {
-    let [q, k, v] = parts(&qkv, g);
+    let [q, k, v] = parts(qkv, g);
     let q = rotate(q, &rows.positions, g);
     let n_rows = rows.positions.len();
     let k = rotate(k, &rows.positions, g).reshape([n_rows, g.n_kv_heads * g.head_dim]);
