@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use swarm_wire::limits::{NAME_MAX_BYTES, RPC_BODY_MAX_BYTES};
 
+use crate::access::Access;
 use crate::error::ConfigError;
 
 /// How a node listens, whom it looks for, and what it allows others.
@@ -19,6 +20,9 @@ pub struct NodeConfig {
     pub external: Vec<String>,
     /// Name of the network. Nodes of other networks are neither found through the DHT nor kept when mDNS finds them.
     pub network: String,
+    /// Whom this node talks to. Default: everybody. With a key or a list, every connection is checked before anything is
+    /// said on it.
+    pub access: Access,
     /// Look for peers on the local network. Default: off.
     pub mdns: bool,
     /// Answer DHT queries. Default: on. A client-only node still stores and finds records at others.
@@ -46,6 +50,7 @@ impl Default for NodeConfig {
             relays: Vec::new(),
             external: Vec::new(),
             network: "default".to_owned(),
+            access: Access::default(),
             mdns: false,
             dht_server: true,
             relay_server: false,

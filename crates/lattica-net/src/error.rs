@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use swarm_wire::{DecodeError, PeerId};
 
+use crate::access::{Refusal, SwarmKeyError};
 use crate::status::{Status, StatusCode};
 
 /// A field of [`crate::NodeConfig`] that is out of range.
@@ -40,6 +41,38 @@ pub enum IdentityError {
     },
     /// The operating system refused.
     #[error("key file {path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// The reason.
+        source: std::io::Error,
+    },
+}
+
+/// Why the file of a swarm key could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SwarmKeyFileError {
+    /// The file holds something else.
+    #[error(
+        "swarm key file {path}: {source}; make one with lattica-node swarm-key FILE and copy it to every member"
+    )]
+    Malformed {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        source: SwarmKeyError,
+    },
+    /// Others may read the file.
+    #[error("swarm key file {path} can be read by others (mode {mode:o}); run chmod 600 on it")]
+    TooOpen {
+        /// The file.
+        path: String,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The operating system refused.
+    #[error("swarm key file {path}: {source}")]
     Io {
         /// The file.
         path: String,
@@ -114,6 +147,14 @@ pub enum DialError {
         target: String,
         /// The reason, per address tried.
         reason: String,
+    },
+    /// The peer is not a member of this node's swarm, or this node not one of the peer's.
+    #[error("peer {peer} does not belong to this swarm: {refusal}")]
+    Refused {
+        /// The peer.
+        peer: String,
+        /// The reason.
+        refusal: Refusal,
     },
     /// Somebody else answered.
     #[error("{address} is peer {got}, not {expected}; the address is out of date")]

@@ -29,11 +29,13 @@
 //!
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
 //! (how calls are refused), [`event`], [`wire`] (frames), [`rpc`] (calls under way, admission), [`links`] (estimates and
-//! the probe schedule), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling). Shell,
+//! the probe schedule), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
+//! swarms). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
-//! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/
+//! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate` (nobody unproved gets in), `service/
 //! rpc_client`, `service/rpc_server`, `service/link_probe`, `service/tensor`, `service/identity`. On the wire: docs/WIRE.md.
 
+pub mod access;
 pub mod addr;
 pub mod config;
 pub mod error;
@@ -47,11 +49,16 @@ pub mod wire;
 #[cfg(feature = "service")]
 pub mod service;
 
+pub use access::{Access, SwarmKey};
 pub use config::{Limits, Liveness, NodeConfig};
-pub use error::{CallError, ConfigError, DhtError, DialError, IdentityError, StartError, StreamError};
+pub use error::{
+    CallError, ConfigError, DhtError, DialError, IdentityError, StartError, StreamError, SwarmKeyFileError,
+};
 pub use event::NetEvent;
 pub use links::LinkEstimate;
 pub use peers::PeerInfo;
 #[cfg(feature = "service")]
-pub use service::{Identity, Node, Stream, Tensor, TensorReceiver, TensorSender, verify};
+pub use service::{
+    Identity, Node, Stream, Tensor, TensorReceiver, TensorSender, create_swarm_key, load_swarm_key, verify,
+};
 pub use status::{Status, StatusCode};

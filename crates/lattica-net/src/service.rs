@@ -29,6 +29,7 @@ mod behaviour;
 mod connection;
 mod driver;
 mod frames;
+mod gate;
 mod identity;
 mod link_probe;
 mod rpc_client;
@@ -37,12 +38,14 @@ mod shared;
 mod start;
 mod stream;
 mod streams;
+mod swarm_key_file;
 mod tensor;
 
 pub use identity::{Identity, verify};
 pub use link_probe::LINK_PROTOCOL;
 pub use rpc_client::RPC_PROTOCOL;
 pub use stream::Stream;
+pub use swarm_key_file::{create_swarm_key, load_swarm_key};
 pub use tensor::{Tensor, TensorReceiver, TensorSender};
 
 /// multistream-select refuses longer names.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use lattica_bitswap::{Blocks, FsStore, StoreError};
-use lattica_net::{Identity, Liveness, Node, NodeConfig};
+use lattica_net::{Access, Identity, Liveness, Node, NodeConfig, load_swarm_key};
 use parallax_engine::service::weights::WeightExchange;
 use swarm_wire::LayerRange;
 
@@ -33,6 +33,9 @@ pub struct SwarmNodeArgs {
     /// Key file: keeps the peer id over restarts [default: a new id each time]
     #[arg(long, value_name = "FILE")]
     pub identity: Option<PathBuf>,
+    /// Key of a private swarm (made by `lattica-node swarm-key FILE`): only peers that have it too are talked to
+    #[arg(long, value_name = "FILE")]
+    pub swarm_key: Option<PathBuf>,
     /// Where weights from peers are kept [default: the user's cache directory]
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
@@ -66,6 +69,10 @@ impl SwarmNodeArgs {
             listen: if self.listen.is_empty() { everywhere() } else { self.listen.clone() },
             bootstrap: self.bootstrap.clone(),
             mdns: self.bootstrap.is_empty(),
+            access: Access {
+                key: self.swarm_key.as_deref().map(load_swarm_key).transpose()?,
+                ..Access::default()
+            },
             // A dead stage has to be known within two seconds.
             liveness: Liveness {
                 quic_idle: Duration::from_millis(1200),

@@ -6,15 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use libp2p::core::transport::ListenerId;
+use libp2p::core::muxing::StreamMuxerBox;
+use libp2p::core::transport::timeout::TransportTimeout;
+use libp2p::core::transport::{ListenerId, Transport as _};
+use libp2p::core::upgrade::Version;
 use libp2p::core::{Multiaddr, multiaddr::Protocol};
-use libp2p::swarm::SwarmEvent;
-use libp2p::{Swarm, SwarmBuilder, identity::Keypair, noise, tcp, yamux};
+use libp2p::swarm::{self, SwarmEvent};
+use libp2p::{Swarm, dns, identity::Keypair, noise, quic, relay, tcp, yamux};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::behaviour::Behaviour;
 use super::driver::{Driver, root_cause};
+use super::gate::Gate;
 use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::rpc_client::RPC_PROTOCOL;
@@ -73,7 +77,7 @@ pub(super) async fn start(
     std::thread::Builder::new()
         .name("lattica-swarm".to_owned())
         .spawn(move || {
-            run(runtime, keypair, &node, queue, &listen, &external, ready);
+            run(runtime, &keypair, &node, queue, &listen, &external, ready);
             drop(end);
         })
         .map_err(setup("the swarm thread"))?;
@@ -85,7 +89,7 @@ pub(super) async fn start(
 
 fn run(
     runtime: Runtime,
-    keypair: Keypair,
+    keypair: &Keypair,
     shared: &Arc<Shared>,
     commands: mpsc::Receiver<super::driver::Command>,
     listen: &[Multiaddr],
@@ -118,36 +122,49 @@ fn run(
     runtime.shutdown_timeout(Duration::from_millis(200));
 }
 
-fn build(keypair: Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, StartError> {
+fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, StartError> {
     let liveness = shared.config.liveness.clone();
+    let peer = keypair.public().to_peer_id();
     let setup = |what, reason: String| StartError::Setup { what, reason };
-    let swarm = SwarmBuilder::with_existing_identity(keypair)
-        .with_tokio()
-        .with_tcp(tcp::Config::new().nodelay(true), noise::Config::new, yamux::Config::default)
-        .map_err(|error| setup("TCP", error.to_string()))?
-        .with_quic_config(|mut quic| {
-            quic.max_idle_timeout =
-                u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
-            quic.keep_alive_interval = liveness.quic_keep_alive;
-            quic.handshake_timeout = liveness.dial_timeout;
-            quic.max_concurrent_stream_limit = 1024;
-            quic
-        })
-        .with_dns()
-        .map_err(|error| setup("name lookup", error.to_string()))?
-        .with_relay_client(noise::Config::new, yamux::Config::default)
-        .map_err(|error| setup("the relay client", error.to_string()))?
-        .with_behaviour(|keypair, relay_client| Behaviour::new(keypair, relay_client, shared))
-        .map_err(|error| setup("the behaviours", error.to_string()))?
-        .with_swarm_config(|config| {
-            config
-                .with_idle_connection_timeout(IDLE_TIMEOUT)
-                .with_max_negotiating_inbound_streams(NEGOTIATING_STREAMS)
-                .with_smart_dial()
-        })
-        .with_connection_timeout(liveness.dial_timeout)
-        .build();
-    Ok(swarm)
+    let noise =
+        noise::Config::new(keypair).map_err(|error| setup("the encryption of TCP", error.to_string()))?;
+
+    let tcp = tcp::tokio::Transport::new(tcp::Config::new().nodelay(true))
+        .upgrade(Version::V1Lazy)
+        .authenticate(noise.clone())
+        .multiplex(yamux::Config::default())
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let mut quic = quic::Config::new(keypair);
+    quic.max_idle_timeout =
+        u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
+    quic.keep_alive_interval = liveness.quic_keep_alive;
+    quic.handshake_timeout = liveness.dial_timeout;
+    quic.max_concurrent_stream_limit = 1024;
+    let quic = quic::tokio::Transport::new(quic).map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());
+    let named =
+        dns::tokio::Transport::system(direct).map_err(|error| setup("name lookup", error.to_string()))?;
+    let (relayed, relay_client) = relay::client::new(peer);
+    let relayed = relayed
+        .upgrade(Version::V1Lazy)
+        .authenticate(noise)
+        .multiplex(yamux::Config::default())
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+
+    // Whatever the way, nobody gets past the gate unproved.
+    let gate = Gate::new(shared.local.clone(), &shared.config.network, shared.config.access.clone());
+    let transport = relayed
+        .or_transport(named)
+        .map(|either, _| either.into_inner())
+        .and_then(move |output, endpoint| gate.pass(output, endpoint));
+    let transport = TransportTimeout::new(transport, liveness.dial_timeout).boxed();
+    let behaviour = Behaviour::new(keypair, relay_client, shared)
+        .map_err(|error| setup("the behaviours", error.to_string()))?;
+    let config = swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(IDLE_TIMEOUT)
+        .with_max_negotiating_inbound_streams(NEGOTIATING_STREAMS)
+        .with_smart_dial();
+    Ok(Swarm::new(transport, behaviour, peer, config))
 }
 
 /// Listens on every address and waits until each listener has reported where.

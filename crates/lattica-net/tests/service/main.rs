@@ -5,6 +5,7 @@ mod calls;
 mod death;
 mod discovery;
 mod hostile;
+mod private;
 mod streams;
 
 use std::sync::atomic::{AtomicU8, Ordering};

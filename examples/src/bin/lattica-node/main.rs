@@ -9,8 +9,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use lattica_net::{Identity, Node, NodeConfig};
+use lattica_net::{Access, Identity, Node, NodeConfig, create_swarm_key, load_swarm_key};
 use serde_json::json;
+use swarm_wire::PeerId;
 
 /// Runs a node until ctrl-c, or measures two of them.
 #[derive(Debug, Parser)]
@@ -26,6 +27,11 @@ struct Cli {
 enum Command {
     /// Two nodes on loopback: calls, a stream and blocks.
     Bench(bench::BenchArgs),
+    /// Makes the key of a private swarm; copy the file to every member.
+    SwarmKey {
+        /// The new file; one that exists is left alone.
+        file: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -48,6 +54,12 @@ struct NodeArgs {
     /// Name of the network; its DHT holds only nodes with the same name.
     #[arg(long, default_value = "default")]
     network: String,
+    /// Key of a private swarm (made by `lattica-node swarm-key FILE`): only peers that have it too are talked to.
+    #[arg(long, value_name = "FILE")]
+    swarm_key: Option<PathBuf>,
+    /// Talk to this peer and the others named like this only; may be given several times.
+    #[arg(long, value_name = "PEER_ID")]
+    allow: Vec<PeerId>,
     /// Look for peers on the local network.
     #[arg(long)]
     mdns: bool,
@@ -66,6 +78,7 @@ async fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match cli.command {
         Some(Command::Bench(args)) => bench::run(&args).await,
+        Some(Command::SwarmKey { file }) => create_swarm_key(&file).map(|_| ()).map_err(anyhow::Error::from),
         None => run(cli.node).await,
     };
     match result {
@@ -89,6 +102,10 @@ async fn run(args: NodeArgs) -> anyhow::Result<()> {
         relays: args.via,
         external: args.external,
         network: args.network,
+        access: Access {
+            key: args.swarm_key.as_deref().map(load_swarm_key).transpose()?,
+            allow: (!args.allow.is_empty()).then(|| args.allow.into_iter().collect()),
+        },
         mdns: args.mdns,
         relay_server: args.relay,
         ..NodeConfig::default()

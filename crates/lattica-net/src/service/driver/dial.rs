@@ -10,6 +10,7 @@ use libp2p::swarm::DialError as SwarmDialError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use swarm_wire::PeerId;
 
+use super::super::gate::PeerRefused;
 use super::super::{libp2p_peer, wire_peer};
 use super::{Driver, Reply, without_peer};
 use crate::addr::is_relayed;
@@ -176,6 +177,9 @@ fn explain(target: &str, error: &SwarmDialError) -> DialError {
         }
         SwarmDialError::LocalPeerId { .. } => unreachable("it is this node itself".to_owned()),
         SwarmDialError::Transport(errors) => {
+            if let Some(refused) = errors.iter().find_map(|(_, error)| refusal(error)) {
+                return DialError::Refused { peer: refused.peer.clone(), refusal: refused.refusal };
+            }
             let mut reason = String::new();
             for (address, error) in errors.iter().take(4) {
                 let separator = if reason.is_empty() { "" } else { "; " };
@@ -184,6 +188,17 @@ fn explain(target: &str, error: &SwarmDialError) -> DialError {
             unreachable(reason)
         }
         other => unreachable(root_cause(other)),
+    }
+}
+
+/// What the gate said, when it was the gate.
+fn refusal<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a PeerRefused> {
+    let mut cause = error;
+    loop {
+        if let Some(refused) = cause.downcast_ref::<PeerRefused>() {
+            return Some(refused);
+        }
+        cause = cause.source()?;
     }
 }
 
