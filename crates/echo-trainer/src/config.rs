@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::advantage::AdvantageConfig;
+use crate::advantage::{AdvantageConfig, RewardShaping};
 use crate::data::TeacherConfig;
 use crate::loss::LossConfig;
 use crate::optim::{OptimConfig, Schedule};
@@ -31,6 +31,10 @@ pub struct TrainerConfig {
     pub lora_alpha: f32,
     /// Credit.
     pub advantage: AdvantageConfig,
+    /// What is taken off rewards before credit is given.
+    pub shaping: RewardShaping,
+    /// DAPO's dynamic sampling: groups whose rewards are all equal are spent without a step, and more are asked for.
+    pub dynamic_sampling: bool,
     /// The loss.
     pub loss: LossConfig,
     /// The optimiser.
@@ -55,6 +59,8 @@ impl Default for TrainerConfig {
             lora_rank: 8,
             lora_alpha: 16.0,
             advantage: AdvantageConfig::grpo(),
+            shaping: RewardShaping::default(),
+            dynamic_sampling: false,
             loss: LossConfig::grpo(),
             optim,
         }
@@ -78,16 +84,19 @@ pub enum ConfigError {
     /// The loss.
     #[error(transparent)]
     Loss(#[from] crate::loss::LossError),
+    /// Credit or reward shaping.
+    #[error(transparent)]
+    Advantage(#[from] crate::advantage::AdvantageError),
     /// The optimiser.
     #[error(transparent)]
     Optim(#[from] crate::optim::OptimError),
     /// A loss that needs a reference policy, which a run with an adapter would have to keep beside the trained one.
     #[error(
-        "beta = {beta} needs a reference policy: attach one with Trainer::set_reference, or set beta to 0"
+        "a KL weight of {weight} needs a reference policy: attach one with Trainer::set_reference, or set it to 0"
     )]
     Reference {
         /// The weight.
-        beta: f64,
+        weight: f64,
     },
 }
 
@@ -109,6 +118,8 @@ impl TrainerConfig {
                 return Err(ConfigError::TooSmall { setting, least, value });
             }
         }
+        self.advantage.validate()?;
+        self.shaping.validate()?;
         self.loss.validate()?;
         Ok(self.optim.validate()?)
     }

@@ -12,6 +12,7 @@
 //!     offsets: vec![0, 1, 2],
 //!     mask: vec![true, true],
 //!     sampled: Some(vec![-0.7, -0.7]),
+//!     proximal: None,
 //!     reference: None,
 //!     advantages,
 //! };

@@ -3,6 +3,8 @@
 use serde::Serialize;
 use swarm_wire::PolicyVersion;
 
+use crate::loss::plan::CorrectionFigures;
+
 /// Figures of the loss over one batch.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct LossMetrics {
@@ -18,6 +20,8 @@ pub struct LossMetrics {
     pub sampled_kl: f64,
     /// Largest `|ratio - 1|`; 0 when sampler and trainer agree bit for bit.
     pub ratio_deviation_max: f64,
+    /// What importance weights and filters did.
+    pub correction: CorrectionFigures,
 }
 
 /// Figures of one round: groups in, next version out.

@@ -16,8 +16,29 @@ pub struct Sample {
     pub sampled_logprobs: Vec<f32>,
     /// Log-probability of each completion token under the reference policy, when the loss needs it.
     pub reference_logprobs: Option<Vec<f32>>,
-    /// Credit of the whole sequence.
-    pub advantage: f64,
+    /// Log-probability of each completion token under the proximal policy, for losses that are anchored there; without
+    /// it the policy before the step is taken.
+    pub proximal_logprobs: Option<Vec<f32>>,
+    /// Which completion tokens are trained on; false for what a tool or another player said.
+    pub trainable: Vec<bool>,
+    /// Credit of each completion token.
+    pub advantages: Vec<f64>,
+}
+
+impl Sample {
+    /// A sample of one turn: every completion token is trained on with the same credit.
+    pub fn new(tokens: Vec<u32>, prompt_tokens: usize, sampled_logprobs: Vec<f32>, advantage: f64) -> Self {
+        let n = tokens.len().saturating_sub(prompt_tokens);
+        Self {
+            tokens,
+            prompt_tokens,
+            sampled_logprobs,
+            reference_logprobs: None,
+            proximal_logprobs: None,
+            trainable: vec![true; n],
+            advantages: vec![advantage; n],
+        }
+    }
 }
 
 /// A packed batch.
@@ -57,6 +78,18 @@ pub enum PackError {
         /// How many fit.
         needed: usize,
     },
+    /// Marks or credits that do not fit the completion.
+    #[error("sample {index} has {got} {what} for {needed} completion tokens")]
+    PerToken {
+        /// Which sample.
+        index: usize,
+        /// Marks or credits.
+        what: &'static str,
+        /// How many came.
+        got: usize,
+        /// How many fit.
+        needed: usize,
+    },
     /// More tokens than positions can count.
     #[error("a batch of {tokens} tokens is too large; split it into micro-batches")]
     TooLarge {
@@ -71,40 +104,50 @@ pub enum PackError {
 /// Names the first sample that does not fit.
 pub fn pack(samples: &[Sample]) -> Result<PackedBatch, PackError> {
     let mut batch = PackedBatch { cu_seqlens: vec![0], ..PackedBatch::default() };
-    let mut sampled = Vec::new();
-    let mut reference = Vec::new();
+    let (mut sampled, mut proximal, mut reference) = (Vec::new(), Vec::new(), Vec::new());
     let mut offsets = vec![0];
-    let with_reference = samples.iter().all(|s| s.reference_logprobs.is_some());
+    let with_reference = !samples.is_empty() && samples.iter().all(|s| s.reference_logprobs.is_some());
+    let with_proximal = !samples.is_empty() && samples.iter().all(|s| s.proximal_logprobs.is_some());
     for (index, s) in samples.iter().enumerate() {
         let (tokens, prompt_tokens) = (s.tokens.len(), s.prompt_tokens);
         if prompt_tokens == 0 || tokens <= prompt_tokens {
             return Err(PackError::Empty { index, tokens, prompt_tokens });
         }
         let needed = tokens - prompt_tokens;
-        for logprobs in [Some(&s.sampled_logprobs), s.reference_logprobs.as_ref()].into_iter().flatten() {
+        let given = [Some(&s.sampled_logprobs), s.proximal_logprobs.as_ref(), s.reference_logprobs.as_ref()];
+        for logprobs in given.into_iter().flatten() {
             if logprobs.len() != needed {
                 return Err(PackError::Logprobs { index, got: logprobs.len(), needed });
+            }
+        }
+        for (what, got) in [("marks", s.trainable.len()), ("advantages", s.advantages.len())] {
+            if got != needed {
+                return Err(PackError::PerToken { index, what, got, needed });
             }
         }
         batch.tokens.extend_from_slice(&s.tokens);
         let end = u32::try_from(batch.tokens.len());
         batch.cu_seqlens.push(end.map_err(|_| PackError::TooLarge { tokens: batch.tokens.len() })?);
-        let rows = tokens - 1;
-        batch.targets.mask.extend((0..rows).map(|r| r + 1 >= prompt_tokens));
+        let before = prompt_tokens - 1;
+        batch.targets.mask.extend(std::iter::repeat_n(false, before).chain(s.trainable.iter().copied()));
         offsets.push(batch.targets.mask.len());
-        let spread = |out: &mut Vec<f64>, logprobs: &[f32]| {
-            out.extend(std::iter::repeat_n(0.0, prompt_tokens - 1));
-            out.extend(logprobs.iter().map(|l| f64::from(*l)));
+        let spread = |out: &mut Vec<f64>, values: &[f32]| {
+            out.extend(std::iter::repeat_n(0.0, before).chain(values.iter().map(|l| f64::from(*l))));
         };
         spread(&mut sampled, &s.sampled_logprobs);
+        if let (true, Some(logprobs)) = (with_proximal, &s.proximal_logprobs) {
+            spread(&mut proximal, logprobs);
+        }
         if let (true, Some(logprobs)) = (with_reference, &s.reference_logprobs) {
             spread(&mut reference, logprobs);
         }
-        batch.targets.advantages.push(s.advantage);
+        let credit = std::iter::repeat_n(0.0, before).chain(s.advantages.iter().copied());
+        batch.targets.advantages.extend(credit);
     }
     batch.targets.offsets = offsets;
     batch.targets.sampled = Some(sampled);
-    batch.targets.reference = (with_reference && !samples.is_empty()).then_some(reference);
+    batch.targets.proximal = with_proximal.then_some(proximal);
+    batch.targets.reference = with_reference.then_some(reference);
     Ok(batch)
 }
 
@@ -133,13 +176,8 @@ mod tests {
 
     fn sample(tokens: &[u32], prompt_tokens: usize, advantage: f64) -> Sample {
         let n = tokens.len() - prompt_tokens;
-        Sample {
-            tokens: tokens.to_vec(),
-            prompt_tokens,
-            sampled_logprobs: (0..n).map(|i| -(i as f32) - 1.0).collect(),
-            reference_logprobs: None,
-            advantage,
-        }
+        let logprobs = (0..n).map(|i| -(i as f32) - 1.0).collect();
+        Sample::new(tokens.to_vec(), prompt_tokens, logprobs, advantage)
     }
 
     #[test]
@@ -150,7 +188,16 @@ mod tests {
         assert_eq!(batch.targets.offsets, [0, 3, 4]);
         assert_eq!(batch.targets.mask, [false, true, true, true]);
         assert_eq!(batch.targets.sampled.as_deref(), Some(&[0.0, -1.0, -2.0, -1.0][..]));
-        assert_eq!(batch.targets.advantages, [0.5, -0.5]);
+        assert_eq!(batch.targets.advantages, [0.0, 0.5, 0.5, -0.5]);
+    }
+
+    #[test]
+    fn what_a_tool_said_is_not_marked() {
+        let mut turns = sample(&[1, 2, 3, 4], 1, 0.5);
+        turns.trainable[1] = false;
+        assert_eq!(pack(&[turns.clone()]).unwrap().targets.mask, [true, false, true]);
+        turns.trainable.pop();
+        assert!(matches!(pack(&[turns]), Err(PackError::PerToken { what: "marks", got: 2, needed: 3, .. })));
     }
 
     #[test]

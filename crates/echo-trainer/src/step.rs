@@ -3,14 +3,16 @@
 use burn::tensor::{Tensor, TensorData};
 
 use crate::error::StepError;
-use crate::loss::{LossConfig, LossKind, PolicyTargets, reference, tensor};
+use crate::loss::plan::{RowPlan, needs_current};
+use crate::loss::{LossConfig, PolicyTargets, reference, tensor};
 use crate::metrics::LossMetrics;
 use crate::packing::{PackError, Sample, micro_batches, pack};
 use crate::parameters::Gradients;
 use crate::policy::{Policy, read_gradients, read_parameters, values};
 
 /// Gradients of the policy loss over `samples`, cut into micro-batches of at most `max_tokens` tokens. The cut changes
-/// memory and last bits, not the meaning: each part is weighted by its share of the whole batch's normaliser.
+/// memory and last bits, not the meaning: row weights are those of the whole batch. A loss whose corrections depend on
+/// the current policy costs one more forward pass when the batch is cut.
 ///
 /// # Errors
 /// When samples do not fit, or the model or the loss refuses them.
@@ -20,32 +22,48 @@ pub fn policy_gradients(
     config: &LossConfig,
     max_tokens: usize,
 ) -> Result<(Gradients, LossMetrics), StepError> {
-    let trainable = |s: &Sample| s.tokens.len().saturating_sub(s.prompt_tokens);
-    let total_tokens: usize = samples.iter().map(trainable).sum();
+    let parts = micro_batches(samples, max_tokens);
+    let whole = pack(samples)?;
+    let total = whole.targets.mask.iter().filter(|m| **m).count().max(1) as f64;
+    let mut plan = match (needs_current(&whole.targets, config), parts.len()) {
+        (false, _) => Some(RowPlan::new(&[], &whole.targets, config)?),
+        (true, 0 | 1) => None,
+        (true, _) => {
+            let mut current = Vec::with_capacity(whole.targets.rows());
+            for part in &parts {
+                let batch = pack(part)?;
+                let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
+                current.extend(values(&logprobs.into_data()).into_iter().map(f64::from));
+            }
+            Some(RowPlan::new(&current, &whole.targets, config)?)
+        }
+    };
     let mut gradients: Option<Gradients> = None;
     let mut metrics = LossMetrics::default();
-    for part in micro_batches(samples, max_tokens) {
-        let part_tokens: usize = part.iter().map(trainable).sum();
-        let share = match config.kind {
-            LossKind::Grpo | LossKind::Sapo | LossKind::DrGrpo => part.len() as f64 / samples.len() as f64,
-            LossKind::Bnpo | LossKind::Dapo | LossKind::Cispo => {
-                part_tokens as f64 / total_tokens.max(1) as f64
-            }
-        };
+    let mut start = 0;
+    for part in parts {
         let batch = pack(part)?;
         let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
         let seen = values(&logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
-        let figures = reference::policy_loss(&seen, &batch.targets, config)?;
-        let loss = tensor::policy_loss(&logprobs, &batch.targets, config)? * share;
+        let plan = match &plan {
+            Some(plan) => plan,
+            None => plan.insert(RowPlan::new(&seen, &batch.targets, config)?),
+        };
+        let rows = plan.slice(start..start + batch.targets.rows());
+        start += batch.targets.rows();
+        let figures = reference::planned_loss(&seen, &batch.targets, config, &rows)?;
+        let loss = tensor::planned_loss(&logprobs, &batch.targets, config, &rows)?;
         accumulate(&mut gradients, read_gradients(policy, &loss)?);
 
-        let tokens_share = part_tokens as f64 / total_tokens.max(1) as f64;
-        metrics.loss += share * figures.loss;
+        let part_tokens = batch.targets.mask.iter().filter(|m| **m).count();
+        let tokens_share = part_tokens as f64 / total;
+        metrics.loss += figures.loss;
         metrics.tokens += part_tokens;
         metrics.batch_tokens += batch.tokens.len();
         metrics.clip_fraction += tokens_share * figures.clip_fraction;
         metrics.sampled_kl += tokens_share * figures.sampled_kl;
         metrics.ratio_deviation_max = metrics.ratio_deviation_max.max(figures.ratio_deviation_max);
+        metrics.correction = figures.correction;
     }
     Ok((gradients.unwrap_or_else(|| Gradients::zeros(&read_parameters(policy))), metrics))
 }
@@ -136,6 +154,7 @@ pub(crate) mod tests {
     use burn::tensor::{Device, Int, activation::log_softmax};
 
     use super::*;
+    use crate::loss::config::Correction;
     use crate::parameters::Parameter;
 
     /// The smallest policy: a table of next-token logits.
@@ -189,20 +208,24 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn sample(tokens: &[u32], prompt_tokens: usize, advantage: f64) -> Sample {
-        Sample {
-            tokens: tokens.to_vec(),
-            prompt_tokens,
-            sampled_logprobs: (prompt_tokens..tokens.len()).map(|i| -1.3 - 0.1 * i as f32).collect(),
-            reference_logprobs: None,
-            advantage,
-        }
+        let logprobs = (prompt_tokens..tokens.len()).map(|i| -1.3 - 0.1 * i as f32).collect();
+        Sample::new(tokens.to_vec(), prompt_tokens, logprobs, advantage)
     }
 
     #[test]
     fn gradients_are_those_of_finite_differences_and_micro_batches_do_not_change_them() {
         let samples =
             [sample(&[0, 1, 2, 3], 2, 0.7), sample(&[3, 1], 1, -0.4), sample(&[2, 2, 0, 1, 3], 1, 0.2)];
-        for config in [LossConfig::grpo(), LossConfig::dapo(), LossConfig::dr_grpo(6)] {
+        let mut masked = samples[2].clone();
+        masked.trainable[1] = false;
+        let samples = [samples[0].clone(), samples[1].clone(), masked];
+        for config in [
+            LossConfig::grpo(),
+            LossConfig::dapo(),
+            LossConfig::dr_grpo(6),
+            LossConfig::ppo(),
+            LossConfig::gspo(),
+        ] {
             let policy = Bigram::new(4);
             let (whole, figures) = policy_gradients(&policy, &samples, &config, 1000).unwrap();
             let (parts, same) = policy_gradients(&policy, &samples, &config, 5).unwrap();
@@ -222,6 +245,25 @@ pub(crate) mod tests {
                 let slope = (at(h) - at(-h)) / (2.0 * f64::from(h));
                 assert!((slope - f64::from(whole.values[0][entry])).abs() < 2e-3, "{entry}: {slope}");
             }
+        }
+    }
+
+    #[test]
+    fn corrections_are_those_of_the_whole_batch_however_it_is_cut() {
+        let samples =
+            [sample(&[0, 1, 2, 3], 2, 0.7), sample(&[3, 1], 1, -0.4), sample(&[2, 2, 0, 1, 3], 1, 0.2)];
+        let mut correction = Correction::tis(1.1);
+        correction.weight.as_mut().unwrap().batch_normalise = true;
+        correction.filters.token.k3 = Some(0.02);
+        correction.count_filtered = false;
+        let config = LossConfig::ppo().decoupled(correction);
+        let policy = Bigram::new(4);
+        let (whole, figures) = policy_gradients(&policy, &samples, &config, 1000).unwrap();
+        let (parts, same) = policy_gradients(&policy, &samples, &config, 5).unwrap();
+        assert!(figures.correction.filtered_fraction > 0.0 && figures.correction.filtered_fraction < 1.0);
+        assert_eq!(figures.correction, same.correction);
+        for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
         }
     }
 

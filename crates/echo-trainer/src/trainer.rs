@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use swarm_wire::PolicyVersion;
 
-use crate::advantage::{group_advantages, is_degenerate};
+use crate::advantage::{Episode, advantages, is_degenerate};
 use crate::config::TrainerConfig;
 use crate::error::{AddError, StepError};
 use crate::lease_set::LeaseSet;
@@ -29,6 +29,8 @@ pub struct Rollout {
     pub prompt_tokens: usize,
     /// Log-probability of each completion token as sampled.
     pub logprobs: Vec<f32>,
+    /// Which completion tokens the policy sampled itself; false for what a tool or another player said.
+    pub trainable: Vec<bool>,
     /// Oldest version that sampled one of its tokens.
     pub version: PolicyVersion,
     /// What the environment gave.
@@ -51,6 +53,7 @@ impl From<&echo_rollout::Group> for Group {
             tokens: t.tokens(),
             prompt_tokens: t.prompt().len(),
             logprobs: t.logprobs(),
+            trainable: t.steps().iter().map(|s| s.trainable).collect(),
             version: t.oldest_version(),
             reward: f64::from(t.reward().value()),
         };
@@ -70,6 +73,16 @@ pub struct Trainer<P> {
     pub(crate) consumed: LeaseSet,
     pending: BTreeMap<u64, Group>,
     dropped_stale: u64,
+    flat_groups: u64,
+}
+
+/// What became of a group that was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Intake {
+    /// It waits for a step.
+    Waits,
+    /// Dynamic sampling: its rewards are all equal, so it is spent without a step; another one is needed.
+    Flat,
 }
 
 impl<P: Policy> Trainer<P> {
@@ -91,6 +104,7 @@ impl<P: Policy> Trainer<P> {
             consumed: LeaseSet::default(),
             pending: BTreeMap::new(),
             dropped_stale: 0,
+            flat_groups: 0,
         })
     }
 
@@ -138,7 +152,7 @@ impl<P: Policy> Trainer<P> {
     ///
     /// # Errors
     /// When it is malformed, too old, was delivered before, or the queue is full; nothing of it is kept then.
-    pub fn add_group(&mut self, group: Group) -> Result<(), AddError> {
+    pub fn add_group(&mut self, group: Group) -> Result<Intake, AddError> {
         let id = group.id;
         if self.pending.len() >= self.config.max_pending_groups {
             return Err(AddError::Full { limit: self.config.max_pending_groups });
@@ -163,14 +177,35 @@ impl<P: Policy> Trainer<P> {
             {
                 return Err(malformed("log-probabilities do not fit the completion"));
             }
+            if r.trainable.len() != r.logprobs.len() || !r.trainable.contains(&true) {
+                return Err(malformed("no token is trainable, or marks do not fit the completion"));
+            }
             if !r.logprobs.iter().all(|l| l.is_finite() && *l <= 0.0) || !r.reward.is_finite() {
                 return Err(malformed("a log-probability or reward is not a proper number"));
             }
         }
-        if self.pending.insert(id, group).is_some() {
+        if self.pending.contains_key(&id) {
             return Err(malformed("its number was used before"));
         }
-        Ok(())
+        let rewards: Vec<f64> = group.rollouts.iter().map(|r| self.shaped(r)).collect();
+        if self.config.dynamic_sampling && is_degenerate(&rewards) {
+            self.flat_groups += 1;
+            group.rollouts.iter().for_each(|r| _ = self.consumed.insert(r.lease));
+            return Ok(Intake::Flat);
+        }
+        self.pending.insert(id, group);
+        Ok(Intake::Waits)
+    }
+
+    /// The reward with the penalty for its length.
+    fn shaped(&self, rollout: &Rollout) -> f64 {
+        let overlong = self.config.shaping.overlong;
+        rollout.reward + overlong.map_or(0.0, |o| o.of(rollout.logprobs.len()))
+    }
+
+    /// Groups that dynamic sampling spent without a gradient, because their rewards were all equal.
+    pub fn flat_groups(&self) -> u64 {
+        self.flat_groups
     }
 
     fn age(&self, version: PolicyVersion) -> u64 {
@@ -187,6 +222,52 @@ impl<P: Policy> Trainer<P> {
         self.dropped_stale += (before - after) as u64;
     }
 
+    /// The samples of `batch` with credit and, where something needs it, the reference's log-probabilities.
+    fn samples(&self, batch: &[&Group]) -> Result<Vec<Sample>, StepError> {
+        let rollouts: Vec<(u64, &Rollout)> =
+            batch.iter().flat_map(|g| g.rollouts.iter().map(|r| (g.id, r))).collect();
+        let mut samples: Vec<Sample> = rollouts
+            .iter()
+            .map(|(_, r)| Sample {
+                trainable: r.trainable.clone(),
+                ..Sample::new(r.tokens.clone(), r.prompt_tokens, r.logprobs.clone(), 0.0)
+            })
+            .collect();
+        let in_reward = self.config.shaping.kl.filter(|kl| kl.weight > 0.0);
+        let kl = in_reward.or(self.config.loss.divergence());
+        if let Some(kl) = kl {
+            let missing = || crate::config::ConfigError::Reference { weight: kl.weight };
+            let reference = self.reference.as_ref().ok_or_else(|| StepError::model(missing()))?;
+            let logprobs = completion_logprobs(reference, &samples, self.config.micro_batch_tokens)?;
+            for (sample, logprobs) in samples.iter_mut().zip(logprobs) {
+                sample.reference_logprobs = Some(logprobs);
+            }
+        }
+        let cost = |sample: &Sample| -> Vec<f64> {
+            let (Some(kl), Some(reference)) = (in_reward, &sample.reference_logprobs) else {
+                return Vec::new();
+            };
+            let pairs = sample.sampled_logprobs.iter().zip(reference);
+            pairs.map(|(q, p)| kl.weight * kl.evaluate(f64::from(*q), f64::from(*p)).0).collect()
+        };
+        let costs: Vec<Vec<f64>> = samples.iter().map(cost).collect();
+        let episodes: Vec<Episode<'_>> = rollouts
+            .iter()
+            .zip(&costs)
+            .map(|((group, r), costs)| Episode {
+                group: *group,
+                reward: self.shaped(r),
+                trainable: &r.trainable,
+                costs,
+            })
+            .collect();
+        let credit = advantages(&episodes, &self.config.advantage)?;
+        for (sample, credit) in samples.iter_mut().zip(credit) {
+            sample.advantages = credit;
+        }
+        Ok(samples)
+    }
+
     /// Consumes the groups with the smallest numbers and makes the next version. When all of them are degenerate
     /// the weights stay but the version advances, so that everyone sees that the groups are spent.
     ///
@@ -199,28 +280,10 @@ impl<P: Policy> Trainer<P> {
             return Err(StepError::TooFewGroups { needed, got: self.pending.len() });
         }
         let batch: Vec<&Group> = self.pending.values().take(needed).collect();
-        let mut samples = Vec::new();
-        let mut degenerate_groups = 0;
-        for group in &batch {
-            let rewards: Vec<f64> = group.rollouts.iter().map(|r| r.reward).collect();
-            let advantages = group_advantages(&rewards, &self.config.advantage)?;
-            degenerate_groups += usize::from(is_degenerate(&rewards));
-            samples.extend(group.rollouts.iter().zip(advantages).map(|(r, advantage)| Sample {
-                tokens: r.tokens.clone(),
-                prompt_tokens: r.prompt_tokens,
-                sampled_logprobs: r.logprobs.clone(),
-                reference_logprobs: None,
-                advantage,
-            }));
-        }
-        if self.config.loss.beta > 0.0
-            && let Some(reference) = &self.reference
-        {
-            let logprobs = completion_logprobs(reference, &samples, self.config.micro_batch_tokens)?;
-            for (sample, logprobs) in samples.iter_mut().zip(logprobs) {
-                sample.reference_logprobs = Some(logprobs);
-            }
-        }
+        let degenerate =
+            |g: &&&Group| is_degenerate(&g.rollouts.iter().map(|r| self.shaped(r)).collect::<Vec<_>>());
+        let degenerate_groups = batch.iter().filter(degenerate).count();
+        let samples = self.samples(&batch)?;
         let (mut gradients, loss) =
             policy_gradients(&self.policy, &samples, &self.config.loss, self.config.micro_batch_tokens)?;
         let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
@@ -255,6 +318,7 @@ impl<P: Policy> Trainer<P> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::advantage::RewardShaping;
     use crate::data::Draws;
     use crate::optim::OptimConfig;
     use crate::policy::values;
@@ -283,7 +347,8 @@ pub(crate) mod tests {
             let token = sampled.unwrap_or(3);
             let reward = f64::from(u8::from(token == 2));
             let logprobs = vec![token_logprob(token)];
-            Rollout { lease, tokens: vec![prompt, token], prompt_tokens: 1, logprobs, version, reward }
+            let (tokens, trainable) = (vec![prompt, token], vec![true]);
+            Rollout { lease, tokens, prompt_tokens: 1, logprobs, trainable, version, reward }
         };
         Group { id, rollouts: (0..4).map(rollout).collect() }
     }
@@ -337,6 +402,48 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn dynamic_sampling_spends_flat_groups_without_a_step() {
+        let config = TrainerConfig { dynamic_sampling: true, ..config() };
+        let mut trainer = Trainer::new(Bigram::new(4), config).unwrap();
+        let mut flat = group(trainer.policy(), 0, PolicyVersion(0));
+        flat.rollouts.iter_mut().for_each(|r| r.reward = 1.0);
+        let mut mixed = group(trainer.policy(), 1, PolicyVersion(0));
+        (mixed.rollouts[0].reward, mixed.rollouts[1].reward) = (1.0, 0.0);
+        assert_eq!(trainer.add_group(flat.clone()), Ok(Intake::Flat));
+        assert_eq!(trainer.add_group(mixed), Ok(Intake::Waits));
+        assert_eq!((trainer.pending(), trainer.flat_groups(), trainer.consumed().len()), (1, 1, 4));
+        assert!(matches!(trainer.add_group(flat), Err(AddError::Duplicate { .. })));
+    }
+
+    #[test]
+    fn a_divergence_without_a_reference_is_refused_and_with_one_it_is_a_cost() {
+        let kl = crate::loss::kl::KlTerm {
+            estimator: crate::loss::kl::KlEstimator::K1,
+            ..crate::loss::kl::KlTerm::trl(0.5)
+        };
+        let shaping = RewardShaping { overlong: None, kl: Some(kl) };
+        let config_plain = config();
+        let config = TrainerConfig { shaping, ..config_plain };
+        let mut trainer = Trainer::new(Bigram::new(4), config).unwrap();
+        for id in 0..2 {
+            trainer.add_group(group(&trainer.policy().clone(), id, PolicyVersion(0))).unwrap();
+        }
+        assert!(trainer.train_step().unwrap_err().to_string().contains("reference"));
+        let mut other = Bigram::new(4);
+        let mut shifted = read_parameters(&other);
+        shifted[0].values.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 3) as f32);
+        other.assign(&shifted).unwrap();
+        let mut plain = Trainer::new(Bigram::new(4), config_plain).unwrap();
+        for id in 0..2 {
+            plain.add_group(group(&plain.policy().clone(), id, PolicyVersion(0))).unwrap();
+        }
+        trainer.set_reference(other);
+        let (with, without) = (trainer.train_step().unwrap(), plain.train_step().unwrap());
+        assert_eq!(with.reward_mean, without.reward_mean);
+        assert_ne!(with.grad_norm, without.grad_norm);
+    }
+
+    #[test]
     fn broken_rollouts_are_named() {
         let mut trainer = Trainer::new(Bigram::new(4), config()).unwrap();
         let good = group(trainer.policy(), 3, PolicyVersion(0));
@@ -350,6 +457,8 @@ pub(crate) mod tests {
             broken(&|r| r.logprobs[0] = 0.5),
             broken(&|r| r.logprobs.clear()),
             broken(&|r| r.prompt_tokens = 0),
+            broken(&|r| r.trainable = vec![false]),
+            broken(&|r| r.trainable.clear()),
             Group { id: 3, rollouts: Vec::new() },
         ] {
             assert!(matches!(trainer.add_group(g), Err(AddError::Malformed { group: 3, .. })));

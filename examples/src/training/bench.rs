@@ -52,13 +52,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let model = TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
     let sample = |row: u64| {
         let mut draws = echo_trainer::data::Draws::new(1, 0, row);
-        Sample {
-            tokens: (0..args.seq).map(|_| (draws.next_u64() % vocabulary) as u32).collect(),
-            prompt_tokens: 1,
-            sampled_logprobs: vec![-5.0; args.seq - 1],
-            reference_logprobs: None,
-            advantage: if row.is_multiple_of(2) { 1.0 } else { -1.0 },
-        }
+        let tokens = (0..args.seq).map(|_| (draws.next_u64() % vocabulary) as u32).collect();
+        let advantage = if row.is_multiple_of(2) { 1.0 } else { -1.0 };
+        Sample::new(tokens, 1, vec![-5.0; args.seq - 1], advantage)
     };
     let samples: Vec<Sample> = (0..args.batch as u64).map(sample).collect();
     let mut times_ms = Vec::new();

@@ -1,12 +1,15 @@
 //! Loss cases as JSON (the shape of `tests/golden/golden-rl-losses.json`): read inputs, compute losses and gradients.
 //!
+//! A case names its loss in TRL's words (`loss_type`, `beta`, `lo`, `hi`, `delta`, `level`) or as a whole [`LossConfig`].
 //! Rectangular there, ragged here: a row of the file keeps the tokens that its mask marks, and gradients come back as
 //! rectangles with zeros. Expected numbers in the file are not read by [`CaseFile::run`].
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{LossConfig, LossError, LossKind, PolicyTargets, RatioLevel, reference, tensor};
+use super::config::{LossConfig, RatioLevel};
+use super::kl::KlTerm;
+use super::{LossError, LossKind, PolicyTargets, reference, tensor};
 
 /// A file of loss cases over one batch `[B][T]`.
 #[derive(Debug, Clone, Deserialize)]
@@ -19,6 +22,9 @@ pub struct CaseFile {
     pub old_logprobs: Vec<Vec<f64>>,
     /// Under the reference policy.
     pub ref_logprobs: Vec<Vec<f64>>,
+    /// Under the proximal policy, for losses that are anchored there.
+    #[serde(default)]
+    pub proximal_logprobs: Option<Vec<Vec<f64>>>,
     /// Advantages `[B]` by name.
     pub advantages: std::collections::BTreeMap<String, Vec<f64>>,
     /// The cases.
@@ -32,8 +38,12 @@ pub struct Case {
     pub name: String,
     /// Which entry of [`CaseFile::advantages`].
     pub advantages: String,
-    /// The loss.
-    pub loss_type: LossKind,
+    /// The loss in TRL's words, with the fields below.
+    #[serde(default)]
+    pub loss_type: Option<LossKind>,
+    /// The loss with all of its parts; the fields below are not read then.
+    #[serde(default)]
+    pub config: Option<LossConfig>,
     /// Where the ratio is taken.
     #[serde(default)]
     pub level: RatioLevel,
@@ -96,6 +106,12 @@ pub enum CaseError {
         /// The name.
         name: String,
     },
+    /// A case without a loss.
+    #[error("loss case {case} has neither loss_type nor config")]
+    NoLoss {
+        /// The case.
+        case: String,
+    },
     /// The loss refused its input.
     #[error("loss case {case}: {source}")]
     Loss {
@@ -125,6 +141,7 @@ impl CaseFile {
             ("logprobs", &file.logprobs),
             ("old_logprobs", &file.old_logprobs),
             ("ref_logprobs", &file.ref_logprobs),
+            ("proximal_logprobs", file.proximal_logprobs.as_ref().unwrap_or(&file.logprobs)),
         ] {
             if shape(rows) != mask {
                 return Err(CaseError::Shape { what });
@@ -153,21 +170,22 @@ impl CaseFile {
         for row in &self.mask {
             offsets.push(offsets[offsets.len() - 1] + row.len());
         }
+        let config = match (case.config, case.loss_type) {
+            (Some(config), _) => config,
+            (None, Some(kind)) => {
+                let length = u32::try_from(width).unwrap_or(u32::MAX);
+                let trl = LossConfig::trl(kind, case.lo, case.hi, case.delta, length);
+                LossConfig { level: case.level, ..trl }.with_kl(KlTerm::trl(case.beta))
+            }
+            (None, None) => return Err(CaseError::NoLoss { case: case.name.clone() }),
+        };
         let targets = PolicyTargets {
-            offsets,
             mask: self.mask.iter().flatten().map(|m| *m > 0.5).collect(),
             sampled: case.oldlp.then(|| self.old_logprobs.concat()),
+            proximal: self.proximal_logprobs.as_ref().map(|rows| rows.concat()),
             reference: Some(self.ref_logprobs.concat()),
-            advantages: advantages.clone(),
-        };
-        let config = LossConfig {
-            level: case.level,
-            clip_low: case.lo,
-            clip_high: case.hi,
-            delta: case.delta,
-            beta: case.beta,
-            max_completion_tokens: u32::try_from(width).unwrap_or(u32::MAX),
-            ..LossConfig::new(case.loss_type)
+            advantages: PolicyTargets::spread(&offsets, advantages),
+            offsets,
         };
         let fault = |source| CaseError::Loss { case: case.name.clone(), source };
         let logprobs = self.logprobs.concat();
@@ -198,16 +216,18 @@ mod tests {
 
     const GOLDEN: &str = include_str!("../../../../tests/golden/golden-rl-losses.json");
 
-    #[test]
-    fn every_golden_case_of_trl_is_reproduced_to_1e_minus_5() {
-        let file = CaseFile::parse(GOLDEN).unwrap();
-        let expected: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
+    const VERL: &str = include_str!("../../../../tests/golden/golden-rl-verl.json");
+
+    fn reproduces(golden: &str, cases: usize) {
+        let file = CaseFile::parse(golden).unwrap();
+        let expected: serde_json::Value = serde_json::from_str(golden).unwrap();
         let results = file.run(&Device::flex().autodiff()).unwrap();
-        assert_eq!(results.len(), 12);
+        assert_eq!(results.len(), cases);
         for (result, want) in results.iter().zip(expected["cases"].as_array().unwrap()) {
             assert_eq!(result.name, want["name"].as_str().unwrap());
-            assert!((result.loss - want["loss"].as_f64().unwrap()).abs() < 1e-5, "{}", result.name);
-            assert!(result.reference_difference_max < 1e-5, "{}", result.name);
+            let loss = want["loss"].as_f64().unwrap();
+            assert!((result.loss - loss).abs() < 1e-5 * loss.abs().max(1.0), "{} {loss}", result.name);
+            assert!(result.reference_difference_max < 1e-5 * loss.abs().max(1.0), "{}", result.name);
             for (got, row) in result.grad.iter().zip(want["grad"].as_array().unwrap()) {
                 for (g, w) in got.iter().zip(row.as_array().unwrap()) {
                     let w = w.as_f64().unwrap();
@@ -216,6 +236,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_golden_case_of_trl_is_reproduced_to_1e_minus_5() {
+        reproduces(GOLDEN, 12);
+    }
+
+    #[test]
+    fn every_golden_case_of_verl_is_reproduced_to_1e_minus_5() {
+        reproduces(VERL, 27);
+    }
+
+    #[test]
+    fn a_case_without_a_loss_is_named() {
+        let mut file = CaseFile::parse(GOLDEN).unwrap();
+        file.cases[3].loss_type = None;
+        let error = file.run(&Device::flex().autodiff()).unwrap_err();
+        assert!(error.to_string().contains(&file.cases[3].name), "{error}");
     }
 
     #[test]
