@@ -21,7 +21,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Map: [`advantage`] (credit within a group), [`loss`] (policy losses, f64 and tensors), [`packing`] (rollouts to one
+//! Map: [`advantage`] (credit within a group), [`loss`] (policy losses, f64 and tensors),
+//! [`preference`] (pairs: DPO, reward models), [`packing`] (rollouts to one
 //! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
 //! bit for bit), [`pretrain`] and [`data`] (learning from text), [`vocabulary`] (the tiny model's tokenizer),
@@ -39,6 +40,7 @@ pub mod optim;
 pub mod packing;
 pub mod parameters;
 pub mod policy;
+pub mod preference;
 pub mod pretrain;
 #[cfg(feature = "service")]
 pub mod service;

@@ -234,7 +234,7 @@ impl<P: Policy> Trainer<P> {
             })
             .collect();
         let in_reward = self.config.shaping.kl.filter(|kl| kl.weight > 0.0);
-        let kl = in_reward.or(self.config.loss.divergence());
+        let kl = in_reward.or_else(|| self.config.loss.divergence());
         if let Some(kl) = kl {
             let missing = || crate::config::ConfigError::Reference { weight: kl.weight };
             let reference = self.reference.as_ref().ok_or_else(|| StepError::model(missing()))?;

@@ -192,7 +192,7 @@ mod tests {
     use super::super::kl::{KlEstimator, KlTerm};
     use super::*;
 
-    fn targets(lengths: &[usize], old: Vec<f64>, reference: Vec<f64>, advantages: Vec<f64>) -> PolicyTargets {
+    fn targets(lengths: &[usize], old: Vec<f64>, reference: Vec<f64>, advantages: &[f64]) -> PolicyTargets {
         let mut offsets = vec![0];
         for n in lengths {
             offsets.push(offsets[offsets.len() - 1] + n);
@@ -201,7 +201,7 @@ mod tests {
         // Every fourth row is a prompt row.
         let mask = (0..rows).map(|r| r % 4 != 3).collect();
         let proximal = Some(old.iter().zip(&reference).map(|(o, p)| 0.7 * o + 0.3 * p).collect());
-        let advantages = PolicyTargets::spread(&offsets, &advantages);
+        let advantages = PolicyTargets::spread(&offsets, advantages);
         PolicyTargets { offsets, mask, sampled: Some(old), proximal, reference: Some(reference), advantages }
     }
 
@@ -240,7 +240,7 @@ mod tests {
             let l: Vec<f64> = values.iter().map(|v| v.0).collect();
             let o = values.iter().map(|v| v.0 + v.1).collect();
             let p = values.iter().map(|v| v.0 + v.2).collect();
-            let t = targets(&[5, 2, 4], o, p, advantages);
+            let t = targets(&[5, 2, 4], o, p, &advantages);
             let h = 1e-6;
             for config in configs() {
                 let at = policy_loss(&l, &t, &config).unwrap();
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn lists_that_do_not_fit_and_missing_references_are_refused() {
-        let t = targets(&[2], vec![-1.0; 2], vec![-1.0; 2], vec![1.0]);
+        let t = targets(&[2], vec![-1.0; 2], vec![-1.0; 2], &[1.0]);
         assert!(matches!(
             policy_loss(&[-1.0; 3], &t, &LossConfig::grpo()),
             Err(LossError::Shape { what: "mask", got: 2, needed: 3 })
