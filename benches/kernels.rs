@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use parallax_kernels::attention::{KvPages, RowRef, page_len, paged_attention};
+use parallax_kernels::attention::{KvPages, RowRef, Scoring, page_len, paged_attention};
 use parallax_kernels::linear::{PackedWeight, linear, linear_multi};
 use parallax_kernels::{WeightKind, activation, logprob, matmul, norm, pool};
 
@@ -126,7 +126,9 @@ fn small(c: &mut Criterion) {
     group.bench_function("rms_norm_512", |b| {
         b.iter(|| norm::rms_norm(black_box(&x[..512 * HIDDEN]), &w, 1e-5, &mut y[..512 * HIDDEN]));
     });
-    group.bench_function("silu_mul_512", |b| b.iter(|| activation::silu_mul(black_box(&x), FFN, &mut y)));
+    group.bench_function("silu_mul_512", |b| {
+        b.iter(|| activation::gated_mul(activation::Activation::Silu, black_box(&x), FFN, &mut y))
+    });
     let logits = noise(16 * VOCAB, 3);
     let mut out = vec![0.0; 16];
     group.bench_function("token_logprobs_16x49152", |b| {
@@ -143,7 +145,7 @@ fn small(c: &mut Criterion) {
         let q = noise(rows.len() * HIDDEN, 5);
         let mut out = vec![0.0; q.len()];
         group.bench_function(name, |b| {
-            b.iter(|| paged_attention(black_box(&q), 9, &rows, &kv, 0.125, &mut out));
+            b.iter(|| paged_attention(black_box(&q), 9, &rows, &kv, &Scoring::scaled(0.125), &mut out));
         });
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parallax_engine::local::Pipeline;
 use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
-use parallax_model::{Checkpoint, Family, LoadOptions, ModelConfig, TrainModel};
+use parallax_model::{Checkpoint, LoadOptions, ModelConfig, TrainModel};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -34,23 +34,12 @@ fn parallax() -> PathBuf {
 
 /// A random model of six layers whose words are w0 ... w63.
 fn random_checkpoint(dir: &Path) {
-    let config = ModelConfig {
-        family: Family::Qwen3,
-        n_layers: 6,
-        hidden: 64,
-        ffn: 128,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 16,
-        vocab: WORDS,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
-        rms_eps: 1e-6,
-        tied_embeddings: false,
-        max_context: 8192,
-        bos: None,
-        eos: Vec::new(),
-    };
+    let config = json!({
+        "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": WORDS,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "max_position_embeddings": 8192,
+    });
+    let config = ModelConfig::from_hf_json(&config.to_string()).unwrap();
     let words: serde_json::Map<String, Value> = (0..WORDS).map(|i| (format!("w{i}"), json!(i))).collect();
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,

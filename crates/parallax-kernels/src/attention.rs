@@ -60,6 +60,39 @@ pub struct RowRef {
     pub n_keys: usize,
 }
 
+/// How a query's scores become weights, besides the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring<'a> {
+    /// Factor of every score.
+    pub scale: f32,
+    /// Keys that a row sees, its own included, counted back from it (sliding window); all of them without.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)` (Gemma 2, arXiv:2408.00118).
+    pub softcap: Option<f32>,
+    /// One more score per query head in the softmax, which carries no value (attention sinks, Xiao et al. 2023,
+    /// arXiv:2309.17453, as GPT-OSS learns them). [Q]
+    pub sinks: Option<&'a [f32]>,
+}
+
+impl Scoring<'_> {
+    /// Scaled scores of all keys.
+    pub fn scaled(scale: f32) -> Self {
+        Self { scale, window: None, softcap: None, sinks: None }
+    }
+
+    /// First key that a row of `n_keys` keys sees.
+    pub(crate) fn first_key(&self, n_keys: usize) -> usize {
+        self.window.map_or(0, |window| n_keys.saturating_sub(window))
+    }
+
+    fn check(&self, op: &'static str, n_heads: usize) -> Result<(), KernelError> {
+        if self.window == Some(0) {
+            return Err(KernelError::BadDimension { op, what: "window", got: 0, rule: "must be positive" });
+        }
+        self.sinks.map_or(Ok(()), |sinks| check_len(op, "sinks", n_heads, sinks.len()))
+    }
+}
+
 /// Elements that one page takes in the key store, and as many in the value store.
 pub fn page_len(page_tokens: usize, n_kv_heads: usize, head_dim: usize) -> usize {
     n_kv_heads * page_tokens * head_dim.next_multiple_of(LANES)
@@ -102,8 +135,7 @@ pub fn append_kv(kv: &mut KvPagesMut<'_>, rows: &[RowRef], k: &[f32], v: &[f32])
     Ok(())
 }
 
-/// Attention of `q` [T, Q, D] over the pages, into `out` [T, Q, D]. Query head `h` reads key-value head `h / (Q / K)`;
-/// scores are multiplied by `scale`.
+/// Attention of `q` [T, Q, D] over the pages, into `out` [T, Q, D]. Query head `h` reads key-value head `h / (Q / K)`.
 ///
 /// # Errors
 /// When the lengths do not fit together, Q is not a multiple of K, or a row leaves its sequence's pages.
@@ -112,10 +144,10 @@ pub fn paged_attention(
     n_heads: usize,
     rows: &[RowRef],
     kv: &KvPages<'_>,
-    scale: f32,
+    scoring: &Scoring<'_>,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
-    attention("paged_attention", q, n_heads, rows, kv, scale, out, None)
+    attention("paged_attention", q, n_heads, rows, kv, scoring, out, None)
 }
 
 /// Attention within packed sequences: sequence `i` is rows `cu_seqlens[i]..cu_seqlens[i + 1]` of `q` [T, Q, D], `k` and
@@ -133,7 +165,7 @@ pub fn causal_attention_forward(
     n_kv_heads: usize,
     head_dim: usize,
     cu_seqlens: &[u32],
-    scale: f32,
+    scoring: &Scoring<'_>,
     out: &mut [f32],
     lse: &mut [f32],
 ) -> Result<(), KernelError> {
@@ -156,7 +188,7 @@ pub fn causal_attention_forward(
     let mut store = KvPagesMut { k: &mut keys, v: &mut values, page_tokens, tables, n_kv_heads, head_dim };
     let result = append_kv(&mut store, &rows, k, v).and_then(|()| {
         let store = KvPages { k: &keys, v: &values, page_tokens, tables, n_kv_heads, head_dim };
-        attention(op, q, n_heads, &rows, &store, scale, out, Some(lse))
+        attention(op, q, n_heads, &rows, &store, scoring, out, Some(lse))
     });
     STORES.with(|s| *s.borrow_mut() = (keys, values));
     result
@@ -195,12 +227,13 @@ fn attention(
     n_heads: usize,
     rows: &[RowRef],
     kv: &KvPages<'_>,
-    scale: f32,
+    scoring: &Scoring<'_>,
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) -> Result<(), KernelError> {
     let geometry = Geometry::check(op, kv, rows)?;
     let group = group_size(op, n_heads, kv.n_kv_heads)?;
+    scoring.check(op, n_heads)?;
     let width = n_heads * kv.head_dim;
     check_len(op, "q", rows.len() * width, q.len())?;
     check_len(op, "out", rows.len() * width, out.len())?;
@@ -208,7 +241,7 @@ fn attention(
         check_len(op, "lse", rows.len() * n_heads, lse.len())?;
     }
     let blocks = blocks_of_rows(rows);
-    let keys: usize = rows.iter().map(|r| r.n_keys).sum();
+    let keys: usize = rows.iter().map(|r| r.n_keys - scoring.first_key(r.n_keys)).sum();
     let items = blocks.len() * kv.n_kv_heads;
     let tasks = task_count(items, keys * group * kv.head_dim * 2 / blocks.len().max(1));
     let (out, lse) = (Shared::new(out), lse.map(Shared::new));
@@ -218,7 +251,7 @@ fn attention(
             // Later blocks of a long prompt see more keys; alternating their order evens out the shares.
             let (block, head) = (item / kv.n_kv_heads, item % kv.n_kv_heads);
             let range = blocks[block].clone();
-            let queries = Queries { q, rows, range, n_heads, head, group, scale };
+            let queries = Queries { q, rows, range, n_heads, head, group, scoring };
             attend(isa, kv, geometry, &queries, &out, lse.as_ref());
         }
     });

@@ -1,5 +1,6 @@
-//! Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split convention: element `i` is rotated with
-//! element `i + D/2`. GGUF files of the Llama family store q and k rows for the interleaved convention; their loader
+//! Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of whole heads or of their
+//! first elements. In the half-split convention element `i` is rotated with element `i + half`, in the interleaved one
+//! with its neighbour. GGUF files of the Llama family store q and k rows for the interleaved convention; their loader
 //! permutes the rows.
 
 use crate::dispatch::{self, simd_kernel};
@@ -8,54 +9,56 @@ use crate::math;
 use crate::parallel::for_rows;
 use crate::simd::{LANES, read, write};
 
+/// `theta^(-2i / dims)` for each pair `i` of `dims` rotated elements, in f32. [dims / 2]
+pub fn frequencies(dims: usize, theta: f64) -> Vec<f32> {
+    let ln_theta = math::ln(theta);
+    (0..dims / 2).map(|i| math::exp(-ln_theta * (2 * i) as f64 / dims as f64) as f32).collect()
+}
+
+/// Which elements of a head are rotated together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RopeLayout {
+    /// Elements per head (D); those after the rotated pairs pass through.
+    pub head_dim: usize,
+    /// Pairs are neighbours (2i, 2i + 1) instead of (i, i + half).
+    pub interleaved: bool,
+    /// Factor of the rotated elements (YaRN's and LongRoPE's attention factor); 1 rotates without stretching.
+    pub magnitude: f32,
+}
+
 /// Cosines and sines of every position and frequency.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
-    head_dim: usize,
+    layout: RopeLayout,
+    /// Pairs that are rotated.
+    half: usize,
     max_pos: usize,
-    /// [max_pos, D / 2]
+    /// [max_pos, pairs]
     cos: Vec<f32>,
-    /// [max_pos, D / 2]
+    /// [max_pos, pairs]
     sin: Vec<f32>,
 }
 
 impl RopeTable {
-    /// Angles `position * theta^(-2i / D) / factors[i]` for positions below `max_pos`. Frequencies and angles are rounded to f32
-    /// as the reference implementations do.
+    /// Angles `position * frequencies[i]` for positions below `max_pos`, rounded to f32 as the reference implementations do.
     ///
     /// # Errors
-    /// When `head_dim` is odd or zero, or `factors` is not D / 2 long.
-    pub fn new(
-        head_dim: usize,
-        theta: f64,
-        factors: Option<&[f32]>,
-        max_pos: usize,
-    ) -> Result<Self, KernelError> {
-        let op = "rope table";
-        if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            let rule = "must be even and positive";
-            return Err(KernelError::BadDimension { op, what: "head dimension", got: head_dim, rule });
+    /// When there is no frequency, or more than one per two elements of a head.
+    pub fn new(layout: RopeLayout, frequencies: &[f32], max_pos: usize) -> Result<Self, KernelError> {
+        let half = frequencies.len();
+        if half == 0 || 2 * half > layout.head_dim {
+            let rule = "must be positive, at most half of the head dimension";
+            return Err(KernelError::BadDimension { op: "rope table", what: "frequencies", got: half, rule });
         }
-        let half = head_dim / 2;
-        if let Some(factors) = factors {
-            check_len(op, "factors", half, factors.len())?;
-        }
-        let ln_theta = math::ln(theta);
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| {
-                let frequency = math::exp(-ln_theta * (2 * i) as f64 / head_dim as f64) as f32;
-                factors.map_or(frequency, |f| frequency / f[i])
-            })
-            .collect();
         let (mut cos, mut sin) = (Vec::with_capacity(max_pos * half), Vec::with_capacity(max_pos * half));
         for position in 0..max_pos {
-            for frequency in &frequencies {
+            for frequency in frequencies {
                 let (s, c) = math::sin_cos(f64::from(position as f32 * frequency));
-                cos.push(c as f32);
-                sin.push(s as f32);
+                cos.push(c as f32 * layout.magnitude);
+                sin.push(s as f32 * layout.magnitude);
             }
         }
-        Ok(Self { head_dim, max_pos, cos, sin })
+        Ok(Self { layout, half, max_pos, cos, sin })
     }
 
     /// First position without an entry.
@@ -77,7 +80,7 @@ pub fn rope_apply(
     apply(x, heads, positions, table, 1.0)
 }
 
-/// Rotates back: the inverse of [`rope_apply`], and its gradient.
+/// Rotates back: the gradient of [`rope_apply`], and its inverse where the magnitude is 1.
 ///
 /// # Errors
 /// As [`rope_apply`].
@@ -97,7 +100,7 @@ fn apply(
     table: &RopeTable,
     direction: f32,
 ) -> Result<(), KernelError> {
-    let (op, width) = ("rope", heads * table.head_dim);
+    let (op, width) = ("rope", heads * table.layout.head_dim);
     let rows = rows_of(op, "x", x.len(), width)?;
     check_len(op, "positions", rows, positions.len())?;
     if let Some(&far) = positions.iter().find(|&&p| p as usize >= table.max_pos) {
@@ -115,13 +118,21 @@ fn apply(
 
 simd_kernel! {
     fn rotate(s; x: &mut [f32], width: usize, positions: &[u32], table: &RopeTable, direction: f32) {
-        let half = table.head_dim / 2;
+        let half = table.half;
+        let sign = direction;
         let direction = s.splat(direction);
         for (row, &position) in x.chunks_exact_mut(width).zip(positions) {
             let entry = position as usize * half..(position as usize + 1) * half;
             let (cos, sin) = (&table.cos[entry.clone()], &table.sin[entry]);
-            for head in row.chunks_exact_mut(2 * half) {
-                let (first, second) = head.split_at_mut(half);
+            for head in row.chunks_exact_mut(table.layout.head_dim) {
+                if table.layout.interleaved {
+                    for (i, pair) in head[..2 * half].as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                        let ([a, b], c, sin) = (*pair, cos[i], sin[i] * sign);
+                        *pair = [a * c - b * sin, b * c + a * sin];
+                    }
+                    continue;
+                }
+                let (first, second) = head[..2 * half].split_at_mut(half);
                 for i in (0..half).step_by(LANES) {
                     let (a, b) = (read(s, first, i, 0.0), read(s, second, i, 0.0));
                     let c = read(s, cos, i, 0.0);

@@ -121,6 +121,15 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.mul(s.mul(p, s.pow2(half)), s.pow2(s.sub(n, half)))
 }
 
+/// tanh in every lane, within 2e-7 of it (absolute); NaN kept.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
+    // Beyond 10 the result is 1 in f32.
+    let x = s.min(s.splat(10.0), s.max(s.splat(-10.0), x));
+    let (one, e) = (s.splat(1.0), exp(s, s.add(x, x)));
+    s.div(s.sub(e, one), s.add(e, one))
+}
+
 /// Sixteen elements of `v` from `i` on; lanes past the end are `fill`.
 #[inline(always)]
 pub(crate) fn read<S: Simd>(s: S, v: &[f32], i: usize, fill: f32) -> S::F {

@@ -12,22 +12,32 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::ModelConfig,
+    config::{Mixer, Mlp, ModelConfig},
     error::{AdapterError, SaveError},
 };
 
 /// The linear modules of a layer that may carry an adapter.
-pub(crate) const MODULES: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub(crate) const MODULES: [&str; 9] =
+    ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
 
-/// Width in and width out of a module.
-pub(crate) fn module_shape(config: &ModelConfig, module: &str) -> Option<(usize, usize)> {
+/// Width in and width out of a module of a layer; `None` where the layer stores no such module.
+pub(crate) fn module_shape(config: &ModelConfig, layer: usize, module: &str) -> Option<(usize, usize)> {
+    let (h, layer) = (config.hidden, config.layers.get(layer)?);
+    let Mixer::Attention(a) = &layer.mixer;
+    let Mlp::Dense(m) = &layer.mlp;
+    let stored = [a.qkv, a.o, m.gate_up, m.down];
+    let is_stored = |name: &&str| name.rsplit_once('.').is_some_and(|(_, last)| last == module);
+    if !stored.iter().flat_map(|p| p.names).any(is_stored) {
+        return None;
+    }
     Some(match module {
-        "q_proj" => (config.hidden, config.q_width()),
-        "k_proj" | "v_proj" => (config.hidden, config.kv_width()),
-        "o_proj" => (config.q_width(), config.hidden),
-        "gate_proj" | "up_proj" => (config.hidden, config.ffn),
-        "down_proj" => (config.ffn, config.hidden),
+        "q_proj" => (h, a.q_width()),
+        "k_proj" | "v_proj" => (h, a.kv_width()),
+        "qkv_proj" => (h, a.q_width() + 2 * a.kv_width()),
+        "o_proj" => (a.q_width(), h),
+        "gate_proj" | "up_proj" => (h, m.ffn),
+        "gate_up_proj" => (h, 2 * m.ffn),
+        "down_proj" => (m.ffn, h),
         _ => return None,
     })
 }
@@ -35,7 +45,8 @@ pub(crate) fn module_shape(config: &ModelConfig, module: &str) -> Option<(usize,
 /// "layers.3.q_proj" as the full module path of an HF model.
 pub(crate) fn hf_module(module: &str) -> Option<String> {
     let (layer, name) = split(module)?;
-    let parent = if matches!(name, "q_proj" | "k_proj" | "v_proj" | "o_proj") { "self_attn" } else { "mlp" };
+    let attention = matches!(name, "q_proj" | "k_proj" | "v_proj" | "qkv_proj" | "o_proj");
+    let parent = if attention { "self_attn" } else { "mlp" };
     MODULES.contains(&name).then(|| format!("model.layers.{layer}.{parent}.{name}"))
 }
 
@@ -105,7 +116,7 @@ impl Adapter {
         for (module, t) in &self.tensors {
             let shape = split(module)
                 .filter(|(layer, _)| *layer < config.n_layers)
-                .and_then(|(_, name)| module_shape(config, name));
+                .and_then(|(layer, name)| module_shape(config, layer, name));
             let Some((inputs, outputs)) = shape else {
                 return Err(AdapterError::UnknownModule { module: module.clone() });
             };

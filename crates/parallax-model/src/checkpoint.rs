@@ -15,7 +15,7 @@ use crate::{
     error::{OpenError, TemplateError, TokenizerError},
     options::WeightDtype,
     tokenizer::{Tokenizer, gguf::GgufVocabulary},
-    weights::{ROPE_FACTORS, Source, StoredDtype, WeightIndex, gguf::GgufFile, safetensors},
+    weights::{Source, StoredDtype, WeightIndex, gguf::GgufFile, is_rope_factors, safetensors},
 };
 
 /// Bytes of one tensor in one file.
@@ -63,6 +63,20 @@ const COMPANIONS: [&str; 7] = [
     "chat_template.jinja",
     "model.safetensors.index.json",
 ];
+
+/// A tensor of a checkpoint whose language model is nested beside other towers, under its plain name.
+fn language_model_name(name: &str) -> Option<String> {
+    for (nested, plain) in [
+        ("model.language_model.", "model."),
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+    ] {
+        if let Some(rest) = name.strip_prefix(nested) {
+            return Some(format!("{plain}{rest}"));
+        }
+    }
+    None
+}
 
 impl Checkpoint {
     /// Opens a `.gguf` file or a directory with config.json and safetensors.
@@ -141,6 +155,8 @@ impl Checkpoint {
         location: &Path,
     ) -> Result<Self, OpenError> {
         let mut config = ModelConfig::from_hf_json(&String::from_utf8_lossy(config))?;
+        let mut index = index;
+        index.rename(language_model_name);
         // generation_config.json knows end tokens that config.json does not.
         if let Some(more) = generation.and_then(|g| serde_json::from_slice::<serde_json::Value>(g).ok()) {
             let ids = match &more["eos_token_id"] {
@@ -243,7 +259,7 @@ impl Checkpoint {
         let wanted = |name: &str| match name {
             "model.embed_tokens.weight" => first || (last && self.config.tied_embeddings),
             "model.norm.weight" => last,
-            ROPE_FACTORS => true,
+            name if is_rope_factors(name) => true,
             "lm_head.weight" => last && !self.config.tied_embeddings,
             other => other
                 .strip_prefix("model.layers.")
@@ -324,12 +340,24 @@ impl Checkpoint {
         let mut hash = blake3::Hasher::new();
         hash.update(b"parallax checkpoint v1\0");
         hash.update(self.config.to_hf_json().to_string().as_bytes());
-        hash.update(format!("{:?}", self.config.rope_scaling).as_bytes());
         for (name, info) in &self.index.tensors {
             hash.update(format!("\0{name}\0{:?}\0{}\0", info.shape, info.dtype.name()).as_bytes());
             hash.update(&self.index.files[info.file].read(info.offset, info.len)?);
         }
         Ok(self.id.get_or_init(|| hash.finalize().to_hex().to_string()).clone())
+    }
+
+    /// Runs a LongRoPE model (Phi-3 with 128k tokens) beyond the context that it was first trained with, with the
+    /// frequencies for long texts for every position. Without this call such a model keeps to its original context,
+    /// where the frequencies for short texts hold: which of the two apply must not depend on a request. No effect on
+    /// other models.
+    ///
+    /// # Errors
+    /// The configuration does not allow it.
+    pub fn with_long_context(mut self) -> Result<Self, OpenError> {
+        self.config = self.config.with_long_context()?;
+        self.id = OnceLock::new();
+        Ok(self)
     }
 
     pub(crate) fn embedded(

@@ -1,17 +1,29 @@
-//! The shape of a model, from an HF config.json or from GGUF metadata; validated once, trusted afterwards.
+//! The shape of a model as data: read once from config.json or GGUF metadata, validated, trusted afterwards.
 //!
-//! Both sources end in the same [`ModelConfig`]; everything behind it never asks which file it came from.
+//! Both sources end in the same [`ModelConfig`]; everything behind it never asks which file it came from. GGUF
+//! metadata is first written as the config.json that it stands for, so that each architecture (`arch/`) reads one
+//! notation only.
 
+pub(crate) mod fields;
 mod from_gguf;
-mod from_hf;
+mod layer;
+mod rope;
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use crate::{error::ConfigError, options::WeightDtype};
+pub use layer::{
+    Activation, Attention, DenseMlp, HeadNorms, HeadSpan, LayerConfig, Mixer, Mlp, Norm, NormKind, Norms,
+    Projection,
+};
+pub use rope::{Rope, RopeScaling};
 
-/// Families with a forward pass here. What is special about each is in `family/`.
+use crate::{arch, error::ConfigError, options::WeightDtype};
+use fields::{Fields, invalid};
+
+/// Families with a forward pass here. What is special about each is in `arch/`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Family {
@@ -25,121 +37,47 @@ impl Family {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::Llama, Self::Qwen3];
 
-    /// `model_type` in config.json, `general.architecture` in GGUF.
+    /// `model_type` in config.json.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Qwen3 => "qwen3",
-        }
+        arch::of(self).name
     }
 
     /// Class name in config.json.
     pub fn hf_class(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Qwen3 => "Qwen3ForCausalLM",
-        }
+        arch::of(self).classes[0]
     }
 
-    /// The family of an architecture name in either notation.
+    /// The family of a class name or `model_type`.
     ///
     /// # Errors
     /// The architecture is not supported; the message lists those that are.
     pub fn from_architecture(architecture: &str) -> Result<Self, ConfigError> {
-        Self::ALL.into_iter().find(|f| f.name() == architecture || f.hf_class() == architecture).ok_or_else(
-            || ConfigError::UnknownArchitecture {
-                architecture: architecture.to_owned(),
-                supported: Self::ALL.map(|f| format!("{} ({})", f.name(), f.hf_class())).join(", "),
-            },
-        )
-    }
-
-    /// Whether queries and keys are normalised per head before rotation.
-    pub fn has_head_norms(self) -> bool {
-        matches!(self, Self::Qwen3)
-    }
-}
-
-/// How rotary frequencies are stretched past the length a model was trained on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum RopeScaling {
-    /// All positions divided by a factor.
-    Linear {
-        /// The divisor.
-        factor: f32,
-    },
-    /// Llama 3.1's: long wavelengths divided, short ones kept, a ramp between.
-    Llama3 {
-        /// Divisor of the long wavelengths.
-        factor: f32,
-        /// Wavelengths above `original_context / low_freq_factor` are divided.
-        low_freq_factor: f32,
-        /// Wavelengths below `original_context / high_freq_factor` are kept.
-        high_freq_factor: f32,
-        /// Context before stretching, in tokens.
-        original_context: usize,
-    },
-    /// One divisor per frequency, as GGUF files carry them (`rope_freqs.weight`). [D / 2]
-    Factors(Vec<f32>),
-}
-
-impl RopeScaling {
-    /// The divisor of each of the `head_dim / 2` frequencies.
-    pub fn factors(&self, head_dim: usize, theta: f32) -> Vec<f32> {
-        let half = head_dim / 2;
-        match self {
-            Self::Linear { factor } => vec![*factor; half],
-            Self::Factors(factors) => factors.clone(),
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                let context = *original_context as f64;
-                let (low, high) = (f64::from(*low_freq_factor), f64::from(*high_freq_factor));
-                let factor = f64::from(*factor);
-                (0..half)
-                    .map(|i| {
-                        let inv = f64::from(theta).powf(-((2 * i) as f64) / head_dim as f64);
-                        let wavelength = std::f64::consts::TAU / inv;
-                        if wavelength < context / high {
-                            1.0
-                        } else if wavelength > context / low {
-                            factor as f32
-                        } else {
-                            let smooth = (context / wavelength - low) / (high - low);
-                            (1.0 / ((1.0 - smooth) / factor + smooth)) as f32
-                        }
-                    })
-                    .collect()
-            }
-        }
+        Ok(arch::by_name(architecture)?.family)
     }
 }
 
 /// The shape of a model. Field letters as everywhere: H hidden, Q query heads, K key-value heads, D head
 /// dimension, V vocabulary, F feed-forward width.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// Which forward pass.
+    /// Which architecture described it.
     pub family: Family,
-    /// Decoder layers.
+    /// Decoder layers: the length of `layers`.
     pub n_layers: usize,
     /// H.
     pub hidden: usize,
-    /// F.
-    pub ffn: usize,
-    /// Q.
-    pub n_heads: usize,
-    /// K.
-    pub n_kv_heads: usize,
-    /// D.
-    pub head_dim: usize,
     /// V.
     pub vocab: usize,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f32,
-    /// Stretching of the rotary frequencies.
-    pub rope_scaling: Option<RopeScaling>,
-    /// Added to the mean square in RMS norms.
-    pub rms_eps: f32,
+    /// The decoder layers.
+    pub layers: Vec<LayerConfig>,
+    /// Factor of the embedding rows.
+    pub embedding_scale: f32,
+    /// The norm behind the last layer; its name is a whole one.
+    pub final_norm: Norm,
+    /// Factor of the logits.
+    pub logit_scale: f32,
+    /// Logits become cap · tanh(logit / cap).
+    pub logit_softcap: Option<f32>,
     /// Whether the output head is the embedding table.
     pub tied_embeddings: bool,
     /// Longest sequence, in tokens.
@@ -148,6 +86,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// Tokens that end a text; may be several.
     pub eos: Vec<u32>,
+    /// The config.json it was read from, or that stands for the GGUF metadata.
+    pub(crate) source: Value,
 }
 
 /// Upper bounds that keep sizes computed from a hostile file small enough to multiply.
@@ -161,7 +101,8 @@ impl ModelConfig {
     /// # Errors
     /// Not JSON, an unsupported architecture, a missing or impossible field.
     pub fn from_hf_json(text: &str) -> Result<Self, ConfigError> {
-        from_hf::parse(text)
+        let map: Map<String, Value> = serde_json::from_str(text)?;
+        Self::from_map(&text_model(map))
     }
 
     /// Reads the metadata of a GGUF file.
@@ -169,12 +110,48 @@ impl ModelConfig {
     /// # Errors
     /// An unsupported architecture, a missing or impossible field.
     pub fn from_gguf(file: &crate::weights::gguf::GgufFile) -> Result<Self, ConfigError> {
-        from_gguf::parse(file)
+        Self::from_map(&from_gguf::fields(file)?)
     }
 
-    /// The config.json that describes this model.
-    pub fn to_hf_json(&self) -> serde_json::Value {
-        from_hf::write(self)
+    fn from_map(map: &Map<String, Value>) -> Result<Self, ConfigError> {
+        let class = map.get("architectures").and_then(|a| a.get(0)).or_else(|| map.get("model_type"));
+        let class = class.and_then(Value::as_str);
+        let class = class.ok_or_else(|| ConfigError::Missing { field: "architectures".to_owned() })?;
+        let config = (arch::by_name(class)?.describe)(&Fields(map))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The config.json that describes this model, with weights stored in f32.
+    pub fn to_hf_json(&self) -> Value {
+        let mut json = self.source.clone();
+        let eos = if self.eos.len() == 1 { self.eos[0].into() } else { self.eos.clone().into() };
+        for (name, value) in [
+            ("tie_word_embeddings", Value::from(self.tied_embeddings)),
+            ("bos_token_id", self.bos.into()),
+            ("eos_token_id", eos),
+            ("torch_dtype", "float32".into()),
+        ] {
+            json[name] = value;
+        }
+        if let Some(map) = json.as_object_mut() {
+            map.remove("dtype");
+            map.remove("quantization_config");
+        }
+        json
+    }
+
+    /// The same model run with its longest context, where that changes rotary frequencies (LongRoPE).
+    ///
+    /// # Errors
+    /// The longest context is out of range.
+    pub fn with_long_context(&self) -> Result<Self, ConfigError> {
+        let Value::Object(mut map) = self.source.clone() else { return Ok(self.clone()) };
+        if let Some(longest) = map.get("max_position_embeddings").cloned() {
+            map.insert(fields::CONTEXT.to_owned(), longest);
+        }
+        let config = Self::from_map(&map)?;
+        Ok(Self { eos: self.eos.clone(), tied_embeddings: self.tied_embeddings, ..config })
     }
 
     /// Checks every number against the others.
@@ -182,98 +159,49 @@ impl ModelConfig {
     /// # Errors
     /// The first field that cannot be right.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let bad = |field: &str, value: String, reason: &str| {
-            Err(ConfigError::Invalid { field: field.to_owned(), value, reason: reason.to_owned() })
-        };
-        let sizes = [
-            ("n_layers", self.n_layers, MAX_LAYERS),
-            ("hidden", self.hidden, MAX_DIM),
-            ("ffn", self.ffn, MAX_DIM),
-            ("n_heads", self.n_heads, MAX_DIM),
-            ("n_kv_heads", self.n_kv_heads, MAX_DIM),
-            ("head_dim", self.head_dim, MAX_DIM),
-            ("vocab", self.vocab, MAX_DIM * 4),
-            ("max_context", self.max_context, MAX_CONTEXT),
-        ];
-        for (name, value, max) in sizes {
-            if value == 0 || value > max {
-                return bad(name, value.to_string(), &format!("it must be within 1..={max}"));
-            }
+        size("num_hidden_layers", self.n_layers, MAX_LAYERS)?;
+        size("hidden_size", self.hidden, MAX_DIM)?;
+        size("vocab_size", self.vocab, MAX_DIM * 4)?;
+        size("max_position_embeddings", self.max_context, MAX_CONTEXT)?;
+        if self.layers.len() != self.n_layers {
+            return Err(invalid("layers", self.layers.len(), "there must be n_layers of them"));
         }
-        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
-            return bad(
-                "n_kv_heads",
-                self.n_kv_heads.to_string(),
-                "it must divide the number of query heads",
-            );
+        for layer in &self.layers {
+            validate_layer(layer)?;
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return bad("head_dim", self.head_dim.to_string(), "rotation works on pairs, it must be even");
-        }
-        if self.n_heads.saturating_mul(self.head_dim) > MAX_DIM {
-            return bad("head_dim", self.head_dim.to_string(), "query width is out of range");
-        }
-        if !(self.rope_theta.is_finite() && self.rope_theta > 1.0) {
-            return bad("rope_theta", self.rope_theta.to_string(), "it must be finite and above 1");
-        }
-        if !(self.rms_eps.is_finite() && self.rms_eps > 0.0 && self.rms_eps < 1.0) {
-            return bad("rms_eps", self.rms_eps.to_string(), "it must be within 0..1");
-        }
-        match &self.rope_scaling {
-            Some(RopeScaling::Linear { factor }) if !(factor.is_finite() && *factor > 0.0) => {
-                return bad("rope_scaling.factor", factor.to_string(), "it must be positive");
-            }
-            Some(RopeScaling::Factors(f)) if f.len() != self.head_dim / 2 => {
-                return bad("rope factors", f.len().to_string(), "one per pair of the head dimension");
-            }
-            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context })
-                if !(*factor > 0.0
-                    && *low_freq_factor > 0.0
-                    && high_freq_factor > low_freq_factor
-                    && *original_context > 0) =>
-            {
-                return bad(
-                    "rope_scaling",
-                    format!("{:?}", self.rope_scaling),
-                    "factors must be positive and ordered",
-                );
-            }
-            _ => {}
+        validate_norm(&self.final_norm)?;
+        for (name, value) in [
+            ("embedding scale", self.embedding_scale),
+            ("logit scale", self.logit_scale),
+            ("logit softcap", self.logit_softcap.unwrap_or(1.0)),
+        ] {
+            positive(name, value)?;
         }
         for id in self.eos.iter().chain(self.bos.iter()) {
             if *id as usize >= self.vocab {
-                return bad("bos/eos token", id.to_string(), "it is outside the vocabulary");
+                return Err(invalid("bos/eos token", id, "it is outside the vocabulary"));
             }
         }
         Ok(())
     }
 
-    /// Width of the queries: Q * D.
-    pub fn q_width(&self) -> usize {
-        self.n_heads * self.head_dim
-    }
-
-    /// Width of the keys, and of the values: K * D.
-    pub fn kv_width(&self) -> usize {
-        self.n_kv_heads * self.head_dim
-    }
-
-    /// Parameters of one decoder layer.
+    /// Parameters of the largest decoder layer.
     pub fn layer_parameters(&self) -> u64 {
-        let (h, f) = (self.hidden as u64, self.ffn as u64);
-        let (q, kv) = (self.q_width() as u64, self.kv_width() as u64);
-        let head_norms = if self.family.has_head_norms() { 2 * self.head_dim as u64 } else { 0 };
-        h * q * 2 + h * kv * 2 + 3 * h * f + 2 * h + head_norms
+        self.layers.iter().map(|l| self.parameters_of(l)).max().unwrap_or(0)
+    }
+
+    fn parameters_of(&self, layer: &LayerConfig) -> u64 {
+        layer.matrix_parameters(self.hidden) + layer.vector_parameters(self.hidden)
     }
 
     /// Parameters of the whole model; a tied head counts once.
     pub fn parameters(&self) -> u64 {
         let table = self.vocab as u64 * self.hidden as u64;
         let tables = if self.tied_embeddings { table } else { 2 * table };
-        self.layer_parameters() * self.n_layers as u64 + tables + self.hidden as u64
+        self.layers.iter().map(|l| self.parameters_of(l)).sum::<u64>() + tables + self.hidden as u64
     }
 
-    /// Bytes of one decoder layer in memory.
+    /// Bytes of the largest decoder layer in memory.
     pub fn layer_bytes(&self, dtype: WeightDtype) -> u64 {
         dtype.bytes(self.layer_parameters())
     }
@@ -292,42 +220,89 @@ impl ModelConfig {
             (true, true) if self.tied_embeddings => 1,
             _ => u64::from(first) + u64::from(last),
         };
-        layers.len() as u64 * self.layer_bytes(dtype) + tables * self.table_bytes(dtype)
+        let held = self.layers.get(layers.start..layers.end.min(self.n_layers)).unwrap_or_default();
+        held.iter().map(|l| dtype.bytes(self.parameters_of(l))).sum::<u64>()
+            + tables * self.table_bytes(dtype)
     }
 
-    /// Key-value bytes of one token in one layer, stored as f32.
+    /// Key-value bytes of one token in the layer that stores most, as f32.
     pub fn kv_bytes_per_token_layer(&self) -> u64 {
-        2 * self.kv_width() as u64 * 4
+        self.layers.iter().map(LayerConfig::stored_per_token).max().unwrap_or(0) as u64 * 4
+    }
+}
+
+/// The language model of a config.json that nests it beside a vision or audio tower.
+fn text_model(mut map: Map<String, Value>) -> Map<String, Value> {
+    let Some(Value::Object(text)) = map.remove("text_config") else { return map };
+    map.retain(|name, _| !name.ends_with("_config"));
+    let class = map.get("architectures").cloned();
+    map.extend(text);
+    // The outer class is the one that the checkpoint names its tensors by.
+    map.extend(class.map(|class| ("architectures".to_owned(), class)));
+    map
+}
+
+fn size(name: &str, value: usize, max: usize) -> Result<(), ConfigError> {
+    if value == 0 || value > max {
+        return Err(invalid(name, value, &format!("it must be within 1..={max}")));
+    }
+    Ok(())
+}
+
+fn positive(name: &str, value: f32) -> Result<(), ConfigError> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(invalid(name, value, "it must be positive"))
+}
+
+fn validate_norm(norm: &Norm) -> Result<(), ConfigError> {
+    if norm.eps.is_finite() && norm.eps > 0.0 && norm.eps < 1.0 {
+        return Ok(());
+    }
+    Err(invalid("rms_norm_eps", norm.eps, "it must be within 0..1"))
+}
+
+fn validate_layer(layer: &LayerConfig) -> Result<(), ConfigError> {
+    let norms = [&layer.mixer_norms, &layer.mlp_norms].into_iter().flat_map(|n| [n.before, n.after]);
+    norms.flatten().try_for_each(|norm| validate_norm(&norm))?;
+    positive("residual scale", layer.residual_scale)?;
+    match &layer.mixer {
+        Mixer::Attention(attention) => validate_attention(attention)?,
+    }
+    match &layer.mlp {
+        Mlp::Dense(mlp) => size("intermediate_size", mlp.ffn, MAX_DIM),
+    }
+}
+
+fn validate_attention(a: &Attention) -> Result<(), ConfigError> {
+    size("num_attention_heads", a.n_heads, MAX_DIM)?;
+    size("num_key_value_heads", a.n_kv_heads, MAX_DIM)?;
+    size("head_dim", a.head_dim, MAX_DIM)?;
+    if !a.n_heads.is_multiple_of(a.n_kv_heads) {
+        return Err(invalid("num_key_value_heads", a.n_kv_heads, "it must divide the number of query heads"));
+    }
+    if a.n_heads.saturating_mul(a.head_dim) > MAX_DIM {
+        return Err(invalid("head_dim", a.head_dim, "query width is out of range"));
+    }
+    positive("attention scale", a.scale)?;
+    positive("attention softcap", a.softcap.unwrap_or(1.0))?;
+    size("sliding_window", a.window.unwrap_or(1), MAX_CONTEXT)?;
+    let norms = a.head_norms.into_iter().flat_map(|n| [n.q, n.k]);
+    norms.into_iter().try_for_each(|norm| validate_norm(&norm))?;
+    let Some(rope) = &a.rope else { return Ok(()) };
+    if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > a.head_dim {
+        let reason = "rotation works on pairs: the rotated part must be even and within the head";
+        return Err(invalid("head_dim", format!("{} of {}", rope.dims, a.head_dim), reason));
+    }
+    if !(rope.theta.is_finite() && rope.theta > 1.0) {
+        return Err(invalid("rope_theta", rope.theta, "it must be finite and above 1"));
+    }
+    match rope.scaling.as_ref().and_then(|s| s.fault(rope.dims)) {
+        Some(fault) => Err(invalid("rope_scaling", format!("{:?}", rope.scaling), fault)),
+        None => Ok(()),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn llama3_scaling_keeps_short_waves_and_divides_long_ones() {
-        let s = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_context: 8192,
-        };
-        let f = s.factors(128, 500_000.0);
-        assert_eq!((f[0], f[63]), (1.0, 8.0));
-        assert!(f.windows(2).all(|w| w[0] <= w[1]));
-        assert!(f.iter().any(|x| *x > 1.0 && *x < 8.0));
-    }
-
-    #[test]
-    fn unknown_architecture_is_named_with_the_supported_ones() {
-        let text =
-            ModelConfig::from_hf_json(r#"{"architectures":["MambaForCausalLM"],"model_type":"mamba"}"#)
-                .unwrap_err()
-                .to_string();
-        assert!(
-            text.contains("MambaForCausalLM") && text.contains("llama") && text.contains("qwen3"),
-            "{text}"
-        );
-    }
-}
+mod tests;

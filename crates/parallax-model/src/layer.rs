@@ -1,6 +1,6 @@
-//! The one decoder layer: inference and training, every family, every device run this function.
+//! A decoder layer as the configuration describes it: inference and training, every family, every device run this.
 //!
-//! x ── norm ── qkv ── rotate, attend ── o ──(+)── norm ── gate, up ── silu·mul ── down ──(+)──
+//! x ── norm ── mixer ── norm ──(+)── norm ── feed-forward ── norm ──(+)──      (of the norms, those that it has)
 //!
 //! The hidden state is a Burn tensor [T, H]; `route` says whether an operation runs on our kernels or is
 //! composed of Burn operations.
@@ -10,10 +10,10 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{
-    config::ModelConfig,
+    config::{Activation, ModelConfig},
     error::ForwardError,
     ops::{
-        activation::SiluMul,
+        activation::GatedMul,
         attention::{Geometry, KvStore, PackedAttention, PagedAttention, PagedRows},
         composed,
         embedding::Embedding,
@@ -54,22 +54,42 @@ pub(crate) struct LoraPart {
     pub(crate) offset: usize,
 }
 
-/// A linear layer with its adapters.
+/// A linear layer with its bias and its adapters.
 #[derive(Clone, Debug)]
 pub(crate) struct Linear {
     pub(crate) weight: LinearWeight,
+    /// [N]
+    pub(crate) bias: Option<Tensor<1>>,
     pub(crate) lora: Vec<LoraPart>,
 }
 
 impl Linear {
+    /// Without bias and adapters.
+    pub(crate) fn bare(weight: LinearWeight) -> Self {
+        Self { weight, bias: None, lora: Vec::new() }
+    }
+
     pub(crate) fn forward(&self, x: &Tensor<2>, route: Route) -> Tensor<2> {
-        let base = match (&self.weight, route) {
-            (LinearWeight::Packed(weight), _) => run1(x.clone(), Frozen(Arc::clone(weight))),
-            (LinearWeight::Dense(weight), Route::Kernels) => {
-                let [n, k] = weight.dims();
-                run2(x.clone(), weight.clone(), Dense { n, k })
+        let x = x.clone();
+        let base = match (&self.weight, &self.bias, route) {
+            (LinearWeight::Packed(weight), None, _) => run1(x.clone(), Frozen(Arc::clone(weight))),
+            (LinearWeight::Packed(weight), Some(bias), _) => {
+                run2(x.clone(), bias.clone(), Frozen(Arc::clone(weight)))
             }
-            (LinearWeight::Dense(weight), Route::Composed) => composed::linear(x.clone(), weight.clone()),
+            (LinearWeight::Dense(weight), bias, Route::Kernels) => {
+                let [n, k] = weight.dims();
+                match bias {
+                    None => run2(x.clone(), weight.clone(), Dense { n, k }),
+                    Some(bias) => run3(x.clone(), weight.clone(), bias.clone(), Dense { n, k }),
+                }
+            }
+            (LinearWeight::Dense(weight), bias, Route::Composed) => {
+                let y = composed::linear(x.clone(), weight.clone());
+                match bias {
+                    None => y,
+                    Some(bias) => y + bias.clone().unsqueeze(),
+                }
+            }
         };
         self.lora.iter().fold(base, |y, part| match route {
             Route::Kernels => {
@@ -82,23 +102,88 @@ impl Linear {
     }
 }
 
+/// An RMS norm of rows; a stored `1 + w` is added up in the weight.
+#[derive(Clone, Debug)]
+pub(crate) struct NormWeights {
+    /// [H]
+    pub(crate) weight: Tensor<1>,
+    pub(crate) eps: f32,
+}
+
+impl NormWeights {
+    pub(crate) fn forward(&self, x: Tensor<2>, route: Route) -> Tensor<2> {
+        match route {
+            Route::Kernels => run2(x, self.weight.clone(), RmsNorm { eps: self.eps }),
+            Route::Composed => composed::rms_norm(x, self.weight.clone(), self.eps),
+        }
+    }
+}
+
+/// The norms around one part of a layer.
+#[derive(Clone, Debug)]
+pub(crate) struct AroundWeights {
+    pub(crate) before: Option<NormWeights>,
+    pub(crate) after: Option<NormWeights>,
+}
+
 /// Weights of one layer.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerWeights {
-    /// [H]
-    pub(crate) input_norm: Tensor<1>,
+    pub(crate) mixer_norms: AroundWeights,
+    pub(crate) mixer: MixerWeights,
+    pub(crate) mlp_norms: AroundWeights,
+    pub(crate) mlp: MlpWeights,
+    pub(crate) residual_scale: f32,
+}
+
+/// How rows see each other.
+#[derive(Clone, Debug)]
+pub(crate) enum MixerWeights {
+    Attention(AttentionWeights),
+}
+
+/// The feed-forward part.
+#[derive(Clone, Debug)]
+pub(crate) enum MlpWeights {
+    Dense(DenseMlpWeights),
+}
+
+/// Causal attention with grouped keys.
+#[derive(Clone, Debug)]
+pub(crate) struct AttentionWeights {
+    pub(crate) geometry: Arc<Geometry>,
     /// [(Q + 2K)·D, H]
     pub(crate) qkv: Linear,
-    /// Query and key norms, [D] each (Qwen3).
-    pub(crate) head_norms: Option<(Tensor<1>, Tensor<1>)>,
+    /// Of queries and keys: [D] each, or [Q·D] and [K·D].
+    pub(crate) head_norms: Option<[NormWeights; 2]>,
     /// [H, Q·D]
     pub(crate) o: Linear,
-    /// [H]
-    pub(crate) post_norm: Tensor<1>,
+}
+
+/// activation(gate) · up, down.
+#[derive(Clone, Debug)]
+pub(crate) struct DenseMlpWeights {
     /// [2F, H]
     pub(crate) gate_up: Linear,
     /// [H, F]
     pub(crate) down: Linear,
+    pub(crate) activation: Activation,
+}
+
+impl LayerWeights {
+    /// Its linear layers, in a fixed order.
+    pub(crate) fn linears(&self) -> Vec<&Linear> {
+        let MixerWeights::Attention(a) = &self.mixer;
+        let MlpWeights::Dense(m) = &self.mlp;
+        vec![&a.qkv, &a.o, &m.gate_up, &m.down]
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let MixerWeights::Attention(a) = &mut self.mixer;
+        let MlpWeights::Dense(m) = &mut self.mlp;
+        vec![&mut a.qkv, &mut a.o, &mut m.gate_up, &mut m.down]
+    }
 }
 
 /// What rows attend to.
@@ -110,15 +195,7 @@ pub(crate) enum Attend {
     Packed { positions: Arc<Vec<u32>>, cu_seqlens: Arc<Vec<u32>> },
 }
 
-/// Everything the layers of a model share.
-#[derive(Clone, Debug)]
-pub(crate) struct Shared {
-    pub(crate) route: Route,
-    pub(crate) geometry: Arc<Geometry>,
-    pub(crate) eps: f32,
-}
-
-/// Rows of the embedding table, [T, H], without gradient for packed tables.
+/// Rows of the embedding table, [T, H], scaled as the configuration says; without gradient for packed tables.
 ///
 /// # Errors
 /// An id outside the vocabulary.
@@ -126,14 +203,14 @@ pub(crate) fn embed(
     table: &LinearWeight,
     tokens: &[u32],
     config: &ModelConfig,
-    shared: &Shared,
+    route: Route,
     device: &Device,
 ) -> Result<Tensor<2>, ForwardError> {
     let (vocab, hidden) = (config.vocab, config.hidden);
     if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
         return Err(ForwardError::Token { id: *id, vocab });
     }
-    Ok(match (table, shared.route) {
+    let rows = match (table, route) {
         (LinearWeight::Packed(packed), _) => {
             let mut rows = vec![0.0; tokens.len() * hidden];
             for (row, id) in rows.chunks_exact_mut(hidden).zip(tokens) {
@@ -151,20 +228,18 @@ pub(crate) fn embed(
             let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [tokens.len()]), device);
             table.clone().select(0, ids)
         }
-    })
+    };
+    Ok(scaled(rows, config.embedding_scale))
 }
 
-/// RMS norm of rows.
-pub(crate) fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, shared: &Shared) -> Tensor<2> {
-    match shared.route {
-        Route::Kernels => run2(x, weight.clone(), RmsNorm { eps: shared.eps }),
-        Route::Composed => composed::rms_norm(x, weight.clone(), shared.eps),
-    }
+/// x · factor; x itself when the factor is 1.
+fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
+    if factor.to_bits() == 1.0f32.to_bits() { x } else { x.mul_scalar(factor) }
 }
 
-fn attention(qkv: Tensor<2>, index: usize, attend: &Attend, shared: &Shared) -> Tensor<2> {
-    let geometry = Arc::clone(&shared.geometry);
-    match (attend, shared.route) {
+fn attend_rows(qkv: Tensor<2>, g: &Arc<Geometry>, index: usize, attend: &Attend, route: Route) -> Tensor<2> {
+    let geometry = Arc::clone(g);
+    match (attend, route) {
         (Attend::Paged { store, rows }, Route::Kernels) => {
             let (store, rows) = (Arc::clone(store), Arc::clone(rows));
             run1(qkv, PagedAttention { geometry, store, layer: index, rows })
@@ -182,34 +257,66 @@ fn attention(qkv: Tensor<2>, index: usize, attend: &Attend, shared: &Shared) -> 
     }
 }
 
+impl AttentionWeights {
+    fn forward(&self, x: &Tensor<2>, index: usize, attend: &Attend, route: Route) -> Tensor<2> {
+        let g = &self.geometry;
+        let mut qkv = self.qkv.forward(x, route);
+        if let Some([q, k]) = &self.head_norms {
+            let eps = [q.eps, k.eps];
+            qkv = match route {
+                Route::Kernels => {
+                    let (n_heads, n_kv_heads, head_dim) = (g.n_heads, g.n_kv_heads, g.head_dim);
+                    let op = HeadNorms { n_heads, n_kv_heads, head_dim, eps };
+                    run3(qkv, q.weight.clone(), k.weight.clone(), op)
+                }
+                Route::Composed => composed::head_norms(&qkv, &q.weight, &k.weight, g, eps),
+            };
+        }
+        self.o.forward(&attend_rows(qkv, g, index, attend, route), route)
+    }
+}
+
+impl DenseMlpWeights {
+    fn forward(&self, x: &Tensor<2>, route: Route) -> Tensor<2> {
+        let gate_up = self.gate_up.forward(x, route);
+        let (activation, ffn) = (self.activation, gate_up.dims()[1] / 2);
+        let inner = match route {
+            Route::Kernels => run1(gate_up, GatedMul { activation, ffn }),
+            Route::Composed => composed::gated_mul(activation, gate_up),
+        };
+        self.down.forward(&inner, route)
+    }
+}
+
+/// x with a part of the layer added, between its norms.
+fn residual(
+    x: Tensor<2>,
+    norms: &AroundWeights,
+    scale: f32,
+    route: Route,
+    part: impl FnOnce(&Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    let normed = |x: Tensor<2>, norm: &Option<NormWeights>| match norm {
+        None => x,
+        Some(norm) => norm.forward(x, route),
+    };
+    let result = normed(part(&normed(x.clone(), &norms.before)), &norms.after);
+    x + scaled(result, scale)
+}
+
 /// One layer. `index` counts within the stage.
 pub(crate) fn forward(
     weights: &LayerWeights,
     x: Tensor<2>,
     index: usize,
     attend: &Attend,
-    shared: &Shared,
+    route: Route,
 ) -> Tensor<2> {
-    let route = shared.route;
-    let mut qkv = weights.qkv.forward(&rms_norm(x.clone(), &weights.input_norm, shared), route);
-    if let Some((q_norm, k_norm)) = &weights.head_norms {
-        let g = &shared.geometry;
-        qkv = match route {
-            Route::Kernels => {
-                let (n_heads, n_kv_heads, head_dim) = (g.n_heads, g.n_kv_heads, g.head_dim);
-                let op = HeadNorms { n_heads, n_kv_heads, head_dim, eps: shared.eps };
-                run3(qkv, q_norm.clone(), k_norm.clone(), op)
-            }
-            Route::Composed => composed::head_norms(&qkv, q_norm, k_norm, g, shared.eps),
-        };
-    }
-    let attended = attention(qkv, index, attend, shared);
-    let x = x + weights.o.forward(&attended, route);
-    let gate_up = weights.gate_up.forward(&rms_norm(x.clone(), &weights.post_norm, shared), route);
-    let ffn = gate_up.dims()[1] / 2;
-    let inner = match route {
-        Route::Kernels => run1(gate_up, SiluMul { ffn }),
-        Route::Composed => composed::silu_mul(gate_up),
-    };
-    x + weights.down.forward(&inner, route)
+    let scale = weights.residual_scale;
+    let x = residual(x, &weights.mixer_norms, scale, route, |x| match &weights.mixer {
+        MixerWeights::Attention(attention) => attention.forward(x, index, attend, route),
+    });
+    residual(x, &weights.mlp_norms, scale, route, |x| match &weights.mlp {
+        MlpWeights::Dense(mlp) => mlp.forward(x, route),
+    })
 }

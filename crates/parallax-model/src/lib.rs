@@ -17,10 +17,11 @@
 //! ```
 //!
 //! # Map
-//! - [`config`]: `ModelConfig` from config.json or GGUF metadata, validated; [`catalogue`]: known checkpoints
+//! - [`config`]: a model's layers as data, from config.json or GGUF metadata; `arch/`: what is special about each
+//!   architecture, one short file each; [`catalogue`]: known checkpoints
 //! - `checkpoint`: one checkpoint, whatever its container; `weights/`: GGUF, safetensors, names
 //! - [`tokenizer`], [`chat_template`]: text <-> tokens, messages -> prompt
-//! - `layer`: the one decoder layer; `ops/`: the hot operations as Burn extension ops, and composed of Burn's own
+//! - `layer`: runs any layer that the configuration describes; `ops/`: the hot operations as Burn extension ops, and composed of Burn's own
 //! - `load`: weights packed for the kernels; `stage`: what one node holds; `train`: the same layers with gradients
 //! - `adapter`: LoRA adapters, PEFT names; [`logprob`]: the one log-probability
 
@@ -33,6 +34,7 @@
 )]
 
 mod adapter;
+mod arch;
 pub mod catalogue;
 pub mod chat_template;
 mod checkpoint;
@@ -62,7 +64,7 @@ pub mod weights;
 pub use adapter::{Adapter, LoraTensors};
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use checkpoint::{Checkpoint, TensorSpan};
-pub use config::{Family, ModelConfig, RopeScaling};
+pub use config::{Family, LayerConfig, ModelConfig, RopeScaling};
 pub use error::{
     AdapterError, ConfigError, ForwardError, LoadError, OpenError, SaveError, TemplateError, TokenizerError,
 };

@@ -4,14 +4,26 @@ use std::{ops::Range, sync::Arc};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::bf16;
-use parallax_kernels::{KernelError, PackedWeight, WeightKind, rope::RopeTable};
+use parallax_kernels::{
+    KernelError, PackedWeight, WeightKind,
+    rope::{RopeLayout, RopeTable},
+};
 
 use crate::{
     adapter::{Adapter, module_shape, split},
-    config::ModelConfig,
+    config::{
+        Attention, DenseMlp, HeadSpan, LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Norms,
+        Projection, Rope,
+    },
     error::{AdapterError, LoadError, OpenError},
-    layer::{LayerWeights, Linear, LinearWeight, LoraPart, Route, Shared},
-    ops::{attention::Geometry, linear::FrozenLinear},
+    layer::{
+        AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight, LoraPart,
+        MixerWeights, MlpWeights, NormWeights, Route,
+    },
+    ops::{
+        attention::{Geometry, Rotation},
+        linear::FrozenLinear,
+    },
     options::WeightDtype,
     weights::{StoredDtype, WeightIndex},
 };
@@ -27,26 +39,57 @@ pub(crate) struct Loader<'a> {
     pub(crate) keep_dense: bool,
 }
 
-/// HF name of a layer's tensor.
-pub(crate) fn layer_name(layer: usize, module: &str) -> String {
-    format!("model.layers.{layer}.{module}.weight")
+/// HF name of a layer's tensor; `tensor` is a module with `.weight` or `.bias`.
+pub(crate) fn layer_name(layer: usize, tensor: &str) -> String {
+    format!("model.layers.{layer}.{tensor}")
 }
 
-/// What the layers of a model share. `max_pos` bounds the rotary table.
-pub(crate) fn shared(config: &ModelConfig, route: Route, max_pos: usize) -> Result<Shared, LoadError> {
-    let factors = config.rope_scaling.as_ref().map(|s| s.factors(config.head_dim, config.rope_theta));
-    let theta = f64::from(config.rope_theta);
-    let rope = RopeTable::new(config.head_dim, theta, factors.as_deref(), max_pos.min(config.max_context))
-        .map_err(|e| LoadError::Pack { name: "rotary table".to_owned(), reason: e.to_string() })?;
-    let frequencies = (0..config.head_dim / 2)
-        .map(|i| {
-            let f = theta.powf(-((2 * i) as f64) / config.head_dim as f64) as f32;
-            factors.as_ref().map_or(f, |factors| f / factors[i])
-        })
-        .collect();
-    let (n_heads, n_kv_heads, head_dim) = (config.n_heads, config.n_kv_heads, config.head_dim);
-    let geometry = Geometry { n_heads, n_kv_heads, head_dim, rope, frequencies };
-    Ok(Shared { route, geometry: Arc::new(geometry), eps: config.rms_eps })
+/// The rotations of a model's layers, each made once.
+#[derive(Debug)]
+pub(crate) struct Rotations {
+    /// First position without an entry.
+    max_pos: usize,
+    made: Vec<(Rope, usize, Arc<Rotation>)>,
+}
+
+impl Rotations {
+    /// For positions of at most this many tokens.
+    pub(crate) fn new(config: &ModelConfig, max_pos: usize) -> Self {
+        Self { max_pos: max_pos.min(config.max_context), made: Vec::new() }
+    }
+
+    fn get(&mut self, rope: &Rope, head_dim: usize) -> Result<Arc<Rotation>, LoadError> {
+        if let Some((.., made)) = self.made.iter().find(|(r, d, _)| r == rope && *d == head_dim) {
+            return Ok(Arc::clone(made));
+        }
+        let (frequencies, magnitude) = (rope.frequencies(), rope.magnitude());
+        let interleaved = rope.interleaved;
+        let layout = RopeLayout { head_dim, interleaved, magnitude };
+        let table = RopeTable::new(layout, &frequencies, self.max_pos)
+            .map_err(|e| LoadError::Pack { name: "rotary table".to_owned(), reason: e.to_string() })?;
+        let rotation = Arc::new(Rotation { table, interleaved, magnitude, frequencies });
+        self.made.push((rope.clone(), head_dim, Arc::clone(&rotation)));
+        Ok(rotation)
+    }
+
+    /// What a layer's attention does besides its linear layers.
+    pub(crate) fn geometry(
+        &mut self,
+        a: &Attention,
+        sinks: Option<Vec<f32>>,
+    ) -> Result<Arc<Geometry>, LoadError> {
+        let rope = a.rope.as_ref().map(|rope| self.get(rope, a.head_dim)).transpose()?;
+        Ok(Arc::new(Geometry {
+            n_heads: a.n_heads,
+            n_kv_heads: a.n_kv_heads,
+            head_dim: a.head_dim,
+            rope,
+            scale: a.scale,
+            window: a.window,
+            softcap: a.softcap,
+            sinks,
+        }))
+    }
 }
 
 impl Loader<'_> {
@@ -54,9 +97,18 @@ impl Loader<'_> {
         Tensor::from_data(TensorData::new(values, shape), &self.device)
     }
 
-    /// A norm weight.
-    pub(crate) fn vector(&self, name: &str, n: usize) -> Result<Tensor<1>, LoadError> {
-        Ok(self.tensor(self.index.read_shaped(name, &[n])?, [n]))
+    /// A norm of `n` elements, by the module that it is.
+    pub(crate) fn norm(&self, module: &str, norm: &Norm, n: usize) -> Result<NormWeights, LoadError> {
+        let mut values = self.index.read_shaped(&format!("{module}.weight"), &[n])?;
+        if norm.kind == NormKind::RmsPlusOne {
+            values.iter_mut().for_each(|v| *v += 1.0);
+        }
+        Ok(NormWeights { weight: self.tensor(values, [n]), eps: norm.eps })
+    }
+
+    /// The norm behind the last layer.
+    pub(crate) fn final_norm(&self) -> Result<NormWeights, LoadError> {
+        self.norm(self.config.final_norm.name, &self.config.final_norm, self.config.hidden)
     }
 
     fn pack_f32(&self, name: &str, values: &[f32], n: usize, k: usize) -> Result<PackedWeight, LoadError> {
@@ -147,31 +199,90 @@ impl Loader<'_> {
         .map_err(|e| pack_error(name, &e))
     }
 
-    /// All weights of a layer.
-    pub(crate) fn layer(&self, layer: usize) -> Result<LayerWeights, LoadError> {
-        let c = self.config;
-        let name = |module: &str| layer_name(layer, module);
-        let bare = |weight| Linear { weight, lora: Vec::new() };
-        let head_norms = if c.family.has_head_norms() {
-            let q = self.vector(&name("self_attn.q_norm"), c.head_dim)?;
-            Some((q, self.vector(&name("self_attn.k_norm"), c.head_dim)?))
-        } else {
-            None
+    /// A layer's linear layer: `rows` of each stored tensor, or of all of them where one tensor stacks them.
+    fn projection(
+        &self,
+        layer: usize,
+        p: &Projection,
+        rows: &[usize],
+        k: usize,
+    ) -> Result<Linear, LoadError> {
+        let stacked = [rows.iter().sum()];
+        let rows = if p.names.len() == rows.len() { rows } else { stacked.as_slice() };
+        let named = |kind: &str| -> Vec<(String, usize)> {
+            let full = |(name, n): (&&str, &usize)| (layer_name(layer, &format!("{name}.{kind}")), *n);
+            p.names.iter().zip(rows).map(full).collect()
         };
-        let qkv = [
-            (name("self_attn.q_proj"), c.q_width()),
-            (name("self_attn.k_proj"), c.kv_width()),
-            (name("self_attn.v_proj"), c.kv_width()),
-        ];
-        let gate_up = [(name("mlp.gate_proj"), c.ffn), (name("mlp.up_proj"), c.ffn)];
+        let weight = self.linear(&named("weight"), k)?;
+        if !p.bias {
+            return Ok(Linear::bare(weight));
+        }
+        let mut bias = Vec::new();
+        for (name, n) in named("bias") {
+            bias.extend(self.index.read_shaped(&name, &[n])?);
+        }
+        let n = bias.len();
+        Ok(Linear { bias: Some(self.tensor(bias, [n])), ..Linear::bare(weight) })
+    }
+
+    fn norms(&self, layer: usize, norms: &Norms) -> Result<AroundWeights, LoadError> {
+        let read = |norm: Option<Norm>| {
+            norm.map(|norm| self.norm(&layer_name(layer, norm.name), &norm, self.config.hidden)).transpose()
+        };
+        Ok(AroundWeights { before: read(norms.before)?, after: read(norms.after)? })
+    }
+
+    /// All weights of a layer.
+    pub(crate) fn layer(&self, layer: usize, rotations: &mut Rotations) -> Result<LayerWeights, LoadError> {
+        let c: &LayerConfig = &self.config.layers[layer];
         Ok(LayerWeights {
-            input_norm: self.vector(&name("input_layernorm"), c.hidden)?,
-            qkv: bare(self.linear(&qkv, c.hidden)?),
+            mixer_norms: self.norms(layer, &c.mixer_norms)?,
+            mixer: match &c.mixer {
+                Mixer::Attention(a) => MixerWeights::Attention(self.attention(layer, a, rotations)?),
+            },
+            mlp_norms: self.norms(layer, &c.mlp_norms)?,
+            mlp: match &c.mlp {
+                Mlp::Dense(m) => MlpWeights::Dense(self.dense_mlp(layer, m)?),
+            },
+            residual_scale: c.residual_scale,
+        })
+    }
+
+    fn attention(
+        &self,
+        layer: usize,
+        a: &Attention,
+        rotations: &mut Rotations,
+    ) -> Result<AttentionWeights, LoadError> {
+        let hidden = self.config.hidden;
+        let sinks =
+            a.sinks.map(|name| self.index.read_shaped(&layer_name(layer, name), &[a.n_heads])).transpose()?;
+        let head_norms = match &a.head_norms {
+            None => None,
+            Some(norms) => {
+                let widths = match norms.span {
+                    HeadSpan::Head => [a.head_dim; 2],
+                    HeadSpan::All => [a.q_width(), a.kv_width()],
+                };
+                let read = |norm: &Norm, n| self.norm(&layer_name(layer, norm.name), norm, n);
+                Some([read(&norms.q, widths[0])?, read(&norms.k, widths[1])?])
+            }
+        };
+        let rows = [a.q_width(), a.kv_width(), a.kv_width()];
+        Ok(AttentionWeights {
+            geometry: rotations.geometry(a, sinks)?,
+            qkv: self.projection(layer, &a.qkv, &rows, hidden)?,
             head_norms,
-            o: bare(self.linear(&[(name("self_attn.o_proj"), c.hidden)], c.q_width())?),
-            post_norm: self.vector(&name("post_attention_layernorm"), c.hidden)?,
-            gate_up: bare(self.linear(&gate_up, c.hidden)?),
-            down: bare(self.linear(&[(name("mlp.down_proj"), c.hidden)], c.ffn)?),
+            o: self.projection(layer, &a.o, &[hidden], a.q_width())?,
+        })
+    }
+
+    fn dense_mlp(&self, layer: usize, m: &DenseMlp) -> Result<DenseMlpWeights, LoadError> {
+        let hidden = self.config.hidden;
+        Ok(DenseMlpWeights {
+            gate_up: self.projection(layer, &m.gate_up, &[m.ffn, m.ffn], hidden)?,
+            down: self.projection(layer, &m.down, &[hidden], m.ffn)?,
+            activation: m.activation,
         })
     }
 
@@ -193,7 +304,6 @@ fn pack_error(name: &str, error: &KernelError) -> LoadError {
 
 /// Names of the tensors outside the layers.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-pub(crate) const FINAL_NORM: &str = "model.norm.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// Name of the head's tensor: the embedding when they are tied.
@@ -205,16 +315,18 @@ pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
 pub(crate) fn linear_of<'a>(
     layer: &'a mut LayerWeights,
     module: &str,
-    config: &ModelConfig,
+    config: &LayerConfig,
 ) -> Option<(&'a mut Linear, usize)> {
+    let (MixerWeights::Attention(attention), Mixer::Attention(a)) = (&mut layer.mixer, &config.mixer);
+    let (MlpWeights::Dense(mlp), Mlp::Dense(m)) = (&mut layer.mlp, &config.mlp);
     Some(match module {
-        "q_proj" => (&mut layer.qkv, 0),
-        "k_proj" => (&mut layer.qkv, config.q_width()),
-        "v_proj" => (&mut layer.qkv, config.q_width() + config.kv_width()),
-        "o_proj" => (&mut layer.o, 0),
-        "gate_proj" => (&mut layer.gate_up, 0),
-        "up_proj" => (&mut layer.gate_up, config.ffn),
-        "down_proj" => (&mut layer.down, 0),
+        "q_proj" | "qkv_proj" => (&mut attention.qkv, 0),
+        "k_proj" => (&mut attention.qkv, a.q_width()),
+        "v_proj" => (&mut attention.qkv, a.q_width() + a.kv_width()),
+        "o_proj" => (&mut attention.o, 0),
+        "gate_proj" | "gate_up_proj" => (&mut mlp.gate_up, 0),
+        "up_proj" => (&mut mlp.gate_up, m.ffn),
+        "down_proj" => (&mut mlp.down, 0),
         _ => return None,
     })
 }
@@ -230,15 +342,14 @@ pub(crate) fn attach(
     if let Some(adapter) = adapter {
         adapter.check(config)?;
     }
-    for layer in layers.iter_mut() {
-        for linear in [&mut layer.qkv, &mut layer.o, &mut layer.gate_up, &mut layer.down] {
-            linear.lora.clear();
-        }
+    for linear in layers.iter_mut().flat_map(LayerWeights::linears_mut) {
+        linear.lora.clear();
     }
     let Some(adapter) = adapter else { return Ok(()) };
     for (module, t) in &adapter.tensors {
         let Some((layer, name)) = split(module).filter(|(layer, _)| range.contains(layer)) else { continue };
-        let Some((linear, offset)) = linear_of(&mut layers[layer - range.start], name, config) else {
+        let Some((linear, offset)) = linear_of(&mut layers[layer - range.start], name, &config.layers[layer])
+        else {
             return Err(AdapterError::UnknownModule { module: module.clone() });
         };
         let matrix = |values: &[f32], shape: [usize; 2]| {
@@ -252,17 +363,19 @@ pub(crate) fn attach(
         });
     }
     // The order of addition is part of the value: by column, whatever the order in the map.
-    for layer in layers.iter_mut() {
-        for linear in [&mut layer.qkv, &mut layer.o, &mut layer.gate_up, &mut layer.down] {
-            linear.lora.sort_by_key(|part| part.offset);
-        }
+    for linear in layers.iter_mut().flat_map(LayerWeights::linears_mut) {
+        linear.lora.sort_by_key(|part| part.offset);
     }
     Ok(())
 }
 
 /// Shape of a module's factors.
-pub(crate) fn lora_shape(config: &ModelConfig, module: &str) -> Result<(usize, usize), OpenError> {
-    module_shape(config, module).ok_or_else(|| {
+pub(crate) fn lora_shape(
+    config: &ModelConfig,
+    layer: usize,
+    module: &str,
+) -> Result<(usize, usize), OpenError> {
+    module_shape(config, layer, module).ok_or_else(|| {
         OpenError::Config(crate::error::ConfigError::Invalid {
             field: "LoRA target".to_owned(),
             value: module.to_owned(),

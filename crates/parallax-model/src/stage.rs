@@ -9,11 +9,11 @@ use burn::tensor::{Device, Tensor, TensorData};
 use crate::{
     adapter::Adapter,
     checkpoint::Checkpoint,
-    config::ModelConfig,
+    config::{LayerConfig, ModelConfig},
     device,
     error::{AdapterError, ForwardError, LoadError},
-    layer::{self, Attend, LayerWeights, Linear, LinearWeight, Route, Shared},
-    load::{self, Loader},
+    layer::{self, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
+    load::{self, Loader, Rotations},
     ops::attention::KvStore,
     options::LoadOptions,
 };
@@ -91,10 +91,10 @@ pub struct Stage {
     config: ModelConfig,
     options: LoadOptions,
     device: Device,
-    shared: Shared,
+    route: Route,
     layers: Vec<LayerWeights>,
     embedding: Option<LinearWeight>,
-    head: Option<(Tensor<1>, Linear)>,
+    head: Option<(NormWeights, Linear)>,
     store: Arc<KvStore>,
     weight_bytes: u64,
 }
@@ -131,34 +131,30 @@ impl Stage {
             route,
             keep_dense: false,
         };
-        let layers = range.clone().map(|i| loader.layer(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut rotations = Rotations::new(&config, options.kv_pages * options.kv_page_tokens);
+        let layers = range.clone().map(|i| loader.layer(i, &mut rotations)).collect::<Result<Vec<_>, _>>()?;
         let embedding = (range.start == 0).then(|| loader.table(load::EMBEDDING)).transpose()?;
         let head = if range.end == n_layers {
             let weight = match &embedding {
                 Some(table) if config.tied_embeddings => table.clone(),
                 _ => loader.table(load::head_name(&config))?,
             };
-            let norm = loader.vector(load::FINAL_NORM, config.hidden)?;
-            Some((norm, Linear { weight, lora: Vec::new() }))
+            Some((loader.final_norm()?, Linear::bare(weight)))
         } else {
             None
         };
-        let shared = load::shared(&config, route, options.kv_pages * options.kv_page_tokens)?;
+        let (held, pages, page_tokens) =
+            (&config.layers[range.clone()], options.kv_pages, options.kv_page_tokens);
         let store = match route {
-            Route::Kernels => {
-                KvStore::new(range.len(), options.kv_pages, options.kv_page_tokens, &shared.geometry)
-            }
-            Route::Composed => {
-                let rows = options.kv_pages * options.kv_page_tokens;
-                KvStore::tensors(range.len(), options.kv_page_tokens, rows, config.kv_width(), &device)
-            }
+            Route::Kernels => KvStore::new(held, pages, page_tokens),
+            Route::Composed => KvStore::tensors(held, pages, page_tokens, &device),
         };
         let store = Arc::new(store);
         let mut stage = Self {
             config,
             options: options.clone(),
             device,
-            shared,
+            route,
             layers,
             embedding,
             head,
@@ -174,8 +170,8 @@ impl Stage {
             LinearWeight::Packed(packed) => packed.bytes() as u64,
             LinearWeight::Dense(tensor) => tensor.dims().iter().product::<usize>() as u64 * 4,
         };
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let mut bytes: u64 = layers.map(|l| linear(&l.weight)).sum();
+        let linears = self.layers.iter().flat_map(LayerWeights::linears);
+        let mut bytes: u64 = linears.map(|l| linear(&l.weight)).sum();
         bytes += self.embedding.as_ref().map_or(0, linear);
         let shared_table = self.embedding.is_some() && self.config.tied_embeddings;
         bytes += self.head.as_ref().filter(|_| !shared_table).map_or(0, |(_, head)| linear(&head.weight));
@@ -231,22 +227,34 @@ impl Stage {
         let mut x = self.enter(batch, input)?;
         let attend = Attend::Paged { store: Arc::clone(&self.store), rows };
         for (index, layer) in self.layers.iter().enumerate() {
-            x = layer::forward(layer, x, index, &attend, &self.shared);
+            x = layer::forward(layer, x, index, &attend, self.route);
         }
         let Some((norm, head)) = &self.head else {
             let hidden = values(x);
             self.check_finite("leaving", &hidden, batch)?;
             return Ok(StageOutput { hidden, logits: Vec::new() });
         };
-        let hidden = values(layer::rms_norm(x, norm, &self.shared));
+        let hidden = values(norm.forward(x, self.route));
         self.check_finite("leaving", &hidden, batch)?;
         let picked = batch::wanted_rows(batch, &hidden, self.config.hidden);
         let logits = if picked.is_empty() {
             Vec::new()
         } else {
-            values(head.forward(&self.matrix(picked), self.shared.route))
+            self.bend(values(head.forward(&self.matrix(picked), self.route)))
         };
         Ok(StageOutput { hidden, logits })
+    }
+
+    /// Logits as the configuration scales and caps them.
+    fn bend(&self, mut logits: Vec<f32>) -> Vec<f32> {
+        let scale = self.config.logit_scale;
+        if scale.to_bits() != 1.0f32.to_bits() {
+            logits.iter_mut().for_each(|v| *v *= scale);
+        }
+        if let Some(cap) = self.config.logit_softcap {
+            parallax_kernels::activation::softcap(&mut logits, cap);
+        }
+        logits
     }
 
     fn matrix(&self, values: Vec<f32>) -> Tensor<2> {
@@ -265,7 +273,7 @@ impl Stage {
                 if tokens.len() != n_rows {
                     return Err(mismatch("the token list", tokens.len(), n_rows));
                 }
-                layer::embed(table, tokens, &self.config, &self.shared, &self.device)
+                layer::embed(table, tokens, &self.config, self.route, &self.device)
             }
             (StageInput::Hidden(hidden), None) => {
                 if hidden.len() != n_rows * self.config.hidden {
@@ -322,7 +330,8 @@ fn check_store(options: &LoadOptions, config: &ModelConfig) -> Result<(), LoadEr
     if !(1..=4096).contains(&options.kv_page_tokens) || !options.kv_page_tokens.is_multiple_of(16) {
         return size("kv_page_tokens", options.kv_page_tokens, "it must be a multiple of 16, at most 4096");
     }
-    let values = options.kv_pages.saturating_mul(options.kv_page_tokens).saturating_mul(config.kv_width());
+    let per_token = config.layers.iter().map(LayerConfig::stored_per_token).max().unwrap_or(0) / 2;
+    let values = options.kv_pages.saturating_mul(options.kv_page_tokens).saturating_mul(per_token);
     if options.kv_pages == 0 || options.kv_pages > u32::MAX as usize || values > MAX_STORE_VALUES {
         return size("kv_pages", options.kv_pages, "the store would be empty or larger than any memory");
     }

@@ -5,34 +5,22 @@ use tempfile::TempDir;
 use crate::{
     adapter::{Adapter, LoraTensors, MODULES, module_shape},
     checkpoint::Checkpoint,
-    config::{Family, ModelConfig, RopeScaling},
+    config::{Family, ModelConfig},
     train::TrainModel,
 };
 
-/// Four layers, grouped heads, odd sizes where they are allowed.
+/// Four layers, grouped heads, odd sizes where they are allowed; every field that some architecture reads.
 pub(crate) fn config(family: Family) -> ModelConfig {
-    ModelConfig {
-        family,
-        n_layers: 4,
-        hidden: 32,
-        ffn: 64,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: if family == Family::Qwen3 { 16 } else { 8 },
-        vocab: 97,
-        rope_theta: 10_000.0,
-        rope_scaling: (family == Family::Llama).then_some(RopeScaling::Llama3 {
-            factor: 4.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_context: 32,
-        }),
-        rms_eps: 1e-5,
-        tied_embeddings: family == Family::Llama,
-        max_context: 128,
-        bos: Some(1),
-        eos: vec![2],
-    }
+    let scaling = serde_json::json!({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32});
+    let json = serde_json::json!({
+        "architectures": [family.hf_class()], "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": if family == Family::Llama { 8 } else { 16 },
+        "vocab_size": 97, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
+        "rope_scaling": if family == Family::Llama { scaling } else { serde_json::Value::Null },
+        "tie_word_embeddings": family == Family::Llama, "bos_token_id": 1, "eos_token_id": 2,
+    });
+    ModelConfig::from_hf_json(&json.to_string()).unwrap()
 }
 
 /// A random model on disk. Its weights are larger than a new model's, so that differences show.
@@ -67,8 +55,8 @@ pub(crate) fn adapter(config: &ModelConfig, rank: usize) -> Adapter {
     };
     let mut tensors = std::collections::BTreeMap::new();
     for layer in 0..config.n_layers {
-        for module in MODULES {
-            let (inputs, outputs) = module_shape(config, module).unwrap();
+        let shaped = |m| module_shape(config, layer, m).map(|shape| (m, shape));
+        for (module, (inputs, outputs)) in MODULES.into_iter().filter_map(shaped) {
             let t = LoraTensors { a: values(rank * inputs), b: values(outputs * rank), inputs, outputs };
             tensors.insert(format!("layers.{layer}.{module}"), t);
         }

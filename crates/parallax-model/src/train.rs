@@ -14,11 +14,15 @@ pub use init::LoraConfig;
 use crate::{
     adapter::{Adapter, LoraTensors},
     checkpoint::Checkpoint,
-    config::ModelConfig,
+    config::{LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Projection},
     error::{AdapterError, ConfigError, ForwardError, LoadError, OpenError},
-    layer::{self, Attend, LayerWeights, Linear, LinearWeight, LoraPart, Route, Shared},
-    load::{self, Loader},
+    layer::{
+        self, AroundWeights, Attend, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight,
+        LoraPart, MixerWeights, MlpWeights, NormWeights, Route,
+    },
+    load::{self, Loader, Rotations},
     ops::{
+        attention::Geometry,
         composed,
         head::{DenseHead, FrozenHead, Targets},
         run1, run2,
@@ -46,14 +50,17 @@ enum Mode {
 /// A model whose parameters have gradients.
 ///
 /// With an adapter the parameters are `layers.3.q_proj.lora_a` [rank, in] and `.lora_b` [out, rank]. With all
-/// weights they are `embed_tokens`, per layer `input_norm`, `qkv_proj` (q, k, v stacked), `q_norm` and `k_norm`
-/// (Qwen3), `o_proj`, `post_norm`, `gate_up_proj` (stacked), `down_proj`, then `norm` and, when not tied,
-/// `lm_head`; matrices are [out, in], norms [1, n].
+/// weights they are `embed_tokens`, per layer `input_norm`, `qkv_proj` (q, k, v stacked), `qkv_bias`, `q_norm`,
+/// `k_norm`, `o_proj`, `o_bias`, `mixer_post_norm`, `post_norm`, `gate_up_proj` (stacked), `gate_up_bias`,
+/// `down_proj`, `down_bias`, `mlp_post_norm`, of these those that the layer has, then `norm` and, when not tied,
+/// `lm_head`; matrices are [out, in], norms and biases [1, n].
 #[derive(Debug)]
 pub struct TrainModel {
     config: ModelConfig,
     device: Device,
-    shared: Shared,
+    route: Route,
+    /// Of each layer.
+    geometries: Vec<Arc<Geometry>>,
     mode: Mode,
     parameters: Vec<(String, Tensor<2>)>,
     /// Frozen weights; empty when all are trained.
@@ -66,7 +73,7 @@ pub struct TrainModel {
 struct Frozen {
     layers: Vec<LayerWeights>,
     embedding: LinearWeight,
-    norm: Tensor<1>,
+    norm: NormWeights,
     head: LinearWeight,
 }
 
@@ -74,12 +81,80 @@ struct Frozen {
 struct Assembled {
     layers: Vec<LayerWeights>,
     embedding: LinearWeight,
-    norm: Tensor<1>,
+    norm: NormWeights,
     head: LinearWeight,
 }
 
 /// Longest training sequence, in tokens: bounds the rotary table.
 const MAX_SEQUENCE_TOKENS: usize = 1 << 14;
+
+/// Whether logits are more than a product with the head.
+fn bends_logits(config: &ModelConfig) -> bool {
+    config.logit_softcap.is_some() || config.logit_scale.to_bits() != 1.0f32.to_bits()
+}
+
+/// Attention of each layer besides its weights.
+fn geometries(config: &ModelConfig) -> Result<Vec<Arc<Geometry>>, LoadError> {
+    let mut rotations = Rotations::new(config, MAX_SEQUENCE_TOKENS);
+    let layer = |layer: &LayerConfig| match &layer.mixer {
+        Mixer::Attention(a) => rotations.geometry(a, None),
+    };
+    config.layers.iter().map(layer).collect()
+}
+
+/// The leaves of a fully trained model, taken in the order of `init::full_parameters`.
+struct Leaves<I> {
+    next: I,
+}
+
+impl<I: Iterator<Item = Tensor<2>>> Leaves<I> {
+    fn take(&mut self) -> Tensor<2> {
+        self.next.next().expect("the parameters are those of the configuration")
+    }
+
+    fn vector(&mut self) -> Tensor<1> {
+        let matrix = self.take();
+        let [_, n] = matrix.dims();
+        matrix.reshape([n])
+    }
+
+    fn norm(&mut self, norm: &Norm) -> NormWeights {
+        let stored = self.vector();
+        let weight = match norm.kind {
+            NormKind::Rms => stored,
+            NormKind::RmsPlusOne => stored.add_scalar(1.0),
+        };
+        NormWeights { weight, eps: norm.eps }
+    }
+
+    fn linear(&mut self, projection: &Projection) -> Linear {
+        let weight = LinearWeight::Dense(self.take());
+        Linear { bias: projection.bias.then(|| self.vector()), ..Linear::bare(weight) }
+    }
+
+    fn layer(&mut self, c: &LayerConfig, geometry: &Arc<Geometry>) -> LayerWeights {
+        let before = c.mixer_norms.before.map(|norm| self.norm(&norm));
+        let mixer = match &c.mixer {
+            Mixer::Attention(a) => MixerWeights::Attention(AttentionWeights {
+                geometry: Arc::clone(geometry),
+                qkv: self.linear(&a.qkv),
+                head_norms: a.head_norms.map(|norms| [self.norm(&norms.q), self.norm(&norms.k)]),
+                o: self.linear(&a.o),
+            }),
+        };
+        let mixer_norms = AroundWeights { before, after: c.mixer_norms.after.map(|norm| self.norm(&norm)) };
+        let before = c.mlp_norms.before.map(|norm| self.norm(&norm));
+        let mlp = match &c.mlp {
+            Mlp::Dense(m) => MlpWeights::Dense(DenseMlpWeights {
+                gate_up: self.linear(&m.gate_up),
+                down: self.linear(&m.down),
+                activation: m.activation,
+            }),
+        };
+        let mlp_norms = AroundWeights { before, after: c.mlp_norms.after.map(|norm| self.norm(&norm)) };
+        LayerWeights { mixer_norms, mixer, mlp_norms, mlp, residual_scale: c.residual_scale }
+    }
+}
 
 fn invalid(field: &str, value: String, reason: &str) -> LoadError {
     let (field, reason) = (field.to_owned(), reason.to_owned());
@@ -104,7 +179,7 @@ impl TrainModel {
         let config = checkpoint.config().clone();
         let device = Device::flex().autodiff();
         let text_files = save::text_files(checkpoint);
-        let shared = load::shared(&config, route, MAX_SEQUENCE_TOKENS)?;
+        let geometries = geometries(&config)?;
         let (mode, parameters, frozen) = match (&options.lora, options.full) {
             (None, true) => {
                 let parameters = init::read_parameters(checkpoint.index(), &config, &device)?;
@@ -120,7 +195,7 @@ impl TrainModel {
                 return Err(invalid("train options", value, "exactly one of them is trained"));
             }
         };
-        Ok(Self { config, device, shared, mode, parameters, frozen, text_files })
+        Ok(Self { config, device, route, geometries, mode, parameters, frozen, text_files })
     }
 
     /// A new model with random weights, all trained: normal with standard deviation 0.02, the matrices that
@@ -131,12 +206,13 @@ impl TrainModel {
     pub fn new_random(config: &ModelConfig, seed: u64) -> Result<Self, LoadError> {
         config.validate().map_err(OpenError::Config)?;
         let device = Device::flex().autodiff();
-        let shared = load::shared(config, Route::Kernels, MAX_SEQUENCE_TOKENS)?;
+        let geometries = geometries(config)?;
         let parameters = init::random_parameters(config, seed, &device);
         Ok(Self {
             config: config.clone(),
             device,
-            shared,
+            route: Route::Kernels,
+            geometries,
             mode: Mode::Full,
             parameters,
             frozen: None,
@@ -158,13 +234,16 @@ impl TrainModel {
             route,
             keep_dense: true,
         };
-        let layers = (0..config.n_layers).map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
-        // The table needs no unpacked copy: its gradient is never asked for.
-        let tables = Loader { keep_dense: false, device: device.clone(), ..loader };
+        let mut rotations = Rotations::new(config, MAX_SEQUENCE_TOKENS);
+        let layers =
+            (0..config.n_layers).map(|i| loader.layer(i, &mut rotations)).collect::<Result<_, _>>()?;
+        // The table needs no unpacked copy: its gradient is never asked for, unless logits are made of it.
+        let keep_dense = bends_logits(config);
+        let tables = Loader { keep_dense, device: device.clone(), ..loader };
         let embedding = tables.table(load::EMBEDDING)?;
         let head =
             if config.tied_embeddings { embedding.clone() } else { tables.table(load::head_name(config))? };
-        Ok(Frozen { layers, embedding, norm: tables.vector(load::FINAL_NORM, config.hidden)?, head })
+        Ok(Frozen { layers, embedding, norm: tables.final_norm()?, head })
     }
 
     /// The model's shape.
@@ -201,8 +280,9 @@ impl TrainModel {
                 let mut layers = frozen.layers.clone();
                 let scale = alpha / *rank as f32;
                 for (module, pair) in modules.iter().zip(self.parameters.chunks_exact(2)) {
-                    let place = crate::adapter::split(module)
-                        .and_then(|(layer, name)| load::linear_of(&mut layers[layer], name, &self.config));
+                    let place = crate::adapter::split(module).and_then(|(layer, name)| {
+                        load::linear_of(&mut layers[layer], name, &self.config.layers[layer])
+                    });
                     let (linear, offset) = place.expect("modules were checked when they were made");
                     let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
                     linear.lora.push(LoraPart { a, b, scale, offset });
@@ -215,27 +295,13 @@ impl TrainModel {
     }
 
     fn assemble_full(&self) -> Assembled {
-        let mut next = self.parameters.iter().map(|(_, tensor)| tensor.clone());
-        let mut take = || next.next().expect("the parameters are those of the configuration");
-        let vector = |matrix: Tensor<2>| -> Tensor<1> {
-            let [_, n] = matrix.dims();
-            matrix.reshape([n])
-        };
-        let linear = |matrix| Linear { weight: LinearWeight::Dense(matrix), lora: Vec::new() };
-        let embedding = LinearWeight::Dense(take());
-        let layers = (0..self.config.n_layers)
-            .map(|_| LayerWeights {
-                input_norm: vector(take()),
-                qkv: linear(take()),
-                head_norms: self.config.family.has_head_norms().then(|| (vector(take()), vector(take()))),
-                o: linear(take()),
-                post_norm: vector(take()),
-                gate_up: linear(take()),
-                down: linear(take()),
-            })
-            .collect();
-        let norm = vector(take());
-        let head = if self.config.tied_embeddings { embedding.clone() } else { LinearWeight::Dense(take()) };
+        let mut leaves = Leaves { next: self.parameters.iter().map(|(_, tensor)| tensor.clone()) };
+        let embedding = LinearWeight::Dense(leaves.take());
+        let layers = self.config.layers.iter().zip(&self.geometries);
+        let layers = layers.map(|(config, geometry)| leaves.layer(config, geometry)).collect();
+        let norm = leaves.norm(&self.config.final_norm);
+        let head =
+            if self.config.tied_embeddings { embedding.clone() } else { LinearWeight::Dense(leaves.take()) };
         Assembled { layers, embedding, norm, head }
     }
 
@@ -250,12 +316,18 @@ impl TrainModel {
         let x = self.hidden(&weights, tokens, positions, cu_seqlens)?;
         let targets = Arc::new(targets);
         let (vocab, hidden) = (self.config.vocab, self.config.hidden);
-        Ok(match (weights.head, self.shared.route) {
+        if bends_logits(&self.config) {
+            let head = Linear::bare(weights.head);
+            let logits = head.forward(&composed::select(&x, &targets.rows), self.route);
+            let logits = logits.mul_scalar(self.config.logit_scale);
+            return Ok(composed::logprobs(composed::softcap(logits, self.config.logit_softcap), &targets));
+        }
+        Ok(match (weights.head, self.route) {
             (LinearWeight::Packed(weight), _) => run1(x, FrozenHead { weight, targets }),
             (LinearWeight::Dense(weight), Route::Kernels) => {
                 run2(x, weight, DenseHead { vocab, hidden, targets })
             }
-            (LinearWeight::Dense(weight), Route::Composed) => composed::token_logprobs(x, weight, &targets),
+            (LinearWeight::Dense(weight), Route::Composed) => composed::token_logprobs(&x, weight, &targets),
         })
     }
 
@@ -267,13 +339,13 @@ impl TrainModel {
         positions: Vec<u32>,
         cu_seqlens: &[u32],
     ) -> Result<Tensor<2>, ForwardError> {
-        let mut x = layer::embed(&weights.embedding, tokens, &self.config, &self.shared, &self.device)?;
+        let mut x = layer::embed(&weights.embedding, tokens, &self.config, self.route, &self.device)?;
         let attend =
             Attend::Packed { positions: Arc::new(positions), cu_seqlens: Arc::new(cu_seqlens.to_vec()) };
         for (index, layer) in weights.layers.iter().enumerate() {
-            x = layer::forward(layer, x, index, &attend, &self.shared);
+            x = layer::forward(layer, x, index, &attend, self.route);
         }
-        Ok(layer::rms_norm(x, &weights.norm, &self.shared))
+        Ok(weights.norm.forward(x, self.route))
     }
 
     /// Positions of all rows, and what each row but the last of its sequence predicts.

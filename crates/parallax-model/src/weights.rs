@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 pub use decode::StoredDtype;
 pub(crate) use decode::to_f32;
-pub(crate) use names::ROPE_FACTORS;
+pub(crate) use names::{LONG_ROPE_FACTORS, ROPE_FACTORS, is_rope_factors};
 pub(crate) use source::Source;
 
 use crate::error::OpenError;
@@ -45,6 +45,12 @@ impl WeightIndex {
         self.tensors
             .get(name)
             .ok_or_else(|| OpenError::MissingTensor { name: name.to_owned(), n_tensors: self.tensors.len() })
+    }
+
+    /// Gives tensors other names where `new` has one.
+    pub(crate) fn rename(&mut self, new: impl Fn(&str) -> Option<String>) {
+        let tensors = std::mem::take(&mut self.tensors);
+        self.tensors = tensors.into_iter().map(|(name, info)| (new(&name).unwrap_or(name), info)).collect();
     }
 
     /// Paths of the files, empty for embedded ones.

@@ -4,31 +4,21 @@
 
 use std::path::Path;
 
-use parallax_model::{Checkpoint, Family, LoadOptions, ModelConfig, Stage, TrainModel};
+use parallax_model::{Checkpoint, LoadOptions, ModelConfig, Stage, TrainModel};
 use proptest::prelude::*;
 
-fn tiny_config() -> ModelConfig {
-    ModelConfig {
-        family: Family::Qwen3,
-        n_layers: 1,
-        hidden: 8,
-        ffn: 16,
-        n_heads: 2,
-        n_kv_heads: 1,
-        head_dim: 4,
-        vocab: 16,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
-        rms_eps: 1e-5,
-        tied_embeddings: true,
-        max_context: 32,
-        bos: None,
-        eos: vec![0],
-    }
+fn tiny_config(hidden: usize) -> ModelConfig {
+    let json = serde_json::json!({
+        "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 1, "hidden_size": hidden,
+        "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+        "vocab_size": 16, "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "max_position_embeddings": 32,
+        "eos_token_id": 0,
+    });
+    ModelConfig::from_hf_json(&json.to_string()).unwrap()
 }
 
 fn saved(dir: &Path) {
-    TrainModel::new_random(&tiny_config(), 1).unwrap().save_checkpoint(dir).unwrap();
+    TrainModel::new_random(&tiny_config(8), 1).unwrap().save_checkpoint(dir).unwrap();
 }
 
 /// Opens and loads; the error's text, if any.
@@ -55,7 +45,7 @@ fn errors_name_the_file_and_what_is_wrong() {
 
     // Another width than the tensors have.
     std::fs::write(&weights, &bytes).unwrap();
-    let wider = ModelConfig { hidden: 16, ..tiny_config() };
+    let wider = tiny_config(16);
     std::fs::write(dir.path().join("config.json"), wider.to_hf_json().to_string()).unwrap();
     let error = try_load(dir.path()).unwrap_err();
     assert!(error.contains("shape") && error.contains("16"), "{error}");

@@ -1,19 +1,19 @@
 //! Gradients of causal attention, from the log-sum-exps that the forward pass kept (as in FlashAttention, Dao et al.
 //! 2022, arXiv:2205.14135): no [T, T] matrix outlives a block of rows.
 
-use super::{check_sequences, group_size};
+use super::{Scoring, check_sequences, group_size};
 use crate::dispatch::{self, Isa, simd_kernel};
 use crate::error::{KernelError, check_len, rows_of};
 use crate::matmul::{gemm_nn, gemm_nt, gemm_tn};
 use crate::parallel::Shared;
 use crate::pool;
-use crate::simd::{LANES, exp, read, write};
+use crate::simd::{LANES, exp, read, tanh, write};
 
 /// Rows of the score matrix that are held at a time.
 const ROW_BLOCK: usize = 64;
 
 /// Gradients of [`super::causal_attention_forward`]: overwrites `dq` [T, Q, D], `dk` and `dv` [T, K, D], given the forward
-/// pass's `out` [T, Q, D] and `lse` [T, Q] and the gradient `dout` [T, Q, D].
+/// pass's `out` [T, Q, D] and `lse` [T, Q] and the gradient `dout` [T, Q, D]. Sinks are constants: they have no gradient.
 ///
 /// # Errors
 /// When the lengths do not fit together or `cu_seqlens` does not ascend from 0 to T.
@@ -29,7 +29,7 @@ pub fn causal_attention_backward(
     n_kv_heads: usize,
     head_dim: usize,
     cu_seqlens: &[u32],
-    scale: f32,
+    scoring: &Scoring<'_>,
     dq: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
@@ -38,6 +38,7 @@ pub fn causal_attention_backward(
     let total = rows_of(op, "k", k.len(), n_kv_heads * head_dim)?;
     check_sequences(op, cu_seqlens, total)?;
     let group = group_size(op, n_heads, n_kv_heads)?;
+    scoring.check(op, n_heads)?;
     check_len(op, "lse", total * n_heads, lse.len())?;
     let (wide, narrow) = (total * n_heads * head_dim, k.len());
     for (what, expected, got) in [
@@ -69,7 +70,7 @@ pub fn causal_attention_backward(
         for head in kv_head * group..(kv_head + 1) * group {
             let plane = Plane { stride: n_heads * head_dim, head, ..kv };
             let lse: Vec<f32> = rows.clone().map(|t| lse[t * n_heads + head]).collect();
-            let work = Head { isa, plane, k: &k, v: &v, lse: &lse, scale };
+            let work = Head { isa, plane, k: &k, v: &v, lse: &lse, scoring };
             let dq_head =
                 work.run(&plane.gather(q), &plane.gather(out), &plane.gather(dout), &mut dk_sum, &mut dv_sum);
             // SAFETY: one task owns a sequence's rows of a head.
@@ -123,7 +124,7 @@ struct Head<'a> {
     k: &'a [f32],
     v: &'a [f32],
     lse: &'a [f32],
-    scale: f32,
+    scoring: &'a Scoring<'a>,
 }
 
 impl Head<'_> {
@@ -141,7 +142,7 @@ impl Head<'_> {
             let fits = "planes and scratch are sized above";
             gemm_nt(m, keys, dim, q, dim, self.k, dim, p, keys, false).expect(fits);
             gemm_nt(m, keys, dim, dout, dim, self.v, dim, dp, keys, false).expect(fits);
-            probabilities(self.isa, p, dp, from, &self.lse[from..to], &out[span.clone()], dout, self.scale);
+            probabilities(self.isa, p, dp, from, &self.lse[from..to], &out[span.clone()], dout, self.scoring);
             gemm_tn(keys, dim, m, p, keys, dout, dim, dv, dim, true).expect(fits);
             gemm_nn(m, dim, keys, dp, keys, self.k, dim, &mut dq[span], dim, false).expect(fits);
             gemm_tn(keys, dim, m, dp, keys, q, dim, dk, dim, true).expect(fits);
@@ -152,7 +153,7 @@ impl Head<'_> {
 
 simd_kernel! {
     /// Turns raw scores `p` into probabilities and `dp` = dout * v^T into the gradient of the raw scores, both [rows, keys];
-    /// row `r` sees `from + r + 1` keys.
+    /// row `r` sees `from + r + 1` keys, or as many of the last of them as the window holds.
     fn probabilities(
         s;
         p: &mut [f32],
@@ -161,7 +162,7 @@ simd_kernel! {
         lse: &[f32],
         out: &[f32],
         dout: &[f32],
-        scale: f32,
+        scoring: &Scoring<'_>,
     ) {
         let keys = p.len() / lse.len();
         let dim = out.len() / lse.len();
@@ -169,18 +170,28 @@ simd_kernel! {
         let gradients = out.chunks_exact(dim).zip(dout.chunks_exact(dim));
         for (r, (((p, dp), (out, dout)), &lse)) in rows.zip(gradients).zip(lse).enumerate() {
             let seen = from + r + 1;
-            p[seen..].fill(0.0);
-            dp[seen..].fill(0.0);
+            let start = scoring.first_key(seen);
+            for hidden in [0..start, seen..keys] {
+                p[hidden.clone()].fill(0.0);
+                dp[hidden].fill(0.0);
+            }
             // mean of dp under p equals dout . out
             let mut delta = s.splat(0.0);
             for i in (0..dim).step_by(LANES) {
                 delta = s.fma(read(s, out, i, 0.0), read(s, dout, i, 0.0), delta);
             }
-            let (delta, scale, lse) = (s.splat(s.sum(delta)), s.splat(scale), s.splat(lse));
-            let (p, dp) = (&mut p[..seen], &mut dp[..seen]);
-            for i in (0..seen).step_by(LANES) {
-                let probability = exp(s, s.sub(s.mul(read(s, p, i, 0.0), scale), lse));
-                let gradient = s.mul(s.mul(probability, s.sub(read(s, dp, i, 0.0), delta)), scale);
+            let (delta, scale, lse) = (s.splat(s.sum(delta)), s.splat(scoring.scale), s.splat(lse));
+            let (p, dp) = (&mut p[start..seen], &mut dp[start..seen]);
+            for i in (0..seen - start).step_by(LANES) {
+                let (mut score, mut slope) = (s.mul(read(s, p, i, 0.0), scale), scale);
+                if let Some(cap) = scoring.softcap {
+                    let (cap, one) = (s.splat(cap), s.splat(1.0));
+                    let bent = tanh(s, s.div(score, cap));
+                    // d tanh(x) / dx = 1 - tanh(x)^2
+                    (score, slope) = (s.mul(cap, bent), s.mul(slope, s.sub(one, s.mul(bent, bent))));
+                }
+                let probability = exp(s, s.sub(score, lse));
+                let gradient = s.mul(s.mul(probability, s.sub(read(s, dp, i, 0.0), delta)), slope);
                 write(s, p, i, probability);
                 write(s, dp, i, gradient);
             }

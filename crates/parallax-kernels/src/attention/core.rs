@@ -6,12 +6,12 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{KvPages, RowRef, page_len};
+use super::{KvPages, RowRef, Scoring, page_len};
 use crate::dispatch::simd_kernel;
 use crate::error::{KernelError, check_len, rows_of};
 use crate::math;
 use crate::parallel::Shared;
-use crate::simd::{LANES, Line, Simd, exp, flat, read, write};
+use crate::simd::{LANES, Line, Simd, exp, flat, read, tanh, write};
 
 /// How pages are laid out: per head, keys [D, page tokens] and values [page tokens, D rounded up to lanes].
 #[derive(Debug, Clone, Copy)]
@@ -93,7 +93,7 @@ pub(super) struct Queries<'a> {
     pub head: usize,
     /// Query heads per key-value head.
     pub group: usize,
-    pub scale: f32,
+    pub scoring: &'a Scoring<'a>,
 }
 
 impl Queries<'_> {
@@ -158,17 +158,22 @@ fn tile<S: Simd, const N: usize>(
     lse: Option<&Shared<'_, f32>>,
 ) -> usize {
     let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
-    let (fewest, most) = n_keys.iter().fold((usize::MAX, 0), |(lo, hi), &n| (lo.min(n), hi.max(n)));
-    let lines = most.div_ceil(LANES);
+    let starts = n_keys.map(|n| queries.scoring.first_key(n));
+    let most = n_keys.iter().fold(0, |hi, &n| hi.max(n));
+    // Scores are kept from the line of the first key that any of the queries sees.
+    let base = starts.iter().fold(usize::MAX, |lo, &n| lo.min(n)) / LANES;
+    let (lines, skipped) = (most.div_ceil(LANES) - base, base * LANES);
     scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
     let pages = kv.tables[queries.rows[queries.range.start].seq].as_slice();
     let dim = geometry.head_dim;
     let q: [&[f32]; N] = std::array::from_fn(|i| &queries.q[queries.index(first + i) * dim..][..dim]);
 
-    scores(s, kv, geometry, queries.head, pages, q, queries.scale, &mut scratch[..lines * N]);
+    scores(s, kv, geometry, queries.head, pages, q, queries.scoring, base, &mut scratch[..lines * N]);
     let mut inverse = [0.0f32; N];
     for i in 0..N {
-        let (max, sum) = softmax(s, &mut scratch[i * lines..(i + 1) * lines], n_keys[i]);
+        let seen = starts[i] - skipped..n_keys[i] - skipped;
+        let sink = queries.scoring.sinks.map(|sinks| sinks[queries.index(first + i) % queries.n_heads]);
+        let (max, sum) = softmax(s, &mut scratch[i * lines..(i + 1) * lines], seen, sink);
         inverse[i] = 1.0 / sum;
         if let Some(lse) = lse {
             let at = queries.index(first + i);
@@ -179,7 +184,7 @@ fn tile<S: Simd, const N: usize>(
     }
     let p: [&[f32]; N] = std::array::from_fn(|i| flat(&scratch[i * lines..(i + 1) * lines]));
     for column in (0..dim).step_by(LANES) {
-        let acc = weighted(s, kv, geometry, queries.head, pages, p, n_keys, fewest, column);
+        let acc = weighted(s, kv, geometry, queries.head, pages, p, starts, n_keys, skipped, column);
         for i in 0..N {
             let start = queries.index(first + i) * dim;
             // SAFETY: one task owns a query, hence its output.
@@ -190,7 +195,7 @@ fn tile<S: Simd, const N: usize>(
     N
 }
 
-/// Scaled scores of `N` queries with the keys of `pages`, lines of sixteen keys per query.
+/// Scores of `N` queries with the keys of `pages` from line `base` on, lines of sixteen keys per query.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
 fn scores<S: Simd, const N: usize>(
@@ -200,7 +205,8 @@ fn scores<S: Simd, const N: usize>(
     head: usize,
     pages: &[u32],
     q: [&[f32]; N],
-    scale: f32,
+    scoring: &Scoring<'_>,
+    base: usize,
     scores: &mut [Line],
 ) {
     let lines = scores.len() / N;
@@ -208,9 +214,9 @@ fn scores<S: Simd, const N: usize>(
     let dim = geometry.head_dim;
     let q: [&[f32]; N] = std::array::from_fn(|i| &q[i][..dim]);
     for line in 0..lines {
-        let region = geometry.head_region(pages[line / lines_per_page] as usize, head);
+        let region = geometry.head_region(pages[(base + line) / lines_per_page] as usize, head);
         let keys = kv.k[region].as_chunks::<LANES>().0;
-        let first = line % lines_per_page;
+        let first = (base + line) % lines_per_page;
         let mut acc = [s.splat(0.0); N];
         for d in 0..dim {
             let key = s.load(&keys[d * lines_per_page + first]);
@@ -219,23 +225,32 @@ fn scores<S: Simd, const N: usize>(
             }
         }
         for i in 0..N {
-            s.store(s.mul(acc[i], s.splat(scale)), &mut scores[i * lines + line].0);
+            let mut score = s.mul(acc[i], s.splat(scoring.scale));
+            if let Some(cap) = scoring.softcap {
+                score = s.mul(s.splat(cap), tanh(s, s.div(score, s.splat(cap))));
+            }
+            s.store(score, &mut scores[i * lines + line].0);
         }
     }
 }
 
-/// Turns the first `n` scores into `e^(score - max)` and the rest into zeros; returns the maximum and the sum.
+/// Turns the scores that are seen into `e^(score - max)` and the rest into zeros; returns the maximum and the sum, in
+/// both of which the sink counts as one more score.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, scores: &mut [Line], n: usize) -> (f32, f32) {
+fn softmax<S: Simd>(s: S, scores: &mut [Line], seen: Range<usize>, sink: Option<f32>) -> (f32, f32) {
+    let n = seen.end;
     let used = n.div_ceil(LANES);
     if !n.is_multiple_of(LANES) {
         scores[used - 1].0[n % LANES..].fill(f32::NEG_INFINITY);
+    }
+    for (line, first) in scores.iter_mut().zip((0..seen.start).step_by(LANES)) {
+        line.0[..(seen.start - first).min(LANES)].fill(f32::NEG_INFINITY);
     }
     let mut max = s.splat(f32::NEG_INFINITY);
     for line in &scores[..used] {
         max = s.max(max, s.load(&line.0));
     }
-    let largest = s.max_lane(max);
+    let largest = s.max_lane(sink.map_or(max, |sink| s.max(max, s.splat(sink))));
     let (shift, mut sum) = (s.splat(largest), s.splat(0.0));
     for line in &mut scores[..used] {
         let p = exp(s, s.sub(s.load(&line.0), shift));
@@ -243,11 +258,13 @@ fn softmax<S: Simd>(s: S, scores: &mut [Line], n: usize) -> (f32, f32) {
         s.store(p, &mut line.0);
     }
     scores[used..].fill(Line([0.0; LANES]));
-    (largest, s.sum(sum))
+    let sum = s.sum(sum);
+    (largest, sink.map_or(sum, |sink| sum + s.max_lane(exp(s, s.splat(sink - largest)))))
 }
 
-/// Sixteen columns of `sum over keys of p * value`. The keys that all queries see are walked together, the rest by each
-/// query alone: a key that a query must not see cannot touch its sum, not even with a NaN.
+/// Sixteen columns of `sum over keys of p * value`, where `p` begins at key `skipped` and query `i` sees the keys
+/// `starts[i]..n_keys[i]`. The keys that all queries see are walked together, the rest by each query alone: a key that a
+/// query must not see cannot touch its sum, not even with a NaN.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
 fn weighted<S: Simd, const N: usize>(
@@ -257,29 +274,42 @@ fn weighted<S: Simd, const N: usize>(
     head: usize,
     pages: &[u32],
     p: [&[f32]; N],
+    starts: [usize; N],
     n_keys: [usize; N],
-    fewest: usize,
+    skipped: usize,
     column: usize,
 ) -> [S::F; N] {
     let tokens = geometry.page_tokens;
     let mut acc = [s.splat(0.0); N];
-    for (page, first) in pages.iter().zip((0..fewest).step_by(tokens)) {
-        let values = &kv.v[geometry.head_region(*page as usize, head)];
-        let here = tokens.min(fewest - first);
-        let p: [&[f32]; N] = std::array::from_fn(|i| &p[i][first..][..here]);
+    let alone = |i: usize, keys: Range<usize>, mut acc: S::F| {
+        for key in keys {
+            let values = &kv.v[geometry.head_region(pages[key / tokens] as usize, head)];
+            let value = read(s, &values[key % tokens * geometry.padded..], column, 0.0);
+            acc = s.fma(s.splat(p[i][key - skipped]), value, acc);
+        }
+        acc
+    };
+    let from = starts.iter().fold(0, |hi, &n| hi.max(n));
+    let to = n_keys.iter().fold(usize::MAX, |lo, &n| lo.min(n)).max(from);
+    for i in 0..N {
+        acc[i] = alone(i, starts[i]..from.min(n_keys[i]), acc[i]);
+    }
+    let mut key = from;
+    while key < to {
+        let (page, slot) = (pages[key / tokens] as usize, key % tokens);
+        let here = (tokens - slot).min(to - key);
+        let values = &kv.v[geometry.head_region(page, head)][slot * geometry.padded..];
+        let p: [&[f32]; N] = std::array::from_fn(|i| &p[i][key - skipped..][..here]);
         for (j, value) in values.chunks_exact(geometry.padded).take(here).enumerate() {
             let value = read(s, value, column, 0.0);
             for i in 0..N {
                 acc[i] = s.fma(s.splat(p[i][j]), value, acc[i]);
             }
         }
+        key += here;
     }
     for i in 0..N {
-        for key in fewest..n_keys[i] {
-            let values = &kv.v[geometry.head_region(pages[key / tokens] as usize, head)];
-            let value = read(s, &values[key % tokens * geometry.padded..], column, 0.0);
-            acc[i] = s.fma(s.splat(p[i][key]), value, acc[i]);
-        }
+        acc[i] = alone(i, to..n_keys[i], acc[i]);
     }
     acc
 }

@@ -11,17 +11,50 @@ const SHAPES: [Shape; 4] = [
     Shape { n_heads: 14, n_kv_heads: 2, head_dim: 32 },
 ];
 
+/// Ways of scoring; windows shorter than, about as long as and longer than a block of rows.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Plain,
+    Window(usize),
+    Capped,
+    Sinks,
+    All(usize),
+}
+
+const KINDS: [Kind; 7] = [
+    Kind::Plain,
+    Kind::Window(1),
+    Kind::Window(15),
+    Kind::Window(33),
+    Kind::Capped,
+    Kind::Sinks,
+    Kind::All(20),
+];
+
 struct Batch {
     shape: Shape,
     cu_seqlens: Vec<u32>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    scale: f32,
+    sinks: Vec<f32>,
+    kind: Kind,
 }
 
 impl Batch {
-    fn new(shape: Shape, lengths: &[u32]) -> Self {
+    fn scoring(&self) -> Scoring<'_> {
+        let plain = Scoring::scaled(1.0 / (self.shape.head_dim as f32).sqrt());
+        let sinks = Some(self.sinks.as_slice());
+        match self.kind {
+            Kind::Plain => plain,
+            Kind::Window(n) => Scoring { window: Some(n), ..plain },
+            Kind::Capped => Scoring { softcap: Some(2.0), ..plain },
+            Kind::Sinks => Scoring { sinks, ..plain },
+            Kind::All(n) => Scoring { window: Some(n), softcap: Some(2.0), sinks, ..plain },
+        }
+    }
+
+    fn new(shape: Shape, lengths: &[u32], kind: Kind) -> Self {
         let mut cu_seqlens = vec![0];
         for len in lengths {
             cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + len);
@@ -34,7 +67,8 @@ impl Batch {
             q: noise(total * shape.n_heads * shape.head_dim, 1).iter().map(|v| v * 3.0).collect(),
             k: noise(narrow, 2),
             v: noise(narrow, 3),
-            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+            sinks: noise(shape.n_heads, 9).iter().map(|v| v * 2.0).collect(),
+            kind,
         }
     }
 
@@ -42,8 +76,19 @@ impl Batch {
         let Shape { n_heads, n_kv_heads, head_dim } = self.shape;
         let (mut out, mut lse) = (vec![0.0; self.q.len()], vec![0.0; self.q.len() / head_dim]);
         let (q, k, v, cu) = (&self.q, &self.k, &self.v, &self.cu_seqlens);
-        causal_attention_forward(q, k, v, n_heads, n_kv_heads, head_dim, cu, self.scale, &mut out, &mut lse)
-            .expect("shapes fit");
+        causal_attention_forward(
+            q,
+            k,
+            v,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            cu,
+            &self.scoring(),
+            &mut out,
+            &mut lse,
+        )
+        .expect("shapes fit");
         (out, lse)
     }
 
@@ -90,7 +135,7 @@ impl Batch {
             append_kv(&mut kv, &rows, &take(&self.k, narrow), &take(&self.v, narrow)).unwrap();
             let kv = KvPages { k: &keys, v: &values, page_tokens, tables, n_kv_heads, head_dim };
             let mut part = vec![0.0; rows.len() * wide];
-            paged_attention(&take(&self.q, wide), n_heads, &rows, &kv, self.scale, &mut part).unwrap();
+            paged_attention(&take(&self.q, wide), n_heads, &rows, &kv, &self.scoring(), &mut part).unwrap();
             for (row, &t) in part.chunks_exact(wide).zip(&index) {
                 out[t * wide..(t + 1) * wide].copy_from_slice(row);
             }
@@ -101,27 +146,27 @@ impl Batch {
 
 #[test]
 fn forward_agrees_with_the_reference() {
-    for shape in SHAPES {
-        let batch = Batch::new(shape, &[1, 40, 0, 17]);
+    for (shape, kind) in SHAPES.into_iter().flat_map(|shape| KINDS.map(|kind| (shape, kind))) {
+        let batch = Batch::new(shape, &[1, 40, 0, 17], kind);
         let out = same_at_every_level(|| {
             let (out, lse) = batch.forward();
             [out, lse].concat()
         });
-        let expected = causal(&batch.q, &batch.k, &batch.v, shape, &batch.cu_seqlens, batch.scale);
+        let expected = causal(&batch.q, &batch.k, &batch.v, shape, &batch.cu_seqlens, &batch.scoring());
         assert_close(&out[..batch.q.len()], &expected, 2e-6);
     }
 }
 
 #[test]
 fn paging_chunking_and_threads_do_not_change_a_bit() {
-    for shape in SHAPES {
-        let batch = Batch::new(shape, &[70, 3, 33]);
+    for (shape, kind) in SHAPES.into_iter().flat_map(|shape| KINDS.map(|kind| (shape, kind))) {
+        let batch = Batch::new(shape, &[70, 3, 33], kind);
         let expected = bits(&batch.forward().0);
         for (page_tokens, chunk) in [(16, 1), (16, 70), (32, 7), (48, 20)] {
             assert_eq!(
                 bits(&batch.paged(page_tokens, chunk)),
                 expected,
-                "pages {page_tokens}, chunk {chunk}"
+                "{kind:?}: pages {page_tokens}, chunk {chunk}"
             );
         }
         for threads in [1, 3] {
@@ -133,7 +178,7 @@ fn paging_chunking_and_threads_do_not_change_a_bit() {
 #[test]
 fn a_later_nan_does_not_reach_earlier_rows() {
     let shape = SHAPES[0];
-    let mut batch = Batch::new(shape, &[20]);
+    let mut batch = Batch::new(shape, &[20], Kind::Plain);
     let clean = batch.forward().0;
     let width = shape.n_kv_heads * shape.head_dim;
     batch.v[12 * width..13 * width].fill(f32::NAN);
@@ -142,16 +187,26 @@ fn a_later_nan_does_not_reach_earlier_rows() {
     let wide = shape.n_heads * shape.head_dim;
     assert_eq!(bits(&out[..12 * wide]), bits(&clean[..12 * wide]));
     assert!(out[12 * wide..].iter().all(|v| !v.is_finite()));
+
+    // Nor does it reach rows whose window has passed it.
+    batch.kind = Kind::Window(4);
+    let out = batch.forward().0;
+    assert!(out[12 * wide..16 * wide].iter().all(|v| !v.is_finite()));
+    assert!(out[16 * wide..].iter().all(|v| v.is_finite()));
 }
 
 #[test]
 fn backward_is_the_derivative() {
     // Longer than one block of rows.
-    for (shape, lengths) in [
-        (Shape { n_heads: 4, n_kv_heads: 2, head_dim: 8 }, [5u32, 9].as_slice()),
-        (Shape { n_heads: 2, n_kv_heads: 1, head_dim: 6 }, &[70]),
+    let small = Shape { n_heads: 4, n_kv_heads: 2, head_dim: 8 };
+    let long = Shape { n_heads: 2, n_kv_heads: 1, head_dim: 6 };
+    for (shape, lengths, kind) in [
+        (small, [5u32, 9].as_slice(), Kind::Plain),
+        (long, &[70], Kind::Plain),
+        (small, &[5, 9], Kind::All(4)),
+        (long, &[70], Kind::All(20)),
     ] {
-        let batch = Batch::new(shape, lengths);
+        let batch = Batch::new(shape, lengths, kind);
         let dout = noise(batch.q.len(), 4);
         let gradients = same_at_every_level(|| {
             let (out, lse) = batch.forward();
@@ -169,7 +224,7 @@ fn backward_is_the_derivative() {
                 n_kv_heads,
                 head_dim,
                 &batch.cu_seqlens,
-                batch.scale,
+                &batch.scoring(),
                 dq,
                 dk,
                 dv,
@@ -180,7 +235,7 @@ fn backward_is_the_derivative() {
         let (dq, rest) = gradients.split_at(batch.q.len());
         let (dk, dv) = rest.split_at(batch.k.len());
         let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
-            let out = causal(q, k, v, shape, &batch.cu_seqlens, batch.scale);
+            let out = causal(q, k, v, shape, &batch.cu_seqlens, &batch.scoring());
             out.iter().zip(&dout).map(|(o, &d)| o * f64::from(d)).sum()
         };
         let some = |n: usize| (0..n).step_by(n.div_ceil(60));
@@ -196,7 +251,9 @@ fn rows_outside_their_pages_are_refused() {
     let tables = [vec![0u32, 1], vec![2]];
     let kv = |tables| KvPages { k: &store, v: &store, page_tokens: 16, tables, n_kv_heads: 1, head_dim: 4 };
     let mut out = [0.0; 4];
-    let mut attend = |row: RowRef, kv: &KvPages<'_>| paged_attention(&[0.0; 4], 1, &[row], kv, 1.0, &mut out);
+    let mut attend = |row: RowRef, kv: &KvPages<'_>| {
+        paged_attention(&[0.0; 4], 1, &[row], kv, &Scoring::scaled(1.0), &mut out)
+    };
     assert!(attend(RowRef { seq: 0, n_keys: 32 }, &kv(&tables[..1])).is_ok());
     assert!(attend(RowRef { seq: 0, n_keys: 33 }, &kv(&tables[..1])).is_err());
     assert!(attend(RowRef { seq: 0, n_keys: 0 }, &kv(&tables[..1])).is_err());

@@ -13,6 +13,13 @@ pub fn silu_mul(gate: f32, up: f32) -> f64 {
     gate / (1.0 + (-gate).exp()) * f64::from(up)
 }
 
+/// gelu(gate) * up, by the tanh approximation.
+pub fn gelu_tanh_mul(gate: f32, up: f32) -> f64 {
+    let gate = f64::from(gate);
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
+    0.5 * gate * (1.0 + inner.tanh()) * f64::from(up)
+}
+
 /// One head of D elements rotated to `position`.
 pub fn rope(x: &[f32], position: u32, theta: f64) -> Vec<f64> {
     let half = x.len() / 2;

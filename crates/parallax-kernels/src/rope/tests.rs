@@ -4,11 +4,16 @@ use super::*;
 use crate::reference;
 use crate::testing::{assert_close, bits, noise, same_at_every_level};
 
+fn whole(head_dim: usize, theta: f64, max_pos: usize) -> RopeTable {
+    let layout = RopeLayout { head_dim, interleaved: false, magnitude: 1.0 };
+    RopeTable::new(layout, &frequencies(head_dim, theta), max_pos).unwrap()
+}
+
 #[test]
 fn rotation_agrees_with_the_reference() {
     for dim in [2, 16, 24, 64, 128] {
         let (heads, theta) = (3, 10_000.0);
-        let table = RopeTable::new(dim, theta, None, 5000).unwrap();
+        let table = whole(dim, theta, 5000);
         let positions = [0, 1, 17, 4999];
         let x = noise(positions.len() * heads * dim, 1);
         let y = same_at_every_level(|| {
@@ -29,25 +34,56 @@ fn rotation_agrees_with_the_reference() {
 }
 
 #[test]
-fn factors_divide_the_frequencies() {
-    let slow = RopeTable::new(4, 100.0, Some(&[2.0, 2.0]), 9).unwrap();
-    let plain = RopeTable::new(4, 100.0, None, 9).unwrap();
-    let x = noise(4, 2);
-    let (mut a, mut b) = (x.clone(), x);
-    rope_apply(&mut a, 1, &[8], &slow).unwrap();
-    rope_apply(&mut b, 1, &[4], &plain).unwrap();
-    assert_eq!(bits(&a), bits(&b));
+fn the_rest_of_a_head_passes_and_neighbours_are_pairs() {
+    let (dim, rotated, heads) = (20, 12, 2);
+    let frequencies = frequencies(rotated, 10_000.0);
+    let table = |interleaved| {
+        let layout = RopeLayout { head_dim: dim, interleaved, magnitude: 1.5 };
+        RopeTable::new(layout, &frequencies, 40).unwrap()
+    };
+    let x = noise(heads * dim, 3);
+    let mut halves = x.clone();
+    rope_apply(&mut halves, heads, &[39], &table(false)).unwrap();
+    let expected: Vec<f64> = x
+        .chunks_exact(dim)
+        .flat_map(|head| {
+            let rotated = reference::rows::rope(&head[..rotated], 39, 10_000.0);
+            rotated
+                .iter()
+                .map(|v| v * 1.5)
+                .chain(head[12..].iter().map(|v| f64::from(*v)))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    assert_close(&halves, &expected, 1e-6);
+
+    // The same pairs, side by side.
+    let place = |i: usize| if i < rotated { (i % 6) * 2 + i / 6 } else { i };
+    let mut pairs = x.clone();
+    for (from, to) in x.chunks_exact(dim).zip(pairs.chunks_exact_mut(dim)) {
+        (0..dim).for_each(|i| to[place(i)] = from[i]);
+    }
+    let neighbours = same_at_every_level(|| {
+        let mut y = pairs.clone();
+        rope_apply(&mut y, heads, &[39], &table(true)).unwrap();
+        y
+    });
+    for (got, halves) in neighbours.chunks_exact(dim).zip(halves.chunks_exact(dim)) {
+        let sorted: Vec<f32> = (0..dim).map(|i| got[place(i)]).collect();
+        assert_eq!(bits(&sorted), bits(halves));
+    }
 }
 
 #[test]
 fn bad_shapes_and_positions_are_refused() {
-    let table = RopeTable::new(4, 100.0, None, 9).unwrap();
+    let table = whole(4, 100.0, 9);
     assert_eq!(
         rope_apply(&mut [0.0; 4], 1, &[9], &table),
         Err(KernelError::OutOfRange { op: "rope", what: "position", limit: 9, got: 9 })
     );
     assert!(rope_apply(&mut [0.0; 5], 1, &[0], &table).is_err());
     assert!(rope_apply(&mut [0.0; 8], 1, &[0], &table).is_err());
-    assert!(RopeTable::new(5, 100.0, None, 9).is_err());
-    assert!(RopeTable::new(4, 100.0, Some(&[1.0]), 9).is_err());
+    let layout = RopeLayout { head_dim: 5, interleaved: false, magnitude: 1.0 };
+    assert!(RopeTable::new(layout, &[1.0; 3], 9).is_err());
+    assert!(RopeTable::new(layout, &[], 9).is_err());
 }

@@ -1,70 +1,124 @@
-//! Model shape from the metadata of a GGUF file (keys `ARCH.block_count` and friends).
+//! The config.json that the metadata of a GGUF file stands for (keys `ARCH.block_count` and friends).
+//!
+//! The keys that llama.cpp's converter writes for every architecture are here; what only one architecture has is
+//! in its file under `arch/`.
 
-use super::{Family, ModelConfig, RopeScaling};
+use serde_json::{Map, Value, json};
+
+use super::fields::invalid;
 use crate::{
+    arch,
     error::ConfigError,
     weights::{ROPE_FACTORS, gguf::GgufFile},
 };
 
-pub(super) fn parse(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
-    let missing = |field: &str| ConfigError::Missing { field: field.to_owned() };
-    let architecture = file.string("general.architecture").ok_or_else(|| missing("general.architecture"))?;
-    let family = Family::from_architecture(architecture)?;
-    let key = |name: &str| format!("{architecture}.{name}");
-    let size = |name: &str| file.unsigned(&key(name)).and_then(|v| usize::try_from(v).ok());
-    let need = |name: &str| size(name).ok_or_else(|| missing(&key(name)));
+/// Metadata keys after `ARCH.`, and the fields of config.json that say the same.
+const SIZES: [(&str, &str); 11] = [
+    ("block_count", "num_hidden_layers"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "intermediate_size"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.head_count_kv", "num_key_value_heads"),
+    ("attention.key_length", "head_dim"),
+    ("attention.sliding_window", "sliding_window"),
+    ("context_length", "max_position_embeddings"),
+    ("vocab_size", "vocab_size"),
+    ("expert_count", "num_experts"),
+    ("expert_used_count", "num_experts_per_tok"),
+];
 
-    let hidden = need("embedding_length")?;
-    let n_heads = need("attention.head_count")?;
-    let tokens = file.string_count("tokenizer.ggml.tokens");
-    let vocab = size("vocab_size").or(tokens).ok_or_else(|| missing(&key("vocab_size")))?;
-    let id = |name: &str| file.unsigned(name).and_then(|v| u32::try_from(v).ok());
-    let mut eos: Vec<u32> = Vec::new();
-    for name in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-        eos.extend(id(name).filter(|i| !eos.contains(i)));
+/// The same for numbers.
+const FLOATS: [(&str, &str); 4] = [
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
+    ("rope.freq_base", "rope_theta"),
+    ("attn_logit_softcapping", "attn_logit_softcapping"),
+    ("final_logit_softcapping", "final_logit_softcapping"),
+];
+
+pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError> {
+    let missing = |field: &str| ConfigError::Missing { field: field.to_owned() };
+    let name = file.string("general.architecture").ok_or_else(|| missing("general.architecture"))?;
+    let architecture = arch::by_gguf_name(name)?;
+    let key = |field: &str| format!("{name}.{field}");
+    let mut map = Map::new();
+    for (from, to) in SIZES {
+        if let Some(value) = file.unsigned(&key(from)) {
+            map.insert(to.to_owned(), value.into());
+        }
     }
-    let config = ModelConfig {
-        family,
-        n_layers: need("block_count")?,
-        hidden,
-        ffn: need("feed_forward_length")?,
-        n_heads,
-        n_kv_heads: size("attention.head_count_kv").unwrap_or(n_heads),
-        head_dim: size("attention.key_length").unwrap_or_else(|| hidden.checked_div(n_heads).unwrap_or(0)),
-        vocab,
-        rope_theta: file.float(&key("rope.freq_base")).unwrap_or(10_000.0) as f32,
-        rope_scaling: scaling(file, &key("rope.scaling"))?,
-        rms_eps: file
-            .float(&key("attention.layer_norm_rms_epsilon"))
-            .ok_or_else(|| missing(&key("attention.layer_norm_rms_epsilon")))? as f32,
-        tied_embeddings: !file.has_tensor("output.weight"),
-        max_context: need("context_length")?,
-        bos: id("tokenizer.ggml.bos_token_id"),
-        eos,
-    };
-    config.validate()?;
-    Ok(config)
+    for (from, to) in FLOATS {
+        if let Some(value) = file.float(&key(from)) {
+            map.insert(to.to_owned(), decimal(value));
+        }
+    }
+    for required in ["block_count", "embedding_length", "attention.head_count", "context_length"] {
+        file.unsigned(&key(required)).ok_or_else(|| missing(&key(required)))?;
+    }
+    if !map.contains_key("vocab_size") {
+        let tokens = file.string_count("tokenizer.ggml.tokens").ok_or_else(|| missing(&key("vocab_size")))?;
+        map.insert("vocab_size".to_owned(), tokens.into());
+    }
+    partial_rotation(file, &key("rope.dimension_count"), &mut map);
+    if let Some(scaling) = scaling(file, &key("rope.scaling"))? {
+        map.insert("rope_scaling".to_owned(), scaling);
+    }
+    map.insert("architectures".to_owned(), json!([architecture.classes[0]]));
+    map.insert("model_type".to_owned(), architecture.name.into());
+    map.insert("tie_word_embeddings".to_owned(), (!file.has_tensor("output.weight")).into());
+    if let Some(bos) = file.unsigned("tokenizer.ggml.bos_token_id") {
+        map.insert("bos_token_id".to_owned(), bos.into());
+    }
+    let mut eos: Vec<u64> = Vec::new();
+    for name in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+        eos.extend(file.unsigned(name).filter(|i| !eos.contains(i)));
+    }
+    map.insert("eos_token_id".to_owned(), eos.into());
+    (architecture.gguf_fields)(file, &mut map);
+    Ok(map)
 }
 
-fn scaling(file: &GgufFile, prefix: &str) -> Result<Option<RopeScaling>, ConfigError> {
-    if file.has_tensor(ROPE_FACTORS) {
-        let factors = file.read_f32(ROPE_FACTORS).map_err(|e| ConfigError::Invalid {
-            field: ROPE_FACTORS.to_owned(),
-            value: e.to_string(),
-            reason: "it must be a readable tensor".to_owned(),
-        })?;
-        return Ok(Some(RopeScaling::Factors(factors)));
+/// The file holds f32; the shortest decimal of it is what config.json had.
+fn decimal(value: f64) -> Value {
+    (value as f32).to_string().parse::<f64>().map_or(Value::Null, Value::from)
+}
+
+/// Rotated elements as a share of the head.
+fn partial_rotation(file: &GgufFile, key: &str, map: &mut Map<String, Value>) {
+    let size = |name: &str| map.get(name).and_then(Value::as_u64);
+    let derived = || size("hidden_size")?.checked_div(size("num_attention_heads")?);
+    let Some((rotated, head_dim)) = file.unsigned(key).zip(size("head_dim").or_else(derived)) else { return };
+    if rotated > 0 && rotated < head_dim {
+        map.insert("partial_rotary_factor".to_owned(), (rotated as f64 / head_dim as f64).into());
     }
+}
+
+fn tensor(file: &GgufFile, name: &str) -> Result<Vec<f32>, ConfigError> {
+    file.read_f32(name).map_err(|e| invalid(name, e, "it must be a readable tensor"))
+}
+
+fn scaling(file: &GgufFile, prefix: &str) -> Result<Option<Value>, ConfigError> {
+    let float = |name: &str| file.float(&format!("{prefix}.{name}")).map(decimal);
+    let original = file.unsigned(&format!("{prefix}.original_context_length"));
+    let [long, short] = crate::weights::LONG_ROPE_FACTORS;
+    if file.has_tensor(long) && file.has_tensor(short) {
+        return Ok(Some(json!({
+            "rope_type": "longrope", "long_factor": tensor(file, long)?, "short_factor": tensor(file, short)?,
+            "original_max_position_embeddings": original, "attention_factor": float("attn_factor"),
+        })));
+    }
+    if file.has_tensor(ROPE_FACTORS) {
+        return Ok(Some(json!({"rope_type": "factors", "factors": tensor(file, ROPE_FACTORS)?})));
+    }
+    let factor = float("factor").unwrap_or_else(|| 1.0.into());
     match file.string(&format!("{prefix}.type")) {
         None | Some("none") => Ok(None),
-        Some("linear") => {
-            let factor = file.float(&format!("{prefix}.factor")).unwrap_or(1.0) as f32;
-            Ok(Some(RopeScaling::Linear { factor }))
+        Some("linear") => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
+        Some("yarn") => Ok(Some(json!({
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+            "beta_fast": float("yarn_beta_fast"), "beta_slow": float("yarn_beta_slow"),
+        }))),
+        Some(other) => {
+            Err(invalid(&format!("{prefix}.type"), other, "supported kinds are none, linear and yarn"))
         }
-        Some(other) => Err(ConfigError::Invalid {
-            field: format!("{prefix}.type"),
-            value: other.to_owned(),
-            reason: "supported kinds are none and linear".to_owned(),
-        }),
     }
 }

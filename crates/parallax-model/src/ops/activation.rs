@@ -1,6 +1,6 @@
-//! SiLU(gate) · up of a fused row.
+//! activation(gate) · up of a fused row.
 
-use parallax_kernels::activation::{silu_mul, silu_mul_backward};
+use parallax_kernels::activation::{Activation, gated_mul, gated_mul_backward};
 
 use super::{BackwardArgs, CpuOp, Output};
 
@@ -8,20 +8,21 @@ const SHAPES: &str = "shapes were checked when the weights were loaded";
 
 /// Input: [T, 2F], gate in the first F columns; result [T, F].
 #[derive(Debug)]
-pub(crate) struct SiluMul {
+pub(crate) struct GatedMul {
+    pub(crate) activation: Activation,
     pub(crate) ffn: usize,
 }
 
-impl CpuOp for SiluMul {
+impl CpuOp for GatedMul {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
         let mut y = vec![0.0; inputs[0].len() / 2];
-        silu_mul(inputs[0], self.ffn, &mut y).expect(SHAPES);
+        gated_mul(self.activation, inputs[0], self.ffn, &mut y).expect(SHAPES);
         Output::matrix(y, self.ffn)
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
         let mut dx = vec![0.0; args.inputs[0].len()];
-        silu_mul_backward(args.inputs[0], self.ffn, args.grad, &mut dx).expect(SHAPES);
+        gated_mul_backward(self.activation, args.inputs[0], self.ffn, args.grad, &mut dx).expect(SHAPES);
         vec![Some(dx)]
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use burn::tensor::{Device, Tensor};
 use parallax_kernels::{
     attention::{
-        KvPages, KvPagesMut, RowRef, append_kv, causal_attention_backward, causal_attention_forward,
+        KvPages, KvPagesMut, RowRef, Scoring, append_kv, causal_attention_backward, causal_attention_forward,
         page_len, paged_attention,
     },
     rope::{RopeTable, rope_apply, rope_apply_inverse},
@@ -19,24 +19,38 @@ use super::{
     BackwardArgs, CpuOp, Output,
     norm::{columns, put_columns},
 };
+use crate::config::{LayerConfig, Mixer};
 
 const SHAPES: &str = "the batch was checked against the store before the first layer";
 
-/// Head counts and rotation, shared by all layers.
+/// The attention of a layer without its linear weights; sinks are weights, but of the scores.
 #[derive(Debug)]
 pub(crate) struct Geometry {
     pub(crate) n_heads: usize,
     pub(crate) n_kv_heads: usize,
     pub(crate) head_dim: usize,
-    pub(crate) rope: RopeTable,
-    /// Radians per position of each pair, for the composed rotation. [D / 2]
+    pub(crate) rope: Option<Arc<Rotation>>,
+    pub(crate) scale: f32,
+    pub(crate) window: Option<usize>,
+    pub(crate) softcap: Option<f32>,
+    /// [Q]
+    pub(crate) sinks: Option<Vec<f32>>,
+}
+
+/// A rotation, shared by the layers that have the same.
+#[derive(Debug)]
+pub(crate) struct Rotation {
+    pub(crate) table: RopeTable,
+    pub(crate) interleaved: bool,
+    pub(crate) magnitude: f32,
+    /// Radians per position of each pair, for the composed rotation. [dims / 2]
     pub(crate) frequencies: Vec<f32>,
 }
 
 impl Geometry {
-    /// 1 / sqrt(D).
-    fn scale(&self) -> f32 {
-        (self.head_dim as f32).sqrt().recip()
+    fn scoring(&self) -> Scoring<'_> {
+        let Self { scale, window, softcap, .. } = *self;
+        Scoring { scale, window, softcap, sinks: self.sinks.as_deref() }
     }
 
     fn width(&self) -> usize {
@@ -54,7 +68,9 @@ impl Geometry {
     fn rotated(&self, qkv: &[f32], positions: &[u32]) -> [Vec<f32>; 3] {
         let [q, k, v] = self.parts().map(|range| columns(qkv, self.width(), &range));
         let rotate = |mut x: Vec<f32>, heads| {
-            rope_apply(&mut x, heads, positions, &self.rope).expect(SHAPES);
+            if let Some(rope) = &self.rope {
+                rope_apply(&mut x, heads, positions, &rope.table).expect(SHAPES);
+            }
             x
         };
         [rotate(q, self.n_heads), rotate(k, self.n_kv_heads), v]
@@ -79,23 +95,30 @@ pub(crate) struct KvStore {
 
 impl KvStore {
     /// Zeroed pages; the operating system hands out the memory when a page is first written.
-    pub(crate) fn new(n_layers: usize, n_pages: usize, page_tokens: usize, g: &Geometry) -> Self {
-        let n = n_pages * page_len(page_tokens, g.n_kv_heads, g.head_dim);
-        let layer = || Mutex::new(LayerStore::Memory { k: vec![0.0; n], v: vec![0.0; n] });
-        Self { page_tokens, layers: (0..n_layers).map(|_| layer()).collect() }
+    pub(crate) fn new(layers: &[LayerConfig], n_pages: usize, page_tokens: usize) -> Self {
+        let layer = |layer: &LayerConfig| match &layer.mixer {
+            Mixer::Attention(a) => {
+                let n = n_pages * page_len(page_tokens, a.n_kv_heads, a.head_dim);
+                Mutex::new(LayerStore::Memory { k: vec![0.0; n], v: vec![0.0; n] })
+            }
+        };
+        Self { page_tokens, layers: layers.iter().map(layer).collect() }
     }
 
     /// The same on a device.
     pub(crate) fn tensors(
-        n_layers: usize,
+        layers: &[LayerConfig],
+        n_pages: usize,
         page_tokens: usize,
-        rows: usize,
-        kv_width: usize,
         device: &Device,
     ) -> Self {
-        let zeros = || Tensor::zeros([rows, kv_width], device);
-        let layer = || Mutex::new(LayerStore::Tensors { k: zeros(), v: zeros() });
-        Self { page_tokens, layers: (0..n_layers).map(|_| layer()).collect() }
+        let layer = |layer: &LayerConfig| match &layer.mixer {
+            Mixer::Attention(a) => {
+                let zeros = || Tensor::zeros([n_pages * page_tokens, a.kv_width()], device);
+                Mutex::new(LayerStore::Tensors { k: zeros(), v: zeros() })
+            }
+        };
+        Self { page_tokens, layers: layers.iter().map(layer).collect() }
     }
 
     fn with_memory<R>(&self, layer: usize, f: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
@@ -155,7 +178,7 @@ impl CpuOp for PagedAttention {
             let mut pages = KvPagesMut { k: keys, v: values, page_tokens, tables, n_kv_heads, head_dim };
             append_kv(&mut pages, &self.rows.rows, &k, &v).expect(SHAPES);
             let pages = KvPages { k: keys, v: values, page_tokens, tables, n_kv_heads, head_dim };
-            paged_attention(&q, g.n_heads, &self.rows.rows, &pages, g.scale(), &mut out).expect(SHAPES);
+            paged_attention(&q, g.n_heads, &self.rows.rows, &pages, &g.scoring(), &mut out).expect(SHAPES);
         });
         Output::matrix(out, g.n_heads * g.head_dim)
     }
@@ -188,7 +211,7 @@ impl CpuOp for PackedAttention {
             g.n_kv_heads,
             g.head_dim,
             &self.cu_seqlens,
-            g.scale(),
+            &g.scoring(),
             &mut out,
             &mut lse,
         )
@@ -215,14 +238,16 @@ impl CpuOp for PackedAttention {
             g.n_kv_heads,
             g.head_dim,
             &self.cu_seqlens,
-            g.scale(),
+            &g.scoring(),
             &mut dq,
             &mut dk,
             &mut dv,
         )
         .expect(SHAPES);
-        rope_apply_inverse(&mut dq, g.n_heads, &self.positions, &g.rope).expect(SHAPES);
-        rope_apply_inverse(&mut dk, g.n_kv_heads, &self.positions, &g.rope).expect(SHAPES);
+        if let Some(rope) = &g.rope {
+            rope_apply_inverse(&mut dq, g.n_heads, &self.positions, &rope.table).expect(SHAPES);
+            rope_apply_inverse(&mut dk, g.n_kv_heads, &self.positions, &rope.table).expect(SHAPES);
+        }
         let mut dx = vec![0.0; args.inputs[0].len()];
         for (range, part) in g.parts().iter().zip([dq, dk, dv]) {
             put_columns(&mut dx, g.width(), range, &part);

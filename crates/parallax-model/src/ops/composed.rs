@@ -4,6 +4,8 @@
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
+use parallax_kernels::activation::Activation;
+
 use super::{
     attention::{Geometry, KvStore, PagedRows},
     head::Targets,
@@ -30,11 +32,15 @@ pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     x * mean.add_scalar(eps).sqrt().recip() * weight.unsqueeze()
 }
 
-/// SiLU(gate) · up.
-pub(crate) fn silu_mul(gate_up: Tensor<2>) -> Tensor<2> {
+/// activation(gate) · up.
+pub(crate) fn gated_mul(activation: Activation, gate_up: Tensor<2>) -> Tensor<2> {
     let [gate, up]: [Tensor<2>; 2] =
         gate_up.chunk(2, 1).try_into().unwrap_or_else(|_| unreachable!("two chunks were asked for"));
-    activation::silu(gate) * up
+    match activation {
+        Activation::Silu => activation::silu(gate) * up,
+        Activation::GeluTanh => activation::gelu_approximate(gate) * up,
+        other => unreachable!("{other:?} has no composed form"),
+    }
 }
 
 fn parts(qkv: &Tensor<2>, g: &Geometry) -> [Tensor<2>; 3] {
@@ -43,40 +49,59 @@ fn parts(qkv: &Tensor<2>, g: &Geometry) -> [Tensor<2>; 3] {
     [0..q, q..q + kv, q + kv..q + 2 * kv].map(|columns| qkv.clone().slice([0..rows, columns]))
 }
 
-/// RMS norm of every query and key head.
+/// cap · tanh(x / cap).
+pub(crate) fn softcap<const D: usize>(x: Tensor<D>, cap: Option<f32>) -> Tensor<D> {
+    match cap {
+        None => x,
+        Some(cap) => x.div_scalar(cap).tanh().mul_scalar(cap),
+    }
+}
+
+/// RMS norm of every query and key head, or of all of them together, as the weights are long.
 pub(crate) fn head_norms(
     qkv: &Tensor<2>,
     q_norm: &Tensor<1>,
     k_norm: &Tensor<1>,
     g: &Geometry,
-    eps: f32,
+    eps: [f32; 2],
 ) -> Tensor<2> {
     let [rows, _] = qkv.dims();
     let [q, k, v] = parts(qkv, g);
-    let heads = |x: Tensor<2>, weight: &Tensor<1>| {
-        let [_, width] = x.dims();
-        let by_head = x.reshape([rows * width / g.head_dim, g.head_dim]);
-        rms_norm(by_head, weight.clone(), eps).reshape([rows, width])
+    let heads = |x: Tensor<2>, weight: &Tensor<1>, eps| {
+        let ([_, width], [span]) = (x.dims(), weight.dims());
+        rms_norm(x.reshape([rows * width / span, span]), weight.clone(), eps).reshape([rows, width])
     };
-    Tensor::cat(vec![heads(q, q_norm), heads(k, k_norm), v], 1)
+    Tensor::cat(vec![heads(q, q_norm, eps[0]), heads(k, k_norm, eps[1]), v], 1)
 }
 
-/// Rotates [T, heads·D] by position: halves of a head are the parts of complex numbers.
+/// Rotates [T, heads·D] by position: pairs of a head are complex numbers.
 fn rotate(x: Tensor<2>, positions: &[u32], g: &Geometry) -> Tensor<3> {
-    let (rows, half) = (positions.len(), g.head_dim / 2);
+    let rows = positions.len();
     let heads = x.dims()[1] / g.head_dim;
+    let x = x.reshape([rows, heads, g.head_dim]);
+    let Some(rope) = &g.rope else { return x };
+    let half = rope.frequencies.len();
     let angles: Vec<f32> =
-        positions.iter().flat_map(|p| g.frequencies.iter().map(move |f| *p as f32 * f)).collect();
+        positions.iter().flat_map(|p| rope.frequencies.iter().map(move |f| *p as f32 * f)).collect();
     let table = |f: fn(f64) -> f64| {
-        let values: Vec<f32> = angles.iter().map(|a| f(f64::from(*a)) as f32).collect();
-        Tensor::<3>::from_data(TensorData::new(values, [rows, 1, half]), &x.device())
+        let values: Vec<f32> = angles.iter().map(|a| f(f64::from(*a)) as f32 * rope.magnitude).collect();
+        Tensor::<4>::from_data(TensorData::new(values, [rows, 1, half, 1]), &x.device())
     };
     let (cos, sin) = (table(f64::cos), table(f64::sin));
-    let x = x.reshape([rows, heads, g.head_dim]);
-    let a = x.clone().slice([0..rows, 0..heads, 0..half]);
-    let b = x.slice([0..rows, 0..heads, half..g.head_dim]);
+    // [T, heads, half, 2], whichever elements are a pair.
+    let turned = x.clone().slice([0..rows, 0..heads, 0..2 * half]);
+    let pairs = if rope.interleaved {
+        turned.reshape([rows, heads, half, 2])
+    } else {
+        turned.reshape([rows, heads, 2, half]).swap_dims(2, 3)
+    };
+    let part = |i: usize| pairs.clone().slice([0..rows, 0..heads, 0..half, i..i + 1]);
+    let (a, b) = (part(0), part(1));
     let first = a.clone() * cos.clone() - b.clone() * sin.clone();
-    Tensor::cat(vec![first, b * cos + a * sin], 2)
+    let turned = Tensor::cat(vec![first, b * cos + a * sin], 3);
+    let turned = if rope.interleaved { turned } else { turned.swap_dims(2, 3) };
+    let turned = turned.reshape([rows, heads, 2 * half]);
+    Tensor::cat(vec![turned, x.slice([0..rows, 0..heads, 2 * half..g.head_dim])], 2)
 }
 
 /// Queries [n, Q, D] at the last n of m positions, over keys and values [m, K, D].
@@ -88,13 +113,21 @@ fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, g: &Geometry) -> Tensor<2> {
         x.swap_dims(0, 1).unsqueeze_dim::<4>(1).repeat_dim(1, group).reshape([heads, m, d])
     };
     let (k, v) = (expand(k), expand(v));
-    let scores = q.swap_dims(0, 1).matmul(k.swap_dims(1, 2)).mul_scalar((g.head_dim as f32).sqrt().recip());
-    let mask: Vec<f32> = (0..n)
-        .flat_map(|i| (0..m).map(move |j| if j <= i + m - n { 0.0 } else { f32::NEG_INFINITY }))
-        .collect();
+    let scores = q.swap_dims(0, 1).matmul(k.swap_dims(1, 2)).mul_scalar(g.scale);
+    let scores = softcap(scores, g.softcap);
+    let sees = |i: usize, j: usize| j <= i + m - n && g.window.is_none_or(|w| j + w > i + m - n);
+    let mask: Vec<f32> =
+        (0..n).flat_map(|i| (0..m).map(move |j| if sees(i, j) { 0.0 } else { f32::NEG_INFINITY })).collect();
     let mask = Tensor::<3>::from_data(TensorData::new(mask, [1, n, m]), &scores.device());
-    let out = activation::softmax(scores + mask, 2).matmul(v);
-    out.swap_dims(0, 1).reshape([n, heads * d])
+    let mut scores = scores + mask;
+    if let Some(sinks) = &g.sinks {
+        // One more column, which has no value.
+        let sinks = TensorData::new(sinks.clone(), [heads, 1, 1]);
+        let sinks = Tensor::<3>::from_data(sinks, &scores.device()).repeat_dim(1, n);
+        scores = Tensor::cat(vec![scores, sinks], 2);
+    }
+    let weights = activation::softmax(scores, 2).slice([0..heads, 0..n, 0..m]);
+    weights.matmul(v).swap_dims(0, 1).reshape([n, heads * d])
 }
 
 /// Causal attention inside each packed sequence.
@@ -160,13 +193,21 @@ pub(crate) fn paged_attention(
 }
 
 /// Log-probability of each target.
-pub(crate) fn token_logprobs(x: Tensor<2>, weight: Tensor<2>, targets: &Targets) -> Tensor<1> {
-    let n = targets.rows.len();
-    let ids = |ids: &[u32]| {
-        let ids: Vec<i32> = ids.iter().map(|id| id.cast_signed()).collect();
-        Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), &x.device())
-    };
-    let (rows, tokens) = (ids(&targets.rows), ids(&targets.tokens));
-    let logits = linear(x.select(0, rows), weight);
-    activation::log_softmax(logits, 1).gather(1, tokens.reshape([n, 1])).reshape([n])
+pub(crate) fn token_logprobs(x: &Tensor<2>, weight: Tensor<2>, targets: &Targets) -> Tensor<1> {
+    logprobs(linear(select(x, &targets.rows), weight), targets)
+}
+
+/// Rows of a matrix.
+pub(crate) fn select(x: &Tensor<2>, rows: &[u32]) -> Tensor<2> {
+    let ids: Vec<i32> = rows.iter().map(|id| id.cast_signed()).collect();
+    let n = ids.len();
+    x.clone().select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), &x.device()))
+}
+
+/// Log-probability of each target under its row of logits.
+pub(crate) fn logprobs(logits: Tensor<2>, targets: &Targets) -> Tensor<1> {
+    let n = targets.tokens.len();
+    let ids: Vec<i32> = targets.tokens.iter().map(|id| id.cast_signed()).collect();
+    let tokens = Tensor::<2, Int>::from_data(TensorData::new(ids, [n, 1]), &logits.device());
+    activation::log_softmax(logits, 1).gather(1, tokens).reshape([n])
 }

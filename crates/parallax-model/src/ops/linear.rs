@@ -53,25 +53,48 @@ impl FrozenLinear {
     }
 }
 
-/// Input: x. The weights have no gradient.
+/// Adds the bias, if there is one, to rows.
+fn add_bias(mut y: Vec<f32>, bias: Option<&&[f32]>) -> Vec<f32> {
+    if let Some(bias) = bias {
+        for row in y.chunks_exact_mut(bias.len()) {
+            for (y, b) in row.iter_mut().zip(*bias) {
+                *y += b;
+            }
+        }
+    }
+    y
+}
+
+/// Gradient of a bias: the sum over rows.
+fn bias_gradient(grad: &[f32], n: usize) -> Vec<f32> {
+    let mut sum = vec![0.0; n];
+    for row in grad.chunks_exact(n) {
+        for (s, g) in sum.iter_mut().zip(row) {
+            *s += g;
+        }
+    }
+    sum
+}
+
+/// Inputs: x, and the bias [N] where there is one. The weights have no gradient.
 #[derive(Debug)]
 pub(crate) struct Frozen(pub(crate) Arc<FrozenLinear>);
 
 impl CpuOp for Frozen {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
-        Output::matrix(self.0.apply(inputs[0]), self.0.n())
+        Output::matrix(add_bias(self.0.apply(inputs[0]), inputs.get(1)), self.0.n())
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
         let dense = self.0.dense.as_ref().expect("training loads keep the dense weights");
-        vec![args.wanted[0].then(|| {
-            let (n, k) = (self.0.n(), self.0.k());
-            matrix::nn(args.grad, dense, args.grad.len() / n, k, n)
-        })]
+        let (n, k) = (self.0.n(), self.0.k());
+        let dx = args.wanted[0].then(|| matrix::nn(args.grad, dense, args.grad.len() / n, k, n));
+        let db = args.wanted.get(1).map(|wanted| wanted.then(|| bias_gradient(args.grad, n)));
+        [Some(dx), db].into_iter().flatten().collect()
     }
 }
 
-/// Inputs: x [T, K], W [N, K].
+/// Inputs: x [T, K], W [N, K], and the bias [N] where there is one.
 #[derive(Debug)]
 pub(crate) struct Dense {
     pub(crate) n: usize,
@@ -81,14 +104,16 @@ pub(crate) struct Dense {
 impl CpuOp for Dense {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
         let rows = inputs[0].len() / self.k;
-        Output::matrix(matrix::nt(inputs[0], inputs[1], rows, self.n, self.k), self.n)
+        let y = matrix::nt(inputs[0], inputs[1], rows, self.n, self.k);
+        Output::matrix(add_bias(y, inputs.get(2)), self.n)
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
         let rows = args.grad.len() / self.n;
         let dx = args.wanted[0].then(|| matrix::nn(args.grad, args.inputs[1], rows, self.k, self.n));
         let dw = args.wanted[1].then(|| matrix::tn(args.grad, args.inputs[0], self.n, self.k, rows));
-        vec![dx, dw]
+        let db = args.wanted.get(2).map(|wanted| wanted.then(|| bias_gradient(args.grad, self.n)));
+        [Some(dx), Some(dw), db].into_iter().flatten().collect()
     }
 }
 

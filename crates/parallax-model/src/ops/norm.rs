@@ -1,4 +1,4 @@
-//! RMS norm of rows, and of the query and key heads inside a fused row (Qwen3).
+//! RMS norm of rows, and of the queries and keys inside a fused row: head by head, or all heads together.
 
 use parallax_kernels::norm::{rms_norm, rms_norm_backward};
 
@@ -28,13 +28,15 @@ impl CpuOp for RmsNorm {
     }
 }
 
-/// Inputs: fused qkv rows [T, (Q + 2K)·D], query norm weight [D], key norm weight [D]. Values pass through.
+/// Inputs: fused qkv rows [T, (Q + 2K)·D], query norm weight, key norm weight: [D] each, or [Q·D] and [K·D].
+/// Values pass through.
 #[derive(Debug)]
 pub(crate) struct HeadNorms {
     pub(crate) n_heads: usize,
     pub(crate) n_kv_heads: usize,
     pub(crate) head_dim: usize,
-    pub(crate) eps: f32,
+    /// Of the queries' norm and of the keys'.
+    pub(crate) eps: [f32; 2],
 }
 
 impl HeadNorms {
@@ -67,7 +69,7 @@ impl CpuOp for HeadNorms {
         for (range, weight) in self.parts() {
             let part = columns(inputs[0], self.width(), &range);
             let mut normed = vec![0.0; part.len()];
-            rms_norm(&part, inputs[weight], self.eps, &mut normed).expect(SHAPES);
+            rms_norm(&part, inputs[weight], self.eps[weight - 1], &mut normed).expect(SHAPES);
             put_columns(&mut out, self.width(), &range, &normed);
         }
         Output::matrix(out, self.width())
@@ -80,9 +82,9 @@ impl CpuOp for HeadNorms {
             let x = columns(args.inputs[0], self.width(), &range);
             let grad = columns(args.grad, self.width(), &range);
             let mut part = vec![0.0; x.len()];
-            let mut dw = vec![0.0; self.head_dim];
-            rms_norm_backward(&x, args.inputs[weight], self.eps, &grad, &mut part, Some(&mut dw))
-                .expect(SHAPES);
+            let (w, eps) = (args.inputs[weight], self.eps[weight - 1]);
+            let mut dw = vec![0.0; w.len()];
+            rms_norm_backward(&x, w, eps, &grad, &mut part, Some(&mut dw)).expect(SHAPES);
             put_columns(&mut dx, self.width(), &range, &part);
             weights.push(args.wanted[weight].then_some(dw));
         }

@@ -4,10 +4,10 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use super::invalid;
 use crate::{
-    adapter::MODULES,
-    config::ModelConfig,
+    adapter::{MODULES, module_shape},
+    config::{Attention, HeadSpan, LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Projection},
     error::LoadError,
-    load::{self, layer_name},
+    load,
     weights::WeightIndex,
 };
 
@@ -18,7 +18,7 @@ pub struct LoraConfig {
     pub rank: usize,
     /// Numerator of the scale alpha / rank.
     pub alpha: f32,
-    /// Modules of every layer that get one, e.g. `q_proj`; empty means all seven.
+    /// Modules of every layer that get one, e.g. `q_proj`; empty means all that a layer has.
     pub targets: Vec<String>,
     /// Seed of A's initial values; B starts at zero.
     pub seed: u64,
@@ -26,48 +26,119 @@ pub struct LoraConfig {
 
 type Leaves = Vec<(String, Tensor<2>)>;
 
-/// A full parameter: its name, its rows by HF tensor, its columns. Norms have one row.
+/// A full parameter: its name, its rows by HF tensor, its columns. Norms and biases have one row.
 pub(super) struct Parameter {
     pub(super) name: String,
+    /// HF tensors stacked in it, with their rows (a vector: its elements).
     pub(super) parts: Vec<(String, usize)>,
     pub(super) columns: usize,
-    pub(super) is_norm: bool,
+    pub(super) kind: Kind,
+}
+
+/// How a parameter is drawn, and the shape of its tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Kind {
+    Matrix,
+    /// Starts at this value everywhere.
+    Vector(f32),
+}
+
+impl Parameter {
+    /// Shape of one of its tensors.
+    pub(super) fn shape(&self, rows: usize) -> Vec<usize> {
+        match self.kind {
+            Kind::Matrix => vec![rows, self.columns],
+            Kind::Vector(_) => vec![rows],
+        }
+    }
+}
+
+/// Collects the parameters of one layer.
+struct LayerParameters<'a> {
+    layer: usize,
+    hidden: usize,
+    out: &'a mut Vec<Parameter>,
+}
+
+impl LayerParameters<'_> {
+    fn push(&mut self, name: &str, parts: Vec<(String, usize)>, columns: usize, kind: Kind) {
+        self.out.push(Parameter { name: format!("layers.{}.{name}", self.layer), parts, columns, kind });
+    }
+
+    fn norm(&mut self, name: &str, norm: Option<Norm>, n: usize) {
+        let Some(norm) = norm else { return };
+        let tensor = load::layer_name(self.layer, &format!("{}.weight", norm.name));
+        self.push(name, vec![(tensor, n)], n, Kind::Vector(first_norm(&norm)));
+    }
+
+    fn linear(&mut self, name: &str, p: &Projection, rows: &[usize], columns: usize) {
+        let stacked = [rows.iter().sum()];
+        let rows = if p.names.len() == rows.len() { rows } else { stacked.as_slice() };
+        let layer = self.layer;
+        let tensors = |kind: &str| -> Vec<(String, usize)> {
+            let full = |(name, n): (&&str, &usize)| (load::layer_name(layer, &format!("{name}.{kind}")), *n);
+            p.names.iter().zip(rows).map(full).collect()
+        };
+        self.push(&format!("{name}_proj"), tensors("weight"), columns, Kind::Matrix);
+        if p.bias {
+            self.push(&format!("{name}_bias"), tensors("bias"), rows.iter().sum(), Kind::Vector(0.0));
+        }
+    }
+
+    fn all(&mut self, c: &LayerConfig) {
+        self.norm("input_norm", c.mixer_norms.before, self.hidden);
+        match &c.mixer {
+            Mixer::Attention(a) => self.attention(a),
+        }
+        self.norm("mixer_post_norm", c.mixer_norms.after, self.hidden);
+        self.norm("post_norm", c.mlp_norms.before, self.hidden);
+        match &c.mlp {
+            Mlp::Dense(m) => {
+                self.linear("gate_up", &m.gate_up, &[m.ffn, m.ffn], self.hidden);
+                self.linear("down", &m.down, &[self.hidden], m.ffn);
+            }
+        }
+        self.norm("mlp_post_norm", c.mlp_norms.after, self.hidden);
+    }
+
+    fn attention(&mut self, a: &Attention) {
+        self.linear("qkv", &a.qkv, &[a.q_width(), a.kv_width(), a.kv_width()], self.hidden);
+        if let Some(norms) = a.head_norms {
+            let [q, k] = match norms.span {
+                HeadSpan::Head => [a.head_dim; 2],
+                HeadSpan::All => [a.q_width(), a.kv_width()],
+            };
+            self.norm("q_norm", Some(norms.q), q);
+            self.norm("k_norm", Some(norms.k), k);
+        }
+        self.linear("o", &a.o, &[self.hidden], a.q_width());
+    }
+}
+
+/// The stored weight by which a norm multiplies with 1.
+fn first_norm(norm: &Norm) -> f32 {
+    match norm.kind {
+        NormKind::Rms => 1.0,
+        NormKind::RmsPlusOne => 0.0,
+    }
 }
 
 /// All weights of a model, in the order in which the forward pass takes them.
 pub(super) fn full_parameters(c: &ModelConfig) -> Vec<Parameter> {
-    let matrix = |name: &str, parts: Vec<(String, usize)>, columns| Parameter {
+    let whole = |name: &str, tensor: String, rows, columns, kind| Parameter {
         name: name.to_owned(),
-        parts,
+        parts: vec![(tensor, rows)],
         columns,
-        is_norm: false,
+        kind,
     };
-    let norm =
-        |name: String, hf: String, n| Parameter { name, parts: vec![(hf, 1)], columns: n, is_norm: true };
-    let mut out = vec![matrix("embed_tokens", vec![(load::EMBEDDING.to_owned(), c.vocab)], c.hidden)];
-    for i in 0..c.n_layers {
-        let hf = |module: &str| layer_name(i, module);
-        let name = |module: &str| format!("layers.{i}.{module}");
-        out.push(norm(name("input_norm"), hf("input_layernorm"), c.hidden));
-        let qkv = vec![
-            (hf("self_attn.q_proj"), c.q_width()),
-            (hf("self_attn.k_proj"), c.kv_width()),
-            (hf("self_attn.v_proj"), c.kv_width()),
-        ];
-        out.push(matrix(&name("qkv_proj"), qkv, c.hidden));
-        if c.family.has_head_norms() {
-            out.push(norm(name("q_norm"), hf("self_attn.q_norm"), c.head_dim));
-            out.push(norm(name("k_norm"), hf("self_attn.k_norm"), c.head_dim));
-        }
-        out.push(matrix(&name("o_proj"), vec![(hf("self_attn.o_proj"), c.hidden)], c.q_width()));
-        out.push(norm(name("post_norm"), hf("post_attention_layernorm"), c.hidden));
-        let gate_up = vec![(hf("mlp.gate_proj"), c.ffn), (hf("mlp.up_proj"), c.ffn)];
-        out.push(matrix(&name("gate_up_proj"), gate_up, c.hidden));
-        out.push(matrix(&name("down_proj"), vec![(hf("mlp.down_proj"), c.hidden)], c.ffn));
+    let mut out = vec![whole("embed_tokens", load::EMBEDDING.to_owned(), c.vocab, c.hidden, Kind::Matrix)];
+    for (layer, config) in c.layers.iter().enumerate() {
+        LayerParameters { layer, hidden: c.hidden, out: &mut out }.all(config);
     }
-    out.push(norm("norm".to_owned(), load::FINAL_NORM.to_owned(), c.hidden));
+    let kind = Kind::Vector(first_norm(&c.final_norm));
+    out.push(whole("norm", format!("{}.weight", c.final_norm.name), c.hidden, c.hidden, kind));
     if !c.tied_embeddings {
-        out.push(matrix("lm_head", vec![(load::HEAD.to_owned(), c.vocab)], c.hidden));
+        out.push(whole("lm_head", load::HEAD.to_owned(), c.vocab, c.hidden, Kind::Matrix));
     }
     out
 }
@@ -86,8 +157,7 @@ pub(super) fn read_parameters(
     for p in full_parameters(config) {
         let mut values = Vec::new();
         for (name, rows) in &p.parts {
-            let shape = if p.is_norm { vec![p.columns] } else { vec![*rows, p.columns] };
-            values.extend(index.read_shaped(name, &shape)?);
+            values.extend(index.read_shaped(name, &p.shape(*rows))?);
         }
         leaves.push((p.name, leaf(values, p.columns, device)));
     }
@@ -128,14 +198,16 @@ pub(super) fn random_parameters(config: &ModelConfig, seed: u64, device: &Device
     full_parameters(config)
         .into_iter()
         .map(|p| {
-            let n = p.columns * p.parts.iter().map(|(_, rows)| rows).sum::<usize>();
+            let rows = p.parts.iter().map(|(_, rows)| rows).sum::<usize>();
             let std = if p.name.ends_with("o_proj") || p.name.ends_with("down_proj") {
                 INIT_STD * residual
             } else {
                 INIT_STD
             };
-            let values =
-                if p.is_norm { vec![1.0; n] } else { (0..n).map(|_| (rng.normal() * std) as f32).collect() };
+            let values = match p.kind {
+                Kind::Vector(value) => vec![value; rows],
+                Kind::Matrix => (0..rows * p.columns).map(|_| (rng.normal() * std) as f32).collect(),
+            };
             (p.name, leaf(values, p.columns, device))
         })
         .collect()
@@ -153,15 +225,14 @@ pub(super) fn lora_parameters(
         return Err(invalid("lora", value, "rank must be within 1..=hidden, alpha finite"));
     }
     let targets: Vec<&str> = if lora.targets.is_empty() {
-        MODULES.to_vec()
+        MODULES.into_iter().filter(|m| module_shape(config, 0, m).is_some()).collect()
     } else {
         lora.targets.iter().map(String::as_str).collect()
     };
     let mut shapes = std::collections::BTreeMap::new();
     for target in &targets {
-        let shape = load::lora_shape(config, target)?;
         for layer in 0..config.n_layers {
-            shapes.insert(format!("layers.{layer}.{target}"), shape);
+            shapes.insert(format!("layers.{layer}.{target}"), load::lora_shape(config, layer, target)?);
         }
     }
     let mut rng = SplitMix(lora.seed);

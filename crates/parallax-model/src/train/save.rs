@@ -37,9 +37,9 @@ impl TrainModel {
                 tensor.clone().inner().into_data().try_to_vec().expect("parameters are f32");
             let mut first = 0;
             for (name, rows) in &p.parts {
-                let part = &values[first..first + rows * p.columns];
+                let shape = p.shape(*rows);
+                let part = &values[first..first + shape.iter().product::<usize>()];
                 first += part.len();
-                let shape = if p.is_norm { vec![p.columns] } else { vec![*rows, p.columns] };
                 let bytes: Vec<u8> = part.iter().flat_map(|v| v.to_le_bytes()).collect();
                 tensors.push((name.clone(), shape, bytes));
             }

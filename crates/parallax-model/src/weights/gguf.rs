@@ -348,20 +348,16 @@ impl GgufFile {
 
     /// The index under HF names; what is not a weight of the forward pass is left out.
     pub(crate) fn into_index(self, config: &ModelConfig) -> Result<WeightIndex, OpenError> {
+        let architecture = crate::arch::of(config.family);
         let mut tensors = BTreeMap::new();
         for (name, mut info) in self.tensors {
-            let Some(name) = names::canonical(&name) else { continue };
-            info.interleaved_heads =
-                names::interleaved_heads(config.family, &name, config.n_heads, config.n_kv_heads);
-            if let Some(heads) = info.interleaved_heads {
-                let rows = info.shape.first().copied().unwrap_or(0);
-                if info.shape.len() != 2 || rows != heads * config.head_dim {
-                    return Err(OpenError::Shape {
-                        name,
-                        found: info.shape,
-                        expected: vec![heads * config.head_dim, config.hidden],
-                    });
+            let Some(name) = names::canonical(&name, architecture) else { continue };
+            if let Some((heads, rows)) = names::interleaved_heads(architecture, config, &name) {
+                if info.shape.first() != Some(&rows) {
+                    let expected = vec![rows, config.hidden];
+                    return Err(OpenError::Shape { name, found: info.shape, expected });
                 }
+                info.interleaved_heads = Some(heads);
             }
             tensors.insert(name, info);
         }

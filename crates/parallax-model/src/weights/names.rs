@@ -1,23 +1,41 @@
 //! GGUF tensor names to HF names, and llama.cpp's row order to HF's.
 
-use crate::config::Family;
+use crate::{
+    arch::Architecture,
+    config::{Mixer, ModelConfig},
+};
 
 /// Divisors of the rotary frequencies, where a GGUF file carries them.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// The same for LongRoPE: beyond the original context, and within it.
+pub(crate) const LONG_ROPE_FACTORS: [&str; 2] = ["rope_factors_long.weight", "rope_factors_short.weight"];
+
+/// Whether opening a checkpoint reads this tensor.
+pub(crate) fn is_rope_factors(name: &str) -> bool {
+    name == ROPE_FACTORS || LONG_ROPE_FACTORS.contains(&name)
+}
 
 /// The HF name of a GGUF tensor, or `None` for tensors that are not weights of the forward pass.
-pub(crate) fn canonical(name: &str) -> Option<String> {
+pub(crate) fn canonical(name: &str, architecture: &Architecture) -> Option<String> {
     match name {
         "token_embd.weight" => return Some("model.embed_tokens.weight".to_owned()),
         "output_norm.weight" => return Some("model.norm.weight".to_owned()),
         "output.weight" => return Some("lm_head.weight".to_owned()),
         // No HF name: HF keeps the formula in config.json. Part of the index because opening reads it.
-        ROPE_FACTORS => return Some(ROPE_FACTORS.to_owned()),
+        name if is_rope_factors(name) => return Some(name.to_owned()),
         _ => {}
     }
     let (block, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     let block: usize = block.parse().ok()?;
-    let module = match rest.strip_suffix(".weight")? {
+    let (stored, kind) = rest.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias"))?;
+    let special = architecture.gguf_names.iter().find(|(gguf, _)| *gguf == stored).map(|(_, hf)| *hf);
+    let module = special.or_else(|| module(stored))?;
+    Some(format!("model.layers.{block}.{module}.{kind}"))
+}
+
+/// The rule: Llama's names.
+fn module(stored: &str) -> Option<&'static str> {
+    Some(match stored {
         "attn_norm" => "input_layernorm",
         "ffn_norm" => "post_attention_layernorm",
         "attn_q" => "self_attn.q_proj",
@@ -30,21 +48,25 @@ pub(crate) fn canonical(name: &str) -> Option<String> {
         "ffn_up" => "mlp.up_proj",
         "ffn_down" => "mlp.down_proj",
         _ => return None,
-    };
-    Some(format!("model.layers.{block}.{module}.weight"))
+    })
 }
 
-/// Heads by which the rows of an HF tensor are interleaved in a GGUF file: only llama's queries and keys.
+/// Heads by which the rows of a tensor are interleaved in a GGUF file, and their number of rows: the queries and
+/// keys of Llama and its kin.
 pub(crate) fn interleaved_heads(
-    family: Family,
+    architecture: &Architecture,
+    config: &ModelConfig,
     name: &str,
-    n_heads: usize,
-    n_kv_heads: usize,
-) -> Option<usize> {
-    match family {
-        Family::Llama if name.ends_with("self_attn.q_proj.weight") => Some(n_heads),
-        Family::Llama if name.ends_with("self_attn.k_proj.weight") => Some(n_kv_heads),
-        _ => None,
+) -> Option<(usize, usize)> {
+    let (layer, module) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let layer = config.layers.get(layer.parse::<usize>().ok()?)?;
+    match &layer.mixer {
+        Mixer::Attention(a) if architecture.gguf_pairs => match module.rsplit_once('.')?.0 {
+            "self_attn.q_proj" => Some((a.n_heads, a.q_width())),
+            "self_attn.k_proj" => Some((a.n_kv_heads, a.kv_width())),
+            _ => None,
+        },
+        Mixer::Attention(_) => None,
     }
 }
 
@@ -76,10 +98,13 @@ mod tests {
 
     #[test]
     fn names_map_or_are_left_out() {
+        let llama = crate::arch::of(crate::config::Family::Llama);
+        let canonical = |name: &str| canonical(name, llama);
         assert_eq!(
             canonical("blk.12.ffn_gate.weight").as_deref(),
             Some("model.layers.12.mlp.gate_proj.weight")
         );
+        assert_eq!(canonical("blk.0.attn_q.bias").as_deref(), Some("model.layers.0.self_attn.q_proj.bias"));
         assert_eq!(canonical("blk.0.attn_rot_embd"), None);
         assert_eq!(canonical("blk.x.ffn_gate.weight"), None);
     }

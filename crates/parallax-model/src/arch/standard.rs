@@ -1,0 +1,58 @@
+//! What most architectures share, under Llama's names: norm, attention, norm, SwiGLU.
+
+use crate::{
+    config::{Activation, Attention, DenseMlp, LayerConfig, Mixer, Mlp, Norms, Projection, fields::Fields},
+    error::ConfigError,
+};
+
+/// Queries, keys and values as three tensors.
+pub(super) const QKV: &[&str] = &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+/// The way out of attention.
+pub(super) const O: &[&str] = &["self_attn.o_proj"];
+/// Gate and up as two tensors.
+pub(super) const GATE_UP: &[&str] = &["mlp.gate_proj", "mlp.up_proj"];
+/// The way out of the feed-forward part.
+pub(super) const DOWN: &[&str] = &["mlp.down_proj"];
+
+/// Attention to all earlier rows, rotated, scores divided by sqrt(D); a bias on every projection where
+/// `attention_bias` says so.
+pub(super) fn attention(f: &Fields<'_>) -> Result<Attention, ConfigError> {
+    let [n_heads, n_kv_heads, head_dim] = f.heads()?;
+    let bias = f.bool_or("attention_bias", false);
+    Ok(Attention {
+        n_heads,
+        n_kv_heads,
+        head_dim,
+        qkv: Projection::biased(QKV, bias),
+        o: Projection::biased(O, bias),
+        head_norms: None,
+        rope: Some(f.rope(head_dim)?),
+        window: None,
+        softcap: None,
+        sinks: None,
+        scale: (head_dim as f32).sqrt().recip(),
+    })
+}
+
+/// SwiGLU; a bias on every projection where `mlp_bias` says so.
+pub(super) fn mlp(f: &Fields<'_>) -> Result<DenseMlp, ConfigError> {
+    f.activation("hidden_act", &["silu", "swish"])?;
+    let bias = f.bool_or("mlp_bias", false);
+    Ok(DenseMlp {
+        ffn: f.size("intermediate_size")?,
+        gate_up: Projection::biased(GATE_UP, bias),
+        down: Projection::biased(DOWN, bias),
+        activation: Activation::Silu,
+    })
+}
+
+/// A layer with an RMS norm before each part.
+pub(super) fn layer(f: &Fields<'_>, attention: Attention, mlp: DenseMlp) -> Result<LayerConfig, ConfigError> {
+    Ok(LayerConfig {
+        mixer_norms: Norms::before(f.rms("input_layernorm")?),
+        mixer: Mixer::Attention(attention),
+        mlp_norms: Norms::before(f.rms("post_attention_layernorm")?),
+        mlp: Mlp::Dense(mlp),
+        residual_scale: 1.0,
+    })
+}
