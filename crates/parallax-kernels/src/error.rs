@@ -26,6 +26,12 @@ pub enum KernelError {
         /// Weights per block.
         block: usize,
     },
+    /// A weight format that is only read.
+    #[error("there is no quantiser to {kind:?}; quantise to Q8_0, Q6K or Q4_0 instead")]
+    NoQuantizer {
+        /// The format.
+        kind: crate::dtype::WeightKind,
+    },
     /// An index or count lies outside its range.
     #[error("{op}: {what} is {got}, must be below {limit}")]
     OutOfRange {

@@ -6,18 +6,23 @@
 //! chain runs over blocks of 32, whose integer dot products are exact.
 
 mod activations;
+mod blocks;
+mod codes;
 pub(crate) mod panels;
+mod super_tiles;
 mod tiles;
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use self::activations::{ActivationBlock, with_quantized};
-use self::panels::{Bf16Line, PackedDense};
-use self::tiles::{PackedBlocks, Q4Tile, Q8Tile, Q41Tile};
+use self::blocks::PackedBlocks;
+use self::panels::{Bf16Line, F16Line, PackedDense};
+use self::super_tiles::{Q2KTile, Q3KTile, Q4KTile, Q5KTile, Q6KTile};
+use self::tiles::{Int4Tile, Mxfp4Tile, Q4Tile, Q8Tile, Q41Tile, Q50Tile, Q51Tile};
 use crate::dispatch::{self, Isa};
-use crate::dtype::WeightKind;
+use crate::dtype::{WeightKind, check_blocks};
 use crate::error::{KernelError, check_len, rows_of};
 use crate::parallel::{Shared, share, task_count};
 use crate::pool;
@@ -36,21 +41,65 @@ pub struct PackedWeight(Packed);
 #[derive(Debug, Clone)]
 enum Packed {
     F32(PackedDense<Line>),
+    F16(PackedDense<F16Line>),
     Bf16(PackedDense<Bf16Line>),
     Q8_0(PackedBlocks<Q8Tile>),
     Q4_0(PackedBlocks<Q4Tile>),
     Q4_1(PackedBlocks<Q41Tile>),
+    Q5_0(PackedBlocks<Q50Tile>),
+    Q5_1(PackedBlocks<Q51Tile>),
+    Q2K(PackedBlocks<Q2KTile>),
+    Q3K(PackedBlocks<Q3KTile>),
+    Q4K(PackedBlocks<Q4KTile>),
+    Q5K(PackedBlocks<Q5KTile>),
+    Q6K(PackedBlocks<Q6KTile>),
+    Mxfp4(PackedBlocks<Mxfp4Tile>),
+    Int4(PackedBlocks<Int4Tile>),
 }
 
-/// Calls `$body` with `$w` bound to whichever packing the weight holds.
+/// Calls `$dense` or `$blocks` with `$w` bound to whichever packing the weight holds.
 macro_rules! each_kind {
     ($weight:expr, $w:ident => $body:expr) => {
+        each_kind!($weight, $w => $body, $w => $body)
+    };
+    ($weight:expr, $d:ident => $dense:expr, $w:ident => $blocks:expr) => {
         match &$weight.0 {
-            Packed::F32($w) => $body,
-            Packed::Bf16($w) => $body,
-            Packed::Q8_0($w) => $body,
-            Packed::Q4_0($w) => $body,
-            Packed::Q4_1($w) => $body,
+            Packed::F32($d) => $dense,
+            Packed::F16($d) => $dense,
+            Packed::Bf16($d) => $dense,
+            Packed::Q8_0($w) => $blocks,
+            Packed::Q4_0($w) => $blocks,
+            Packed::Q4_1($w) => $blocks,
+            Packed::Q5_0($w) => $blocks,
+            Packed::Q5_1($w) => $blocks,
+            Packed::Q2K($w) => $blocks,
+            Packed::Q3K($w) => $blocks,
+            Packed::Q4K($w) => $blocks,
+            Packed::Q5K($w) => $blocks,
+            Packed::Q6K($w) => $blocks,
+            Packed::Mxfp4($w) => $blocks,
+            Packed::Int4($w) => $blocks,
+        }
+    };
+}
+
+/// Builds the packing of `$kind` by `PackedBlocks::$make(..)`, for the kinds with blocks; else evaluates `$other`.
+macro_rules! pack_blocks {
+    ($kind:expr, $make:ident($($arg:expr),*), $other:expr) => {
+        match $kind {
+            WeightKind::Q8_0 => Packed::Q8_0(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q4_0 => Packed::Q4_0(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q4_1 => Packed::Q4_1(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q5_0 => Packed::Q5_0(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q5_1 => Packed::Q5_1(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q2K => Packed::Q2K(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q3K => Packed::Q3K(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q4K => Packed::Q4K(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q5K => Packed::Q5K(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Q6K => Packed::Q6K(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Mxfp4 => Packed::Mxfp4(PackedBlocks::$make($($arg),*)?),
+            WeightKind::Int4 => Packed::Int4(PackedBlocks::$make($($arg),*)?),
+            WeightKind::F32 | WeightKind::F16 | WeightKind::Bf16 => $other,
         }
     };
 }
@@ -59,60 +108,42 @@ impl PackedWeight {
     /// Packs `w` [N, K] row-major, quantising or rounding to `kind`.
     ///
     /// # Errors
-    /// When `w` is not n * k long, or `kind` has blocks and `k` is not a multiple of 32.
+    /// When `w` is not n * k long, `kind` has blocks and `k` is no multiple of them, or the kind has no quantiser.
     pub fn pack_f32(kind: WeightKind, w: &[f32], n: usize, k: usize) -> Result<Self, KernelError> {
         check_len("pack", "weight", n * k, w.len())?;
-        Ok(Self(match kind {
-            WeightKind::F32 => Packed::F32(PackedDense::pack(n, k, |i| w[i])),
-            WeightKind::Bf16 => Packed::Bf16(PackedDense::pack(n, k, |i| bf16::from_f32(w[i]))),
-            WeightKind::Q8_0 => Packed::Q8_0(PackedBlocks::quantize(w, n, k)?),
-            WeightKind::Q4_0 => Packed::Q4_0(PackedBlocks::quantize(w, n, k)?),
-            WeightKind::Q4_1 => Packed::Q4_1(PackedBlocks::quantize(w, n, k)?),
-        }))
+        Ok(Self(pack_blocks!(
+            kind,
+            quantize(w, n, k),
+            match kind {
+                WeightKind::F16 => Packed::F16(PackedDense::pack(n, k, |i| f16::from_f32(w[i]))),
+                WeightKind::Bf16 => Packed::Bf16(PackedDense::pack(n, k, |i| bf16::from_f32(w[i]))),
+                _ => Packed::F32(PackedDense::pack(n, k, |i| w[i])),
+            }
+        )))
     }
 
-    /// Packs bf16 weights [N, K] row-major without loss.
+    /// Repacks the stored bytes of a weight [N, K] of `kind`, bit for bit: rows of little-endian floats, or of blocks.
     ///
     /// # Errors
-    /// When `w` is not n * k long.
-    pub fn pack_bf16(w: &[bf16], n: usize, k: usize) -> Result<Self, KernelError> {
-        check_len("pack", "weight", n * k, w.len())?;
-        Ok(Self(Packed::Bf16(PackedDense::pack(n, k, |i| w[i]))))
-    }
-
-    /// Repacks GGML Q8_0 blocks [N, K / 32], bit for bit.
-    ///
-    /// # Errors
-    /// When the bytes are not those of n * k weights, or `k` is not a multiple of 32.
-    pub fn from_q8_0_blocks(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
-        Ok(Self(Packed::Q8_0(PackedBlocks::from_ggml(raw, n, k)?)))
-    }
-
-    /// Repacks GGML Q4_0 blocks [N, K / 32], bit for bit.
-    ///
-    /// # Errors
-    /// When the bytes are not those of n * k weights, or `k` is not a multiple of 32.
-    pub fn from_q4_0_blocks(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
-        Ok(Self(Packed::Q4_0(PackedBlocks::from_ggml(raw, n, k)?)))
-    }
-
-    /// Repacks GGML Q4_1 blocks [N, K / 32], bit for bit.
-    ///
-    /// # Errors
-    /// When the bytes are not those of n * k weights, or `k` is not a multiple of 32.
-    pub fn from_q4_1_blocks(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
-        Ok(Self(Packed::Q4_1(PackedBlocks::from_ggml(raw, n, k)?)))
+    /// When the bytes are not those of n * k weights, or `k` is no multiple of the kind's blocks.
+    pub fn from_bytes(kind: WeightKind, raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
+        check_blocks(kind, raw.len(), n, k)?;
+        let half = |i: usize| [raw[2 * i], raw[2 * i + 1]];
+        let single = |i: usize| [raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]];
+        Ok(Self(pack_blocks!(
+            kind,
+            from_bytes(raw, n, k),
+            match kind {
+                WeightKind::F16 => Packed::F16(PackedDense::pack(n, k, |i| f16::from_le_bytes(half(i)))),
+                WeightKind::Bf16 => Packed::Bf16(PackedDense::pack(n, k, |i| bf16::from_le_bytes(half(i)))),
+                _ => Packed::F32(PackedDense::pack(n, k, |i| f32::from_le_bytes(single(i)))),
+            }
+        )))
     }
 
     /// How the elements are stored.
     pub fn kind(&self) -> WeightKind {
-        match self.0 {
-            Packed::F32(_) => WeightKind::F32,
-            Packed::Bf16(_) => WeightKind::Bf16,
-            Packed::Q8_0(_) => WeightKind::Q8_0,
-            Packed::Q4_0(_) => WeightKind::Q4_0,
-            Packed::Q4_1(_) => WeightKind::Q4_1,
-        }
+        each_kind!(self, w => w.kind())
     }
 
     /// Outputs.
@@ -146,7 +177,7 @@ impl PackedWeight {
 
     /// Whether the product quantises its activations to eight bits.
     pub(crate) fn wants_quantized(&self) -> bool {
-        !matches!(self.0, Packed::F32(_) | Packed::Bf16(_))
+        !matches!(self.0, Packed::F32(_) | Packed::F16(_) | Packed::Bf16(_))
     }
 }
 
@@ -341,13 +372,11 @@ impl PackedWeight {
             return;
         }
         for rows in row_blocks(rows, self.k()) {
-            match &self.0 {
-                Packed::F32(w) => w.multiply(left.isa, left.x, rows, panels.clone(), out),
-                Packed::Bf16(w) => w.multiply(left.isa, left.x, rows, panels.clone(), out),
-                Packed::Q8_0(w) => w.multiply(left.isa, left.blocks, rows, panels.clone(), out),
-                Packed::Q4_0(w) => w.multiply(left.isa, left.blocks, rows, panels.clone(), out),
-                Packed::Q4_1(w) => w.multiply(left.isa, left.blocks, rows, panels.clone(), out),
-            }
+            each_kind!(
+                self,
+                w => w.multiply(left.isa, left.x, rows, panels.clone(), out),
+                w => w.multiply(left.isa, left.blocks, rows, panels.clone(), out)
+            )
         }
     }
 }

@@ -35,9 +35,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type W: Copy;
     /// As [`Simd::W`], prepared for [`Simd::dot4_wide`].
     type Wide: Copy;
-    /// Four unsigned nibbles (as bytes) for each of sixteen outputs, prepared for [`Simd::dot4_nibbles`].
+    /// Four unsigned codes (a byte each, at most 63) for each of sixteen outputs, prepared for [`Simd::dot4_nibbles`].
     type N: Copy;
-    /// Running sum of nibble products; holds the eight groups of one block.
+    /// Running sum of code products; see [`Simd::dot4_nibbles`] for how many it holds.
     type Acc: Copy;
 
     /// Vectors of sixteen sums that fit the registers beside their operands.
@@ -96,10 +96,22 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N);
     /// An empty sum.
     fn acc_zero(self) -> Self::Acc;
-    /// Adds four nibbles times four signed activations per output; at most eight times before [`Simd::acc_total`].
+    /// Adds four codes times four signed activations per output. Before [`Simd::acc_total`], at most eight times for
+    /// codes below 16, four times below 32, twice below 64: the sum of two products must stay within sixteen bits.
     fn dot4_nibbles(self, acc: Self::Acc, w: Self::N, x: i32) -> Self::Acc;
     /// The sixteen totals.
     fn acc_total(self, acc: Self::Acc) -> Self::I;
+    /// Unsigned bytes as they are, for [`Simd::bits`] and [`Simd::dot4_nibbles`].
+    fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N;
+    /// Each byte shifted left by `shift` (right, when negative), then masked. The mask must drop the bits that a shift
+    /// moves in from a neighbouring byte.
+    fn bits(self, v: Self::N, shift: i32, mask: u8) -> Self::N;
+    /// `a | b`.
+    fn join(self, a: Self::N, b: Self::N) -> Self::N;
+    /// `table[byte]` for bytes below sixteen.
+    fn lookup(self, v: Self::N, table: &[u8; 16]) -> Self::N;
+    /// Lanes of signed bytes, widened.
+    fn widen_i8(self, v: &[i8; LANES]) -> Self::F;
 }
 
 /// e^x in every lane: at most 2 units in the last place off, 0 below -104, infinity above 89, NaN kept.

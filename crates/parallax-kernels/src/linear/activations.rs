@@ -16,6 +16,8 @@ pub(crate) struct ActivationBlock {
     pub q: [i8; BLOCK],
     /// Sum of `q`.
     pub sum: i32,
+    /// Sums of the first and the last sixteen of `q`, for formats whose scales change there.
+    pub halves: [i32; 2],
     /// Largest magnitude / 127.
     pub scale: f32,
     /// `q` as 16-bit pairs for [`Simd::dot4_wide`], the even pairs and the odd ones apart, so that each is one broadcast
@@ -24,7 +26,8 @@ pub(crate) struct ActivationBlock {
 }
 
 impl ActivationBlock {
-    const EMPTY: Self = Self { q: [0; BLOCK], sum: 0, scale: 0.0, pairs: [[0; BLOCK / 4]; 2] };
+    const EMPTY: Self =
+        Self { q: [0; BLOCK], sum: 0, halves: [0; 2], scale: 0.0, pairs: [[0; BLOCK / 4]; 2] };
 
     #[inline(always)]
     fn fill_pairs(&mut self) {
@@ -83,11 +86,10 @@ simd_kernel! {
             }
             let inverse = if largest > SMALLEST { 127.0 / largest } else { 0.0 };
             let (q, _) = block.q.as_chunks_mut::<LANES>();
-            let mut sum = 0;
-            for (v, q) in v.into_iter().zip(q) {
-                sum += s.store_i8(s.mul(v, s.splat(inverse)), q);
+            for ((v, q), sum) in v.into_iter().zip(q).zip(&mut block.halves) {
+                *sum = s.store_i8(s.mul(v, s.splat(inverse)), q);
             }
-            block.sum = sum;
+            block.sum = block.halves[0] + block.halves[1];
             block.scale = largest / 127.0;
             if several && is_wide(s) {
                 block.fill_pairs();

@@ -1,11 +1,12 @@
-//! Dense weights (f32, bf16) in panels of sixteen outputs, inner dimension in order.
+//! Dense weights (f32, f16, bf16) in panels of sixteen outputs, inner dimension in order.
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::Output;
 use crate::dispatch::{Isa, simd_kernel};
+use crate::dtype::WeightKind;
 use crate::simd::{LANES, Line, Simd};
 
 /// A dense weight: `lines[panel * k + i]` holds input `i` of the panel's sixteen outputs.
@@ -20,6 +21,11 @@ pub(super) struct PackedDense<L> {
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
 pub(super) struct Bf16Line([u16; LANES]);
+
+/// Sixteen f16 bit patterns.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(32))]
+pub(super) struct F16Line([u16; LANES]);
 
 /// The left operand: rows of at least as many elements as a panel has lines, `stride` apart.
 #[derive(Clone, Copy)]
@@ -42,6 +48,7 @@ pub(crate) struct Panels<'a, L> {
 /// Sixteen outputs' weights for one input.
 pub(super) trait DenseLine: Copy {
     type Element: Copy;
+    const KIND: WeightKind;
     const ZERO: Self;
     fn set(&mut self, lane: usize, value: Self::Element);
     fn get(&self, lane: usize) -> f32;
@@ -58,6 +65,7 @@ pub(super) trait DenseLine: Copy {
 
 impl DenseLine for Line {
     type Element = f32;
+    const KIND: WeightKind = WeightKind::F32;
     const ZERO: Self = Self([0.0; LANES]);
 
     fn set(&mut self, lane: usize, value: f32) {
@@ -84,6 +92,7 @@ impl DenseLine for Line {
 
 impl DenseLine for Bf16Line {
     type Element = bf16;
+    const KIND: WeightKind = WeightKind::Bf16;
     const ZERO: Self = Self([0; LANES]);
 
     fn set(&mut self, lane: usize, value: bf16) {
@@ -108,6 +117,33 @@ impl DenseLine for Bf16Line {
     }
 }
 
+impl DenseLine for F16Line {
+    type Element = f16;
+    const KIND: WeightKind = WeightKind::F16;
+    const ZERO: Self = Self([0; LANES]);
+
+    fn set(&mut self, lane: usize, value: f16) {
+        self.0[lane] = value.to_bits();
+    }
+    fn get(&self, lane: usize) -> f32 {
+        f16::from_bits(self.0[lane]).to_f32()
+    }
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S) -> S::F {
+        s.widen_f16(&self.0)
+    }
+    fn kernel(
+        isa: Isa,
+        x: Rows<'_>,
+        w: Panels<'_, Self>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    ) {
+        dense_f16(isa, x, w, rows, panels, out);
+    }
+}
+
 impl<L: DenseLine> PackedDense<L> {
     /// Packs the weight whose element `o * k + i` is `element(o * k + i)`.
     pub(super) fn pack(n: usize, k: usize, element: impl Fn(usize) -> L::Element) -> Self {
@@ -119,6 +155,11 @@ impl<L: DenseLine> PackedDense<L> {
             }
         }
         Self { lines, n, k }
+    }
+
+    #[expect(clippy::unused_self, reason = "as the quantised packing, for one call over all packings")]
+    pub(super) fn kind(&self) -> WeightKind {
+        L::KIND
     }
 
     pub(super) fn n(&self) -> usize {
@@ -164,6 +205,12 @@ simd_kernel! {
 
 simd_kernel! {
     fn dense_bf16(s; x: Rows<'_>, w: Panels<'_, Bf16Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
+        walk(s, x, w, rows, panels, out);
+    }
+}
+
+simd_kernel! {
+    fn dense_f16(s; x: Rows<'_>, w: Panels<'_, F16Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
         walk(s, x, w, rows, panels, out);
     }
 }

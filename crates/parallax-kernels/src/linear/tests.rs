@@ -1,12 +1,53 @@
 //! Linear layers against the reference, and against themselves at other row counts, splits, thread counts and levels.
 
 use super::*;
-use crate::dtype::BLOCK;
+use crate::dtype;
 use crate::reference;
 use crate::testing::{bits, noise, same_at_every_level};
 
-const KINDS: [WeightKind; 5] =
-    [WeightKind::F32, WeightKind::Bf16, WeightKind::Q8_0, WeightKind::Q4_0, WeightKind::Q4_1];
+const KINDS: [WeightKind; 15] = WeightKind::ALL;
+
+/// Stored bytes of `n * k` weights: quantised noise, or noise of which only the scales are kept within reason.
+fn stored(kind: WeightKind, n: usize, k: usize, seed: u64) -> Vec<u8> {
+    let noise = noise(n * k, seed);
+    if kind.has_quantizer() && seed.is_multiple_of(2) {
+        return dtype::quantize(kind, &noise).unwrap();
+    }
+    let (values, bytes) = kind.block();
+    if values == 1 {
+        return dtype::quantize(kind, &noise).unwrap();
+    }
+    let mut raw: Vec<u8> =
+        noise.iter().cycle().take(n * k / values * bytes).map(|v| (v.to_bits() >> 5) as u8).collect();
+    for block in raw.chunks_exact_mut(bytes) {
+        let small = |b: &mut u8| *b = *b & 0x83 | 0x24;
+        match kind {
+            WeightKind::Mxfp4 => block[0] = 118 + block[0] % 12,
+            WeightKind::Q2K => [81, 83].into_iter().for_each(|at| small(&mut block[at])),
+            WeightKind::Q3K => small(&mut block[109]),
+            WeightKind::Q6K => small(&mut block[209]),
+            WeightKind::Int4 => {
+                small(&mut block[1]);
+                block[2] %= 17;
+                block[3] = 0;
+            }
+            WeightKind::Q4_1 | WeightKind::Q5_1 | WeightKind::Q4K | WeightKind::Q5K => {
+                [1, 3].into_iter().for_each(|at| small(&mut block[at]));
+            }
+            _ => small(&mut block[1]),
+        }
+    }
+    raw
+}
+
+fn packed(kind: WeightKind, n: usize, k: usize, seed: u64) -> PackedWeight {
+    PackedWeight::from_bytes(kind, &stored(kind, n, k, seed), n, k).unwrap()
+}
+
+/// `k`, or the next multiple of the kind's blocks.
+fn whole(kind: WeightKind, k: usize) -> usize {
+    k.next_multiple_of(kind.block().0)
+}
 
 fn apply(w: &PackedWeight, x: &[f32]) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len() / w.k() * w.n()];
@@ -14,15 +55,11 @@ fn apply(w: &PackedWeight, x: &[f32]) -> Vec<f32> {
     y
 }
 
-fn expected(kind: WeightKind, x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
-    match kind {
-        WeightKind::F32 => reference::linear::dense(x, w, k),
-        WeightKind::Bf16 => {
-            let rounded: Vec<f32> = w.iter().map(|&v| bf16::from_f32(v).to_f32()).collect();
-            reference::linear::dense(x, &rounded, k)
-        }
-        _ => reference::linear::quantized(kind, x, w, k),
+fn expected(kind: WeightKind, x: &[f32], raw: &[u8], k: usize) -> Vec<f32> {
+    if kind.block().0 == 1 {
+        return reference::linear::dense(x, &dtype::dequantize(kind, raw).unwrap(), k);
     }
+    reference::linear::blocks(kind, x, raw, k)
 }
 
 #[test]
@@ -30,31 +67,73 @@ fn every_kind_has_the_bits_of_the_reference() {
     for kind in KINDS {
         for (n, k, rows) in [(1, 32, 1), (16, 64, 3), (37, 96, 5), (50, 576, 2), (100, 32, 40), (5, 1536, 7)]
         {
-            let (w, x) = (noise(n * k, 1), noise(rows * k, 2));
-            let packed = PackedWeight::pack_f32(kind, &w, n, k).unwrap();
-            let y = same_at_every_level(|| apply(&packed, &x));
-            assert_eq!(bits(&y), bits(&expected(kind, &x, &w, k)), "{kind:?} [{rows}, {k}] x [{n}, {k}]");
+            let k = whole(kind, k);
+            for seed in [1, 2] {
+                let (raw, x) = (stored(kind, n, k, seed), noise(rows * k, 3));
+                let packed = PackedWeight::from_bytes(kind, &raw, n, k).unwrap();
+                assert_eq!((packed.n(), packed.k(), packed.kind()), (n, k, kind));
+                let y = same_at_every_level(|| apply(&packed, &x));
+                assert!(y.iter().all(|y| y.is_finite()), "{kind:?}");
+                assert_eq!(
+                    bits(&y),
+                    bits(&expected(kind, &x, &raw, k)),
+                    "{kind:?} [{rows}, {k}] x [{n}, {k}]"
+                );
+            }
+        }
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn random_shapes_and_bytes_have_the_bits_of_the_reference(
+        kind in 0..KINDS.len(), n in 1usize..40, blocks in 1usize..4, rows in 1usize..12, seed in 0u64..1000,
+    ) {
+        let kind = KINDS[kind];
+        let k = blocks * kind.block().0;
+        let (raw, x) = (stored(kind, n, k, seed), noise(rows * k, seed + 1));
+        let packed = PackedWeight::from_bytes(kind, &raw, n, k).unwrap();
+        let y = same_at_every_level(|| apply(&packed, &x));
+        proptest::prop_assert_eq!(bits(&y), bits(&expected(kind, &x, &raw, k)));
+    }
+}
+
+#[test]
+fn products_are_near_those_of_the_dequantised_weights() {
+    // What is lost is the rounding of the activations: at most half of 1/127 of the largest, in each of K terms.
+    for kind in KINDS {
+        let (n, k) = (24, whole(kind, 512));
+        let (raw, x) = (stored(kind, n, k, 5), noise(3 * k, 6));
+        let w = dtype::dequantize(kind, &raw).unwrap();
+        let exact = reference::linear::dense(&x, &w, k);
+        let y = apply(&PackedWeight::from_bytes(kind, &raw, n, k).unwrap(), &x);
+        for (i, (y, exact)) in y.iter().zip(&exact).enumerate() {
+            let magnitude: f32 = w[i % n * k..(i % n + 1) * k].iter().map(|w| w.abs()).sum();
+            let bound = magnitude * (0.5 / 127.0 + k as f32 * 1e-7);
+            assert!((y - exact).abs() <= bound, "{kind:?} output {i}: {y} against {exact}, bound {bound}");
         }
     }
 }
 
 #[test]
 fn dense_kinds_take_odd_inner_dimensions() {
-    for kind in [WeightKind::F32, WeightKind::Bf16] {
+    for kind in [WeightKind::F32, WeightKind::F16, WeightKind::Bf16] {
         for (n, k, rows) in [(33, 1, 2), (17, 31, 13), (64, 577, 6)] {
             let (w, x) = (noise(n * k, 3), noise(rows * k, 4));
             let packed = PackedWeight::pack_f32(kind, &w, n, k).unwrap();
             let y = same_at_every_level(|| apply(&packed, &x));
-            assert_eq!(bits(&y), bits(&expected(kind, &x, &w, k)), "{kind:?} {n} {k} {rows}");
+            let raw = dtype::quantize(kind, &w).unwrap();
+            assert_eq!(bits(&y), bits(&expected(kind, &x, &raw, k)), "{kind:?} {n} {k} {rows}");
         }
     }
 }
 
 #[test]
 fn a_row_does_not_notice_how_many_rows_there_are() {
-    let (n, k) = (75, 160);
     for kind in KINDS {
-        let packed = PackedWeight::pack_f32(kind, &noise(n * k, 5), n, k).unwrap();
+        let (n, k) = (75, whole(kind, 160));
+        let packed = packed(kind, n, k, 5);
         let x = noise(40 * k, 6);
         let alone: Vec<f32> = x.chunks_exact(k).flat_map(|x| apply(&packed, x)).collect();
         for rows in 1..=40 {
@@ -81,9 +160,9 @@ fn many_rows_in_cache_blocks_equal_few() {
 
 #[test]
 fn thread_count_does_not_change_a_bit() {
-    let (n, k, rows) = (500, 320, 9);
     for kind in KINDS {
-        let packed = PackedWeight::pack_f32(kind, &noise(n * k, 9), n, k).unwrap();
+        let (n, k, rows) = (500, whole(kind, 320), 9);
+        let packed = packed(kind, n, k, 9);
         let x = noise(rows * k, 10);
         let results: Vec<_> = [1, 2, 3, 7]
             .map(|threads| crate::testing::with_threads(threads, || bits(&apply(&packed, &x))))
@@ -110,40 +189,34 @@ fn several_weights_and_parts_equal_whole_calls() {
 }
 
 #[test]
-fn ggml_blocks_survive_repacking() {
-    for (kind, from) in [
-        (WeightKind::Q8_0, PackedWeight::from_q8_0_blocks as fn(&[u8], usize, usize) -> _),
-        (WeightKind::Q4_0, PackedWeight::from_q4_0_blocks),
-        (WeightKind::Q4_1, PackedWeight::from_q4_1_blocks),
-    ] {
-        let (n, k) = (19, 64);
-        let block_bytes = kind.block_bytes().unwrap();
-        let mut raw: Vec<u8> = (0..n * k / BLOCK * block_bytes).map(|i| (i * 31 % 251) as u8).collect();
-        for block in raw.chunks_exact_mut(block_bytes) {
-            // A finite scale and minimum.
-            block[1] = block[1] & 0x3f | 0x20;
-            if kind == WeightKind::Q4_1 {
-                block[3] = block[3] & 0x3f | 0x20;
-            }
-        }
-        let packed: PackedWeight = from(&raw, n, k).unwrap();
-        assert_eq!((packed.n(), packed.k(), packed.kind()), (n, k, kind));
+fn stored_values_survive_repacking() {
+    for kind in KINDS {
+        let (n, k) = (19, whole(kind, 64));
+        let raw = stored(kind, n, k, 21);
+        let (packed, values) =
+            (PackedWeight::from_bytes(kind, &raw, n, k).unwrap(), dtype::dequantize(kind, &raw).unwrap());
         let mut row = vec![0.0; k];
-        for i in 0..n {
+        for (i, values) in values.chunks_exact(k).enumerate() {
             packed.dequantize_row(i, &mut row).unwrap();
-            for (b, values) in row.chunks_exact(BLOCK).enumerate() {
-                let start = (i * k / BLOCK + b) * block_bytes;
-                let block = crate::dtype::read_block(kind, &raw[start..start + block_bytes]);
-                let want: Vec<f32> = (0..BLOCK).map(|j| block.value(kind, j)).collect();
-                assert_eq!(bits(values), bits(&want), "{kind:?} row {i} block {b}");
-            }
+            assert_eq!(bits(&row), bits(values), "{kind:?} row {i}");
         }
     }
 }
 
 #[test]
+fn packing_floats_equals_packing_their_blocks() {
+    for kind in KINDS.into_iter().filter(|kind| kind.has_quantizer()) {
+        let (n, k) = (18, whole(kind, 96));
+        let (w, x) = (noise(n * k, 22), noise(2 * k, 23));
+        let direct = PackedWeight::pack_f32(kind, &w, n, k).unwrap();
+        let stored = PackedWeight::from_bytes(kind, &dtype::quantize(kind, &w).unwrap(), n, k).unwrap();
+        assert_eq!(bits(&apply(&direct, &x)), bits(&apply(&stored, &x)), "{kind:?}");
+    }
+}
+
+#[test]
 fn quantised_products_are_near_the_float_product() {
-    let (n, k) = (64, 576);
+    let (n, k) = (64, 512);
     let (w, x) = (noise(n * k, 14), noise(4 * k, 15));
     let exact = reference::linear::dense(&x, &w, k);
     let rms = |v: &[f32]| (v.iter().map(|v| v * v).sum::<f32>() / v.len() as f32).sqrt();
@@ -152,6 +225,12 @@ fn quantised_products_are_near_the_float_product() {
         (WeightKind::Q8_0, 0.01),
         (WeightKind::Q4_1, 0.1),
         (WeightKind::Q4_0, 0.12),
+        (WeightKind::F16, 0.001),
+        (WeightKind::Q5_1, 0.05),
+        (WeightKind::Q5_0, 0.06),
+        (WeightKind::Q4K, 0.1),
+        (WeightKind::Q5K, 0.05),
+        (WeightKind::Q6K, 0.03),
     ] {
         let y = apply(&PackedWeight::pack_f32(kind, &w, n, k).unwrap(), &x);
         let error: Vec<f32> = y.iter().zip(&exact).map(|(a, b)| a - b).collect();
@@ -161,9 +240,9 @@ fn quantised_products_are_near_the_float_product() {
 
 #[test]
 fn a_nan_activation_poisons_its_row_only() {
-    let (n, k) = (20, 64);
     for kind in KINDS {
-        let packed = PackedWeight::pack_f32(kind, &noise(n * k, 16), n, k).unwrap();
+        let (n, k) = (20, whole(kind, 64));
+        let packed = packed(kind, n, k, 16);
         for bad in [f32::NAN, f32::INFINITY] {
             let mut x = noise(3 * k, 17);
             x[k + 5] = bad;
@@ -186,6 +265,11 @@ fn wrong_shapes_are_refused() {
     assert!(linear_rows(&[0.0; 32], &w, 1..3, &mut y).is_err());
     assert!(w.dequantize_row(2, &mut [0.0; 32]).is_err());
     assert!(PackedWeight::pack_f32(WeightKind::Q8_0, &[0.0; 66], 2, 33).is_err());
-    assert!(PackedWeight::from_q8_0_blocks(&[0; 33], 1, 32).is_err());
+    assert!(PackedWeight::from_bytes(WeightKind::Q8_0, &[0; 33], 1, 32).is_err());
+    assert!(PackedWeight::from_bytes(WeightKind::Q4K, &[0; 144], 2, 128).is_err(), "rows of half a block");
+    assert_eq!(
+        PackedWeight::pack_f32(WeightKind::Q2K, &[0.0; 256], 1, 256).unwrap_err(),
+        KernelError::NoQuantizer { kind: WeightKind::Q2K }
+    );
     assert_eq!(linear(&[], &w, &mut []), Ok(()));
 }

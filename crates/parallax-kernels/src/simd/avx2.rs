@@ -283,4 +283,40 @@ impl Simd for Avx2 {
     fn acc_total(self, acc: Self::Acc) -> Self::I {
         simd!(acc.map(|acc| _mm256_madd_epi16(acc, _mm256_set1_epi16(1))))
     }
+    #[inline(always)]
+    fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N {
+        self.load_i(v)
+    }
+    #[inline(always)]
+    fn bits(self, v: Self::N, shift: i32, mask: u8) -> Self::N {
+        simd!({
+            let mask = _mm256_set1_epi8(mask.cast_signed());
+            let count = _mm_cvtsi32_si128(shift.abs());
+            if shift >= 0 {
+                v.map(|v| _mm256_and_si256(_mm256_sll_epi16(v, count), mask))
+            } else {
+                v.map(|v| _mm256_and_si256(_mm256_srl_epi16(v, count), mask))
+            }
+        })
+    }
+    #[inline(always)]
+    fn join(self, a: Self::N, b: Self::N) -> Self::N {
+        halves!(_mm256_or_si256(a, b))
+    }
+    #[inline(always)]
+    fn lookup(self, v: Self::N, table: &[u8; 16]) -> Self::N {
+        let table = memory!(_mm_loadu_si128(table.as_ptr().cast()));
+        simd!({
+            let table = _mm256_broadcastsi128_si256(table);
+            v.map(|v| _mm256_shuffle_epi8(table, v))
+        })
+    }
+    #[inline(always)]
+    fn widen_i8(self, v: &[i8; LANES]) -> Self::F {
+        let v = memory!(_mm_loadu_si128(v.as_ptr().cast()));
+        simd!([
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(v, v))),
+        ])
+    }
 }

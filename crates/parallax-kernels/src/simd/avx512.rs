@@ -231,4 +231,34 @@ impl Simd for Avx512 {
     fn acc_total(self, acc: Self::Acc) -> Self::I {
         acc
     }
+    #[inline(always)]
+    fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N {
+        self.load_i(v)
+    }
+    #[inline(always)]
+    fn bits(self, v: Self::N, shift: i32, mask: u8) -> Self::N {
+        simd!({
+            let mask = _mm512_set1_epi8(mask.cast_signed());
+            let count = _mm_cvtsi32_si128(shift.abs());
+            if shift >= 0 {
+                _mm512_and_si512(_mm512_sll_epi16(v, count), mask)
+            } else {
+                _mm512_and_si512(_mm512_srl_epi16(v, count), mask)
+            }
+        })
+    }
+    #[inline(always)]
+    fn join(self, a: Self::N, b: Self::N) -> Self::N {
+        simd!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn lookup(self, v: Self::N, table: &[u8; 16]) -> Self::N {
+        let table = memory!(_mm_loadu_si128(table.as_ptr().cast()));
+        simd!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v))
+    }
+    #[inline(always)]
+    fn widen_i8(self, v: &[i8; LANES]) -> Self::F {
+        let v = memory!(_mm_loadu_si128(v.as_ptr().cast()));
+        simd!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)))
+    }
 }

@@ -154,4 +154,28 @@ impl Simd for Scalar {
     fn acc_total(self, acc: Self::Acc) -> Self::I {
         acc
     }
+    #[inline(always)]
+    fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N {
+        v.map(u8::cast_signed)
+    }
+    #[inline(always)]
+    fn bits(self, v: Self::N, shift: i32, mask: u8) -> Self::N {
+        v.map(|b| {
+            let b = b.cast_unsigned();
+            let moved = if shift >= 0 { b << shift } else { b >> -shift };
+            (moved & mask).cast_signed()
+        })
+    }
+    #[inline(always)]
+    fn join(self, a: Self::N, b: Self::N) -> Self::N {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn lookup(self, v: Self::N, table: &[u8; 16]) -> Self::N {
+        v.map(|b| table[usize::from(b.cast_unsigned() & 15)].cast_signed())
+    }
+    #[inline(always)]
+    fn widen_i8(self, v: &[i8; LANES]) -> Self::F {
+        v.map(f32::from)
+    }
 }

@@ -52,6 +52,32 @@ simd_kernel! {
 }
 
 simd_kernel! {
+    /// Dot products of the codes that the byte operations make of `w`, as floats, and `scales` widened.
+    fn code_operations(s; w: &[u8; 64], scales: &[i8; LANES], x: &[i8; 4]) -> Vec<f32> {
+        let word = i32::from_ne_bytes(x.map(i8::cast_unsigned));
+        let table = std::array::from_fn(|i| (i * 5 % 16) as u8);
+        let plane = s.bytes(w);
+        let mut codes = Vec::new();
+        for shift in -7..=7i32 {
+            let kept = if shift >= 0 { 0xffu8 << shift } else { 0xff >> -shift };
+            codes.push(s.bits(plane, shift, kept & 0x3f));
+        }
+        let low = s.bits(plane, 0, 15);
+        codes.push(s.join(low, s.bits(plane, -2, 0x30)));
+        codes.push(s.lookup(low, &table));
+        let mut out = Vec::new();
+        let mut line = [0.0; LANES];
+        for codes in codes {
+            s.store(s.to_f32(s.acc_total(s.dot4_nibbles(s.acc_zero(), codes, word))), &mut line);
+            out.extend(line);
+        }
+        s.store(s.widen_i8(scales), &mut line);
+        out.extend(line);
+        out
+    }
+}
+
+simd_kernel! {
     fn bytes(s; v: &[f32; LANES]) -> Vec<f32> {
         let mut out = [0i8; LANES];
         let sum = s.store_i8(s.load(v), &mut out);
@@ -106,6 +132,25 @@ fn byte_products_keep_lanes_and_bytes_apart() {
         let dot: i32 = (0..4).map(|j| i32::from(w[4 * output + j].cast_signed()) * i32::from(x[j])).sum();
         assert_eq!(got[output], dot as f32);
         assert_eq!(got[16 + output], 256.0 * dot as f32);
+    }
+}
+
+#[test]
+fn codes_are_cut_joined_and_looked_up_alike() {
+    let w: [u8; 64] = std::array::from_fn(|i| (i as u8).wrapping_mul(151).wrapping_add(13));
+    let scales = std::array::from_fn(|i| (i as i8).wrapping_mul(17).wrapping_sub(127));
+    let x = [127i8, -127, 5, 64];
+    let got = same_at_every_level(|| code_operations(current(), &w, &scales, &x));
+    let dot = |output: usize, code: &dyn Fn(u8) -> u8| -> f32 {
+        (0..4).map(|j| f32::from(code(w[4 * output + j])) * f32::from(x[j])).sum()
+    };
+    for output in 0..LANES {
+        assert_eq!(got[7 * LANES + output], dot(output, &|b| b & 0x3f), "shift 0");
+        assert_eq!(got[5 * LANES + output], dot(output, &|b| b >> 2), "right by 2");
+        assert_eq!(got[10 * LANES + output], dot(output, &|b| (b << 3) & 0x38), "left by 3");
+        assert_eq!(got[15 * LANES + output], dot(output, &|b| (b & 15) | (b >> 2 & 0x30)));
+        assert_eq!(got[16 * LANES + output], dot(output, &|b| (b & 15) * 5 % 16));
+        assert_eq!(got[17 * LANES + output], f32::from(scales[output]));
     }
 }
 
