@@ -265,7 +265,7 @@ fn values(view: &TensorView<'_>) -> Option<Vec<f32>> {
     let stored = match view.dtype() {
         Dtype::F32 => crate::weights::StoredDtype::F32,
         Dtype::F16 => crate::weights::StoredDtype::F16,
-        Dtype::BF16 => crate::weights::StoredDtype::Bf16,
+        Dtype::BF16 => crate::weights::StoredDtype::BF16,
         _ => return None,
     };
     Some(crate::weights::to_f32(stored, bytes))

@@ -15,7 +15,7 @@ use crate::{
     error::{OpenError, TemplateError, TokenizerError},
     options::WeightDtype,
     tokenizer::{Tokenizer, gguf::GgufVocabulary},
-    weights::{Source, StoredDtype, WeightIndex, gguf::GgufFile, is_rope_factors, safetensors},
+    weights::{Source, WeightIndex, gguf::GgufFile, is_rope_factors, quantized, safetensors},
 };
 
 /// Bytes of one tensor in one file.
@@ -151,12 +151,13 @@ impl Checkpoint {
         tokenizer: Option<Vec<u8>>,
         tokenizer_config: Option<&[u8]>,
         template: Option<&[u8]>,
-        index: WeightIndex,
+        mut index: WeightIndex,
         location: &Path,
     ) -> Result<Self, OpenError> {
+        let quantization = serde_json::from_slice::<serde_json::Value>(config).unwrap_or_default();
         let mut config = ModelConfig::from_hf_json(&String::from_utf8_lossy(config))?;
-        let mut index = index;
         index.rename(language_model_name);
+        quantized::derive(&mut index, &quantization["quantization_config"])?;
         // generation_config.json knows end tokens that config.json does not.
         if let Some(more) = generation.and_then(|g| serde_json::from_slice::<serde_json::Value>(g).ok()) {
             let ids = match &more["eos_token_id"] {
@@ -169,7 +170,7 @@ impl Checkpoint {
                 }
             }
         }
-        config.tied_embeddings |= !index.tensors.contains_key("lm_head.weight");
+        config.tied_embeddings |= !index.contains("lm_head.weight");
         let settings = tokenizer_config.and_then(|t| serde_json::from_slice::<serde_json::Value>(t).ok());
         let token = |name: &str| {
             let value = settings.as_ref().map(|s| &s[name]);
@@ -238,12 +239,17 @@ impl Checkpoint {
     /// # Errors
     /// No such tensor, or the file cannot be read.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, OpenError> {
-        Ok(self.index.read_f32(name)?.1)
+        self.index.read_f32(name)
     }
 
     /// Names of all tensors.
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.index.tensors.keys().map(String::as_str)
+    }
+
+    /// Bytes read from the weight files so far: the headers, and the tensors that were asked for.
+    pub fn bytes_read(&self) -> u64 {
+        self.index.bytes_read()
     }
 
     pub(crate) fn index(&self) -> &WeightIndex {
@@ -257,10 +263,11 @@ impl Checkpoint {
         let first = layers.start == 0;
         let last = layers.end >= self.config.n_layers;
         let wanted = |name: &str| match name {
-            "model.embed_tokens.weight" => first || (last && self.config.tied_embeddings),
             "model.norm.weight" => last,
             name if is_rope_factors(name) => true,
-            "lm_head.weight" => last && !self.config.tied_embeddings,
+            // Not the plain names alone: a quantised weight has scales beside it.
+            _ if name.starts_with("model.embed_tokens.") => first || (last && self.config.tied_embeddings),
+            _ if name.starts_with("lm_head.") => last && !self.config.tied_embeddings,
             other => other
                 .strip_prefix("model.layers.")
                 .and_then(|rest| rest.split_once('.'))
@@ -283,10 +290,9 @@ impl Checkpoint {
         if dtype != WeightDtype::Native {
             return self.config.stage_bytes(&layers, dtype);
         }
-        // f16 is the one format that grows: the kernels take it as f32.
-        let in_memory = |span: &TensorSpan| match self.index.tensors[&span.name].dtype {
-            StoredDtype::F16 => span.len * 2,
-            _ => span.len,
+        // Eight-bit floats are the one format that grows: they become bf16.
+        let in_memory = |span: &TensorSpan| {
+            if self.index.tensors[&span.name].dtype.is_fp8() { span.len * 2 } else { span.len }
         };
         self.tensor_spans(layers).iter().map(in_memory).sum()
     }

@@ -3,9 +3,8 @@
 use std::{ops::Range, sync::Arc};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use half::bf16;
 use parallax_kernels::{
-    KernelError, PackedWeight, WeightKind,
+    PackedWeight, WeightKind,
     rope::{RopeLayout, RopeTable},
 };
 
@@ -25,7 +24,7 @@ use crate::{
         linear::FrozenLinear,
     },
     options::WeightDtype,
-    weights::{StoredDtype, WeightIndex},
+    weights::{Rows, WeightIndex},
 };
 
 /// Reads weights of one model in one format.
@@ -111,92 +110,31 @@ impl Loader<'_> {
         self.norm(self.config.final_norm.name, &self.config.final_norm, self.config.hidden)
     }
 
-    fn pack_f32(&self, name: &str, values: &[f32], n: usize, k: usize) -> Result<PackedWeight, LoadError> {
-        let kind = match self.dtype {
-            WeightDtype::Native | WeightDtype::F32 => WeightKind::F32,
-            WeightDtype::Bf16 => WeightKind::Bf16,
-            WeightDtype::Q8_0 => WeightKind::Q8_0,
-            WeightDtype::Q4_0 => WeightKind::Q4_0,
-        };
-        PackedWeight::pack_f32(kind, values, n, k).map_err(|e| pack_error(name, &e))
-    }
-
-    /// Stored blocks go to the kernels as they are, when that is what was asked for.
-    fn keeps_blocks(&self, stored: StoredDtype) -> bool {
-        match stored {
-            StoredDtype::Q8_0 => matches!(self.dtype, WeightDtype::Native | WeightDtype::Q8_0),
-            StoredDtype::Q4_0 => matches!(self.dtype, WeightDtype::Native | WeightDtype::Q4_0),
-            StoredDtype::Q4_1 => matches!(self.dtype, WeightDtype::Native),
-            StoredDtype::Bf16 => matches!(self.dtype, WeightDtype::Native | WeightDtype::Bf16),
-            StoredDtype::F32 | StoredDtype::F16 => false,
-        }
-    }
-
     /// Tensors stacked by rows as one linear layer.
     pub(crate) fn linear(&self, names: &[(String, usize)], k: usize) -> Result<LinearWeight, LoadError> {
         for (name, n) in names {
             self.index.check_shape(name, &[*n, k])?;
         }
+        let pieces: Vec<Rows> =
+            names.iter().map(|(name, n)| Rows { name: name.clone(), first: 0, n: *n }).collect();
+        let mut values = Vec::new();
         if self.route == Route::Composed || self.keep_dense {
-            let mut values = Vec::new();
-            for (name, _) in names {
-                values.extend(self.index.read_f32(name)?.1);
+            for piece in &pieces {
+                values.extend(self.index.read_rows_f32(&piece.name, piece.range())?);
             }
+        }
+        if self.route == Route::Composed {
             let n = values.len() / k;
-            if self.route == Route::Composed {
-                return Ok(LinearWeight::Dense(self.tensor(values, [n, k])));
-            }
-            let parts = vec![self.pack_f32(&names[0].0, &values, n, k)?];
-            return Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, dense: Some(values) })));
+            return Ok(LinearWeight::Dense(self.tensor(values, [n, k])));
         }
-        // Neighbours of one format become one part.
-        let mut groups: Vec<(StoredDtype, Vec<&(String, usize)>)> = Vec::new();
-        for entry in names {
-            let stored = self.index.get(&entry.0)?.dtype;
-            match groups.last_mut() {
-                Some((dtype, group))
-                    if *dtype == stored || !(self.keeps_blocks(stored) || self.keeps_blocks(*dtype)) =>
-                {
-                    group.push(entry);
-                }
-                _ => groups.push((stored, vec![entry])),
-            }
-        }
-        let parts =
-            groups.iter().map(|(stored, group)| self.part(*stored, group, k)).collect::<Result<_, _>>()?;
-        Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, dense: None })))
-    }
-
-    fn part(
-        &self,
-        stored: StoredDtype,
-        group: &[&(String, usize)],
-        k: usize,
-    ) -> Result<PackedWeight, LoadError> {
-        let n = group.iter().map(|(_, n)| n).sum();
-        let name = &group[0].0;
-        if !self.keeps_blocks(stored) {
-            let mut values = Vec::with_capacity(n * k);
-            for (name, _) in group {
-                values.extend(self.index.read_f32(name)?.1);
-            }
-            return self.pack_f32(name, &values, n, k);
-        }
-        let mut raw = Vec::new();
-        for (name, _) in group {
-            raw.extend(self.index.read_bytes(name)?.1);
-        }
-        match stored {
-            StoredDtype::Q8_0 => PackedWeight::from_q8_0_blocks(&raw, n, k),
-            StoredDtype::Q4_0 => PackedWeight::from_q4_0_blocks(&raw, n, k),
-            StoredDtype::Q4_1 => PackedWeight::from_q4_1_blocks(&raw, n, k),
-            StoredDtype::Bf16 | StoredDtype::F32 | StoredDtype::F16 => {
-                let values: Vec<bf16> =
-                    raw.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])).collect();
-                PackedWeight::pack_bf16(&values, n, k)
-            }
-        }
-        .map_err(|e| pack_error(name, &e))
+        let parts = if self.keep_dense && self.dtype == WeightDtype::F32 {
+            let packed = PackedWeight::pack_f32(WeightKind::F32, &values, values.len() / k, k);
+            vec![packed.map_err(|e| LoadError::Pack { name: names[0].0.clone(), reason: e.to_string() })?]
+        } else {
+            self.index.pack(&pieces, k, self.dtype)?
+        };
+        let dense = self.keep_dense.then_some(values);
+        Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, dense })))
     }
 
     /// A layer's linear layer: `rows` of each stored tensor, or of all of them where one tensor stacks them.
@@ -286,20 +224,11 @@ impl Loader<'_> {
         })
     }
 
-    /// The embedding table, or the head. Four-bit weights keep the table at eight: it is read by row, and its
-    /// errors reach every logit.
+    /// The embedding table, or the head, at eight bits or more.
     pub(crate) fn table(&self, name: &str) -> Result<LinearWeight, LoadError> {
-        let dtype = match self.dtype {
-            WeightDtype::Q4_0 => WeightDtype::Q8_0,
-            other => other,
-        };
-        let loader = Loader { dtype, device: self.device.clone(), ..*self };
+        let loader = Loader { dtype: self.dtype.table(), device: self.device.clone(), ..*self };
         loader.linear(&[(name.to_owned(), self.config.vocab)], self.config.hidden)
     }
-}
-
-fn pack_error(name: &str, error: &KernelError) -> LoadError {
-    LoadError::Pack { name: name.to_owned(), reason: error.to_string() }
 }
 
 /// Names of the tensors outside the layers.

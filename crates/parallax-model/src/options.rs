@@ -2,36 +2,91 @@
 
 use std::{fmt, ops::Range, str::FromStr};
 
+use parallax_kernels::WeightKind;
+
 use crate::checkpoint::Checkpoint;
 
 /// Format of the linear weights in memory. Activations, norms and sums are f32 with each of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WeightDtype {
-    /// As stored in the file (quantised blocks stay as they are; f16 is kept as bf16 or f32).
+    /// As stored in the file, for every format that the kernels run: floats, all GGUF block formats, MXFP4, and GPTQ and
+    /// AWQ as four-bit blocks with zero points. Eight-bit floats, and GPTQ weights in act-order, become bf16.
     #[default]
     Native,
     /// 32-bit floats: the reference, and what training uses.
     F32,
     /// 16-bit brain floats.
     Bf16,
+    /// 16-bit IEEE floats.
+    F16,
     /// Blocks of 32 signed bytes with one scale.
     Q8_0,
     /// Blocks of 32 four-bit values with one scale.
     Q4_0,
+    /// Blocks of 32 four-bit values with a scale and a minimum.
+    Q4_1,
+    /// Blocks of 32 five-bit values with one scale.
+    Q5_0,
+    /// Blocks of 32 five-bit values with a scale and a minimum.
+    Q5_1,
+    /// Blocks of 256 four-bit values with scales and minima of six bits.
+    Q4K,
+    /// Blocks of 256 five-bit values with scales and minima of six bits.
+    Q5K,
+    /// Blocks of 256 six-bit values with scales of eight bits.
+    Q6K,
 }
 
+/// Every format with its name, in the order in which messages list them.
+const NAMES: [(&str, WeightDtype); 12] = [
+    ("native", WeightDtype::Native),
+    ("f32", WeightDtype::F32),
+    ("bf16", WeightDtype::Bf16),
+    ("f16", WeightDtype::F16),
+    ("q8_0", WeightDtype::Q8_0),
+    ("q6_k", WeightDtype::Q6K),
+    ("q5_k", WeightDtype::Q5K),
+    ("q5_1", WeightDtype::Q5_1),
+    ("q5_0", WeightDtype::Q5_0),
+    ("q4_k", WeightDtype::Q4K),
+    ("q4_1", WeightDtype::Q4_1),
+    ("q4_0", WeightDtype::Q4_0),
+];
+
 impl WeightDtype {
+    /// The kernels' format; `None` for native, which has none of its own.
+    pub fn kind(self) -> Option<WeightKind> {
+        Some(match self {
+            Self::Native => return None,
+            Self::F32 => WeightKind::F32,
+            Self::Bf16 => WeightKind::Bf16,
+            Self::F16 => WeightKind::F16,
+            Self::Q8_0 => WeightKind::Q8_0,
+            Self::Q4_0 => WeightKind::Q4_0,
+            Self::Q4_1 => WeightKind::Q4_1,
+            Self::Q5_0 => WeightKind::Q5_0,
+            Self::Q5_1 => WeightKind::Q5_1,
+            Self::Q4K => WeightKind::Q4K,
+            Self::Q5K => WeightKind::Q5K,
+            Self::Q6K => WeightKind::Q6K,
+        })
+    }
+
+    /// Format of the embedding table and the head: fewer than eight bits become eight, since a table is read by row and
+    /// its errors reach every logit.
+    pub fn table(self) -> Self {
+        match self.kind() {
+            Some(kind) if kind.block().1 < kind.block().0 => Self::Q8_0,
+            _ => self,
+        }
+    }
+
     /// Bytes of `n` weights in memory. `Native` counts as bf16, which most checkpoints are published in;
     /// [`crate::Checkpoint::stage_bytes`] knows better for an opened one.
     pub fn bytes(self, n: u64) -> u64 {
-        match self {
-            Self::F32 => n * 4,
-            Self::Native | Self::Bf16 => n * 2,
-            // 32 values and a 16-bit scale.
-            Self::Q8_0 => n.div_ceil(32) * 34,
-            Self::Q4_0 => n.div_ceil(32) * 18,
-        }
+        let (values, bytes) = self.kind().unwrap_or(WeightKind::Bf16).block();
+        n.div_ceil(values as u64) * bytes as u64
     }
 }
 
@@ -39,26 +94,22 @@ impl FromStr for WeightDtype {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.to_ascii_lowercase().as_str() {
-            "native" => Ok(Self::Native),
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            "q8_0" | "q8" => Ok(Self::Q8_0),
-            "q4_0" | "q4" => Ok(Self::Q4_0),
-            other => Err(format!("unknown weight format {other:?}; known are native, f32, bf16, q8_0, q4_0")),
+        let text = text.to_ascii_lowercase();
+        match text.as_str() {
+            "q8" => return Ok(Self::Q8_0),
+            "q4" => return Ok(Self::Q4_0),
+            _ => {}
         }
+        NAMES.iter().find(|(name, _)| *name == text).map(|(_, dtype)| *dtype).ok_or_else(|| {
+            let known: Vec<&str> = NAMES.iter().map(|(name, _)| *name).collect();
+            format!("unknown weight format {text:?}; known are {}", known.join(", "))
+        })
     }
 }
 
 impl fmt::Display for WeightDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Native => "native",
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-        })
+        f.write_str(NAMES.iter().find(|(_, dtype)| dtype == self).map_or("native", |(name, _)| name))
     }
 }
 
@@ -131,11 +182,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn tables_have_eight_bits_at_least() {
+        assert_eq!(WeightDtype::Q6K.table(), WeightDtype::Q8_0);
+        assert_eq!(WeightDtype::Q4_0.table(), WeightDtype::Q8_0);
+        assert_eq!(WeightDtype::Bf16.table(), WeightDtype::Bf16);
+        assert_eq!(WeightDtype::Native.table(), WeightDtype::Native);
+    }
+
+    #[test]
     fn dtype_names_round_trip() {
-        for dtype in
-            [WeightDtype::Native, WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Q8_0, WeightDtype::Q4_0]
-        {
-            assert_eq!(dtype.to_string().parse::<WeightDtype>(), Ok(dtype));
+        for (name, dtype) in NAMES {
+            assert_eq!(dtype.to_string(), name);
+            assert_eq!(name.parse(), Ok(dtype));
         }
         assert!("int3".parse::<WeightDtype>().unwrap_err().contains("q8_0"));
     }

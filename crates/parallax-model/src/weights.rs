@@ -2,21 +2,25 @@
 //!
 //! Files are read by position, never mapped: packing copies every byte into the kernels' layout anyway, a
 //! file that shrinks under us is an error instead of a signal, and no unsafe code is needed. Only the byte
-//! ranges that are asked for are read.
+//! ranges that are asked for are read (docs/decisions/0010).
 
 mod decode;
 pub mod gguf;
 mod names;
+pub(crate) mod pack;
+pub(crate) mod quantized;
 pub(crate) mod safetensors;
 mod source;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 
 pub use decode::StoredDtype;
 pub(crate) use decode::to_f32;
 pub(crate) use names::{LONG_ROPE_FACTORS, ROPE_FACTORS, is_rope_factors};
+pub(crate) use pack::Rows;
 pub(crate) use source::Source;
 
+use self::quantized::Derived;
 use crate::error::OpenError;
 
 /// Where one tensor lies.
@@ -33,14 +37,42 @@ pub(crate) struct TensorInfo {
     pub(crate) interleaved_heads: Option<usize>,
 }
 
+impl TensorInfo {
+    /// Rows over the last dimension.
+    fn n_rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+}
+
 /// All tensors of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct WeightIndex {
     pub(crate) files: Vec<Source>,
+    /// As stored.
     pub(crate) tensors: BTreeMap<String, TensorInfo>,
+    /// Weights that several stored tensors make up, by plain name. They hide stored tensors of the same name.
+    pub(crate) derived: BTreeMap<String, Derived>,
 }
 
 impl WeightIndex {
+    pub(crate) fn new(files: Vec<Source>, tensors: BTreeMap<String, TensorInfo>) -> Self {
+        Self { files, tensors, derived: BTreeMap::new() }
+    }
+
+    /// Whether there is a weight of this name, stored or derived.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name) || self.derived.contains_key(name)
+    }
+
+    /// The shape of a weight, stored or derived.
+    pub(crate) fn shape(&self, name: &str) -> Result<&[usize], OpenError> {
+        match self.derived.get(name) {
+            Some(derived) => Ok(&derived.shape),
+            None => Ok(&self.get(name)?.shape),
+        }
+    }
+
+    /// A stored tensor.
     pub(crate) fn get(&self, name: &str) -> Result<&TensorInfo, OpenError> {
         self.tensors
             .get(name)
@@ -58,7 +90,12 @@ impl WeightIndex {
         self.files.iter().map(|f| f.path().to_owned()).collect()
     }
 
-    /// The stored bytes, rows in HF order.
+    /// Bytes read from all files so far.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.files.iter().map(Source::bytes_read).sum()
+    }
+
+    /// The bytes of a stored tensor, rows in HF order.
     pub(crate) fn read_bytes(&self, name: &str) -> Result<(TensorInfo, Vec<u8>), OpenError> {
         let info = self.get(name)?.clone();
         let mut bytes = self.files[info.file].read(info.offset, info.len)?;
@@ -68,28 +105,54 @@ impl WeightIndex {
         Ok((info, bytes))
     }
 
+    /// The bytes of some rows of a stored tensor, rows in HF order; the rows were compared with the shape.
+    fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<u8>, OpenError> {
+        let info = self.get(name)?;
+        let n = info.n_rows();
+        if rows == (0..n) {
+            return Ok(self.read_bytes(name)?.1);
+        }
+        let row = info.len / n.max(1) as u64;
+        if info.interleaved_heads.is_some() {
+            let (_, bytes) = self.read_bytes(name)?;
+            let row = row as usize;
+            return bytes.get(rows.start * row..rows.end * row).map(<[u8]>::to_vec).ok_or_else(|| {
+                self.files[info.file].corrupt(format!("rows {rows:?} of tensor {name:?} are not there"))
+            });
+        }
+        if rows.end > n {
+            return Err(self.files[info.file].corrupt(format!("tensor {name:?} has {n} rows, not {rows:?}")));
+        }
+        self.files[info.file].read(info.offset + rows.start as u64 * row, rows.len() as u64 * row)
+    }
+
     /// The values as f32, rows in HF order.
-    pub(crate) fn read_f32(&self, name: &str) -> Result<(TensorInfo, Vec<f32>), OpenError> {
+    pub(crate) fn read_f32(&self, name: &str) -> Result<Vec<f32>, OpenError> {
+        if self.derived.contains_key(name) {
+            let n = self.shape(name)?.iter().rev().skip(1).product();
+            return self.read_rows_f32(name, 0..n);
+        }
         let (info, bytes) = self.read_bytes(name)?;
-        let values = to_f32(info.dtype, &bytes);
-        Ok((info, values))
+        Ok(to_f32(info.dtype, &bytes))
+    }
+
+    /// The values of some rows, the tensor being seen as a matrix over its last dimension.
+    pub(crate) fn read_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>, OpenError> {
+        let stored = self.stored_rows(name, rows)?;
+        Ok(to_f32(StoredDtype::Kind(stored.kind), &stored.bytes))
     }
 
     /// As [`Self::read_f32`], with the shape the configuration asks for.
     pub(crate) fn read_shaped(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>, OpenError> {
         self.check_shape(name, expected)?;
-        Ok(self.read_f32(name)?.1)
+        self.read_f32(name)
     }
 
     pub(crate) fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), OpenError> {
-        let info = self.get(name)?;
-        if info.shape == expected {
+        let found = self.shape(name)?;
+        if found == expected {
             return Ok(());
         }
-        Err(OpenError::Shape {
-            name: name.to_owned(),
-            found: info.shape.clone(),
-            expected: expected.to_vec(),
-        })
+        Err(OpenError::Shape { name: name.to_owned(), found: found.to_vec(), expected: expected.to_vec() })
     }
 }

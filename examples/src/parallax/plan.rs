@@ -167,18 +167,12 @@ fn known_profile(known: &Known, dtype: WeightDtype) -> anyhow::Result<ModelProfi
     let table = known.vocab * known.hidden;
     let tables = if known.tied { 1 } else { 2 };
     let layer = (known.parameters() - tables * table - known.hidden) / known.layers;
-    let bytes = |values: u64| match dtype {
-        WeightDtype::F32 => values * 4,
-        WeightDtype::Q8_0 => values * 34 / 32,
-        WeightDtype::Q4_0 => values * 18 / 32,
-        _ => values * 2,
-    };
     Ok(ModelProfile {
         name: known.name.to_owned(),
         n_layers: u32::try_from(known.layers)?,
-        layer_bytes: bytes(layer),
-        embedding_bytes: bytes(table),
-        head_bytes: bytes(table),
+        layer_bytes: dtype.bytes(layer),
+        embedding_bytes: dtype.table().bytes(table),
+        head_bytes: dtype.table().bytes(table),
         tied: known.tied,
         // Keys and values as f32, which is what the engine keeps.
         kv_bytes_per_token_layer: 2 * 4 * known.kv_heads * known.head_dim,

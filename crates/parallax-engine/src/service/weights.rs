@@ -127,13 +127,6 @@ pub fn model_profile(name: &str, checkpoint: &Checkpoint, dtype: WeightDtype) ->
     let stored =
         |range: std::ops::Range<usize>| checkpoint.tensor_spans(range).iter().map(|s| s.len).sum::<u64>();
     let table = config.vocab as u64 * config.hidden as u64;
-    let per_value = |values: u64| match dtype {
-        WeightDtype::F32 => values * 4,
-        WeightDtype::Bf16 => values * 2,
-        WeightDtype::Q8_0 => values * 34 / 32,
-        WeightDtype::Q4_0 => values * 18 / 32,
-        _ => 0,
-    };
     let (layer_bytes, table_bytes) = if dtype == WeightDtype::Native {
         let spans = checkpoint.tensor_spans(0..n_layers);
         let embedding = spans.iter().find(|s| s.name == "model.embed_tokens.weight").map_or(0, |s| s.len);
@@ -141,7 +134,7 @@ pub fn model_profile(name: &str, checkpoint: &Checkpoint, dtype: WeightDtype) ->
         let all = stored(0..n_layers);
         ((all - embedding - head).div_ceil(n_layers.max(1) as u64), embedding)
     } else {
-        (per_value(config.layer_parameters()), per_value(table))
+        (dtype.bytes(config.layer_parameters()), dtype.table().bytes(table))
     };
     ModelProfile {
         name: name.to_owned(),

@@ -144,24 +144,11 @@ impl Cursor<'_> {
 }
 
 fn stored_dtype(name: &str, kind: u32) -> Result<StoredDtype, OpenError> {
-    let other = match kind {
-        0 => return Ok(StoredDtype::F32),
-        1 => return Ok(StoredDtype::F16),
-        2 => return Ok(StoredDtype::Q4_0),
-        3 => return Ok(StoredDtype::Q4_1),
-        8 => return Ok(StoredDtype::Q8_0),
-        30 => return Ok(StoredDtype::Bf16),
-        6 => "Q5_0".to_owned(),
-        7 => "Q5_1".to_owned(),
-        10 => "Q2_K".to_owned(),
-        11 => "Q3_K".to_owned(),
-        12 => "Q4_K".to_owned(),
-        13 => "Q5_K".to_owned(),
-        14 => "Q6_K".to_owned(),
-        39 => "MXFP4".to_owned(),
-        other => format!("GGUF type {other}"),
-    };
-    Err(OpenError::UnsupportedDtype { name: name.to_owned(), dtype: other, readable: READABLE })
+    StoredDtype::from_gguf(kind).ok_or_else(|| OpenError::UnsupportedDtype {
+        name: name.to_owned(),
+        dtype: format!("GGUF type {kind}"),
+        readable: READABLE,
+    })
 }
 
 impl GgufFile {
@@ -361,7 +348,7 @@ impl GgufFile {
             }
             tensors.insert(name, info);
         }
-        Ok(WeightIndex { files: vec![self.source], tensors })
+        Ok(WeightIndex::new(vec![self.source], tensors))
     }
 }
 

@@ -72,7 +72,7 @@ pub(crate) fn index(files: impl IntoIterator<Item = Source>) -> Result<WeightInd
             }
         }
     }
-    Ok(WeightIndex { files, tensors })
+    Ok(WeightIndex::new(files, tensors))
 }
 
 fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>, OpenError> {
@@ -96,17 +96,8 @@ fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>,
         }
         let entry: Entry =
             serde_json::from_value(value).map_err(|e| file.corrupt(format!("tensor {name:?}: {e}")))?;
-        let dtype = match entry.dtype.as_str() {
-            "F32" => StoredDtype::F32,
-            "F16" => StoredDtype::F16,
-            "BF16" => StoredDtype::Bf16,
-            other => {
-                return Err(OpenError::UnsupportedDtype {
-                    name,
-                    dtype: other.to_owned(),
-                    readable: READABLE,
-                });
-            }
+        let Some(dtype) = StoredDtype::from_safetensors(&entry.dtype) else {
+            return Err(OpenError::UnsupportedDtype { name, dtype: entry.dtype, readable: READABLE });
         };
         let (start, end) = entry.data_offsets;
         let n = entry.shape.iter().try_fold(1u64, |n, d| n.checked_mul(*d as u64));
@@ -156,7 +147,7 @@ mod tests {
     fn values_match_the_writing_crate() {
         let index = index([Source::memory("m", sample())]).unwrap();
         assert_eq!(index.read_shaped("a", &[2, 3]).unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
-        assert_eq!(index.read_f32("b").unwrap().1, [0.0, 1.0, 2.0, 3.0]);
+        assert_eq!(index.read_f32("b").unwrap(), [0.0, 1.0, 2.0, 3.0]);
         assert!(index.read_shaped("a", &[3, 2]).unwrap_err().to_string().contains("[3, 2]"));
         assert!(index.read_f32("c").unwrap_err().to_string().contains("\"c\""));
     }

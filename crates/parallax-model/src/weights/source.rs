@@ -3,16 +3,15 @@
 use std::{
     borrow::Cow,
     fs::File,
-    io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use crate::error::OpenError;
 
 #[derive(Debug)]
 enum Bytes {
-    File(Mutex<File>),
+    File(File),
     Memory(Cow<'static, [u8]>),
 }
 
@@ -22,6 +21,27 @@ pub(crate) struct Source {
     path: PathBuf,
     bytes: Bytes,
     len: u64,
+    read: AtomicU64,
+}
+
+/// Fills `out` from `offset` without moving a shared position, so that threads do not wait for each other.
+#[cfg(unix)]
+fn read_at(file: &File, out: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
+}
+
+/// Fills `out` from `offset`; Windows moves the position too, which nobody here relies on.
+#[cfg(windows)]
+fn read_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    while !out.is_empty() {
+        let n = std::os::windows::fs::FileExt::seek_read(file, out, offset)?;
+        if n == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        out = &mut out[n..];
+        offset += n as u64;
+    }
+    Ok(())
 }
 
 impl Source {
@@ -29,13 +49,14 @@ impl Source {
         let io = |source| OpenError::Io { path: path.to_owned(), source };
         let file = File::open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
-        Ok(Self { path: path.to_owned(), bytes: Bytes::File(Mutex::new(file)), len })
+        Ok(Self { path: path.to_owned(), bytes: Bytes::File(file), len, read: AtomicU64::new(0) })
     }
 
     /// `path` is only a name for messages.
     pub(crate) fn memory(path: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Self {
         let bytes = bytes.into();
-        Self { path: PathBuf::from(path), len: bytes.len() as u64, bytes: Bytes::Memory(bytes) }
+        let len = bytes.len() as u64;
+        Self { path: PathBuf::from(path), len, bytes: Bytes::Memory(bytes), read: AtomicU64::new(0) }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -44,6 +65,11 @@ impl Source {
 
     pub(crate) fn len(&self) -> u64 {
         self.len
+    }
+
+    /// Bytes read so far.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
     }
 
     /// An error about this file's content.
@@ -56,14 +82,13 @@ impl Source {
         let end = offset.checked_add(len).filter(|end| *end <= self.len).ok_or_else(|| {
             self.corrupt(format!("{len} bytes at offset {offset} reach past the end of {} bytes", self.len))
         })?;
+        self.read.fetch_add(len, Ordering::Relaxed);
         match &self.bytes {
             Bytes::Memory(bytes) => Ok(bytes[offset as usize..end as usize].to_vec()),
             Bytes::File(file) => {
-                let io = |source| OpenError::Io { path: self.path.clone(), source };
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
                 let mut out = vec![0; len as usize];
-                file.seek(SeekFrom::Start(offset)).map_err(io)?;
-                file.read_exact(&mut out).map_err(io)?;
+                read_at(file, &mut out, offset)
+                    .map_err(|source| OpenError::Io { path: self.path.clone(), source })?;
                 Ok(out)
             }
         }

@@ -1,0 +1,189 @@
+//! Every stored format against values that other implementations made (`tests/golden/make-weights.py`).
+
+use std::path::PathBuf;
+
+use parallax_kernels::linear::linear;
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::{
+    options::WeightDtype,
+    weights::{Rows, Source, safetensors},
+};
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../../tests/golden/weights/{name}.safetensors"))
+}
+
+fn open(name: &str, settings: &Value) -> WeightIndex {
+    let mut index = safetensors::index([Source::open(&golden(name)).unwrap()]).unwrap();
+    derive(&mut index, settings).unwrap();
+    index
+}
+
+/// Bit patterns; a negative zero, which integer arithmetic does not know, counts as zero.
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| (v + 0.0).to_bits()).collect()
+}
+
+/// Compares every expected weight, whole and by rows; returns the kinds that "native" gives, by name.
+fn check(index: &WeightIndex) -> Vec<(String, WeightKind)> {
+    let mut kinds = Vec::new();
+    for expected in index.tensors.keys().filter(|name| name.starts_with("expected.")) {
+        let name = expected.strip_prefix("expected.").unwrap();
+        let values = index.read_f32(expected).unwrap();
+        assert_eq!(index.shape(name).unwrap(), index.shape(expected).unwrap(), "{name}");
+        assert!(bits(&index.read_f32(name).unwrap()) == bits(&values), "{name}");
+        let (k, n) = (*index.shape(name).unwrap().last().unwrap(), values.len());
+        let rows = 3..n / k - 2;
+        let some = index.read_rows_f32(name, rows.clone()).unwrap();
+        assert!(bits(&some) == bits(&values[rows.start * k..rows.end * k]), "{name} {rows:?}");
+        let pieces = [Rows { name: name.to_owned(), first: 3, n: rows.len() }];
+        let packed = index.pack(&pieces, k, WeightDtype::Native).unwrap().remove(0);
+        kinds.push((name.rsplit_once('.').unwrap().0.to_owned(), packed.kind()));
+        let mut row = vec![0.0; k];
+        for (i, want) in some.chunks_exact(k).enumerate() {
+            packed.dequantize_row(i, &mut row).unwrap();
+            if packed.kind() != WeightKind::Bf16 {
+                assert!(bits(&row) == bits(want), "{name}: native loses nothing");
+            }
+            let close = row.iter().zip(want).all(|(a, b)| (a - b).abs() <= b.abs() / 256.0);
+            assert!(close, "{name} row {i}");
+        }
+        assert!(index.stored_rows(name, 0..n / k + 1).is_err());
+    }
+    assert!(!kinds.is_empty());
+    kinds
+}
+
+fn kind_of(kinds: &[(String, WeightKind)], module: &str) -> WeightKind {
+    kinds.iter().find(|(name, _)| name.contains(module)).unwrap().1
+}
+
+#[test]
+fn ggml_blocks_decode_as_in_the_gguf_package() {
+    let index = open("ggml", &Value::Null);
+    let mut types = 0;
+    for name in index.tensors.keys().filter(|name| name.ends_with(".raw")) {
+        let ty = name.strip_suffix(".raw").unwrap();
+        let number = match ty {
+            "F32" => 0,
+            "F16" => 1,
+            "Q4_0" => 2,
+            "Q4_1" => 3,
+            "Q5_0" => 6,
+            "Q5_1" => 7,
+            "Q8_0" => 8,
+            "Q2_K" => 10,
+            "Q3_K" => 11,
+            "Q4_K" => 12,
+            "Q5_K" => 13,
+            "Q6_K" => 14,
+            "BF16" => 30,
+            "MXFP4" => 39,
+            other => panic!("{other} has no number"),
+        };
+        let dtype = StoredDtype::from_gguf(number).unwrap();
+        assert_eq!(dtype.name(), ty);
+        let raw = index.read_bytes(name).unwrap().1;
+        let values = index.read_f32(&format!("{ty}.values")).unwrap();
+        assert!(bits(&to_f32(dtype, &raw)) == bits(&values), "{ty}");
+        types += 1;
+    }
+    assert_eq!(types, 14);
+}
+
+#[test]
+fn fp8_scales_hold_per_block_row_or_tensor() {
+    let settings = json!({"quant_method": "fp8", "weight_block_size": [64, 128]});
+    let kinds = check(&open("fp8", &settings));
+    assert!(kinds.iter().all(|(_, kind)| *kind == WeightKind::Bf16), "{kinds:?}");
+    let mut index = safetensors::index([Source::open(&golden("fp8")).unwrap()]).unwrap();
+    index.tensors.retain(|name, _| !name.contains("scale"));
+    assert!(derive(&mut index, &settings).unwrap_err().to_string().contains("without a scale"));
+}
+
+#[test]
+fn gptq_groups_stay_blocks_and_act_order_becomes_floats() {
+    let kinds = check(&open("gptq4", &json!({"quant_method": "gptq", "bits": 4, "group_size": 32})));
+    assert_eq!(kind_of(&kinds, "o_proj"), WeightKind::Int4);
+    assert_eq!(kind_of(&kinds, "down_proj"), WeightKind::Bf16);
+    let kinds = check(&open("gptq8", &json!({"quant_method": "gptq", "bits": 8})));
+    assert_eq!(kind_of(&kinds, "o_proj"), WeightKind::Q8_0);
+    let mut index = safetensors::index([Source::open(&golden("gptq4")).unwrap()]).unwrap();
+    assert!(derive(&mut index, &json!({"quant_method": "gptq", "bits": 3})).is_err());
+}
+
+#[test]
+fn gptq_version_two_stores_zero_points_as_they_are() {
+    let name = "model.layers.0.self_attn.o_proj";
+    let one = open("gptq4", &json!({"quant_method": "gptq", "bits": 4}));
+    let two = open("gptq4", &json!({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}));
+    let scales = one.read_f32(&format!("{name}.scales")).unwrap();
+    let [one, two] = [one, two].map(|index| index.read_f32(&format!("{name}.weight")).unwrap());
+    let (n, k) = (24, 128);
+    for i in 0..n * k {
+        let scale = scales[i % k / 32 * n + i / k];
+        assert!((two[i] - one[i] - scale).abs() < 1e-5, "weight {i}");
+    }
+}
+
+#[test]
+fn awq_packed_and_mxfp4_run_as_they_are_stored() {
+    let kinds = check(&open("awq", &json!({"quant_method": "awq", "bits": 4, "group_size": 32})));
+    assert_eq!(kind_of(&kinds, "gate_proj"), WeightKind::Int4);
+    let weights = json!({"num_bits": 4, "type": "int", "symmetric": true, "group_size": 32});
+    let settings =
+        json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}});
+    let kinds = check(&open("packed", &settings));
+    assert_eq!(kind_of(&kinds, "up_proj"), WeightKind::Int4);
+    let kinds = check(&open("mxfp4", &json!({"quant_method": "mxfp4"})));
+    assert_eq!(kind_of(&kinds, "experts"), WeightKind::Mxfp4);
+}
+
+#[test]
+fn any_source_is_quantised_to_what_was_asked_for() {
+    let index = open("fp8", &json!({"weight_block_size": [64, 128]}));
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let (n, k) = (72, 160);
+    let exact = index.read_f32(name).unwrap();
+    let largest = exact.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let x: Vec<f32> = (0..k).map(|i| (i % 7) as f32 - 3.0).collect();
+    for dtype in ["f32", "bf16", "f16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"] {
+        let dtype: WeightDtype = dtype.parse().unwrap();
+        let pieces = [(0, 40), (40, 32)].map(|(first, n)| Rows { name: name.to_owned(), first, n });
+        let parts = index.pack(&pieces, k, dtype).unwrap();
+        assert_eq!(parts.len(), 1, "neighbours of one format are one weight");
+        assert_eq!((parts[0].n(), parts[0].k()), (n, k));
+        let (mut y, mut row) = (vec![0.0; n], vec![0.0; k]);
+        linear(&x, &parts[0], &mut y).unwrap();
+        for (i, want) in exact.chunks_exact(k).enumerate() {
+            parts[0].dequantize_row(i, &mut row).unwrap();
+            let worst = row.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst <= largest / 7.0, "{dtype} row {i} off by {worst}");
+            let dot: f32 = row.iter().zip(&x).map(|(a, b)| a * b).sum();
+            assert!((y[i] - dot).abs() < 0.02 * largest * k as f32, "{dtype} output {i}: {} and {dot}", y[i]);
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn broken_settings_and_shapes_are_errors(bits in 0u64..20, cut in 0usize..4, grow in 0usize..3) {
+        for name in ["gptq4", "awq", "packed", "mxfp4", "fp8"] {
+            let mut index = safetensors::index([Source::open(&golden(name)).unwrap()]).unwrap();
+            for (i, info) in index.tensors.values_mut().enumerate() {
+                if i % 4 == cut && let Some(last) = info.shape.last_mut() {
+                    *last = *last * grow / 2;
+                }
+            }
+            let method = if name == "awq" { "awq" } else { "gptq" };
+            let _ = derive(&mut index, &json!({"quant_method": method, "bits": bits, "weight_block_size": [grow, bits]}));
+            let names: Vec<String> = index.derived.keys().cloned().collect();
+            for name in names {
+                let _ = index.read_f32(&name);
+            }
+        }
+    }
+}
