@@ -231,6 +231,12 @@ pub enum CallError {
         /// The limit.
         limit_bytes: usize,
     },
+    /// Nobody was named whom to ask.
+    #[error("{method} was asked of no peer: name at least one")]
+    NoPeers {
+        /// The method.
+        method: String,
+    },
     /// A method name that cannot be sent.
     #[error("method name {method:?} is empty or longer than 256 bytes")]
     BadMethod {

@@ -56,9 +56,10 @@ pub use error::{
 };
 pub use event::NetEvent;
 pub use links::LinkEstimate;
-pub use peers::PeerInfo;
+pub use peers::{PathInfo, PeerInfo};
 #[cfg(feature = "service")]
 pub use service::{
-    Identity, Node, Stream, Tensor, TensorReceiver, TensorSender, create_swarm_key, load_swarm_key, verify,
+    CallOptions, Identity, Node, Stream, Tensor, TensorReceiver, TensorSender, create_swarm_key,
+    load_swarm_key, verify,
 };
 pub use status::{Status, StatusCode};

@@ -24,6 +24,19 @@ pub struct PeerInfo {
     pub rtt_ms: Option<f64>,
 }
 
+/// One connection to a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PathInfo {
+    /// Names the connection as long as it stands; older ones have smaller keys.
+    pub key: u64,
+    /// Whether it goes through a relay.
+    pub relayed: bool,
+    /// Whether this end dialled it.
+    pub dialled: bool,
+    /// Where it leads.
+    pub address: String,
+}
+
 /// What a new or lost connection means for the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -134,6 +147,13 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
     /// The connection that new calls and streams use: the one of the smallest [`Rank`], then the oldest.
     pub fn best(&self, peer: &PeerId) -> Option<C> {
         self.peers.get(peer)?.connections.first().map(|c| c.handle.clone())
+    }
+
+    /// Every connection to a peer, in the order in which they are used.
+    pub fn connections(&self, peer: &PeerId) -> Vec<C> {
+        self.peers
+            .get(peer)
+            .map_or_else(Vec::new, |p| p.connections.iter().map(|c| c.handle.clone()).collect())
     }
 
     /// Whether connection `key` is the one that new calls and streams use.

@@ -1,13 +1,15 @@
 //! The bookkeeping of calls, without streams or clocks: which of our calls wait for an answer, and which calls of a peer
 //! may run here.
 
+pub mod hedge;
+pub mod once;
+
 use std::collections::HashMap;
 use std::time::Duration;
 
 /// Calls that wait for their answers on one stream. `T` is whatever completes a call.
 #[derive(Debug)]
 pub struct CallTable<T> {
-    next_id: u64,
     waiting: HashMap<u64, Waiting<T>>,
     limit: usize,
     closed: bool,
@@ -31,24 +33,27 @@ pub enum InsertError {
 impl<T> CallTable<T> {
     /// A table for at most `limit` waiting calls.
     pub fn new(limit: usize) -> Self {
-        Self { next_id: 1, waiting: HashMap::new(), limit, closed: false }
+        Self { waiting: HashMap::new(), limit, closed: false }
     }
 
-    /// Enters a call that is given up at `deadline`; returns its number on the stream. Numbers are never used twice.
+    /// Enters call `call_id`, which is given up at `deadline`. Numbers come from [`once::Outgoing`] and are entered once.
     ///
     /// # Errors
     /// When the table is full or closed; the completion comes back.
-    pub fn insert(&mut self, deadline: Duration, completion: T) -> Result<u64, (InsertError, T)> {
+    pub fn insert(
+        &mut self,
+        call_id: u64,
+        deadline: Duration,
+        completion: T,
+    ) -> Result<(), (InsertError, T)> {
         if self.closed {
             return Err((InsertError::Closed, completion));
         }
         if self.waiting.len() >= self.limit {
             return Err((InsertError::Full, completion));
         }
-        let call_id = self.next_id;
-        self.next_id += 1;
         self.waiting.insert(call_id, Waiting { deadline, completion });
-        Ok(call_id)
+        Ok(())
     }
 
     /// An answer came, or the caller gave up: the call is over. `None` when it was over before, which is normal: an answer
@@ -193,9 +198,9 @@ mod tests {
             let (mut entered, mut ended, mut closed) = (0u64, 0u64, false);
             for step in steps {
                 match step {
-                    Step::Insert(deadline) => match table.insert(Duration::from_secs(deadline), entered) {
-                        Ok(id) => {
-                            prop_assert!(!closed && model.len() < 8 && model.insert(id, deadline).is_none());
+                    Step::Insert(deadline) => match table.insert(entered + 1, Duration::from_secs(deadline), entered) {
+                        Ok(()) => {
+                            prop_assert!(!closed && model.len() < 8 && model.insert(entered + 1, deadline).is_none());
                             entered += 1;
                         }
                         Err((InsertError::Full, _)) => prop_assert_eq!(model.len(), 8),

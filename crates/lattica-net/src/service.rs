@@ -21,7 +21,7 @@ use crate::config::NodeConfig;
 use crate::error::{CallError, DhtError, DialError, StartError, StreamError};
 use crate::event::NetEvent;
 use crate::links::LinkEstimate;
-use crate::peers::PeerInfo;
+use crate::peers::{PathInfo, PeerInfo};
 use crate::status::Status;
 use crate::wire::method_is_valid;
 
@@ -34,6 +34,7 @@ mod identity;
 mod link_probe;
 mod rpc_client;
 mod rpc_server;
+mod served;
 mod shared;
 mod start;
 mod stream;
@@ -43,7 +44,7 @@ mod tensor;
 
 pub use identity::{Identity, verify};
 pub use link_probe::LINK_PROTOCOL;
-pub use rpc_client::RPC_PROTOCOL;
+pub use rpc_client::{CallOptions, RPC_PROTOCOL};
 pub use stream::Stream;
 pub use swarm_key_file::{create_swarm_key, load_swarm_key};
 pub use tensor::{Tensor, TensorReceiver, TensorSender};
@@ -83,6 +84,8 @@ impl Node {
     /// Starts a node and waits until it listens everywhere it should. Call it inside the tokio runtime on which the
     /// handlers are to run.
     ///
+    /// Cancel safe: a start that is dropped leaves no node behind.
+    ///
     /// # Errors
     /// When the configuration is out of range or an address cannot be listened on; a taken port is named.
     pub async fn start(identity: Identity, config: NodeConfig) -> Result<Self, StartError> {
@@ -110,7 +113,7 @@ impl Node {
     }
 
     /// Addresses with `/p2p/` part under which this node listens, relayed ones included, the nearest first. Empty after
-    /// a shutdown.
+    /// a shutdown. Cancel safe.
     pub async fn listen_addrs(&self) -> Vec<String> {
         let (reply, answer) = oneshot::channel();
         if self.shared().command(Command::ListenAddrs { reply }).await.is_err() {
@@ -120,7 +123,7 @@ impl Node {
     }
 
     /// Connects to `addr`, with or without a `/p2p/` part. A peer that is connected already is returned at once. Dropping
-    /// the future does not stop the dial.
+    /// the future is safe and does not stop the dial.
     ///
     /// # Errors
     /// When the address is malformed, nobody answers, or somebody else does.
@@ -132,7 +135,8 @@ impl Node {
         self.dialled(addr, |reply| Command::Dial { address, reply }).await
     }
 
-    /// Connects to a peer wherever it can be found: at known addresses, then through the DHT.
+    /// Connects to a peer wherever it can be found: at known addresses, then through the DHT. Dropping the future is safe and
+    /// does not stop the search.
     ///
     /// # Errors
     /// When no address is known or none leads to the peer.
@@ -167,17 +171,19 @@ impl Node {
         Ok(())
     }
 
-    /// Closes every connection to `peer`. Bootstrap peers are dialled again.
+    /// Closes every connection to `peer`. Bootstrap peers are dialled again. Cancel safe.
     pub async fn disconnect(&self, peer: &PeerId) {
         let _ = self.shared().command(Command::Disconnect { peer: peer.clone() }).await;
     }
 
-    /// Calls `method` of `peer` and waits for the answer. A peer that is not connected is dialled first. Dropping the
-    /// future cancels the call at the peer.
+    /// Calls `method` of `peer` and waits for the answer. A peer that is not connected is dialled first. When the path of the
+    /// call breaks and another one stands, the call goes on there; the peer runs it once.
+    ///
+    /// Cancel safe: dropping the future cancels the call at the peer.
     ///
     /// # Errors
-    /// See [`CallError`]; a peer that dies during the call is [`CallError::ConnectionLost`] as soon as it is noticed, and
-    /// the call is not repeated: the peer may have done the work.
+    /// See [`CallError`]; a peer whose last connection breaks during the call is [`CallError::ConnectionLost`] as soon as
+    /// that is noticed: it may have done the work.
     pub async fn call(
         &self,
         peer: &PeerId,
@@ -185,7 +191,42 @@ impl Node {
         body: Bytes,
         timeout: Duration,
     ) -> Result<Bytes, CallError> {
-        rpc_client::call(self.shared(), peer, method, body, timeout).await
+        rpc_client::call(self.shared(), peer, method, body, &CallOptions::new(timeout)).await
+    }
+
+    /// Like [`Node::call`], with more said about how.
+    ///
+    /// Cancel safe: dropping the future cancels the call at the peer.
+    ///
+    /// # Errors
+    /// As [`Node::call`].
+    pub async fn call_with(
+        &self,
+        peer: &PeerId,
+        method: &str,
+        body: Bytes,
+        options: &CallOptions,
+    ) -> Result<Bytes, CallError> {
+        rpc_client::call(self.shared(), peer, method, body, options).await
+    }
+
+    /// Asks the first of `peers`; asks the next one when there is no answer after `hedge_after` (by default what 95 % of the
+    /// calls to that peer took), or as soon as it fails; takes the first answer and cancels the others. For work that may be
+    /// done more than once.
+    ///
+    /// Cancel safe: dropping the future cancels every call.
+    ///
+    /// # Errors
+    /// The last error when all fail, and INVALID_ARGUMENT at once.
+    pub async fn call_any(
+        &self,
+        peers: &[PeerId],
+        method: &str,
+        body: Bytes,
+        hedge_after: Option<Duration>,
+        options: &CallOptions,
+    ) -> Result<Bytes, CallError> {
+        rpc_client::call_any(self.shared(), peers, method, &body, hedge_after, options).await
     }
 
     /// Opens a stream of `protocol` (begins with '/') to `peer`, which is dialled if need be. Dropping the future is safe.
@@ -254,6 +295,30 @@ impl Node {
     pub fn unhandle_stream(&self, protocol: &str) {
         if let Ok(name) = protocol_name(protocol) {
             self.shared().set_acceptor(name, None);
+        }
+    }
+
+    /// Every connection to `peer`, the one that new calls and streams use first.
+    pub fn paths(&self, peer: &PeerId) -> Vec<PathInfo> {
+        let connections = self.shared().table().connections(peer);
+        connections
+            .iter()
+            .map(|c| PathInfo {
+                key: c.key,
+                relayed: c.relayed,
+                dialled: c.dialled,
+                address: c.address.clone(),
+            })
+            .collect()
+    }
+
+    /// Closes one connection to `peer`. Calls go on over the others, streams on it end.
+    ///
+    /// Cancel safe: the connection is closed or not.
+    pub async fn close_path(&self, peer: &PeerId, key: u64) {
+        let found = self.shared().table().connections(peer).into_iter().find(|c| c.key == key);
+        if let Some(connection) = found {
+            let _ = self.shared().command(Command::Close { id: connection.id }).await;
         }
     }
 
@@ -335,7 +400,22 @@ impl Node {
         answer.await.unwrap_or(Err(DhtError::ShutDown))
     }
 
+    /// Takes no further calls (they are answered UNAVAILABLE), waits until those that run have been answered but no longer
+    /// than `at_most`, and shuts down. Returns how many calls were cut off.
+    ///
+    /// Not cancel safe: a node whose drain was dropped takes no calls and runs on until it is shut down.
+    pub async fn drain(&self, at_most: Duration) -> usize {
+        let shared = self.shared();
+        shared.draining.store(true, std::sync::atomic::Ordering::Relaxed);
+        let mut running = shared.calls_served.subscribe();
+        let _ = tokio::time::timeout(at_most, running.wait_for(|n| *n == 0)).await;
+        let cut_off = *running.borrow();
+        self.shutdown().await;
+        cut_off
+    }
+
     /// Says goodbye to every peer, forgets every handler and stops the node; returns when its threads have ended.
+    /// Cancel safe: the node stops all the same.
     pub async fn shutdown(&self) {
         self.shared().stopped.cancel();
         self.shared().forget_handlers();

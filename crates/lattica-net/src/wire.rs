@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use prost::Message;
 use swarm_wire::generated::lattica::v1::{
-    LinkEcho, LinkProbe, RpcCancel, RpcFrame, RpcRequest, RpcResponse, RpcStatus, rpc_frame::Kind,
+    LinkEcho, LinkProbe, RpcCancel, RpcFrame, RpcHello, RpcRequest, RpcResponse, RpcStatus, rpc_frame::Kind,
 };
 use swarm_wire::limits::{NAME_MAX_BYTES, RPC_HEADER_MAX_BYTES};
 use swarm_wire::{DecodeError, frame};
@@ -26,7 +26,7 @@ const STATUS_MESSAGE_MAX_BYTES: usize = 8 * 1024;
 pub enum Header {
     /// A call; `body_bytes` raw bytes follow.
     Request {
-        /// Chosen by the caller, unique on its stream while the call is under way.
+        /// Chosen by the caller, unique for its incarnation at this peer.
         call_id: u64,
         /// What is called.
         method: String,
@@ -34,6 +34,8 @@ pub enum Header {
         deadline: Duration,
         /// Length of the body.
         body_bytes: usize,
+        /// Calls with smaller numbers are over for the caller.
+        done_below: u64,
     },
     /// The answer to a call; `body_bytes` raw bytes follow.
     Answer {
@@ -49,6 +51,19 @@ pub enum Header {
         /// The call's number.
         call_id: u64,
     },
+    /// Who speaks on the stream, and what it grants.
+    Hello(Hello),
+}
+
+/// The first frame of each side on an RPC stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hello {
+    /// Random for each start of a node, never 0.
+    pub incarnation: u64,
+    /// Calls that the other side may have under way; 0 grants nothing new.
+    pub calls: usize,
+    /// Bytes of their bodies.
+    pub body_bytes: usize,
 }
 
 impl Header {
@@ -56,19 +71,23 @@ impl Header {
     pub fn body_bytes(&self) -> usize {
         match self {
             Self::Request { body_bytes, .. } | Self::Answer { body_bytes, .. } => *body_bytes,
-            Self::Cancel { .. } => 0,
+            Self::Cancel { .. } | Self::Hello(_) => 0,
         }
     }
 
     /// The bytes of the header with its length in front.
     pub fn encode(&self) -> Vec<u8> {
         let kind = match self {
-            Self::Request { call_id, method, deadline, body_bytes } => Kind::Request(RpcRequest {
-                call_id: *call_id,
-                method: method.clone(),
-                deadline_ms: u32::try_from(deadline.min(&DEADLINE_MAX).as_millis()).expect("an hour fits"),
-                body_bytes: wire_length(*body_bytes),
-            }),
+            Self::Request { call_id, method, deadline, body_bytes, done_below } => {
+                Kind::Request(RpcRequest {
+                    call_id: *call_id,
+                    method: method.clone(),
+                    deadline_ms: u32::try_from(deadline.min(&DEADLINE_MAX).as_millis())
+                        .expect("an hour fits"),
+                    body_bytes: wire_length(*body_bytes),
+                    done_below: *done_below,
+                })
+            }
             Self::Answer { call_id, refusal, body_bytes } => Kind::Response(RpcResponse {
                 call_id: *call_id,
                 status: refusal.as_ref().map_or(RpcStatus::Ok, |s| s.code.into()) as i32,
@@ -76,6 +95,11 @@ impl Header {
                 body_bytes: wire_length(*body_bytes),
             }),
             Self::Cancel { call_id } => Kind::Cancel(RpcCancel { call_id: *call_id }),
+            Self::Hello(hello) => Kind::Hello(RpcHello {
+                incarnation: hello.incarnation,
+                calls: u32::try_from(hello.calls).unwrap_or(u32::MAX),
+                body_bytes: hello.body_bytes as u64,
+            }),
         };
         encode_message(&RpcFrame { kind: Some(kind) })
     }
@@ -120,6 +144,7 @@ impl TryFrom<RpcFrame> for Header {
                     method: request.method,
                     deadline: Duration::from_millis(request.deadline_ms.into()).min(DEADLINE_MAX),
                     body_bytes: request.body_bytes as usize,
+                    done_below: request.done_below,
                 }
             }
             Some(Kind::Response(response)) => Self::Answer {
@@ -129,7 +154,17 @@ impl TryFrom<RpcFrame> for Header {
                 body_bytes: response.body_bytes as usize,
             },
             Some(Kind::Cancel(cancel)) => Self::Cancel { call_id: cancel.call_id },
-            None => return Err(DecodeError::invalid("rpc header", "neither request, answer nor cancel")),
+            Some(Kind::Hello(hello)) => {
+                if hello.incarnation == 0 {
+                    return Err(DecodeError::invalid("rpc hello", "no incarnation"));
+                }
+                Self::Hello(Hello {
+                    incarnation: hello.incarnation,
+                    calls: hello.calls as usize,
+                    body_bytes: usize::try_from(hello.body_bytes).unwrap_or(usize::MAX),
+                })
+            }
+            None => return Err(DecodeError::invalid("rpc header", "no kind")),
         })
     }
 }
@@ -207,11 +242,15 @@ mod tests {
 
     fn headers() -> impl Strategy<Value = Header> {
         prop_oneof![
-            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT).prop_map(
-                |(call_id, method, ms, body_bytes)| {
-                    Header::Request { call_id, method, deadline: Duration::from_millis(ms), body_bytes }
+            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT, any::<u64>()).prop_map(
+                |(call_id, method, ms, body_bytes, done_below)| {
+                    let deadline = Duration::from_millis(ms);
+                    Header::Request { call_id, method, deadline, body_bytes, done_below }
                 }
             ),
+            (1u64.., any::<u32>(), any::<u64>()).prop_map(|(incarnation, calls, body_bytes)| {
+                Header::Hello(Hello { incarnation, calls: calls as usize, body_bytes: body_bytes as usize })
+            }),
             (any::<u64>(), proptest::option::of(".{0,60}"), 0usize..=LIMIT).prop_map(
                 |(call_id, text, body_bytes)| {
                     let refusal = text.map(|t| Status::new(StatusCode::Unavailable, t));
@@ -257,6 +296,7 @@ mod tests {
             method: "echo".to_owned(),
             deadline: Duration::from_millis(1000),
             body_bytes: 300,
+            done_below: 0,
         };
         let expected =
             [16, 0x0a, 14, 0x08, 7, 0x12, 4, b'e', b'c', b'h', b'o', 0x18, 0xe8, 0x07, 0x20, 0xac, 0x02];

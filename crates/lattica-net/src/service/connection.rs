@@ -46,6 +46,8 @@ pub(crate) struct Connection {
     pub(crate) relayed: bool,
     /// Whether this end dialled.
     pub(crate) dialled: bool,
+    /// Where the connection leads.
+    pub(crate) address: String,
     pub(crate) state: Arc<PeerState>,
     pub(crate) lanes: Lanes,
     /// Cancelled when the connection is gone.
@@ -70,7 +72,7 @@ impl Connection {
         key: u64,
         id: ConnectionId,
         peer: PeerId,
-        (relayed, dialled): (bool, bool),
+        (relayed, dialled, address): (bool, bool, String),
         state: Arc<PeerState>,
         limits: &Limits,
     ) -> (Arc<Self>, mpsc::Receiver<OpenRequest>) {
@@ -81,6 +83,7 @@ impl Connection {
             peer,
             relayed,
             dialled,
+            address,
             state,
             lanes: Lanes::default(),
             closed: CancellationToken::new(),

@@ -2,14 +2,15 @@
 //! bodies have streams of their own, so that nothing small waits behind them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::stream::{FuturesUnordered, StreamExt as _};
 use futures::{AsyncReadExt, io::ReadHalf};
 use libp2p::StreamProtocol;
 use swarm_wire::PeerId;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 
 use super::connection::{Connection, OpenError};
 use super::frames::{FrameReader, OutFrame, STALL_TIMEOUT, write_frames};
@@ -17,33 +18,89 @@ use super::rpc_server;
 use super::shared::{Shared, lock};
 use crate::error::CallError;
 use crate::rpc::{CallTable, InsertError};
-use crate::status::Status;
-use crate::wire::{Header, method_is_valid};
+use crate::status::{Status, StatusCode};
+use crate::wire::{Header, Hello, method_is_valid};
 
 /// The protocol of calls.
 pub const RPC_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/rpc/2.0.0");
 /// Streams that small calls of one connection share.
 const SMALL_LANES: usize = 2;
-/// Streams for calls with large bodies.
-const LARGE_LANES: usize = 2;
+/// Streams for calls with large bodies, each for one call at a time.
+const LARGE_LANES: usize = 8;
 /// From here on a body is large.
 const LARGE_BODY_BYTES: usize = 64 * 1024;
 /// Frames that wait for a stream's writer; further callers wait.
 const FRAME_QUEUE: usize = 256;
 /// Tries when a connection turns out to be gone before anything was sent on it.
 const TRIES: usize = 3;
+/// Times that one call is sent again because its path broke.
+const RESENDS: usize = 16;
+/// How long a stream may be broken before its connection is taken for broken as well.
+const BREAK_TIME: Duration = Duration::from_millis(200);
+
+/// A second peer is asked after this long when it is not known how long calls to the first one take.
+const HEDGE_AFTER: Duration = Duration::from_millis(100);
+
+/// How a call is made.
+#[derive(Debug, Clone)]
+pub struct CallOptions {
+    /// How long the caller waits.
+    pub timeout: Duration,
+    /// Doing the work twice does no harm: the call is repeated even when the peer may have restarted meanwhile.
+    pub idempotent: bool,
+    /// When the last connection to the peer is lost, try for this long to get one back. Zero: the call fails at once.
+    pub reconnect_within: Duration,
+}
+
+impl CallOptions {
+    /// A call that is made once and fails as soon as the peer is lost.
+    pub fn new(timeout: Duration) -> Self {
+        Self { timeout, idempotent: false, reconnect_within: Duration::ZERO }
+    }
+}
 
 /// How a call ended.
 enum Outcome {
     Answer(Option<Status>, Bytes),
+    /// The stream ended.
     Lost,
+    /// The peer sent what it must not send.
+    Broken,
 }
 
 /// The RPC streams of one connection, opened when first needed.
-#[derive(Default)]
 pub(crate) struct Lanes {
-    lanes: [Lane; SMALL_LANES + LARGE_LANES],
+    small: [Lane; SMALL_LANES],
+    large: [Lane; LARGE_LANES],
     turn: AtomicUsize,
+    /// Which large lanes are free.
+    free: Mutex<Vec<usize>>,
+    n_free: Semaphore,
+}
+
+impl Default for Lanes {
+    fn default() -> Self {
+        Self {
+            small: Default::default(),
+            large: Default::default(),
+            turn: AtomicUsize::new(0),
+            free: Mutex::new((0..LARGE_LANES).collect()),
+            n_free: Semaphore::new(LARGE_LANES),
+        }
+    }
+}
+
+/// A large lane in use, given back on drop.
+struct LargeLane<'a> {
+    lanes: &'a Lanes,
+    index: usize,
+    _place: SemaphorePermit<'a>,
+}
+
+impl Drop for LargeLane<'_> {
+    fn drop(&mut self) {
+        lock(&self.lanes.free).push(self.index);
+    }
 }
 
 #[derive(Default)]
@@ -56,21 +113,27 @@ struct Lane {
 struct LaneStream {
     frames: mpsc::Sender<OutFrame>,
     calls: Mutex<CallTable<oneshot::Sender<Outcome>>>,
+    /// The incarnation of the peer, once it has said hello; 0 before.
+    incarnation: watch::Sender<u64>,
 }
 
 impl Lanes {
+    fn all(&self) -> impl Iterator<Item = &Lane> {
+        self.small.iter().chain(&self.large)
+    }
+
     /// The connection is gone: every call that waits on it ends now.
     pub(crate) fn close(&self) {
-        for lane in &self.lanes {
+        for lane in self.all() {
             if let Some(stream) = lock(&lane.current).take() {
-                stream.close();
+                stream.close(|| Outcome::Lost);
             }
         }
     }
 
     /// Lets streams without calls go, so that the connection may become idle.
     pub(crate) fn release_idle(&self) {
-        for lane in &self.lanes {
+        for lane in self.all() {
             let mut current = lock(&lane.current);
             if current.as_ref().is_some_and(|stream| lock(&stream.calls).is_empty()) {
                 *current = None;
@@ -78,13 +141,16 @@ impl Lanes {
         }
     }
 
-    fn pick(&self, body_bytes: usize) -> &Lane {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        if body_bytes < LARGE_BODY_BYTES {
-            &self.lanes[turn % SMALL_LANES]
-        } else {
-            &self.lanes[SMALL_LANES + turn % LARGE_LANES]
-        }
+    fn small(&self) -> &Lane {
+        &self.small[self.turn.fetch_add(1, Ordering::Relaxed) % SMALL_LANES]
+    }
+
+    /// Waits for a lane of its own.
+    async fn large(&self) -> Option<LargeLane<'_>> {
+        let place = self.n_free.acquire().await.ok()?;
+        // The last one given back: its stream is most likely open.
+        let index = lock(&self.free).pop()?;
+        Some(LargeLane { lanes: self, index, _place: place })
     }
 }
 
@@ -107,42 +173,27 @@ impl Lane {
         }
         let (reader, writer) = connection.open(RPC_PROTOCOL).await?.split();
         let (frames, queue) = mpsc::channel(FRAME_QUEUE);
+        let hello = Header::Hello(Hello { incarnation: shared.incarnation, calls: 0, body_bytes: 0 });
+        // The queue is empty: there is room.
+        let _ = frames.try_send(OutFrame { header: hello.encode(), body: Bytes::new(), held: None });
         let calls = Mutex::new(CallTable::new(shared.config.limits.outgoing_calls_per_peer));
-        let stream = Arc::new(LaneStream { frames, calls });
-        let reading = Arc::downgrade(&stream);
-        let body_limit = shared.config.limits.body_bytes;
+        let stream = Arc::new(LaneStream { frames, calls, incarnation: watch::channel(0).0 });
+        let writing = Arc::downgrade(&stream);
         shared.network.spawn(async move {
             if let Err(error) = write_frames(writer, queue).await {
                 tracing::debug!(%error, "rpc stream: writing ended");
-                if let Some(stream) = reading.upgrade() {
-                    stream.close();
+                if let Some(stream) = writing.upgrade() {
+                    stream.close(|| Outcome::Lost);
                 }
             }
         });
-        let answers = Arc::downgrade(&stream);
-        let link = Arc::clone(&connection.state);
-        let (clock, peer) = (Arc::clone(shared), connection.peer.short());
-        shared.network.spawn(async move {
-            let mut reader = FrameReader::new(reader, STALL_TIMEOUT);
-            loop {
-                let outcome = read_answer(&mut reader, body_limit).await;
-                let Some(stream) = answers.upgrade() else { return };
-                match outcome {
-                    Ok(Some((call_id, refusal, body))) => {
-                        link.link().handle_received(clock.now(), body.len());
-                        // A call that was given up meanwhile is not waiting any more: its answer is dropped.
-                        if let Some(completion) = lock(&stream.calls).remove(call_id) {
-                            let _ = completion.send(Outcome::Answer(refusal, body));
-                        }
-                    }
-                    Ok(None) => return stream.close(),
-                    Err(error) => {
-                        tracing::debug!(%peer, %error, "rpc stream: reading ended");
-                        return stream.close();
-                    }
-                }
-            }
-        });
+        let reading = read_answers(
+            Arc::clone(shared),
+            Arc::clone(connection),
+            Arc::downgrade(&stream),
+            FrameReader::new(reader, STALL_TIMEOUT),
+        );
+        shared.network.spawn(reading);
         *lock(&self.current) = Some(Arc::clone(&stream));
         // The connection may have been lost while the stream was opened.
         if connection.closed.is_cancelled() {
@@ -154,23 +205,60 @@ impl Lane {
 }
 
 impl LaneStream {
-    fn close(&self) {
+    fn close(&self, outcome: impl Fn() -> Outcome) {
         for completion in lock(&self.calls).close() {
-            let _ = completion.send(Outcome::Lost);
+            let _ = completion.send(outcome());
         }
     }
 }
 
-type Answer = (u64, Option<Status>, Bytes);
+/// Gives answers to those who wait for them until the stream ends or nobody uses it any more.
+async fn read_answers(
+    shared: Arc<Shared>,
+    connection: Arc<Connection>,
+    stream: Weak<LaneStream>,
+    mut reader: FrameReader<ReadHalf<libp2p::Stream>>,
+) {
+    let body_limit = shared.config.limits.body_bytes;
+    loop {
+        let incoming = read_answer(&mut reader, body_limit).await;
+        let Some(stream) = stream.upgrade() else { return };
+        match incoming {
+            Ok(Some(Incoming::Answer(call_id, refusal, body))) => {
+                connection.state.link().handle_received(shared.now(), body.len());
+                // A call that was given up meanwhile is not waiting any more: its answer is dropped.
+                if let Some(completion) = lock(&stream.calls).remove(call_id) {
+                    let _ = completion.send(Outcome::Answer(refusal, body));
+                }
+            }
+            Ok(Some(Incoming::Hello(hello))) => {
+                connection.state.handle_hello(&shared.config, &hello);
+                stream.incarnation.send_replace(hello.incarnation);
+            }
+            Ok(None) => return stream.close(|| Outcome::Lost),
+            Err(error) => {
+                tracing::debug!(peer = %connection.peer.short(), %error, "rpc stream: reading ended");
+                let broken = error.kind() == std::io::ErrorKind::InvalidData;
+                return stream.close(|| if broken { Outcome::Broken } else { Outcome::Lost });
+            }
+        }
+    }
+}
+
+enum Incoming {
+    Answer(u64, Option<Status>, Bytes),
+    Hello(Hello),
+}
 
 async fn read_answer(
     reader: &mut FrameReader<ReadHalf<libp2p::Stream>>,
     body_limit_bytes: usize,
-) -> std::io::Result<Option<Answer>> {
+) -> std::io::Result<Option<Incoming>> {
     match reader.header(|bytes| Header::decode(bytes, body_limit_bytes)).await? {
         Some(Header::Answer { call_id, refusal, body_bytes }) => {
-            Ok(Some((call_id, refusal, reader.body(body_bytes).await?)))
+            Ok(Some(Incoming::Answer(call_id, refusal, reader.body(body_bytes).await?)))
         }
+        Some(Header::Hello(hello)) => Ok(Some(Incoming::Hello(hello))),
         Some(other) => Err(std::io::Error::new(
             std::io::ErrorKind::InvalidData,
             format!("expected an answer, got {other:?}"),
@@ -195,13 +283,13 @@ impl Drop for CallGuard<'_> {
     }
 }
 
-/// See `Node::call`.
+/// See `Node::call_with`.
 pub(crate) async fn call(
     shared: &Arc<Shared>,
     peer: &PeerId,
     method: &str,
     body: Bytes,
-    timeout: Duration,
+    options: &CallOptions,
 ) -> Result<Bytes, CallError> {
     if !method_is_valid(method) {
         return Err(CallError::BadMethod { method: method.chars().take(300).collect() });
@@ -213,12 +301,14 @@ pub(crate) async fn call(
     if shared.stopped.is_cancelled() {
         return Err(CallError::ShutDown);
     }
+    let timeout = options.timeout;
     let remote = |status| CallError::Remote { peer: peer.clone(), method: method.to_owned(), status };
     if *peer == shared.local {
         return rpc_server::run(shared, peer.clone(), method, body, timeout).await.map_err(remote);
     }
-    let deadline = shared.now() + timeout;
-    match tokio::time::timeout(timeout, exchange(shared, peer, method, body, deadline)).await {
+    let started = shared.now();
+    let call = OneCall { shared, peer, method, body, deadline: started + timeout, options };
+    match tokio::time::timeout(timeout, call.run()).await {
         Ok(Ok((None, answer))) => Ok(answer),
         Ok(Ok((Some(status), _))) => Err(remote(status)),
         Ok(Err(error)) => Err(error),
@@ -226,53 +316,201 @@ pub(crate) async fn call(
     }
 }
 
-async fn exchange(
-    shared: &Arc<Shared>,
-    peer: &PeerId,
-    method: &str,
+/// One call, on whatever paths it takes.
+struct OneCall<'a> {
+    shared: &'a Arc<Shared>,
+    peer: &'a PeerId,
+    method: &'a str,
     body: Bytes,
     deadline: Duration,
-) -> Result<(Option<Status>, Bytes), CallError> {
-    let lost = || CallError::ConnectionLost { peer: peer.clone(), method: method.to_owned() };
-    let unreachable = |reason: String| CallError::Unreachable { peer: peer.clone(), reason };
-    for _ in 0..TRIES {
-        let connection = shared.connection(peer).await.map_err(|error| unreachable(error.to_string()))?;
+    options: &'a CallOptions,
+}
+
+/// How one sending of a call ended.
+enum Sent {
+    Answer(Option<Status>, Bytes),
+    /// Nothing left this node.
+    NotSent,
+    /// The path broke; the incarnation of the peer that may have got the call, 0 when unknown.
+    Lost(u64),
+}
+
+impl OneCall<'_> {
+    fn lost(&self) -> CallError {
+        CallError::ConnectionLost { peer: self.peer.clone(), method: self.method.to_owned() }
+    }
+
+    fn unreachable(&self, reason: String) -> CallError {
+        CallError::Unreachable { peer: self.peer.clone(), reason }
+    }
+
+    /// Sends the call, and again with the same number while its paths break and others stand. The peer runs it once.
+    async fn run(&self) -> Result<(Option<Status>, Bytes), CallError> {
+        let begun = self.shared.now();
+        let connection = self.connect().await?;
+        let state = Arc::clone(&connection.state);
         let _place =
-            connection.state.outgoing(&shared.config).acquire().await.map_err(|_| CallError::ShutDown)?;
-        let stream = match connection.lanes.pick(body.len()).stream(shared, &connection).await {
-            Ok(stream) => stream,
-            Err(OpenError::Lost) => continue,
-            Err(OpenError::Unsupported) => {
-                return Err(unreachable(format!("it does not speak {RPC_PROTOCOL}")));
+            state.place(&self.shared.config, self.body.len()).await.map_err(|_| CallError::ShutDown)?;
+        let number = state.call_number();
+        // The incarnation that may have the call already.
+        let mut sent_to: Option<u64> = None;
+        let (mut connection, mut not_sent) = (connection, 0);
+        for _ in 0..RESENDS + TRIES {
+            match self.send(&connection, number.call_id, sent_to).await? {
+                Sent::Answer(refusal, answer) => {
+                    state.latencies().handle_call(self.shared.now().saturating_sub(begun));
+                    return Ok((refusal, answer));
+                }
+                Sent::NotSent => {
+                    not_sent += 1;
+                    if not_sent >= TRIES {
+                        break;
+                    }
+                }
+                Sent::Lost(0) if !self.options.idempotent => return Err(self.lost()),
+                Sent::Lost(incarnation) => sent_to = sent_to.or(Some(incarnation)),
             }
-            Err(OpenError::Timeout) => return Err(unreachable(format!("it did not open {RPC_PROTOCOL}"))),
+            // A stream may break a moment before its connection is known to be gone.
+            let _ = tokio::time::timeout(BREAK_TIME, connection.closed.cancelled()).await;
+            connection = self.another_path(sent_to.is_some()).await?;
+        }
+        Err(self.lost())
+    }
+
+    async fn connect(&self) -> Result<Arc<Connection>, CallError> {
+        self.shared.connection(self.peer).await.map_err(|error| self.unreachable(error.to_string()))
+    }
+
+    /// A connection for the next try. Once the call has left, only connections that stand count, unless the caller allows
+    /// time for a new one.
+    async fn another_path(&self, sent: bool) -> Result<Arc<Connection>, CallError> {
+        if !sent {
+            return self.connect().await;
+        }
+        if let Some(connection) = self.shared.table().best(self.peer) {
+            return Ok(connection);
+        }
+        let until = self.shared.now() + self.options.reconnect_within;
+        while self.shared.now() < until {
+            let left = until.saturating_sub(self.shared.now());
+            match tokio::time::timeout(left, self.shared.connection(self.peer)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(_)) => tokio::time::sleep(BREAK_TIME.min(left)).await,
+                Err(_) => break,
+            }
+        }
+        Err(self.lost())
+    }
+
+    async fn send(
+        &self,
+        connection: &Arc<Connection>,
+        call_id: u64,
+        sent_to: Option<u64>,
+    ) -> Result<Sent, CallError> {
+        let shared = self.shared;
+        let large = if self.body.len() < LARGE_BODY_BYTES { None } else { connection.lanes.large().await };
+        let lane =
+            large.as_ref().map_or_else(|| connection.lanes.small(), |l| &connection.lanes.large[l.index]);
+        let stream = match lane.stream(shared, connection).await {
+            Ok(stream) => stream,
+            Err(OpenError::Lost) => return Ok(Sent::NotSent),
+            Err(OpenError::Unsupported) => {
+                return Err(self.unreachable(format!("it does not speak {RPC_PROTOCOL}")));
+            }
+            Err(OpenError::Timeout) => {
+                return Err(self.unreachable(format!("it did not open {RPC_PROTOCOL}")));
+            }
             Err(OpenError::Io(error)) => {
-                tracing::debug!(peer = %peer.short(), %error, "rpc stream could not be opened");
-                continue;
+                tracing::debug!(peer = %self.peer.short(), %error, "rpc stream could not be opened");
+                return Ok(Sent::NotSent);
             }
         };
+        if let Some(first) = sent_to.filter(|_| !self.options.idempotent) {
+            // A peer that restarted knows nothing of the calls that it may have run before.
+            let mut incarnation = stream.incarnation.subscribe();
+            let said = tokio::select! {
+                said = incarnation.wait_for(|i| *i != 0) => said.map_or(0, |i| *i),
+                () = connection.closed.cancelled() => return Ok(Sent::NotSent),
+            };
+            if said != first {
+                return Err(self.lost());
+            }
+        }
         let now = shared.now();
         connection.touch(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
         let (completion, outcome) = oneshot::channel();
-        let call_id = match lock(&stream.calls).insert(deadline, completion) {
-            Ok(call_id) => call_id,
-            Err((InsertError::Closed | InsertError::Full, _)) => continue,
-        };
+        let entered = lock(&stream.calls).insert(call_id, self.deadline, completion);
+        if let Err((InsertError::Closed | InsertError::Full, _)) = entered {
+            return Ok(Sent::NotSent);
+        }
         let _guard = CallGuard { stream: &stream, call_id };
         let header = Header::Request {
             call_id,
-            method: method.to_owned(),
-            deadline: deadline.saturating_sub(now),
-            body_bytes: body.len(),
+            method: self.method.to_owned(),
+            deadline: self.deadline.saturating_sub(now),
+            body_bytes: self.body.len(),
+            done_below: connection.state.done_below(),
         };
-        let frame = OutFrame { header: header.encode(), body, held: None };
+        let known = connection.state.incarnation();
+        let frame = OutFrame { header: header.encode(), body: self.body.clone(), held: None };
         if stream.frames.send(frame).await.is_err() {
-            return Err(lost());
+            return Ok(Sent::NotSent);
         }
-        return match outcome.await {
-            Ok(Outcome::Answer(refusal, answer)) => Ok((refusal, answer)),
-            Ok(Outcome::Lost) | Err(_) => Err(lost()),
-        };
+        match outcome.await {
+            Ok(Outcome::Answer(refusal, answer)) => Ok(Sent::Answer(refusal, answer)),
+            Ok(Outcome::Broken) => Err(self.lost()),
+            Ok(Outcome::Lost) | Err(_) => {
+                let said = *stream.incarnation.borrow();
+                Ok(Sent::Lost(if said == 0 { known } else { said }))
+            }
+        }
     }
-    Err(lost())
+}
+
+/// See `Node::call_any`.
+pub(crate) async fn call_any(
+    shared: &Arc<Shared>,
+    peers: &[PeerId],
+    method: &str,
+    body: &Bytes,
+    hedge_after: Option<Duration>,
+    options: &CallOptions,
+) -> Result<Bytes, CallError> {
+    let mut calls = FuturesUnordered::new();
+    let mut waiting = peers.iter();
+    let mut last = CallError::NoPeers { method: method.to_owned() };
+    loop {
+        let after = match waiting.next() {
+            Some(peer) => {
+                calls.push(call(shared, peer, method, body.clone(), options));
+                hedge_after.unwrap_or_else(|| {
+                    let state = shared.table().known_state(peer);
+                    state.and_then(|s| s.latencies().p95()).unwrap_or(HEDGE_AFTER)
+                })
+            }
+            None => options.timeout,
+        };
+        if calls.is_empty() {
+            return Err(last);
+        }
+        let pause = tokio::time::sleep(after);
+        tokio::pin!(pause);
+        loop {
+            tokio::select! {
+                Some(result) = calls.next() => match result {
+                    Ok(answer) => return Ok(answer),
+                    // Asked the wrong thing: nobody else will answer it.
+                    Err(error) if error.remote_code() == Some(StatusCode::InvalidArgument) => return Err(error),
+                    Err(error) => {
+                        last = error;
+                        if calls.is_empty() || waiting.len() > 0 {
+                            break;
+                        }
+                    }
+                },
+                () = &mut pause => break,
+            }
+        }
+    }
 }

@@ -1,29 +1,37 @@
 //! Answers calls of peers. Every call runs as a task of its own on the application's runtime, under its deadline; what a
 //! peer may have running and in memory is limited, and beyond that it is told so at once.
 
-use std::collections::HashMap;
 use std::io::{Error, ErrorKind};
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{AsyncReadExt, FutureExt};
 use swarm_wire::PeerId;
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
 
 use super::connection::{Connection, Incoming};
 use super::frames::{FrameReader, OutFrame, STALL_TIMEOUT, write_frames};
-use super::shared::{Held, Shared, lock};
+use super::served::{Next, RESUME_GRACE, StreamCalls};
+use super::shared::{Held, Shared};
 use crate::status::{Status, StatusCode};
-use crate::wire::Header;
+use crate::wire::{Header, Hello};
 
 /// Answers that wait for the stream's writer.
 const ANSWER_QUEUE: usize = 64;
 
-/// Calls that run for one stream, by their number.
-type Running = Arc<Mutex<HashMap<u64, AbortHandle>>>;
+/// One RPC stream that the peer opened.
+struct Server {
+    shared: Arc<Shared>,
+    connection: Arc<Connection>,
+    answers: mpsc::Sender<OutFrame>,
+    /// Its number among all that this node serves.
+    stream: u64,
+    /// Who calls, after its hello.
+    incarnation: u64,
+}
 
 /// Serves one RPC stream that the peer opened, until it ends or breaks the protocol.
 pub(crate) async fn serve(
@@ -35,10 +43,27 @@ pub(crate) async fn serve(
     let (reader, writer) = stream.split();
     let (answers, queue) = mpsc::channel(ANSWER_QUEUE);
     let writing = tokio::spawn(write_frames(writer, queue));
-    let running = Running::default();
+    let number = shared.streams_served.fetch_add(1, Ordering::Relaxed);
+    // Whatever ends this task ends the calls that nobody else waits for.
+    let calls = StreamCalls { state: Arc::clone(&connection.state), stream: number };
+    let limits = &shared.config.limits;
+    let hello = Header::Hello(Hello {
+        incarnation: shared.incarnation,
+        calls: limits.calls_per_peer,
+        body_bytes: limits.call_bytes_per_peer,
+    });
+    // The queue is empty: there is room.
+    let _ = answers.try_send(OutFrame { header: hello.encode(), body: Bytes::new(), held: None });
+    let mut server = Server {
+        shared: Arc::clone(&shared),
+        connection: Arc::clone(&connection),
+        answers,
+        stream: number,
+        incarnation: 0,
+    };
     let mut reader = FrameReader::new(reader, STALL_TIMEOUT);
     let served = tokio::select! {
-        served = read_calls(&shared, &connection, &mut reader, &answers, &running) => served,
+        served = server.read_calls(&mut reader) => served,
         // A peer that takes no answers gets no further calls served.
         _ = writing => Ok(()),
         () = connection.closed.cancelled() => Ok(()),
@@ -46,60 +71,90 @@ pub(crate) async fn serve(
     match served {
         Err(error) if error.kind() == ErrorKind::InvalidData => {
             tracing::warn!(peer = %connection.peer.short(), %error, "rpc stream closed: the peer broke the protocol");
+            return;
         }
         Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "rpc stream ended"),
         Ok(()) => {}
     }
-    for (_, call) in lock(&running).drain() {
-        call.abort();
+    drop((server, reader, place));
+    tokio::select! {
+        () = tokio::time::sleep(RESUME_GRACE) => {}
+        () = shared.stopped.cancelled() => {}
     }
-    drop(place);
+    drop(calls);
 }
 
-async fn read_calls(
-    shared: &Arc<Shared>,
-    connection: &Arc<Connection>,
-    reader: &mut FrameReader<futures::io::ReadHalf<libp2p::Stream>>,
-    answers: &mpsc::Sender<OutFrame>,
-    running: &Running,
-) -> std::io::Result<()> {
-    let body_limit = shared.config.limits.body_bytes;
-    loop {
-        match reader.header(|bytes| Header::decode(bytes, body_limit)).await? {
-            None => return Ok(()),
-            Some(Header::Cancel { call_id }) => {
-                if let Some(call) = lock(running).remove(&call_id) {
-                    call.abort();
+impl Server {
+    async fn read_calls(
+        &mut self,
+        reader: &mut FrameReader<futures::io::ReadHalf<libp2p::Stream>>,
+    ) -> std::io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let invalid = |what: String| Err(Error::new(ErrorKind::InvalidData, what));
+        let body_limit = shared.config.limits.body_bytes;
+        loop {
+            match reader.header(|bytes| Header::decode(bytes, body_limit)).await? {
+                None => return Ok(()),
+                Some(Header::Hello(hello)) => self.incarnation = hello.incarnation,
+                Some(Header::Cancel { call_id }) => {
+                    self.connection.state.served().handle_cancel((self.incarnation, call_id));
                 }
-            }
-            Some(Header::Answer { .. }) => {
-                return Err(Error::new(ErrorKind::InvalidData, "an answer where only calls are expected"));
-            }
-            Some(Header::Request { call_id, method, deadline, body_bytes }) => {
-                if lock(running).contains_key(&call_id) {
-                    return Err(Error::new(
-                        ErrorKind::InvalidData,
-                        format!("call {call_id} is running already"),
-                    ));
+                Some(Header::Answer { .. }) => {
+                    return invalid("an answer where only calls are expected".to_owned());
                 }
-                match connection.state.admit(&shared.config, body_bytes) {
-                    Ok(held) => {
-                        let body = reader.body(body_bytes).await?;
-                        connection.state.link().handle_received(shared.now(), body.len());
-                        let call = Call { call_id, method, deadline, body, held };
-                        call.start(shared, connection, answers, running);
-                    }
-                    Err(refusal) => {
-                        reader.skip(body_bytes).await?;
-                        let refusal = Err(Status::resource_exhausted(refusal));
-                        // Waits when the peer sends calls faster than it takes refusals: its stream is then not read.
-                        if answers.send(answer(call_id, refusal, body_limit, None)).await.is_err() {
-                            return Ok(());
+                Some(Header::Request { call_id, method, deadline, body_bytes, done_below }) => {
+                    let refusal = match self.connection.state.admit(&shared.config, body_bytes) {
+                        Ok(held) => {
+                            let body = reader.body(body_bytes).await?;
+                            self.connection.state.link().handle_received(shared.now(), body.len());
+                            let call = Call { call_id, method, deadline, body, held };
+                            match self.arrived(call, done_below) {
+                                Next::Started | Next::Moved => continue,
+                                Next::Repeated => {
+                                    return invalid(format!("call {call_id} is running already"));
+                                }
+                                Next::Answer(outcome) => outcome,
+                                Next::Stale => Err(Status::new(
+                                    StatusCode::Unavailable,
+                                    "the call was made before and its answer is not kept any more",
+                                )),
+                            }
                         }
+                        Err(refusal) => {
+                            reader.skip(body_bytes).await?;
+                            Err(Status::resource_exhausted(refusal))
+                        }
+                    };
+                    // Waits when the peer sends calls faster than it takes answers: its stream is then not read.
+                    if self.answers.send(answer(call_id, refusal, body_limit, None)).await.is_err() {
+                        return Ok(());
                     }
                 }
             }
         }
+    }
+
+    fn arrived(&self, call: Call, done_below: u64) -> Next {
+        let key = (self.incarnation, call.call_id);
+        let state = Arc::clone(&self.connection.state);
+        if self.shared.draining.load(Ordering::Relaxed) {
+            // Not entered: the caller may well ask another node.
+            return Next::Answer(Err(Status::unavailable("the node is about to stop")));
+        }
+        self.connection.state.served().handle_call(key, done_below, self.stream, &self.answers, || {
+            let (shared, peer) = (Arc::clone(&self.shared), self.connection.peer.clone());
+            let counted = Counted::new(&self.shared);
+            let task = self.shared.application.spawn(async move {
+                let _counted = counted;
+                let Call { call_id, method, deadline, body, held } = call;
+                let body_limit = shared.config.limits.body_bytes;
+                let outcome = run(&shared, peer, &method, body, deadline).await;
+                if let Some(answers) = state.served().handle_outcome(key, &outcome) {
+                    let _ = answers.send(answer(call_id, outcome, body_limit, Some(held))).await;
+                }
+            });
+            task.abort_handle()
+        })
     }
 }
 
@@ -111,26 +166,19 @@ struct Call {
     held: Held,
 }
 
-impl Call {
-    fn start(
-        self,
-        shared: &Arc<Shared>,
-        connection: &Arc<Connection>,
-        answers: &mpsc::Sender<OutFrame>,
-        running: &Running,
-    ) {
-        let Self { call_id, method, deadline, body, held } = self;
-        let (shared_here, peer) = (Arc::clone(shared), connection.peer.clone());
-        let (answers, finished) = (answers.clone(), Arc::clone(running));
-        let body_limit = shared.config.limits.body_bytes;
-        // The lock is held while the task starts, so that it cannot end before it is entered.
-        let mut entered = lock(running);
-        let task = shared.application.spawn(async move {
-            let outcome = run(&shared_here, peer, &method, body, deadline).await;
-            lock(&finished).remove(&call_id);
-            let _ = answers.send(answer(call_id, outcome, body_limit, Some(held))).await;
-        });
-        entered.insert(call_id, task.abort_handle());
+/// Counts a call that runs, for a node that waits for its calls before it stops.
+struct Counted(Arc<Shared>);
+
+impl Counted {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.calls_served.send_modify(|n| *n += 1);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.calls_served.send_modify(|n| *n -= 1);
     }
 }
 

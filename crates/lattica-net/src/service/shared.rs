@@ -5,26 +5,32 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use libp2p::StreamProtocol;
+use rand::RngExt as _;
 use swarm_wire::PeerId;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio::sync::{AcquireError, Semaphore, SemaphorePermit, broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
 use super::driver::Command;
+use super::served::Served;
 use super::stream::Stream;
 use crate::config::NodeConfig;
 use crate::error::DialError;
 use crate::event::NetEvent;
 use crate::links::LinkEstimator;
 use crate::peers::PeerTable;
+use crate::rpc::hedge::Latencies;
+use crate::rpc::once::Outgoing;
 use crate::rpc::{Admission, Refusal};
 use crate::status::Status;
+use crate::wire::Hello;
 
 /// What a handler returns.
 pub(crate) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -57,12 +63,51 @@ impl Acceptors {
     }
 }
 
+/// What a caller may have under way at a peer before the peer has said how much that is.
+const FIRST_CALLS: usize = 64;
+/// Bytes of their bodies, in units of 1 KiB: one body of the largest size.
+const FIRST_KIB: usize = 8 * 1024;
+/// No grant counts for more than this.
+const CALLS_MAX: usize = 1 << 16;
+const KIB_MAX: usize = 1 << 24;
+
 /// What is kept for each peer beside its addresses.
 #[derive(Default)]
 pub(crate) struct PeerState {
     link: Mutex<LinkEstimator>,
     admission: OnceLock<Mutex<Admission>>,
-    outgoing: OnceLock<Semaphore>,
+    credit: OnceLock<Credit>,
+    served: Served,
+    outgoing: Mutex<Outgoing>,
+    latencies: Mutex<Latencies>,
+    /// The peer's incarnation when it last said hello; 0 before.
+    incarnation: AtomicU64,
+}
+
+/// What the peer lets us have under way there.
+struct Credit {
+    calls: Semaphore,
+    kib: Semaphore,
+    /// Calls and KiB that were granted so far.
+    granted: Mutex<(usize, usize)>,
+}
+
+/// The part of the credit that a call uses, given back on drop.
+pub(crate) struct Place<'a> {
+    _calls: SemaphorePermit<'a>,
+    _kib: SemaphorePermit<'a>,
+}
+
+/// A number for a call, given up on drop.
+pub(crate) struct CallNumber<'a> {
+    outgoing: &'a Mutex<Outgoing>,
+    pub(crate) call_id: u64,
+}
+
+impl Drop for CallNumber<'_> {
+    fn drop(&mut self) {
+        lock(self.outgoing).end(self.call_id);
+    }
 }
 
 impl PeerState {
@@ -80,9 +125,76 @@ impl PeerState {
         Ok(Held { state: Arc::clone(self), n_bytes: body_bytes })
     }
 
-    /// Places for our own calls to the peer.
-    pub(crate) fn outgoing(&self, config: &NodeConfig) -> &Semaphore {
-        self.outgoing.get_or_init(|| Semaphore::new(config.limits.outgoing_calls_per_peer))
+    fn credit(&self, config: &NodeConfig) -> &Credit {
+        self.credit.get_or_init(|| {
+            let calls = FIRST_CALLS.min(config.limits.outgoing_calls_per_peer);
+            Credit {
+                calls: Semaphore::new(calls),
+                kib: Semaphore::new(FIRST_KIB),
+                granted: Mutex::new((calls, FIRST_KIB)),
+            }
+        })
+    }
+
+    /// Waits until the peer lets us have one more call with `body_bytes` under way.
+    pub(crate) async fn place(
+        &self,
+        config: &NodeConfig,
+        body_bytes: usize,
+    ) -> Result<Place<'_>, AcquireError> {
+        let credit = self.credit(config);
+        let kib = u32::try_from(body_bytes.div_ceil(1024).min(FIRST_KIB)).expect("at most 8192");
+        Ok(Place { _calls: credit.calls.acquire().await?, _kib: credit.kib.acquire_many(kib).await? })
+    }
+
+    /// The peer said who it is and what it grants.
+    pub(crate) fn handle_hello(&self, config: &NodeConfig, hello: &Hello) {
+        self.incarnation.store(hello.incarnation, Ordering::Relaxed);
+        if hello.calls == 0 {
+            return;
+        }
+        let credit = self.credit(config);
+        let mut granted = lock(&credit.granted);
+        let calls = hello.calls.min(config.limits.outgoing_calls_per_peer).min(CALLS_MAX);
+        // One body of the largest size always goes, else it would wait for ever.
+        let kib = (hello.body_bytes / 1024).clamp(FIRST_KIB, KIB_MAX);
+        regrant(&credit.calls, granted.0, calls);
+        regrant(&credit.kib, granted.1, kib);
+        *granted = (calls, kib);
+    }
+
+    /// The peer's incarnation; 0 when it is not known.
+    pub(crate) fn incarnation(&self) -> u64 {
+        self.incarnation.load(Ordering::Relaxed)
+    }
+
+    /// A number for a call to the peer.
+    pub(crate) fn call_number(&self) -> CallNumber<'_> {
+        CallNumber { outgoing: &self.outgoing, call_id: lock(&self.outgoing).begin() }
+    }
+
+    /// Every call to the peer with a smaller number is over.
+    pub(crate) fn done_below(&self) -> u64 {
+        lock(&self.outgoing).done_below()
+    }
+
+    /// The peer's calls here.
+    pub(crate) fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// How long calls to the peer take.
+    pub(crate) fn latencies(&self) -> MutexGuard<'_, Latencies> {
+        lock(&self.latencies)
+    }
+}
+
+fn regrant(semaphore: &Semaphore, from: usize, to: usize) {
+    if to > from {
+        semaphore.add_permits(to - from);
+    } else {
+        // Those in use come back later and count once more; the peer refuses what is too much meanwhile.
+        semaphore.forget_permits(from - to);
     }
 }
 
@@ -121,6 +233,14 @@ pub(crate) struct Shared {
     pub(crate) events: broadcast::Sender<NetEvent>,
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) stopped: CancellationToken,
+    /// Set when no further calls are taken.
+    pub(crate) draining: AtomicBool,
+    /// Tells this start of the node from others with the same key.
+    pub(crate) incarnation: u64,
+    /// Counts RPC streams that peers opened.
+    pub(crate) streams_served: AtomicU64,
+    /// Calls of peers that run.
+    pub(crate) calls_served: watch::Sender<usize>,
     started: Instant,
     table: Mutex<PeerTable<Arc<Connection>, Arc<PeerState>>>,
     acceptors: RwLock<Arc<Acceptors>>,
@@ -150,6 +270,10 @@ impl Shared {
             events: broadcast::channel(1024).0,
             commands,
             stopped: CancellationToken::new(),
+            draining: AtomicBool::new(false),
+            incarnation: rand::rng().random_range(1..=u64::MAX),
+            streams_served: AtomicU64::new(0),
+            calls_served: watch::channel(0).0,
             started: Instant::now(),
             table: Mutex::new(table),
             acceptors: RwLock::default(),

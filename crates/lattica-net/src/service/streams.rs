@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use libp2p::PeerId as LibPeerId;
 use libp2p::core::transport::PortUse;
@@ -22,6 +23,9 @@ use super::shared::Shared;
 use super::{link_probe, wire_peer};
 use crate::event::NetEvent;
 use crate::peers::{Change, Rank};
+
+/// Answers of a peer that left are kept this long for its return.
+const ANSWERS_KEPT: Duration = Duration::from_secs(30);
 
 mod handler;
 
@@ -45,15 +49,16 @@ impl Behaviour {
         &mut self,
         id: ConnectionId,
         peer: LibPeerId,
-        relayed: bool,
-        dialled: bool,
+        address: &Multiaddr,
+        (relayed, dialled): (bool, bool),
     ) -> Result<Handler, ConnectionDenied> {
         let peer = wire_peer(&peer).map_err(ConnectionDenied::new)?;
         let state = self.shared.table().state(self.shared.now(), &peer);
         let key = self.next_key;
         self.next_key += 1;
         let limits = &self.shared.config.limits;
-        let (connection, requests) = Connection::new(key, id, peer, (relayed, dialled), state, limits);
+        let (connection, requests) =
+            Connection::new(key, id, peer, (relayed, dialled, address.to_string()), state, limits);
         self.pending.insert(id, Arc::clone(&connection));
         Ok(Handler::new(Arc::clone(&self.shared), connection, requests))
     }
@@ -84,6 +89,15 @@ impl Behaviour {
         let change = self.shared.table().handle_disconnected(now, &connection.peer, connection.key);
         connection.fail();
         if change == Change::Disconnected {
+            // Nobody is there to ask for them; numbers of calls are remembered all the same.
+            let (shared, state) = (Arc::clone(&self.shared), Arc::clone(&connection.state));
+            let peer = connection.peer.clone();
+            self.shared.network.spawn(async move {
+                tokio::time::sleep(ANSWERS_KEPT).await;
+                if shared.table().connected(&peer).is_none() {
+                    state.served().forget_answers();
+                }
+            });
             self.shared.emit(NetEvent::Disconnected(connection.peer.clone()));
         }
     }
@@ -104,7 +118,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, is_relayed(local) || is_relayed(remote), false)
+        self.handler(id, peer, remote, (is_relayed(local) || is_relayed(remote), false))
     }
 
     fn handle_established_outbound_connection(
@@ -115,7 +129,7 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, is_relayed(address), true)
+        self.handler(id, peer, address, (is_relayed(address), true))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {

@@ -16,7 +16,8 @@ const RPC: &str = "/lattica/rpc/2.0.0";
 const LINK: &str = "/lattica/link/1.0.0";
 
 fn request(call_id: u64, method: &str, body_bytes: usize) -> Vec<u8> {
-    Header::Request { call_id, method: method.to_owned(), deadline: PATIENCE, body_bytes }.encode()
+    let method = method.to_owned();
+    Header::Request { call_id, method, deadline: PATIENCE, body_bytes, done_below: 0 }.encode()
 }
 
 async fn is_closed(mut stream: Stream) -> bool {

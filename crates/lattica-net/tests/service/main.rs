@@ -7,6 +7,7 @@ mod discovery;
 mod hostile;
 mod private;
 mod streams;
+mod switching;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;

@@ -46,7 +46,7 @@ pub struct ManifestEntry {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcFrame {
-    #[prost(oneof = "rpc_frame::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "rpc_frame::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<rpc_frame::Kind>,
 }
 /// Nested message and enum types in `RpcFrame`.
@@ -59,11 +59,27 @@ pub mod rpc_frame {
         Response(super::RpcResponse),
         #[prost(message, tag = "3")]
         Cancel(super::RpcCancel),
+        #[prost(message, tag = "4")]
+        Hello(super::RpcHello),
     }
+}
+/// The first frame of each side on an RPC stream.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RpcHello {
+    /// Chosen at random when the node starts; never 0. Calls are the same only when caller, its incarnation and call_id are.
+    #[prost(fixed64, tag = "1")]
+    pub incarnation: u64,
+    /// What the caller may have under way here at the same time, over all streams; only the answering side grants. 0: as before.
+    #[prost(uint32, tag = "2")]
+    pub calls: u32,
+    /// Bytes of their bodies.
+    #[prost(uint64, tag = "3")]
+    pub body_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcRequest {
-    /// Unique on its stream.
+    /// Unique for the incarnation of the caller at this peer. The same number again, on whatever stream, is the same call: it is not run
+    /// twice, and its answer goes to the stream that asked last.
     #[prost(uint64, tag = "1")]
     pub call_id: u64,
     #[prost(string, tag = "2")]
@@ -74,6 +90,9 @@ pub struct RpcRequest {
     /// Raw bytes that follow this header.
     #[prost(uint32, tag = "4")]
     pub body_bytes: u32,
+    /// Calls with smaller numbers are over for the caller: their answers may be forgotten.
+    #[prost(uint64, tag = "5")]
+    pub done_below: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcResponse {
