@@ -15,8 +15,19 @@ pub struct Batch {
     pub step: u64,
     /// The last stage shall also return the final-norm rows behind the wanted logits.
     pub want_hidden: bool,
+    /// Pages to copy before anything is written, in this order.
+    pub copies: Vec<PageCopy>,
     /// The sequences, each at most once.
     pub sequences: Vec<BatchSequence>,
+}
+
+/// A cache page whose keys and values, in every layer, are to be copied into another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageCopy {
+    /// The page that is shared.
+    pub from: u32,
+    /// The page that somebody will write on.
+    pub to: u32,
 }
 
 /// The rows of one sequence in a batch.
@@ -32,6 +43,8 @@ pub struct BatchSequence {
     pub pages: Vec<u32>,
     /// Which rows go through the head.
     pub want: Want,
+    /// The resident adapter that these rows use; `None` is what [`crate::StageRunner::set_adapter`] installed.
+    pub adapter: Option<u32>,
 }
 
 /// Which rows of a sequence go through the head.
@@ -178,14 +191,14 @@ mod tests {
     use super::*;
 
     fn sequence(rows: u32, want: Want) -> BatchSequence {
-        BatchSequence { request: RequestId(0), start: 0, rows, pages: vec![], want }
+        BatchSequence { request: RequestId(0), start: 0, rows, pages: vec![], want, adapter: None }
     }
 
     #[test]
     fn wanted_rows_are_indices_into_the_concatenated_rows() {
         let sequences =
             vec![sequence(3, Want::LastLogits), sequence(2, Want::Nothing), sequence(2, Want::AllLogits)];
-        let batch = Batch { step: 0, want_hidden: false, sequences };
+        let batch = Batch { sequences, ..Batch::default() };
         assert_eq!((batch.n_rows(), batch.n_wanted()), (7, 3));
         assert_eq!(batch.wanted_rows(), [2, 5, 6]);
     }

@@ -1,14 +1,14 @@
 //! Continuous batching: which rows run in the next step.
 //!
 //! A step has a budget of rows. Every decoding sequence gets its one row first, so that a long prompt never stops the
-//! answers that are being written; what is left goes to prompts, in chunks, oldest first. Sequences are admitted
-//! strictly in the order of arrival, and only with room for all the tokens they have. When pages run out, the youngest
-//! running sequence gives its pages up and goes back to the head of the queue; it is prefilled again later (with
-//! batch-invariant kernels, to the same bits).
+//! answers that are being written; then prompts in chunks, in the order of admission; what is left goes to drafted
+//! tokens. Waiting sequences are admitted in the order of [`FairQueue`] and only with room for all the tokens they have.
+//! When pages run out, the sequence that was admitted last gives its pages up and goes back to the head of its queue; it
+//! is prefilled again later (with batch-invariant kernels, to the same bits). Drafts never cost anybody a page.
 //!
-//! Progress: the oldest sequence is never preempted and always fits into the cache alone, so every step has rows.
+//! Progress: the sequence admitted first is never preempted and always fits into the cache alone, so every step has rows.
 
-use std::collections::VecDeque;
+mod queue;
 
 use swarm_wire::RequestId;
 
@@ -16,32 +16,54 @@ use crate::batch::{Batch, BatchSequence, Want};
 use crate::config::EngineConfig;
 use crate::kv_cache::KvCache;
 use crate::sequence::Sequence;
+use crate::speculate::{DraftQuery, Drafter};
+pub use queue::FairQueue;
 
-/// Running and waiting sequences, oldest first in each. Invariant: every running sequence is older than every waiting
-/// one.
+/// Rows of one step of a sequence whose every row goes through the head: bounds the logits in memory.
+const ALL_LOGITS_ROWS: usize = 128;
+
+/// Work that a generated token counts for in the fair order; a prompt row counts 1.
+const TOKEN_WORK: u64 = 2;
+
+/// Running sequences, first admitted first, and waiting ones.
 #[derive(Debug)]
 pub struct Scheduler {
     config: EngineConfig,
+    /// Pages are found by prefix and shared by forks.
+    reuse: bool,
     running: Vec<Sequence>,
-    waiting: VecDeque<Sequence>,
+    waiting: FairQueue,
+    preempted: Vec<RequestId>,
     preemptions: u64,
     steps: u64,
+    looked_up: u64,
+    found: u64,
 }
 
 impl Scheduler {
-    /// No sequences.
-    pub fn new(config: EngineConfig) -> Self {
-        Self { config, running: Vec::new(), waiting: VecDeque::new(), preemptions: 0, steps: 0 }
+    /// No sequences. `reuse`: prefixes are looked up and forks share pages.
+    pub fn new(config: EngineConfig, reuse: bool) -> Self {
+        Self {
+            config,
+            reuse,
+            running: Vec::new(),
+            waiting: FairQueue::default(),
+            preempted: Vec::new(),
+            preemptions: 0,
+            steps: 0,
+            looked_up: 0,
+            found: 0,
+        }
     }
 
-    /// Sequences that hold pages, oldest first.
+    /// Sequences that hold pages, first admitted first.
     pub fn running(&self) -> &[Sequence] {
         &self.running
     }
 
-    /// Sequences that hold none, in the order in which they will be admitted.
-    pub fn waiting(&self) -> impl Iterator<Item = &Sequence> {
-        self.waiting.iter()
+    /// Sequences that hold none.
+    pub fn waiting(&self) -> &FairQueue {
+        &self.waiting
     }
 
     /// Sequences in all.
@@ -54,23 +76,36 @@ impl Scheduler {
         self.len() == 0
     }
 
-    /// How often a sequence lost its pages to an older one.
+    /// How often a sequence lost its pages to another.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
     }
 
-    /// Puts a sequence at the end of the queue.
+    /// Prompt tokens that were looked up in the prefix index, and those that were found.
+    pub fn prefix_lookups(&self) -> (u64, u64) {
+        (self.looked_up, self.found)
+    }
+
+    /// Sequences that were preempted since the last call: a runner may drop what it keeps under their ids.
+    pub fn take_preempted(&mut self) -> Vec<RequestId> {
+        std::mem::take(&mut self.preempted)
+    }
+
+    /// Puts a sequence into the queue.
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        self.waiting.push(sequence);
     }
 
     /// Takes a sequence out. Its pages stay the caller's business.
     pub fn remove(&mut self, id: RequestId) -> Option<Sequence> {
-        if let Some(i) = self.running.iter().position(|s| s.id() == id) {
-            return Some(self.running.remove(i));
+        let removed = match self.running.iter().position(|s| s.id() == id) {
+            Some(i) => Some(self.running.remove(i)),
+            None => self.waiting.take(id),
+        };
+        if let Some(sequence) = &removed {
+            self.waiting.left(sequence.user());
         }
-        let i = self.waiting.iter().position(|s| s.id() == id)?;
-        self.waiting.remove(i)
+        removed
     }
 
     /// The running sequence `id`, to record what became of its rows.
@@ -78,22 +113,53 @@ impl Scheduler {
         self.running.iter_mut().find(|s| s.id() == id)
     }
 
-    /// Takes all sequences out, oldest first.
+    /// All sequences, to change what they run with.
+    pub fn all_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.running.iter_mut().chain(self.waiting.iter_mut())
+    }
+
+    /// Takes the waiting sequences that share the prompt of `leader` out of the queue, as many as have a place.
+    pub fn take_followers(&mut self, leader: RequestId) -> Vec<Sequence> {
+        let places = self.config.running_sequences.saturating_sub(self.running.len());
+        // One that ran by itself before and was preempted has tokens of its own.
+        let follows = |s: &&Sequence| s.leader() == Some(leader) && s.generated() == 0;
+        let mut ids: Vec<RequestId> = self.waiting.iter().filter(follows).map(Sequence::id).collect();
+        ids.sort_unstable();
+        ids.truncate(if self.reuse { places } else { 0 });
+        ids.into_iter().filter_map(|id| self.waiting.take(id)).collect()
+    }
+
+    /// A sequence that got its pages by a fork.
+    pub fn run(&mut self, sequence: Sequence) {
+        self.running.push(sequence);
+    }
+
+    /// Takes all sequences out: running ones first admitted first, then waiting ones, oldest first.
     pub fn drain(&mut self) -> Vec<Sequence> {
-        self.running.drain(..).chain(self.waiting.drain(..)).collect()
+        self.running.drain(..).chain(self.waiting.drain()).collect()
     }
 
     /// Sends every running sequence back to the queue without its pages, in order.
     pub fn requeue_all(&mut self, cache: &mut KvCache) {
-        while let Some(mut sequence) = self.running.pop() {
-            cache.release(sequence.id());
-            sequence.forget_cache();
-            self.waiting.push_front(sequence);
+        while let Some(sequence) = self.running.pop() {
+            self.requeue(sequence, cache);
         }
     }
 
+    fn requeue(&mut self, mut sequence: Sequence, cache: &mut KvCache) {
+        cache.release(sequence.id());
+        sequence.forget_cache();
+        self.preempted.push(sequence.id());
+        self.waiting.push_back_in(sequence);
+    }
+
     /// The rows of the next step, with pages reserved, or `None` when there is no sequence.
-    pub fn plan(&mut self, cache: &mut KvCache) -> Option<Batch> {
+    pub fn plan(
+        &mut self,
+        cache: &mut KvCache,
+        vocab: usize,
+        drafter: Option<&mut (dyn Drafter + 'static)>,
+    ) -> Option<Batch> {
         let mut rows = vec![0usize; self.running.len()];
         let mut budget = self.config.step_tokens;
         for decoding in [true, false] {
@@ -101,7 +167,7 @@ impl Scheduler {
             while i < self.running.len() {
                 let sequence = &self.running[i];
                 if sequence.is_decoding() == decoding && budget > 0 {
-                    let chunk = sequence.due().min(budget);
+                    let chunk = chunk(sequence, budget);
                     if self.reserve(i, chunk, &mut rows, &mut budget, cache) {
                         rows[i] = chunk;
                         budget -= chunk;
@@ -111,22 +177,28 @@ impl Scheduler {
             }
         }
         self.admit(&mut rows, &mut budget, cache);
+        if let Some(drafter) = drafter {
+            self.draft(&rows, budget, cache, vocab, drafter);
+        }
+        for (sequence, rows) in self.running.iter().zip(&rows) {
+            let tokens = if *rows == sequence.due() { TOKEN_WORK } else { 0 };
+            let prompt = if sequence.is_decoding() { 0 } else { *rows as u64 };
+            self.waiting.charge(sequence.user(), prompt + tokens);
+        }
         let scheduled = self.running.iter().zip(&rows).filter(|(_, rows)| **rows > 0);
+        let want_hidden = scheduled.clone().any(|(s, rows)| s.capture_hidden() && *rows == s.due());
         let sequences: Vec<BatchSequence> =
             scheduled.map(|(s, &rows)| batch_sequence(s, rows, cache)).collect();
         if sequences.is_empty() {
-            assert!(self.is_empty(), "the oldest sequence can always run");
+            assert!(self.is_empty(), "the sequence admitted first can always run");
             return None;
         }
         self.steps += 1;
-        let want_hidden = sequences.iter().any(|b| {
-            b.want != Want::Nothing && self.running.iter().any(|s| s.id() == b.request && s.capture_hidden())
-        });
-        Some(Batch { step: self.steps, want_hidden, sequences })
+        Some(Batch { step: self.steps, want_hidden, copies: cache.take_copies(), sequences })
     }
 
-    /// Reserves pages for `chunk` more rows of running sequence `i`, at the cost of younger ones. False when `i` itself
-    /// was the youngest and had to go.
+    /// Reserves pages for `chunk` more rows of running sequence `i`, at the cost of later ones. False when `i` itself was
+    /// the last and had to go.
     fn reserve(
         &mut self,
         i: usize,
@@ -135,13 +207,11 @@ impl Scheduler {
         budget: &mut usize,
         cache: &mut KvCache,
     ) -> bool {
-        let (id, covered) = (self.running[i].id(), self.running[i].cached() + chunk);
-        while cache.reserve(id, covered).is_err() {
-            let mut youngest = self.running.pop().expect("sequence i is running");
+        let (id, cached) = (self.running[i].id(), self.running[i].cached());
+        while cache.reserve(id, cached, cached + chunk).is_err() {
+            let last = self.running.pop().expect("sequence i is running");
             *budget += rows.pop().expect("one entry per running sequence");
-            cache.release(youngest.id());
-            youngest.forget_cache();
-            self.waiting.push_front(youngest);
+            self.requeue(last, cache);
             self.preemptions += 1;
             if self.running.len() == i {
                 return false;
@@ -151,35 +221,111 @@ impl Scheduler {
     }
 
     /// Admits waiting sequences while rows, places and pages last; stops at the first that does not fit, so that nobody
-    /// overtakes it.
+    /// overtakes it. Sequences that will be forked from a running prompt wait for that.
     fn admit(&mut self, rows: &mut Vec<usize>, budget: &mut usize, cache: &mut KvCache) {
         while *budget > 0 && self.running.len() < self.config.running_sequences {
-            let Some(first) = self.waiting.front() else { return };
+            let running = &self.running;
+            let forked_soon = |s: &Sequence| {
+                self.reuse
+                    && s.generated() == 0
+                    && s.leader().is_some_and(|l| running.iter().any(|r| r.id() == l && r.generated() == 0))
+            };
+            let Some(next) = self.waiting.peek(|s| !forked_soon(s)) else { return };
             // Pages that the running prompts have not taken yet are spoken for.
             let promised: usize = self
                 .running
                 .iter()
                 .map(|s| cache.pages_for(s.tokens().len()).saturating_sub(cache.pages(s.id()).len()))
                 .sum();
-            if cache.pages_for(first.tokens().len()) + promised > cache.n_free() {
+            let id = next.id();
+            let looked_up = self.reuse && !next.wants_prompt_logprobs();
+            let found = match next.root().filter(|_| looked_up) {
+                Some(root) => cache.attach(id, root, next.tokens()),
+                None => 0,
+            };
+            let missing = cache.pages_for(next.tokens().len()) - cache.pages(id).len();
+            if missing + promised > cache.n_free() {
+                cache.release(id);
                 return;
             }
-            let chunk = first.due().min(*budget);
-            cache.reserve(first.id(), chunk).expect("pages were counted");
-            self.running.extend(self.waiting.pop_front());
+            let mut sequence = self.waiting.take(id).expect("it was seen a moment ago");
+            if looked_up && sequence.generated() == 0 {
+                self.looked_up += sequence.prompt_tokens() as u64;
+                self.found += found as u64;
+            }
+            sequence.reuse(found);
+            let chunk = chunk(&sequence, *budget);
+            cache.reserve(id, found, found + chunk).expect("pages were counted");
+            self.running.push(sequence);
             rows.push(chunk);
             *budget -= chunk;
         }
     }
+
+    /// Asks for guesses of the tokens after those that decode in this step, as far as rows and pages are left over.
+    fn draft(
+        &mut self,
+        rows: &[usize],
+        mut budget: usize,
+        cache: &mut KvCache,
+        vocab: usize,
+        drafter: &mut dyn Drafter,
+    ) {
+        let mut asked = Vec::new();
+        for (i, sequence) in self.running.iter().enumerate() {
+            // The last token of an answer is never put in again.
+            let most = sequence.drafts_wanted().min(budget);
+            if rows[i] == 1 && sequence.is_decoding() && most > 0 {
+                budget -= most;
+                asked.push((i, most));
+            }
+        }
+        if asked.is_empty() {
+            return;
+        }
+        let queries: Vec<DraftQuery<'_>> = asked
+            .iter()
+            .map(|&(i, most)| DraftQuery {
+                request: self.running[i].id(),
+                tokens: self.running[i].tokens(),
+                sampling: self.running[i].sampling(),
+                most,
+            })
+            .collect();
+        let drafts = drafter.propose(&queries);
+        for ((i, most), mut draft) in asked.into_iter().zip(drafts) {
+            let sequence = &mut self.running[i];
+            let known = draft.iter().take(most).take_while(|id| (**id as usize) < vocab).count();
+            draft.truncate(known);
+            let (cached, wanted) = (sequence.cached(), sequence.tokens().len() + draft.len());
+            if !draft.is_empty() && cache.reserve(sequence.id(), cached, wanted).is_ok() {
+                sequence.set_draft(draft);
+            }
+        }
+    }
+}
+
+/// Due rows that run in one step at most.
+fn chunk(sequence: &Sequence, budget: usize) -> usize {
+    let bound = if sequence.wants_prompt_logprobs() { ALL_LOGITS_ROWS } else { usize::MAX };
+    sequence.due().min(budget).min(bound)
 }
 
 fn batch_sequence(sequence: &Sequence, rows: usize, cache: &KvCache) -> BatchSequence {
     let position = |n: usize| u32::try_from(n).expect("a context has fewer than 2^32 positions");
+    let ends = rows == sequence.due();
     BatchSequence {
         request: sequence.id(),
         start: position(sequence.cached()),
-        rows: position(rows),
+        rows: position(rows + sequence.draft().len()),
         pages: cache.pages(sequence.id()).to_vec(),
-        want: if rows == sequence.due() { Want::LastLogits } else { Want::Nothing },
+        want: if sequence.wants_prompt_logprobs() || !sequence.draft().is_empty() {
+            Want::AllLogits
+        } else if ends {
+            Want::LastLogits
+        } else {
+            Want::Nothing
+        },
+        adapter: sequence.adapter(),
     }
 }

@@ -16,6 +16,13 @@ pub struct EngineConfig {
     pub queued_requests: usize,
     /// What a weight swap does to sequences that have already cached keys and values.
     pub on_swap: OnSwap,
+    /// Keep the pages of finished requests, and let later ones with the same beginning use them. Hits give the bits of
+    /// misses. Runners with recurrent layers never reuse prefixes.
+    pub prefix_cache: bool,
+    /// Tokens to guess per sequence and step at most, 0..=64; used once a [`crate::Drafter`] is set.
+    pub draft_tokens: usize,
+    /// What the model is called in the prefix index.
+    pub model: String,
 }
 
 /// What becomes of cached keys and values when the weights change under a running sequence.
@@ -29,11 +36,22 @@ pub enum OnSwap {
     Recompute,
     /// Keep them: cheaper, but the tokens that follow mix two versions and no prefill reproduces them.
     Keep,
+    /// Let the requests in flight finish on the old weights; later ones wait for the new. The engine thread of
+    /// [`crate::EngineHandle`] does the waiting.
+    Finish,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { step_tokens: 512, running_sequences: 64, queued_requests: 1024, on_swap: OnSwap::default() }
+        Self {
+            step_tokens: 512,
+            running_sequences: 64,
+            queued_requests: 1024,
+            on_swap: OnSwap::default(),
+            prefix_cache: true,
+            draft_tokens: 8,
+            model: String::new(),
+        }
     }
 }
 
@@ -53,6 +71,9 @@ impl EngineConfig {
         if self.queued_requests == 0 {
             return fault("queued_requests", 0, "at least 1".into());
         }
+        if self.draft_tokens > 64 {
+            return fault("draft_tokens", self.draft_tokens, "0..=64".into());
+        }
         Ok(())
     }
 }
@@ -68,6 +89,7 @@ mod tests {
             (EngineConfig { step_tokens: 0, ..EngineConfig::default() }, "step_tokens"),
             (EngineConfig { running_sequences: 513, ..EngineConfig::default() }, "running_sequences"),
             (EngineConfig { queued_requests: 0, ..EngineConfig::default() }, "queued_requests"),
+            (EngineConfig { draft_tokens: 65, ..EngineConfig::default() }, "draft_tokens"),
         ] {
             assert_eq!(bad.validate().unwrap_err().field, field);
         }

@@ -1,9 +1,13 @@
 //! `Engine`: requests in, batches out to a runner, tokens back.
 //!
-//! Getters: `limits`, `version`, `metrics`, `is_busy`. Commands: `add`, `abort`, `set_version`. Either call `step`, which
-//! does a whole forward pass, or `plan`, run the batch elsewhere, and `complete` it; never plan twice without completing.
+//! Getters: `limits`, `version`, `metrics`, `is_busy`, `adapters`. Commands: `add`, `add_group`, `abort`, `set_version`,
+//! `lose_pages`, `add_adapter`, `remove_adapter`, `set_drafter`. Either call `step`, which does a whole forward pass, or
+//! `housekeep`, `plan`, run the batch elsewhere, and `complete` it; never plan twice without completing.
 
-use std::collections::BTreeMap;
+mod adapters;
+mod outcome;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use swarm_wire::{PolicyVersion, RequestId};
 
@@ -13,10 +17,12 @@ use crate::config::{EngineConfig, OnSwap};
 use crate::error::{ConfigError, RequestError, StageError};
 use crate::kv_cache::KvCache;
 use crate::metrics::EngineMetrics;
-use crate::request::{Event, FinishReason, Request, RequestEvent, RequestLimits, Token};
+use crate::request::{Event, FinishReason, Request, RequestEvent, RequestLimits};
 use crate::sampler::Sampler;
 use crate::sequence::Sequence;
+use crate::speculate::Drafter;
 use crate::stage::{LogSoftmax, StageRunner, StageShape};
+pub use adapters::Adapters;
 
 /// The pure engine: no clock, no thread, no randomness of its own.
 #[derive(Debug)]
@@ -28,6 +34,14 @@ pub struct Engine {
     cache: KvCache,
     sampler: Sampler,
     version: PolicyVersion,
+    model: String,
+    adapters: Adapters,
+    drafter: Option<Box<dyn Drafter>>,
+    draft_tokens: usize,
+    /// Pages are found by prefix and shared by forks.
+    reuse: bool,
+    /// [`StageRunner::generation`] when the pages were last known to be whole.
+    generation: u64,
     next_request: u64,
     counted: EngineMetrics,
 }
@@ -58,11 +72,18 @@ impl Engine {
                 expected: "at least 2 positions".into(),
             });
         }
+        let reuse = config.prefix_cache && !shape.recurrent;
         Ok(Self {
             shape,
             queued_requests: config.queued_requests,
             on_swap: config.on_swap,
-            scheduler: Scheduler::new(config),
+            model: config.model.clone(),
+            draft_tokens: config.draft_tokens,
+            adapters: Adapters::default(),
+            drafter: None,
+            reuse,
+            generation: 0,
+            scheduler: Scheduler::new(config, reuse),
             cache: KvCache::new(shape.n_pages, shape.page_tokens),
             sampler: Sampler::new(log_softmax),
             version: PolicyVersion(0),
@@ -88,9 +109,12 @@ impl Engine {
 
     /// Counters and the present fill.
     pub fn metrics(&self) -> EngineMetrics {
+        let (prefix_cache_queries, prefix_cache_hits) = self.scheduler.prefix_lookups();
         EngineMetrics {
+            prefix_cache_queries,
+            prefix_cache_hits,
             running: self.scheduler.running().len(),
-            waiting: self.scheduler.waiting().count(),
+            waiting: self.scheduler.waiting().len(),
             preemptions: self.scheduler.preemptions(),
             pages: self.cache.n_pages(),
             pages_used: self.cache.n_pages() - self.cache.n_free(),
@@ -98,51 +122,146 @@ impl Engine {
         }
     }
 
+    /// Lets `drafter` guess tokens from now on, as many as [`EngineConfig::draft_tokens`] allows. Recurrent models cannot
+    /// take guesses back: for them it is not asked.
+    pub fn set_drafter(&mut self, drafter: Box<dyn Drafter>) {
+        self.drafter = (!self.shape.recurrent).then_some(drafter);
+    }
+
     /// Queues a request under a new id.
     ///
     /// # Errors
     /// A request that cannot be served, or a full queue.
     pub fn add(&mut self, request: Request) -> Result<RequestId, RequestError> {
-        let id = RequestId(self.next_request);
-        self.add_as(id, request)?;
-        Ok(id)
+        Ok(self.add_group(request, 1)?.remove(0))
     }
 
-    /// Queues a request under an id of the caller's, greater than all before.
+    /// Queues `n` answers to one prompt, which is computed once. Answer `i` is that of the same request with `i` added to
+    /// [`crate::SamplingParams::stream`].
+    ///
+    /// # Errors
+    /// As [`Self::add`]; all or nothing.
+    pub fn add_group(&mut self, request: Request, n: usize) -> Result<Vec<RequestId>, RequestError> {
+        let ids: Vec<RequestId> = (self.next_request..).map(RequestId).take(n).collect();
+        self.add_as(&ids, request)?;
+        Ok(ids)
+    }
+
+    /// As [`Self::add_group`], under ids of the caller's, ascending and greater than all before.
     ///
     /// # Errors
     /// As [`Self::add`].
-    pub fn add_as(&mut self, id: RequestId, request: Request) -> Result<(), RequestError> {
+    pub fn add_as(&mut self, ids: &[RequestId], request: Request) -> Result<(), RequestError> {
         let limits = self.limits();
         request.validate(&limits)?;
-        if self.scheduler.len() >= self.queued_requests {
+        let adapter = match &request.adapter {
+            Some(name) => Some(self.adapters.find(name)?),
+            None => None,
+        };
+        if self.scheduler.len() + ids.len() > self.queued_requests {
             return Err(RequestError::QueueFull { queued: self.queued_requests });
         }
-        self.next_request = self.next_request.max(id.0 + 1);
-        self.counted.prompt_tokens += request.prompt.len() as u64;
         let allowance = request.token_allowance(&limits);
-        self.scheduler.add(Sequence::new(id, request, allowance));
+        for (i, &id) in ids.iter().enumerate() {
+            self.next_request = self.next_request.max(id.0 + 1);
+            self.counted.prompt_tokens += request.prompt.len() as u64;
+            let mut answer = request.clone();
+            answer.sampling.stream = answer.sampling.stream.wrapping_add(i as u64);
+            let mut sequence = Sequence::new(id, answer, allowance);
+            sequence.set_adapter(adapter);
+            sequence.index_under(&self.model, self.version);
+            sequence.start_speculating(self.draft_tokens);
+            if i > 0 {
+                sequence.follow(ids[0]);
+            }
+            self.scheduler.add(sequence);
+        }
         Ok(())
     }
 
     /// Ends a request early; its pages are free at once. `None` when there is no such request. Not between `plan` and
     /// `complete`.
     pub fn abort(&mut self, id: RequestId) -> Option<RequestEvent> {
-        self.scheduler.remove(id)?;
+        let sequence = self.scheduler.remove(id)?;
         self.cache.release(id);
-        Some(self.finished(id, FinishReason::Aborted, None))
+        Some(self.finished(&sequence, FinishReason::Aborted, None))
     }
 
-    /// The runner has new weights. Cached keys and values of the old ones are dropped, if so configured.
+    /// The runner has new weights under the same pages. Cached keys and values of the old ones are dropped, if so
+    /// configured.
     pub fn set_version(&mut self, version: PolicyVersion) {
         self.version = version;
-        if self.on_swap == OnSwap::Recompute {
+        if self.on_swap == OnSwap::Keep {
+            let running: Vec<RequestId> = self.scheduler.running().iter().map(Sequence::id).collect();
+            for sequence in self.scheduler.all_mut() {
+                if running.contains(&sequence.id()) {
+                    sequence.leave_index();
+                } else {
+                    sequence.index_under(&self.model, version);
+                }
+            }
+        } else {
             self.scheduler.requeue_all(&mut self.cache);
+            for sequence in self.scheduler.all_mut() {
+                sequence.index_under(&self.model, version);
+            }
+        }
+    }
+
+    /// The content of all pages is gone (another runner, or layers that moved): what is cached is computed again.
+    pub fn lose_pages(&mut self) {
+        self.scheduler.requeue_all(&mut self.cache);
+        self.cache.forget();
+    }
+
+    /// Adapters that requests can name.
+    pub fn adapters(&self) -> &Adapters {
+        &self.adapters
+    }
+
+    /// Makes an adapter resident; one of the same name is replaced, and its requests finish on the old one.
+    ///
+    /// # Errors
+    /// An adapter that does not fit, or a runner that holds one at a time.
+    pub fn add_adapter(
+        &mut self,
+        runner: &mut dyn StageRunner,
+        name: &str,
+        bytes: &[u8],
+    ) -> Result<(), StageError> {
+        let id = self.adapters.next_id();
+        runner.add_adapter(id, bytes)?;
+        self.adapters.insert(name, id, bytes);
+        Ok(())
+    }
+
+    /// Requests can no longer name an adapter; those that did finish on it. False when there is none of that name.
+    pub fn remove_adapter(&mut self, name: &str) -> bool {
+        self.adapters.remove(name)
+    }
+
+    /// Tells `runner` which requests it need not remember and which adapters nobody uses any more, and notices when it
+    /// lost its pages. Call it before every `plan`.
+    pub fn housekeep(&mut self, runner: &mut dyn StageRunner) {
+        let generation = runner.generation();
+        if self.generation != generation {
+            self.generation = generation;
+            self.lose_pages();
+        }
+        for id in self.scheduler.take_preempted() {
+            runner.close(id);
+        }
+        if self.adapters.has_retired() {
+            let used: BTreeSet<u32> = self.scheduler.all_mut().filter_map(|s| s.adapter()).collect();
+            for id in self.adapters.take_unused(&used) {
+                runner.remove_adapter(id);
+            }
         }
     }
 
     /// One forward pass. Empty when there is nothing to do.
     pub fn step(&mut self, runner: &mut dyn StageRunner) -> Vec<RequestEvent> {
+        self.housekeep(runner);
         let Some((batch, input)) = self.plan() else { return Vec::new() };
         let result = runner.forward(&batch, input);
         let events = self.complete(&batch, result);
@@ -154,18 +273,19 @@ impl Engine {
 
     /// The next batch and its token ids `[T]`.
     pub fn plan(&mut self) -> Option<(Batch, Tensor)> {
-        let batch = self.scheduler.plan(&mut self.cache)?;
+        let drafter = self.drafter.as_deref_mut().filter(|_| self.draft_tokens > 0);
+        let batch = self.scheduler.plan(&mut self.cache, self.shape.vocab, drafter)?;
         let mut ids = Vec::with_capacity(batch.n_rows());
         let running: BTreeMap<RequestId, &Sequence> =
             self.scheduler.running().iter().map(|s| (s.id(), s)).collect();
         for planned in &batch.sequences {
-            ids.extend_from_slice(running[&planned.request].due_tokens(planned.rows as usize));
+            ids.extend(running[&planned.request].due_tokens(planned.rows as usize));
         }
         Some((batch, Tensor::from_ids(&ids)))
     }
 
     /// What became of a planned batch. A failure ends every request, waiting ones too: they would meet the same runner,
-    /// and their callers can decide sooner.
+    /// and their callers can decide sooner. Nothing that was cached before it is used again.
     pub fn complete(&mut self, batch: &Batch, result: Result<StageOutput, StageError>) -> Vec<RequestEvent> {
         self.counted.steps += 1;
         self.counted.rows += batch.n_rows() as u64;
@@ -173,77 +293,6 @@ impl Engine {
             Ok(events) => events,
             Err(error) => self.fail(&error),
         }
-    }
-
-    fn sample(&mut self, batch: &Batch, output: &StageOutput) -> Result<Vec<RequestEvent>, StageError> {
-        let (wanted, vocab) = (batch.n_wanted(), self.shape.vocab);
-        let missing = |what: &str| StageError::Tensor {
-            expected: format!("{what} of {wanted} rows"),
-            got: "none".into(),
-        };
-        let logits = match &output.logits {
-            Some(logits) => logits.to_f32_rows(wanted, vocab)?,
-            None if wanted == 0 => Vec::new(),
-            None => return Err(missing("logits")),
-        };
-        let hidden = match &output.hidden {
-            Some(hidden) if batch.want_hidden => hidden.to_f32_rows(wanted, self.shape.hidden)?,
-            None if batch.want_hidden => return Err(missing("hidden states")),
-            _ => Vec::new(),
-        };
-        let mut events = Vec::with_capacity(wanted);
-        let mut row = 0;
-        for planned in &batch.sequences {
-            let sequence =
-                self.scheduler.running_mut(planned.request).expect("planned sequences are running");
-            if !sequence.advance(planned.rows as usize) {
-                continue;
-            }
-            let sampled = self.sampler.sample(
-                &logits[row * vocab..(row + 1) * vocab],
-                sequence.sampling(),
-                sequence.tokens().len() as u64,
-            );
-            let rows = row * self.shape.hidden..(row + 1) * self.shape.hidden;
-            let token = Token {
-                id: sampled.id,
-                logprob: sampled.logprob,
-                sampled_logprob: sampled.sampled_logprob,
-                version: self.version,
-                hidden: sequence.capture_hidden().then(|| hidden[rows].to_vec()),
-            };
-            row += 1;
-            sequence.push(token.id);
-            let reason = if sequence.sampling().stop_ids.contains(&token.id) {
-                Some(FinishReason::Stop)
-            } else {
-                sequence.is_full().then_some(FinishReason::Length)
-            };
-            self.counted.generated_tokens += 1;
-            events.push(RequestEvent { request: planned.request, event: Event::Token(token) });
-            if let Some(reason) = reason {
-                self.scheduler.remove(planned.request);
-                self.cache.release(planned.request);
-                events.push(self.finished(planned.request, reason, None));
-            }
-        }
-        Ok(events)
-    }
-
-    fn fail(&mut self, error: &StageError) -> Vec<RequestEvent> {
-        let ended = self.scheduler.drain();
-        ended
-            .iter()
-            .map(|sequence| {
-                self.cache.release(sequence.id());
-                self.finished(sequence.id(), FinishReason::Error, Some(error.to_string()))
-            })
-            .collect()
-    }
-
-    fn finished(&mut self, request: RequestId, reason: FinishReason, error: Option<String>) -> RequestEvent {
-        self.counted.count_finished(reason);
-        RequestEvent { request, event: Event::Finished { reason, error } }
     }
 
     /// Pages and sequences agree.
@@ -256,7 +305,7 @@ impl Engine {
             let pages = self.cache.pages(sequence.id()).len();
             assert!(pages >= self.cache.pages_for(sequence.cached()), "cached positions have pages");
         }
-        for sequence in self.scheduler.waiting() {
+        for sequence in self.scheduler.waiting().iter() {
             assert!(self.cache.pages(sequence.id()).is_empty(), "waiting sequences hold no pages");
         }
     }

@@ -51,6 +51,14 @@ pub enum RequestError {
         /// The range.
         expected: &'static str,
     },
+    /// No such adapter is resident.
+    #[error("adapter {name:?} is not loaded; loaded are: {loaded}")]
+    UnknownAdapter {
+        /// The name.
+        name: String,
+        /// Names that are.
+        loaded: String,
+    },
     /// The bounded queue is full; trying again later helps.
     #[error("{queued} requests are queued already, which is the limit; try again later")]
     QueueFull {
@@ -60,6 +68,15 @@ pub enum RequestError {
     /// The engine has ended.
     #[error("the engine has stopped")]
     Stopped,
+}
+
+impl RequestError {
+    /// [`Self::UnknownAdapter`] with the names of those that there are.
+    pub fn unknown_adapter<'a>(name: &str, loaded: impl Iterator<Item = &'a str>) -> Self {
+        let names: Vec<&str> = loaded.collect();
+        let loaded = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Self::UnknownAdapter { name: name.to_owned(), loaded }
+    }
 }
 
 /// A stage that could not run a batch or change its weights. Every request in flight ends with this text.

@@ -13,7 +13,7 @@
 //! impl StageRunner for Successor {
 //!     fn shape(&self) -> StageShape {
 //!         let layers = LayerRange::new(0, 1).expect("one layer");
-//!         StageShape { layers, n_layers: 1, hidden: 1, vocab: 8, max_context: 64, page_tokens: 4, n_pages: 16 }
+//!         StageShape { layers, n_layers: 1, hidden: 1, vocab: 8, max_context: 64, page_tokens: 4, n_pages: 16, recurrent: false }
 //!     }
 //!     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
 //!         let ids = input.to_ids(batch.n_rows())?;
@@ -43,9 +43,11 @@
 //! ```
 //!
 //! # Map
-//! - [`request`]: requests, sampling parameters, tokens, endings; [`config`], [`error`]
+//! - [`request`]: requests, tokens, endings; [`sampling`]: how to choose; [`constraint`]: what may be chosen; [`config`],
+//!   [`error`]
 //! - [`engine`]: add, abort, step; [`batching`]: which rows run next; [`sequence`]: one request's progress
-//! - [`kv_cache`]: pages and page tables; [`sampler`]: logits to a token; [`mod@score`]: given tokens; [`metrics`]: counters
+//! - [`speculate`]: guessing tokens that one pass then checks
+//! - [`kv_cache`]: pages, page tables, prefixes; [`sampler`]: logits to a token; [`mod@score`]: given tokens; [`metrics`]: counters
 //! - [`batch`], [`stage`], [`tap`]: the seam to whatever computes; `local`: over parallax-model (feature `local`)
 //! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
 //! - `service`: the engine thread and pipelines over peers (feature `service`); `http`: OpenAI API (feature `http`)
@@ -53,6 +55,7 @@
 pub mod batch;
 pub mod batching;
 pub mod config;
+pub mod constraint;
 pub mod engine;
 pub mod error;
 #[cfg(feature = "http")]
@@ -63,26 +66,29 @@ pub mod local;
 pub mod metrics;
 pub mod request;
 pub mod sampler;
+pub mod sampling;
 pub mod score;
 pub mod sequence;
 #[cfg(feature = "service")]
 pub mod service;
+pub mod speculate;
 pub mod stage;
 pub mod stop_strings;
 pub mod tap;
 
-pub use batch::{Batch, BatchSequence, StageOutput, Tensor, Want};
+pub use batch::{Batch, BatchSequence, PageCopy, StageOutput, Tensor, Want};
 pub use config::{EngineConfig, OnSwap};
+pub use constraint::{Constraint, ConstraintState};
 pub use engine::Engine;
 pub use error::{ConfigError, OutOfPages, RequestError, StageError};
 pub use metrics::EngineMetrics;
-pub use request::{
-    Completion, Event, FinishReason, Request, RequestEvent, RequestLimits, SamplingParams, Token,
-};
+pub use request::{Completion, Event, FinishReason, Request, RequestEvent, RequestLimits, Token, Usage};
 pub use sampler::Sampler;
+pub use sampling::SamplingParams;
 pub use score::{ScoreError, Scored, score};
 #[cfg(feature = "service")]
 pub use service::{EngineHandle, TokenStream};
+pub use speculate::{DraftModel, Drafter, PromptLookup};
 pub use stage::{LogSoftmax, StageRunner, StageShape};
 pub use stop_strings::StopStrings;
 pub use tap::ActivationTap;

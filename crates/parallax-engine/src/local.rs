@@ -57,6 +57,7 @@ impl LocalStage {
             max_context: config.max_context,
             page_tokens: options.kv_page_tokens,
             n_pages: options.kv_pages,
+            recurrent: false,
         };
         Self { stage, shape, tap: None }
     }

@@ -21,6 +21,14 @@ pub struct EngineMetrics {
     pub prompt_tokens: u64,
     /// Tokens of all answers.
     pub generated_tokens: u64,
+    /// Prompt tokens that were looked up in the prefix index.
+    pub prefix_cache_queries: u64,
+    /// Prompt tokens that were found there.
+    pub prefix_cache_hits: u64,
+    /// Tokens that speculation proposed.
+    pub speculated_tokens: u64,
+    /// Of these, tokens that the sampler chose.
+    pub accepted_tokens: u64,
     /// How often a sequence lost its pages to an older one.
     pub preemptions: u64,
     /// Requests that ended with a stop token.

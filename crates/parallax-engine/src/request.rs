@@ -1,70 +1,16 @@
-//! What goes into the engine and what comes out of it: requests, sampling parameters, tokens, endings.
+//! What goes into the engine and what comes out of it: requests, tokens, endings.
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use swarm_wire::{PolicyVersion, RequestId};
 
+use crate::constraint::Constraint;
 use crate::error::RequestError;
-
-/// How the next token is chosen. The default is greedy and runs to the context's end.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct SamplingParams {
-    /// Divides the logits, 0..=100; 0 is greedy (the highest logit, the lowest id among equals).
-    pub temperature: f32,
-    /// Keep the k likeliest tokens; 0 keeps all.
-    pub top_k: usize,
-    /// Keep the smallest set of likeliest tokens with this much probability, 0 < p <= 1; 1 keeps all.
-    pub top_p: f32,
-    /// Drop tokens less likely than this fraction of the likeliest, 0 <= p < 1; 0 keeps all.
-    pub min_p: f32,
-    /// First half of the random key. The same seed, stream and position give the same random number in any batch.
-    pub seed: u64,
-    /// Second half of the random key: which of several samples of one prompt this is.
-    pub stream: u64,
-    /// New tokens at most, at least 1; cut to what the context leaves.
-    pub max_tokens: usize,
-    /// Tokens that end the answer; the one met is the answer's last token. Empty: run to `max_tokens`.
-    pub stop_ids: Vec<u32>,
-}
-
-impl Default for SamplingParams {
-    fn default() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: 0,
-            stream: 0,
-            max_tokens: usize::MAX,
-            stop_ids: Vec::new(),
-        }
-    }
-}
-
-impl SamplingParams {
-    /// Checks the ranges.
-    ///
-    /// # Errors
-    /// [`RequestError::Parameter`] with the name of the first that is out of range.
-    pub fn validate(&self) -> Result<(), RequestError> {
-        let checks = [
-            ("temperature", self.temperature, (0.0..=100.0).contains(&self.temperature), "0 to 100"),
-            ("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0, at most 1"),
-            ("min_p", self.min_p, (0.0..1.0).contains(&self.min_p), "at least 0, below 1"),
-            ("max_tokens", 0.0, self.max_tokens > 0, "at least 1"),
-        ];
-        for (field, value, fits, expected) in checks {
-            if !fits {
-                return Err(RequestError::Parameter { field, value: f64::from(value), expected });
-            }
-        }
-        Ok(())
-    }
-}
+use crate::sampling::SamplingParams;
 
 /// Continue these tokens.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default)]
 pub struct Request {
     /// Token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
@@ -72,6 +18,18 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Hand out, with each token, the final-norm hidden row `[H]` that produced it.
     pub capture_hidden: bool,
+    /// Which tokens may come next: structured output.
+    pub constraint: Option<Arc<dyn Constraint>>,
+    /// Report the log-probabilities of the prompt's tokens before the first token of the answer.
+    pub prompt_logprobs: bool,
+    /// Name of a resident adapter; `None` is the model as it is installed for everybody.
+    pub adapter: Option<String>,
+    /// Cached prefixes are shared only among requests of one salt.
+    pub cache_salt: String,
+    /// On whose behalf: the engine is fair between users.
+    pub user: String,
+    /// Higher goes first, before fairness.
+    pub priority: i32,
 }
 
 /// What an engine can take, known before a request is queued.
@@ -89,7 +47,7 @@ impl Request {
         Self {
             prompt,
             sampling: SamplingParams { max_tokens, ..SamplingParams::default() },
-            capture_hidden: false,
+            ..Self::default()
         }
     }
 
@@ -113,6 +71,11 @@ impl Request {
                 position,
                 vocab: limits.vocab,
             });
+        }
+        let unknown = |id: &&u32| **id as usize >= limits.vocab;
+        if let Some(&id) = self.sampling.logit_bias.keys().find(unknown) {
+            let expected = "the id of a token of the vocabulary";
+            return Err(RequestError::Parameter { field: "logit_bias", value: f64::from(id), expected });
         }
         self.sampling.validate()
     }
@@ -156,18 +119,35 @@ pub struct Token {
     pub id: u32,
     /// Log-probability under the model: temperature 1, nothing cut off.
     pub logprob: f32,
-    /// Log-probability under the distribution it was drawn from: temperature, top-k, top-p and min-p applied. Equals
-    /// `logprob`, bit for bit, at temperature 1 with nothing cut off; 0 when greedy.
+    /// Log-probability under the distribution it was drawn from: everything in [`SamplingParams`] and the constraint
+    /// applied. Equals `logprob`, bit for bit, at temperature 1 with nothing changed or cut off; 0 when greedy.
     pub sampled_logprob: f32,
     /// Weights that produced it.
     pub version: PolicyVersion,
     /// Final-norm hidden row `[H]` that produced it, when [`Request::capture_hidden`] asked for it.
     pub hidden: Option<Vec<f32>>,
+    /// The likeliest tokens and their log-probabilities under the model, likeliest first (the lower id among equals), as
+    /// many as [`SamplingParams::top_logprobs`] asked for.
+    pub top_logprobs: Vec<(u32, f32)>,
+}
+
+/// What a request took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Of these, tokens whose keys and values were found in the prefix index.
+    pub cached_tokens: usize,
+    /// Tokens of the answer.
+    pub completion_tokens: usize,
 }
 
 /// What happened to a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// `log p(prompt[t + 1] | prompt[..=t])` for every `t`, one less than the prompt has tokens; once, before the first
+    /// token, when [`Request::prompt_logprobs`] asked for it.
+    PromptLogprobs(Vec<f32>),
     /// One more token.
     Token(Token),
     /// The last event of a request.
@@ -176,6 +156,8 @@ pub enum Event {
         reason: FinishReason,
         /// The text of the failure, with [`FinishReason::Error`].
         error: Option<String>,
+        /// What the request took.
+        usage: Usage,
     },
 }
 
@@ -193,7 +175,7 @@ impl RequestEvent {
     pub fn token_id(&self) -> Option<u32> {
         match &self.event {
             Event::Token(token) => Some(token.id),
-            Event::Finished { .. } => None,
+            _ => None,
         }
     }
 }
@@ -207,11 +189,21 @@ pub struct Completion {
     pub reason: FinishReason,
     /// The text of the failure, with [`FinishReason::Error`].
     pub error: Option<String>,
+    /// Log-probabilities of the prompt's tokens from the second on, if they were asked for.
+    pub prompt_logprobs: Vec<f32>,
+    /// What the request took.
+    pub usage: Usage,
 }
 
 impl Default for Completion {
     fn default() -> Self {
-        Self { tokens: Vec::new(), reason: FinishReason::Aborted, error: None }
+        Self {
+            tokens: Vec::new(),
+            reason: FinishReason::Aborted,
+            error: None,
+            prompt_logprobs: Vec::new(),
+            usage: Usage::default(),
+        }
     }
 }
 
@@ -220,7 +212,10 @@ impl Completion {
     pub fn take(&mut self, event: Event) {
         match event {
             Event::Token(token) => self.tokens.push(token),
-            Event::Finished { reason, error } => (self.reason, self.error) = (reason, error),
+            Event::PromptLogprobs(logprobs) => self.prompt_logprobs = logprobs,
+            Event::Finished { reason, error, usage } => {
+                (self.reason, self.error, self.usage) = (reason, error, usage);
+            }
         }
     }
 
@@ -249,21 +244,9 @@ mod tests {
         let unknown = Request::greedy(vec![1, 10], 1).validate(&LIMITS).unwrap_err();
         assert_eq!(unknown, RequestError::UnknownToken { id: 10, position: 1, vocab: 10 });
         assert!(Request::greedy(vec![9; 7], 1).validate(&LIMITS).is_ok());
-    }
-
-    #[test]
-    fn parameters_outside_their_range_are_named() {
-        let base = SamplingParams::default();
-        for (params, name) in [
-            (SamplingParams { temperature: -1.0, ..base.clone() }, "temperature"),
-            (SamplingParams { temperature: f32::NAN, ..base.clone() }, "temperature"),
-            (SamplingParams { top_p: 0.0, ..base.clone() }, "top_p"),
-            (SamplingParams { min_p: 1.0, ..base.clone() }, "min_p"),
-            (SamplingParams { max_tokens: 0, ..base.clone() }, "max_tokens"),
-        ] {
-            assert!(params.validate().unwrap_err().to_string().contains(name));
-        }
-        assert!(base.validate().is_ok());
+        let mut biased = Request::greedy(vec![1], 1);
+        biased.sampling.logit_bias = [(10, 1.0)].into();
+        assert!(biased.validate(&LIMITS).unwrap_err().to_string().contains("logit_bias = 10"));
     }
 
     #[test]

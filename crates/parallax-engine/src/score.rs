@@ -53,8 +53,9 @@ pub fn score(runner: &mut dyn StageRunner, ids: &[u32]) -> Result<Scored, ScoreE
             rows: position(chunk.len()),
             pages: (0..position(n_pages)).collect(),
             want: Want::AllLogits,
+            adapter: None,
         };
-        let batch = Batch { step: chunk_index as u64 + 1, want_hidden: false, sequences: vec![rows] };
+        let batch = Batch { step: chunk_index as u64 + 1, sequences: vec![rows], ..Batch::default() };
         let output = runner.forward(&batch, Tensor::from_ids(chunk))?;
         let logits = output.logits.ok_or_else(|| StageError::Tensor {
             expected: format!("logits of {} rows", chunk.len()),

@@ -20,11 +20,12 @@ use std::time::Instant;
 use swarm_wire::{PolicyVersion, RequestId};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, OnSwap};
 use crate::engine::Engine;
 use crate::error::{ConfigError, RequestError, StageError};
 use crate::metrics::EngineMetrics;
-use crate::request::{Completion, Event, FinishReason, Request, RequestLimits};
+use crate::request::{Completion, Event, FinishReason, Request, RequestLimits, Usage};
+use crate::speculate::Drafter;
 use crate::stage::{StageRunner, StageShape};
 use engine_thread::EngineThread;
 
@@ -44,16 +45,50 @@ struct Shared {
     shape: StageShape,
     limits: RequestLimits,
     queued_requests: usize,
+    finish_on_swap: bool,
     in_flight: AtomicUsize,
     next_request: AtomicU64,
     version: AtomicU64,
     aborted: Mutex<BTreeSet<RequestId>>,
     metrics: Mutex<EngineMetrics>,
+    adapters: Mutex<BTreeSet<String>>,
 }
 
+type Reply = oneshot::Sender<Result<(), StageError>>;
+
 enum Command {
-    Submit { id: RequestId, request: Request, events: mpsc::Sender<Event>, submitted: Instant },
-    Swap { version: PolicyVersion, adapter: Option<Vec<u8>>, reply: oneshot::Sender<Result<(), StageError>> },
+    /// Answers to one prompt, with as many channels.
+    Submit {
+        ids: Vec<RequestId>,
+        request: Box<Request>,
+        events: Vec<mpsc::Sender<Event>>,
+        submitted: Instant,
+    },
+    Swap(Swap),
+    AddAdapter {
+        name: String,
+        adapter: Vec<u8>,
+        reply: Reply,
+    },
+    RemoveAdapter {
+        name: String,
+    },
+}
+
+/// A change of weights between two steps.
+struct Swap {
+    version: PolicyVersion,
+    weights: Weights,
+    /// Requests that came before it finish on the old weights first.
+    finish: bool,
+    reply: Reply,
+}
+
+enum Weights {
+    /// The runner's own adapter; `None` is the base model.
+    Adapter(Option<Vec<u8>>),
+    /// All of them: another runner, loaded while the old one served.
+    Runner(Box<dyn StageRunner>),
 }
 
 impl EngineHandle {
@@ -65,9 +100,28 @@ impl EngineHandle {
     /// # Panics
     /// When the operating system gives no thread.
     pub fn start(runner: Box<dyn StageRunner>, config: EngineConfig) -> Result<Self, ConfigError> {
+        Self::start_speculating(runner, config, None)
+    }
+
+    /// As [`Self::start`], with somebody who guesses tokens ([`crate::PromptLookup`], [`crate::DraftModel`]).
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_speculating(
+        runner: Box<dyn StageRunner>,
+        config: EngineConfig,
+        drafter: Option<Box<dyn Drafter>>,
+    ) -> Result<Self, ConfigError> {
         let shape = runner.shape();
         let queued_requests = config.queued_requests;
-        let engine = Engine::new(shape, runner.log_softmax(), config)?;
+        let finish_on_swap = config.on_swap == OnSwap::Finish;
+        let mut engine = Engine::new(shape, runner.log_softmax(), config)?;
+        if let Some(drafter) = drafter {
+            engine.set_drafter(drafter);
+        }
         let shared = Arc::new(Shared {
             shape,
             limits: engine.limits(),
@@ -77,6 +131,8 @@ impl EngineHandle {
             version: AtomicU64::new(engine.version().0),
             aborted: Mutex::default(),
             metrics: Mutex::new(engine.metrics()),
+            adapters: Mutex::default(),
+            finish_on_swap,
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
         let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared));
@@ -112,20 +168,43 @@ impl EngineHandle {
     /// # Errors
     /// A request that cannot be served, or a full queue.
     pub fn submit(&self, request: Request) -> Result<TokenStream, RequestError> {
+        Ok(self.submit_n(request, 1)?.remove(0))
+    }
+
+    /// Queues `n` answers to one prompt, which is computed once. Answer `i` is that of the same request with `i` added to
+    /// [`crate::SamplingParams::stream`]. Dropping one of the streams aborts that answer alone.
+    ///
+    /// # Errors
+    /// As [`Self::submit`]; all or nothing.
+    pub fn submit_n(&self, request: Request, n: usize) -> Result<Vec<TokenStream>, RequestError> {
         request.validate(&self.shared.limits)?;
+        if let Some(name) = &request.adapter {
+            let adapters = self.adapters();
+            if !adapters.contains(name) {
+                return Err(RequestError::unknown_adapter(name, adapters.iter().map(String::as_str)));
+            }
+        }
         let limit = self.shared.queued_requests;
         self.shared
             .in_flight
-            .try_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1))
+            .try_update(Ordering::AcqRel, Ordering::Acquire, |now| (now + n <= limit).then_some(now + n))
             .map_err(|_| RequestError::QueueFull { queued: limit })?;
-        let id = RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed));
-        // The answer and its ending fit into the channel: the engine never waits for a slow reader.
-        let (events, stream) = mpsc::channel(request.token_allowance(&self.shared.limits) + 1);
-        let command = Command::Submit { id, request, events, submitted: Instant::now() };
+        let first = self.shared.next_request.fetch_add(n as u64, Ordering::Relaxed);
+        let ids: Vec<RequestId> = (first..).map(RequestId).take(n).collect();
+        // Prompt log-probabilities, answer and ending fit into the channel: the engine never waits for a slow reader.
+        let room = request.token_allowance(&self.shared.limits) + 2;
+        let (events, streams): (Vec<_>, Vec<_>) = ids
+            .iter()
+            .map(|&id| {
+                let (events, stream) = mpsc::channel(room);
+                (events, TokenStream { id, events: stream, finished: false })
+            })
+            .unzip();
+        let command = Command::Submit { ids, request: Box::new(request), events, submitted: Instant::now() };
         match self.commands.try_send(command) {
-            Ok(()) => Ok(TokenStream { id, events: stream, finished: false }),
+            Ok(()) => Ok(streams),
             Err(refused) => {
-                self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+                self.shared.in_flight.fetch_sub(n, Ordering::AcqRel);
                 Err(match refused {
                     TrySendError::Full(_) => RequestError::QueueFull { queued: limit },
                     TrySendError::Disconnected(_) => RequestError::Stopped,
@@ -167,8 +246,8 @@ impl EngineHandle {
         }
     }
 
-    /// Replaces the adapter between two steps (`None`: the base model); tokens from then on carry `version`. Dropping
-    /// the future does not undo the swap.
+    /// Replaces the adapter between two steps (`None`: the base model); tokens from then on carry `version`. What becomes of
+    /// requests in flight is [`EngineConfig::on_swap`]. Dropping the future does not undo the swap.
     ///
     /// # Errors
     /// An adapter that does not fit (the old one stays), or an engine that has stopped.
@@ -177,7 +256,7 @@ impl EngineHandle {
         version: PolicyVersion,
         adapter: Option<Vec<u8>>,
     ) -> Result<(), StageError> {
-        self.send_swap(version, adapter)?.await.unwrap_or_else(|_| Err(stopped()))
+        self.swap(version, Weights::Adapter(adapter))?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     /// As [`Self::swap_adapter`], waiting on the calling thread, which must not belong to an async runtime.
@@ -189,24 +268,92 @@ impl EngineHandle {
         version: PolicyVersion,
         adapter: Option<Vec<u8>>,
     ) -> Result<(), StageError> {
-        self.send_swap(version, adapter)?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
+        self.swap(version, Weights::Adapter(adapter))?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
     }
 
-    fn send_swap(
+    /// Replaces all weights between two steps by a runner that was loaded while the old one served; it must have the same
+    /// shape. Requests in flight are computed again on it, or finish on the old one first ([`OnSwap::Finish`]).
+    ///
+    /// # Errors
+    /// Another shape, resident adapters (the old runner stays), or an engine that has stopped.
+    pub async fn swap_weights(
         &self,
         version: PolicyVersion,
-        adapter: Option<Vec<u8>>,
+        runner: Box<dyn StageRunner>,
+    ) -> Result<(), StageError> {
+        self.swap(version, Weights::Runner(runner))?.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// As [`Self::swap_weights`], waiting on the calling thread, which must not belong to an async runtime.
+    ///
+    /// # Errors
+    /// As [`Self::swap_weights`].
+    pub fn swap_weights_blocking(
+        &self,
+        version: PolicyVersion,
+        runner: Box<dyn StageRunner>,
+    ) -> Result<(), StageError> {
+        self.swap(version, Weights::Runner(runner))?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Makes an adapter resident, for requests that name it ([`Request::adapter`]). One of the same name is replaced, and
+    /// its requests finish on the old one. Bytes are a PEFT safetensors file.
+    ///
+    /// # Errors
+    /// An adapter that does not fit, a runner that holds one at a time, or an engine that has stopped.
+    pub async fn add_adapter(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
+        self.send_adapter(name, adapter)?.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// As [`Self::add_adapter`], waiting on the calling thread, which must not belong to an async runtime.
+    ///
+    /// # Errors
+    /// As [`Self::add_adapter`].
+    pub fn add_adapter_blocking(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
+        self.send_adapter(name, adapter)?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// From the next step on no request can name this adapter; those that did finish on it.
+    ///
+    /// # Errors
+    /// An engine that has stopped or has too many commands to obey.
+    pub fn remove_adapter(&self, name: &str) -> Result<(), StageError> {
+        self.send(Command::RemoveAdapter { name: name.to_owned() })
+    }
+
+    /// Names of the resident adapters.
+    pub fn adapters(&self) -> BTreeSet<String> {
+        self.shared.adapters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn send_adapter(
+        &self,
+        name: &str,
+        adapter: Vec<u8>,
     ) -> Result<oneshot::Receiver<Result<(), StageError>>, StageError> {
         let (reply, answer) = oneshot::channel();
-        self.commands.try_send(Command::Swap { version, adapter, reply }).map_err(
-            |refused| match refused {
-                TrySendError::Full(_) => StageError::NotReady {
-                    reason: "too many weight swaps are waiting for the end of a step".into(),
-                },
-                TrySendError::Disconnected(_) => stopped(),
-            },
-        )?;
+        self.send(Command::AddAdapter { name: name.to_owned(), adapter, reply })?;
         Ok(answer)
+    }
+
+    fn swap(
+        &self,
+        version: PolicyVersion,
+        weights: Weights,
+    ) -> Result<oneshot::Receiver<Result<(), StageError>>, StageError> {
+        let (reply, answer) = oneshot::channel();
+        let finish = self.shared.finish_on_swap;
+        self.send(Command::Swap(Swap { version, weights, finish, reply }))?;
+        Ok(answer)
+    }
+
+    fn send(&self, command: Command) -> Result<(), StageError> {
+        self.commands.try_send(command).map_err(|refused| match refused {
+            TrySendError::Full(_) => {
+                StageError::NotReady { reason: "too many commands are waiting for the end of a step".into() }
+            }
+            TrySendError::Disconnected(_) => stopped(),
+        })
     }
 }
 
@@ -251,6 +398,7 @@ impl TokenStream {
         let event = event.unwrap_or_else(|| Event::Finished {
             reason: FinishReason::Error,
             error: Some("the engine stopped in the middle of this request".into()),
+            usage: Usage::default(),
         });
         self.finished = matches!(event, Event::Finished { .. });
         event

@@ -24,6 +24,9 @@ pub struct StageShape {
     pub page_tokens: usize,
     /// Cache pages, shared by all sequences.
     pub n_pages: usize,
+    /// Some layers keep a state that is not in the pages: sequences cannot begin with another's pages, share them, or be
+    /// wound back, so the engine neither reuses prefixes nor forks nor speculates.
+    pub recurrent: bool,
 }
 
 impl StageShape {
@@ -70,6 +73,26 @@ pub trait StageRunner: Send {
     /// # Errors
     /// An adapter that does not fit; the old one stays.
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError>;
+
+    /// Makes an adapter resident under `id`, beside what [`Self::set_adapter`] installed; rows name it with
+    /// [`crate::BatchSequence::adapter`]. Bytes are a PEFT safetensors file.
+    ///
+    /// # Errors
+    /// An adapter that does not fit, or a runner that holds one adapter at a time.
+    fn add_adapter(&mut self, _id: u32, _adapter: &[u8]) -> Result<(), StageError> {
+        Err(StageError::NotReady {
+            reason: "this runner holds one adapter at a time; swap it instead".into(),
+        })
+    }
+
+    /// A resident adapter is no longer used.
+    fn remove_adapter(&mut self, _id: u32) {}
+
+    /// Counts how often the pages were lost without the engine's doing (another machine took the layers over). When it
+    /// changes, nothing that was cached before is used again.
+    fn generation(&self) -> u64 {
+        0
+    }
 
     /// The log-softmax that belongs to the model being run.
     fn log_softmax(&self) -> LogSoftmax;

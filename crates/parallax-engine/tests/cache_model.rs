@@ -1,52 +1,194 @@
-//! The page cache against a naive model: a set of free pages and a list per sequence.
+//! The page cache against a naive model that knows what is written on every page: nobody's positions change under it, and
+//! what the prefix index hands out is what was asked for.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use parallax_engine::kv_cache::KvCache;
+use parallax_engine::kv_cache::{BlockHash, KvCache};
 use proptest::prelude::*;
 use swarm_wire::RequestId;
 
+/// What a position was computed from: the chain's root and all tokens up to it.
+type Written = Option<(BlockHash, Vec<u32>)>;
+
+#[derive(Debug, Clone)]
+struct Life {
+    root: BlockHash,
+    tokens: Vec<u32>,
+    written: usize,
+}
+
 #[derive(Debug, Clone)]
 enum Operation {
-    Reserve(u64, usize),
+    /// A request with these tokens comes in.
+    Begin {
+        request: u64,
+        salt: bool,
+        tokens: Vec<u32>,
+    },
+    /// It writes so many more of its positions.
+    Write {
+        request: u64,
+        rows: usize,
+    },
+    /// It gets more tokens.
+    Grow {
+        request: u64,
+        token: u32,
+    },
+    Publish(u64),
+    Fork {
+        parent: u64,
+        child: u64,
+    },
     Release(u64),
+    Forget,
 }
 
 fn operations() -> impl Strategy<Value = Vec<Operation>> {
-    let reserve = (0u64..6, 0usize..60).prop_map(|(request, tokens)| Operation::Reserve(request, tokens));
-    let release = (0u64..6).prop_map(Operation::Release);
-    proptest::collection::vec(prop_oneof![3 => reserve, 1 => release], 0..80)
+    let request = || 0u64..5;
+    let begin = (request(), any::<bool>(), proptest::collection::vec(0u32..2, 1..30))
+        .prop_map(|(request, salt, tokens)| Operation::Begin { request, salt, tokens });
+    let write = (request(), 1usize..12).prop_map(|(request, rows)| Operation::Write { request, rows });
+    let grow = (request(), 0u32..2).prop_map(|(request, token)| Operation::Grow { request, token });
+    let fork = (request(), request()).prop_map(|(parent, child)| Operation::Fork { parent, child });
+    let operation = prop_oneof![
+        4 => begin,
+        6 => write,
+        3 => grow,
+        4 => request().prop_map(Operation::Publish),
+        2 => fork,
+        3 => request().prop_map(Operation::Release),
+        1 => Just(Operation::Forget),
+    ];
+    proptest::collection::vec(operation, 0..120)
+}
+
+struct Model {
+    page_tokens: usize,
+    cache: KvCache,
+    store: Vec<Written>,
+    lives: BTreeMap<u64, Life>,
+}
+
+impl Model {
+    fn slot(&self, request: u64, position: usize) -> usize {
+        let page = self.cache.pages(RequestId(request))[position / self.page_tokens] as usize;
+        page * self.page_tokens + position % self.page_tokens
+    }
+
+    fn write(&mut self, request: u64, rows: usize) {
+        let Some(life) = self.lives.get(&request).cloned() else { return };
+        let end = (life.written + rows).min(life.tokens.len());
+        let (id, free) = (RequestId(request), self.cache.n_free());
+        let held = self.cache.pages(id).to_vec();
+        let reserved = self.cache.reserve(id, life.written, end);
+        for copy in self.cache.take_copies() {
+            let (from, to) = (copy.from as usize * self.page_tokens, copy.to as usize * self.page_tokens);
+            for i in 0..self.page_tokens {
+                self.store[to + i] = self.store[from + i].clone();
+            }
+        }
+        if let Err(refused) = reserved {
+            assert!(refused.needed > free, "refused with {free} pages to take");
+            assert_eq!(self.cache.pages(id), held, "nothing has changed");
+            return;
+        }
+        for position in life.written..end {
+            let slot = self.slot(request, position);
+            self.store[slot] = Some((life.root, life.tokens[..=position].to_vec()));
+        }
+        self.lives.get_mut(&request).unwrap().written = end;
+    }
+
+    fn apply(&mut self, operation: Operation) {
+        match operation {
+            Operation::Begin { request, salt, tokens } => {
+                if self.lives.contains_key(&request) {
+                    return;
+                }
+                let root = BlockHash::root("m", 1, None, if salt { "salt" } else { "" });
+                let written = self.cache.attach(RequestId(request), root, &tokens);
+                assert!(written < tokens.len(), "the last token always runs");
+                self.lives.insert(request, Life { root, tokens, written });
+            }
+            Operation::Write { request, rows } => self.write(request, rows),
+            Operation::Grow { request, token } => {
+                if let Some(life) = self.lives.get_mut(&request) {
+                    life.tokens.push(token);
+                }
+            }
+            Operation::Publish(request) => {
+                if let Some(life) = self.lives.get(&request) {
+                    self.cache.publish(RequestId(request), life.root, &life.tokens[..life.written]);
+                }
+            }
+            Operation::Fork { parent, child } => {
+                if let (Some(life), false) =
+                    (self.lives.get(&parent).cloned(), self.lives.contains_key(&child))
+                {
+                    self.cache.fork(RequestId(parent), RequestId(child), life.written);
+                    self.lives.insert(child, life);
+                }
+            }
+            Operation::Release(request) => {
+                self.lives.remove(&request);
+                self.cache.release(RequestId(request));
+            }
+            Operation::Forget => {
+                self.cache.forget();
+                assert_eq!(self.cache.n_indexed(), 0);
+            }
+        }
+    }
+
+    fn check(&self) {
+        self.cache.check_integrity();
+        for (request, life) in &self.lives {
+            for position in 0..life.written {
+                let written = &self.store[self.slot(*request, position)];
+                let expected = Some((life.root, life.tokens[..=position].to_vec()));
+                assert_eq!(written, &expected, "position {position} of request {request}");
+            }
+        }
+        let held: std::collections::BTreeSet<u32> =
+            self.lives.keys().flat_map(|r| self.cache.pages(RequestId(*r)).to_vec()).collect();
+        assert_eq!(self.cache.n_free(), self.cache.n_pages() - held.len());
+    }
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
     #[test]
-    fn the_cache_behaves_as_a_set_of_pages(n_pages in 0usize..24, page_tokens in 1usize..9, operations in operations()) {
-        let mut cache = KvCache::new(n_pages, page_tokens);
-        let mut free: BTreeSet<u32> = (0..n_pages as u32).collect();
-        let mut held: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+    fn pages_hold_what_was_written(n_pages in 1usize..20, page_tokens in 1usize..6, operations in operations()) {
+        let store = vec![None; n_pages * page_tokens];
+        let mut model = Model { page_tokens, cache: KvCache::new(n_pages, page_tokens), store, lives: BTreeMap::new() };
         for operation in operations {
-            match operation {
-                Operation::Reserve(request, tokens) => {
-                    let mine = held.entry(request).or_default();
-                    let missing = tokens.div_ceil(page_tokens).saturating_sub(mine.len());
-                    let result = cache.reserve(RequestId(request), tokens);
-                    prop_assert_eq!(result.is_ok(), missing <= free.len());
-                    let pages = cache.pages(RequestId(request)).to_vec();
-                    prop_assert_eq!(&pages[..mine.len()], &mine[..], "pages keep their positions");
-                    prop_assert_eq!(pages.len(), mine.len() + if result.is_ok() { missing } else { 0 });
-                    for page in &pages[mine.len()..] {
-                        prop_assert!(free.remove(page), "only free pages are taken");
-                    }
-                    *mine = pages;
-                }
-                Operation::Release(request) => {
-                    let mine = held.remove(&request).unwrap_or_default();
-                    prop_assert_eq!(cache.release(RequestId(request)), mine.len());
-                    free.extend(mine);
-                }
-            }
-            prop_assert_eq!(cache.n_free(), free.len());
-            cache.check_integrity();
+            model.apply(operation);
+            model.check();
         }
     }
+}
+
+#[test]
+fn pages_that_are_idle_for_longest_go_first_and_ends_go_before_beginnings() {
+    let root = BlockHash::root("m", 0, None, "");
+    let mut cache = KvCache::new(4, 2);
+    let (old, new) = ([1, 2, 3, 4, 5], [6, 7, 8]);
+    for (id, tokens) in [(1, &old[..]), (2, &new[..])] {
+        let id = RequestId(id);
+        assert_eq!(cache.attach(id, root, tokens), 0);
+        let whole = tokens.len() / 2 * 2;
+        cache.reserve(id, 0, whole).unwrap();
+        cache.publish(id, root, &tokens[..whole]);
+        cache.release(id);
+    }
+    assert_eq!((cache.n_indexed(), cache.n_free()), (3, 4));
+    // Two pages: the free one, and the end of the older chain.
+    cache.reserve(RequestId(3), 0, 4).unwrap();
+    assert_eq!(cache.attach(RequestId(4), root, &old), 2);
+    assert_eq!(cache.attach(RequestId(5), root, &new), 2);
+    assert_eq!(cache.n_free(), 0);
+    cache.check_integrity();
 }

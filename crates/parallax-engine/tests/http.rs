@@ -32,6 +32,7 @@ impl StageRunner for Alphabet {
             max_context: 64,
             page_tokens: 8,
             n_pages: 64,
+            recurrent: false,
         }
     }
 

@@ -6,8 +6,8 @@
 mod toy;
 
 use parallax_engine::{
-    Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, Request, RequestError, StageError,
-    StageOutput, StageRunner, StageShape, Tensor,
+    Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Request, RequestError,
+    StageError, StageOutput, StageRunner, StageShape, Tensor,
 };
 use swarm_wire::PolicyVersion;
 use toy::{ToyModel, sampled, toy_greedy};
@@ -64,7 +64,7 @@ fn an_abort_ends_the_stream() {
     while let Some(event) = stream.next_blocking() {
         last = Some(event);
     }
-    assert_eq!(last, Some(Event::Finished { reason: FinishReason::Aborted, error: None }));
+    assert!(matches!(last, Some(Event::Finished { reason: FinishReason::Aborted, error: None, .. })));
 }
 
 #[test]
@@ -140,4 +140,87 @@ async fn streams_are_async_too() {
     assert_eq!(stream.next().await, None);
     let refused = handle.submit(Request::greedy(vec![], 4)).unwrap_err();
     assert_eq!(refused, RequestError::EmptyPrompt);
+}
+
+#[test]
+fn several_answers_come_out_of_streams_of_their_own() {
+    let handle = start(ToyModel::new(64, 4));
+    let request = toy::sampled(vec![1, 2, 3, 4, 5], 6, 10);
+    let streams = handle.submit_n(request.clone(), 3).unwrap();
+    for (i, mut stream) in streams.into_iter().enumerate() {
+        let mut got = parallax_engine::Completion::default();
+        while let Some(event) = stream.next_blocking() {
+            got.take(event);
+        }
+        let mut single = request.clone();
+        single.sampling.stream += i as u64;
+        let alone = handle.generate_blocking(single).unwrap();
+        assert_eq!((got.tokens, got.reason), (alone.tokens, alone.reason));
+        assert_eq!(got.usage.completion_tokens, 6);
+    }
+    assert!(handle.submit_n(request, 5000).is_err());
+}
+
+#[test]
+fn requests_in_flight_finish_on_the_old_weights_when_asked() {
+    let config = EngineConfig { on_swap: OnSwap::Finish, ..EngineConfig::default() };
+    let handle = EngineHandle::start(Box::new(ToyModel::new(512, 4)), config).unwrap();
+    let before = handle.submit(Request::greedy(vec![1, 2], 900)).unwrap();
+    let swapper = handle.clone();
+    let swap =
+        std::thread::spawn(move || swapper.swap_adapter_blocking(PolicyVersion(3), Some(b"new".to_vec())));
+    // The swap is in the queue, or done, before its version shows; either way this one comes after `before`.
+    let mut before = before;
+    let mut old = Vec::new();
+    while let Some(event) = before.next_blocking() {
+        if let Event::Token(token) = event {
+            old.push(token);
+        }
+    }
+    swap.join().unwrap().unwrap();
+    assert!(old.iter().all(|t| t.version == PolicyVersion(0)), "nothing in flight changes its weights");
+    assert_eq!(old.iter().map(|t| t.id).collect::<Vec<_>>(), toy_greedy(&[1, 2], 900, 0));
+    let after = handle.generate_blocking(Request::greedy(vec![1, 2], 5)).unwrap();
+    let salt = b"new".iter().map(|b| u64::from(*b)).sum();
+    assert_eq!(after.token_ids(), toy_greedy(&[1, 2], 5, salt));
+    assert!(after.tokens.iter().all(|t| t.version == PolicyVersion(3)));
+}
+
+#[test]
+fn all_weights_are_swapped_for_a_runner_that_was_made_meanwhile() {
+    let handle = start(ToyModel::new(512, 4));
+    let mut stream = handle.submit(Request::greedy(vec![1, 2], 900)).unwrap();
+    assert!(matches!(stream.next_blocking(), Some(Event::Token(_))));
+    let mut next = ToyModel::new(512, 4);
+    next.salt = 77;
+    handle.swap_weights_blocking(PolicyVersion(1), Box::new(next)).unwrap();
+    let mut completion = parallax_engine::Completion::default();
+    while let Some(event) = stream.next_blocking() {
+        completion.take(event);
+    }
+    // The first token was taken off the stream above; every token is that of its own version and all tokens before.
+    let mut tokens = vec![1, 2, toy_greedy(&[1, 2], 1, 0)[0]];
+    for token in &completion.tokens {
+        let salt = if token.version.0 == 0 { 0 } else { 77 };
+        assert_eq!(token.id, toy_greedy(&tokens, 1, salt)[0]);
+        tokens.push(token.id);
+    }
+    assert!(completion.tokens.iter().map(|t| t.version).is_sorted());
+    let other = handle.swap_weights_blocking(PolicyVersion(2), Box::new(ToyModel::new(512, 8))).unwrap_err();
+    assert!(other.to_string().contains("another shape"), "{other}");
+    assert_eq!(handle.version(), PolicyVersion(1));
+}
+
+#[test]
+fn resident_adapters_are_named_by_requests() {
+    let handle = start(ToyModel::new(64, 4));
+    handle.add_adapter_blocking("pirate", b"arr".to_vec()).unwrap();
+    let bad = handle.add_adapter_blocking("bad", b"bad".to_vec()).unwrap_err();
+    assert!(bad.to_string().contains("not an adapter"));
+    assert_eq!(handle.adapters().into_iter().collect::<Vec<_>>(), ["pirate"]);
+    let request = Request { adapter: Some("pirate".into()), ..Request::greedy(vec![1, 2], 5) };
+    let salt = b"arr".iter().map(|b| u64::from(*b)).sum();
+    assert_eq!(handle.generate_blocking(request).unwrap().token_ids(), toy_greedy(&[1, 2], 5, salt));
+    let unknown = Request { adapter: Some("parrot".into()), ..Request::greedy(vec![1], 1) };
+    assert!(handle.submit(unknown).unwrap_err().to_string().contains("loaded are: pirate"));
 }

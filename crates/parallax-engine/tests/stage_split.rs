@@ -92,7 +92,7 @@ fn request(i: usize, prompt_tokens: usize, max_tokens: usize) -> Request {
         ..SamplingParams::default()
     };
     let prompt = (0..prompt_tokens).map(|t| ((t * 31 + i * 17 + 3) % VOCAB) as u32).collect();
-    Request { prompt, sampling, capture_hidden: true }
+    Request { prompt, sampling, capture_hidden: true, ..Request::default() }
 }
 
 fn run(runner: &mut Pipeline, config: EngineConfig, requests: &[Request]) -> Vec<Completion> {

@@ -431,7 +431,12 @@ async fn sample(
         stop_ids: text.stop_ids().to_vec(),
         ..SamplingParams::default()
     };
-    let request = Request { prompt: prompt.clone(), sampling, capture_hidden: committer.is_some() };
+    let request = Request {
+        prompt: prompt.clone(),
+        sampling,
+        capture_hidden: committer.is_some(),
+        ..Request::default()
+    };
     let completion = engine.generate(request).await.map_err(|e| back(&e))?;
     let finish = match completion.reason {
         FinishReason::Stop => Finish::Stop,

@@ -4,7 +4,8 @@ use parallax_model::StreamDecoder;
 
 use super::error::ApiError;
 use crate::error::RequestError;
-use crate::request::{Event, FinishReason, Request, SamplingParams};
+use crate::request::{Event, FinishReason, Request};
+use crate::sampling::SamplingParams;
 use crate::service::{EngineHandle, TokenStream};
 use crate::stop_strings::StopStrings;
 
@@ -38,7 +39,7 @@ impl Generation {
     ) -> Result<Self, ApiError> {
         let prompt_tokens = prompt.len();
         let stop_ids = sampling.stop_ids.clone();
-        let request = Request { prompt, sampling, capture_hidden: false };
+        let request = Request { prompt, sampling, ..Request::default() };
         let tokens = engine.submit(request).map_err(|error| match error {
             RequestError::QueueFull { .. } => ApiError::busy(error.to_string()),
             RequestError::Stopped => ApiError::unavailable(error.to_string()),
@@ -53,13 +54,17 @@ impl Generation {
         if self.ended {
             return None;
         }
-        let piece = match self.tokens.next().await {
+        let mut event = self.tokens.next().await;
+        while let Some(Event::PromptLogprobs(_)) = event {
+            event = self.tokens.next().await;
+        }
+        let piece = match event {
             Some(Event::Token(token)) => self.token(token.id, token.logprob),
-            Some(Event::Finished { reason: FinishReason::Error, error }) => {
+            Some(Event::Finished { reason: FinishReason::Error, error, .. }) => {
                 Err(ApiError::unavailable(error.unwrap_or_else(|| "the computation broke".to_owned())))
             }
             Some(Event::Finished { reason, .. }) => self.finish(reason),
-            None => Err(ApiError::unavailable("the engine has stopped")),
+            Some(Event::PromptLogprobs(_)) | None => Err(ApiError::unavailable("the engine has stopped")),
         };
         self.ended = !matches!(piece, Ok(Piece::Token { .. }));
         Some(piece)

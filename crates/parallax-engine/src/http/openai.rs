@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
-use crate::request::SamplingParams;
+use crate::sampling::SamplingParams;
 
 /// Most stop strings of one request, as OpenAI has it.
 const MAX_STOPS: usize = 4;

@@ -5,14 +5,14 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, PoisonError, atomic::Ordering};
 use std::time::Instant;
 
-use swarm_wire::{PolicyVersion, RequestId};
+use swarm_wire::RequestId;
 use tokio::sync::mpsc;
 
-use super::{Command, Shared};
+use super::{Command, Shared, Swap, Weights};
 use crate::engine::Engine;
 use crate::error::StageError;
 use crate::metrics::Latencies;
-use crate::request::{Event, FinishReason, RequestEvent};
+use crate::request::{Event, FinishReason, RequestEvent, Usage};
 use crate::stage::StageRunner;
 
 /// A request whose stream is being fed.
@@ -30,6 +30,8 @@ pub(super) struct EngineThread {
     /// By the engine's own ids; the second map leads there from the ids that callers hold.
     listeners: BTreeMap<RequestId, Listener>,
     latencies: Latencies,
+    /// Waits until every request that came before it is finished; so do the commands behind it.
+    pending: Option<Swap>,
     /// False once every handle is gone.
     accepting: bool,
 }
@@ -42,11 +44,11 @@ impl EngineThread {
         shared: Arc<Shared>,
     ) -> Self {
         let (listeners, latencies) = (BTreeMap::new(), Latencies::default());
-        Self { engine, runner, commands, shared, listeners, latencies, accepting: true }
+        Self { engine, runner, commands, shared, listeners, latencies, pending: None, accepting: true }
     }
 
     pub(super) fn run(mut self) {
-        while self.accepting || self.engine.is_busy() {
+        while self.accepting || self.engine.is_busy() || self.pending.is_some() {
             self.take_commands();
             self.abort_unwanted();
             if self.engine.is_busy() {
@@ -58,7 +60,14 @@ impl EngineThread {
 
     /// Takes everything that waits; waits itself when there is nothing else to do.
     fn take_commands(&mut self) {
-        while self.accepting {
+        while self.accepting || self.pending.is_some() {
+            if self.pending.is_some() {
+                if self.engine.is_busy() {
+                    return;
+                }
+                self.pending.take().into_iter().for_each(|swap| self.swap(swap));
+                continue;
+            }
             let command = if self.engine.is_busy() {
                 match self.commands.try_recv() {
                     Err(TryRecvError::Empty) => return,
@@ -77,29 +86,66 @@ impl EngineThread {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Submit { id, request, events, submitted } => {
-                let listener = Listener { events, submitted, last_token: None };
-                self.listeners.insert(id, listener);
-                if let Err(refused) = self.engine.add_as(id, request) {
-                    let error = Some(refused.to_string());
-                    self.deliver(RequestEvent {
-                        request: id,
-                        event: Event::Finished { reason: FinishReason::Error, error },
-                    });
+            Command::Submit { ids, request, events, submitted } => {
+                for (id, events) in ids.iter().zip(events) {
+                    self.listeners.insert(*id, Listener { events, submitted, last_token: None });
+                }
+                if let Err(refused) = self.engine.add_as(&ids, *request) {
+                    for request in ids {
+                        let error = Some(refused.to_string());
+                        let (reason, usage) = (FinishReason::Error, Usage::default());
+                        let event = Event::Finished { reason, error, usage };
+                        self.deliver(RequestEvent { request, event });
+                    }
                 }
             }
-            Command::Swap { version, adapter, reply } => {
-                // A caller that no longer waits does not undo the swap.
-                let _ = reply.send(self.swap(version, adapter.as_deref()));
+            Command::Swap(swap) if swap.finish && self.engine.is_busy() => self.pending = Some(swap),
+            Command::Swap(swap) => self.swap(swap),
+            Command::AddAdapter { name, adapter, reply } => {
+                let added = self.engine.add_adapter(&mut *self.runner, &name, &adapter);
+                self.publish_adapters();
+                let _ = reply.send(added);
+            }
+            Command::RemoveAdapter { name } => {
+                self.engine.remove_adapter(&name);
+                self.publish_adapters();
             }
         }
     }
 
-    fn swap(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
-        self.runner.set_adapter(version, adapter)?;
-        self.engine.set_version(version);
-        self.shared.version.store(version.0, Ordering::Release);
-        tracing::info!(%version, adapter_bytes = adapter.map_or(0, <[u8]>::len), "weights swapped");
+    fn publish_adapters(&self) {
+        let names = self.engine.adapters().names().map(str::to_owned).collect();
+        *self.shared.adapters.lock().unwrap_or_else(PoisonError::into_inner) = names;
+    }
+
+    /// Between two steps. A caller that no longer waits does not undo it.
+    fn swap(&mut self, swap: Swap) {
+        let Swap { version, weights, reply, .. } = swap;
+        let done = match weights {
+            Weights::Adapter(adapter) => self.runner.set_adapter(version, adapter.as_deref()),
+            Weights::Runner(runner) => self.replace(runner),
+        };
+        if done.is_ok() {
+            self.engine.set_version(version);
+            self.shared.version.store(version.0, Ordering::Release);
+            tracing::info!(%version, "weights swapped");
+        }
+        let _ = reply.send(done);
+    }
+
+    /// Another runner under the same requests: its pages are empty.
+    fn replace(&mut self, runner: Box<dyn StageRunner>) -> Result<(), StageError> {
+        let (has, gets) = (self.runner.shape(), runner.shape());
+        if has != gets {
+            let reason = format!("the new weights have another shape: {gets:?}, not {has:?}");
+            return Err(StageError::NotReady { reason });
+        }
+        if self.engine.adapters().names().next().is_some() {
+            let reason = "remove the resident adapters first, they belong to the old weights".to_owned();
+            return Err(StageError::NotReady { reason });
+        }
+        self.runner = runner;
+        self.engine.lose_pages();
         Ok(())
     }
 
@@ -117,8 +163,8 @@ impl EngineThread {
 
     fn step(&mut self) {
         let started = Instant::now();
-        let planned = self.engine.plan();
-        let Some((batch, input)) = planned else { return };
+        self.engine.housekeep(&mut *self.runner);
+        let Some((batch, input)) = self.engine.plan() else { return };
         let forward_started = Instant::now();
         let result = self.runner.forward(&batch, input);
         let forward = forward_started.elapsed();
@@ -148,6 +194,9 @@ impl EngineThread {
                 }
                 listener.last_token = Some(now);
                 // Fails only when the reader is gone, which the next `abort_unwanted` sees.
+                let _ = listener.events.try_send(event.event);
+            }
+            Event::PromptLogprobs(_) => {
                 let _ = listener.events.try_send(event.event);
             }
             Event::Finished { .. } => {

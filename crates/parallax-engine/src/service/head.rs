@@ -134,6 +134,7 @@ impl Head {
             runtime: tokio::runtime::Handle::current(),
             link_epoch: None,
             adapter_sent: None,
+            pages_epoch: None,
             encoder: StepEncoder::default(),
             next_step: 0,
         };
@@ -290,6 +291,8 @@ pub struct PipelineRunner {
     /// The epoch whose stages know what the encoder says they know.
     link_epoch: Option<u64>,
     adapter_sent: Option<PolicyVersion>,
+    /// The epoch in whose stages the cached pages are.
+    pages_epoch: Option<u64>,
     encoder: StepEncoder,
     next_step: u64,
 }
@@ -303,6 +306,10 @@ impl StageRunner for PipelineRunner {
         let now_ms = u64::try_from(self.shared.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.shared.last_batch_ms.store(now_ms.max(1), Ordering::Relaxed);
         let link = self.link()?;
+        let continues = batch.sequences.iter().any(|s| s.start > 0) || !batch.copies.is_empty();
+        if self.pages_epoch.replace(link.epoch) != Some(link.epoch) && continues {
+            return Err(self.lost(&link, "the pipeline was rebuilt, its cached pages are gone"));
+        }
         let (rows, n_layers) = match link.local {
             Some(layers) => (self.run_local(batch, input)?, Some(layers)),
             None => (StageOutput { hidden: Some(input), logits: None }, None),
@@ -338,6 +345,13 @@ impl StageRunner for PipelineRunner {
             *lock(&self.shared.adapter) = old;
         }
         sent
+    }
+
+    fn generation(&self) -> u64 {
+        match &*self.shared.state.borrow() {
+            State::Ready(link) => link.epoch,
+            State::Forming(_) => self.pages_epoch.unwrap_or_default(),
+        }
     }
 
     fn log_softmax(&self) -> LogSoftmax {

@@ -1,9 +1,12 @@
 //! A toy language model behind the runner trait: deterministic, and strict about what it is given.
 //!
-//! It keeps real "pages" (the token at each position) and computes each row from what the page table leads to. A wrong
-//! page, a wrong position or a page shared by two sequences therefore gives wrong tokens, not a pass.
+//! It keeps real "pages" (the token at each position, and the weights it was computed with) and computes each row from
+//! what the page table leads to. A wrong page, a wrong position, a page that is written by two sequences or one of other
+//! weights therefore gives wrong tokens or a panic, not a pass.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+
+use std::collections::BTreeMap;
 
 use parallax_engine::{
     Batch, LogSoftmax, Request, SamplingParams, StageError, StageOutput, StageRunner, StageShape, Tensor,
@@ -19,7 +22,15 @@ const EMPTY: u32 = u32::MAX;
 /// The toy model.
 pub struct ToyModel {
     shape: StageShape,
-    cache: Vec<u32>,
+    cache: Vec<(u32, u64)>,
+    /// Salts of the resident adapters.
+    pub adapters: BTreeMap<u32, u64>,
+    /// Counts losses of all pages.
+    pub generation: u64,
+    /// Rows may meet keys of other weights (a swap that keeps them).
+    pub mixes: bool,
+    /// Ids that were closed.
+    pub closed: Vec<u64>,
     /// Added to every hash: what an adapter changes.
     pub salt: u64,
     /// Rows of every step so far.
@@ -39,10 +50,15 @@ impl ToyModel {
             max_context: 4096,
             page_tokens,
             n_pages,
+            recurrent: false,
         };
         Self {
             shape,
-            cache: vec![EMPTY; n_pages * page_tokens],
+            cache: vec![(EMPTY, 0); n_pages * page_tokens],
+            adapters: BTreeMap::new(),
+            generation: 0,
+            mixes: false,
+            closed: Vec::new(),
             salt: 0,
             rows_per_step: Vec::new(),
             fail_at: None,
@@ -99,21 +115,35 @@ impl StageRunner for ToyModel {
         }
         let page_tokens = self.shape.page_tokens;
         let slot = |pages: &[u32], p: usize| pages[p / page_tokens] as usize * page_tokens + p % page_tokens;
+        for copy in &batch.copies {
+            let (from, to) = (copy.from as usize * page_tokens, copy.to as usize * page_tokens);
+            assert_ne!(from, to, "a page is not copied to itself");
+            self.cache.copy_within(from..from + page_tokens, to);
+        }
         let mut next = ids.iter();
         let (mut logits, mut hidden) = (Vec::new(), Vec::new());
         for sequence in &batch.sequences {
             let (start, rows) = (sequence.start as usize, sequence.rows as usize);
             assert!(rows > 0, "sequences without rows are not in a batch");
             assert!(sequence.pages.len() * page_tokens >= start + rows, "the page table covers the rows");
+            let salt = match sequence.adapter {
+                None => self.salt,
+                Some(id) => self.adapters[&id],
+            };
             for position in start..start + rows {
-                self.cache[slot(&sequence.pages, position)] = *next.next().unwrap();
+                self.cache[slot(&sequence.pages, position)] = (*next.next().unwrap(), salt);
                 let wanted =
                     sequence.n_wanted() == rows || (sequence.n_wanted() == 1 && position + 1 == start + rows);
                 if wanted {
-                    let prefix: Vec<u32> =
+                    let seen: Vec<(u32, u64)> =
                         (0..=position).map(|p| self.cache[slot(&sequence.pages, p)]).collect();
-                    assert!(prefix.iter().all(|t| *t != EMPTY), "every position was written before");
-                    let (row, state) = toy_logits(&prefix, self.salt);
+                    assert!(seen.iter().all(|(t, _)| *t != EMPTY), "every position was written before");
+                    assert!(
+                        self.mixes || seen.iter().all(|(_, s)| *s == salt),
+                        "all keys are of one weights"
+                    );
+                    let prefix: Vec<u32> = seen.iter().map(|(t, _)| *t).collect();
+                    let (row, state) = toy_logits(&prefix, salt);
                     logits.extend(row);
                     hidden.extend(state);
                 }
@@ -134,6 +164,26 @@ impl StageRunner for ToyModel {
         Ok(())
     }
 
+    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+        if adapter == b"bad" {
+            return Err(StageError::NotReady { reason: "not an adapter".into() });
+        }
+        self.adapters.insert(id, adapter.iter().map(|b| u64::from(*b)).sum());
+        Ok(())
+    }
+
+    fn remove_adapter(&mut self, id: u32) {
+        self.adapters.remove(&id);
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn close(&mut self, request: swarm_wire::RequestId) {
+        self.closed.push(request.0);
+    }
+
     fn log_softmax(&self) -> LogSoftmax {
         toy_log_softmax
     }
@@ -143,5 +193,5 @@ impl StageRunner for ToyModel {
 pub fn sampled(prompt: Vec<u32>, max_tokens: usize, stream: u64) -> Request {
     let sampling =
         SamplingParams { temperature: 1.0, seed: 7, stream, max_tokens, ..SamplingParams::default() };
-    Request { prompt, sampling, capture_hidden: true }
+    Request { prompt, sampling, capture_hidden: true, ..Request::default() }
 }

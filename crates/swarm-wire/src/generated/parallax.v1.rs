@@ -267,6 +267,9 @@ pub struct StageStep {
     /// The head wants the final-norm rows back.
     #[prost(bool, tag = "5")]
     pub want_hidden: bool,
+    /// Cache pages to copy before anything is written, in this order: from, to, from, to, and so on.
+    #[prost(uint32, repeated, tag = "6")]
+    pub copies: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageSequence {

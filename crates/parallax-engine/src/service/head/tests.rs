@@ -65,6 +65,7 @@ impl StageRunner for Toy {
             max_context: 200,
             page_tokens: PAGE_TOKENS,
             n_pages: PAGES,
+            recurrent: false,
         }
     }
 
@@ -314,7 +315,7 @@ async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pip
         last = Some(event);
     }
     assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
-    let Some(crate::request::Event::Finished { reason: FinishReason::Error, error: Some(error) }) = last
+    let Some(crate::request::Event::Finished { reason: FinishReason::Error, error: Some(error), .. }) = last
     else {
         panic!("{last:?}");
     };

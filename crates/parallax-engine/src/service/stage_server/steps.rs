@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use swarm_wire::generated::parallax::v1::{StageSequence, StageStep, StageWant};
 use swarm_wire::{DecodeError, RequestId};
 
-use crate::batch::{Batch, BatchSequence, Want};
+use crate::batch::{Batch, BatchSequence, PageCopy, Want};
 
 /// Sequences of one step, and sequences that a stage remembers.
 pub const MAX_SEQUENCES: usize = 4096;
@@ -37,6 +37,7 @@ impl StepEncoder {
             closed: std::mem::take(&mut self.closed),
             hidden_rows: 0,
             want_hidden: batch.want_hidden,
+            copies: batch.copies.iter().flat_map(|copy| [copy.from, copy.to]).collect(),
         }
     }
 
@@ -108,7 +109,27 @@ impl StepDecoder {
             }
             sequences.push(self.sequence(sequence)?);
         }
-        Ok(Batch { step: step.step_id, sequences, want_hidden: step.want_hidden })
+        Ok(Batch {
+            step: step.step_id,
+            want_hidden: step.want_hidden,
+            copies: self.copies(&step.copies)?,
+            sequences,
+        })
+    }
+
+    fn copies(&self, pairs: &[u32]) -> Result<Vec<PageCopy>, DecodeError> {
+        let (pairs, rest) = pairs.as_chunks();
+        if !rest.is_empty() || pairs.len() > MAX_SEQUENCES {
+            return Err(DecodeError::invalid("number of page copies", pairs.len()));
+        }
+        let copy = |&[from, to]: &[u32; 2]| {
+            if from.max(to) < self.n_pages && from != to {
+                Ok(PageCopy { from, to })
+            } else {
+                Err(DecodeError::invalid("page to copy", format!("{from} to {to}")))
+            }
+        };
+        pairs.iter().map(copy).collect()
     }
 
     fn sequence(&mut self, sequence: &StageSequence) -> Result<BatchSequence, DecodeError> {
@@ -148,6 +169,7 @@ impl StepDecoder {
             rows: sequence.rows,
             want,
             pages: table.clone(),
+            adapter: None,
         })
     }
 }
@@ -160,11 +182,18 @@ mod tests {
     use super::*;
 
     fn sequence(id: u64, start: u32, rows: u32, pages: &[u32]) -> BatchSequence {
-        BatchSequence { request: RequestId(id), start, rows, want: Want::LastLogits, pages: pages.to_vec() }
+        BatchSequence {
+            request: RequestId(id),
+            start,
+            rows,
+            want: Want::LastLogits,
+            pages: pages.to_vec(),
+            adapter: None,
+        }
     }
 
     fn batch(sequences: Vec<BatchSequence>) -> Batch {
-        Batch { step: 0, sequences, want_hidden: false }
+        Batch { sequences, ..Batch::default() }
     }
 
     #[test]
@@ -185,6 +214,18 @@ mod tests {
         assert!(moved.sequences[0].opened);
         assert_eq!(stage.decode(&moved).unwrap().sequences[0].pages, [5, 6, 7, 8]);
         assert_eq!(stage.tables.len(), 1, "the old handle was closed");
+    }
+
+    #[test]
+    fn page_copies_travel_in_order_and_are_checked() {
+        let copies = vec![PageCopy { from: 3, to: 1 }, PageCopy { from: 0, to: 3 }];
+        let sent = Batch { copies: copies.clone(), ..batch(vec![sequence(7, 0, 4, &[1])]) };
+        let step = StepEncoder::default().encode(1, &sent);
+        assert_eq!(StepDecoder::new(4, 4).decode(&step).unwrap().copies, copies);
+        for bad in [vec![0, 4], vec![4, 0], vec![2, 2], vec![0]] {
+            let step = StageStep { copies: bad, ..step.clone() };
+            assert!(StepDecoder::new(4, 4).decode(&step).is_err());
+        }
     }
 
     #[test]

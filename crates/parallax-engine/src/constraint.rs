@@ -1,0 +1,30 @@
+//! The seam to structured output: which tokens a grammar allows next. Grammars themselves live elsewhere (llguidance,
+//! behind a feature); the engine only asks and reports.
+
+use std::fmt::Debug;
+
+/// A compiled grammar that any number of answers may follow at the same time.
+pub trait Constraint: Send + Sync + Debug {
+    /// The state before the first token of an answer.
+    fn start(&self) -> Box<dyn ConstraintState>;
+}
+
+/// How far one answer has come in its grammar.
+///
+/// The engine calls `mask` before it chooses a token and `accept` with the token it chose, in turn. The state belongs to
+/// the tokens, not to the cache: it survives preemption, and tokens that speculation proposed are shown to it only when
+/// they were chosen.
+pub trait ConstraintState: Send + Debug {
+    /// Sets the logits `[V]` of tokens that may not come next to minus infinity. A stop token stays allowed where the
+    /// grammar may end.
+    ///
+    /// # Errors
+    /// What went wrong; the request ends with this text.
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+
+    /// Takes the chosen token.
+    ///
+    /// # Errors
+    /// What went wrong; the request ends with this text.
+    fn accept(&mut self, id: u32) -> Result<(), String>;
+}
