@@ -27,4 +27,10 @@ pub trait ConstraintState: Send + Debug {
     /// # Errors
     /// What went wrong; the request ends with this text.
     fn accept(&mut self, id: u32) -> Result<(), String>;
+
+    /// Nothing may follow what was accepted: the answer ends with [`crate::FinishReason::Stop`] at once, without a stop
+    /// token. Asked after `accept`.
+    fn is_complete(&self) -> bool {
+        false
+    }
 }

@@ -93,10 +93,14 @@ impl LocalStage {
         input: StageInput<'_>,
     ) -> Result<parallax_model::StageOutput, StageError> {
         let layers = self.shape.layers;
-        let output = self
-            .stage
-            .forward(&Self::model_batch(batch), input)
-            .map_err(|e| StageError::Forward { layers: layers.to_string(), reason: e.to_string() })?;
+        let failed = |e: parallax_model::ForwardError| StageError::Forward {
+            layers: layers.to_string(),
+            reason: e.to_string(),
+        };
+        for copy in &batch.copies {
+            self.stage.copy_page(copy.from, copy.to).map_err(failed)?;
+        }
+        let output = self.stage.forward(&Self::model_batch(batch), input).map_err(failed)?;
         if let Some(tap) = &mut self.tap {
             tap.observe(
                 batch,

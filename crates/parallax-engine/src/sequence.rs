@@ -272,8 +272,11 @@ impl Sequence {
         self.generated() >= self.allowance
     }
 
-    /// Whether the newest token ends the answer.
+    /// Whether the newest token ends the answer: a stop token, or the last one that the constraint allows.
     pub fn is_stopped(&self) -> bool {
+        if self.generated() > 0 && self.constraint.as_ref().is_some_and(|c| c.is_complete()) {
+            return true;
+        }
         self.generated() > 0
             && self.tokens.last().is_some_and(|newest| self.sampling.stop_ids.contains(newest))
     }

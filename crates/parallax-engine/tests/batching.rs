@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 
 use parallax_engine::speculate::DraftQuery;
 use parallax_engine::{
-    Completion, DraftModel, Drafter, Engine, EngineConfig, Event, FinishReason, Request, StageRunner,
+    Completion, Constraint, ConstraintState, DraftModel, Drafter, Engine, EngineConfig, Event, FinishReason,
+    Request, StageRunner,
 };
 use proptest::prelude::*;
 use swarm_wire::{PolicyVersion, RequestId};
@@ -314,6 +315,62 @@ fn adapters_are_chosen_per_request_and_go_when_the_last_one_is_done() {
     assert!(engine.remove_adapter("a") && !engine.remove_adapter("a"));
     engine.step(&mut model);
     assert!(model.adapters.is_empty() && engine.add(with(Some("a"))).is_err());
+}
+
+/// Allows even ids only, `length` of them; breaks at the id 96.
+#[derive(Debug, Clone)]
+struct Even {
+    length: usize,
+    accepted: Vec<u32>,
+}
+
+impl Constraint for Even {
+    fn start(&self) -> Box<dyn ConstraintState> {
+        Box::new(self.clone())
+    }
+}
+
+impl ConstraintState for Even {
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
+        logits.iter_mut().skip(1).step_by(2).for_each(|logit| *logit = f32::NEG_INFINITY);
+        if self.accepted.len() > 40 { Err("too long for this grammar".into()) } else { Ok(()) }
+    }
+    fn accept(&mut self, id: u32) -> Result<(), String> {
+        self.accepted.push(id);
+        Ok(())
+    }
+    fn is_complete(&self) -> bool {
+        self.accepted.len() == self.length
+    }
+}
+
+#[test]
+fn constraints_hold_through_preemption_and_guesses_and_end_the_answer() {
+    let constrained = |length: usize, max: usize, stream: u64| Request {
+        constraint: Some(std::sync::Arc::new(Even { length, accepted: Vec::new() })),
+        ..sampled(vec![3; 5], max, stream)
+    };
+    let expected: Vec<Completion> = (0..3).map(|i| alone(&constrained(12, 30, i))).collect();
+    let mut model = ToyModel::new(8, 3);
+    let mut engine = engine(&model, 12, 3);
+    engine.set_drafter(Box::new(DraftModel::new(Box::new(ToyModel::new(64, 8))).unwrap()));
+    let ids: Vec<_> = (0..3).map(|i| engine.add(constrained(12, 30, i)).unwrap()).collect();
+    let completions = run(&mut engine, &mut model);
+    assert!(engine.metrics().preemptions > 0);
+    for (id, expected) in ids.iter().zip(&expected) {
+        let completion = &completions[id];
+        assert_eq!(answer(completion), answer(expected));
+        assert_eq!((completion.tokens.len(), completion.reason), (12, FinishReason::Stop));
+        assert!(completion.tokens.iter().all(|t| t.id % 2 == 0));
+    }
+    // A constraint that fails ends its own request only.
+    let mut model = ToyModel::new(8, 30);
+    let mut engine = self::engine(&model, 12, 3);
+    let broken = engine.add(constrained(99, 60, 1)).unwrap();
+    let fine = engine.add(sampled(vec![1], 4, 0)).unwrap();
+    let completions = run(&mut engine, &mut model);
+    assert!(completions[&broken].error.as_ref().unwrap().contains("too long for this grammar"));
+    assert_eq!((completions[&broken].tokens.len(), completions[&fine].reason), (41, FinishReason::Length));
 }
 
 #[test]

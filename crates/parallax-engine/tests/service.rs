@@ -145,7 +145,7 @@ async fn streams_are_async_too() {
 #[test]
 fn several_answers_come_out_of_streams_of_their_own() {
     let handle = start(ToyModel::new(64, 4));
-    let request = toy::sampled(vec![1, 2, 3, 4, 5], 6, 10);
+    let request = sampled(vec![1, 2, 3, 4, 5], 6, 10);
     let streams = handle.submit_n(request.clone(), 3).unwrap();
     for (i, mut stream) in streams.into_iter().enumerate() {
         let mut got = parallax_engine::Completion::default();

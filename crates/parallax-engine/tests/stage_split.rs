@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use parallax_engine::local::Pipeline;
-use parallax_engine::{Completion, Engine, EngineConfig, Request, SamplingParams, StageRunner, score};
+use parallax_engine::{
+    Completion, DraftModel, Engine, EngineConfig, PromptLookup, Request, SamplingParams, StageRunner, score,
+};
 use parallax_model::{Checkpoint, DeviceKind, LoadOptions, WeightDtype};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -97,6 +99,10 @@ fn request(i: usize, prompt_tokens: usize, max_tokens: usize) -> Request {
 
 fn run(runner: &mut Pipeline, config: EngineConfig, requests: &[Request]) -> Vec<Completion> {
     let mut engine = Engine::new(runner.shape(), runner.log_softmax(), config).unwrap();
+    run_on(&mut engine, runner, requests)
+}
+
+fn run_on(engine: &mut Engine, runner: &mut Pipeline, requests: &[Request]) -> Vec<Completion> {
     let ids: Vec<_> = requests.iter().map(|r| engine.add(r.clone()).unwrap()).collect();
     let mut completions: BTreeMap<_, Completion> = BTreeMap::new();
     while engine.is_busy() {
@@ -104,7 +110,10 @@ fn run(runner: &mut Pipeline, config: EngineConfig, requests: &[Request]) -> Vec
             completions.entry(event.request).or_default().take(event.event);
         }
     }
-    ids.iter().map(|id| completions.remove(id).unwrap()).collect()
+    let mut completions: Vec<_> = ids.iter().map(|id| completions.remove(id).unwrap()).collect();
+    // What was found in the cache is the one thing that may depend on others.
+    completions.iter_mut().for_each(|completion| completion.usage.cached_tokens = 0);
+    completions
 }
 
 #[test]
@@ -149,21 +158,82 @@ fn an_impossible_cut_is_refused_by_name() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 
-    /// Chunks, neighbours and preemptions (a cache that is too small for all) change no bit.
+    /// Chunks, page size, neighbours, preemptions (a cache that is too small for all), cache hits, guesses and
+    /// the cut into stages change no bit.
     #[test]
     fn neighbours_change_no_bit(
         shapes in proptest::collection::vec((1usize..70, 1usize..12), 1..6),
         step_tokens in 6usize..48,
         kv_pages in 6usize..24,
+        page_tokens in prop_oneof![Just(16usize), Just(32), Just(48)],
+        n_stages in 1usize..4,
+        speculation in 0usize..3,
     ) {
         let (_dir, checkpoint) = checkpoint();
-        let requests: Vec<_> = shapes.iter().enumerate().map(|(i, (p, n))| request(i, *p, *n)).collect();
-        let mut runner = pipeline(&checkpoint, WeightDtype::Q8_0, 1, kv_pages);
+        // Prompts begin alike, so that later ones find pages of earlier ones.
+        let requests: Vec<_> = shapes
+            .iter()
+            .enumerate()
+            .map(|(i, (p, n))| Request { prompt: request(0, *p, *n).prompt, ..request(i, *p, *n) })
+            .collect();
+        let mut whole = pipeline(&checkpoint, WeightDtype::Q8_0, 1, 24);
+        let uncached = EngineConfig { prefix_cache: false, ..EngineConfig::default() };
         let alone: Vec<_> = requests
             .iter()
-            .map(|r| run(&mut runner, EngineConfig::default(), std::slice::from_ref(r)).remove(0))
+            .map(|r| run(&mut whole, uncached.clone(), std::slice::from_ref(r)).remove(0))
             .collect();
+        let options = LoadOptions {
+            kv_page_tokens: page_tokens,
+            // Room for the longest alone.
+            kv_pages: kv_pages.max(81usize.div_ceil(page_tokens)),
+            dtype: WeightDtype::Q8_0,
+            ..LoadOptions::whole(&checkpoint)
+        };
+        let mut runner = Pipeline::load(&checkpoint, &options, n_stages, |_| {}).unwrap();
         let config = EngineConfig { step_tokens, running_sequences: 5, ..EngineConfig::default() };
-        prop_assert_eq!(run(&mut runner, config, &requests), alone);
+        let mut engine = Engine::new(runner.shape(), runner.log_softmax(), config).unwrap();
+        match speculation {
+            1 => engine.set_drafter(Box::new(PromptLookup { longest: 3, shortest: 1 })),
+            2 => {
+                let draft = pipeline(&checkpoint, WeightDtype::Q4_0, 1, 24);
+                engine.set_drafter(Box::new(DraftModel::new(Box::new(draft)).unwrap()));
+            }
+            _ => {}
+        }
+        // The second round meets the pages of the first.
+        for round in 0..2 {
+            prop_assert_eq!(&run_on(&mut engine, &mut runner, &requests), &alone, "round {}", round);
+        }
+        engine.check_integrity();
+        if requests.iter().any(|r| r.prompt.len() > page_tokens) {
+            prop_assert!(engine.metrics().prefix_cache_hits > 0);
+        }
+    }
+
+    /// Several answers to one prompt, forked inside a page, are those of single requests.
+    #[test]
+    fn forks_change_no_bit(prompt in 1usize..60, new in 1usize..20, n in 2usize..5, n_stages in 1usize..3) {
+        let (_dir, checkpoint) = checkpoint();
+        let mut runner = pipeline(&checkpoint, WeightDtype::F32, n_stages, 40);
+        let one = request(0, prompt, new);
+        let singles: Vec<_> = (0..n as u64)
+            .map(|i| {
+                let mut single = one.clone();
+                single.sampling.stream += i;
+                run(&mut runner, EngineConfig::default(), &[single]).remove(0)
+            })
+            .collect();
+        let mut engine = Engine::new(runner.shape(), runner.log_softmax(), EngineConfig::default()).unwrap();
+        let ids = engine.add_group(one, n).unwrap();
+        let mut completions: BTreeMap<_, Completion> = BTreeMap::new();
+        while engine.is_busy() {
+            for event in engine.step(&mut runner) {
+                completions.entry(event.request).or_default().take(event.event);
+            }
+        }
+        for (id, single) in ids.iter().zip(&singles) {
+            prop_assert_eq!(&completions[id].tokens, &single.tokens);
+        }
+        prop_assert_eq!(engine.metrics().rows as usize, prompt + n * (new - 1));
     }
 }

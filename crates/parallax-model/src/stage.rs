@@ -213,6 +213,22 @@ impl Stage {
         self.options.kv_pages * self.options.kv_page_tokens
     }
 
+    /// Copies the keys and values of page `from` into page `to`, in every layer: before somebody writes on a page that others
+    /// read.
+    ///
+    /// # Errors
+    /// A page that the store does not have.
+    pub fn copy_page(&mut self, from: u32, to: u32) -> Result<(), ForwardError> {
+        let n_pages = self.options.kv_pages;
+        if let Some(page) = [from, to].into_iter().find(|page| *page as usize >= n_pages) {
+            return Err(ForwardError::Batch {
+                reason: format!("page {page} of a store of {n_pages} was to be copied"),
+            });
+        }
+        self.store.copy_page(from as usize, to as usize, n_pages);
+        Ok(())
+    }
+
     /// Computes a batch: writes the key-value store at the rows' positions and returns what leaves.
     ///
     /// # Errors

@@ -121,6 +121,28 @@ impl KvStore {
         Self { page_tokens, layers: layers.iter().map(layer).collect() }
     }
 
+    /// Copies the keys and values of a page, one of `n_pages`, into another, in every layer.
+    pub(crate) fn copy_page(&self, from: usize, to: usize, n_pages: usize) {
+        for layer in &self.layers {
+            match &mut *layer.lock().unwrap_or_else(PoisonError::into_inner) {
+                LayerStore::Memory { k, v } => {
+                    for values in [k, v] {
+                        let len = values.len() / n_pages;
+                        values.copy_within(from * len..(from + 1) * len, to * len);
+                    }
+                }
+                LayerStore::Tensors { k, v } => {
+                    let rows = |page: usize| page * self.page_tokens..(page + 1) * self.page_tokens;
+                    for values in [k, v] {
+                        let width = values.dims()[1];
+                        let page = values.clone().slice([rows(from), 0..width]);
+                        *values = values.clone().slice_assign([rows(to), 0..width], page);
+                    }
+                }
+            }
+        }
+    }
+
     fn with_memory<R>(&self, layer: usize, f: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
