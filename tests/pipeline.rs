@@ -262,7 +262,7 @@ fn expected(model: &str) -> Vec<(Value, String)> {
             let sampling =
                 SamplingParams { temperature, seed: 7, max_tokens: 40, ..SamplingParams::default() };
             let request =
-                Request { prompt: tokenizer.encode(prompt, true).unwrap(), sampling, capture_hidden: false };
+                Request { prompt: tokenizer.encode(prompt, true).unwrap(), sampling, ..Request::default() };
             let completion = engine.generate_blocking(request).unwrap();
             let ids: Vec<u32> = completion.tokens.iter().map(|t| t.id).collect();
             assert_eq!(ids.len(), 40);

@@ -132,8 +132,9 @@ impl Engine {
     ///
     /// # Errors
     /// A request that cannot be served, or a full queue.
+    #[expect(clippy::needless_pass_by_value, reason = "the usual case, and the one with the plainest call")]
     pub fn add(&mut self, request: Request) -> Result<RequestId, RequestError> {
-        Ok(self.add_group(request, 1)?.remove(0))
+        Ok(self.add_group(&request, 1)?.remove(0))
     }
 
     /// Queues `n` answers to one prompt, which is computed once. Answer `i` is that of the same request with `i` added to
@@ -141,7 +142,7 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::add`]; all or nothing.
-    pub fn add_group(&mut self, request: Request, n: usize) -> Result<Vec<RequestId>, RequestError> {
+    pub fn add_group(&mut self, request: &Request, n: usize) -> Result<Vec<RequestId>, RequestError> {
         let ids: Vec<RequestId> = (self.next_request..).map(RequestId).take(n).collect();
         self.add_as(&ids, request)?;
         Ok(ids)
@@ -151,7 +152,7 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::add`].
-    pub fn add_as(&mut self, ids: &[RequestId], request: Request) -> Result<(), RequestError> {
+    pub fn add_as(&mut self, ids: &[RequestId], request: &Request) -> Result<(), RequestError> {
         let limits = self.limits();
         request.validate(&limits)?;
         let adapter = match &request.adapter {

@@ -105,7 +105,7 @@ impl Sampler {
             (argmax(&ruled), 0.0)
         } else {
             let random = uniform(params.seed, params.stream, place.position);
-            match self.tempered(&ruled, &logprobs, params) {
+            match self.tempered(ruled, &logprobs, params) {
                 Distribution::All(all) => {
                     let index = draw(&all, random);
                     (index, all[index])
@@ -138,7 +138,7 @@ impl Sampler {
     ) -> Result<Vec<f32>, SampleError> {
         let logprobs = (self.log_softmax)(logits);
         let ruled = ruled(logits, params, place, constraint)?;
-        Ok(match self.tempered(&ruled, &logprobs, params) {
+        Ok(match self.tempered(ruled, &logprobs, params) {
             Distribution::All(all) => all.into_owned(),
             Distribution::Some { ids, logprobs } => {
                 let mut all = vec![f32::NEG_INFINITY; logits.len()];
@@ -150,7 +150,7 @@ impl Sampler {
 
     fn tempered<'a>(
         &self,
-        ruled: &Cow<'_, [f32]>,
+        ruled: Cow<'_, [f32]>,
         logprobs: &'a [f32],
         params: &SamplingParams,
     ) -> Distribution<'a> {
@@ -158,7 +158,7 @@ impl Sampler {
         // At temperature 1 the very same numbers, so that an importance ratio at staleness 0 is exactly 1.
         let tempered = match (unscaled, ruled) {
             (true, Cow::Borrowed(_)) => Cow::Borrowed(logprobs),
-            (true, Cow::Owned(ruled)) => Cow::Owned((self.log_softmax)(ruled)),
+            (true, Cow::Owned(ruled)) => Cow::Owned((self.log_softmax)(&ruled)),
             (false, ruled) => {
                 let scaled: Vec<f32> = ruled.iter().map(|l| l / params.temperature).collect();
                 Cow::Owned((self.log_softmax)(&scaled))

@@ -179,11 +179,11 @@ impl Drafter for Oracle {
             let rest = whole.map_or(&[][..], |whole| &whole[query.tokens.len()..]);
             let spoiled = rest.iter().take(query.most + 1).map(|token| {
                 self.asked += 1;
-                if self.asked % self.wrong == 0 { token + 1 } else { *token }
+                if self.asked.is_multiple_of(self.wrong) { token + 1 } else { *token }
             });
             spoiled.collect()
         };
-        queries.iter().map(|query| guess(query)).collect()
+        queries.iter().map(guess).collect()
     }
 }
 
@@ -270,7 +270,7 @@ fn several_answers_to_one_prompt_compute_it_once_and_are_those_of_single_request
     let request = sampled((0..22).collect(), 9, 40);
     let mut model = ToyModel::new(64, 4);
     let mut engine = engine(&model, 16, 5);
-    let ids = engine.add_group(request.clone(), 4).unwrap();
+    let ids = engine.add_group(&request, 4).unwrap();
     let completions = run(&mut engine, &mut model);
     for (i, id) in ids.iter().enumerate() {
         let single = sampled((0..22).collect(), 9, 40 + i as u64);
@@ -466,7 +466,7 @@ proptest! {
         let mut aborted = None;
         while next < requests.len() || engine.is_busy() {
             while next < requests.len() && requests[next].0 <= step {
-                ids.extend(engine.add_group(requests[next].1.clone(), 1 + next % answers).unwrap());
+                ids.extend(engine.add_group(&requests[next].1, 1 + next % answers).unwrap());
                 next += 1;
             }
             let mut events = engine.step(&mut model);

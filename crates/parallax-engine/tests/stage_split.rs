@@ -224,7 +224,7 @@ proptest! {
             })
             .collect();
         let mut engine = Engine::new(runner.shape(), runner.log_softmax(), EngineConfig::default()).unwrap();
-        let ids = engine.add_group(one, n).unwrap();
+        let ids = engine.add_group(&one, n).unwrap();
         let mut completions: BTreeMap<_, Completion> = BTreeMap::new();
         while engine.is_busy() {
             for event in engine.step(&mut runner) {

@@ -291,7 +291,7 @@ impl Learner {
                 };
                 let prompt = self.text.prompt(&task)?;
                 answers
-                    .push((task, self.engine.generate(Request { prompt, sampling, capture_hidden: false })));
+                    .push((task, self.engine.generate(Request { prompt, sampling, ..Request::default() })));
             }
             let (tasks, answers): (Vec<_>, Vec<_>) = answers.into_iter().unzip();
             for (task, answer) in tasks.iter().zip(futures::future::join_all(answers).await) {

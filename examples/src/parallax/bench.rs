@@ -173,7 +173,8 @@ fn prompt(tokens: usize, salt: usize, vocab: usize) -> Vec<u32> {
 }
 
 fn engine(runner: &Pipeline, batch: usize) -> anyhow::Result<Engine> {
-    let config = EngineConfig { running_sequences: batch, ..EngineConfig::default() };
+    // Every run computes its prompt.
+    let config = EngineConfig { running_sequences: batch, prefix_cache: false, ..EngineConfig::default() };
     let config = EngineConfig { step_tokens: config.step_tokens.max(batch), ..config };
     Ok(Engine::new(runner.shape(), runner.log_softmax(), config)?)
 }

@@ -183,7 +183,10 @@ fn single_process(args: &BenchSwarmArgs, checkpoint: &Checkpoint) -> anyhow::Res
         kv_pages: pages(args.streams),
     };
     let pipeline = Pipeline::load(checkpoint, &options, 1, |_| ())?;
-    Ok(EngineHandle::start(Box::new(pipeline), EngineConfig::default())?)
+    Ok(EngineHandle::start(
+        Box::new(pipeline),
+        EngineConfig { prefix_cache: false, ..EngineConfig::default() },
+    )?)
 }
 
 /// A head in this process, without layers, and the stages as processes.
@@ -207,7 +210,10 @@ async fn swarm(
         step_timeout: Duration::from_secs(60),
     };
     let (head, runner) = membership::serve(&node, None, Arc::clone(checkpoint), options).await?;
-    let engine = EngineHandle::start(Box::new(runner), EngineConfig::default())?;
+    let engine = EngineHandle::start(
+        Box::new(runner),
+        EngineConfig { prefix_cache: false, ..EngineConfig::default() },
+    )?;
     let addr = node
         .listen_addrs()
         .await

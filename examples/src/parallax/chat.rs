@@ -121,13 +121,14 @@ impl Partner {
                     seed: messages.len() as u64,
                     ..SamplingParams::default()
                 };
-                let mut events = engine.submit(Request { prompt, sampling, capture_hidden: false })?;
+                let mut events = engine.submit(Request { prompt, sampling, ..Request::default() })?;
                 let (mut decoder, mut answer) = (tokenizer.stream(), String::new());
                 while let Some(event) = events.next().await {
                     let piece = match event {
                         Event::Token(token) if stop_ids.contains(&token.id) => continue,
                         Event::Token(token) => decoder.push(token.id)?,
-                        Event::Finished { reason: FinishReason::Error, error } => {
+                        Event::PromptLogprobs(_) => continue,
+                        Event::Finished { reason: FinishReason::Error, error, .. } => {
                             bail!(error.unwrap_or_default())
                         }
                         Event::Finished { .. } => decoder.finish()?,

@@ -88,7 +88,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
         max_tokens: args.max_tokens,
         stop_ids: config.eos.clone(),
     };
-    let request = Request { prompt: prompt_ids.clone(), sampling, capture_hidden: false };
+    let request = Request { prompt: prompt_ids.clone(), sampling, ..Request::default() };
     // Before the weights are read: a bad request should not cost a load.
     let limits = parallax_engine::RequestLimits { vocab: config.vocab, context_tokens: config.max_context };
     request.validate(&limits)?;
@@ -159,7 +159,8 @@ fn stream(
                 report.logprobs.push(token.logprob);
                 decoder.as_mut().map(|d| d.push(token.id)).transpose()?
             }
-            Event::Finished { reason: FinishReason::Error, error } => bail!(error.unwrap_or_default()),
+            Event::PromptLogprobs(_) => None,
+            Event::Finished { reason: FinishReason::Error, error, .. } => bail!(error.unwrap_or_default()),
             Event::Finished { reason, .. } => {
                 report.finish_reason = reason.as_str();
                 decoder.as_mut().map(StreamDecoder::finish).transpose()?

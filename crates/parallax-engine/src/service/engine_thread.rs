@@ -90,7 +90,7 @@ impl EngineThread {
                 for (id, events) in ids.iter().zip(events) {
                     self.listeners.insert(*id, Listener { events, submitted, last_token: None });
                 }
-                if let Err(refused) = self.engine.add_as(&ids, *request) {
+                if let Err(refused) = self.engine.add_as(&ids, &request) {
                     for request in ids {
                         let error = Some(refused.to_string());
                         let (reason, usage) = (FinishReason::Error, Usage::default());
