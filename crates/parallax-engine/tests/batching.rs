@@ -174,7 +174,7 @@ struct Oracle {
 
 impl Drafter for Oracle {
     fn propose(&mut self, queries: &[DraftQuery<'_>]) -> Vec<Vec<u32>> {
-        let mut guess = |query: &DraftQuery<'_>| {
+        let guess = |query: &DraftQuery<'_>| {
             let whole = self.truth.iter().find(|whole| whole.starts_with(query.tokens));
             let rest = whole.map_or(&[][..], |whole| &whole[query.tokens.len()..]);
             let spoiled = rest.iter().take(query.most + 1).map(|token| {
