@@ -82,6 +82,7 @@ impl LocalStage {
                 Want::LastLogits => ModelWant::LastLogits,
                 Want::AllLogits => ModelWant::AllLogits,
             },
+            adapter: None,
         });
         ForwardBatch { sequences: sequences.collect() }
     }

@@ -239,11 +239,40 @@ impl Adapter {
         if let Ok(text) = std::fs::read(&config) {
             let config: serde_json::Value = serde_json::from_slice(&text)
                 .map_err(|e| AdapterError::Invalid(format!("{}: {e}", config.display())))?;
-            if let Some(alpha) = config["lora_alpha"].as_f64() {
-                adapter.alpha = alpha as f32;
-            }
+            adapter.apply_settings(&config)?;
         }
         Ok(adapter)
+    }
+
+    /// What adapter_config.json says about the scale, and what of it would change the formula.
+    fn apply_settings(&mut self, config: &serde_json::Value) -> Result<(), AdapterError> {
+        let refuse = |what: &str| {
+            Err(AdapterError::Invalid(format!(
+                "{what} is not supported; merge the adapter into its base model"
+            )))
+        };
+        if config["use_dora"] == true {
+            return refuse("DoRA");
+        }
+        if config["bias"].as_str().is_some_and(|bias| bias != "none") {
+            return refuse("a trained bias");
+        }
+        if config["fan_in_fan_out"] == true {
+            return refuse("fan_in_fan_out");
+        }
+        let pattern = |name: &str| config[name].as_object().is_some_and(|map| !map.is_empty());
+        if pattern("rank_pattern") || pattern("alpha_pattern") {
+            return refuse("a rank or alpha per module");
+        }
+        if let Some(alpha) = config["lora_alpha"].as_f64() {
+            self.alpha = alpha as f32;
+        }
+        if config["use_rslora"] == true {
+            // Rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by alpha / sqrt(rank): kept as the
+            // alpha that gives this scale.
+            self.alpha *= (self.rank as f32).sqrt();
+        }
+        Ok(())
     }
 }
 
@@ -307,6 +336,29 @@ mod tests {
         assert!(
             std::fs::read_to_string(dir.path().join("adapter_config.json")).unwrap().contains("\"LORA\"")
         );
+    }
+
+    #[test]
+    fn peft_settings_set_the_scale_or_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        sample().save(dir.path()).unwrap();
+        let path = dir.path().join("adapter_config.json");
+        let load = |settings: serde_json::Value| {
+            std::fs::write(&path, settings.to_string()).unwrap();
+            Adapter::load(dir.path())
+        };
+        assert_eq!(load(serde_json::json!({"r": 2, "lora_alpha": 6})).unwrap().scale(), 3.0);
+        let stabilised = load(serde_json::json!({"r": 2, "lora_alpha": 6, "use_rslora": true})).unwrap();
+        assert!((stabilised.scale() - 6.0 / 2f32.sqrt()).abs() < 1e-6);
+        for refused in [
+            serde_json::json!({"use_dora": true}),
+            serde_json::json!({"bias": "all"}),
+            serde_json::json!({"fan_in_fan_out": true}),
+            serde_json::json!({"rank_pattern": {"q_proj": 4}}),
+        ] {
+            assert!(load(refused.clone()).unwrap_err().to_string().contains("merge"), "{refused}");
+        }
+        assert_eq!(load(serde_json::json!({"bias": "none", "rank_pattern": {}})).unwrap().alpha, 16.0);
     }
 
     #[test]

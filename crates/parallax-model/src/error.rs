@@ -239,6 +239,12 @@ pub enum AdapterError {
         /// The reason.
         source: std::io::Error,
     },
+    /// As many resident adapters as a stage takes.
+    #[error("{limit} adapters are resident already; remove one first")]
+    TooMany {
+        /// The bound.
+        limit: usize,
+    },
     /// A module that the model does not have.
     #[error("adapter names module {module:?}, which the model does not have")]
     UnknownModule {

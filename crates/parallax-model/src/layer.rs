@@ -5,7 +5,7 @@
 //! The hidden state is a Burn tensor [T, H]; `route` says whether an operation runs on our kernels or is
 //! composed of Burn operations.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
@@ -42,6 +42,22 @@ pub(crate) enum LinearWeight {
     Dense(Tensor<2>),
 }
 
+/// The rows of the batch at hand that an adapter applies to: everyone's, unless the batch chose. Shared by all parts of an
+/// adapter in a stage, which sets it before a pass and runs one pass at a time.
+#[derive(Debug, Default)]
+pub(crate) struct AdapterRows(Mutex<Option<Arc<Vec<u32>>>>);
+
+impl AdapterRows {
+    /// `None` is every row.
+    pub(crate) fn set(&self, rows: Option<Vec<u32>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = rows.map(Arc::new);
+    }
+
+    pub(crate) fn get(&self) -> Option<Arc<Vec<u32>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 /// One module's adapter inside a (possibly fused) linear layer.
 #[derive(Clone, Debug)]
 pub(crate) struct LoraPart {
@@ -52,6 +68,9 @@ pub(crate) struct LoraPart {
     pub(crate) scale: f32,
     /// First output column of the module.
     pub(crate) offset: usize,
+    /// Number of a resident adapter; `None` is the one that applies where a sequence names none.
+    pub(crate) id: Option<u32>,
+    pub(crate) rows: Arc<AdapterRows>,
 }
 
 /// A linear layer with its bias and its adapters.
@@ -91,13 +110,19 @@ impl Linear {
                 }
             }
         };
-        self.lora.iter().fold(base, |y, part| match route {
-            Route::Kernels => {
-                let ([rank, k], [outputs, _], [_, n]) = (part.a.dims(), part.b.dims(), y.dims());
-                let op = LoraAdd { n, k, rank, outputs, offset: part.offset, scale: part.scale };
-                run4(y, x.clone(), part.a.clone(), part.b.clone(), op)
+        self.lora.iter().fold(base, |y, part| {
+            let rows = part.rows.get();
+            if rows.as_ref().is_some_and(|rows| rows.is_empty()) {
+                return y;
             }
-            Route::Composed => composed::lora_add(y, x.clone(), part),
+            match route {
+                Route::Kernels => {
+                    let ([rank, k], [outputs, _], [_, n]) = (part.a.dims(), part.b.dims(), y.dims());
+                    let op = LoraAdd { n, k, rank, outputs, offset: part.offset, scale: part.scale, rows };
+                    run4(y, x.clone(), part.a.clone(), part.b.clone(), op)
+                }
+                Route::Composed => composed::lora_add(y, x.clone(), part, rows.as_deref()),
+            }
         })
     }
 }

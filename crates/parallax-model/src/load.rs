@@ -16,8 +16,8 @@ use crate::{
     },
     error::{AdapterError, LoadError, OpenError},
     layer::{
-        AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight, LoraPart,
-        MixerWeights, MlpWeights, NormWeights, Route,
+        AdapterRows, AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight,
+        LoraPart, MixerWeights, MlpWeights, NormWeights, Route,
     },
     ops::{
         attention::{Geometry, Rotation},
@@ -260,11 +260,19 @@ pub(crate) fn linear_of<'a>(
     })
 }
 
-/// Replaces the adapters of the layers `range`, which `layers` holds; modules of other layers are left out.
+/// An adapter's place in a stage: its number, `None` for the one that sequences get which name none, and its rows.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AdapterSlot {
+    pub(crate) id: Option<u32>,
+    pub(crate) rows: Arc<AdapterRows>,
+}
+
+/// Replaces the adapter of a slot in the layers `range`, which `layers` holds; modules of other layers are left out.
 pub(crate) fn attach(
     layers: &mut [LayerWeights],
     range: &Range<usize>,
     config: &ModelConfig,
+    slot: &AdapterSlot,
     adapter: Option<&Adapter>,
     device: &Device,
 ) -> Result<(), AdapterError> {
@@ -272,7 +280,7 @@ pub(crate) fn attach(
         adapter.check(config)?;
     }
     for linear in layers.iter_mut().flat_map(LayerWeights::linears_mut) {
-        linear.lora.clear();
+        linear.lora.retain(|part| part.id != slot.id);
     }
     let Some(adapter) = adapter else { return Ok(()) };
     for (module, t) in &adapter.tensors {
@@ -289,11 +297,13 @@ pub(crate) fn attach(
             b: matrix(&t.b, [t.outputs, adapter.rank]),
             scale: adapter.scale(),
             offset,
+            id: slot.id,
+            rows: Arc::clone(&slot.rows),
         });
     }
     // The order of addition is part of the value: by column, whatever the order in the map.
     for linear in layers.iter_mut().flat_map(LayerWeights::linears_mut) {
-        linear.lora.sort_by_key(|part| part.offset);
+        linear.lora.sort_by_key(|part| (part.id, part.offset));
     }
     Ok(())
 }

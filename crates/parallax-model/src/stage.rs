@@ -2,7 +2,7 @@
 
 mod batch;
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -13,7 +13,7 @@ use crate::{
     device,
     error::{AdapterError, ForwardError, LoadError},
     layer::{self, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
-    load::{self, Loader, Rotations},
+    load::{self, AdapterSlot, Loader, Rotations},
     ops::attention::KvStore,
     options::LoadOptions,
 };
@@ -41,6 +41,9 @@ pub struct SequenceRows {
     pub pages: Vec<u32>,
     /// Which rows need logits.
     pub want: Want,
+    /// Number of the resident adapter ([`Stage::add_adapter`]) that its rows pass through; `None` is the one that
+    /// [`Stage::set_adapter`] installed, if any.
+    pub adapter: Option<u32>,
 }
 
 /// What one forward pass runs: the rows of several sequences, one after the other.
@@ -97,7 +100,14 @@ pub struct Stage {
     head: Option<(NormWeights, Linear)>,
     store: Arc<KvStore>,
     weight_bytes: u64,
+    /// What sequences get that name no adapter.
+    default_adapter: AdapterSlot,
+    /// Resident adapters by number.
+    adapters: BTreeMap<u32, AdapterSlot>,
 }
+
+/// Resident adapters of one stage: each costs memory, and a little time in every pass that uses it.
+const MAX_ADAPTERS: usize = 256;
 
 impl Stage {
     /// Loads the layers `options.layers`; the embedding too when they start at 0, the final norm and the head
@@ -160,6 +170,8 @@ impl Stage {
             head,
             store,
             weight_bytes: 0,
+            default_adapter: AdapterSlot::default(),
+            adapters: BTreeMap::new(),
         };
         stage.weight_bytes = stage.count_bytes();
         Ok(stage)
@@ -240,6 +252,7 @@ impl Stage {
         input: StageInput<'_>,
     ) -> Result<StageOutput, ForwardError> {
         let rows = Arc::new(batch::rows(batch, &self.options, &self.config)?);
+        self.choose_adapters(batch)?;
         let mut x = self.enter(batch, input)?;
         let attend = Attend::Paged { store: Arc::clone(&self.store), rows };
         for (index, layer) in self.layers.iter().enumerate() {
@@ -329,7 +342,64 @@ impl Stage {
     /// # Errors
     /// A module or shape that the model does not have; the adapter applied before stays.
     pub fn set_adapter(&mut self, adapter: Option<&Adapter>) -> Result<(), AdapterError> {
-        load::attach(&mut self.layers, &self.options.layers, &self.config, adapter, &self.device)
+        let slot = &self.default_adapter;
+        load::attach(&mut self.layers, &self.options.layers, &self.config, slot, adapter, &self.device)
+    }
+
+    /// Makes an adapter resident under a number, beside others, for the sequences that name it
+    /// ([`SequenceRows::adapter`]); an adapter that had the number is replaced. Sequences with different adapters may
+    /// share a batch: each row has the bits that it has alone.
+    ///
+    /// # Errors
+    /// A module or shape that the model does not have, or too many adapters; those applied before stay.
+    pub fn add_adapter(&mut self, id: u32, adapter: &Adapter) -> Result<(), AdapterError> {
+        if self.adapters.len() >= MAX_ADAPTERS && !self.adapters.contains_key(&id) {
+            return Err(AdapterError::TooMany { limit: MAX_ADAPTERS });
+        }
+        let slot = AdapterSlot { id: Some(id), ..AdapterSlot::default() };
+        let range = &self.options.layers;
+        load::attach(&mut self.layers, range, &self.config, &slot, Some(adapter), &self.device)?;
+        self.adapters.insert(id, slot);
+        Ok(())
+    }
+
+    /// Removes a resident adapter; whether there was one. Sequences must not name it any more.
+    pub fn remove_adapter(&mut self, id: u32) -> bool {
+        let Some(slot) = self.adapters.remove(&id) else { return false };
+        let range = &self.options.layers;
+        load::attach(&mut self.layers, range, &self.config, &slot, None, &self.device)
+            .expect("removing checks nothing that could fail");
+        true
+    }
+
+    /// Tells each adapter which rows of the batch are its own.
+    fn choose_adapters(&self, batch: &ForwardBatch) -> Result<(), ForwardError> {
+        let named = |id: Option<u32>| {
+            let mut first = 0;
+            let mut rows = Vec::new();
+            for sequence in &batch.sequences {
+                if sequence.adapter == id {
+                    rows.extend(first..first + sequence.rows);
+                }
+                first += sequence.rows;
+            }
+            rows
+        };
+        for (i, sequence) in batch.sequences.iter().enumerate() {
+            if let Some(id) = sequence.adapter.filter(|id| !self.adapters.contains_key(id)) {
+                let resident: Vec<String> = self.adapters.keys().map(u32::to_string).collect();
+                let resident = resident.join(", ");
+                return Err(ForwardError::Batch {
+                    reason: format!("sequence {i} names adapter {id}, resident are [{resident}]"),
+                });
+            }
+        }
+        let all_default = batch.sequences.iter().all(|sequence| sequence.adapter.is_none());
+        self.default_adapter.rows.set((!all_default).then(|| named(None)));
+        for (id, slot) in &self.adapters {
+            slot.rows.set(Some(named(Some(*id))));
+        }
+        Ok(())
     }
 }
 

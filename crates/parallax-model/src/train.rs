@@ -285,7 +285,7 @@ impl TrainModel {
                     });
                     let (linear, offset) = place.expect("modules were checked when they were made");
                     let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-                    linear.lora.push(LoraPart { a, b, scale, offset });
+                    linear.lora.push(LoraPart { a, b, scale, offset, id: None, rows: Arc::default() });
                 }
                 let (embedding, head) = (frozen.embedding.clone(), frozen.head.clone());
                 Assembled { layers, embedding, norm: frozen.norm.clone(), head }

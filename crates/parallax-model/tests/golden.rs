@@ -50,7 +50,9 @@ fn load(checkpoint: &Checkpoint, dtype: WeightDtype) -> Stage {
 }
 
 fn rows(start: u32, rows: u32, want: Want) -> ForwardBatch {
-    ForwardBatch { sequences: vec![SequenceRows { start, rows, pages: (0..16).collect(), want }] }
+    ForwardBatch {
+        sequences: vec![SequenceRows { start, rows, pages: (0..16).collect(), want, adapter: None }],
+    }
 }
 
 /// log p(token[i + 1] | token[..= i]) by one prefill.

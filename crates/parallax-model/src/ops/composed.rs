@@ -2,7 +2,7 @@
 //!
 //! Every function here is differentiable by Burn and compared with its kernel in `ops/tests.rs`.
 
-use burn::tensor::{Int, Tensor, TensorData, activation};
+use burn::tensor::{Bool, Int, Tensor, TensorData, activation};
 
 use parallax_kernels::activation::Activation;
 
@@ -18,12 +18,19 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 }
 
 /// y with the adapter's product added to the module's columns.
-pub(crate) fn lora_add(y: Tensor<2>, x: Tensor<2>, part: &LoraPart) -> Tensor<2> {
+/// Only the rows listed, where they are.
+pub(crate) fn lora_add(y: Tensor<2>, x: Tensor<2>, part: &LoraPart, chosen: Option<&Vec<u32>>) -> Tensor<2> {
     let delta = linear(linear(x, part.a.clone()), part.b.clone()).mul_scalar(part.scale);
     let ([rows, _], [outputs, _]) = (y.dims(), part.b.dims());
     let columns = [0..rows, part.offset..part.offset + outputs];
     let sum = y.clone().slice(columns.clone()) + delta;
-    y.slice_assign(columns, sum)
+    let added = y.clone().slice_assign(columns, sum);
+    let Some(chosen) = chosen else { return added };
+    let mut mask = vec![false; rows];
+    chosen.iter().for_each(|row| mask[*row as usize] = true);
+    let mask = Tensor::<1, Bool>::from_data(TensorData::new(mask, [rows]), &y.device());
+    let shape = y.dims();
+    y.mask_where(mask.reshape([rows, 1]).expand(shape), added)
 }
 
 /// x / sqrt(mean(x²) + eps) · w, by rows.

@@ -127,11 +127,32 @@ pub(crate) struct LoraAdd {
     pub(crate) outputs: usize,
     pub(crate) offset: usize,
     pub(crate) scale: f32,
+    /// The rows to which it is added; `None` is all of them. A row's sum does not depend on the others.
+    pub(crate) rows: Option<Arc<Vec<u32>>>,
+}
+
+impl LoraAdd {
+    /// Adds to chosen rows only: gathers them, computes, and scatters.
+    fn forward_rows(&self, y: &[f32], x: &[f32], a: &[f32], b: &[f32], rows: &[u32]) -> Vec<f32> {
+        let picked: Vec<f32> =
+            rows.iter().flat_map(|row| &x[*row as usize * self.k..][..self.k]).copied().collect();
+        let inner = matrix::nt(&picked, a, rows.len(), self.rank, self.k);
+        let delta = matrix::nt(&inner, b, rows.len(), self.outputs, self.rank);
+        let mut out = y.to_vec();
+        for (row, delta) in rows.iter().zip(delta.chunks_exact(self.outputs)) {
+            let to = &mut out[*row as usize * self.n + self.offset..][..self.outputs];
+            to.iter_mut().zip(delta).for_each(|(o, d)| *o += self.scale * d);
+        }
+        out
+    }
 }
 
 impl CpuOp for LoraAdd {
     fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
         let [y, x, a, b] = inputs else { unreachable!("four inputs") };
+        if let Some(rows) = &self.rows {
+            return Output::matrix(self.forward_rows(y, x, a, b, rows), self.n);
+        }
         let rows = x.len() / self.k;
         let inner = matrix::nt(x, a, rows, self.rank, self.k);
         let delta = matrix::nt(&inner, b, rows, self.outputs, self.rank);
@@ -146,6 +167,7 @@ impl CpuOp for LoraAdd {
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        assert!(self.rows.is_none(), "training has one adapter, for every row");
         let [_, x, a, b] = args.inputs else { unreachable!("four inputs") };
         let rows = x.len() / self.k;
         // Gradient of the low-rank product, [T, n].

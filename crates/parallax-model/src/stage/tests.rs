@@ -8,7 +8,7 @@ fn options(checkpoint: &Checkpoint, layers: Range<usize>) -> LoadOptions {
 }
 
 fn sequence(start: u32, rows: u32, pages: &[u32]) -> SequenceRows {
-    SequenceRows { start, rows, pages: pages.to_vec(), want: Want::AllLogits }
+    SequenceRows { start, rows, pages: pages.to_vec(), want: Want::AllLogits, adapter: None }
 }
 
 fn one(start: u32, rows: u32, pages: &[u32]) -> ForwardBatch {
@@ -133,4 +133,78 @@ fn bad_load_options_are_refused() {
         refuse(LoadOptions { kv_page_tokens: 20, ..options(&checkpoint, 0..4) }).contains("multiple of 16")
     );
     assert!(refuse(LoadOptions { kv_pages: 0, ..options(&checkpoint, 0..4) }).contains("kv_pages"));
+}
+
+#[test]
+fn resident_adapters_share_a_batch_and_change_no_bit() {
+    for (family, route) in
+        [(Family::Llama, Route::Kernels), (Family::Qwen3, Route::Kernels), (Family::Llama, Route::Composed)]
+    {
+        let (_dir, checkpoint) = testing::checkpoint(family);
+        let options = options(&checkpoint, 0..4);
+        let load = || Stage::load_on(&checkpoint, &options, Device::flex(), route).unwrap();
+        // Three sequences: one that names no adapter, and two that name the residents of ranks 3 and 5.
+        let ranks = [None, Some(3), Some(5)];
+        let adapter = |rank| testing::adapter(checkpoint.config(), rank);
+        let lanes: Vec<Vec<u32>> = [(9, 0), (21, 1), (4, 2)].map(|(n, seed)| testing::tokens(n, seed)).into();
+        for default in [None, Some(2)] {
+            let default = default.map(adapter);
+            let mut together = load();
+            together.set_adapter(default.as_ref()).unwrap();
+            together.add_adapter(30, &adapter(3)).unwrap();
+            together.add_adapter(7, &adapter(4)).unwrap();
+            together.add_adapter(7, &adapter(5)).unwrap();
+            let id = |lane: usize| ranks[lane].map(|rank| if rank == 3 { 30 } else { 7 });
+            let pages = |lane: usize| [2 * lane as u32, 2 * lane as u32 + 1];
+            let rows = |lane: usize, start, n| SequenceRows {
+                adapter: id(lane),
+                ..sequence(start, n, &pages(lane))
+            };
+            let mut got = vec![Vec::new(); 3];
+            // Prefill in one ragged batch, out of order; then one step of all.
+            for (order, step) in [([1, 0, 2], false), ([2, 1, 0], true)] {
+                let part = |lane: usize| {
+                    let n = lanes[lane].len();
+                    if step { (n - 1, 1) } else { (0, n - 1) }
+                };
+                let sequences = order.map(|lane| rows(lane, part(lane).0 as u32, part(lane).1 as u32)).into();
+                let input: Vec<u32> = order
+                    .iter()
+                    .flat_map(|lane| lanes[*lane][part(*lane).0..][..part(*lane).1].to_vec())
+                    .collect();
+                let output =
+                    together.forward(&ForwardBatch { sequences }, StageInput::Tokens(&input)).unwrap();
+                let mut first = 0;
+                for lane in order {
+                    let n = part(lane).1;
+                    got[lane].extend_from_slice(&output.logits[first * 97..(first + n) * 97]);
+                    first += n;
+                }
+            }
+            for (lane, rank) in ranks.into_iter().enumerate() {
+                let mut alone = load();
+                let own = rank.map(adapter).or_else(|| default.clone());
+                alone.set_adapter(own.as_ref()).unwrap();
+                let tokens = &lanes[lane];
+                let whole = one(0, tokens.len() as u32, &[0, 1]);
+                let expected = alone.forward(&whole, StageInput::Tokens(tokens)).unwrap().logits;
+                let same = if route == Route::Kernels {
+                    bits(&got[lane]) == bits(&expected)
+                } else {
+                    got[lane].iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4 * b.abs().max(1.0))
+                };
+                assert!(same, "{family:?} {route:?} lane {lane}, default {}", default.is_some());
+            }
+            // Gone is gone, and the others stay.
+            assert!(together.remove_adapter(30) && !together.remove_adapter(30));
+            let batch = ForwardBatch { sequences: vec![rows(1, 0, 4)] };
+            let error = together.forward(&batch, StageInput::Tokens(&[1, 2, 3, 4])).unwrap_err().to_string();
+            assert!(error.contains("adapter 30") && error.contains("[7]"), "{error}");
+            let batch = ForwardBatch { sequences: vec![rows(2, 0, 4)] };
+            let output = together.forward(&batch, StageInput::Tokens(&lanes[2])).unwrap().logits;
+            if route == Route::Kernels {
+                assert_eq!(bits(&output[..3 * 97]), bits(&got[2][..3 * 97]));
+            }
+        }
+    }
 }

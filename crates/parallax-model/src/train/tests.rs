@@ -45,6 +45,7 @@ fn by_stage(stage: &mut Stage, tokens: &[u32], bounds: &[u32]) -> Vec<f32> {
             rows: tokens.len() as u32,
             pages: (0..8).collect(),
             want: Want::AllLogits,
+            adapter: None,
         };
         let output =
             stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(tokens)).unwrap();
