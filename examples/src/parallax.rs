@@ -10,7 +10,6 @@ pub mod bench_swarm;
 pub mod chat;
 pub mod generate;
 pub mod join;
-pub mod known;
 pub mod model;
 pub mod models;
 pub mod plan;

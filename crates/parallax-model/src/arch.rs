@@ -4,8 +4,15 @@
 //! Architecture::describe)), and says how GGUF files of it differ from the rule (`weights/names.rs` and
 //! `config/from_gguf.rs` have the rule). Nothing else in this crate asks which architecture it runs.
 
+mod gemma2;
+mod gemma3;
+mod glm4;
 mod llama;
+mod mistral;
+mod phi3;
+mod qwen2;
 mod qwen3;
+mod smollm3;
 mod standard;
 
 use serde_json::{Map, Value};
@@ -24,8 +31,8 @@ pub(crate) struct Architecture {
     pub(crate) name: &'static str,
     /// Class names in config.json; the first is written.
     pub(crate) classes: &'static [&'static str],
-    /// `general.architecture` in GGUF files.
-    pub(crate) gguf: &'static str,
+    /// `general.architecture` in GGUF files; `None` where they go under another architecture's name.
+    pub(crate) gguf: Option<&'static str>,
     /// The model that the fields of a config.json describe.
     pub(crate) describe: fn(&Fields<'_>) -> Result<ModelConfig, ConfigError>,
     /// Adds the fields of config.json that only this architecture has, from GGUF metadata.
@@ -37,7 +44,17 @@ pub(crate) struct Architecture {
 }
 
 /// All of them.
-pub(crate) const ALL: [&Architecture; Family::ALL.len()] = [&llama::ARCHITECTURE, &qwen3::ARCHITECTURE];
+pub(crate) const ALL: [&Architecture; Family::ALL.len()] = [
+    &llama::ARCHITECTURE,
+    &smollm3::ARCHITECTURE,
+    &mistral::ARCHITECTURE,
+    &qwen2::ARCHITECTURE,
+    &qwen3::ARCHITECTURE,
+    &gemma2::ARCHITECTURE,
+    &gemma3::ARCHITECTURE,
+    &phi3::ARCHITECTURE,
+    &glm4::ARCHITECTURE,
+];
 
 /// That of a family.
 pub(crate) fn of(family: Family) -> &'static Architecture {
@@ -60,8 +77,8 @@ pub(crate) fn by_name(name: &str) -> Result<&'static Architecture, ConfigError> 
 /// # Errors
 /// It is not supported; the message lists those that are.
 pub(crate) fn by_gguf_name(name: &str) -> Result<&'static Architecture, ConfigError> {
-    ALL.into_iter().find(|a| a.gguf == name).ok_or_else(|| {
-        let supported: Vec<&str> = ALL.iter().map(|a| a.gguf).collect();
+    ALL.into_iter().find(|a| a.gguf == Some(name)).ok_or_else(|| {
+        let supported: Vec<&str> = ALL.iter().filter_map(|a| a.gguf).collect();
         ConfigError::UnknownArchitecture { architecture: name.to_owned(), supported: supported.join(", ") }
     })
 }

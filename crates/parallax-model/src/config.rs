@@ -29,13 +29,37 @@ use fields::{Fields, invalid};
 pub enum Family {
     /// Llama 2 and 3, SmolLM2, TinyLlama and everything else of that shape.
     Llama,
+    /// SmolLM3: Llama with layers that have no positions.
+    SmolLm3,
+    /// Mistral: Llama with a sliding window.
+    Mistral,
+    /// Qwen2 and 2.5: Llama with biases.
+    Qwen2,
     /// Qwen3 dense: Llama with an RMS norm on each query and key head.
     Qwen3,
+    /// Gemma 2.
+    Gemma2,
+    /// Gemma 3, text.
+    Gemma3,
+    /// Phi-3, 3.5, 4.
+    Phi3,
+    /// GLM-4.
+    Glm4,
 }
 
 impl Family {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Llama, Self::Qwen3];
+    pub const ALL: [Self; 9] = [
+        Self::Llama,
+        Self::SmolLm3,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::Gemma2,
+        Self::Gemma3,
+        Self::Phi3,
+        Self::Glm4,
+    ];
 
     /// `model_type` in config.json.
     pub fn name(self) -> &'static str {
@@ -206,11 +230,10 @@ impl ModelConfig {
         dtype.bytes(self.layer_parameters())
     }
 
-    /// Bytes of the embedding table, or of the head; a tied head is the table itself. Four-bit weights keep
-    /// the tables at eight.
+    /// Bytes of the embedding table, or of the head; a tied head is the table itself. Weights of fewer
+    /// bits than eight keep the tables at eight.
     pub fn table_bytes(&self, dtype: WeightDtype) -> u64 {
-        let dtype = if dtype == WeightDtype::Q4_0 { WeightDtype::Q8_0 } else { dtype };
-        dtype.bytes(self.vocab as u64 * self.hidden as u64)
+        dtype.table().bytes(self.vocab as u64 * self.hidden as u64)
     }
 
     /// Bytes of a stage of these layers, tables included where it needs them.
@@ -223,6 +246,11 @@ impl ModelConfig {
         let held = self.layers.get(layers.start..layers.end.min(self.n_layers)).unwrap_or_default();
         held.iter().map(|l| dtype.bytes(self.parameters_of(l))).sum::<u64>()
             + tables * self.table_bytes(dtype)
+    }
+
+    /// Key-value bytes of `tokens` tokens in all layers, as f32.
+    pub fn kv_bytes(&self, tokens: u64) -> u64 {
+        self.layers.iter().map(LayerConfig::stored_per_token).sum::<usize>() as u64 * 4 * tokens
     }
 
     /// Key-value bytes of one token in the layer that stores most, as f32.

@@ -14,7 +14,7 @@ use crate::{
     error::{AdapterError, ForwardError, LoadError},
     layer::{self, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
     load::{self, AdapterSlot, Loader, Rotations},
-    ops::attention::KvStore,
+    ops::{attention::KvStore, head},
     options::LoadOptions,
 };
 
@@ -276,13 +276,7 @@ impl Stage {
 
     /// Logits as the configuration scales and caps them.
     fn bend(&self, mut logits: Vec<f32>) -> Vec<f32> {
-        let scale = self.config.logit_scale;
-        if scale.to_bits() != 1.0f32.to_bits() {
-            logits.iter_mut().for_each(|v| *v *= scale);
-        }
-        if let Some(cap) = self.config.logit_softcap {
-            parallax_kernels::activation::softcap(&mut logits, cap);
-        }
+        head::bend(&mut logits, self.config.logit_scale, self.config.logit_softcap);
         logits
     }
 

@@ -15,7 +15,8 @@ pub(crate) fn config(family: Family) -> ModelConfig {
         "high_freq_factor": 4.0, "original_max_position_embeddings": 32});
     let json = serde_json::json!({
         "architectures": [family.hf_class()], "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": if family == Family::Llama { 8 } else { 16 },
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": if family == Family::Llama { 8 } else { 16 }, "sliding_window": 9,
+        "use_sliding_window": true, "max_window_layers": 2, "attention_bias": family == Family::Glm4,
         "vocab_size": 97, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
         "rope_scaling": if family == Family::Llama { scaling } else { serde_json::Value::Null },
         "tie_word_embeddings": family == Family::Llama, "bos_token_id": 1, "eos_token_id": 2,

@@ -24,7 +24,7 @@ use crate::{
     ops::{
         attention::Geometry,
         composed,
-        head::{DenseHead, FrozenHead, Targets},
+        head::{BentLogProbs, DenseHead, FrozenHead, Targets},
         run1, run2,
     },
     options::WeightDtype,
@@ -319,8 +319,13 @@ impl TrainModel {
         if bends_logits(&self.config) {
             let head = Linear::bare(weights.head);
             let logits = head.forward(&composed::select(&x, &targets.rows), self.route);
-            let logits = logits.mul_scalar(self.config.logit_scale);
-            return Ok(composed::logprobs(composed::softcap(logits, self.config.logit_softcap), &targets));
+            let (scale, softcap) = (self.config.logit_scale, self.config.logit_softcap);
+            return Ok(match self.route {
+                Route::Kernels => run1(logits, BentLogProbs { vocab, scale, softcap, targets }),
+                Route::Composed => {
+                    composed::logprobs(composed::softcap(logits.mul_scalar(scale), softcap), &targets)
+                }
+            });
         }
         Ok(match (weights.head, self.route) {
             (LinearWeight::Packed(weight), _) => run1(x, FrozenHead { weight, targets }),

@@ -6,13 +6,12 @@ use std::time::Instant;
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use parallax_engine::service::weights::model_profile;
-use parallax_model::{Checkpoint, WeightDtype};
+use parallax_model::{Checkpoint, ModelConfig, WeightDtype, catalogue};
 use parallax_sched::profile::roofline;
 use parallax_sched::{Algorithm, ModelProfile, NodeId, NodeProfile, PlanOptions, RttMatrix, plan};
 use serde::{Deserialize, Serialize};
 use swarm_wire::LayerRange;
 
-use super::known::{KNOWN, Known};
 use crate::program;
 
 /// Pipelines that are printed for people; the report has all.
@@ -156,28 +155,26 @@ fn profile(model: &str, dtype: WeightDtype) -> anyhow::Result<ModelProfile> {
         let text = std::fs::read_to_string(path).with_context(|| model.to_owned())?;
         return serde_json::from_str(&text).with_context(|| format!("{model} is not a model profile"));
     }
-    if let Some(known) = KNOWN.iter().find(|k| k.name == model) {
-        return known_profile(known, dtype);
+    if let Some(known) = catalogue::find(model) {
+        return known_profile(known.name, &known.config(), dtype);
     }
     let checkpoint = Checkpoint::resolve(model)?;
     Ok(model_profile(model, &checkpoint, dtype))
 }
 
-fn known_profile(known: &Known, dtype: WeightDtype) -> anyhow::Result<ModelProfile> {
-    let table = known.vocab * known.hidden;
-    let tables = if known.tied { 1 } else { 2 };
-    let layer = (known.parameters() - tables * table - known.hidden) / known.layers;
+fn known_profile(name: &str, config: &ModelConfig, dtype: WeightDtype) -> anyhow::Result<ModelProfile> {
+    let table = config.table_bytes(dtype);
     Ok(ModelProfile {
-        name: known.name.to_owned(),
-        n_layers: u32::try_from(known.layers)?,
-        layer_bytes: dtype.bytes(layer),
-        embedding_bytes: dtype.table().bytes(table),
-        head_bytes: dtype.table().bytes(table),
-        tied: known.tied,
+        name: name.to_owned(),
+        n_layers: u32::try_from(config.n_layers)?,
+        layer_bytes: config.layer_bytes(dtype),
+        embedding_bytes: table,
+        head_bytes: table,
+        tied: config.tied_embeddings,
         // Keys and values as f32, which is what the engine keeps.
-        kv_bytes_per_token_layer: 2 * 4 * known.kv_heads * known.head_dim,
-        layer_flops: 2.0 * layer as f64,
-        hidden: u32::try_from(known.hidden)?,
+        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(),
+        layer_flops: 2.0 * config.layer_parameters() as f64,
+        hidden: u32::try_from(config.hidden)?,
     })
 }
 

@@ -10,7 +10,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::Llama,
     name: "llama",
     classes: &["LlamaForCausalLM"],
-    gguf: "llama",
+    gguf: Some("llama"),
     describe,
     gguf_fields: no_more_fields,
     gguf_names: &[],

@@ -1,4 +1,4 @@
-//! Qwen3 dense: an RMS norm on each query and key head.
+//! Qwen3 dense: an RMS norm on each query and key head; later layers may have a sliding window.
 
 use super::{Architecture, no_more_fields, standard};
 use crate::{
@@ -10,7 +10,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::Qwen3,
     name: "qwen3",
     classes: &["Qwen3ForCausalLM"],
-    gguf: "qwen3",
+    gguf: Some("qwen3"),
     describe,
     gguf_fields: no_more_fields,
     gguf_names: &[],
@@ -21,6 +21,6 @@ fn describe(f: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let q = f.rms("self_attn.q_norm")?;
     let head_norms = Some(HeadNorms { q, k: f.rms("self_attn.k_norm")?, span: HeadSpan::Head });
     let attention = Attention { head_norms, ..standard::attention(f)? };
-    let layer = standard::layer(f, attention, standard::mlp(f)?)?;
-    f.model(Family::Qwen3, vec![layer; f.n_layers()?])
+    let layers = standard::windowed(f, &attention, &standard::mlp(f)?)?;
+    f.model(Family::Qwen3, layers)
 }

@@ -7,10 +7,14 @@ use crate::{
 
 /// Queries, keys and values as three tensors.
 pub(super) const QKV: &[&str] = &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+/// The same in one.
+pub(super) const FUSED_QKV: &[&str] = &["self_attn.qkv_proj"];
 /// The way out of attention.
 pub(super) const O: &[&str] = &["self_attn.o_proj"];
 /// Gate and up as two tensors.
 pub(super) const GATE_UP: &[&str] = &["mlp.gate_proj", "mlp.up_proj"];
+/// The same in one.
+pub(super) const FUSED_GATE_UP: &[&str] = &["mlp.gate_up_proj"];
 /// The way out of the feed-forward part.
 pub(super) const DOWN: &[&str] = &["mlp.down_proj"];
 
@@ -37,6 +41,11 @@ pub(super) fn attention(f: &Fields<'_>) -> Result<Attention, ConfigError> {
 /// SwiGLU; a bias on every projection where `mlp_bias` says so.
 pub(super) fn mlp(f: &Fields<'_>) -> Result<DenseMlp, ConfigError> {
     f.activation("hidden_act", &["silu", "swish"])?;
+    mlp_unchecked(f)
+}
+
+/// The same for architectures that name their activation themselves.
+pub(super) fn mlp_unchecked(f: &Fields<'_>) -> Result<DenseMlp, ConfigError> {
     let bias = f.bool_or("mlp_bias", false);
     Ok(DenseMlp {
         ffn: f.size("intermediate_size")?,
@@ -55,4 +64,19 @@ pub(super) fn layer(f: &Fields<'_>, attention: Attention, mlp: DenseMlp) -> Resu
         mlp: Mlp::Dense(mlp),
         residual_scale: 1.0,
     })
+}
+
+/// Layers of which Qwen's later ones see a window, where `use_sliding_window` says so.
+pub(super) fn windowed(
+    f: &Fields<'_>,
+    attention: &Attention,
+    mlp: &DenseMlp,
+) -> Result<Vec<LayerConfig>, ConfigError> {
+    let window = f.size_if("sliding_window")?.filter(|_| f.bool_or("use_sliding_window", false));
+    let from = f.size_or("max_window_layers", 28)?;
+    let one = |i: usize| {
+        let window = window.filter(|_| f.slides(i, i >= from));
+        layer(f, Attention { window, ..attention.clone() }, mlp.clone())
+    };
+    (0..f.n_layers()?).map(one).collect()
 }

@@ -61,6 +61,29 @@ impl<'a> Fields<'a> {
         self.get(name).and_then(Value::as_str)
     }
 
+    /// Refuses a switch that this architecture cannot follow.
+    pub(crate) fn refuse(&self, name: &str) -> Result<(), ConfigError> {
+        if self.bool_or(name, false) {
+            return Err(invalid(name, true, "this architecture is supported only without it"));
+        }
+        Ok(())
+    }
+
+    /// The fields with these where they are absent.
+    pub(crate) fn with_defaults(&self, defaults: &[(&str, u64)]) -> Map<String, Value> {
+        let mut map = self.0.clone();
+        for (name, value) in defaults.iter().filter(|(name, _)| self.get(name).is_none()) {
+            map.insert((*name).to_owned(), (*value).into());
+        }
+        map
+    }
+
+    /// Whether a layer sees only a window: `layer_types` where it is there, else the architecture's rule.
+    pub(crate) fn slides(&self, layer: usize, rule: bool) -> bool {
+        let listed = self.get("layer_types").and_then(|types| types.get(layer));
+        listed.map_or(rule, |kind| kind == "sliding_attention")
+    }
+
     /// Refuses another activation than `expected`.
     pub(crate) fn activation(&self, name: &str, expected: &[&str]) -> Result<(), ConfigError> {
         match self.text(name) {
@@ -101,6 +124,13 @@ impl<'a> Fields<'a> {
         Ok(Norm { name, kind: NormKind::Rms, eps: self.eps()? })
     }
 
+    /// An RMS norm whose weight is stored without its one, unless the file says that it was added.
+    pub(crate) fn rms_plus_one(&self, name: &'static str) -> Result<Norm, ConfigError> {
+        let added = self.bool_or("parallax_norms_hold_one", false);
+        let kind = if added { NormKind::Rms } else { NormKind::RmsPlusOne };
+        Ok(Norm { name, kind, eps: self.eps()? })
+    }
+
     /// Q, K and D.
     pub(crate) fn heads(&self) -> Result<[usize; 3], ConfigError> {
         let n_heads = self.size("num_attention_heads")?;
@@ -110,11 +140,16 @@ impl<'a> Fields<'a> {
     }
 
     /// Elements of a head that are rotated.
-    pub(crate) fn rotated(&self, head_dim: usize) -> Result<usize, ConfigError> {
+    fn rotated(&self, head_dim: usize) -> Result<usize, ConfigError> {
+        self.rotated_or(head_dim, 1.0)
+    }
+
+    /// The same, where the architecture rotates another share without being told.
+    pub(crate) fn rotated_or(&self, head_dim: usize, default: f32) -> Result<usize, ConfigError> {
         let nested = Fields(self.rope_object(None).unwrap_or(self.0));
         let factor = match self.float_if("partial_rotary_factor")? {
             Some(factor) => factor,
-            None => nested.float_or("partial_rotary_factor", 1.0)?,
+            None => nested.float_or("partial_rotary_factor", default)?,
         };
         if !(factor > 0.0 && factor <= 1.0) {
             return Err(invalid("partial_rotary_factor", factor, "it must be within 0..=1"));
@@ -129,6 +164,11 @@ impl<'a> Fields<'a> {
             Some(nested) => nested.as_object(),
             None => Some(object),
         }
+    }
+
+    /// Whether rotary parameters are given for this kind of layer.
+    pub(crate) fn has_rope_of(&self, kind: &str) -> bool {
+        self.rope_object(None).is_some_and(|object| object.contains_key(kind))
     }
 
     /// Rotation of whole heads, or of the part that `partial_rotary_factor` says.

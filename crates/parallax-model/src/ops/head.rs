@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use parallax_kernels::{
-    PackedWeight, WeightKind,
-    logprob::{head_logprob, head_logprob_backward},
+    PackedWeight, WeightKind, activation,
+    logprob::{head_logprob, head_logprob_backward, log_softmax_row, token_logprobs},
 };
 
 use super::{BackwardArgs, CpuOp, Output, linear::FrozenLinear};
@@ -95,5 +95,49 @@ impl CpuOp for DenseHead {
         let mut dw = args.wanted[1].then(|| vec![0.0; args.inputs[1].len()]);
         let dx = self.targets.gradients(args, &head, dw.as_deref_mut());
         vec![Some(dx), dw]
+    }
+}
+
+/// Scales and caps logits as the configuration says.
+pub(crate) fn bend(logits: &mut [f32], scale: f32, softcap: Option<f32>) {
+    if scale.to_bits() != 1.0f32.to_bits() {
+        logits.iter_mut().for_each(|v| *v *= scale);
+    }
+    if let Some(cap) = softcap {
+        activation::softcap(logits, cap);
+    }
+}
+
+/// Input: logits [P, V] of the rows that predict, before they are scaled and capped; result [P].
+#[derive(Debug)]
+pub(crate) struct BentLogProbs {
+    pub(crate) vocab: usize,
+    pub(crate) scale: f32,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) targets: Arc<Targets>,
+}
+
+impl CpuOp for BentLogProbs {
+    fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
+        let mut logits = inputs[0].to_vec();
+        bend(&mut logits, self.scale, self.softcap);
+        let mut values = vec![0.0; self.targets.tokens.len()];
+        token_logprobs(&logits, self.vocab, &self.targets.tokens, &mut values).expect(SHAPES);
+        Output { shape: vec![values.len()], values, saved: if keep { logits } else { Vec::new() } }
+    }
+
+    fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        let mut dx = vec![0.0; args.saved.len()];
+        let rows = args.saved.chunks_exact(self.vocab).zip(dx.chunks_exact_mut(self.vocab));
+        for ((bent, dx), (token, grad)) in rows.zip(self.targets.tokens.iter().zip(args.grad)) {
+            log_softmax_row(bent, dx).expect(SHAPES);
+            // d log p(token) / d bent = [is the token] - p, and d bent / d logit = scale · (1 - (bent / cap)²).
+            for (i, (d, bent)) in dx.iter_mut().zip(bent).enumerate() {
+                let slope = self.softcap.map_or(1.0, |cap| 1.0 - (bent / cap) * (bent / cap));
+                let hit = if i == *token as usize { 1.0 } else { 0.0 };
+                *d = grad * (hit - d.exp()) * slope * self.scale;
+            }
+        }
+        vec![Some(dx)]
     }
 }
