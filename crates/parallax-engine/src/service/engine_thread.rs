@@ -1,6 +1,6 @@
 //! The loop of the engine thread: take commands, drop what nobody waits for, run a step, hand out events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, PoisonError, atomic::Ordering};
 use std::time::Instant;
@@ -153,11 +153,18 @@ impl EngineThread {
         let mut aborted =
             std::mem::take(&mut *self.shared.aborted.lock().unwrap_or_else(PoisonError::into_inner));
         aborted.extend(self.listeners.iter().filter(|(_, l)| l.events.is_closed()).map(|(id, _)| *id));
+        let mut unknown = BTreeSet::new();
         for id in aborted {
             if let Some(event) = self.engine.abort(id) {
                 self.runner.close(id);
                 self.deliver(event);
+            } else {
+                unknown.insert(id);
             }
+        }
+        if self.pending.is_some() {
+            // Requests behind a swap are still among the commands.
+            self.shared.aborted.lock().unwrap_or_else(PoisonError::into_inner).append(&mut unknown);
         }
     }
 
