@@ -76,13 +76,14 @@ impl LocalStage {
         let sequences = batch.sequences.iter().map(|s| SequenceRows {
             start: s.start,
             rows: s.rows,
+            adapter: s.adapter,
             pages: s.pages.clone(),
             want: match s.want {
                 Want::Nothing => ModelWant::Nothing,
                 Want::LastLogits => ModelWant::LastLogits,
                 Want::AllLogits => ModelWant::AllLogits,
             },
-            adapter: None,
+            adapter: s.adapter,
         });
         ForwardBatch { sequences: sequences.collect() }
     }
@@ -140,6 +141,15 @@ impl LocalStage {
     }
 }
 
+/// A resident adapter out of its bytes.
+fn resident(bytes: &[u8]) -> Result<Adapter, StageError> {
+    Adapter::from_bytes(bytes).map_err(|e| misfit(&e))
+}
+
+fn misfit(error: &dyn std::error::Error) -> StageError {
+    StageError::NotReady { reason: format!("the adapter does not fit: {error}") }
+}
+
 fn parse_adapter(version: PolicyVersion, adapter: Option<&[u8]>) -> Result<Option<Adapter>, StageError> {
     adapter
         .map(|bytes| {
@@ -167,6 +177,14 @@ impl StageRunner for LocalStage {
 
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
         self.apply_adapter(version, parse_adapter(version, adapter)?.as_ref())
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+        self.stage.add_adapter(id, &resident(adapter)?).map_err(|e| misfit(&e))
+    }
+
+    fn remove_adapter(&mut self, id: u32) {
+        self.stage.remove_adapter(id);
     }
 
     fn log_softmax(&self) -> LogSoftmax {
@@ -247,6 +265,19 @@ impl StageRunner for Pipeline {
             adapter.check(config).map_err(|e| StageError::Adapter { version, reason: e.to_string() })?;
         }
         self.stages.iter_mut().try_for_each(|stage| stage.apply_adapter(version, adapter.as_ref()))
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+        let adapter = resident(adapter)?;
+        // Before the first stage changes: no half-changed pipeline.
+        adapter.check(self.stages[0].stage.config()).map_err(|e| misfit(&e))?;
+        self.stages.iter_mut().try_for_each(|s| s.stage.add_adapter(id, &adapter).map_err(|e| misfit(&e)))
+    }
+
+    fn remove_adapter(&mut self, id: u32) {
+        for stage in &mut self.stages {
+            stage.stage.remove_adapter(id);
+        }
     }
 
     fn log_softmax(&self) -> LogSoftmax {
