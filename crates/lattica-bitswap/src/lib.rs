@@ -15,7 +15,7 @@
 //!
 //! Map: [`block`] (bytes that match their CID), [`chunker`], [`manifest`] (what an artefact is), [`publish`] (bytes to
 //! stored blocks and a root), [`wire`] (Bitswap messages), [`session`] (one fetch: whom to ask for what), [`serve`] (which
-//! wanted block goes to whom next), [`ledger`] (who can be relied on), [`store`] (where blocks are kept, with a
+//! wanted block goes to whom next), [`ledger`] (who can be relied on), [`spread`] (one artefact to a whole fleet), [`store`] (where blocks are kept, with a
 //! conformance suite); `service` (feature `service`): `FsStore` on disk, `Blocks` on a lattica-net node.
 
 pub mod block;
@@ -29,6 +29,7 @@ pub mod serve;
 #[cfg(feature = "service")]
 pub mod service;
 pub mod session;
+pub mod spread;
 pub mod store;
 pub mod wire;
 

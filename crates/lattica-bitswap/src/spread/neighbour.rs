@@ -1,0 +1,86 @@
+//! What a member knows of one neighbour, and what they owe each other.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use super::{Bitmap, SpreadConfig};
+
+/// A request waits this many usual answers before it is given up.
+const PATIENCE: u32 = 8;
+
+#[derive(Debug)]
+pub(super) struct Neighbour {
+    /// What it shows.
+    pub(super) holds: Bitmap,
+    /// What it is asked for, and since when.
+    pub(super) asked: BTreeMap<u32, Duration>,
+    /// What it was asked for once and may still send: requests and cancels cross on the wire.
+    pub(super) cancelled: BTreeSet<u32>,
+    /// What it wants of us, oldest first.
+    pub(super) requests: VecDeque<u32>,
+    /// The chunk that was offered to it, and when, until it answers.
+    pub(super) offer: Option<(u32, Duration)>,
+    /// It has too much to send until about then.
+    pub(super) busy_until: Duration,
+    /// Chunks that it gets from elsewhere.
+    pub(super) declined: BTreeSet<u32>,
+    /// Chunks that are on their way to it.
+    pub(super) uploading: usize,
+    /// From request to chunk, smoothed over about four answers.
+    pub(super) latency: Option<Duration>,
+    /// Requests in a row that it let wait or refused.
+    pub(super) strikes: u32,
+}
+
+impl Neighbour {
+    pub(super) fn new(n_chunks: u32) -> Self {
+        Self {
+            holds: Bitmap::empty(n_chunks),
+            asked: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+            requests: VecDeque::new(),
+            offer: None,
+            busy_until: Duration::ZERO,
+            declined: BTreeSet::new(),
+            uploading: 0,
+            latency: None,
+            strikes: 0,
+        }
+    }
+
+    /// It said something of `chunk`: an offer of it is over.
+    pub(super) fn answered(&mut self, chunk: u32) {
+        self.offer.take_if(|(offered, _)| *offered == chunk);
+    }
+
+    /// A chunk came: how long it took, `None` when it was not asked for.
+    pub(super) fn delivered(&mut self, chunk: u32, now: Duration) -> Option<Duration> {
+        let took = now.saturating_sub(self.asked.remove(&chunk)?);
+        self.latency = Some(self.latency.map_or(took, |latency| (latency * 3 + took) / 4));
+        self.strikes = 0;
+        Some(took)
+    }
+
+    /// Who is asked next has the least to do for us; what was quick lately breaks ties, but is soon out of date.
+    pub(super) fn load(&self) -> (usize, Option<Duration>) {
+        (self.asked.len(), self.latency)
+    }
+
+    fn patience(&self, usual: Option<Duration>, config: &SpreadConfig) -> Duration {
+        match self.latency.max(usual) {
+            Some(latency) => (latency * PATIENCE).max(config.min_timeout),
+            None => config.first_timeout,
+        }
+    }
+
+    /// Requests that have waited too long at `now`, when an answer usually takes `usual`.
+    pub(super) fn late(&self, now: Duration, usual: Option<Duration>, config: &SpreadConfig) -> Vec<u32> {
+        let patience = self.patience(usual, config);
+        self.asked.iter().filter(|(_, at)| **at + patience <= now).map(|(&chunk, _)| chunk).collect()
+    }
+
+    /// When the oldest request has waited too long.
+    pub(super) fn deadline(&self, usual: Option<Duration>, config: &SpreadConfig) -> Option<Duration> {
+        self.asked.values().min().map(|&at| at + self.patience(usual, config))
+    }
+}
