@@ -40,6 +40,7 @@ pub use ledger::Ledger;
 pub use manifest::{BlockRef, Entry, Manifest};
 pub use serve::Server;
 #[cfg(feature = "service")]
-pub use service::{Blocks, FsStore, FsStoreConfig, Progress};
+pub use service::{Blocks, FsStore, FsStoreConfig, Progress, Spreading};
 pub use session::Session;
+pub use spread::{Spread, SpreadConfig};
 pub use store::{BlockStore, MemoryStore};

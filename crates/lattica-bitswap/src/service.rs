@@ -4,6 +4,7 @@ mod exchange;
 mod fetch;
 mod files;
 mod fs_store;
+mod spreading;
 mod streams;
 
 use std::collections::HashMap;
@@ -15,6 +16,7 @@ use exchange::Exchange;
 use fetch::Order;
 pub use fs_store::{FsStore, FsStoreConfig};
 use lattica_net::Node;
+pub use spreading::Spreading;
 use swarm_wire::{Cid, PeerId};
 use tokio::runtime::Handle;
 
@@ -65,6 +67,13 @@ impl Blocks {
         let served = Arc::downgrade(&exchange);
         let node = &exchange.node;
         node.handle_stream(PROTOCOL, move |peer, stream| streams::read(served.clone(), peer, stream))
+            .expect("the protocol's name is valid");
+        let served = Arc::downgrade(&exchange);
+        exchange
+            .node
+            .handle_stream(crate::spread::wire::PROTOCOL, move |peer, stream| {
+                spreading::accept(served.clone(), peer, stream)
+            })
             .expect("the protocol's name is valid");
         runtime.spawn(exchange::follow(Arc::downgrade(&exchange), events));
         Self { exchange }

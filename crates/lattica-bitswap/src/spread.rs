@@ -6,7 +6,7 @@
 //! once (BitTorrent BEP 16). The surprise: the uploader, not the receiver, decides the order of what was asked for.
 //!
 //! Map: [`bitmap`] (who has what), [`neighbour`] (what is known of one), [`super_seed`] (what the source shows to whom),
-//! [`plan`] (star, chain, tree or mesh, by size and links), [`config`].
+//! [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
 pub mod bitmap;
 pub mod config;
@@ -15,6 +15,7 @@ mod offer;
 
 pub mod plan;
 mod super_seed;
+pub mod wire;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -166,6 +167,18 @@ impl<P: Ord + Clone> Spread<P> {
     /// Neighbours that are in use.
     pub fn neighbours(&self) -> impl Iterator<Item = &P> {
         self.neighbours.keys()
+    }
+
+    /// Whether `peer` is in use.
+    pub fn is_neighbour(&self, peer: &P) -> bool {
+        self.neighbours.contains_key(peer)
+    }
+
+    /// Whether `chunk` was asked of `peer`, so that its arrival is no lie.
+    pub fn is_owed(&self, peer: &P, chunk: u32) -> bool {
+        self.neighbours
+            .get(peer)
+            .is_some_and(|n| n.asked.contains_key(&chunk) || n.cancelled.contains(&chunk))
     }
 
     /// Whether new neighbours should be found: there are few, or they have nothing new. The source is a good one then.

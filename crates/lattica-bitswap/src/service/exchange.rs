@@ -9,6 +9,7 @@ use swarm_wire::{Cid, PeerId};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast, mpsc};
 
+use super::spreading::Member;
 use super::streams;
 use crate::serve::Batch;
 use crate::session::Arrival;
@@ -59,6 +60,7 @@ pub(super) struct Exchange {
     pub(super) runtime: Handle,
     started: Instant,
     state: Mutex<State>,
+    spreads: Mutex<HashMap<Cid, Weak<Member>>>,
 }
 
 impl Exchange {
@@ -76,7 +78,15 @@ impl Exchange {
             writers: HashMap::new(),
             recent: VecDeque::new(),
         };
-        Arc::new(Self { node, store, config, runtime, started: Instant::now(), state: Mutex::new(state) })
+        Arc::new(Self {
+            node,
+            store,
+            config,
+            runtime,
+            started: Instant::now(),
+            state: Mutex::new(state),
+            spreads: Mutex::default(),
+        })
     }
 
     /// Time for the pure parts.
@@ -87,6 +97,21 @@ impl Exchange {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // The state machines have no half-made changes to hide.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on streams for the spread of `root` belong to `member`.
+    pub(super) fn remember_spread(&self, root: Cid, member: &Arc<Member>) {
+        self.spreads.lock().unwrap_or_else(PoisonError::into_inner).insert(root, Arc::downgrade(member));
+    }
+
+    /// The spread of `root` has ended here.
+    pub(super) fn forget_spread(&self, root: &Cid) {
+        self.spreads.lock().unwrap_or_else(PoisonError::into_inner).remove(root);
+    }
+
+    /// The member that spreads `root` here.
+    pub(super) fn spread_of(&self, root: &Cid) -> Option<Arc<Member>> {
+        self.spreads.lock().unwrap_or_else(PoisonError::into_inner).get(root)?.upgrade()
     }
 
     /// Runs `work` on the store, off the async threads.

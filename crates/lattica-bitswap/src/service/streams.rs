@@ -25,7 +25,7 @@ const READ_BUFFER_BYTES: usize = 64 * 1024;
 pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
     let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
     loop {
-        let message = match read_message(&mut reader).await {
+        let message = match read_frame(&mut reader, "bitswap message", BITSWAP_MESSAGE_MAX_BYTES).await {
             Ok(Some(bytes)) => Message::decode(bytes),
             Ok(None) => return,
             Err(ReadError::Malformed(error)) => Err(error),
@@ -42,13 +42,18 @@ pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream)
     }
 }
 
-enum ReadError {
+/// Why no frame came.
+pub(super) enum ReadError {
     Malformed(DecodeError),
     Broken,
 }
 
-/// One message's bytes; `None` at a clean end. The length is checked before anything is allocated.
-async fn read_message(reader: &mut (impl AsyncRead + Unpin)) -> Result<Option<Bytes>, ReadError> {
+/// One frame's payload; `None` at a clean end. The length is checked before anything is allocated.
+pub(super) async fn read_frame(
+    reader: &mut (impl AsyncRead + Unpin),
+    what: &'static str,
+    limit_bytes: usize,
+) -> Result<Option<Bytes>, ReadError> {
     let mut prefix = [0u8; frame::LENGTH_MAX_BYTES];
     let mut filled = 0;
     let length = loop {
@@ -57,7 +62,7 @@ async fn read_message(reader: &mut (impl AsyncRead + Unpin)) -> Result<Option<By
             Ok(0) | Err(_) => return Err(ReadError::Broken),
             Ok(_) => filled += 1,
         }
-        match frame::decode_length("bitswap message", &prefix[..filled], BITSWAP_MESSAGE_MAX_BYTES) {
+        match frame::decode_length(what, &prefix[..filled], limit_bytes) {
             Ok(Some((length, _))) => break length,
             Ok(None) => {}
             Err(error) => return Err(ReadError::Malformed(error)),

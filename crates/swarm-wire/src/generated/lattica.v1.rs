@@ -161,3 +161,75 @@ impl RpcStatus {
         }
     }
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SpreadFrame {
+    #[prost(
+        oneof = "spread_frame::Body",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+    )]
+    pub body: ::core::option::Option<spread_frame::Body>,
+}
+/// Nested message and enum types in `SpreadFrame`.
+pub mod spread_frame {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Body {
+        /// First frame of the opener: the artefact's root CID.
+        #[prost(bytes, tag = "1")]
+        Hello(::prost::bytes::Bytes),
+        /// Other members of the spread.
+        #[prost(message, tag = "2")]
+        Peers(super::SpreadPeers),
+        /// The receiver should answer with peers.
+        #[prost(bool, tag = "3")]
+        AskPeers(bool),
+        /// Bitmap over the manifest's blocks, block 0 in the lowest bit of the first byte.
+        #[prost(bytes, tag = "4")]
+        Holds(::prost::bytes::Bytes),
+        /// Blocks by number, that the sender has from now on.
+        #[prost(message, tag = "5")]
+        Have(super::SpreadChunks),
+        #[prost(uint32, tag = "6")]
+        Request(u32),
+        #[prost(uint32, tag = "7")]
+        Cancel(u32),
+        /// The sender will not send it.
+        #[prost(uint32, tag = "8")]
+        Refuse(u32),
+        /// The sender has too much to send already.
+        #[prost(uint32, tag = "9")]
+        Busy(u32),
+        /// The sender has it and nothing else to send.
+        #[prost(uint32, tag = "10")]
+        Offer(u32),
+        /// The sender gets it from elsewhere.
+        #[prost(uint32, tag = "11")]
+        Decline(u32),
+        #[prost(message, tag = "12")]
+        Chunk(super::SpreadChunk),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpreadChunks {
+    #[prost(uint32, repeated, tag = "1")]
+    pub indices: ::prost::alloc::vec::Vec<u32>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpreadChunk {
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub data: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SpreadPeers {
+    #[prost(message, repeated, tag = "1")]
+    pub peers: ::prost::alloc::vec::Vec<SpreadPeer>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpreadPeer {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub peer: ::prost::bytes::Bytes,
+    /// Multiaddrs, the most promising first.
+    #[prost(string, repeated, tag = "2")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}

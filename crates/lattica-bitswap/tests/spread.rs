@@ -1,0 +1,163 @@
+//! One artefact to several real nodes on loopback: everybody passes on, liars are dropped, what is stored stays.
+#![cfg(feature = "service")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests sit outside of test functions")]
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use lattica_bitswap::spread::wire::{FRAME_MAX_BYTES, Frame, PROTOCOL};
+use lattica_bitswap::spread::{Bitmap, SpreadMessage};
+use lattica_bitswap::{
+    Block, BlockStore, Blocks, ExchangeConfig, FetchError, MemoryStore, SpreadConfig, Spreading, StoreError,
+};
+use lattica_net::{Identity, Node, NodeConfig};
+use swarm_wire::{Cid, frame};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const LEAF: usize = 64 * 1024;
+
+struct Peer {
+    node: Node,
+    blocks: Blocks,
+}
+
+async fn peer_with(store: Arc<dyn BlockStore>) -> Peer {
+    let node =
+        Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
+    let config = ExchangeConfig { leaf_bytes: LEAF, ..ExchangeConfig::default() };
+    let blocks = Blocks::start_with(node.clone(), store, config);
+    Peer { node, blocks }
+}
+
+async fn peer() -> Peer {
+    peer_with(Arc::new(MemoryStore::new())).await
+}
+
+/// Four mebibytes that repeat nowhere.
+fn content() -> Bytes {
+    let mut state = 7u32;
+    let bytes = (0..64 * LEAF).map(|_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    });
+    Bytes::from(bytes.collect::<Vec<u8>>())
+}
+
+async fn publish(source: &Peer) -> (Cid, Spreading) {
+    let root = source.blocks.publish_bytes("weights", "weights", content()).await.unwrap();
+    let spreading = source.blocks.spread(&root, None, SpreadConfig::default()).await.unwrap();
+    (root, spreading)
+}
+
+async fn join(member: &Peer, source: &Peer, root: &Cid) -> Spreading {
+    member.node.dial(&source.node.listen_addrs().await[0]).await.unwrap();
+    member.blocks.spread(root, Some(&source.node.peer_id()), SpreadConfig::default()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_get_everything_mostly_from_each_other() {
+    let source = peer().await;
+    let (root, feeding) = publish(&source).await;
+    let mut members = Vec::new();
+    for _ in 0..4 {
+        members.push(peer().await);
+    }
+    let mut parts = Vec::new();
+    for member in &members {
+        parts.push(join(member, &source, &root).await);
+    }
+    for (member, part) in members.iter().zip(&parts) {
+        let mut seen = Vec::new();
+        part.done(|p| seen.push(p.done_bytes)).await.unwrap();
+        assert!(seen.is_sorted());
+        assert_eq!(member.blocks.read(&root).await.unwrap(), content());
+    }
+    // Four copies were needed; the source sent little more than one of them.
+    let copies = feeding.uploaded() as f64 / 64.0;
+    assert!((1.0..2.0).contains(&copies), "the source sent {copies} copies");
+    let passed_on: u64 = parts.iter().map(Spreading::uploaded).sum();
+    assert!(passed_on + feeding.uploaded() >= 4 * 64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_stored_already_is_not_sent_again() {
+    let (source, member) = (peer().await, peer().await);
+    let (root, feeding) = publish(&source).await;
+    let leaf = |i: usize| content().slice(i * LEAF..(i + 1) * LEAF);
+    for i in 0..40 {
+        let block = Block::new(lattica_bitswap::HashKind::Blake3, leaf(i)).unwrap();
+        member.blocks.store().put(&block).unwrap();
+    }
+    let part = join(&member, &source, &root).await;
+    assert_eq!(part.progress().done_bytes, 40 * LEAF as u64);
+    part.done(|_| ()).await.unwrap();
+    assert_eq!(feeding.uploaded(), 24);
+}
+
+/// A member that shows everything and sends garbage.
+fn lie(node: &Node) {
+    node.handle_stream(PROTOCOL, |_, stream| async move {
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let all = Frame::Message(SpreadMessage::Holds(Bitmap::full(64)));
+        let _ = writer.write_all(&all.encode()).await;
+        let _ = writer.flush().await;
+        let (mut buffer, mut part) = (Vec::new(), [0; 4096]);
+        while let Ok(n @ 1..) = reader.read(&mut part).await {
+            buffer.extend_from_slice(&part[..n]);
+            while let Ok(Some((payload, rest))) = frame::decode("test", &buffer, FRAME_MAX_BYTES) {
+                let frame = Frame::decode(Bytes::copy_from_slice(payload), 64);
+                let rest = rest.to_vec();
+                if let Ok(Frame::Message(SpreadMessage::Request(index))) = frame {
+                    let garbage = Frame::Chunk { index, bytes: Bytes::from(vec![index as u8; LEAF]) };
+                    let _ = writer.write_all(&garbage.encode()).await;
+                    let _ = writer.flush().await;
+                }
+                buffer = rest;
+            }
+        }
+    })
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_liar_is_dropped_and_nothing_wrong_is_stored() {
+    let (source, member) = (peer().await, peer().await);
+    let (root, _feeding) = publish(&source).await;
+    let liar =
+        Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
+    lie(&liar);
+    // The manifest comes from the source, the first neighbour is the liar.
+    member.node.dial(&source.node.listen_addrs().await[0]).await.unwrap();
+    member.blocks.fetch_manifest(&root, &[source.node.peer_id()]).await.unwrap();
+    member.node.dial(&liar.listen_addrs().await[0]).await.unwrap();
+    let config = SpreadConfig::default;
+    let lied_to = member.blocks.spread(&root, Some(&liar.peer_id()), config()).await.unwrap();
+    while member.blocks.account(&liar.peer_id()).wrong_blocks == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(lied_to.progress().done_bytes, 0);
+    assert!(!lied_to.neighbours().contains(&liar.peer_id()));
+    drop(lied_to);
+    let part = member.blocks.spread(&root, Some(&source.node.peer_id()), config()).await.unwrap();
+    part.done(|_| ()).await.unwrap();
+    assert_eq!(member.blocks.read(&root).await.unwrap(), content());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_ends_it_with_a_clear_error() {
+    let source = peer().await;
+    let member = peer_with(Arc::new(MemoryStore::with_quota(10 * LEAF as u64))).await;
+    let (root, _feeding) = publish(&source).await;
+    let error = join(&member, &source, &root).await.done(|_| ()).await.unwrap_err();
+    assert!(matches!(*error, FetchError::Store(StoreError::Full { .. })), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_must_have_everything() {
+    let (source, other) = (peer().await, peer().await);
+    let (root, _feeding) = publish(&source).await;
+    other.node.dial(&source.node.listen_addrs().await[0]).await.unwrap();
+    other.blocks.fetch_manifest(&root, &[source.node.peer_id()]).await.unwrap();
+    let error = other.blocks.spread(&root, None, SpreadConfig::default()).await.unwrap_err();
+    assert!(matches!(error, FetchError::NotHere { .. }), "{error}");
+}
