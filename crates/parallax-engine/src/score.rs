@@ -23,6 +23,14 @@ pub struct Scored {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ScoreError {
+    /// It is longer than the context.
+    #[error("the sequence has {tokens} tokens, the context holds {context_tokens}; shorten it")]
+    TooLong {
+        /// Its length.
+        tokens: usize,
+        /// The context.
+        context_tokens: usize,
+    },
     /// It does not fit the model.
     #[error(transparent)]
     Request(#[from] RequestError),
@@ -37,8 +45,12 @@ pub enum ScoreError {
 /// Empty or overlong sequences, unknown tokens, a failed forward pass.
 pub fn score(runner: &mut dyn StageRunner, ids: &[u32]) -> Result<Scored, ScoreError> {
     let shape = runner.shape();
+    let (tokens, context_tokens) = (ids.len(), shape.context_tokens());
+    if tokens > context_tokens {
+        return Err(ScoreError::TooLong { tokens, context_tokens });
+    }
     // One more than the context: scoring asks for no new token.
-    let limits = RequestLimits { vocab: shape.vocab, context_tokens: shape.context_tokens() + 1 };
+    let limits = RequestLimits { vocab: shape.vocab, context_tokens: context_tokens + 1 };
     Request::greedy(ids.to_vec(), 1).validate(&limits)?;
     let log_softmax = runner.log_softmax();
     let mut scored = Scored::default();

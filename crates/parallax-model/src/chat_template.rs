@@ -35,6 +35,8 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat";
+/// Template instructions of one rendering, about a second; a long conversation takes some ten thousand.
+const FUEL: u64 = 10_000_000;
 
 impl ChatTemplate {
     /// Compiles a template.
@@ -45,6 +47,8 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| TemplateError::Compile(format!("{e:#}")))?);
+        // A template comes with the model, from anybody: one that loops without end is an error, not a hang.
+        environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -130,6 +134,13 @@ mod tests {
     fn raise_exception_reaches_the_caller() {
         let t = ChatTemplate::new("{{ raise_exception('roles must alternate') }}", "", "").unwrap();
         assert!(t.render(&[], false).unwrap_err().to_string().contains("roles must alternate"));
+    }
+
+    #[test]
+    fn a_template_without_end_is_an_error() {
+        let loops = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
+        let t = ChatTemplate::new(loops, "", "").unwrap();
+        assert!(t.render(&[], false).unwrap_err().to_string().contains("fuel"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
 use crate::{
     chat_template::ChatTemplate,
     config::ModelConfig,
-    error::{OpenError, TemplateError, TokenizerError},
+    error::{ConfigError, OpenError, TemplateError, TokenizerError},
     options::WeightDtype,
     tokenizer::{Tokenizer, gguf::GgufVocabulary},
     weights::{Source, WeightIndex, gguf::GgufFile, is_rope_factors, quantized, safetensors},
@@ -78,13 +78,35 @@ fn language_model_name(name: &str) -> Option<String> {
     None
 }
 
+/// A configuration that knows fewer layers than there are weights for is of another model: it would compute, wrongly.
+/// `spare` further ones, which guess tokens ahead, are no part of the model.
+fn check_layers(config: &ModelConfig, index: &WeightIndex, spare: usize) -> Result<(), OpenError> {
+    let layer = |name: &String| -> Option<usize> {
+        name.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
+    };
+    match index.tensors.keys().filter_map(layer).max() {
+        Some(last) if last >= config.n_layers.saturating_add(spare) => {
+            Err(OpenError::Config(ConfigError::Invalid {
+                field: "n_layers".to_owned(),
+                value: config.n_layers.to_string(),
+                reason: format!("the checkpoint has weights of layer {last}"),
+            }))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Checkpoint {
     /// Opens a `.gguf` file or a directory with config.json and safetensors.
     ///
     /// # Errors
     /// Nothing is there, or what is there is truncated, corrupt or of an unsupported architecture.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        if path.is_dir() { Self::open_dir(path) } else { Self::from_gguf(GgufFile::open(path)?, path) }
+        if path.is_dir() {
+            return Self::open_dir(path);
+        }
+        let named = |error: OpenError| error.within(path);
+        Self::from_gguf(GgufFile::open(path).map_err(named)?, path).map_err(named)
     }
 
     /// The model a user names: `tiny`, a path, or a repository id in the local hub cache.
@@ -107,6 +129,7 @@ impl Checkpoint {
         let config = ModelConfig::from_gguf(&file)?;
         let vocabulary = GgufVocabulary::read(&file);
         let index = file.into_index(&config)?;
+        check_layers(&config, &index, 0)?;
         Ok(Self {
             config,
             index,
@@ -130,7 +153,7 @@ impl Checkpoint {
         let config = std::fs::read(&config_path)
             .map_err(|source| OpenError::Io { path: config_path.clone(), source })?;
         let generation = read("generation_config.json")?;
-        let index = safetensors::open_dir(dir)?;
+        let index = safetensors::open_dir(dir).map_err(|e| e.within(dir))?;
         let mut opened = Self::from_parts(
             &config,
             generation.as_deref(),
@@ -154,10 +177,14 @@ impl Checkpoint {
         mut index: WeightIndex,
         location: &Path,
     ) -> Result<Self, OpenError> {
-        let quantization = serde_json::from_slice::<serde_json::Value>(config).unwrap_or_default();
-        let mut config = ModelConfig::from_hf_json(&String::from_utf8_lossy(config))?;
+        let file = location.join("config.json");
+        let text = String::from_utf8_lossy(config);
+        let mut config = ModelConfig::from_hf_json(&text).map_err(|e| OpenError::from(e).within(&file))?;
+        let fields: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         index.rename(language_model_name);
-        quantized::derive(&mut index, &quantization["quantization_config"])?;
+        quantized::derive(&mut index, &fields["quantization_config"]).map_err(|e| e.within(location))?;
+        let spare = fields["num_nextn_predict_layers"].as_u64().and_then(|n| usize::try_from(n).ok());
+        check_layers(&config, &index, spare.unwrap_or(0)).map_err(|e| e.within(&file))?;
         // generation_config.json knows end tokens that config.json does not.
         if let Some(more) = generation.and_then(|g| serde_json::from_slice::<serde_json::Value>(g).ok()) {
             let ids = match &more["eos_token_id"] {

@@ -31,7 +31,7 @@ pub enum ConfigError {
         reason: String,
     },
     /// Not JSON.
-    #[error("the model configuration is not valid JSON: {0}")]
+    #[error("the model configuration is not valid: {0}")]
     Json(#[from] serde_json::Error),
 }
 
@@ -66,7 +66,7 @@ pub enum OpenError {
         reason: String,
     },
     /// A tensor the model needs is not in the checkpoint.
-    #[error("tensor {name:?} is not in the checkpoint; it has {n_tensors} tensors")]
+    #[error("tensor {name:?} is not in the checkpoint, which has {n_tensors} tensors; is it complete?")]
     MissingTensor {
         /// Its name in the file.
         name: String,
@@ -96,6 +96,27 @@ pub enum OpenError {
     /// The configuration is not usable.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// One of the above that says itself only what is wrong, with the place where it is.
+    #[error("{path}: {source}")]
+    In {
+        /// The file or directory that was opened.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<Self>,
+    },
+}
+
+impl OpenError {
+    /// Names the checkpoint, where the error does not do so itself.
+    pub(crate) fn within(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::MissingTensor { .. }
+            | Self::Shape { .. }
+            | Self::UnsupportedDtype { .. }
+            | Self::Config(_) => Self::In { path: path.to_owned(), source: Box::new(self) },
+            named => named,
+        }
+    }
 }
 
 /// A stage that cannot be loaded.
@@ -141,6 +162,16 @@ pub enum LoadError {
         /// What the kernels said.
         reason: String,
     },
+}
+
+impl LoadError {
+    /// Names the checkpoint, where the error does not do so itself.
+    pub(crate) fn within(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::Open(error) => Self::Open(error.within(path)),
+            other => other,
+        }
+    }
 }
 
 /// A forward pass that was refused or gave something that is not a number.

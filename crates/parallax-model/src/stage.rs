@@ -117,7 +117,7 @@ impl Stage {
     /// A layer range or size that does not fit, a device that is not there, weights that cannot be read.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
         let (device, route) = device::open(options.device)?;
-        Self::load_on(checkpoint, options, device, route)
+        Self::load_on(checkpoint, options, device, route).map_err(|e| e.within(checkpoint.location()))
     }
 
     pub(crate) fn load_on(

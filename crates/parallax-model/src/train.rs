@@ -168,7 +168,7 @@ impl TrainModel {
     /// Neither or both of an adapter and all weights are asked for, an unknown target, weights that cannot be
     /// read.
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &TrainOptions) -> Result<Self, LoadError> {
-        Self::load_on(checkpoint, options, Route::Kernels)
+        Self::load_on(checkpoint, options, Route::Kernels).map_err(|e| e.within(checkpoint.location()))
     }
 
     pub(crate) fn load_on(

@@ -44,6 +44,20 @@ impl TensorInfo {
     }
 }
 
+/// Tensors of one file that share bytes are a broken header: one of them would be read as something that it is not.
+pub(crate) fn check_disjoint(file: &Source, tensors: &BTreeMap<String, TensorInfo>) -> Result<(), OpenError> {
+    let mut spans: Vec<(u64, u64, &str)> = tensors
+        .iter()
+        .map(|(name, t)| (t.offset, t.len, name.as_str()))
+        .filter(|(_, len, _)| *len > 0)
+        .collect();
+    spans.sort_unstable();
+    match spans.windows(2).find(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+        Some(pair) => Err(file.corrupt(format!("tensors {:?} and {:?} share bytes", pair[0].2, pair[1].2))),
+        None => Ok(()),
+    }
+}
+
 /// All tensors of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct WeightIndex {

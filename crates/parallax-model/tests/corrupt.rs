@@ -6,6 +6,7 @@ use std::path::Path;
 
 use parallax_model::{Checkpoint, LoadOptions, ModelConfig, Stage, TrainModel};
 use proptest::prelude::*;
+use serde_json::json;
 
 fn tiny_config(hidden: usize) -> ModelConfig {
     let json = serde_json::json!({
@@ -54,11 +55,62 @@ fn errors_name_the_file_and_what_is_wrong() {
     std::fs::write(dir.path().join("config.json"), other).unwrap();
     let error = try_load(dir.path()).unwrap_err();
     assert!(error.contains("GPT2LMHeadModel") && error.contains("qwen3"), "{error}");
+    assert!(error.contains(dir.path().join("config.json").to_str().unwrap()), "{error}");
 
     let gguf = dir.path().join("model.gguf");
     std::fs::write(&gguf, b"GGUF\x03\0\0\0").unwrap();
     let error = Checkpoint::open(&gguf).unwrap_err().to_string();
     assert!(error.contains("model.gguf") && error.contains("truncated"), "{error}");
+}
+
+/// The configuration with one field replaced, or left out.
+fn write_config(dir: &Path, field: &str, value: Option<serde_json::Value>) {
+    let mut config = tiny_config(8).to_hf_json();
+    match value {
+        Some(value) => config[field] = value,
+        None => drop(config.as_object_mut().unwrap().remove(field)),
+    }
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn a_configuration_that_cannot_be_is_refused_with_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path());
+    let path = dir.path().join("config.json");
+    let sizes =
+        ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"];
+    for field in sizes {
+        let nonsense =
+            [json!(0), json!(-1), json!(1u64 << 31), json!(1e300), json!("x"), json!([1]), json!(1.5)];
+        for value in nonsense.into_iter().map(Some).chain([None]) {
+            write_config(dir.path(), field, value.clone());
+            let error = try_load(dir.path()).unwrap_err();
+            assert!(error.contains(dir.path().to_str().unwrap()), "{field} = {value:?}: {error}");
+        }
+    }
+    for content in [&b""[..], b"null", b"{}", b"\xff\xfe\x00", b"[[[[[[[["] {
+        std::fs::write(&path, content).unwrap();
+        let error = try_load(dir.path()).unwrap_err();
+        assert!(error.contains(path.to_str().unwrap()), "{content:?}: {error}");
+    }
+}
+
+#[test]
+fn a_configuration_of_another_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut deep = tiny_config(8).to_hf_json();
+    deep["num_hidden_layers"] = json!(3);
+    let deep = ModelConfig::from_hf_json(&deep.to_string()).unwrap();
+    TrainModel::new_random(&deep, 1).unwrap().save_checkpoint(dir.path()).unwrap();
+    try_load(dir.path()).unwrap();
+    // Fewer layers than there are: it would compute, but not this model.
+    write_config(dir.path(), "num_hidden_layers", Some(json!(2)));
+    let error = try_load(dir.path()).unwrap_err();
+    assert!(error.contains("layer 2") && error.contains("config.json"), "{error}");
+    write_config(dir.path(), "num_hidden_layers", Some(json!(4)));
+    let error = try_load(dir.path()).unwrap_err();
+    assert!(error.contains("layers.3") && error.contains(dir.path().to_str().unwrap()), "{error}");
 }
 
 proptest! {

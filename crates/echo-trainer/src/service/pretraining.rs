@@ -119,6 +119,8 @@ pub fn pretrain(
     mut progress: impl FnMut(Progress),
 ) -> Result<PretrainReport, PretrainError> {
     let started = Instant::now();
+    // First: a directory that cannot be written should not cost a training run.
+    writable(out).map_err(|source| PretrainError::Io { path: out.to_owned(), source })?;
     let shape = model_config(config)?;
     let encoder = tiny_encoder()?;
     let environment = Arithmetic::new(config.max_operand, true);
@@ -160,11 +162,18 @@ pub fn pretrain(
     report.loss_after = trainer.loss(&batch(config.steps.saturating_sub(1))?)?;
     report.held_out_reward = expected_reward(trainer.policy(), &held_out)?;
     let model = trainer.into_policy();
-    fs::create_dir_all(out).map_err(|source| PretrainError::Io { path: out.to_owned(), source })?;
     model.save_checkpoint(out).map_err(model_error)?;
     narrow_weights(&out.join("model.safetensors"))?;
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// Makes the directory, and a file in it for a moment.
+fn writable(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let probe = dir.join(".writable");
+    fs::write(&probe, [])?;
+    fs::remove_file(probe)
 }
 
 /// Mean probability that a sampled answer is exactly the marked one.

@@ -154,13 +154,15 @@ fn file_name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// All files of a checkpoint that live on disk; empty for one that is built into the program.
+/// All files of a checkpoint that live on disk, by absolute paths; empty for one that is built into the program.
 pub fn published_files(checkpoint: &Checkpoint) -> Vec<PathBuf> {
     let weights = checkpoint.files();
     if weights.is_empty() || weights.iter().any(|path| !path.is_file()) {
         return Vec::new();
     }
-    checkpoint.companion_files().iter().cloned().chain(weights).collect()
+    let all = checkpoint.companion_files().iter().cloned().chain(weights);
+    // An exchange would look relative paths up in the directory that they have in common.
+    all.map(|path| std::path::absolute(&path).unwrap_or(path)).collect()
 }
 
 /// The bytes of the published files that a stage of these layers reads: small files whole, headers, its tensors.
@@ -349,6 +351,13 @@ mod tests {
         let far = MERGE_GAP_BYTES * 10;
         assert_eq!(merged(vec![(far, 5), (0, 10), (10, 3), (20, 0)]), [(0, 13), (far, 5)]);
         assert_eq!(merged(vec![(0, 100), (10, 5)]), [(0, 100)]);
+    }
+
+    #[test]
+    fn a_model_named_by_a_relative_path_is_published_by_absolute_ones() {
+        let checkpoint = Checkpoint::open(Path::new("../../assets/tiny")).unwrap();
+        let files = published_files(&checkpoint);
+        assert!(files.len() >= 3 && files.iter().all(|f| f.is_absolute() && f.is_file()), "{files:?}");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Source, TensorInfo, WeightIndex,
+    Source, TensorInfo, WeightIndex, check_disjoint,
     decode::{READABLE, StoredDtype, to_f32},
     names,
 };
@@ -233,8 +233,15 @@ impl GgufFile {
                     source.len()
                 )));
             };
+            if !info.offset.is_multiple_of(alignment) {
+                let offset = info.offset;
+                return Err(source.corrupt(format!(
+                    "tensor {name:?} at offset {offset} is not aligned to {alignment} bytes"
+                )));
+            }
             info.offset = start;
         }
+        check_disjoint(&source, &tensors)?;
         Ok(Self { source, metadata, tensors })
     }
 

@@ -11,7 +11,7 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    Source, TensorInfo, WeightIndex,
+    Source, TensorInfo, WeightIndex, check_disjoint,
     decode::{READABLE, StoredDtype},
 };
 use crate::error::OpenError;
@@ -75,7 +75,7 @@ pub(crate) fn index(files: impl IntoIterator<Item = Source>) -> Result<WeightInd
     Ok(WeightIndex::new(files, tensors))
 }
 
-fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>, OpenError> {
+fn header(file: &Source, file_index: usize) -> Result<BTreeMap<String, TensorInfo>, OpenError> {
     if file.len() < 8 {
         return Err(file.corrupt("shorter than a safetensors header"));
     }
@@ -89,7 +89,7 @@ fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>,
     let text = file.read(8, len)?;
     let map: BTreeMap<String, serde_json::Value> =
         serde_json::from_slice(&text).map_err(|e| file.corrupt(format!("header is not JSON: {e}")))?;
-    let mut out = Vec::with_capacity(map.len());
+    let mut out = BTreeMap::new();
     for (name, value) in map {
         if name == "__metadata__" {
             continue;
@@ -118,8 +118,9 @@ fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>,
             len: end - start,
             interleaved_heads: None,
         };
-        out.push((name, info));
+        out.insert(name, info);
     }
+    check_disjoint(file, &out)?;
     Ok(out)
 }
 
@@ -127,6 +128,7 @@ fn header(file: &Source, file_index: usize) -> Result<Vec<(String, TensorInfo)>,
 mod tests {
     use proptest::prelude::*;
     use safetensors::tensor::{Dtype, TensorView, serialize};
+    use serde_json::json;
 
     use super::*;
 
@@ -158,6 +160,32 @@ mod tests {
         for len in 0..whole.len() {
             assert!(index([Source::memory("cut", whole[..len].to_vec())]).is_err(), "{len}");
         }
+    }
+
+    #[test]
+    fn headers_that_lie_about_the_data_are_refused() {
+        let whole = sample();
+        let n = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&whole[8..8 + n]).unwrap();
+        let lie = |change: &dyn Fn(&mut serde_json::Value)| {
+            let mut header = header.clone();
+            change(&mut header);
+            let text = header.to_string().into_bytes();
+            let file = [&(text.len() as u64).to_le_bytes()[..], &text, &whole[8 + n..]].concat();
+            index([Source::memory("lie", file)]).unwrap_err().to_string()
+        };
+        for (field, value) in [
+            ("data_offsets", json!([0, 1u64 << 62])),
+            ("data_offsets", json!([24, 0])),
+            ("data_offsets", json!([-1, 23])),
+            ("shape", json!([1u64 << 40, 1u64 << 40])),
+            ("shape", json!([2, 4])),
+        ] {
+            let error = lie(&|h| h["a"][field] = value.clone());
+            assert!(error.contains("lie") && error.contains("\"a\""), "{field} = {value}: {error}");
+        }
+        let error = lie(&|h| h["b"]["data_offsets"] = json!([16, 24]));
+        assert!(error.contains("share bytes"), "{error}");
     }
 
     #[test]

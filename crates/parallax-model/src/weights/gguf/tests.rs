@@ -74,6 +74,33 @@ fn unsupported_block_format_is_named() {
     assert!(error.contains("whole number of Q4_K"), "{error}");
 }
 
+/// The sample with eight bytes replaced: those `skip` after the text `mark`.
+fn changed(mark: &[u8], skip: usize, value: u64) -> String {
+    let mut f = sample();
+    let at = f.windows(mark.len()).position(|w| w == mark).unwrap() + mark.len() + skip;
+    f[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    GgufFile::from_bytes("lie", f).unwrap_err().to_string()
+}
+
+#[test]
+fn headers_that_lie_about_the_data_are_refused() {
+    // Counts of tensors, metadata and array elements; a key's length; a dimension; offsets.
+    let x = [&1u64.to_le_bytes()[..], b"x"].concat();
+    let q = [&1u64.to_le_bytes()[..], b"q"].concat();
+    for (what, error) in [
+        ("tensors", changed(&3u32.to_le_bytes(), 0, 1 << 63)),
+        ("metadata", changed(&3u32.to_le_bytes(), 8, 1 << 40)),
+        ("bytes wanted", changed(&3u32.to_le_bytes(), 16, u64::MAX)),
+        ("array elements", changed(b"words", 8, 1 << 50)),
+        ("blocks", changed(&x, 4, 1 << 62)),
+        ("past the end", changed(&x, 24, u64::MAX - 31)),
+        ("not aligned", changed(&q, 16, 1)),
+        ("share bytes", changed(&q, 16, 0)),
+    ] {
+        assert!(error.contains(what) && error.contains("lie"), "{what}: {error}");
+    }
+}
+
 proptest! {
     #[test]
     fn mutated_bytes_never_panic(at in 0usize..400, value: u8, second in 0usize..400, other: u8) {
