@@ -14,8 +14,11 @@ pub struct NodeConfig {
     pub listen: Vec<String>,
     /// Addresses (with `/p2p/` part) of peers that are dialled at the start and again while they are not connected.
     pub bootstrap: Vec<String>,
-    /// Relays (with `/p2p/` part) at which this node reserves a slot, so that peers reach it through them.
+    /// Relays (with `/p2p/` part) at which this node may reserve slots, so that peers reach it through them. Not empty: relays
+    /// that it meets otherwise are used as well when these are lost.
     pub relays: Vec<String>,
+    /// Slots kept at the same time, at the nearest relays; a lost one is replaced by one elsewhere. Default: 2.
+    pub relay_slots: usize,
     /// Addresses under which this node is known to be reachable, when the operator knows them.
     pub external: Vec<String>,
     /// Name of the network. Nodes of other networks are neither found through the DHT nor kept when mDNS finds them.
@@ -48,6 +51,7 @@ impl Default for NodeConfig {
             listen: vec!["/ip4/127.0.0.1/udp/0/quic-v1".to_owned(), "/ip4/127.0.0.1/tcp/0".to_owned()],
             bootstrap: Vec::new(),
             relays: Vec::new(),
+            relay_slots: 2,
             external: Vec::new(),
             network: "default".to_owned(),
             access: Access::default(),
@@ -187,6 +191,9 @@ impl NodeConfig {
                 return bad(field, address.clone(), "an address that ends with /p2p/PEER_ID");
             }
         }
+        if !(1..=16).contains(&self.relay_slots) {
+            return bad("relay_slots", self.relay_slots.to_string(), "1 to 16");
+        }
         if !(1..=64).contains(&self.io_threads) {
             return bad("io_threads", self.io_threads.to_string(), "1 to 64");
         }
@@ -283,6 +290,7 @@ mod tests {
             NodeConfig { listen: vec!["127.0.0.1:80".to_owned()], ..good() },
             NodeConfig { bootstrap: vec!["/ip4/127.0.0.1/tcp/1".to_owned()], ..good() },
             NodeConfig { io_threads: 0, ..good() },
+            NodeConfig { relay_slots: 0, ..good() },
             NodeConfig { limits: Limits { calls_per_peer: 0, ..limits() }, ..good() },
             NodeConfig { limits: Limits { body_bytes: RPC_BODY_MAX_BYTES + 1, ..limits() }, ..good() },
             NodeConfig { limits: Limits { call_bytes_per_peer: 1, ..limits() }, ..good() },

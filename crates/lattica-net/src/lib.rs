@@ -30,7 +30,7 @@
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
 //! (how calls are refused), [`event`], [`wire`] (frames), [`rpc`] (calls under way, admission), [`links`] (estimates and
 //! the probe schedule), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
-//! swarms). Shell,
+//! swarms), [`relays`] (which relays to keep slots at). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate` (nobody unproved gets in), `service/
 //! rpc_client`, `service/rpc_server`, `service/link_probe`, `service/tensor`, `service/identity`. On the wire: docs/WIRE.md.
@@ -42,6 +42,7 @@ pub mod error;
 pub mod event;
 pub mod links;
 pub mod peers;
+pub mod relays;
 pub mod rpc;
 pub mod status;
 pub mod wire;

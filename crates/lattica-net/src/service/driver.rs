@@ -1,7 +1,7 @@
 //! The one task that owns the swarm. It awaits nothing but the swarm, a bounded queue of commands and a clock tick, and
 //! it never moves the bytes of a stream: a slow peer or handler cannot hold it up.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,6 +70,8 @@ pub(crate) struct Driver {
     upkeep: Upkeep,
     /// Where each connection leads, for judging the addresses that its peer claims.
     remotes: HashMap<ConnectionId, Multiaddr>,
+    /// Connections that this end dialled.
+    dialled: HashSet<ConnectionId>,
     /// Peers that we dialled because mDNS saw them; they may belong to another network.
     from_mdns: HashMap<LibPeerId, ()>,
 }
@@ -89,6 +91,7 @@ impl Driver {
             queries: Queries::default(),
             upkeep,
             remotes: HashMap::new(),
+            dialled: HashSet::new(),
             from_mdns: HashMap::new(),
         }
     }
@@ -165,6 +168,9 @@ impl Driver {
                         &without_peer(address).to_string(),
                     );
                 }
+                if endpoint.is_dialer() {
+                    self.dialled.insert(connection_id);
+                }
                 self.remotes.insert(connection_id, remote);
                 self.dials.handle_established(connection_id, peer_id);
                 self.upkeep.handle_established(peer_id);
@@ -172,6 +178,7 @@ impl Driver {
             SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, num_established, .. } => {
                 tracing::debug!(peer = %peer_id, ?cause, "connection closed");
                 self.remotes.remove(&connection_id);
+                self.dialled.remove(&connection_id);
                 if num_established == 0 {
                     self.from_mdns.remove(&peer_id);
                 }
@@ -180,7 +187,7 @@ impl Driver {
                 self.handle_dial_error(connection_id, peer_id, &error);
             }
             SwarmEvent::NewListenAddr { address, listener_id } => {
-                if self.upkeep.handle_listening(listener_id, self.shared.now()) {
+                if self.upkeep.handle_listening(listener_id) {
                     tracing::info!(%address, "reachable through a relay");
                 } else if self.shared.config.relay_server && self.shared.config.external.is_empty() {
                     // A relay is of use only where it is reachable; its operator listens on such addresses.
@@ -248,6 +255,15 @@ impl Driver {
             return;
         }
         let Some(seen_at) = self.remotes.get(&connection_id).map(ToString::to_string) else { return };
+        if let (true, Some(address)) =
+            (info.protocols.contains(&relay::HOP_PROTOCOL_NAME), self.remotes.get(&connection_id))
+        {
+            let address = without_peer(address);
+            // A relay behind a relay is of no use, and where an incoming connection came from nobody listens.
+            if self.dialled.contains(&connection_id) && !crate::addr::is_relayed(&address.to_string()) {
+                self.upkeep.handle_relay(peer_id, address);
+            }
+        }
         let limit = self.shared.config.limits.addresses_per_peer;
         for address in info.listen_addrs.iter().map(without_peer).take(limit) {
             let text = address.to_string();

@@ -100,6 +100,35 @@ async fn a_relayed_connection_becomes_direct_and_calls_go_on() {
 }
 
 #[tokio::test]
+async fn a_lost_relay_is_replaced_by_another_one() {
+    let relay = || async { start(NodeConfig { relay_server: true, ..config(Transport::Tcp) }).await };
+    let relays = [relay().await, relay().await, relay().await];
+    let mut addresses = Vec::new();
+    for relay in &relays {
+        addresses.push(relay.listen_addrs().await.remove(0));
+    }
+    let hidden =
+        start(NodeConfig { listen: vec![], relays: addresses.clone(), ..config(Transport::Tcp) }).await;
+    hidden.handle("echo", |_, body| async move { Ok(body) });
+    let held =
+        || async { hidden.listen_addrs().await.into_iter().filter(|a| a.contains("p2p-circuit")).count() };
+    let two = async {
+        while held().await < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, two).await.expect("two slots");
+    assert!(!hidden.is_connected(&relays[2].peer_id()), "the third one is not asked");
+    let mut events = hidden.events();
+    relays[0].shutdown().await;
+    until(&mut events, &NetEvent::RelayReserved(relays[2].peer_id())).await;
+    let client = start(NodeConfig { listen: vec![], hole_punching: false, ..config(Transport::Tcp) }).await;
+    let circuit = format!("{}/p2p-circuit/p2p/{}", addresses[2], hidden.peer_id());
+    client.dial(&circuit).await.unwrap();
+    client.call(&hidden.peer_id(), "echo", Bytes::new(), PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
 async fn bootstrap_peers_are_found_again_when_they_come_back() {
     let first = start(config(Transport::Tcp)).await;
     let address = first.listen_addrs().await.remove(0);

@@ -1,7 +1,8 @@
-//! Keeps a node where it belongs: bootstrap peers are dialled again while they are away, and relay slots are renewed
-//! when they are lost, each with growing pauses.
+//! Keeps a node where it belongs: bootstrap peers are dialled again while they are away, with growing pauses, and a lost
+//! relay slot is replaced by one at another relay.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use libp2p::PeerId as LibPeerId;
@@ -9,26 +10,31 @@ use libp2p::core::transport::ListenerId;
 use libp2p::core::{Multiaddr, multiaddr::Protocol};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 
+use super::super::wire_peer;
 use super::{Driver, without_peer};
 use crate::config::NodeConfig;
+use crate::relays::RelayPlan;
 
 /// Pause after the first vain try; it doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Relays whose addresses are kept.
+const RELAYS_MAX: usize = 32;
 
 /// See the module.
 pub(super) struct Upkeep {
     bootstrap: Vec<Contact>,
-    relays: Vec<Contact>,
-    listeners: HashMap<ListenerId, usize>,
+    relays: RelayPlan<LibPeerId>,
+    /// Where each relay is dialled.
+    relay_addresses: HashMap<LibPeerId, Multiaddr>,
+    /// The listeners that stand for our slots.
+    listeners: HashMap<ListenerId, LibPeerId>,
     dht_joined: bool,
 }
 
 struct Contact {
     peer: LibPeerId,
     address: Multiaddr,
-    /// For relays: the listener that stands for our slot.
-    listening: bool,
     try_at: Duration,
     pause: Duration,
 }
@@ -42,11 +48,24 @@ impl Contact {
 
 impl Upkeep {
     pub(super) fn new(config: &NodeConfig) -> Self {
-        Self {
+        let mut upkeep = Self {
             bootstrap: contacts(&config.bootstrap),
-            relays: contacts(&config.relays),
+            relays: RelayPlan::new(if config.relays.is_empty() { 0 } else { config.relay_slots }),
+            relay_addresses: HashMap::new(),
             listeners: HashMap::new(),
             dht_joined: false,
+        };
+        for relay in contacts(&config.relays) {
+            upkeep.handle_relay(relay.peer, relay.address);
+        }
+        upkeep
+    }
+
+    /// A relay is known. The first address that was named for it counts.
+    pub(super) fn handle_relay(&mut self, relay: LibPeerId, address: Multiaddr) {
+        if self.relay_addresses.len() < RELAYS_MAX {
+            self.relay_addresses.entry(relay).or_insert(address);
+            self.relays.add(relay);
         }
     }
 
@@ -57,19 +76,15 @@ impl Upkeep {
     }
 
     /// Whether the listener that stands now is a relay slot.
-    pub(super) fn handle_listening(&mut self, listener: ListenerId, _now: Duration) -> bool {
-        let Some(relay) = self.listeners.get(&listener).and_then(|i| self.relays.get_mut(*i)) else {
-            return false;
-        };
-        relay.pause = FIRST_PAUSE;
+    pub(super) fn handle_listening(&mut self, listener: ListenerId) -> bool {
+        let Some(relay) = self.listeners.get(&listener) else { return false };
+        self.relays.handle_held(relay);
         true
     }
 
     pub(super) fn handle_listener_closed(&mut self, listener: ListenerId, now: Duration) {
-        let index = self.listeners.remove(&listener);
-        if let Some(relay) = index.and_then(|i| self.relays.get_mut(i)) {
-            relay.listening = false;
-            relay.failed(now);
+        if let Some(relay) = self.listeners.remove(&listener) {
+            self.relays.handle_lost(&relay, now);
         }
     }
 }
@@ -79,7 +94,7 @@ fn contacts(addresses: &[String]) -> Vec<Contact> {
         let address: Multiaddr = address.parse().ok()?;
         let Some(Protocol::P2p(peer)) = address.iter().last() else { return None };
         let address = without_peer(&address);
-        Some(Contact { peer, address, listening: false, try_at: Duration::ZERO, pause: FIRST_PAUSE })
+        Some(Contact { peer, address, try_at: Duration::ZERO, pause: FIRST_PAUSE })
     };
     addresses.iter().filter_map(contact).collect()
 }
@@ -100,19 +115,22 @@ impl Driver {
             }
             contact.failed(now);
         }
-        for (i, relay) in self.upkeep.relays.iter_mut().enumerate() {
-            if relay.listening || now < relay.try_at {
-                continue;
-            }
-            let slot = relay.address.clone().with(Protocol::P2p(relay.peer)).with(Protocol::P2pCircuit);
+        let shared = Arc::clone(&self.shared);
+        self.upkeep.relays.measure(|relay| {
+            let state = shared.table().known_state(&wire_peer(relay).ok()?)?;
+            let rtt_ms = state.link().estimate(now, false)?.rtt_ms;
+            Duration::try_from_secs_f64(rtt_ms / 1e3).ok()
+        });
+        while let Some(relay) = self.upkeep.relays.next(now) {
+            let Some(address) = self.upkeep.relay_addresses.get(&relay) else { break };
+            let slot = address.clone().with(Protocol::P2p(relay)).with(Protocol::P2pCircuit);
             match self.swarm.listen_on(slot) {
                 Ok(listener) => {
-                    relay.listening = true;
-                    self.upkeep.listeners.insert(listener, i);
+                    self.upkeep.listeners.insert(listener, relay);
                 }
                 Err(error) => {
-                    tracing::warn!(relay = %relay.peer, %error, "no slot at relay");
-                    relay.failed(now);
+                    tracing::warn!(%relay, %error, "no slot at relay");
+                    self.upkeep.relays.handle_lost(&relay, now);
                 }
             }
         }
