@@ -5,8 +5,8 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use crate::environment::Environment;
-use crate::rollout::{Finish, Trajectory};
+use crate::environment::{Environment, Reward, Task, Turn};
+use crate::rollout::{Finish, Step, Trajectory};
 use crate::text::Text;
 
 /// A check of one trajectory. Pure, so that the same trajectory is always judged the same.
@@ -62,6 +62,12 @@ pub enum Rejection {
     Ending {
         /// The contradiction.
         reason: &'static str,
+    },
+    /// What the environment is said to have answered is not what it answers.
+    #[error("the environment's words at token {position} are not what it says")]
+    Observation {
+        /// Where they begin, counted from the completion's first token.
+        position: usize,
     },
     /// The verifier here gives another reward.
     #[error("the reward is {claimed} but the verifier gives {graded}")]
@@ -135,25 +141,64 @@ impl Admission for Regrade {
         if self.text.prompt(&task).map_err(|e| unjudged(&e))? != t.prompt() {
             return Err(Rejection::Prompt { seed });
         }
-        let completion = t.completion();
-        let stop_at = completion.iter().position(|token| self.text.stop_ids().contains(token));
-        let n = completion.len();
-        match (t.finish(), stop_at) {
-            (Finish::Stop, Some(at)) if at + 1 == n => {}
-            (Finish::Length, None) if n == t.lease().sampling.max_tokens as usize => {}
-            (_, Some(at)) if at + 1 < n => return Err(Rejection::Ending { reason: "tokens after the end" }),
-            (Finish::Stop, _) => return Err(Rejection::Ending { reason: "no end-of-sequence token" }),
-            (Finish::Length, _) => {
-                return Err(Rejection::Ending { reason: "shorter than the limit, or stopped" });
-            }
-        }
-        let graded =
-            self.environment.verify(&task, &self.text.completion(&completion)).map_err(|e| unjudged(&e))?;
+        let graded = self.replay(&task, t)?;
         let claimed = t.reward().value();
         if graded.value().to_bits() != claimed.to_bits() {
             return Err(Rejection::Grade { claimed, graded: graded.value() });
         }
         Ok(())
+    }
+}
+
+impl Regrade {
+    /// Plays the transcript again: every turn ends where it says, the environment answers what is written, and the
+    /// reward is the one returned.
+    fn replay(&self, task: &Task, t: &Trajectory) -> Result<Reward, Rejection> {
+        let unjudged = |e: &dyn fmt::Display| Rejection::Unjudged { reason: e.to_string() };
+        let ending = |reason| Rejection::Ending { reason };
+        let (steps, tokens, limit) = (t.steps(), t.completion(), t.lease().sampling.max_tokens as usize);
+        let is_stop = |step: &Step| self.text.stop_ids().contains(&step.token);
+        let mut episode = self.environment.episode(task);
+        let mut start = 0;
+        for _ in 0..self.environment.turns() {
+            let own = steps[start..].iter().take_while(|s| s.trainable).count();
+            let stop = steps[start..start + own].iter().position(is_stop);
+            let end = stop.map_or(start + own, |at| start + at + 1);
+            let turn = episode.step(&self.text.completion(&tokens[start..end])).map_err(|e| unjudged(&e))?;
+            let last = end == steps.len();
+            match (stop, turn) {
+                (None, _) if t.finish() == Finish::Stop => return Err(ending("no end-of-sequence token")),
+                (None, _) if !last || end != limit => {
+                    return Err(ending("shorter than the limit, or stopped"));
+                }
+                (None, Turn::Continue { .. }) => return episode.cut().map_err(|e| unjudged(&e)),
+                (None, Turn::Done(reward)) => return Ok(reward),
+                (Some(_), Turn::Done(_)) if !last => return Err(ending("tokens after the end")),
+                (Some(_), Turn::Done(_)) if t.finish() == Finish::Length => {
+                    return Err(ending("shorter than the limit, or stopped"));
+                }
+                (Some(_), Turn::Done(reward)) => return Ok(reward),
+                (Some(_), Turn::Continue { observation }) => {
+                    let answer = self.text.observation(task, &observation).map_err(|e| unjudged(&e))?;
+                    if last {
+                        let no_room = t.finish() == Finish::Length && end + answer.len() >= limit;
+                        return if no_room {
+                            episode.cut().map_err(|e| unjudged(&e))
+                        } else {
+                            Err(ending("the episode was not over"))
+                        };
+                    }
+                    let next = end + answer.len();
+                    let written = steps.get(end..next).unwrap_or_default();
+                    let foreign = written.iter().all(|s| !s.trainable && s.logprob == 0.0);
+                    if !foreign || !written.iter().map(|s| s.token).eq(answer) {
+                        return Err(Rejection::Observation { position: end });
+                    }
+                    start = next;
+                }
+            }
+        }
+        Err(ending("more turns than the environment has"))
     }
 }
 
@@ -176,7 +221,7 @@ impl Admission for All {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::environment::{Arithmetic, Reward, Task};
+    use crate::environment::{Arithmetic, Calculator};
     use crate::lease::tests::lease;
     use crate::rollout::tests::sample;
     use crate::rollout::{Sample, Step};
@@ -190,6 +235,10 @@ pub(crate) mod tests {
     impl Text for ByteText {
         fn prompt(&self, task: &Task) -> Result<Vec<u32>, TextError> {
             Ok(task.prompt.bytes().map(u32::from).collect())
+        }
+
+        fn observation(&self, _: &Task, said: &str) -> Result<Vec<u32>, TextError> {
+            Ok(format!("[{said}]").bytes().map(u32::from).collect())
         }
 
         fn completion(&self, tokens: &[u32]) -> String {
@@ -239,6 +288,56 @@ pub(crate) mod tests {
         let mut cut = answer("ANSWER", 1.0);
         cut.finish = Finish::Length;
         assert!(matches!(judge(cut), Err(Rejection::Ending { .. })));
+    }
+
+    /// A transcript of the calculator: each turn's words, then what the tool wrote.
+    fn calls(turns: &[&str]) -> (Regrade, Sample) {
+        let environment = Arc::new(Calculator::default());
+        let mut s = answer("x", 0.0);
+        let task = environment.task(s.lease.task_seed);
+        s.lease.sampling.max_tokens = 400;
+        s.environment = "calculator".to_owned();
+        s.prompt = ByteText.prompt(&task).unwrap();
+        s.steps.clear();
+        let mut episode = environment.episode(&task);
+        for said in turns {
+            let said = said.replace("ANSWER", &task.answer);
+            let own =
+                |b: u8| Step { token: b.into(), logprob: -1.0, version: s.lease.version, trainable: true };
+            s.steps.extend(said.bytes().chain([0]).map(own));
+            match episode.step(&said).unwrap() {
+                Turn::Done(reward) => s.reward = reward,
+                Turn::Continue { observation } => {
+                    let version = s.lease.version;
+                    let foreign = |token| Step { token, logprob: 0.0, version, trainable: false };
+                    s.steps
+                        .extend(ByteText.observation(&task, &observation).unwrap().into_iter().map(foreign));
+                }
+            }
+        }
+        drop(episode);
+        (Regrade { environment, text: Arc::new(ByteText) }, s)
+    }
+
+    #[test]
+    fn a_transcript_of_several_turns_is_played_again() {
+        let judge = |(regrade, sample): (Regrade, Sample)| regrade.admit(&Trajectory::new(sample).unwrap());
+        let turns = ["<calc>1+1</calc>", "hm <calc>(2</calc>", "ANSWER"];
+        assert_eq!(judge(calls(&turns)), Ok(()));
+        assert_eq!(judge(calls(&["ANSWER"])), Ok(()));
+        let (regrade, good) = calls(&turns);
+        let tool = good.steps.iter().position(|s| !s.trainable).unwrap();
+        let changed = |change: &dyn Fn(&mut Sample)| {
+            let mut sample = good.clone();
+            change(&mut sample);
+            judge((regrade.clone(), sample))
+        };
+        let other_words = changed(&|s| s.steps[tool + 1].token = u32::from(b'9'));
+        assert_eq!(other_words, Err(Rejection::Observation { position: tool }));
+        let trained_on = changed(&|s| s.steps[tool + 1].trainable = true);
+        assert_eq!(trained_on, Err(Rejection::Observation { position: tool }));
+        assert!(matches!(changed(&|s| s.steps.truncate(tool)), Err(Rejection::Ending { .. })));
+        assert!(matches!(changed(&|s| s.reward = answer("x", 0.0).reward), Err(Rejection::Grade { .. })));
     }
 
     #[test]

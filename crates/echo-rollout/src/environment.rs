@@ -1,14 +1,31 @@
-//! What a policy is trained on: an environment makes a task from a seed and judges a completion by a program.
+//! What a policy is trained on: an environment makes a task from a seed and judges what is said by a program.
+//!
+//! An [`Episode`] is one run of a task: the policy speaks, the environment answers with an observation or ends it with a
+//! reward. A plain question with one answer is an episode of one turn ([`one_turn`]); games and tools take several.
+//! Episodes are repeatable, so that the trainer can judge a transcript again.
 //!
 //! Tasks are named by their seed alone, so that a lease carries eight bytes instead of a prompt, and trainer, worker and
 //! auditor all see the same task. Seeds from [`HELD_OUT_SEEDS`] on are for evaluation only and are never leased.
 
 pub mod arithmetic;
+pub mod calculator;
+pub mod cards;
+pub mod countdown;
+pub mod draws;
+pub mod exact;
+pub mod knights;
+pub mod maths;
+pub mod sokoban;
 
 use std::fmt;
 use std::ops::RangeInclusive;
 
 pub use arithmetic::Arithmetic;
+pub use calculator::Calculator;
+pub use countdown::Countdown;
+pub use knights::Knights;
+pub use maths::Maths;
+pub use sokoban::Sokoban;
 
 /// Seeds from here on name held-out tasks; smaller ones name tasks to train on.
 pub const HELD_OUT_SEEDS: u64 = 1 << 63;
@@ -37,11 +54,72 @@ pub trait Environment: Send + Sync {
         0.0..=1.0
     }
 
-    /// Judges `completion`: the decoded answer without the end-of-sequence token.
+    /// How often the policy speaks at most in one episode.
+    fn turns(&self) -> usize {
+        1
+    }
+
+    /// A fresh run of `task`. Environments of one turn implement [`Environment::verify`] and return [`one_turn`] here.
+    fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a>;
+
+    /// Judges `completion`, the decoded answer without the end-of-sequence token, as the only turn of an episode.
     ///
     /// # Errors
     /// When the verifier itself could not judge. That is not a reward of 0: the trajectory is dropped and counted.
-    fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError>;
+    fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
+        let mut episode = self.episode(task);
+        match episode.step(completion)? {
+            Turn::Done(reward) => Ok(reward),
+            Turn::Continue { .. } => episode.cut(),
+        }
+    }
+}
+
+/// One run of a task.
+pub trait Episode: Send {
+    /// The policy says `said`, decoded without the end-of-sequence token.
+    ///
+    /// # Errors
+    /// When the verifier itself could not judge.
+    fn step(&mut self, said: &str) -> Result<Turn, RewardError>;
+
+    /// The reward when there is no room for another turn.
+    ///
+    /// # Errors
+    /// When the verifier itself could not judge.
+    fn cut(&mut self) -> Result<Reward, RewardError>;
+}
+
+/// What follows from something said.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Turn {
+    /// The environment answers and the policy speaks again.
+    Continue {
+        /// What a tool, the world or another player says.
+        observation: String,
+    },
+    /// The episode is over.
+    Done(Reward),
+}
+
+/// An episode of a single turn, judged by [`Environment::verify`].
+pub fn one_turn<'a, E: Environment + ?Sized>(environment: &'a E, task: &'a Task) -> Box<dyn Episode + 'a> {
+    Box::new(OneTurn { environment, task })
+}
+
+struct OneTurn<'a, E: ?Sized> {
+    environment: &'a E,
+    task: &'a Task,
+}
+
+impl<E: Environment + ?Sized> Episode for OneTurn<'_, E> {
+    fn step(&mut self, said: &str) -> Result<Turn, RewardError> {
+        Ok(Turn::Done(self.environment.verify(self.task, said)?))
+    }
+
+    fn cut(&mut self) -> Result<Reward, RewardError> {
+        self.environment.verify(self.task, "")
+    }
 }
 
 impl fmt::Debug for dyn Environment {
@@ -145,20 +223,25 @@ pub enum RewardError {
     },
 }
 
-/// The environment called `name`, with its default settings; what binaries use for `--env NAME`.
+/// The environment of one turn called `name`, with its default settings; what binaries use for `--env NAME`. Those of
+/// several turns ([`calculator`], [`cards`]) are made by hand.
 ///
 /// # Errors
 /// When there is none of that name; the message lists those that exist.
 pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
     match name {
         "arithmetic" => Ok(Box::new(Arithmetic::default())),
+        "countdown" => Ok(Box::new(Countdown::default())),
+        "countdown-sums" => Ok(Box::new(Countdown::tiny())),
+        "knights" => Ok(Box::new(Knights::default())),
+        "sokoban" => Ok(Box::new(Sokoban::default())),
         other => Err(UnknownEnvironment { name: other.to_owned() }),
     }
 }
 
 /// There is no environment of that name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no environment {name}; known: arithmetic")]
+#[error("there is no environment {name}; known: arithmetic, countdown, countdown-sums, knights, sokoban")]
 pub struct UnknownEnvironment {
     /// The name that was asked for.
     pub name: String,
@@ -178,6 +261,24 @@ mod tests {
         assert!(matches!(Reward::new(-0.1, vec![], &unit), Err(RewardError::OutOfRange { .. })));
         let nan = vec![("length".to_owned(), f32::NAN)];
         assert!(matches!(Reward::new(0.5, nan, &unit), Err(RewardError::NotFinite { .. })));
+    }
+
+    #[test]
+    fn every_environment_answers_to_its_name_and_repeats_itself() {
+        let known = UnknownEnvironment { name: String::new() }.to_string();
+        let names = known.split_once("known: ").unwrap().1;
+        for name in names.split(", ") {
+            let environment = by_name(name).unwrap();
+            assert_eq!(environment.name(), name);
+            for seed in [0, 1, 77, held_out_seed(3)] {
+                let task = environment.task(seed);
+                assert_eq!(environment.task(seed), task);
+                assert!(!task.prompt.is_empty());
+                let reward = environment.verify(&task, "7").unwrap();
+                assert!(environment.reward_range().contains(&reward.value()), "{name}");
+                assert_eq!(environment.verify(&task, "7").unwrap(), reward);
+            }
+        }
     }
 
     #[test]

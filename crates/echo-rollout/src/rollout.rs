@@ -22,7 +22,7 @@ pub const LOGPROB_RANGE: RangeInclusive<f32> = -100.0..=0.0;
 pub struct Step {
     /// The token.
     pub token: u32,
-    /// Natural logarithm of its probability under the distribution that it was sampled from.
+    /// Natural logarithm of its probability under the distribution that it was sampled from; 0 where it was not sampled.
     pub logprob: f32,
     /// The policy that sampled it.
     pub version: PolicyVersion,
@@ -95,6 +95,9 @@ pub enum MalformedTrajectory {
         /// What was reported.
         value: f32,
     },
+    /// The policy neither begins nor ends a completion with its own words.
+    #[error("the first and the last token of a completion must be the policy's own")]
+    NotOwn,
     /// A commitment that is too large.
     #[error("a commitment of {got} bytes is over the limit of {limit}")]
     Commitment {
@@ -122,6 +125,9 @@ impl Trajectory {
         }
         if let Some(position) = steps.iter().position(|s| !LOGPROB_RANGE.contains(&s.logprob)) {
             return Err(MalformedTrajectory::Logprob { position, value: steps[position].logprob });
+        }
+        if ![steps.first(), steps.last()].into_iter().flatten().all(|s| s.trainable) {
+            return Err(MalformedTrajectory::NotOwn);
         }
         if commitment.len() > MAX_COMMITMENT_BYTES {
             return Err(MalformedTrajectory::Commitment {
@@ -255,6 +261,9 @@ pub(crate) mod tests {
             odd.steps[1].logprob = bad;
             assert!(matches!(Trajectory::new(odd), Err(MalformedTrajectory::Logprob { position: 1, .. })));
         }
+        let mut foreign = good();
+        foreign.steps[1].trainable = false;
+        assert_eq!(Trajectory::new(foreign), Err(MalformedTrajectory::NotOwn));
         let mut huge = good();
         huge.commitment = vec![0; MAX_COMMITMENT_BYTES + 1].into();
         assert!(matches!(Trajectory::new(huge), Err(MalformedTrajectory::Commitment { .. })));

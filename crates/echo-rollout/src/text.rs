@@ -11,6 +11,16 @@ pub trait Text: Send + Sync {
     /// When the prompt cannot be rendered or tokenised.
     fn prompt(&self, task: &Task) -> Result<Vec<u32>, TextError>;
 
+    /// The tokens that follow the policy's end-of-sequence token when the environment says `said`: up to where the
+    /// assistant speaks again. A text without a notion of turns refuses.
+    ///
+    /// # Errors
+    /// When the observation cannot be rendered or tokenised, or turns are unknown.
+    fn observation(&self, task: &Task, said: &str) -> Result<Vec<u32>, TextError> {
+        _ = said;
+        Err(TextError { seed: task.seed, reason: "this text has no turns".to_owned() })
+    }
+
     /// The text of sampled tokens, end-of-sequence tokens left out.
     fn completion(&self, tokens: &[u32]) -> String;
 

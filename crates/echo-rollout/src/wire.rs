@@ -183,8 +183,24 @@ impl From<&Trajectory> for proto::Trajectory {
             reward: t.reward().value(),
             components: t.reward().components().iter().map(component).collect(),
             commitment: t.commitment().clone(),
+            spans: spans(t.steps()),
         }
     }
+}
+
+/// Runs of own and foreign tokens; none at all when every token is the policy's own.
+fn spans(steps: &[Step]) -> Vec<proto::SpanRun> {
+    if steps.iter().all(|s| s.trainable) {
+        return Vec::new();
+    }
+    let mut runs: Vec<proto::SpanRun> = Vec::new();
+    for step in steps {
+        match runs.last_mut() {
+            Some(run) if run.trainable == step.trainable => run.n_tokens += 1,
+            _ => runs.push(proto::SpanRun { trainable: step.trainable, n_tokens: 1 }),
+        }
+    }
+    runs
 }
 
 /// Checks a trajectory that `worker` sent.
@@ -212,9 +228,14 @@ pub fn trajectory(m: proto::Trajectory, worker: &PeerId) -> Result<Trajectory, D
     }
     let versions =
         m.versions.iter().flat_map(|r| std::iter::repeat_n(PolicyVersion(r.version), r.n_tokens as usize));
-    let steps = m.token_ids.iter().zip(&m.logprobs).zip(versions);
+    let spanned: u64 = m.spans.iter().map(|r| u64::from(r.n_tokens)).sum();
+    if !m.spans.is_empty() && (spanned != n as u64 || m.spans.len() > n) {
+        return Err(DecodeError::invalid("spans", format!("for {spanned} of {n} tokens")));
+    }
+    let own = m.spans.iter().flat_map(|r| std::iter::repeat_n(r.trainable, r.n_tokens as usize));
+    let steps = m.token_ids.iter().zip(&m.logprobs).zip(versions).zip(own.chain(std::iter::repeat(true)));
     let steps = steps
-        .map(|((&token, &logprob), version)| Step { token, logprob, version, trainable: true })
+        .map(|(((&token, &logprob), version), trainable)| Step { token, logprob, version, trainable })
         .collect();
     let components = m.components.into_iter().map(|c| Ok((name("reward part", c.name)?, c.value)));
     let components = components.collect::<Result<_, DecodeError>>()?;
@@ -263,6 +284,21 @@ mod tests {
     }
 
     #[test]
+    fn what_a_tool_said_stays_marked() {
+        let mut s = sample(lease(5), &worker());
+        let mut tool = s.steps[0];
+        (tool.trainable, tool.logprob) = (false, 0.0);
+        s.steps.splice(1..1, [tool, tool]);
+        let t = Trajectory::new(s).unwrap();
+        let m = proto::Trajectory::from(&t);
+        assert_eq!(
+            m.spans.iter().map(|r| (r.trainable, r.n_tokens)).collect::<Vec<_>>(),
+            [(true, 1), (false, 2), (true, 1)]
+        );
+        assert_eq!(trajectory(m, &worker()).unwrap(), t);
+    }
+
+    #[test]
     fn contradictions_are_refused() {
         let bad = |change: &dyn Fn(&mut proto::Trajectory)| {
             let mut m = good();
@@ -275,6 +311,11 @@ mod tests {
         assert!(bad(&|m| m.logprobs[0] = f32::NAN));
         assert!(bad(&|m| m.versions[0].n_tokens = u32::MAX));
         assert!(bad(&|m| m.versions.clear()));
+        let span = |trainable, n_tokens| proto::SpanRun { trainable, n_tokens };
+        assert!(!bad(&|m| m.spans = vec![span(true, 2)]));
+        assert!(bad(&|m| m.spans = vec![span(true, 1)]));
+        assert!(bad(&|m| m.spans = vec![span(true, 1), span(false, u32::MAX)]));
+        assert!(bad(&|m| m.spans = vec![span(true, 1), span(false, 1)]), "the last word is the policy's own");
         assert!(bad(&|m| m.reward = f32::NAN));
         assert!(bad(&|m| m.reward = 2e6));
         assert!(bad(&|m| m.finish = 0));

@@ -3,7 +3,7 @@
 //! A problem is held out by its content, not only by its seed: one problem in ten (by hash) is drawn by held-out seeds
 //! only, so that the evaluation never shows a sum that was trained on.
 
-use super::{Environment, HELD_OUT_SEEDS, Reward, RewardError, Task};
+use super::{Environment, Episode, HELD_OUT_SEEDS, Reward, RewardError, Task, one_turn};
 
 /// "What is A+B?" and "What is A-B?", answered by exactly one non-negative integer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +84,10 @@ impl Environment for Arithmetic {
             prompt: format!("What is {}{sign}{}?", problem.a, problem.b),
             answer: problem.answer().to_string(),
         }
+    }
+
+    fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
+        one_turn(self, task)
     }
 
     /// 1 when the completion, without surrounding white space, is exactly the integer; else 0. The part `integer` says

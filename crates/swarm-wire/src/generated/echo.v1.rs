@@ -108,6 +108,17 @@ pub struct Trajectory {
     /// veri.v1.Commitment inside swarm.v1.Signed, encoded; empty when the worker does not commit.
     #[prost(bytes = "bytes", tag = "10")]
     pub commitment: ::prost::bytes::Bytes,
+    /// Runs of tokens that the policy sampled (trainable) and that a tool or another player wrote; empty when all are the
+    /// policy's own.
+    #[prost(message, repeated, tag = "11")]
+    pub spans: ::prost::alloc::vec::Vec<SpanRun>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpanRun {
+    #[prost(bool, tag = "1")]
+    pub trainable: bool,
+    #[prost(uint32, tag = "2")]
+    pub n_tokens: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VersionRun {

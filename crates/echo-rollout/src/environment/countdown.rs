@@ -1,0 +1,187 @@
+//! Countdown: reach a number with given numbers, each used once, and `+ - * /`.
+//!
+//! Every task is solvable because its target is computed from the numbers. The verifier does not compare with that
+//! solution: any expression that uses exactly the numbers and has exactly the value is right.
+
+use super::draws::{Draws, draw_on_side};
+use super::exact::{Fraction, evaluate};
+use super::{Environment, Episode, Reward, RewardError, Task, one_turn};
+
+const CONTEXT: &str = "echo-rollout countdown task v1";
+
+/// "Make 24 from 4, 6, 8."
+#[derive(Debug, Clone, PartialEq)]
+pub struct Countdown {
+    /// Fewest numbers. Default: 3.
+    pub min_numbers: usize,
+    /// Most numbers. Default: 4.
+    pub max_numbers: usize,
+    /// Largest given number; the smallest is 1. Default: 20.
+    pub max_number: i64,
+    /// Largest target; the smallest is 1. Default: 100.
+    pub max_target: i64,
+    /// Whether `*` and `/` occur in solutions. Default: true. They are always allowed in answers.
+    pub products: bool,
+    /// Reward of a well-formed expression of the right numbers with the wrong value. Default: 0.1.
+    pub partial: f32,
+}
+
+impl Default for Countdown {
+    fn default() -> Self {
+        Self { min_numbers: 3, max_numbers: 4, max_number: 20, max_target: 100, products: true, partial: 0.1 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Problem {
+    numbers: Vec<i64>,
+    target: i64,
+    solution: String,
+}
+
+impl Countdown {
+    /// Two or three numbers up to 9 and sums only: within reach of a model of a million parameters.
+    pub fn tiny() -> Self {
+        Self { min_numbers: 2, max_numbers: 3, max_number: 9, max_target: 27, products: false, partial: 0.1 }
+    }
+
+    fn problem(&self, seed: u64) -> Problem {
+        let key = |p: &Problem| {
+            let mut numbers = p.numbers.clone();
+            numbers.sort_unstable();
+            format!("{numbers:?} {}", p.target).into_bytes()
+        };
+        draw_on_side(CONTEXT, seed, 1000, |draws| self.draw(draws), key)
+    }
+
+    /// Combines the numbers until one is left, redrawing while that is no target.
+    fn draw(&self, draws: &mut Draws) -> Problem {
+        loop {
+            let low = self.min_numbers.max(1);
+            let n = low + draws.below(self.max_numbers.saturating_sub(low) + 1);
+            let numbers: Vec<i64> = (0..n).map(|_| draws.between(1, self.max_number.max(1))).collect();
+            let mut parts: Vec<(i64, String)> = numbers.iter().map(|n| (*n, n.to_string())).collect();
+            while parts.len() > 1 {
+                let a = parts.swap_remove(draws.below(parts.len()));
+                let b = parts.swap_remove(draws.below(parts.len()));
+                parts.push(combine(a, b, draws, self.products));
+            }
+            let Some((target, solution)) = parts.pop() else { continue };
+            if (1..=self.max_target.max(1)).contains(&target) {
+                return Problem { numbers, target, solution };
+            }
+        }
+    }
+}
+
+fn combine(a: (i64, String), b: (i64, String), draws: &mut Draws, products: bool) -> (i64, String) {
+    let (more, less) = if a.0 >= b.0 { (a, b) } else { (b, a) };
+    let joined = |value, sign| (value, format!("({}{sign}{})", more.1, less.1));
+    match draws.below(if products { 4 } else { 2 }) {
+        1 if more.0 > less.0 => joined(more.0 - less.0, '-'),
+        2 => joined(more.0.saturating_mul(less.0), '*'),
+        3 if less.0 > 1 && more.0 % less.0 == 0 => joined(more.0 / less.0, '/'),
+        _ => joined(more.0.saturating_add(less.0), '+'),
+    }
+}
+
+/// The expression in a completion: inside `<answer>` where that is used, else all of it, without what follows an `=`.
+pub(super) fn answer_of(completion: &str) -> &str {
+    let inner = match completion.rsplit_once("<answer>") {
+        Some((_, rest)) => rest.split_once("</answer>").map_or(rest, |(inner, _)| inner),
+        None => completion,
+    };
+    inner.split_once('=').map_or(inner, |(left, _)| left).trim()
+}
+
+impl Environment for Countdown {
+    fn name(&self) -> &str {
+        if self.products { "countdown" } else { "countdown-sums" }
+    }
+
+    fn task(&self, seed: u64) -> Task {
+        let problem = self.problem(seed);
+        let numbers: Vec<String> = problem.numbers.iter().map(ToString::to_string).collect();
+        let solution = problem.solution.as_str();
+        let answer = solution.strip_prefix('(').and_then(|s| s.strip_suffix(')')).unwrap_or(solution);
+        Task {
+            seed,
+            prompt: format!("Make {} from {}.", problem.target, numbers.join(", ")),
+            answer: answer.to_owned(),
+        }
+    }
+
+    fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
+        one_turn(self, task)
+    }
+
+    /// 1 for the value with exactly the numbers, [`Countdown::partial`] for the numbers only, else 0.
+    fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
+        let problem = self.problem(task.seed);
+        let evaluated = evaluate(answer_of(completion)).ok();
+        let sorted = |mut numbers: Vec<Fraction>| {
+            numbers.sort_unstable_by_key(|f| (f.numerator(), f.denominator()));
+            numbers
+        };
+        let given = sorted(problem.numbers.iter().map(|n| Fraction::whole(*n)).collect());
+        let (valid, correct) = match evaluated {
+            Some(e) => {
+                let valid = sorted(e.numbers) == given;
+                (valid, valid && e.value == Fraction::whole(problem.target))
+            }
+            None => (false, false),
+        };
+        let value = match (valid, correct) {
+            (_, true) => 1.0,
+            (true, false) => self.partial,
+            (false, false) => 0.0,
+        };
+        let parts = vec![("correct".to_owned(), f32::from(correct)), ("valid".to_owned(), f32::from(valid))];
+        Reward::new(value, parts, &self.reward_range())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::held_out_seed;
+    use super::*;
+
+    #[test]
+    fn every_task_has_a_solution_and_only_its_numbers_count() {
+        for env in [Countdown::default(), Countdown::tiny()] {
+            for seed in 0..300 {
+                let task = env.task(seed);
+                let reward = |text: &str| env.verify(&task, text).unwrap().value();
+                assert_eq!(reward(&task.answer), 1.0, "{task:?}");
+                assert_eq!(reward(&format!("I think <answer> {} = x </answer>", task.answer)), 1.0);
+                assert_eq!(reward(&format!("{}+0", task.answer)), 0.0, "a number that was not given");
+                assert_eq!(reward("hello"), 0.0);
+                let problem = env.problem(seed);
+                assert_eq!(reward(&problem.target.to_string()), 0.0, "{task:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_numbers_with_a_wrong_value_earn_a_part() {
+        let env = Countdown::default();
+        let task = (0..).map(|seed| env.task(seed)).find(|t| !t.answer.contains('+')).unwrap();
+        let sums: Vec<String> = env.problem(task.seed).numbers.iter().map(ToString::to_string).collect();
+        assert_eq!(env.verify(&task, &sums.join("+")).unwrap().value(), 0.1);
+    }
+
+    #[test]
+    fn held_out_problems_are_never_trained_on() {
+        let env = Countdown::default();
+        let key = |seed| {
+            let mut p = env.problem(seed);
+            p.numbers.sort_unstable();
+            (p.numbers, p.target)
+        };
+        let train: BTreeSet<_> = (0..500).map(key).collect();
+        assert!((0..100).all(|i| !train.contains(&key(held_out_seed(i)))));
+        assert_eq!(env.task(5), env.task(5));
+    }
+}

@@ -1,0 +1,200 @@
+//! Sokoban: push every box onto a goal. Levels are drawn from a seed and kept only when a breadth-first search solves
+//! them in enough pushes, so that none is unsolvable and none trivial.
+
+mod level;
+mod solver;
+
+pub use level::{Level, LevelError, Move};
+pub use solver::{Solution, solve};
+
+use super::draws::{Draws, draw_on_side};
+use super::{Environment, Episode, Reward, RewardError, Task, Turn};
+
+const CONTEXT: &str = "echo-rollout sokoban task v1";
+/// Most positions that the search visits for one level.
+pub const MAX_STATES: usize = 200_000;
+
+/// Small levels with their own generator.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sokoban {
+    /// Columns, walls included. Default: 6.
+    pub width: usize,
+    /// Rows, walls included. Default: 6.
+    pub height: usize,
+    /// Boxes. Default: 1.
+    pub boxes: usize,
+    /// Share of inner squares that are walls. Default: 0.1.
+    pub walls: f64,
+    /// Fewest pushes of a shortest solution. Default: 2.
+    pub min_pushes: usize,
+    /// Most moves of a shortest solution. Default: 12.
+    pub max_moves: usize,
+    /// How often the player may speak; 1 asks for the whole solution at once. Default: 1.
+    pub turns: usize,
+    /// Most moves that are read from one turn. Default: 24.
+    pub moves_per_turn: usize,
+    /// Reward for the share of boxes on goals when not all are. Default: 0.1.
+    pub partial: f32,
+}
+
+impl Default for Sokoban {
+    fn default() -> Self {
+        Self {
+            width: 6,
+            height: 6,
+            boxes: 1,
+            walls: 0.1,
+            min_pushes: 2,
+            max_moves: 12,
+            turns: 1,
+            moves_per_turn: 24,
+            partial: 0.1,
+        }
+    }
+}
+
+impl Sokoban {
+    /// One move a turn, the new picture after each.
+    pub fn interactive(turns: usize) -> Self {
+        Self { turns, moves_per_turn: 1, ..Self::default() }
+    }
+
+    fn draw(&self, draws: &mut Draws) -> (Level, Solution) {
+        loop {
+            let level = self.candidate(draws);
+            if let Some(solution) = level.and_then(|level| solve(&level, MAX_STATES).map(|s| (level, s)))
+                && solution.1.pushes >= self.min_pushes.max(1)
+                && solution.1.moves.len() <= self.max_moves
+            {
+                return solution;
+            }
+        }
+    }
+
+    /// A room with random walls, goals, boxes and a player; it may be unsolvable.
+    fn candidate(&self, draws: &mut Draws) -> Option<Level> {
+        let (w, h) = (self.width.clamp(4, 12), self.height.clamp(4, 12));
+        let mut level = Level::room(w, h);
+        let inner: Vec<usize> = (0..w * h).filter(|at| !level.wall(*at)).collect();
+        for &at in &inner {
+            if draws.uniform() < self.walls {
+                level.set_wall(at);
+            }
+        }
+        let mut free: Vec<usize> = inner.into_iter().filter(|at| !level.wall(*at)).collect();
+        let boxes = self.boxes.clamp(1, 4);
+        if free.len() < 2 * boxes + 1 {
+            return None;
+        }
+        draws.shuffle(&mut free);
+        let goals = free[..boxes].to_vec();
+        let stones = free[boxes..2 * boxes].to_vec();
+        level.place(goals, stones, free[2 * boxes]);
+        Some(level)
+    }
+
+    fn level(&self, seed: u64) -> (Level, Solution) {
+        draw_on_side(CONTEXT, seed, 200, |d| self.draw(d), |(level, _)| level.to_string().into_bytes())
+    }
+
+    fn reward(&self, level: &Level) -> Result<Reward, RewardError> {
+        let on_goal = level.boxes_on_goals() as f32 / level.boxes().len() as f32;
+        let solved = level.solved();
+        let parts = vec![("solved".to_owned(), f32::from(solved)), ("on_goal".to_owned(), on_goal)];
+        Reward::new(if solved { 1.0 } else { self.partial * on_goal }, parts, &self.reward_range())
+    }
+}
+
+/// The moves in a text: the letters `U`, `D`, `L`, `R` of its answer, in any case, with spaces or commas; `None` when
+/// anything else stands there.
+fn moves(text: &str) -> Option<Vec<Move>> {
+    let text = super::countdown::answer_of(text);
+    let letters = text.chars().filter(|c| !c.is_whitespace() && !matches!(c, ',' | '.'));
+    letters.map(Move::from_letter).collect()
+}
+
+struct Play<'a> {
+    rules: &'a Sokoban,
+    level: Level,
+    turn: usize,
+}
+
+impl Episode for Play<'_> {
+    fn step(&mut self, said: &str) -> Result<Turn, RewardError> {
+        self.turn += 1;
+        for step in moves(said).unwrap_or_default().into_iter().take(self.rules.moves_per_turn.max(1)) {
+            self.level.step(step);
+            if self.level.solved() {
+                break;
+            }
+        }
+        if self.level.solved() || self.turn >= self.rules.turns.max(1) {
+            return Ok(Turn::Done(self.rules.reward(&self.level)?));
+        }
+        Ok(Turn::Continue { observation: self.level.to_string() })
+    }
+
+    fn cut(&mut self) -> Result<Reward, RewardError> {
+        self.rules.reward(&self.level)
+    }
+}
+
+impl Environment for Sokoban {
+    fn name(&self) -> &str {
+        if self.turns > 1 { "sokoban-steps" } else { "sokoban" }
+    }
+
+    fn task(&self, seed: u64) -> Task {
+        let (level, solution) = self.level(seed);
+        let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
+        let answer: String = solution.moves.iter().map(|m| m.letter()).collect();
+        Task {
+            seed,
+            prompt: format!("{level}\nPush each $ onto a dot. You are @, # is wall. {ask}: U, D, L or R."),
+            answer,
+        }
+    }
+
+    fn turns(&self) -> usize {
+        self.turns.max(1)
+    }
+
+    fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
+        Box::new(Play { rules: self, level: self.level(task.seed).0, turn: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::held_out_seed;
+    use super::*;
+
+    #[test]
+    fn every_level_is_solved_by_its_own_answer_and_not_before() {
+        for env in [Sokoban::default(), Sokoban { boxes: 2, width: 7, max_moves: 30, ..Sokoban::default() }] {
+            for seed in (0..6).chain((0..2).map(held_out_seed)) {
+                let task = env.task(seed);
+                let play = |said: &str| match env.episode(&task).step(said).unwrap() {
+                    Turn::Done(reward) => reward.value(),
+                    Turn::Continue { .. } => unreachable!("one turn"),
+                };
+                assert_eq!(play(&task.answer), 1.0, "{}", task.prompt);
+                let shorter = &task.answer[..task.answer.len() - 1];
+                assert!(play(shorter) < 1.0, "a shortest solution needs its last move");
+                assert!(play("I do not know") <= 0.1);
+            }
+        }
+    }
+
+    #[test]
+    fn move_by_move_reaches_the_same_end() {
+        let env = Sokoban::interactive(20);
+        let task = env.task(3);
+        let mut play = env.episode(&task);
+        let mut last = None;
+        for letter in task.answer.chars() {
+            last = Some(play.step(&letter.to_string()).unwrap());
+        }
+        assert!(matches!(last, Some(Turn::Done(r)) if r.value() == 1.0));
+    }
+}

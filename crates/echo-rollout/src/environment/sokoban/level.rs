@@ -1,0 +1,243 @@
+//! A level as a grid: walls, goals, boxes and the player, in the usual characters.
+
+use std::fmt;
+
+/// One step of the player.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Move {
+    /// To the row above.
+    Up,
+    /// To the row below.
+    Down,
+    /// To the column before.
+    Left,
+    /// To the column after.
+    Right,
+}
+
+impl Move {
+    /// All four, in the order in which the solver tries them.
+    pub const ALL: [Self; 4] = [Self::Up, Self::Down, Self::Left, Self::Right];
+
+    /// `U`, `D`, `L` or `R`.
+    pub fn letter(self) -> char {
+        match self {
+            Self::Up => 'U',
+            Self::Down => 'D',
+            Self::Left => 'L',
+            Self::Right => 'R',
+        }
+    }
+
+    /// The move that a letter of either case stands for.
+    pub fn from_letter(letter: char) -> Option<Self> {
+        Self::ALL.into_iter().find(|m| m.letter() == letter.to_ascii_uppercase())
+    }
+}
+
+/// Why a picture is no level.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LevelError {
+    /// A character without a meaning.
+    #[error("character {found:?} in row {row}; a level has # . $ * @ + and spaces")]
+    Character {
+        /// It.
+        found: char,
+        /// Counted from 0.
+        row: usize,
+    },
+    /// Counts that do not make a level.
+    #[error(
+        "{players} players, {boxes} boxes and {goals} goals; one player and as many boxes as goals are needed"
+    )]
+    Counts {
+        /// `@` and `+`.
+        players: usize,
+        /// `$` and `*`.
+        boxes: usize,
+        /// `.`, `*` and `+`.
+        goals: usize,
+    },
+    /// The border must be wall, so that nothing leaves the grid.
+    #[error("the border must be wall all around")]
+    Border,
+}
+
+/// A position of the game. Squares are numbered row by row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Level {
+    width: usize,
+    walls: Vec<bool>,
+    goals: Vec<usize>,
+    boxes: Vec<usize>,
+    player: usize,
+}
+
+impl Level {
+    /// A room with a wall around it and nothing inside; [`Level::place`] makes it a level.
+    pub(super) fn room(width: usize, height: usize) -> Self {
+        let border = |at: usize| {
+            let (row, column) = (at / width, at % width);
+            row == 0 || column == 0 || row + 1 == height || column + 1 == width
+        };
+        let walls = (0..width * height).map(border).collect();
+        Self { width, walls, goals: Vec::new(), boxes: Vec::new(), player: 0 }
+    }
+
+    pub(super) fn set_wall(&mut self, at: usize) {
+        self.walls[at] = true;
+    }
+
+    pub(super) fn place(&mut self, mut goals: Vec<usize>, mut boxes: Vec<usize>, player: usize) {
+        goals.sort_unstable();
+        boxes.sort_unstable();
+        (self.goals, self.boxes, self.player) = (goals, boxes, player);
+    }
+
+    /// Whether there is a wall.
+    pub fn wall(&self, at: usize) -> bool {
+        self.walls[at]
+    }
+
+    /// The boxes, in rising order.
+    pub fn boxes(&self) -> &[usize] {
+        &self.boxes
+    }
+
+    /// Where the player stands.
+    pub fn player(&self) -> usize {
+        self.player
+    }
+
+    /// How many boxes stand on goals.
+    pub fn boxes_on_goals(&self) -> usize {
+        self.boxes.iter().filter(|b| self.goals.contains(b)).count()
+    }
+
+    /// Whether all boxes do.
+    pub fn solved(&self) -> bool {
+        self.boxes_on_goals() == self.boxes.len()
+    }
+
+    fn next(&self, at: usize, step: Move) -> usize {
+        match step {
+            Move::Up => at - self.width,
+            Move::Down => at + self.width,
+            Move::Left => at - 1,
+            Move::Right => at + 1,
+        }
+    }
+
+    /// Moves the player, pushing a box where one can be pushed. Returns whether a box moved, or `None` when nothing did.
+    pub fn step(&mut self, step: Move) -> Option<bool> {
+        let to = self.next(self.player, step);
+        if self.walls[to] {
+            return None;
+        }
+        let pushed = self.boxes.iter().position(|b| *b == to);
+        if let Some(index) = pushed {
+            let beyond = self.next(to, step);
+            if self.walls[beyond] || self.boxes.contains(&beyond) {
+                return None;
+            }
+            self.boxes[index] = beyond;
+            self.boxes.sort_unstable();
+        }
+        self.player = to;
+        Some(pushed.is_some())
+    }
+}
+
+impl std::str::FromStr for Level {
+    type Err = LevelError;
+
+    fn from_str(text: &str) -> Result<Self, LevelError> {
+        let rows: Vec<&str> = text.lines().collect();
+        let width = rows.iter().map(|r| r.chars().count()).max().unwrap_or(0);
+        let mut level = Self { width, walls: Vec::new(), goals: Vec::new(), boxes: Vec::new(), player: 0 };
+        let mut players = 0;
+        for (row, line) in rows.iter().enumerate() {
+            for found in line.chars().chain(std::iter::repeat(' ')).take(width) {
+                let at = level.walls.len();
+                level.walls.push(found == '#');
+                if !"#.$*@+ ".contains(found) {
+                    return Err(LevelError::Character { found, row });
+                }
+                if matches!(found, '.' | '*' | '+') {
+                    level.goals.push(at);
+                }
+                if matches!(found, '$' | '*') {
+                    level.boxes.push(at);
+                }
+                if matches!(found, '@' | '+') {
+                    players += 1;
+                    level.player = at;
+                }
+            }
+        }
+        let (boxes, goals) = (level.boxes.len(), level.goals.len());
+        if players != 1 || boxes == 0 || boxes != goals {
+            return Err(LevelError::Counts { players, boxes, goals });
+        }
+        let border = Self::room(width, rows.len());
+        if border.walls.iter().zip(&level.walls).any(|(needed, is)| *needed && !is) {
+            return Err(LevelError::Border);
+        }
+        Ok(level)
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let square = |at: usize| {
+            let (goal, stone, player) =
+                (self.goals.contains(&at), self.boxes.contains(&at), self.player == at);
+            match (self.walls[at], goal, stone, player) {
+                (true, ..) => '#',
+                (_, true, true, _) => '*',
+                (_, false, true, _) => '$',
+                (_, true, _, true) => '+',
+                (_, false, _, true) => '@',
+                (_, true, ..) => '.',
+                _ => ' ',
+            }
+        };
+        for row in 0..self.walls.len() / self.width.max(1) {
+            let line: String = (0..self.width).map(|column| square(row * self.width + column)).collect();
+            if row > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{line}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "#####\n#@$.#\n#   #\n#####";
+
+    #[test]
+    fn pictures_survive_and_moves_push() {
+        let mut level: Level = SMALL.parse().unwrap();
+        assert_eq!(level.to_string(), SMALL);
+        assert_eq!(level.step(Move::Up), None);
+        assert!(!level.solved());
+        assert_eq!(level.step(Move::Right), Some(true));
+        assert!(level.solved());
+        assert_eq!(level.to_string(), "#####\n# @*#\n#   #\n#####");
+        assert_eq!(level.step(Move::Right), None, "a box against a wall stays");
+        assert_eq!(level.step(Move::Down), Some(false));
+    }
+
+    #[test]
+    fn pictures_that_are_no_level_are_named() {
+        let error = |text: &str| text.parse::<Level>().unwrap_err().to_string();
+        assert!(error("###\n#x#\n###").contains("'x'"));
+        assert!(error("#####\n#@@.#\n#####").contains("2 players"));
+        assert!(error("#####\n @$.#\n#####").contains("border"));
+    }
+}
