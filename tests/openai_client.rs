@@ -8,11 +8,11 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use parallax_engine::http::{HttpState, serve};
+use parallax_engine::http::{HttpLimits, HttpState, serve};
 use parallax_engine::local::LocalStage;
 use parallax_engine::{EngineConfig, EngineHandle};
 use parallax_model::train::TrainModel;
-use parallax_model::{ChatTemplate, Checkpoint, LoadOptions, ModelConfig, Tokenizer};
+use parallax_model::{ChatTemplate, Checkpoint, Family, LoadOptions, ModelConfig, Tokenizer};
 use serde_json::{Value, json};
 
 const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?";
@@ -55,12 +55,23 @@ print(json.dumps(out))
 "#;
 
 fn config() -> ModelConfig {
-    let json = json!({
-        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": LETTERS.len(),
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "max_position_embeddings": 256,
-    });
-    ModelConfig::from_hf_json(&json.to_string()).unwrap()
+    ModelConfig {
+        family: Family::Llama,
+        n_layers: 2,
+        hidden: 32,
+        ffn: 64,
+        n_heads: 2,
+        n_kv_heads: 1,
+        head_dim: 16,
+        vocab: LETTERS.len(),
+        rope_theta: 10000.0,
+        rope_scaling: None,
+        rms_eps: 1e-5,
+        tied_embeddings: true,
+        max_context: 256,
+        bos: None,
+        eos: vec![],
+    }
 }
 
 fn tokenizer() -> Tokenizer {
@@ -94,15 +105,11 @@ fn the_openai_client_is_served() {
     let options = LoadOptions { kv_pages: 64, ..LoadOptions::whole(&checkpoint) };
     let stage = LocalStage::load(&checkpoint, &options).unwrap();
     let template = "{% for m in messages %}{{ m.content }}. {% endfor %}";
+    let engine = EngineHandle::start(Box::new(stage), EngineConfig::default()).unwrap();
     let state = HttpState {
-        engine: EngineHandle::start(Box::new(stage), EngineConfig::default()).unwrap(),
-        tokenizer: tokenizer(),
         template: Some(Arc::new(ChatTemplate::new(template, "", "").unwrap())),
-        model_name: "toy".into(),
-        stop_ids: vec![],
-        api_key: Some("secret".into()),
-        body_limit_bytes: 1 << 20,
-        readiness: None,
+        limits: HttpLimits { api_keys: vec!["secret".into()], ..HttpLimits::default() },
+        ..HttpState::new(engine, tokenizer(), "toy")
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();

@@ -1,44 +1,62 @@
-//! An OpenAI-compatible HTTP server over an engine, and the chat page at `/`. Feature `http`.
+//! An HTTP server over an engine: OpenAI's and Anthropic's APIs, and pages for people. Feature `http`.
 //!
-//! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`, `GET /health`, `GET /metrics`, `GET /`.
-//! Errors are JSON in OpenAI's shape; a failure in the middle of a stream is an `error` event, then the stream ends.
+//! | Route | What |
+//! |---|---|
+//! | `POST /v1/chat/completions`, `/v1/completions`, `/v1/responses` | OpenAI |
+//! | `POST /v1/messages`, `/v1/messages/count_tokens` | Anthropic |
+//! | `GET /v1/models`, `/v1/models/{id}` | the model and its resident adapters |
+//! | `POST /tokenize`, `/detokenize` | as vLLM has them |
+//! | `GET /health`, `/ping`, `/version`, `/metrics` | for operators; metrics under vLLM's names |
+//! | `GET /`, `/cluster`, `/cluster/status` | the chat page, the cluster page and what it shows |
+//!
+//! Errors are JSON in the shape of the API that was asked; a failure in the middle of a stream is an error event, then the
+//! stream ends.
 
 mod answer;
+mod chat;
+mod completions;
+mod conversation;
 mod error;
+mod fields;
+mod format;
+mod gate;
 mod generation;
+mod logprobs;
+mod messages;
 mod metrics;
-mod openai;
+mod pages;
+mod prompt;
+mod responses;
+mod sampling;
+mod server;
+mod tokens;
+mod tools;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Request as HttpRequest, State};
-use axum::http::header;
+use axum::extract::{DefaultBodyLimit, Path, Request as HttpRequest, State};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use parallax_model::{ChatMessage, ChatTemplate, Tokenizer};
-use serde_json::json;
+use parallax_model::{ChatTemplate, Tokenizer};
+use serde_json::{Value, json};
+use tower_http::catch_panic::CatchPanicLayer;
 
 pub use error::ApiError;
+pub use gate::{DEFAULT_BODY_LIMIT_BYTES, HttpLimits};
 
 use crate::service::EngineHandle;
-use crate::stop_strings::StopStrings;
-use generation::Generation;
-use openai::{ChatBody, Common, CompletionBody, OneOrMany};
-
-/// Largest request body by default: a long context as JSON.
-pub const DEFAULT_BODY_LIMIT_BYTES: usize = 8 * 1024 * 1024;
-
-/// The chat page: one file, no outside resources.
-const CHAT_PAGE: &str = include_str!("../assets/chat.html");
+use server::{Ask, Server, unix_seconds};
 
 /// Says whether requests can be served now, else why not; a pipeline that waits for stages answers `Err`.
 pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+/// What the cluster page shows: the status object of a swarm's head.
+pub type ClusterSource = Arc<dyn Fn() -> Value + Send + Sync>;
 
 /// Everything that the server needs.
 #[derive(Clone)]
@@ -53,12 +71,28 @@ pub struct HttpState {
     pub model_name: String,
     /// Ids that end an answer.
     pub stop_ids: Vec<u32>,
-    /// Key that clients must send; `None` lets everyone in.
-    pub api_key: Option<String>,
-    /// Largest request body.
-    pub body_limit_bytes: usize,
+    /// Who may come in, and how much at once.
+    pub limits: HttpLimits,
     /// Asked before every request.
     pub readiness: Option<Readiness>,
+    /// Who computes; `None`: this machine alone.
+    pub cluster: Option<ClusterSource>,
+}
+
+impl HttpState {
+    /// A server for everybody, with the default limits.
+    pub fn new(engine: EngineHandle, tokenizer: Tokenizer, model_name: impl Into<String>) -> Self {
+        Self {
+            engine,
+            tokenizer,
+            template: None,
+            model_name: model_name.into(),
+            stop_ids: Vec::new(),
+            limits: HttpLimits::default(),
+            readiness: None,
+            cluster: None,
+        }
+    }
 }
 
 impl std::fmt::Debug for HttpState {
@@ -67,30 +101,39 @@ impl std::fmt::Debug for HttpState {
     }
 }
 
-struct Server {
-    state: HttpState,
-    started: u64,
-    requests: AtomicU64,
-}
-
 type Shared = Arc<Server>;
 
 /// The routes, to be merged with others or served by [`serve`].
 pub fn router(state: HttpState) -> Router {
-    let limit = state.body_limit_bytes;
-    let server = Arc::new(Server { state, started: unix_seconds(), requests: AtomicU64::new(0) });
-    Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(complete))
+    let limit = state.limits.body_bytes;
+    let server = Arc::new(Server::new(state));
+    let counted = Router::new()
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(text_completions))
+        .route("/v1/responses", post(create_response))
+        .route("/v1/messages", post(create_message))
+        .route("/v1/messages/count_tokens", post(count_tokens))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .route_layer(middleware::from_fn_with_state(server.clone(), limited));
+    let known = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
-        .route_layer(middleware::from_fn_with_state(server.clone(), authorize))
+        .route("/cluster/status", get(cluster_status))
+        .route_layer(middleware::from_fn_with_state(server.clone(), authorized));
+    Router::new()
+        .merge(counted)
+        .merge(known)
         .route("/health", get(health))
+        .route("/ping", get(health))
+        .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .route("/metrics", get(metrics_text))
-        .route("/", get(|| async { Html(CHAT_PAGE) }))
+        .route("/", get(|| async { pages::chat() }))
+        .route("/cluster", get(|| async { pages::cluster() }))
         .fallback(|| async { ApiError::not_found("no such route") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(DefaultBodyLimit::max(limit))
+        .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a bug").into_response()))
         .with_state(server)
 }
 
@@ -102,74 +145,117 @@ pub async fn serve(listener: tokio::net::TcpListener, state: HttpState) -> std::
     axum::serve(listener, router(state)).await
 }
 
-async fn authorize(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
-    if let Some(key) = &server.state.api_key {
-        let sent = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
-        let sent = sent.and_then(|v| v.strip_prefix("Bearer ")).unwrap_or_default();
-        // Hashes compare in constant time, whatever the length of what was sent.
-        if blake3::hash(sent.as_bytes()) != blake3::hash(key.as_bytes()) {
-            return ApiError::unauthorized().into_response();
+/// Routes under which errors have Anthropic's shape.
+fn is_anthropic(path: &str) -> bool {
+    path.starts_with("/v1/messages")
+}
+
+fn answered(path: &str, result: Result<Response, ApiError>) -> Response {
+    match result {
+        Ok(response) => response,
+        Err(error) if is_anthropic(path) => error.into_anthropic_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn authorized(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
+    match server.gate.key(request.headers()) {
+        Ok(_) => next.run(request).await,
+        Err(error) => answered(request.uri().path(), Err(error)),
+    }
+}
+
+async fn limited(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
+    let entry = server.gate.key(request.headers()).and_then(|key| server.gate.rate(key));
+    match entry {
+        Ok(()) => next.run(request).await,
+        Err(error) => answered(request.uri().path(), Err(error)),
+    }
+}
+
+type Body = Result<Bytes, BytesRejection>;
+
+impl Server {
+    /// A body as a JSON object.
+    fn json(&self, headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
+        if let Some(value) = headers.get(header::CONTENT_TYPE) {
+            let kind = value.to_str().unwrap_or("unreadable");
+            let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+            if essence != "application/json"
+                && !(essence.starts_with("application/") && essence.ends_with("+json"))
+            {
+                return Err(ApiError::unsupported_media(kind));
+            }
         }
+        let body = body.map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(self.state.limits.body_bytes),
+            _ => ApiError::invalid(None, "the request body could not be read"),
+        })?;
+        fields::parse(&body)
     }
-    next.run(request).await
 }
 
-async fn chat(
+async fn chat_completions(
     State(server): State<Shared>,
-    body: Result<Bytes, BytesRejection>,
+    headers: HeaderMap,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let body: ChatBody = openai::parse(&server.body(body)?)?;
-    let conversation = body.conversation()?;
-    let template = server.state.template.as_ref().ok_or_else(|| {
-        ApiError::invalid("messages", "this model has no chat template: use /v1/completions")
-    })?;
-    let messages: Vec<ChatMessage> =
-        conversation.into_iter().map(|(role, text)| ChatMessage::new(role, text)).collect();
-    let prompt = template
-        .render(&messages, true)
-        .map_err(|e| ApiError::invalid("messages", format!("the model's chat template refuses this: {e}")))?;
-    let generation = server.start(&body.common, &prompt, false)?;
-    let shape = answer::Shape::Chat { logprobs: body.logprobs == Some(true) };
-    answer::respond(generation, &body.common, shape, server.state.model_name.clone(), server.answer_id())
-        .await
+    chat::respond(&server, &server.json(&headers, body)?).await
 }
 
-async fn complete(
+async fn text_completions(
     State(server): State<Shared>,
-    body: Result<Bytes, BytesRejection>,
+    headers: HeaderMap,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let body: CompletionBody = openai::parse(&server.body(body)?)?;
-    let prompt = match &body.prompt {
-        OneOrMany::One(prompt) => prompt,
-        OneOrMany::Many(prompts) => match &prompts[..] {
-            [prompt] => prompt,
-            _ => return Err(ApiError::invalid("prompt", "one prompt per request is supported")),
-        },
+    completions::respond(&server, &server.json(&headers, body)?).await
+}
+
+async fn create_response(
+    State(server): State<Shared>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    responses::respond(&server, &server.json(&headers, body)?).await
+}
+
+async fn create_message(State(server): State<Shared>, headers: HeaderMap, body: Body) -> Response {
+    let result = match server.json(&headers, body) {
+        Ok(body) => messages::respond(&server, &body).await,
+        Err(error) => Err(error),
     };
-    if body.echo == Some(true) {
-        return Err(ApiError::invalid("echo", "echo is not supported by this server"));
-    }
-    let generation = server.start(&body.common, prompt, true)?;
-    answer::respond(
-        generation,
-        &body.common,
-        answer::Shape::Text,
-        server.state.model_name.clone(),
-        server.answer_id(),
-    )
-    .await
+    answered("/v1/messages", result)
+}
+
+async fn count_tokens(State(server): State<Shared>, headers: HeaderMap, body: Body) -> Response {
+    let result = server.json(&headers, body).and_then(|body| messages::count_tokens(&server, &body));
+    answered("/v1/messages", result)
+}
+
+async fn tokenize(
+    State(server): State<Shared>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    tokens::tokenize(&server, &server.json(&headers, body)?)
+}
+
+async fn detokenize(
+    State(server): State<Shared>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    tokens::detokenize(&server, &server.json(&headers, body)?)
 }
 
 async fn models(State(server): State<Shared>) -> Response {
-    Json(json!({"object": "list", "data": [server.model_card()]})).into_response()
+    Json(json!({"object": "list", "data": server.models()})).into_response()
 }
 
-async fn model(
-    State(server): State<Shared>,
-    axum::extract::Path(id): axum::extract::Path<String>,
-) -> Result<Response, ApiError> {
-    server.check_model(Some(&id))?;
-    Ok(Json(server.model_card()).into_response())
+async fn model(State(server): State<Shared>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    server.model(Some(&id))?;
+    let card = server.models().into_iter().find(|card| card["id"] == id);
+    Ok(Json(card.ok_or_else(|| ApiError::not_found(format!("model: {id:?} is gone")))?).into_response())
 }
 
 async fn health(State(server): State<Shared>) -> Result<Response, ApiError> {
@@ -182,66 +268,6 @@ async fn metrics_text(State(server): State<Shared>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
-impl Server {
-    fn body(&self, body: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
-        body.map_err(|rejection| match rejection.status() {
-            axum::http::StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(self.state.body_limit_bytes),
-            _ => ApiError::invalid(None, "the request body could not be read"),
-        })
-    }
-
-    fn check_ready(&self) -> Result<(), ApiError> {
-        match &self.state.readiness {
-            Some(ready) => ready().map_err(ApiError::unavailable),
-            None => Ok(()),
-        }
-    }
-
-    fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
-        match asked {
-            Some(name) if name != self.state.model_name => Err(ApiError::not_found(format!(
-                "the model {name:?} is not served here; this server has {:?}",
-                self.state.model_name
-            ))),
-            _ => Ok(()),
-        }
-    }
-
-    fn start(&self, common: &Common, prompt: &str, add_special: bool) -> Result<Generation, ApiError> {
-        self.check_ready()?;
-        self.check_model(common.model.as_deref())?;
-        let state = &self.state;
-        let limits = state.engine.limits();
-        let prompt = state
-            .tokenizer
-            .encode(prompt, add_special)
-            .map_err(|e| ApiError::invalid(None, format!("the prompt cannot be tokenised: {e}")))?;
-        let room = limits.context_tokens.saturating_sub(prompt.len()).max(1);
-        let (mut sampling, stops) = common.sampling(room, self.fresh_seed())?;
-        sampling.stop_ids.clone_from(&state.stop_ids);
-        let stops = StopStrings::new(stops);
-        Generation::start(&state.engine, prompt, sampling, state.tokenizer.stream(), stops)
-    }
-
-    /// A seed for a request that names none: different for every request and every start of the server.
-    fn fresh_seed(&self) -> u64 {
-        let n = self.requests.fetch_add(1, Ordering::Relaxed);
-        let mut hash = blake3::Hasher::new();
-        hash.update(&self.started.to_le_bytes())
-            .update(&n.to_le_bytes())
-            .update(&std::process::id().to_le_bytes());
-        u64::from_le_bytes(hash.finalize().as_bytes()[..8].try_into().expect("eight of 32 bytes"))
-    }
-
-    fn answer_id(&self) -> String {
-        format!("{:016x}", self.fresh_seed())
-    }
-
-    fn model_card(&self) -> serde_json::Value {
-        json!({"id": self.state.model_name, "object": "model", "created": self.started, "owned_by": "local"})
-    }
-}
-
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+async fn cluster_status(State(server): State<Shared>) -> Response {
+    Json(pages::cluster_status(&server)).into_response()
 }

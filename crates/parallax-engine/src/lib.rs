@@ -49,6 +49,7 @@
 //! - [`speculate`]: guessing tokens that one pass then checks
 //! - [`kv_cache`]: pages, page tables, prefixes; [`sampler`]: logits to a token; [`mod@score`]: given tokens; [`metrics`]: counters
 //! - [`batch`], [`stage`], [`tap`]: the seam to whatever computes; `local`: over parallax-model (feature `local`)
+//! - [`markup`]: reasoning and tool calls in a text, by model family
 //! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
 //! - `service`: the engine thread and pipelines over peers (feature `service`); `http`: OpenAI API (feature `http`)
 
@@ -63,6 +64,7 @@ pub mod http;
 pub mod kv_cache;
 #[cfg(feature = "local")]
 pub mod local;
+pub mod markup;
 pub mod metrics;
 pub mod request;
 pub mod sampler;

@@ -14,18 +14,21 @@ impl StopStrings {
         Self { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), held: String::new() }
     }
 
-    /// Takes the next piece; returns the text that may be shown, and whether a stop string was met (the text then ends
-    /// before it).
-    pub fn push(&mut self, piece: &str) -> (String, bool) {
+    /// Takes the next piece; returns the text that may be shown, and the stop string that was met, before which the text
+    /// ends.
+    pub fn push(&mut self, piece: &str) -> (String, Option<String>) {
         self.held.push_str(piece);
-        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+        if let Some((at, stop)) =
+            self.stops.iter().filter_map(|s| Some((self.held.find(s.as_str())?, s))).min()
+        {
             let shown = self.held[..at].to_owned();
+            let stop = stop.clone();
             self.held.clear();
-            return (shown, true);
+            return (shown, Some(stop));
         }
         let longest = self.stops.iter().map(|stop| longest_overlap(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - longest);
-        (std::mem::replace(&mut self.held, rest), false)
+        (std::mem::replace(&mut self.held, rest), None)
     }
 
     /// The text that was still held back when the sequence ended.
@@ -56,7 +59,7 @@ mod tests {
                 if piece.is_empty() || stopped { break; }
                 let (more, met) = watch.push(&piece);
                 shown.push_str(&more);
-                stopped = met;
+                stopped = met.is_some();
             }
             if !stopped { shown.push_str(&watch.finish()); }
             match text.find(&stop) {

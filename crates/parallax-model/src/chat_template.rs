@@ -4,6 +4,7 @@
 //! functions that the transformers library adds are here too (`raise_exception`, `strftime_now`, the `tojson`
 //! filter). The clock is an argument of [`ChatTemplate::render_at`]; a core reads none.
 
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,21 @@ impl ChatMessage {
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
+}
+
+/// A conversation with everything that a template may look at. Messages are JSON objects in the shape that templates
+/// expect: `role`, `content`, and where there are any `tool_calls` (arguments as an object), `tool_call_id`, `name`,
+/// `reasoning_content`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Conversation {
+    /// The messages, first to last.
+    pub messages: Vec<serde_json::Value>,
+    /// Tools that the model may call, in OpenAI's shape; empty: templates see none.
+    pub tools: Vec<serde_json::Value>,
+    /// Further variables, such as `enable_thinking`. They cannot replace the ones above.
+    pub variables: serde_json::Map<String, serde_json::Value>,
+    /// What `strftime_now` returns; `None`: the function is undefined.
+    pub date: Option<String>,
 }
 
 /// A compiled chat template with the special tokens it may name.
@@ -92,25 +108,47 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         date: Option<&str>,
     ) -> Result<String, TemplateError> {
+        let messages =
+            messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
+        let date = date.map(str::to_owned);
+        self.render_conversation(
+            &Conversation { messages, date, ..Conversation::default() },
+            add_generation_prompt,
+        )
+    }
+
+    /// As [`Self::render`], for a conversation with tools and variables.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub fn render_conversation(
+        &self,
+        conversation: &Conversation,
+        add_generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
         let mut environment = self.environment.clone();
-        if let Some(date) = date {
-            let date = date.to_owned();
+        if let Some(date) = conversation.date.clone() {
             environment.add_function("strftime_now", move |_format: String| date.clone());
         }
         let template =
             environment.get_template(NAME).map_err(|e| TemplateError::Compile(format!("{e:#}")))?;
-        let messages: Vec<Value> =
-            messages.iter().map(|m| context! { role => &m.role, content => &m.content }).collect();
+        // Templates ask whether tools and documents are none, as transformers passes them.
+        let tools = if conversation.tools.is_empty() {
+            Value::from(())
+        } else {
+            Value::from(Serde(&conversation.tools))
+        };
+        let known = context! {
+            messages => Value::from(Serde(&conversation.messages)),
+            add_generation_prompt,
+            tools,
+            documents => Value::from(()),
+            bos_token => &self.bos_token,
+            eos_token => &self.eos_token,
+        };
+        let variables = Value::from(Serde(&conversation.variables));
         template
-            .render(context! {
-                messages,
-                add_generation_prompt,
-                // Templates ask whether these are none, as transformers passes them.
-                tools => Value::from(()),
-                documents => Value::from(()),
-                bos_token => &self.bos_token,
-                eos_token => &self.eos_token,
-            })
+            .render(context! { ..known, ..variables })
             .map_err(|e| TemplateError::Render(format!("{e:#}")))
     }
 }
@@ -176,6 +214,32 @@ mod tests {
             ChatMessage::new("assistant", "<think>t</think>\n\na"),
         ];
         assert_eq!(t.render(&m, false).unwrap(), "<sys>be brief</sys><user>q <assistant>a 1");
+    }
+
+    #[test]
+    fn tools_and_variables_reach_the_template() {
+        let source = "{% if tools %}{{ tools | length }}:{{ tools[0].function.name }} {% endif %}\
+                      {% for m in messages %}{{ m.role }}{% if m.tool_calls %} calls \
+                      {{ m.tool_calls[0].function.arguments | tojson }}{% endif %} {% endfor %}\
+                      {{ enable_thinking if enable_thinking is defined else 'unsaid' }}{{ bos_token }}";
+        let t = ChatTemplate::new(source, "<s>", "").unwrap();
+        let mut conversation = Conversation {
+            messages: vec![serde_json::json!({"role": "assistant", "content": null,
+                "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]})],
+            tools: vec![serde_json::json!({"type": "function", "function": {"name": "add"}})],
+            ..Conversation::default()
+        };
+        assert_eq!(
+            t.render_conversation(&conversation, true).unwrap(),
+            "1:add assistant calls {\"a\": 1} unsaid<s>"
+        );
+        conversation.tools.clear();
+        conversation.variables.insert("enable_thinking".into(), false.into());
+        conversation.variables.insert("bos_token".into(), "forged".into());
+        assert_eq!(
+            t.render_conversation(&conversation, true).unwrap(),
+            "assistant calls {\"a\": 1} false<s>"
+        );
     }
 
     #[test]

@@ -63,7 +63,7 @@ pub mod train;
 pub mod weights;
 
 pub use adapter::{Adapter, LoraTensors};
-pub use chat_template::{ChatMessage, ChatTemplate};
+pub use chat_template::{ChatMessage, ChatTemplate, Conversation};
 pub use checkpoint::{Checkpoint, TensorSpan};
 pub use config::{Family, LayerConfig, ModelConfig, RopeScaling};
 pub use error::{
@@ -72,6 +72,6 @@ pub use error::{
 pub use options::{DeviceKind, LoadOptions, WeightDtype};
 #[cfg(feature = "cpu")]
 pub use stage::{ForwardBatch, SequenceRows, Stage, StageInput, StageOutput, Want};
-pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{StreamDecoder, TokenBytes, Tokenizer};
 #[cfg(feature = "train")]
 pub use train::{LoraConfig, TrainModel, TrainOptions};

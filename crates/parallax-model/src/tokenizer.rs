@@ -2,11 +2,13 @@
 //!
 //! From tokenizer.json, or rebuilt from the vocabulary and merges inside a GGUF file.
 
+mod bytes;
 pub(crate) mod gguf;
 mod stream;
 
 use std::{fmt, sync::Arc};
 
+pub use bytes::TokenBytes;
 pub use stream::StreamDecoder;
 
 use crate::error::TokenizerError;

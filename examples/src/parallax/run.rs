@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpState};
+use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpLimits, HttpState};
 use parallax_engine::{EngineConfig, EngineHandle};
 use parallax_model::Checkpoint;
 use serde::Serialize;
@@ -14,15 +14,15 @@ use tokio::net::TcpListener;
 use super::model::{LoadedModel, ModelArgs};
 use crate::program;
 
-/// Serve a model on this machine: OpenAI chat completions, completions and models under /v1, a chat page at /, Prometheus
-/// metrics at /metrics.
+/// Serve a model on this machine: OpenAI's and Anthropic's APIs under /v1, a chat page at /, a cluster page at /cluster,
+/// Prometheus metrics at /metrics.
 ///
 /// Report (--json), printed when the server is ready: url, model, context_tokens, load_ms.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  parallax run --model tiny\n  parallax run --model SmolLM2-135M-Instruct.Q4_1.gguf --port 8080 \
-                  --api-key secret\n\nThen open the printed address in a browser, or point any OpenAI client at it with \
-                  base_url = URL/v1."
+                  --api-key secret\n\nThen open the printed address in a browser, or point an OpenAI client at it with \
+                  base_url = URL/v1, or an Anthropic client with base_url = URL."
 )]
 pub struct RunArgs {
     #[command(flatten)]
@@ -46,9 +46,18 @@ pub struct ListenArgs {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 3001)]
     pub port: u16,
-    /// Key that clients must send as `Authorization: Bearer KEY`
-    #[arg(long, env = "PARALLAX_API_KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
+    /// Key that clients must send as `Authorization: Bearer KEY` or `x-api-key: KEY`; several with commas between
+    #[arg(long, env = "PARALLAX_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    pub api_key: Vec<String>,
+    /// Requests that are answered at the same time; one more gets 429
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub max_concurrent: usize,
+    /// Requests that one key may begin in a minute; without keys all clients share them [default: no limit]
+    #[arg(long, value_name = "N")]
+    pub requests_per_minute: Option<u32>,
+    /// Largest request body
+    #[arg(long, default_value_t = DEFAULT_BODY_LIMIT_BYTES, value_name = "BYTES")]
+    pub max_body_bytes: usize,
 }
 
 impl ListenArgs {
@@ -64,12 +73,28 @@ impl ListenArgs {
             )
         })?;
         let address = listener.local_addr()?;
-        if !address.ip().is_loopback() && self.api_key.is_none() {
+        if !address.ip().is_loopback() && self.api_key.is_empty() {
             program::say(&format!(
                 "note: {address} is open to the network and asks for no key; give --api-key"
             ));
         }
         Ok((listener, address))
+    }
+
+    /// As the server takes them.
+    ///
+    /// # Errors
+    /// A limit that would let nobody in, or an empty key.
+    pub fn limits(&self) -> anyhow::Result<HttpLimits> {
+        ensure!(self.max_concurrent > 0, "--max-concurrent must be at least 1");
+        ensure!(self.requests_per_minute != Some(0), "--requests-per-minute must be at least 1");
+        ensure!(self.api_key.iter().all(|key| !key.trim().is_empty()), "--api-key must not be empty");
+        Ok(HttpLimits {
+            api_keys: self.api_key.clone(),
+            body_bytes: self.max_body_bytes,
+            concurrent_requests: self.max_concurrent.min(tokio::sync::Semaphore::MAX_PERMITS),
+            requests_per_minute: self.requests_per_minute,
+        })
     }
 }
 
@@ -86,6 +111,7 @@ struct Report {
 /// # Errors
 /// A model that cannot be loaded, a port that cannot be opened.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    let limits = args.listen.limits()?;
     tokio::runtime::Runtime::new()?.block_on(async {
         // The port first: a taken port should not cost a load.
         let (listener, address) = args.listen.bind().await?;
@@ -96,8 +122,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
         let engine = EngineHandle::start(Box::new(pipeline), EngineConfig::default())?;
         let context_tokens = engine.limits().context_tokens;
-        let state =
-            http_state(engine, &checkpoint, model_name(&args.model.model), args.listen.api_key.clone())?;
+        let state = HttpState { limits, ..http_state(engine, &checkpoint, model_name(&args.model.model))? };
         let report = Report {
             url: format!("http://{address}"),
             model: state.model_name.clone(),
@@ -123,17 +148,11 @@ pub fn http_state(
     engine: EngineHandle,
     checkpoint: &Checkpoint,
     model_name: String,
-    api_key: Option<String>,
 ) -> anyhow::Result<HttpState> {
     Ok(HttpState {
-        engine,
-        tokenizer: checkpoint.tokenizer()?,
         template: checkpoint.chat_template()?.map(Arc::new),
-        model_name,
         stop_ids: checkpoint.config().eos.clone(),
-        api_key,
-        body_limit_bytes: DEFAULT_BODY_LIMIT_BYTES,
-        readiness: None,
+        ..HttpState::new(engine, checkpoint.tokenizer()?, model_name)
     })
 }
 

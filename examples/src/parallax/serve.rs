@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use axum::Json;
 use axum::routing::get;
 use clap::Args;
-use parallax_engine::http::{self, HttpState, Readiness};
+use parallax_engine::http::{self, HttpLimits, HttpState, Readiness};
 use parallax_engine::service::head::Head;
 use parallax_engine::service::membership::{self, ServeOptions};
 use parallax_engine::{EngineConfig, EngineHandle};
@@ -17,6 +17,7 @@ use parallax_model::{Checkpoint, DeviceKind, WeightDtype};
 use serde_json::json;
 use swarm_wire::PolicyVersion;
 
+use super::run::http_state;
 use super::swarm_node::{Exchange, SwarmNodeArgs, asked_to_end};
 use crate::program;
 
@@ -89,17 +90,13 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
     let (node, exchange) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
-    let template = checkpoint.chat_template()?.map(Arc::new);
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
+    let limits = HttpLimits { api_keys: args.api_key.iter().cloned().collect(), ..HttpLimits::default() };
     let state = HttpState {
-        engine,
-        tokenizer: checkpoint.tokenizer()?,
-        template,
-        model_name: args.model.clone(),
-        stop_ids: checkpoint.config().eos.clone(),
-        api_key: args.api_key.clone(),
-        body_limit_bytes: http::DEFAULT_BODY_LIMIT_BYTES,
+        limits,
         readiness: Some(readiness),
+        cluster: Some(head.status_source()),
+        ..http_state(engine, &checkpoint, args.model.clone())?
     };
     let status = head.status_source();
     let swarm = axum::Router::new().route("/swarm/status", get(move || async move { Json(status()) }));

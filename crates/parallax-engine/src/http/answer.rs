@@ -1,175 +1,163 @@
-//! Answers in OpenAI's JSON: whole, or as server-sent events.
+//! Answers on their way out: collected whole, or written as server-sent events while they grow.
+//!
+//! An endpoint gives a [`Writer`], a state machine from deltas to events; waiting, merging choices and failures are the
+//! same for all of them and live here.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::pin::Pin;
 
-use axum::Json;
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures::stream::{self, Stream};
-use serde_json::{Value, json};
+use futures::stream::{self, SelectAll, Stream, StreamExt as _};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ApiError;
-use super::generation::{Generation, Piece};
-use super::openai::Common;
+use super::generation::{Delta, Generation, TokenReport};
+use crate::markup::{Part, ToolCall};
+use crate::request::{FinishReason, Usage};
 
-/// Which of the two APIs is answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shape {
-    /// `/v1/chat/completions`.
-    Chat { logprobs: bool },
-    /// `/v1/completions`.
-    Text,
+/// The answers to one request. Dropping it aborts what is not finished.
+pub(super) struct Job {
+    /// One for each choice, in order.
+    pub generations: Vec<Generation>,
+    /// Given back when the answers have ended.
+    pub seat: OwnedSemaphorePermit,
 }
 
-struct Frame {
-    shape: Shape,
-    model: String,
-    id: String,
-    created: u64,
+type Steps = SelectAll<Pin<Box<dyn Stream<Item = (usize, Result<Delta, ApiError>)> + Send>>>;
+
+fn steps(generations: Vec<Generation>) -> Steps {
+    stream::select_all(generations.into_iter().enumerate().map(|(choice, generation)| {
+        let one = stream::unfold(generation, move |mut generation| async move {
+            let step = generation.next().await?;
+            Some(((choice, step), generation))
+        });
+        Box::pin(one) as Pin<Box<dyn Stream<Item = _> + Send>>
+    }))
 }
 
-/// Runs a generation to its end, or streams it when the client asked for that. The first piece is awaited before the
-/// status is sent, so that a failure at the start has a proper status.
-pub(super) async fn respond(
-    mut generation: Generation,
-    common: &Common,
-    shape: Shape,
-    model: String,
-    id: String,
-) -> Result<Response, ApiError> {
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let frame = Frame { shape, model, id, created };
-    if common.stream != Some(true) {
-        return whole(generation, &frame).await;
-    }
-    let usage = common.stream_options.as_ref().is_some_and(|o| o.include_usage);
-    let Some(first) = generation.next().await else { return Err(ApiError::internal("no answer")) };
-    let first = first?;
-    Ok(Sse::new(events(generation, first, frame, usage)).keep_alive(KeepAlive::default()).into_response())
+/// One whole answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Collected {
+    pub reasoning: String,
+    pub content: String,
+    pub calls: Vec<ToolCall>,
+    pub reports: Vec<TokenReport>,
+    pub prompt_logprobs: Vec<f32>,
+    pub reason: Option<FinishReason>,
+    pub stop: Option<String>,
+    pub usage: Usage,
 }
 
-async fn whole(mut generation: Generation, frame: &Frame) -> Result<Response, ApiError> {
-    let (mut text, mut finish, mut logprobs) = (String::new(), "stop", Vec::new());
-    while let Some(piece) = generation.next().await {
-        match piece? {
-            Piece::Token { text: more, logprob } => {
-                logprobs.push(
-                    json!({"token": more, "logprob": logprob, "bytes": more.as_bytes(), "top_logprobs": []}),
-                );
-                text.push_str(&more);
+impl Collected {
+    fn take(&mut self, delta: Delta) {
+        let parts = match delta {
+            Delta::Prompt(logprobs) => {
+                self.prompt_logprobs = logprobs;
+                return;
             }
-            Piece::End { text: rest, reason } => {
-                text.push_str(&rest);
-                finish = reason.as_str();
+            Delta::Token { parts, report } => {
+                self.reports.push(report);
+                parts
+            }
+            Delta::End(ending) => {
+                (self.reason, self.stop, self.usage) = (Some(ending.reason), ending.stop, ending.usage);
+                ending.parts
+            }
+        };
+        for part in parts {
+            match part {
+                Part::Reasoning(text) => self.reasoning.push_str(&text),
+                Part::Content(text) => self.content.push_str(&text),
+                Part::Call(call) => self.calls.push(call),
             }
         }
     }
-    let choice = match frame.shape {
-        Shape::Chat { logprobs: wanted } => json!({"index": 0, "finish_reason": finish,
-            "logprobs": wanted.then(|| json!({"content": logprobs, "refusal": null})),
-            "message": {"role": "assistant", "content": text, "refusal": null}}),
-        Shape::Text => json!({"index": 0, "finish_reason": finish, "logprobs": null, "text": text}),
-    };
-    let mut answer = frame.envelope(false);
-    answer["choices"] = json!([choice]);
-    answer["usage"] = usage_of(&generation);
-    Ok(Json(answer).into_response())
 }
 
-/// Where a stream of events stands.
-enum Next {
-    Piece(Piece),
-    Await,
-    Usage,
-    Done,
-    Closed,
+/// Waits for all choices; the first failure is the answer to the whole request.
+pub(super) async fn collect(job: Job) -> Result<Vec<Collected>, ApiError> {
+    let mut collected = vec![Collected::default(); job.generations.len()];
+    let mut steps = steps(job.generations);
+    while let Some((choice, step)) = steps.next().await {
+        collected[choice].take(step?);
+    }
+    drop(job.seat);
+    Ok(collected)
 }
 
-fn events(
-    generation: Generation,
-    first: Piece,
-    frame: Frame,
-    usage: bool,
-) -> impl Stream<Item = Result<SseEvent, Infallible>> {
-    let role = match frame.shape {
-        Shape::Chat { .. } => Some(frame.chunk(&json!({"role": "assistant", "content": ""}), None, None)),
-        Shape::Text => None,
-    };
-    let opening = stream::iter(role.map(|chunk| Ok(SseEvent::default().data(chunk.to_string()))));
-    let rest = stream::unfold(
-        (generation, frame, Next::Piece(first)),
-        move |(mut generation, frame, next)| async move {
-            let (event, next) = match next {
-                Next::Closed => return None,
-                Next::Done => (SseEvent::default().data("[DONE]"), Next::Closed),
-                Next::Usage => {
-                    let mut chunk = frame.envelope(true);
-                    chunk["choices"] = json!([]);
-                    chunk["usage"] = usage_of(&generation);
-                    (SseEvent::default().data(chunk.to_string()), Next::Done)
-                }
-                Next::Piece(piece) => frame.event(&piece, usage),
-                Next::Await => match generation.next().await {
-                    Some(Ok(piece)) => frame.event(&piece, usage),
-                    Some(Err(error)) => (SseEvent::default().data(error.body().to_string()), Next::Closed),
-                    None => return None,
-                },
-            };
-            Some((Ok(event), (generation, frame, next)))
-        },
-    );
-    futures::StreamExt::chain(opening, rest)
+/// The tokens of a request: the prompt counts once, answers add up.
+pub(super) fn total<'a>(usages: impl IntoIterator<Item = &'a Usage>) -> Usage {
+    usages.into_iter().fold(Usage::default(), |sum, usage| Usage {
+        prompt_tokens: sum.prompt_tokens.max(usage.prompt_tokens),
+        cached_tokens: sum.cached_tokens.max(usage.cached_tokens),
+        completion_tokens: sum.completion_tokens + usage.completion_tokens,
+    })
+}
+
+/// One server-sent event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Frame {
+    /// Its name, where the API has names.
+    pub event: Option<&'static str>,
+    pub data: String,
 }
 
 impl Frame {
-    fn event(&self, piece: &Piece, usage: bool) -> (SseEvent, Next) {
-        let (chunk, next) = match piece {
-            Piece::Token { text, logprob } => {
-                (self.chunk(&json!({"content": text}), None, Some(*logprob)), Next::Await)
-            }
-            Piece::End { text, reason } => {
-                let delta = if text.is_empty() { json!({}) } else { json!({"content": text}) };
-                (
-                    self.chunk(&delta, Some(reason.as_str()), None),
-                    if usage { Next::Usage } else { Next::Done },
-                )
-            }
-        };
-        (SseEvent::default().data(chunk.to_string()), next)
+    /// An event without a name.
+    pub(super) fn data(data: impl ToString) -> Self {
+        Self { event: None, data: data.to_string() }
     }
 
-    fn chunk(&self, delta: &Value, finish: Option<&str>, logprob: Option<f32>) -> Value {
-        let choice = match self.shape {
-            Shape::Chat { logprobs } => {
-                let content = logprob.filter(|_| logprobs).map(|p| {
-                    let token = delta["content"].as_str().unwrap_or_default();
-                    json!({"content": [{"token": token, "logprob": p, "bytes": token.as_bytes(), "top_logprobs": []}],
-                           "refusal": null})
-                });
-                json!({"index": 0, "delta": delta, "logprobs": content, "finish_reason": finish})
-            }
-            Shape::Text => {
-                let text = delta["content"].as_str().unwrap_or_default();
-                json!({"index": 0, "text": text, "logprobs": null, "finish_reason": finish})
-            }
-        };
-        let mut chunk = self.envelope(true);
-        chunk["choices"] = json!([choice]);
-        chunk
-    }
-
-    fn envelope(&self, streamed: bool) -> Value {
-        let (prefix, object) = match (self.shape, streamed) {
-            (Shape::Chat { .. }, false) => ("chatcmpl-", "chat.completion"),
-            (Shape::Chat { .. }, true) => ("chatcmpl-", "chat.completion.chunk"),
-            (Shape::Text, _) => ("cmpl-", "text_completion"),
-        };
-        json!({"id": format!("{prefix}{}", self.id), "object": object, "created": self.created, "model": self.model})
+    /// A named event.
+    pub(super) fn named(event: &'static str, data: impl ToString) -> Self {
+        Self { event: Some(event), data: data.to_string() }
     }
 }
 
-fn usage_of(generation: &Generation) -> Value {
-    let (prompt, completion) = (generation.prompt_tokens, generation.completion_tokens);
-    json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion})
+/// Writes the events of one API. Called in the order `begin`, `delta`.., and `end` or `fail`.
+pub(super) trait Writer: Send + 'static {
+    fn begin(&mut self) -> Vec<Frame>;
+    fn delta(&mut self, choice: usize, delta: Delta) -> Vec<Frame>;
+    fn end(&mut self) -> Vec<Frame>;
+    fn fail(&mut self, error: &ApiError) -> Vec<Frame>;
+}
+
+/// Streams the answers. The first step is awaited before the status is sent, so that a failure at the start has a proper
+/// status.
+pub(super) async fn stream(job: Job, mut writer: impl Writer) -> Result<Response, ApiError> {
+    let mut steps = steps(job.generations);
+    let Some((choice, first)) = steps.next().await else { return Err(ApiError::internal("no answer")) };
+    let first = first?;
+    let mut queue: VecDeque<Frame> = writer.begin().into();
+    queue.extend(writer.delta(choice, first));
+    let state = (steps, writer, queue, Some(job.seat));
+    let events = stream::unfold(state, |(mut steps, mut writer, mut queue, mut seat)| async move {
+        loop {
+            if let Some(frame) = queue.pop_front() {
+                let event = SseEvent::default().data(frame.data);
+                let event = match frame.event {
+                    Some(name) => event.event(name),
+                    None => event,
+                };
+                return Some((Ok::<_, Infallible>(event), (steps, writer, queue, seat)));
+            }
+            // The seat is given back with the last step: nothing follows but what is queued.
+            seat.as_ref()?;
+            match steps.next().await {
+                Some((choice, Ok(delta))) => queue.extend(writer.delta(choice, delta)),
+                Some((_, Err(error))) => {
+                    queue.extend(writer.fail(&error));
+                    seat = None;
+                    steps.clear();
+                }
+                None => {
+                    queue.extend(writer.end());
+                    seat = None;
+                }
+            }
+        }
+    });
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())
 }

@@ -1,109 +1,132 @@
-//! Errors in the shape that OpenAI clients read: `{"error": {"message", "type", "param", "code"}}`.
+//! What a client is told when a request cannot be served, in OpenAI's shape and in Anthropic's.
+
+use std::fmt;
+use std::time::Duration;
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-/// What a client is told when a request cannot be served.
+/// An answer other than the one that was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
     status: StatusCode,
     kind: &'static str,
     message: String,
-    param: Option<&'static str>,
+    param: Option<String>,
+    retry_after: Option<Duration>,
 }
 
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.status.as_u16(), self.message)
+    }
+}
+
+impl std::error::Error for ApiError {}
+
 impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, message: message.into(), param: None, retry_after: None }
+    }
+
     /// 400: the request is malformed; `param` names the field.
-    pub fn invalid(param: impl Into<Option<&'static str>>, message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::BAD_REQUEST,
-            kind: "invalid_request_error",
-            message: message.into(),
-            param: param.into(),
-        }
+    pub fn invalid(param: Option<&str>, message: impl Into<String>) -> Self {
+        let param = param.filter(|p| !p.is_empty()).map(str::to_owned);
+        Self { param, ..Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message) }
     }
 
     /// 401: the API key is missing or wrong.
     pub fn unauthorized() -> Self {
-        Self {
-            status: StatusCode::UNAUTHORIZED,
-            kind: "authentication_error",
-            message: "missing or wrong API key: send it as `Authorization: Bearer KEY`".into(),
-            param: None,
-        }
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "authentication_error",
+            "missing or wrong API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`",
+        )
     }
 
     /// 404: no such model or route.
     pub fn not_found(message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::NOT_FOUND,
-            kind: "invalid_request_error",
-            message: message.into(),
-            param: None,
-        }
+        Self::new(StatusCode::NOT_FOUND, "not_found_error", message)
     }
 
     /// 405: the route exists under another method.
     pub fn method_not_allowed() -> Self {
-        Self {
-            status: StatusCode::METHOD_NOT_ALLOWED,
-            kind: "invalid_request_error",
-            message: "this route does not take that HTTP method".into(),
-            param: None,
-        }
+        let message = "this route does not take that HTTP method";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 
     /// 413: the body is too large.
     pub fn too_large(limit_bytes: usize) -> Self {
-        Self {
-            status: StatusCode::PAYLOAD_TOO_LARGE,
-            kind: "invalid_request_error",
-            message: format!("the request body is larger than {limit_bytes} bytes"),
-            param: None,
-        }
+        let message = format!("the request body is larger than {limit_bytes} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", message)
     }
 
-    /// 429: the queue is full.
-    pub fn busy(message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::TOO_MANY_REQUESTS,
-            kind: "rate_limit_error",
-            message: message.into(),
-            param: None,
-        }
+    /// 415: the body is not declared as JSON.
+    pub fn unsupported_media(content_type: &str) -> Self {
+        let message = format!("send the body as content-type application/json, not {content_type:?}");
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
+    }
+
+    /// 429: too many requests at once or in a minute.
+    pub fn busy(message: impl Into<String>, retry_after: Duration) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        Self { retry_after: Some(retry_after), ..error }
     }
 
     /// 503: nobody can compute at the moment.
     pub fn unavailable(message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::SERVICE_UNAVAILABLE,
-            kind: "service_unavailable",
-            message: message.into(),
-            param: None,
-        }
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", message);
+        Self { retry_after: Some(Duration::from_secs(1)), ..error }
     }
 
     /// 500: the computation broke.
     pub fn internal(message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::INTERNAL_SERVER_ERROR,
-            kind: "server_error",
-            message: message.into(),
-            param: None,
-        }
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
-    /// The JSON body.
+    /// The status code.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// OpenAI's body: `{"error": {"message", "type", "param", "code"}}`.
     pub fn body(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind, "param": self.param,
                          "code": self.status.as_u16()}})
+    }
+
+    /// Anthropic's body: `{"type": "error", "error": {"type", "message"}}`.
+    pub fn anthropic_body(&self) -> Value {
+        let kind = match self.status {
+            StatusCode::SERVICE_UNAVAILABLE => "overloaded_error",
+            StatusCode::INTERNAL_SERVER_ERROR => "api_error",
+            _ => self.kind,
+        };
+        json!({"type": "error", "error": {"type": kind, "message": self.message}})
+    }
+
+    fn respond(&self, body: Value) -> Response {
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(wait) = self.retry_after {
+            let seconds = wait.as_millis().div_ceil(1000).max(1);
+            let value = HeaderValue::from_str(&seconds.to_string()).expect("digits are a header value");
+            response.headers_mut().insert(header::RETRY_AFTER, value);
+        }
+        response
+    }
+
+    /// As a response in Anthropic's shape.
+    pub(super) fn into_anthropic_response(self) -> Response {
+        let body = self.anthropic_body();
+        self.respond(body)
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.status, Json(self.body())).into_response()
+        let body = self.body();
+        self.respond(body)
     }
 }

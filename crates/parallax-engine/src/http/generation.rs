@@ -1,94 +1,183 @@
-//! One answer as text: tokens from the engine become pieces of text, cut at stop strings, never half a character.
+//! One answer as it grows: tokens from the engine become text, cut at stop strings, never half a character; the text
+//! becomes thoughts, content and calls.
 
-use parallax_model::StreamDecoder;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parallax_model::{StreamDecoder, Tokenizer};
 
 use super::error::ApiError;
-use crate::error::RequestError;
-use crate::request::{Event, FinishReason, Request};
-use crate::sampling::SamplingParams;
-use crate::service::{EngineHandle, TokenStream};
+use crate::markup::{Markup, MarkupOptions, Part};
+use crate::request::{Event, FinishReason, Token, Usage};
+use crate::service::TokenStream;
 use crate::stop_strings::StopStrings;
+
+/// A token in a report of log-probabilities.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct TokenReport {
+    pub id: u32,
+    pub logprob: f32,
+    /// The likeliest tokens instead of it.
+    pub top: Vec<(u32, f32)>,
+}
 
 /// A step of an answer.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Piece {
-    /// One token and the text that became complete with it, possibly empty.
-    Token { text: String, logprob: f32 },
-    /// The end: the text that was still held back, and why it ended.
-    End { text: String, reason: FinishReason },
+pub(super) enum Delta {
+    /// Log-probabilities of the prompt's tokens from the second on.
+    Prompt(Vec<f32>),
+    /// A token, and what became certain with it: often nothing.
+    Token { parts: Vec<Part>, report: TokenReport },
+    /// The end.
+    End(Ending),
+}
+
+/// How an answer ended.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Ending {
+    /// What was held back until now.
+    pub parts: Vec<Part>,
+    pub reason: FinishReason,
+    /// The stop string that was met.
+    pub stop: Option<String>,
+    pub usage: Usage,
+}
+
+/// Which control tokens of a vocabulary are part of the text: the markers of the model's dialect.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ControlTokens {
+    /// Every control token with its text if that is kept.
+    tokens: BTreeMap<u32, Option<String>>,
+}
+
+impl ControlTokens {
+    /// The control tokens of a tokenizer, of which `markers` are kept.
+    pub(super) fn new(tokenizer: &Tokenizer, markers: &[&str]) -> Self {
+        let kept = |text: String| markers.contains(&text.as_str()).then_some(text);
+        let tokens = tokenizer.special_tokens().into_iter().map(|(id, text)| (id, kept(text))).collect();
+        Self { tokens }
+    }
+}
+
+/// What turns tokens into parts.
+#[derive(Debug)]
+pub(super) struct Reading {
+    pub decoder: StreamDecoder,
+    pub controls: Arc<ControlTokens>,
+    /// Keep the markers: off for plain completions, whose text has no structure.
+    pub markup: Option<MarkupOptions>,
+    pub stops: StopStrings,
+    pub include_stop: bool,
+    pub stop_ids: Vec<u32>,
+    /// Calls after the first are dropped.
+    pub single_call: bool,
+    pub prompt_tokens: usize,
 }
 
 /// An answer in the making. Dropping it aborts the request.
 pub(super) struct Generation {
     tokens: TokenStream,
-    stop_ids: Vec<u32>,
-    decoder: StreamDecoder,
-    stops: StopStrings,
-    pub(super) prompt_tokens: usize,
-    pub(super) completion_tokens: usize,
+    reading: Reading,
+    markup: Markup,
+    n_tokens: usize,
+    n_calls: usize,
     ended: bool,
 }
 
 impl Generation {
-    pub(super) fn start(
-        engine: &EngineHandle,
-        prompt: Vec<u32>,
-        sampling: SamplingParams,
-        decoder: StreamDecoder,
-        stops: StopStrings,
-    ) -> Result<Self, ApiError> {
-        let prompt_tokens = prompt.len();
-        let stop_ids = sampling.stop_ids.clone();
-        let request = Request { prompt, sampling, ..Request::default() };
-        let tokens = engine.submit(request).map_err(|error| match error {
-            RequestError::QueueFull { .. } => ApiError::busy(error.to_string()),
-            RequestError::Stopped => ApiError::unavailable(error.to_string()),
-            RequestError::Parameter { field, .. } => ApiError::invalid(field, error.to_string()),
-            _ => ApiError::invalid(None, error.to_string()),
-        })?;
-        Ok(Self { tokens, stop_ids, decoder, stops, prompt_tokens, completion_tokens: 0, ended: false })
+    pub(super) fn new(tokens: TokenStream, reading: Reading) -> Self {
+        let markup = Markup::new(reading.markup.unwrap_or_default());
+        Self { tokens, reading, markup, n_tokens: 0, n_calls: 0, ended: false }
     }
 
-    /// The next piece; `None` after the end. Cancel-safe.
-    pub(super) async fn next(&mut self) -> Option<Result<Piece, ApiError>> {
+    /// The next step; `None` after the end. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
         if self.ended {
             return None;
         }
-        let mut event = self.tokens.next().await;
-        while let Some(Event::PromptLogprobs(_)) = event {
-            event = self.tokens.next().await;
-        }
-        let piece = match event {
-            Some(Event::Token(token)) => self.token(token.id, token.logprob),
+        let delta = match self.tokens.next().await {
+            Some(Event::PromptLogprobs(logprobs)) => Ok(Delta::Prompt(logprobs)),
+            Some(Event::Token(token)) => self.token(token),
             Some(Event::Finished { reason: FinishReason::Error, error, .. }) => {
                 Err(ApiError::unavailable(error.unwrap_or_else(|| "the computation broke".to_owned())))
             }
-            Some(Event::Finished { reason, .. }) => self.finish(reason),
-            Some(Event::PromptLogprobs(_)) | None => Err(ApiError::unavailable("the engine has stopped")),
+            Some(Event::Finished { reason, usage, .. }) => self.finish(reason, usage),
+            None => Err(ApiError::unavailable("the engine has stopped")),
         };
-        self.ended = !matches!(piece, Ok(Piece::Token { .. }));
-        Some(piece)
+        self.ended = !matches!(delta, Ok(Delta::Token { .. } | Delta::Prompt(_)));
+        Some(delta)
     }
 
-    fn token(&mut self, id: u32, logprob: f32) -> Result<Piece, ApiError> {
-        self.completion_tokens += 1;
-        if self.stop_ids.contains(&id) {
-            return Ok(Piece::Token { text: String::new(), logprob });
+    fn token(&mut self, token: Token) -> Result<Delta, ApiError> {
+        self.n_tokens += 1;
+        let report = TokenReport { id: token.id, logprob: token.logprob, top: token.top_logprobs };
+        let text = self.text_of(token.id)?;
+        let (text, met) = self.reading.stops.push(&text);
+        let mut parts = self.take(&text);
+        let Some(stop) = met else { return Ok(Delta::Token { parts, report }) };
+        if self.reading.include_stop {
+            parts.extend(self.take(&stop));
         }
-        let text = self.decoder.push(id).map_err(|e| ApiError::internal(e.to_string()))?;
-        let (text, stopped) = self.stops.push(&text);
-        if stopped {
-            return Ok(Piece::End { text, reason: FinishReason::Stop });
-        }
-        Ok(Piece::Token { text, logprob })
+        parts.extend(self.rest());
+        // The stream is dropped with this answer, which aborts the rest of the request.
+        let usage = Usage {
+            prompt_tokens: self.reading.prompt_tokens,
+            completion_tokens: self.n_tokens,
+            ..Usage::default()
+        };
+        Ok(Delta::End(Ending { parts, reason: FinishReason::Stop, stop: Some(stop), usage }))
     }
 
-    fn finish(&mut self, reason: FinishReason) -> Result<Piece, ApiError> {
-        let rest = self.decoder.finish().map_err(|e| ApiError::internal(e.to_string()))?;
-        let (mut text, stopped) = self.stops.push(&rest);
-        if !stopped {
-            text.push_str(&self.stops.finish());
+    fn text_of(&mut self, id: u32) -> Result<String, ApiError> {
+        let internal = |e: parallax_model::TokenizerError| ApiError::internal(e.to_string());
+        if let Some(control) = self.reading.controls.tokens.get(&id) {
+            let marker = control.as_ref().filter(|_| self.reading.markup.is_some());
+            let Some(marker) = marker else { return Ok(String::new()) };
+            let mut text = self.reading.decoder.finish().map_err(internal)?;
+            text.push_str(marker);
+            return Ok(text);
         }
-        Ok(Piece::End { text, reason: if stopped { FinishReason::Stop } else { reason } })
+        if self.reading.stop_ids.contains(&id) {
+            return Ok(String::new());
+        }
+        self.reading.decoder.push(id).map_err(internal)
+    }
+
+    fn take(&mut self, text: &str) -> Vec<Part> {
+        match self.reading.markup {
+            Some(_) => {
+                let parts = self.markup.push(text);
+                self.limited(parts)
+            }
+            None if text.is_empty() => Vec::new(),
+            None => vec![Part::Content(text.to_owned())],
+        }
+    }
+
+    /// What the markup still holds.
+    fn rest(&mut self) -> Vec<Part> {
+        let parts = self.markup.finish();
+        self.limited(parts)
+    }
+
+    fn limited(&mut self, mut parts: Vec<Part>) -> Vec<Part> {
+        parts.retain(|part| {
+            let is_call = matches!(part, Part::Call(_));
+            self.n_calls += usize::from(is_call);
+            !(is_call && self.reading.single_call && self.n_calls > 1)
+        });
+        parts
+    }
+
+    fn finish(&mut self, reason: FinishReason, usage: Usage) -> Result<Delta, ApiError> {
+        let rest = self.reading.decoder.finish().map_err(|e| ApiError::internal(e.to_string()))?;
+        let (mut text, stop) = self.reading.stops.push(&rest);
+        if stop.is_none() {
+            text.push_str(&self.reading.stops.finish());
+        }
+        let mut parts = self.take(&text);
+        parts.extend(self.rest());
+        let reason = if stop.is_some() { FinishReason::Stop } else { reason };
+        Ok(Delta::End(Ending { parts, reason, stop, usage }))
     }
 }

@@ -1,0 +1,266 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::answer::{self, Collected, Frame, Writer, total};
+use super::error::ApiError;
+use super::fields::Fields;
+use super::generation::{Delta, TokenReport};
+use super::prompt::Rendering;
+use super::sampling::{self, MAX_TOP_LOGPROBS};
+use super::tools;
+use super::{Ask, Server, conversation, format, logprobs, unix_seconds};
+use crate::markup::{Part, ToolCall};
+use crate::request::{FinishReason, Usage};
+
+/// Answers a chat request.
+///
+/// # Errors
+/// 400 naming the field, or what [`Server::start`] says.
+pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
+    let body = Fields::of(body, "")?;
+    body.unsupported("functions", &[json!([])])?;
+    body.unsupported("function_call", &[json!("none"), json!("auto")])?;
+    body.unsupported("audio", &[])?;
+    body.unsupported("modalities", &[json!(["text"])])?;
+    body.unsupported("web_search_options", &[])?;
+    let adapter = server.model(body.text("model")?)?;
+    let mut sampling = sampling::read(&body, server.fresh_seed())?;
+    let wants_logprobs = body.flag("logprobs")?.unwrap_or(false);
+    let top = body.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
+    if top.is_some_and(|n| n > 0) && !wants_logprobs {
+        return Err(body.fault("top_logprobs", "needs \"logprobs\": true"));
+    }
+    sampling.params.top_logprobs = top.unwrap_or(0);
+    let streams = Streams::read(&body)?;
+    let format = format::read(&body)?;
+    let tools = tools::openai(&body)?;
+    let messages = conversation::chat(&body)?;
+    let prompt = server.render(messages, &tools, Rendering::read(&body)?, "messages")?;
+    let tokens = server.encode(&prompt.text, false)?;
+    let job = server.start(Ask {
+        format,
+        adapter,
+        markup: Some(server.markup(&tools, prompt.in_reasoning)),
+        single_call: tools.single || tools.forced_schema().is_some(),
+        forced: tools.forced_schema(),
+        ..Ask::new(vec![tokens], sampling)
+    })?;
+    let frame = Envelope {
+        id: format!("chatcmpl-{}", server.answer_id()),
+        created: unix_seconds(),
+        model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
+        server: Arc::clone(server),
+        logprobs: wants_logprobs,
+    };
+    if streams.stream {
+        let n = job.generations.len();
+        let writer = ChatWriter { frame, streams, choices: vec![Choice::default(); n], usages: vec![] };
+        return answer::stream(job, writer).await;
+    }
+    let collected = answer::collect(job).await?;
+    Ok(Json(frame.whole(collected)).into_response())
+}
+
+/// `stream` and `stream_options`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Streams {
+    pub stream: bool,
+    pub usage: bool,
+    /// Counts in every chunk: vLLM's `continuous_usage_stats`.
+    pub every_chunk: bool,
+}
+
+impl Streams {
+    /// # Errors
+    /// 400 naming the field.
+    pub(super) fn read(body: &Fields<'_>) -> Result<Self, ApiError> {
+        let stream = body.flag("stream")?.unwrap_or(false);
+        let options = body.object("stream_options")?;
+        if options.is_some() && !stream {
+            return Err(body.fault("stream_options", "needs \"stream\": true"));
+        }
+        let Some(options) = options else { return Ok(Self { stream, ..Self::default() }) };
+        options.flag("include_obfuscation")?;
+        let usage = options.flag("include_usage")?.unwrap_or(false);
+        let every_chunk = usage && options.flag("continuous_usage_stats")?.unwrap_or(false);
+        Ok(Self { stream, usage, every_chunk })
+    }
+}
+
+/// `usage` as OpenAI reports it.
+pub(super) fn usage_json(usage: &Usage) -> Value {
+    json!({"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+           "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+           "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}})
+}
+
+/// Why an answer ended, in OpenAI's words.
+pub(super) fn finish_reason(reason: Option<FinishReason>, calls: bool) -> &'static str {
+    match reason {
+        Some(FinishReason::Length) => "length",
+        Some(FinishReason::Stop) if calls => "tool_calls",
+        Some(FinishReason::Stop) => "stop",
+        Some(FinishReason::Aborted) => "abort",
+        Some(FinishReason::Error) | None => "error",
+    }
+}
+
+struct Envelope {
+    id: String,
+    created: u64,
+    model: String,
+    server: Arc<Server>,
+    logprobs: bool,
+}
+
+impl Envelope {
+    fn json(&self, object: &str) -> Value {
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.model,
+               "system_fingerprint": self.server.fingerprint()})
+    }
+
+    fn logprobs<'a>(&self, reports: impl IntoIterator<Item = &'a TokenReport>) -> Value {
+        if !self.logprobs {
+            return Value::Null;
+        }
+        let content: Vec<Value> =
+            reports.into_iter().map(|report| logprobs::chat_entry(&self.server.vocabulary, report)).collect();
+        json!({"content": content, "refusal": null})
+    }
+
+    fn call(&self, choice: usize, index: usize, call: &ToolCall) -> Value {
+        json!({"id": format!("call_{}{choice:02}{index:03}", self.id.trim_start_matches("chatcmpl-")), "type": "function",
+               "function": {"name": call.name, "arguments": call.arguments}})
+    }
+
+    fn whole(&self, collected: Vec<Collected>) -> Value {
+        let usage = total(collected.iter().map(|c| &c.usage));
+        let choices: Vec<Value> = collected
+            .into_iter()
+            .enumerate()
+            .map(|(index, one)| {
+                let blank = one.content.trim().is_empty() && !one.calls.is_empty();
+                let content = if blank { Value::Null } else { json!(one.content) };
+                let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+                if !one.reasoning.is_empty() {
+                    message["reasoning_content"] = json!(one.reasoning);
+                }
+                if !one.calls.is_empty() {
+                    let calls = one.calls.iter().enumerate().map(|(i, call)| self.call(index, i, call));
+                    message["tool_calls"] = calls.collect();
+                }
+                json!({"index": index, "message": message, "logprobs": self.logprobs(&one.reports),
+                       "finish_reason": finish_reason(one.reason, !one.calls.is_empty()), "stop_reason": one.stop})
+            })
+            .collect();
+        let mut answer = self.json("chat.completion");
+        answer["choices"] = json!(choices);
+        answer["usage"] = usage_json(&usage);
+        answer
+    }
+}
+
+/// Where one choice of a stream stands.
+#[derive(Debug, Clone, Default)]
+struct Choice {
+    begun: bool,
+    n_calls: usize,
+    /// Tokens whose text is not certain yet: their reports wait for it.
+    reports: Vec<TokenReport>,
+    n_tokens: usize,
+}
+
+struct ChatWriter {
+    frame: Envelope,
+    streams: Streams,
+    choices: Vec<Choice>,
+    usages: Vec<Usage>,
+}
+
+impl ChatWriter {
+    fn chunk(&self, choice: usize, delta: &Value, logprobs: Value, finish: Option<&str>) -> Frame {
+        let mut chunk = self.frame.json("chat.completion.chunk");
+        chunk["choices"] =
+            json!([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
+        if self.streams.every_chunk {
+            let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
+            chunk["usage"] = usage_json(&Usage { completion_tokens, ..Usage::default() });
+        } else if self.streams.usage {
+            chunk["usage"] = Value::Null;
+        }
+        Frame::data(chunk)
+    }
+
+    fn parts(&mut self, choice: usize, parts: Vec<Part>, frames: &mut Vec<Frame>) {
+        for part in parts {
+            let delta = match part {
+                Part::Content(text) => json!({"content": text}),
+                Part::Reasoning(text) => json!({"reasoning_content": text}),
+                Part::Call(call) => {
+                    let index = self.choices[choice].n_calls;
+                    self.choices[choice].n_calls += 1;
+                    let mut call = self.frame.call(choice, index, &call);
+                    call["index"] = json!(index);
+                    json!({"tool_calls": [call]})
+                }
+            };
+            let reports = std::mem::take(&mut self.choices[choice].reports);
+            let logprobs = self.frame.logprobs(&reports);
+            frames.push(self.chunk(choice, &delta, logprobs, None));
+        }
+    }
+}
+
+impl Writer for ChatWriter {
+    fn begin(&mut self) -> Vec<Frame> {
+        Vec::new()
+    }
+
+    fn delta(&mut self, choice: usize, delta: Delta) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        if !std::mem::replace(&mut self.choices[choice].begun, true) {
+            let opening = json!({"role": "assistant", "content": ""});
+            frames.push(self.chunk(choice, &opening, Value::Null, None));
+        }
+        match delta {
+            Delta::Prompt(_) => {}
+            Delta::Token { parts, report } => {
+                self.choices[choice].n_tokens += 1;
+                if self.frame.logprobs {
+                    self.choices[choice].reports.push(report);
+                }
+                self.parts(choice, parts, &mut frames);
+            }
+            Delta::End(ending) => {
+                self.parts(choice, ending.parts, &mut frames);
+                let reports = std::mem::take(&mut self.choices[choice].reports);
+                let logprobs = if reports.is_empty() { Value::Null } else { self.frame.logprobs(&reports) };
+                let finish = finish_reason(Some(ending.reason), self.choices[choice].n_calls > 0);
+                frames.push(self.chunk(choice, &json!({}), logprobs, Some(finish)));
+                self.usages.push(ending.usage);
+            }
+        }
+        frames
+    }
+
+    fn end(&mut self) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        if self.streams.usage {
+            let mut chunk = self.frame.json("chat.completion.chunk");
+            chunk["choices"] = json!([]);
+            chunk["usage"] = usage_json(&total(&self.usages));
+            frames.push(Frame::data(chunk));
+        }
+        frames.push(Frame::data("[DONE]"));
+        frames
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
+        vec![Frame::data(error.body())]
+    }
+}

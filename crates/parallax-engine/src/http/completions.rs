@@ -1,0 +1,233 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::answer::{self, Collected, Frame, Writer};
+use super::chat::{Streams, finish_reason, usage_json};
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+use super::generation::{Delta, TokenReport};
+use super::sampling::{self, MAX_TOP_LOGPROBS, token_id};
+use super::{Ask, Server, format, logprobs, unix_seconds};
+use crate::markup::Part;
+use crate::request::Usage;
+
+/// Prompts of one request.
+const MAX_PROMPTS: usize = 64;
+
+/// Answers a completion request.
+///
+/// # Errors
+/// 400 naming the field, or what [`Server::start`] says.
+pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
+    let body = Fields::of(body, "")?;
+    body.unsupported("suffix", &[json!("")])?;
+    let adapter = server.model(body.text("model")?)?;
+    let mut sampling = sampling::read(&body, server.fresh_seed())?;
+    if sampling.max_tokens.is_none() {
+        // OpenAI's default for this API.
+        sampling.max_tokens = Some(16.max(sampling.params.min_tokens));
+    }
+    let logprobs = body.count("logprobs", 0, MAX_TOP_LOGPROBS)?;
+    sampling.params.top_logprobs = logprobs.unwrap_or(0);
+    let streams = Streams::read(&body)?;
+    let echo = body.flag("echo")?.unwrap_or(false);
+    if echo && streams.stream {
+        return Err(body.fault("echo", "is not supported together with \"stream\": true"));
+    }
+    let format = format::read(&body)?;
+    let special = body.flag("add_special_tokens")?.unwrap_or(true);
+    let prompts = prompts(&body, server, special)?;
+    let n = sampling.n;
+    let job = server.start(Ask {
+        format,
+        adapter,
+        prompt_logprobs: echo && logprobs.is_some(),
+        ..Ask::new(prompts.clone(), sampling)
+    })?;
+    let frame = Envelope {
+        id: format!("cmpl-{}", server.answer_id()),
+        created: unix_seconds(),
+        model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
+        server: Arc::clone(server),
+        logprobs: logprobs.is_some(),
+        prompts,
+        n,
+        echo,
+    };
+    if streams.stream {
+        let n = job.generations.len();
+        let writer =
+            TextWriter { frame, streams, choices: vec![Choice::default(); n], usages: vec![None; n] };
+        return answer::stream(job, writer).await;
+    }
+    let collected = answer::collect(job).await?;
+    Ok(Json(frame.whole(&collected)?).into_response())
+}
+
+/// A text, a list of texts, a list of token ids, or a list of such lists.
+fn prompts(body: &Fields<'_>, server: &Server, special: bool) -> Result<Vec<Vec<u32>>, ApiError> {
+    let items = match body.get("prompt") {
+        None => return Err(body.missing("prompt")),
+        Some(Value::String(text)) => return Ok(vec![server.encode(text, special)?]),
+        Some(Value::Array(items)) => items,
+        Some(other) => return Err(wrong("prompt", "a string, or a list of strings or token ids", other)),
+    };
+    let ids = |path: &str, items: &[Value]| -> Result<Vec<u32>, ApiError> {
+        items.iter().enumerate().map(|(i, item)| token_id(&format!("{path}[{i}]"), item)).collect()
+    };
+    match items.first() {
+        None => Err(body.fault("prompt", "must not be empty")),
+        Some(Value::Number(_)) => Ok(vec![ids("prompt", items)?]),
+        Some(_) if items.len() > MAX_PROMPTS => {
+            Err(body
+                .fault("prompt", format!("holds {} prompts, at most {MAX_PROMPTS} are taken", items.len())))
+        }
+        Some(_) => items
+            .iter()
+            .enumerate()
+            .map(|(i, item)| match item {
+                Value::String(text) => server.encode(text, special),
+                Value::Array(list) => ids(&format!("prompt[{i}]"), list),
+                other => Err(wrong(&format!("prompt[{i}]"), "a string or a list of token ids", other)),
+            })
+            .collect(),
+    }
+}
+
+struct Envelope {
+    id: String,
+    created: u64,
+    model: String,
+    server: Arc<Server>,
+    logprobs: bool,
+    prompts: Vec<Vec<u32>>,
+    n: usize,
+    echo: bool,
+}
+
+impl Envelope {
+    fn json(&self) -> Value {
+        json!({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
+               "system_fingerprint": self.server.fingerprint()})
+    }
+
+    /// Each prompt counts once, every answer counts.
+    fn usage(&self, usages: &[Usage]) -> Usage {
+        let mut sum = Usage::default();
+        for of_prompt in usages.chunks(self.n) {
+            let one = answer::total(of_prompt);
+            sum.prompt_tokens += one.prompt_tokens;
+            sum.cached_tokens += one.cached_tokens;
+            sum.completion_tokens += one.completion_tokens;
+        }
+        sum
+    }
+
+    fn whole(&self, collected: &[Collected]) -> Result<Value, ApiError> {
+        let mut choices = Vec::with_capacity(collected.len());
+        for (index, one) in collected.iter().enumerate() {
+            let prompt = &self.prompts[index / self.n];
+            let mut text = String::new();
+            if self.echo {
+                text = self.server.decode(prompt)?;
+            }
+            text.push_str(&one.content);
+            let echoed = self.echo.then_some((prompt.as_slice(), one.prompt_logprobs.as_slice()));
+            let report = self
+                .logprobs
+                .then(|| logprobs::completion(&self.server.vocabulary, echoed, &one.reports, &mut 0));
+            choices.push(json!({"index": index, "text": text, "logprobs": report,
+                "finish_reason": finish_reason(one.reason, false), "stop_reason": one.stop}));
+        }
+        let usages: Vec<Usage> = collected.iter().map(|one| one.usage).collect();
+        let mut answer = self.json();
+        answer["choices"] = json!(choices);
+        answer["usage"] = usage_json(&self.usage(&usages));
+        Ok(answer)
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Choice {
+    reports: Vec<TokenReport>,
+    offset: usize,
+    n_tokens: usize,
+}
+
+struct TextWriter {
+    frame: Envelope,
+    streams: Streams,
+    choices: Vec<Choice>,
+    usages: Vec<Option<Usage>>,
+}
+
+impl TextWriter {
+    fn chunk(&mut self, choice: usize, text: &str, finish: Option<&str>) -> Frame {
+        let state = &mut self.choices[choice];
+        let reports = std::mem::take(&mut state.reports);
+        let report = (self.frame.logprobs && !reports.is_empty())
+            .then(|| logprobs::completion(&self.frame.server.vocabulary, None, &reports, &mut state.offset));
+        let mut chunk = self.frame.json();
+        chunk["choices"] =
+            json!([{"index": choice, "text": text, "logprobs": report, "finish_reason": finish}]);
+        if self.streams.every_chunk {
+            let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
+            chunk["usage"] = usage_json(&Usage { completion_tokens, ..Usage::default() });
+        }
+        Frame::data(chunk)
+    }
+}
+
+fn text_of(parts: Vec<Part>) -> String {
+    parts
+        .into_iter()
+        .filter_map(|part| if let Part::Content(text) = part { Some(text) } else { None })
+        .collect()
+}
+
+impl Writer for TextWriter {
+    fn begin(&mut self) -> Vec<Frame> {
+        Vec::new()
+    }
+
+    fn delta(&mut self, choice: usize, delta: Delta) -> Vec<Frame> {
+        match delta {
+            Delta::Prompt(_) => Vec::new(),
+            Delta::Token { parts, report } => {
+                self.choices[choice].n_tokens += 1;
+                if self.frame.logprobs {
+                    self.choices[choice].reports.push(report);
+                }
+                let text = text_of(parts);
+                if text.is_empty() { Vec::new() } else { vec![self.chunk(choice, &text, None)] }
+            }
+            Delta::End(ending) => {
+                self.usages[choice] = Some(ending.usage);
+                let text = text_of(ending.parts);
+                vec![self.chunk(choice, &text, Some(finish_reason(Some(ending.reason), false)))]
+            }
+        }
+    }
+
+    fn end(&mut self) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        if self.streams.usage {
+            let usages: Vec<Usage> = self.usages.iter().map(|u| u.unwrap_or_default()).collect();
+            let mut chunk = self.frame.json();
+            chunk["choices"] = json!([]);
+            chunk["usage"] = usage_json(&self.frame.usage(&usages));
+            frames.push(Frame::data(chunk));
+        }
+        frames.push(Frame::data("[DONE]"));
+        frames
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
+        vec![Frame::data(error.body())]
+    }
+}

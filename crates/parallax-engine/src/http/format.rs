@@ -1,0 +1,183 @@
+//! What an answer must look like: `response_format`, and vLLM's guided fields.
+
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+
+/// Alternatives of `guided_choice`.
+const MAX_CHOICES: usize = 1024;
+
+/// A form, before it is compiled; the field that asked for it is named in complaints.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Format {
+    pub field: &'static str,
+    pub form: Form,
+}
+
+/// The kinds of form.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Form {
+    Schema(Value),
+    Object,
+    Regex(String),
+    Grammar(String),
+    Choice(Vec<String>),
+}
+
+/// `response_format` of the chat API, and vLLM's `guided_json`, `guided_regex`, `guided_grammar`, `guided_choice` or
+/// `structured_outputs`.
+///
+/// # Errors
+/// 400 naming the field, also when two of them ask for different things.
+pub(super) fn read(body: &Fields<'_>) -> Result<Option<Format>, ApiError> {
+    let mut found: Vec<Format> = Vec::new();
+    if let Some(format) = body.object("response_format")? {
+        found.extend(response_format(&format, "response_format", true)?);
+    }
+    let guided = [
+        ("guided_json", "json"),
+        ("guided_regex", "regex"),
+        ("guided_grammar", "grammar"),
+        ("guided_choice", "choice"),
+    ];
+    for (field, kind) in guided {
+        if body.has(field) {
+            found.push(Format { field, form: guide(body, field, kind)? });
+        }
+    }
+    if let Some(outputs) = body.object("structured_outputs")? {
+        for kind in ["json", "regex", "grammar", "choice"] {
+            if outputs.has(kind) {
+                found.push(Format { field: "structured_outputs", form: guide(&outputs, kind, kind)? });
+            }
+        }
+        if outputs.flag("json_object")? == Some(true) {
+            found.push(Format { field: "structured_outputs", form: Form::Object });
+        }
+    }
+    if found.len() > 1 {
+        let why = format!("{} and {} both ask for a form: use one", found[0].field, found[1].field);
+        return Err(ApiError::invalid(Some(found[1].field), why));
+    }
+    Ok(found.pop())
+}
+
+/// `{"type": "text" | "json_object" | "json_schema", ..}`; in the chat API the schema stands in an object `json_schema`, in
+/// the responses API beside the type.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn response_format(
+    format: &Fields<'_>,
+    field: &'static str,
+    nested: bool,
+) -> Result<Option<Format>, ApiError> {
+    let words = [("text", 0), ("json_object", 1), ("json_schema", 2)];
+    let form = match format.choice("type", &words)?.ok_or_else(|| format.missing("type"))? {
+        0 => return Ok(None),
+        1 => Form::Object,
+        _ => {
+            let inner = if nested {
+                let inner = format.object("json_schema")?.ok_or_else(|| format.missing("json_schema"))?;
+                inner.text("name")?;
+                inner
+            } else {
+                format.required_text("name")?;
+                format.clone()
+            };
+            inner.flag("strict")?;
+            let schema = inner.get("schema").ok_or_else(|| inner.missing("schema"))?;
+            Form::Schema(schema_of(schema, &inner.path("schema"))?)
+        }
+    };
+    Ok(Some(Format { field, form }))
+}
+
+fn guide(fields: &Fields<'_>, name: &str, kind: &str) -> Result<Form, ApiError> {
+    Ok(match kind {
+        "json" => {
+            let value = fields.get(name).ok_or_else(|| fields.missing(name))?;
+            match value {
+                Value::String(text) => {
+                    let parsed: Value = serde_json::from_str(text)
+                        .map_err(|e| fields.fault(name, format!("is not a JSON schema: {e}")))?;
+                    Form::Schema(schema_of(&parsed, &fields.path(name))?)
+                }
+                schema => Form::Schema(schema_of(schema, &fields.path(name))?),
+            }
+        }
+        "regex" => Form::Regex(fields.required_text(name)?.to_owned()),
+        "grammar" => Form::Grammar(fields.required_text(name)?.to_owned()),
+        _ => {
+            let choices = fields.texts(name, MAX_CHOICES)?;
+            if choices.is_empty() {
+                return Err(fields.fault(name, "must hold at least one choice"));
+            }
+            Form::Choice(choices)
+        }
+    })
+}
+
+fn schema_of(schema: &Value, path: &str) -> Result<Value, ApiError> {
+    match schema {
+        Value::Object(_) => Ok(schema.clone()),
+        Value::Bool(true) => Ok(json!({})),
+        other => Err(wrong(path, "a JSON schema", other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn format(body: &Value) -> Result<Option<Format>, ApiError> {
+        read(&Fields::of(body, "").unwrap())
+    }
+
+    #[test]
+    fn every_way_to_ask_is_understood() {
+        let schema = json!({"type": "integer"});
+        let asked = json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}});
+        assert_eq!(format(&asked).unwrap().unwrap().form, Form::Schema(schema.clone()));
+        for (body, form) in [
+            (json!({"response_format": {"type": "text"}}), None),
+            (json!({"response_format": {"type": "json_object"}}), Some(Form::Object)),
+            (json!({"guided_json": schema}), Some(Form::Schema(schema.clone()))),
+            (json!({"guided_json": "{\"type\": \"integer\"}"}), Some(Form::Schema(schema.clone()))),
+            (json!({"guided_regex": "a+"}), Some(Form::Regex("a+".into()))),
+            (
+                json!({"structured_outputs": {"grammar": "start: \"a\""}}),
+                Some(Form::Grammar("start: \"a\"".into())),
+            ),
+            (json!({"guided_choice": ["a", "b"]}), Some(Form::Choice(vec!["a".into(), "b".into()]))),
+        ] {
+            assert_eq!(format(&body).unwrap().map(|f| f.form), form, "{body}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        for (body, name) in [
+            (json!({"response_format": "json"}), "response_format"),
+            (json!({"response_format": {}}), "response_format.type"),
+            (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+            (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}),
+                "response_format.json_schema.schema",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": 3}}}),
+                "response_format.json_schema.schema",
+            ),
+            (json!({"guided_json": "{"}), "guided_json"),
+            (json!({"guided_regex": 3}), "guided_regex"),
+            (json!({"guided_choice": []}), "guided_choice"),
+            (json!({"guided_regex": "a", "guided_choice": ["a"]}), "guided_choice"),
+        ] {
+            let error = format(&body).expect_err(&body.to_string()).to_string();
+            assert!(error.contains(name), "{body}: {error}");
+        }
+    }
+}

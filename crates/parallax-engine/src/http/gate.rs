@@ -1,0 +1,180 @@
+//! Who may come in: keys, requests per minute, requests at the same time.
+//!
+//! Keys are compared by their hashes, in constant time. Every key has a rate of its own; without keys all clients share one.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::http::{HeaderMap, header};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::error::ApiError;
+
+/// Largest request body by default: a long context as JSON.
+pub const DEFAULT_BODY_LIMIT_BYTES: usize = 8 * 1024 * 1024;
+
+/// Limits of a server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpLimits {
+    /// Keys that clients may send; empty lets everyone in.
+    pub api_keys: Vec<String>,
+    /// Largest request body in bytes.
+    pub body_bytes: usize,
+    /// Requests that are answered at the same time, at least 1; one more gets 429.
+    pub concurrent_requests: usize,
+    /// Requests that one key may begin in a minute; a full minute's worth may come at once. `None`: as many as they like.
+    pub requests_per_minute: Option<u32>,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            api_keys: Vec::new(),
+            body_bytes: DEFAULT_BODY_LIMIT_BYTES,
+            concurrent_requests: 1024,
+            requests_per_minute: None,
+        }
+    }
+}
+
+/// A bucket that fills with time and empties with requests. Pure: time is an argument.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Bucket {
+    level: f64,
+    /// Of the last change.
+    at: Duration,
+}
+
+impl Bucket {
+    /// Takes one request; else how long until there is one.
+    fn take(&mut self, now: Duration, per_minute: u32) -> Result<(), Duration> {
+        let per_second = f64::from(per_minute) / 60.0;
+        let elapsed = now.saturating_sub(self.at).as_secs_f64();
+        self.level = (self.level + elapsed * per_second).min(f64::from(per_minute));
+        self.at = now;
+        if self.level >= 1.0 {
+            self.level -= 1.0;
+            return Ok(());
+        }
+        if per_second <= 0.0 {
+            return Err(Duration::from_secs(60));
+        }
+        Err(Duration::from_secs_f64((1.0 - self.level) / per_second))
+    }
+}
+
+/// The gate of one server.
+#[derive(Debug)]
+pub(super) struct Gate {
+    keys: Vec<blake3::Hash>,
+    /// One for each key, or one for all.
+    buckets: Mutex<Vec<Bucket>>,
+    per_minute: Option<u32>,
+    seats: Arc<Semaphore>,
+    concurrent_requests: usize,
+    opened: Instant,
+}
+
+impl Gate {
+    pub(super) fn new(limits: &HttpLimits) -> Self {
+        let keys: Vec<_> = limits.api_keys.iter().map(|key| blake3::hash(key.as_bytes())).collect();
+        let full = Bucket { level: f64::from(limits.requests_per_minute.unwrap_or(0)), at: Duration::ZERO };
+        Self {
+            buckets: Mutex::new(vec![full; keys.len().max(1)]),
+            keys,
+            per_minute: limits.requests_per_minute,
+            seats: Arc::new(Semaphore::new(limits.concurrent_requests)),
+            concurrent_requests: limits.concurrent_requests,
+            opened: Instant::now(),
+        }
+    }
+
+    /// Which key came, if it may.
+    ///
+    /// # Errors
+    /// 401 without a known key.
+    pub(super) fn key(&self, headers: &HeaderMap) -> Result<usize, ApiError> {
+        if self.keys.is_empty() {
+            return Ok(0);
+        }
+        let text = |name| headers.get(name).and_then(|value: &axum::http::HeaderValue| value.to_str().ok());
+        let bearer = text(header::AUTHORIZATION.as_str()).and_then(|v| v.strip_prefix("Bearer "));
+        let sent = blake3::hash(bearer.or_else(|| text("x-api-key")).unwrap_or_default().trim().as_bytes());
+        self.keys.iter().position(|key| *key == sent).ok_or_else(ApiError::unauthorized)
+    }
+
+    /// Counts a request of a key.
+    ///
+    /// # Errors
+    /// 429 when it has used up its minute.
+    pub(super) fn rate(&self, key: usize) -> Result<(), ApiError> {
+        let Some(per_minute) = self.per_minute else { return Ok(()) };
+        let now = self.opened.elapsed();
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        buckets[key].take(now, per_minute).map_err(|wait| {
+            ApiError::busy(format!("more than {per_minute} requests per minute: wait and try again"), wait)
+        })
+    }
+
+    /// A seat for one request, to be held until its answer has ended.
+    ///
+    /// # Errors
+    /// 429 when all are taken.
+    pub(super) fn seat(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        Arc::clone(&self.seats).try_acquire_owned().map_err(|_| {
+            let n = self.concurrent_requests;
+            ApiError::busy(
+                format!("{n} requests are being answered, which is the limit: try again"),
+                Duration::from_secs(1),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_gives_a_minutes_worth_at_once_and_then_at_its_rate() {
+        let mut bucket = Bucket { level: 3.0, at: Duration::ZERO };
+        for _ in 0..3 {
+            bucket.take(Duration::from_secs(1), 3).unwrap();
+        }
+        let wait = bucket.take(Duration::from_secs(1), 3).unwrap_err();
+        assert!((wait.as_secs_f64() - 20.0).abs() < 1e-6, "{wait:?}");
+        assert!(bucket.take(Duration::from_secs(20), 3).is_err());
+        bucket.take(Duration::from_secs(22), 3).unwrap();
+        assert!(bucket.take(Duration::from_secs(22), 3).is_err());
+        // A long pause does not save up more than a minute's worth.
+        for _ in 0..3 {
+            bucket.take(Duration::from_secs(10_000), 3).unwrap();
+        }
+        assert!(bucket.take(Duration::from_secs(10_000), 3).is_err());
+    }
+
+    #[test]
+    fn keys_are_known_by_either_header() {
+        let keys = vec!["one".to_owned(), "two".to_owned()];
+        let gate = Gate::new(&HttpLimits { api_keys: keys, ..HttpLimits::default() });
+        let sent = |name: &'static str, value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, value.parse().unwrap());
+            gate.key(&headers).ok()
+        };
+        assert_eq!(sent("authorization", "Bearer two"), Some(1));
+        assert_eq!(sent("x-api-key", "one"), Some(0));
+        assert_eq!(sent("x-api-key", "three"), None);
+        assert_eq!(sent("authorization", "two"), None);
+        assert_eq!(gate.key(&HeaderMap::new()).ok(), None);
+    }
+
+    #[test]
+    fn seats_come_back() {
+        let gate = Gate::new(&HttpLimits { concurrent_requests: 1, ..HttpLimits::default() });
+        let seat = gate.seat().unwrap();
+        assert!(gate.seat().is_err());
+        drop(seat);
+        assert!(gate.seat().is_ok());
+    }
+}

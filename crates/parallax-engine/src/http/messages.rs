@@ -1,0 +1,439 @@
+//! Anthropic's API: `POST /v1/messages` and `POST /v1/messages/count_tokens`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::answer::{self, Collected, Frame, Writer};
+use super::conversation::{call_value, text_content, within_limits};
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+use super::generation::Delta;
+use super::prompt::{Prompt, Rendering};
+use super::sampling::{MAX_TOKENS, Sampling};
+use super::tools::{self, Tools};
+use super::{Ask, Server};
+use crate::markup::{Part, ToolCall};
+use crate::request::{FinishReason, Usage};
+use crate::sampling::SamplingParams;
+
+/// Stop sequences of a request.
+const MAX_STOPS: usize = 64;
+
+/// Answers a messages request.
+///
+/// # Errors
+/// 400 naming the field, or what [`Server::start`] says.
+pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
+    let body = Fields::of(body, "")?;
+    let asked = Asked::read(server, &body)?;
+    let max_tokens = body.count("max_tokens", 1, MAX_TOKENS)?.ok_or_else(|| body.missing("max_tokens"))?;
+    let params = SamplingParams {
+        temperature: body.number("temperature", 0.0..=1.0)?.unwrap_or(1.0),
+        top_p: body.number("top_p", f32::MIN_POSITIVE..=1.0)?.unwrap_or(1.0),
+        top_k: body.count("top_k", 0, i64::from(i32::MAX))?.unwrap_or(0),
+        seed: server.fresh_seed(),
+        ..SamplingParams::default()
+    };
+    let sampling = Sampling {
+        params,
+        max_tokens: Some(max_tokens),
+        stops: body.texts("stop_sequences", MAX_STOPS)?,
+        n: 1,
+        ignore_eos: false,
+        include_stop: false,
+    };
+    let streams = body.flag("stream")?.unwrap_or(false);
+    let tokens = server.encode(&asked.prompt.text, false)?;
+    let prompt_tokens = tokens.len();
+    let job = server.start(Ask {
+        adapter: asked.adapter,
+        markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
+        single_call: asked.tools.single || asked.tools.forced_schema().is_some(),
+        forced: asked.tools.forced_schema(),
+        ..Ask::new(vec![tokens], sampling)
+    })?;
+    let frame = Envelope {
+        id: server.answer_id(),
+        model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
+    };
+    if streams {
+        let writer =
+            MessageWriter { frame, prompt_tokens, open: None, n_blocks: 0, n_calls: 0, ending: None };
+        return answer::stream(job, writer).await;
+    }
+    let mut collected = answer::collect(job).await?;
+    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
+    Ok(Json(frame.whole(&one)).into_response())
+}
+
+/// Counts the tokens of a prompt.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn count_tokens(server: &Server, body: &Value) -> Result<Response, ApiError> {
+    let asked = Asked::read(server, &Fields::of(body, "")?)?;
+    let tokens = server.encode(&asked.prompt.text, false)?;
+    Ok(Json(json!({"input_tokens": tokens.len()})).into_response())
+}
+
+/// What both endpoints read.
+struct Asked {
+    adapter: Option<String>,
+    tools: Tools,
+    prompt: Prompt,
+}
+
+impl Asked {
+    fn read(server: &Server, body: &Fields<'_>) -> Result<Self, ApiError> {
+        let adapter = server.model(Some(body.required_text("model")?))?;
+        body.unsupported("mcp_servers", &[json!([])])?;
+        body.unsupported("container", &[])?;
+        let tools = tools::anthropic(body)?;
+        let mut rendering = Rendering { opens_turn: true, ..Rendering::default() };
+        if let Some(thinking) = body.object("thinking")? {
+            let words = [("enabled", true), ("disabled", false), ("adaptive", true)];
+            let on = thinking.choice("type", &words)?.ok_or_else(|| thinking.missing("type"))?;
+            thinking.count("budget_tokens", 1, MAX_TOKENS)?;
+            rendering.variables.insert("enable_thinking".to_owned(), json!(on));
+        }
+        let messages = conversation(body)?;
+        rendering.continues = messages.len() > 1 && messages.last().is_some_and(|m| m["role"] == "assistant");
+        if messages.last().is_some_and(|m| m.get("tool_calls").is_some()) {
+            let why = "must not end with a tool_use: send its tool_result";
+            return Err(body.fault("messages", why));
+        }
+        let prompt = server.render(messages, &tools, rendering, "messages")?;
+        Ok(Self { adapter, tools, prompt })
+    }
+}
+
+/// `system` and `messages` as templates expect them.
+fn conversation(body: &Fields<'_>) -> Result<Vec<Value>, ApiError> {
+    let mut messages = Vec::new();
+    if let Some(system) = text_content(body, "system", &["text"])? {
+        messages.push(json!({"role": "system", "content": system}));
+    }
+    let items = body.list("messages")?.ok_or_else(|| body.missing("messages"))?;
+    within_limits(body, "messages", items.len())?;
+    for (path, item) in items {
+        let message = Fields::of(item, path)?;
+        let roles = [("user", "user"), ("assistant", "assistant")];
+        let role = message.choice("role", &roles)?.ok_or_else(|| message.missing("role"))?;
+        match message.get("content") {
+            None => return Err(message.missing("content")),
+            Some(Value::String(text)) => messages.push(json!({"role": role, "content": text})),
+            Some(Value::Array(_)) => blocks(&message, role, &mut messages)?,
+            Some(other) => {
+                return Err(wrong(&message.path("content"), "a string or a list of blocks", other));
+            }
+        }
+    }
+    Ok(messages)
+}
+
+/// One message's blocks: results of tools become messages of their own, before the text beside them.
+fn blocks(message: &Fields<'_>, role: &str, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let (mut text, mut thoughts, mut calls, mut results) = (String::new(), String::new(), vec![], vec![]);
+    let items = message.list("content")?.unwrap_or_default();
+    if items.is_empty() {
+        return Err(message.fault("content", "must not be empty"));
+    }
+    for (path, item) in items {
+        let block = Fields::of(item, path)?;
+        match (block.required_text("type")?, role) {
+            ("text", _) => text.push_str(block.required_text("text")?),
+            ("thinking", "assistant") => thoughts.push_str(block.required_text("thinking")?),
+            ("redacted_thinking", "assistant") => {}
+            ("tool_use", "assistant") => {
+                let input = block.object("input")?.ok_or_else(|| block.missing("input"))?;
+                let input = Value::Object(input.entries().map(|(k, v)| (k.to_owned(), v.clone())).collect());
+                calls.push(call_value(block.required_text("id")?, block.required_text("name")?, &input));
+            }
+            ("tool_result", "user") => {
+                let id = block.required_text("tool_use_id")?;
+                block.flag("is_error")?;
+                let content = text_content(&block, "content", &["text"])?.unwrap_or_default();
+                results.push(json!({"role": "tool", "tool_call_id": id, "content": content}));
+            }
+            (kind, _) => {
+                return Err(
+                    block.fault("type", format!("{kind:?} is not supported in a message of the {role}"))
+                );
+            }
+        }
+    }
+    let has_results = !results.is_empty();
+    messages.extend(results);
+    if text.is_empty() && calls.is_empty() && has_results {
+        return Ok(());
+    }
+    let mut out = json!({"role": role, "content": text});
+    if !thoughts.is_empty() {
+        out["reasoning_content"] = json!(thoughts);
+    }
+    if !calls.is_empty() {
+        out["tool_calls"] = Value::Array(calls);
+    }
+    messages.push(out);
+    Ok(())
+}
+
+fn usage_json(usage: &Usage) -> Value {
+    json!({"input_tokens": usage.prompt_tokens - usage.cached_tokens.min(usage.prompt_tokens),
+           "cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached_tokens,
+           "output_tokens": usage.completion_tokens})
+}
+
+fn stop_reason(reason: Option<FinishReason>, stop: Option<&String>, calls: bool) -> &'static str {
+    match (reason, stop) {
+        (_, Some(_)) => "stop_sequence",
+        (Some(FinishReason::Length), _) => "max_tokens",
+        _ if calls => "tool_use",
+        _ => "end_turn",
+    }
+}
+
+struct Envelope {
+    id: String,
+    model: String,
+}
+
+impl Envelope {
+    fn json(&self, content: &[Value], usage: &Usage) -> Value {
+        json!({"id": format!("msg_{}", self.id), "type": "message", "role": "assistant", "model": self.model,
+               "content": content, "stop_reason": null, "stop_sequence": null, "usage": usage_json(usage)})
+    }
+
+    fn call_id(&self, index: usize) -> String {
+        format!("toolu_{}{index:03}", self.id)
+    }
+
+    fn whole(&self, one: &Collected) -> Value {
+        let mut content = Vec::new();
+        if !one.reasoning.is_empty() {
+            content.push(json!({"type": "thinking", "thinking": one.reasoning, "signature": ""}));
+        }
+        if !one.content.trim().is_empty() || one.calls.is_empty() {
+            content.push(json!({"type": "text", "text": one.content}));
+        }
+        for (i, ToolCall { name, arguments }) in one.calls.iter().enumerate() {
+            let input: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
+            content.push(json!({"type": "tool_use", "id": self.call_id(i), "name": name, "input": input}));
+        }
+        let mut answer = self.json(&content, &one.usage);
+        answer["stop_reason"] = json!(stop_reason(one.reason, one.stop.as_ref(), !one.calls.is_empty()));
+        answer["stop_sequence"] = json!(one.stop);
+        answer
+    }
+}
+
+/// Which block is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Block {
+    Text,
+    Thinking,
+}
+
+/// `message_start`, then for each block `content_block_start`, `content_block_delta`.., `content_block_stop`, then
+/// `message_delta` and `message_stop`.
+struct MessageWriter {
+    frame: Envelope,
+    prompt_tokens: usize,
+    open: Option<Block>,
+    /// Blocks that were begun.
+    n_blocks: usize,
+    n_calls: usize,
+    ending: Option<(&'static str, Option<String>, Usage)>,
+}
+
+impl MessageWriter {
+    fn start_block(&mut self, block: &Value) -> Frame {
+        self.n_blocks += 1;
+        let index = self.n_blocks - 1;
+        Frame::named(
+            "content_block_start",
+            json!({"type": "content_block_start", "index": index, "content_block": block}),
+        )
+    }
+
+    fn block_delta(&self, delta: &Value) -> Frame {
+        let index = self.n_blocks - 1;
+        Frame::named(
+            "content_block_delta",
+            json!({"type": "content_block_delta", "index": index, "delta": delta}),
+        )
+    }
+
+    fn stop_block(&self) -> Frame {
+        let index = self.n_blocks - 1;
+        Frame::named("content_block_stop", json!({"type": "content_block_stop", "index": index}))
+    }
+
+    fn close(&mut self, frames: &mut Vec<Frame>) {
+        if self.open.take().is_some() {
+            frames.push(self.stop_block());
+        }
+    }
+
+    fn open(&mut self, block: Block, frames: &mut Vec<Frame>) {
+        if self.open == Some(block) {
+            return;
+        }
+        self.close(frames);
+        let start = match block {
+            Block::Text => json!({"type": "text", "text": ""}),
+            Block::Thinking => json!({"type": "thinking", "thinking": "", "signature": ""}),
+        };
+        frames.push(self.start_block(&start));
+        self.open = Some(block);
+    }
+
+    fn part(&mut self, part: Part, frames: &mut Vec<Frame>) {
+        match part {
+            // White space between calls is no block of its own.
+            Part::Content(text) if self.open.is_none() && self.n_calls > 0 && text.trim().is_empty() => {}
+            Part::Content(text) => {
+                self.open(Block::Text, frames);
+                frames.push(self.block_delta(&json!({"type": "text_delta", "text": text})));
+            }
+            Part::Reasoning(text) => {
+                self.open(Block::Thinking, frames);
+                frames.push(self.block_delta(&json!({"type": "thinking_delta", "thinking": text})));
+            }
+            Part::Call(ToolCall { name, arguments }) => {
+                self.close(frames);
+                let id = self.frame.call_id(self.n_calls);
+                self.n_calls += 1;
+                frames.push(
+                    self.start_block(&json!({"type": "tool_use", "id": id, "name": name, "input": {}})),
+                );
+                frames
+                    .push(self.block_delta(&json!({"type": "input_json_delta", "partial_json": arguments})));
+                frames.push(self.stop_block());
+            }
+        }
+    }
+}
+
+impl Writer for MessageWriter {
+    fn begin(&mut self) -> Vec<Frame> {
+        let usage = Usage { prompt_tokens: self.prompt_tokens, ..Usage::default() };
+        let message = self.frame.json(&[], &usage);
+        vec![
+            Frame::named("message_start", json!({"type": "message_start", "message": message})),
+            Frame::named("ping", json!({"type": "ping"})),
+        ]
+    }
+
+    fn delta(&mut self, _choice: usize, delta: Delta) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        let parts = match delta {
+            Delta::Prompt(_) => Vec::new(),
+            Delta::Token { parts, .. } => parts,
+            Delta::End(ending) => {
+                let calls = self.n_calls > 0 || ending.parts.iter().any(|p| matches!(p, Part::Call(_)));
+                let reason = stop_reason(Some(ending.reason), ending.stop.as_ref(), calls);
+                self.ending = Some((reason, ending.stop, ending.usage));
+                ending.parts
+            }
+        };
+        for part in parts {
+            self.part(part, &mut frames);
+        }
+        frames
+    }
+
+    fn end(&mut self) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        if self.n_blocks == 0 {
+            self.open(Block::Text, &mut frames);
+        }
+        self.close(&mut frames);
+        let (reason, stop, usage) = self.ending.take().unwrap_or(("end_turn", None, Usage::default()));
+        frames.push(Frame::named(
+            "message_delta",
+            json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop},
+                   "usage": usage_json(&usage)}),
+        ));
+        frames.push(Frame::named("message_stop", json!({"type": "message_stop"})));
+        frames
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
+        vec![Frame::named("error", error.anthropic_body())]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::generation::{Ending, TokenReport};
+    use super::*;
+
+    fn names(frames: &[Frame]) -> Vec<&str> {
+        frames.iter().filter_map(|f| f.event).collect()
+    }
+
+    #[test]
+    fn events_come_in_anthropics_order() {
+        let frame = Envelope { id: "1".into(), model: "m".into() };
+        let mut writer =
+            MessageWriter { frame, prompt_tokens: 3, open: None, n_blocks: 0, n_calls: 0, ending: None };
+        let mut frames = writer.begin();
+        let token = |parts| Delta::Token { parts, report: TokenReport { id: 0, logprob: 0.0, top: vec![] } };
+        frames.extend(writer.delta(0, token(vec![Part::Reasoning("hm".into())])));
+        frames.extend(writer.delta(0, token(vec![Part::Content("a".into())])));
+        frames.extend(writer.delta(0, token(vec![Part::Content("b".into())])));
+        let call = ToolCall { name: "w".into(), arguments: "{}".into() };
+        frames.extend(writer.delta(0, token(vec![Part::Call(call)])));
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 5 };
+        let end =
+            Ending { parts: vec![Part::Content("\n".into())], reason: FinishReason::Stop, stop: None, usage };
+        frames.extend(writer.delta(0, Delta::End(end)));
+        frames.extend(writer.end());
+        assert_eq!(
+            names(&frames),
+            [
+                "message_start",
+                "ping",
+                "content_block_start",
+                "content_block_delta",
+                "content_block_stop",
+                "content_block_start",
+                "content_block_delta",
+                "content_block_delta",
+                "content_block_stop",
+                "content_block_start",
+                "content_block_delta",
+                "content_block_stop",
+                "message_delta",
+                "message_stop",
+            ]
+        );
+        let delta: Value = serde_json::from_str(&frames[frames.len() - 2].data).unwrap();
+        assert_eq!(delta["delta"]["stop_reason"], "tool_use");
+        assert_eq!(
+            (&delta["usage"]["output_tokens"], &delta["usage"]["input_tokens"]),
+            (&json!(5), &json!(2))
+        );
+    }
+
+    #[test]
+    fn blocks_become_messages() {
+        let body = json!({"system": [{"type": "text", "text": "be kind"}], "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""},
+                {"type": "text", "text": "let me see"}, {"type": "tool_use", "id": "t1", "name": "w", "input": {"c": 1}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1",
+                "content": [{"type": "text", "text": "sunny"}]}, {"type": "text", "text": "so?"}]},
+        ]});
+        let got = conversation(&Fields::of(&body, "").unwrap()).unwrap();
+        let roles: Vec<&str> = got.iter().filter_map(|m| m["role"].as_str()).collect();
+        assert_eq!(roles, ["system", "user", "assistant", "tool", "user"]);
+        assert_eq!(got[2]["reasoning_content"], "hm");
+        assert_eq!(got[2]["tool_calls"][0]["function"]["arguments"], json!({"c": 1}));
+        assert_eq!(got[3], json!({"role": "tool", "tool_call_id": "t1", "content": "sunny"}));
+    }
+}

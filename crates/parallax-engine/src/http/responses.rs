@@ -1,0 +1,319 @@
+//! OpenAI's responses API: `POST /v1/responses`.
+//!
+//! Nothing is stored: a request carries its whole conversation, and `previous_response_id` is refused with the remedy.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::answer::{self, Frame, Writer};
+use super::error::ApiError;
+use super::fields::Fields;
+use super::generation::Delta;
+use super::prompt::Rendering;
+use super::sampling::{MAX_TOKENS, Sampling};
+use super::{Ask, Server, conversation, format, tools, unix_seconds};
+use crate::markup::{Part, ToolCall};
+use crate::request::{FinishReason, Usage};
+use crate::sampling::SamplingParams;
+
+/// Answers a responses request.
+///
+/// # Errors
+/// 400 naming the field, or what [`Server::start`] says.
+pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
+    let body = Fields::of(body, "")?;
+    let adapter = server.model(body.text("model")?)?;
+    if body.has("previous_response_id") || body.has("conversation") {
+        let name = if body.has("conversation") { "conversation" } else { "previous_response_id" };
+        return Err(
+            body.fault(name, "is not supported: this server keeps nothing, send the whole conversation")
+        );
+    }
+    body.unsupported("background", &[json!(false)])?;
+    body.flag("store")?;
+    let params = SamplingParams {
+        temperature: body.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
+        top_p: body.number("top_p", f32::MIN_POSITIVE..=1.0)?.unwrap_or(1.0),
+        seed: body
+            .integer("seed", i64::MIN..=i64::MAX)?
+            .map_or_else(|| server.fresh_seed(), i64::cast_unsigned),
+        ..SamplingParams::default()
+    };
+    let sampling = Sampling {
+        params,
+        max_tokens: body.count("max_output_tokens", 1, MAX_TOKENS)?,
+        stops: Vec::new(),
+        n: 1,
+        ignore_eos: false,
+        include_stop: false,
+    };
+    let streams = body.flag("stream")?.unwrap_or(false);
+    let mut form = None;
+    if let Some(text) = body.object("text")?
+        && let Some(asked) = text.object("format")?
+    {
+        form = format::response_format(&asked, "text.format", false)?;
+    }
+    let mut rendering = Rendering { opens_turn: true, ..Rendering::default() };
+    if let Some(reasoning) = body.object("reasoning")? {
+        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
+        if let Some(effort) = reasoning.choice("effort", &efforts)? {
+            rendering.variables.insert("reasoning_effort".to_owned(), json!(effort));
+            rendering.variables.insert("enable_thinking".to_owned(), json!(effort != "none"));
+        }
+    }
+    let offered = tools::openai(&body)?;
+    let messages = conversation::responses(&body)?;
+    let prompt = server.render(messages, &offered, rendering, "input")?;
+    let tokens = server.encode(&prompt.text, false)?;
+    let job = server.start(Ask {
+        format: form,
+        adapter,
+        markup: Some(server.markup(&offered, prompt.in_reasoning)),
+        single_call: offered.single || offered.forced_schema().is_some(),
+        forced: offered.forced_schema(),
+        ..Ask::new(vec![tokens], sampling)
+    })?;
+    let kept = |name: &str, default: Value| body.get(name).cloned().unwrap_or(default);
+    let frame = json!({
+        "object": "response", "created_at": unix_seconds(), "error": null, "incomplete_details": null,
+        "instructions": kept("instructions", Value::Null), "metadata": kept("metadata", json!({})),
+        "model": body.text("model")?.unwrap_or(&server.state.model_name), "output": [],
+        "parallel_tool_calls": !offered.single, "previous_response_id": null,
+        "temperature": kept("temperature", json!(1.0)), "top_p": kept("top_p", json!(1.0)),
+        "max_output_tokens": kept("max_output_tokens", Value::Null),
+        "text": kept("text", json!({"format": {"type": "text"}})),
+        "tools": kept("tools", json!([])), "tool_choice": kept("tool_choice", json!("auto")),
+        "store": false, "status": "in_progress", "usage": null,
+    });
+    let writer = ResponseWriter::new(server.answer_id(), frame);
+    if streams {
+        return answer::stream(job, writer).await;
+    }
+    let mut collected = answer::collect(job).await?;
+    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
+    let mut writer = writer;
+    let mut silent = Vec::new();
+    writer.part(Part::Reasoning(one.reasoning), &mut silent);
+    writer.part(Part::Content(one.content), &mut silent);
+    for call in one.calls {
+        writer.part(Part::Call(call), &mut silent);
+    }
+    writer.close(&mut silent);
+    writer.ending = Some((one.reason.unwrap_or(FinishReason::Stop), one.usage));
+    Ok(Json(writer.finished()).into_response())
+}
+
+/// The item that is being written.
+#[derive(Debug, Clone, PartialEq)]
+enum Item {
+    Message(String),
+    Reasoning(String),
+}
+
+/// `response.created`, `response.in_progress`, then for each item `output_item.added`, its deltas and `output_item.done`,
+/// then `response.completed` or `response.incomplete`. Every event has a sequence number.
+struct ResponseWriter {
+    id: String,
+    frame: Value,
+    output: Vec<Value>,
+    open: Option<Item>,
+    n_events: usize,
+    ending: Option<(FinishReason, Usage)>,
+}
+
+impl ResponseWriter {
+    fn new(id: String, mut frame: Value) -> Self {
+        frame["id"] = json!(format!("resp_{id}"));
+        Self { id, frame, output: Vec::new(), open: None, n_events: 0, ending: None }
+    }
+
+    fn event(&mut self, name: &'static str, mut data: Value) -> Frame {
+        data["type"] = json!(name);
+        data["sequence_number"] = json!(self.n_events);
+        self.n_events += 1;
+        Frame::named(name, data)
+    }
+
+    fn item_id(&self, kind: &str) -> String {
+        format!("{kind}_{}{:03}", self.id, self.output.len())
+    }
+
+    fn message(&self, text: &str, status: &str) -> Value {
+        let content = if status == "completed" {
+            json!([{"type": "output_text", "text": text, "annotations": []}])
+        } else {
+            json!([])
+        };
+        json!({"id": self.item_id("msg"), "type": "message", "role": "assistant", "status": status, "content": content})
+    }
+
+    fn reasoning(&self, text: &str, status: &str) -> Value {
+        let content =
+            if status == "completed" { json!([{"type": "reasoning_text", "text": text}]) } else { json!([]) };
+        json!({"id": self.item_id("rs"), "type": "reasoning", "status": status, "summary": [], "content": content})
+    }
+
+    fn part(&mut self, part: Part, frames: &mut Vec<Frame>) {
+        match part {
+            Part::Content(text) if text.is_empty() => {}
+            Part::Reasoning(text) if text.is_empty() => {}
+            // White space between calls is no message of its own.
+            Part::Content(text)
+                if !matches!(self.open, Some(Item::Message(_)))
+                    && text.trim().is_empty()
+                    && !self.output.is_empty() => {}
+            Part::Content(text) => {
+                if !matches!(self.open, Some(Item::Message(_))) {
+                    self.close(frames);
+                    let item = self.message("", "in_progress");
+                    self.begin_item(
+                        &item,
+                        &json!({"type": "output_text", "text": "", "annotations": []}),
+                        frames,
+                    );
+                    self.open = Some(Item::Message(String::new()));
+                }
+                let (id, index) = (self.item_id("msg"), self.output.len());
+                if let Some(Item::Message(all)) = &mut self.open {
+                    all.push_str(&text);
+                }
+                frames.push(self.event(
+                    "response.output_text.delta",
+                    json!({"item_id": id, "output_index": index, "content_index": 0, "delta": text, "logprobs": []}),
+                ));
+            }
+            Part::Reasoning(text) => {
+                if !matches!(self.open, Some(Item::Reasoning(_))) {
+                    self.close(frames);
+                    let item = self.reasoning("", "in_progress");
+                    self.begin_item(&item, &json!({"type": "reasoning_text", "text": ""}), frames);
+                    self.open = Some(Item::Reasoning(String::new()));
+                }
+                let (id, index) = (self.item_id("rs"), self.output.len());
+                if let Some(Item::Reasoning(all)) = &mut self.open {
+                    all.push_str(&text);
+                }
+                frames.push(self.event(
+                    "response.reasoning_text.delta",
+                    json!({"item_id": id, "output_index": index, "content_index": 0, "delta": text}),
+                ));
+            }
+            Part::Call(ToolCall { name, arguments }) => {
+                self.close(frames);
+                let (id, index) = (self.item_id("fc"), self.output.len());
+                let call_id = format!("call_{}{index:03}", self.id);
+                let item = |arguments: &str, status: &str| {
+                    json!({"id": id, "type": "function_call", "call_id": call_id, "name": name,
+                           "arguments": arguments, "status": status})
+                };
+                let added = json!({"output_index": index, "item": item("", "in_progress")});
+                frames.push(self.event("response.output_item.added", added));
+                let delta = json!({"item_id": id, "output_index": index, "delta": arguments});
+                frames.push(self.event("response.function_call_arguments.delta", delta));
+                let done =
+                    json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments});
+                frames.push(self.event("response.function_call_arguments.done", done));
+                self.end_item(item(&arguments, "completed"), frames);
+            }
+        }
+    }
+
+    fn begin_item(&mut self, item: &Value, part: &Value, frames: &mut Vec<Frame>) {
+        let index = self.output.len();
+        frames.push(self.event("response.output_item.added", json!({"output_index": index, "item": item})));
+        let added = json!({"item_id": item["id"], "output_index": index, "content_index": 0, "part": part});
+        frames.push(self.event("response.content_part.added", added));
+    }
+
+    fn end_item(&mut self, item: Value, frames: &mut Vec<Frame>) {
+        let index = self.output.len();
+        frames.push(self.event("response.output_item.done", json!({"output_index": index, "item": item})));
+        self.output.push(item);
+    }
+
+    /// Finishes the open item.
+    fn close(&mut self, frames: &mut Vec<Frame>) {
+        let Some(open) = self.open.take() else { return };
+        let index = self.output.len();
+        let (item, done, text) = match open {
+            Item::Message(text) => (self.message(&text, "completed"), "response.output_text.done", text),
+            Item::Reasoning(text) => {
+                (self.reasoning(&text, "completed"), "response.reasoning_text.done", text)
+            }
+        };
+        let id = item["id"].clone();
+        let mut finished = json!({"item_id": id, "output_index": index, "content_index": 0, "text": text});
+        if done == "response.output_text.done" {
+            finished["logprobs"] = json!([]);
+        }
+        frames.push(self.event(done, finished));
+        let part =
+            json!({"item_id": id, "output_index": index, "content_index": 0, "part": item["content"][0]});
+        frames.push(self.event("response.content_part.done", part));
+        self.end_item(item, frames);
+    }
+
+    /// The whole response.
+    fn finished(&self) -> Value {
+        let (reason, usage) = self.ending.unwrap_or((FinishReason::Stop, Usage::default()));
+        let mut response = self.frame.clone();
+        let cut = reason == FinishReason::Length;
+        response["status"] = json!(if cut { "incomplete" } else { "completed" });
+        if cut {
+            response["incomplete_details"] = json!({"reason": "max_output_tokens"});
+        }
+        response["output"] = json!(self.output);
+        response["usage"] = json!({"input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens});
+        response
+    }
+}
+
+impl Writer for ResponseWriter {
+    fn begin(&mut self) -> Vec<Frame> {
+        let response = self.frame.clone();
+        vec![
+            self.event("response.created", json!({"response": response})),
+            self.event("response.in_progress", json!({"response": response})),
+        ]
+    }
+
+    fn delta(&mut self, _choice: usize, delta: Delta) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        let parts = match delta {
+            Delta::Prompt(_) => Vec::new(),
+            Delta::Token { parts, .. } => parts,
+            Delta::End(ending) => {
+                self.ending = Some((ending.reason, ending.usage));
+                ending.parts
+            }
+        };
+        for part in parts {
+            self.part(part, &mut frames);
+        }
+        frames
+    }
+
+    fn end(&mut self) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        self.close(&mut frames);
+        let response = self.finished();
+        let name =
+            if response["status"] == "incomplete" { "response.incomplete" } else { "response.completed" };
+        frames.push(self.event(name, json!({"response": response})));
+        frames
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
+        let mut response = self.frame.clone();
+        response["status"] = json!("failed");
+        response["error"] = json!({"code": "server_error", "message": error.body()["error"]["message"]});
+        vec![self.event("response.failed", json!({"response": response}))]
+    }
+}

@@ -1,0 +1,297 @@
+//! Tools that a model may call, and whether it must.
+
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+
+/// Tools of a request.
+const MAX_TOOLS: usize = 128;
+/// Length of a tool's name, as OpenAI has it.
+const MAX_NAME_BYTES: usize = 64;
+
+/// One tool.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Tool {
+    pub name: String,
+    pub description: Option<String>,
+    /// JSON schema of its arguments.
+    pub parameters: Value,
+}
+
+/// Whether tools are called.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) enum ToolChoice {
+    /// Never.
+    None,
+    /// As the model likes.
+    #[default]
+    Auto,
+    /// At least one.
+    Required,
+    /// This one.
+    Named(String),
+}
+
+/// The tools of a request and how to choose among them.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Tools {
+    pub tools: Vec<Tool>,
+    pub choice: ToolChoice,
+    /// Keep one call at most.
+    pub single: bool,
+}
+
+impl Tools {
+    /// Checks that choice and tools go together.
+    ///
+    /// # Errors
+    /// 400 naming `tool_choice`.
+    pub(super) fn checked(self, body: &Fields<'_>) -> Result<Self, ApiError> {
+        let needs_tools = matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_));
+        if needs_tools && self.tools.is_empty() {
+            return Err(body.fault("tool_choice", "asks for a call but there are no tools"));
+        }
+        if let ToolChoice::Named(name) = &self.choice
+            && !self.tools.iter().any(|tool| tool.name == *name)
+        {
+            return Err(body.fault("tool_choice", format!("names the tool {name:?}, which is not in tools")));
+        }
+        if let Some(twice) =
+            self.tools.iter().enumerate().find(|(i, t)| self.tools[..*i].iter().any(|o| o.name == t.name))
+        {
+            return Err(body.fault("tools", format!("has two tools named {:?}", twice.1.name)));
+        }
+        Ok(self)
+    }
+
+    /// Tools are offered to the model.
+    pub(super) fn are_offered(&self) -> bool {
+        !self.tools.is_empty() && self.choice != ToolChoice::None
+    }
+
+    /// What the template sees, in OpenAI's shape.
+    pub(super) fn for_template(&self) -> Vec<Value> {
+        if !self.are_offered() {
+            return Vec::new();
+        }
+        let described = |tool: &Tool| {
+            let mut function = json!({"name": tool.name, "parameters": tool.parameters});
+            if let Some(description) = &tool.description {
+                function["description"] = json!(description);
+            }
+            json!({"type": "function", "function": function})
+        };
+        self.tools.iter().map(described).collect()
+    }
+
+    /// The schema that the answer must follow when a call is asked for: `{"name", "arguments"}`.
+    pub(super) fn forced_schema(&self) -> Option<Value> {
+        let wanted: Vec<&Tool> = match &self.choice {
+            ToolChoice::Required => self.tools.iter().collect(),
+            ToolChoice::Named(name) => self.tools.iter().filter(|tool| tool.name == *name).collect(),
+            ToolChoice::None | ToolChoice::Auto => return None,
+        };
+        // References inside a tool's schema lead to its own definitions; they move to the root.
+        let mut definitions = serde_json::Map::new();
+        let alternatives: Vec<Value> = wanted
+            .into_iter()
+            .map(|tool| {
+                let mut parameters = tool.parameters.clone();
+                for name in ["$defs", "definitions"] {
+                    if let Some(Value::Object(inner)) =
+                        parameters.as_object_mut().and_then(|p| p.remove(name))
+                    {
+                        let all = definitions.entry(name).or_insert_with(|| json!({}));
+                        all.as_object_mut().expect("made an object above").extend(inner);
+                    }
+                }
+                json!({"type": "object", "required": ["name", "arguments"], "additionalProperties": false,
+                    "properties": {"name": {"const": tool.name}, "arguments": parameters}})
+            })
+            .collect();
+        let mut schema = match <[Value; 1]>::try_from(alternatives) {
+            Ok([one]) => one,
+            Err(several) => json!({"anyOf": several}),
+        };
+        for (name, inner) in definitions {
+            schema[name] = inner;
+        }
+        Some(schema)
+    }
+}
+
+/// OpenAI's chat shape: `{"type": "function", "function": {"name", "description", "parameters"}}`; the responses shape has
+/// the fields beside `type`.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn openai(body: &Fields<'_>) -> Result<Tools, ApiError> {
+    let mut tools = Vec::new();
+    for (path, item) in limited(body)? {
+        let tool = Fields::of(item, path)?;
+        match tool.required_text("type")? {
+            "function" => {}
+            other => return Err(tool.fault("type", format!("{other:?} is not supported: use \"function\""))),
+        }
+        let function = tool.object("function")?;
+        tools.push(one(function.as_ref().unwrap_or(&tool), "parameters")?);
+    }
+    let choice = match body.get("tool_choice") {
+        None => ToolChoice::Auto,
+        Some(Value::String(word)) => match word.as_str() {
+            "none" => ToolChoice::None,
+            "auto" => ToolChoice::Auto,
+            "required" => ToolChoice::Required,
+            _ => {
+                return Err(body.fault(
+                    "tool_choice",
+                    format!("must be \"none\", \"auto\", \"required\" or name a function, not {word:?}"),
+                ));
+            }
+        },
+        Some(value @ Value::Object(_)) => {
+            let choice = Fields::of(value, "tool_choice")?;
+            match choice.required_text("type")? {
+                "function" => {}
+                other => return Err(choice.fault("type", format!("must be \"function\", not {other:?}"))),
+            }
+            let named = choice.object("function")?;
+            ToolChoice::Named(named.as_ref().unwrap_or(&choice).required_text("name")?.to_owned())
+        }
+        Some(other) => return Err(wrong("tool_choice", "a string or an object", other)),
+    };
+    let single = body.flag("parallel_tool_calls")? == Some(false);
+    Tools { tools, choice, single }.checked(body)
+}
+
+/// Anthropic's shape: `{"name", "description", "input_schema"}`, `tool_choice: {"type": auto | any | tool | none}`.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn anthropic(body: &Fields<'_>) -> Result<Tools, ApiError> {
+    let mut tools = Vec::new();
+    for (path, item) in limited(body)? {
+        let tool = Fields::of(item, path)?;
+        match tool.text("type")? {
+            None | Some("custom") => {}
+            Some(other) => {
+                return Err(tool.fault("type", format!("{other:?} is not supported by this server")));
+            }
+        }
+        if !tool.has("input_schema") {
+            return Err(tool.missing("input_schema"));
+        }
+        tools.push(one(&tool, "input_schema")?);
+    }
+    let (mut choice, mut single) = (ToolChoice::Auto, false);
+    if let Some(chosen) = body.object("tool_choice")? {
+        single = chosen.flag("disable_parallel_tool_use")?.unwrap_or(false);
+        let words = [("auto", 0), ("any", 1), ("tool", 2), ("none", 3)];
+        choice = match chosen.choice("type", &words)?.ok_or_else(|| chosen.missing("type"))? {
+            0 => ToolChoice::Auto,
+            1 => ToolChoice::Required,
+            2 => ToolChoice::Named(chosen.required_text("name")?.to_owned()),
+            _ => ToolChoice::None,
+        };
+    }
+    Tools { tools, choice, single }.checked(body)
+}
+
+fn limited<'a>(body: &Fields<'a>) -> Result<Vec<(String, &'a Value)>, ApiError> {
+    let items = body.list("tools")?.unwrap_or_default();
+    if items.len() > MAX_TOOLS {
+        return Err(
+            body.fault("tools", format!("holds {} tools, at most {MAX_TOOLS} are taken", items.len()))
+        );
+    }
+    Ok(items)
+}
+
+fn one(tool: &Fields<'_>, schema_field: &str) -> Result<Tool, ApiError> {
+    let name = tool.required_text("name")?;
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.chars().all(fits) {
+        return Err(tool.fault("name", format!("must be 1 to {MAX_NAME_BYTES} of a-z, A-Z, 0-9, _ - .")));
+    }
+    // A tool without parameters takes none.
+    let mut parameters = match tool.get(schema_field) {
+        None => json!({"type": "object", "properties": {}}),
+        Some(schema @ Value::Object(_)) => schema.clone(),
+        Some(other) => return Err(wrong(&tool.path(schema_field), "a JSON schema", other)),
+    };
+    match parameters.get("type") {
+        None => parameters["type"] = json!("object"),
+        Some(Value::String(kind)) if kind == "object" => {}
+        Some(other) => {
+            let why = format!("must have the type \"object\", not {other}");
+            return Err(tool.fault(schema_field, why));
+        }
+    }
+    let description = tool.text("description")?.map(str::to_owned);
+    Ok(Tool { name: name.to_owned(), description, parameters })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tools(value: &Value) -> Result<Tools, ApiError> {
+        openai(&Fields::of(value, "").unwrap())
+    }
+
+    #[test]
+    fn both_of_openais_shapes_and_anthropics_mean_the_same() {
+        let schema = json!({"type": "object", "properties": {"c": {"type": "string"}}});
+        let chat = json!({"tools": [{"type": "function", "function": {"name": "w", "parameters": schema}}],
+                          "tool_choice": {"type": "function", "function": {"name": "w"}}});
+        let responses = json!({"tools": [{"type": "function", "name": "w", "parameters": schema}],
+                               "tool_choice": {"type": "function", "name": "w"}});
+        let messages = json!({"tools": [{"name": "w", "input_schema": schema}],
+                              "tool_choice": {"type": "tool", "name": "w"}});
+        let chat = tools(&chat).unwrap();
+        assert_eq!(chat, tools(&responses).unwrap());
+        assert_eq!(chat, anthropic(&Fields::of(&messages, "").unwrap()).unwrap());
+        assert_eq!(chat.forced_schema().unwrap()["properties"]["name"]["const"], "w");
+        assert_eq!(chat.for_template()[0]["function"]["name"], "w");
+    }
+
+    #[test]
+    fn definitions_move_to_the_root_of_a_forced_schema() {
+        let tool = |name: &str| {
+            json!({"type": "function", "function": {"name": name, "parameters": {"type": "object",
+                "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "string"}}}}})
+        };
+        let body = json!({"tools": [tool("a"), tool("b")], "tool_choice": "required"});
+        let schema = tools(&body).unwrap().forced_schema().unwrap();
+        assert_eq!(schema["$defs"]["P"]["type"], "string");
+        assert_eq!(schema["anyOf"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let good = json!({"type": "function", "function": {"name": "w"}});
+        for (body, name) in [
+            (json!({"tools": {}}), "tools"),
+            (json!({"tools": [1]}), "tools[0]"),
+            (json!({"tools": [{"function": {"name": "w"}}]}), "tools[0].type"),
+            (json!({"tools": [{"type": "retrieval"}]}), "tools[0].type"),
+            (json!({"tools": [{"type": "function", "function": {}}]}), "tools[0].function.name"),
+            (json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}), "tools[0].function.name"),
+            (
+                json!({"tools": [{"type": "function", "function": {"name": "w", "parameters": []}}]}),
+                "tools[0].function.parameters",
+            ),
+            (json!({"tools": [good, good]}), "two tools"),
+            (json!({"tools": [good], "tool_choice": "maybe"}), "tool_choice"),
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (
+                json!({"tools": [good], "tool_choice": {"type": "function", "function": {"name": "x"}}}),
+                "\"x\"",
+            ),
+        ] {
+            let error = tools(&body).expect_err(&body.to_string()).to_string();
+            assert!(error.contains(name), "{body}: {error}");
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! A model's raw text taken apart: reasoning, content, tool calls, as each model family writes them.
+//!
+//! [`Markup`] is a state machine over text that arrives in pieces. However the text is cut, the parts are the same once
+//! neighbours of one kind are joined: text that may be the beginning of a marker is held back until that is decided, and
+//! a tool call is given out whole. What looks like a call but cannot be read is content, markers included: nothing that a
+//! model said is lost.
+
+mod calls;
+mod dialect;
+mod harmony;
+
+use calls::CallSyntax;
+pub use calls::ToolCall;
+pub use dialect::Dialect;
+use harmony::Harmony;
+
+/// A piece of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// Thoughts before the answer.
+    Reasoning(String),
+    /// The answer.
+    Content(String),
+    /// A call of a tool.
+    Call(ToolCall),
+}
+
+/// What to look for in an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MarkupOptions {
+    /// How the model writes calls and thoughts.
+    pub dialect: Dialect,
+    /// Calls are looked for; else their markers are content.
+    pub tools: bool,
+    /// Thoughts are looked for; else their markers are content.
+    pub reasoning: bool,
+    /// The prompt has opened the thoughts already.
+    pub in_reasoning: bool,
+    /// The whole answer is one JSON object `{"name", "arguments"}`: sampling was held to that.
+    pub forced_call: bool,
+}
+
+/// The state machine.
+#[derive(Debug, Clone)]
+pub struct Markup {
+    options: MarkupOptions,
+    state: State,
+    /// Text that is not decided yet.
+    held: String,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    /// Nothing but white space so far.
+    Start,
+    Reasoning,
+    /// After the thoughts: white space is dropped until the answer begins.
+    AfterReasoning,
+    /// After a call: white space is dropped until the next call or content.
+    AfterCall,
+    Content,
+    /// Inside a call's markers; the text since the opening marker, which it includes, is held.
+    Call(CallSyntax),
+    /// The answer as a whole may be a call: decided at the end.
+    WholeCall,
+    /// Its own machine: everything is markers there.
+    Harmony(Harmony),
+}
+
+const THINK: &str = "<think>";
+const THINK_END: &str = "</think>";
+
+impl Markup {
+    /// A machine at the beginning of an answer.
+    pub fn new(options: MarkupOptions) -> Self {
+        let state = match (options.forced_call, options.dialect, options.in_reasoning && options.reasoning) {
+            (_, Dialect::Harmony, _) if !options.forced_call => State::Harmony(Harmony::new(options)),
+            (_, _, true) => State::Reasoning,
+            (true, _, false) => State::WholeCall,
+            _ => State::Start,
+        };
+        Self { options, state, held: String::new() }
+    }
+
+    /// Takes a piece of text; returns the parts that it decides.
+    pub fn push(&mut self, piece: &str) -> Vec<Part> {
+        let mut parts = Vec::new();
+        if let State::Harmony(machine) = &mut self.state {
+            machine.push(piece, &mut parts);
+        } else {
+            self.held.push_str(piece);
+            while self.advance(&mut parts) {}
+        }
+        parts
+    }
+
+    /// The parts that were still undecided when the answer ended.
+    pub fn finish(&mut self) -> Vec<Part> {
+        let mut parts = Vec::new();
+        let held = std::mem::take(&mut self.held);
+        match std::mem::replace(&mut self.state, State::Content) {
+            State::Harmony(mut machine) => machine.finish(&mut parts),
+            State::Reasoning => text(&mut parts, Part::Reasoning, held),
+            State::WholeCall => match calls::whole(&held) {
+                Some(found) => parts.extend(found.into_iter().map(Part::Call)),
+                None => text(&mut parts, Part::Content, held),
+            },
+            State::Call(syntax) => match syntax.read(&held, true) {
+                Some((found, rest)) => {
+                    parts.extend(found.into_iter().map(Part::Call));
+                    text(&mut parts, Part::Content, held[rest..].to_owned());
+                }
+                None => text(&mut parts, Part::Content, held),
+            },
+            State::AfterReasoning | State::AfterCall => {}
+            State::Start | State::Content => text(&mut parts, Part::Content, held),
+        }
+        parts
+    }
+
+    /// One decision; false when more text is needed.
+    fn advance(&mut self, parts: &mut Vec<Part>) -> bool {
+        match &self.state {
+            State::Start => self.start(),
+            State::Reasoning => {
+                let (shown, met) = cut(&mut self.held, &[THINK_END]);
+                text(parts, Part::Reasoning, shown);
+                if met.is_some() {
+                    self.held.drain(..THINK_END.len());
+                    self.state = State::AfterReasoning;
+                }
+                met.is_some()
+            }
+            State::AfterReasoning | State::AfterCall => {
+                let blank = self.held.len() - self.held.trim_start().len();
+                self.held.drain(..blank);
+                if self.held.is_empty() {
+                    return false;
+                }
+                self.state = match self.state {
+                    State::AfterCall => State::Content,
+                    _ if self.options.forced_call => State::WholeCall,
+                    _ => State::Start,
+                };
+                true
+            }
+            State::Content => self.content(parts),
+            State::Call(syntax) => {
+                let Some((found, rest)) = syntax.read(&self.held, false) else {
+                    if syntax.is_hopeless(&self.held) {
+                        // Not a call after all: its opening marker is content, what follows is looked at again.
+                        let rest = self.held.split_off(syntax.opening().len());
+                        text(parts, Part::Content, std::mem::replace(&mut self.held, rest));
+                        self.state = State::Content;
+                        return true;
+                    }
+                    return false;
+                };
+                parts.extend(found.into_iter().map(Part::Call));
+                self.held.drain(..rest);
+                self.state = State::AfterCall;
+                true
+            }
+            State::WholeCall | State::Harmony(_) => false,
+        }
+    }
+
+    /// Thoughts and whole-answer calls can only begin where the answer begins.
+    fn start(&mut self) -> bool {
+        let begun = self.held.trim_start();
+        if begun.is_empty() {
+            return false;
+        }
+        if self.options.reasoning {
+            if begun.starts_with(THINK) {
+                let at = self.held.len() - begun.len() + THINK.len();
+                self.held.drain(..at);
+                self.state = State::Reasoning;
+                // Thoughts begin only once.
+                self.options.reasoning = false;
+                return true;
+            }
+            if THINK.starts_with(begun) {
+                return false;
+            }
+        }
+        let whole = self.options.tools
+            && self.options.dialect.calls_are_whole_answers()
+            && (begun.starts_with('{') || begun.starts_with(dialect::PYTHON_TAG));
+        if self.options.tools
+            && self.options.dialect.calls_are_whole_answers()
+            && !whole
+            && dialect::PYTHON_TAG.starts_with(begun)
+        {
+            return false;
+        }
+        self.state = if whole { State::WholeCall } else { State::Content };
+        !whole
+    }
+
+    fn content(&mut self, parts: &mut Vec<Part>) -> bool {
+        let syntaxes = if self.options.tools { self.options.dialect.call_syntaxes() } else { &[] };
+        let openings: Vec<&str> = syntaxes.iter().map(|s| s.opening()).collect();
+        let (shown, met) = cut(&mut self.held, &openings);
+        text(parts, Part::Content, shown);
+        let Some(met) = met else { return false };
+        self.state = State::Call(syntaxes[met]);
+        true
+    }
+}
+
+/// Adds a text part unless it is empty.
+fn text(parts: &mut Vec<Part>, kind: impl FnOnce(String) -> Part, text: String) {
+    if !text.is_empty() {
+        parts.push(kind(text));
+    }
+}
+
+/// Takes from `held` the text before the first marker, or what cannot be the beginning of one; with the marker's index,
+/// which `held` then begins with. Of markers at one place the longest counts.
+fn cut(held: &mut String, markers: &[&str]) -> (String, Option<usize>) {
+    let found = markers
+        .iter()
+        .enumerate()
+        .filter_map(|(i, marker)| held.find(marker).map(|at| (at, usize::MAX - marker.len(), i)))
+        .min();
+    // No marker contains another, so none that is still undecided can begin before one that was found.
+    if let Some((at, _, index)) = found {
+        let rest = held.split_off(at);
+        return (std::mem::replace(held, rest), Some(index));
+    }
+    let undecided = markers.iter().map(|marker| overlap(held, marker)).max().unwrap_or(0);
+    let rest = held.split_off(held.len() - undecided);
+    (std::mem::replace(held, rest), None)
+}
+
+/// Bytes at the end of `text` that are a proper beginning of `marker`.
+fn overlap(text: &str, marker: &str) -> usize {
+    marker.char_indices().map(|(i, _)| i).rev().find(|&i| text.ends_with(&marker[..i])).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! Reading tool calls: each family's text between markers becomes names and JSON arguments.
+
+use serde_json::{Map, Value};
+
+use super::dialect::PYTHON_TAG;
+
+/// A call that a model makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToolCall {
+    /// The tool.
+    pub name: String,
+    /// Its arguments: the text of a JSON object, as the model wrote it.
+    pub arguments: String,
+}
+
+/// Texts between markers, by the marker that opens them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CallSyntax {
+    Hermes,
+    Glm,
+    PythonTag,
+    Mistral,
+    DeepSeek,
+    Kimi,
+}
+
+type Found = (Vec<ToolCall>, usize);
+
+impl CallSyntax {
+    /// The marker that opens a call.
+    pub(super) fn opening(self) -> &'static str {
+        match self {
+            Self::Hermes | Self::Glm => "<tool_call>",
+            Self::PythonTag => PYTHON_TAG,
+            Self::Mistral => "[TOOL_CALLS]",
+            Self::DeepSeek => "<｜tool▁calls▁begin｜>",
+            Self::Kimi => "<|tool_calls_section_begin|>",
+        }
+    }
+
+    fn closing(self) -> Option<&'static str> {
+        match self {
+            Self::Hermes | Self::Glm => Some("</tool_call>"),
+            Self::DeepSeek => Some("<｜tool▁calls▁end｜>"),
+            Self::Kimi => Some("<|tool_calls_section_end|>"),
+            // They run to the end of the answer.
+            Self::PythonTag | Self::Mistral => None,
+        }
+    }
+
+    /// The calls in a text that begins with the opening marker, and the length of what they take. `None`: not complete, or
+    /// not readable. `ended`: no more text comes.
+    pub(super) fn read(self, text: &str, ended: bool) -> Option<Found> {
+        let inside = &text[self.opening().len()..];
+        let (body, end) = match self.closing() {
+            Some(closing) => match inside.find(closing) {
+                Some(at) => (&inside[..at], self.opening().len() + at + closing.len()),
+                // A stop token may have taken the place of the closing marker.
+                None if ended => (inside, text.len()),
+                None => return None,
+            },
+            None if ended => (inside, text.len()),
+            None => return None,
+        };
+        let calls = match self {
+            Self::Hermes => vec![object(body)?],
+            Self::Glm => vec![glm(body)?],
+            Self::PythonTag => whole(body)?,
+            Self::Mistral => mistral(body)?,
+            Self::DeepSeek => deepseek(body)?,
+            Self::Kimi => kimi(body)?,
+        };
+        (!calls.is_empty()).then_some((calls, end))
+    }
+
+    /// The text is complete and still not readable: waiting does not help.
+    pub(super) fn is_hopeless(self, text: &str) -> bool {
+        self.closing().is_some_and(|closing| text[self.opening().len()..].contains(closing))
+    }
+}
+
+/// `{"name": .., "arguments" or "parameters": {..}}`.
+fn object(text: &str) -> Option<ToolCall> {
+    call_of(&serde_json::from_str(text.trim()).ok()?)
+}
+
+fn call_of(value: &Value) -> Option<ToolCall> {
+    let call = value.get("function").filter(|f| f.is_object()).unwrap_or(value);
+    let name = call.get("name")?.as_str()?.to_owned();
+    let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
+        Some(Value::String(text)) if serde_json::from_str::<Map<String, Value>>(text).is_ok() => text.clone(),
+        Some(object @ Value::Object(_)) => object.to_string(),
+        None | Some(Value::Null) => "{}".to_owned(),
+        Some(_) => return None,
+    };
+    Some(ToolCall { name, arguments })
+}
+
+/// An answer that consists of calls: objects one after the other, with `;` between, or a list of them.
+pub(super) fn whole(text: &str) -> Option<Vec<ToolCall>> {
+    let mut rest = text.trim();
+    rest = rest.strip_prefix(PYTHON_TAG).unwrap_or(rest).trim();
+    let mut calls = Vec::new();
+    while !rest.is_empty() {
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
+        match values.next()?.ok()? {
+            Value::Array(list) => {
+                for value in &list {
+                    calls.push(call_of(value)?);
+                }
+            }
+            value => calls.push(call_of(&value)?),
+        }
+        rest = rest[values.byte_offset()..].trim_start().trim_start_matches([';', ',']).trim_start();
+    }
+    (!calls.is_empty()).then_some(calls)
+}
+
+/// `[{..}, {..}]`, or `name[ARGS]{..}` and again after the next `[TOOL_CALLS]`; a call id may stand before the arguments.
+fn mistral(body: &str) -> Option<Vec<ToolCall>> {
+    if body.trim_start().starts_with(['[', '{']) {
+        return whole(body);
+    }
+    body.split("[TOOL_CALLS]")
+        .filter(|one| !one.trim().is_empty())
+        .map(|one| {
+            let (name, arguments) = match one.split_once("[ARGS]") {
+                Some(split) => split,
+                None => one.split_at(one.find('{')?),
+            };
+            let name = name.split("[CALL_ID]").next().unwrap_or_default();
+            named(name, arguments)
+        })
+        .collect()
+}
+
+/// `<｜tool▁call▁begin｜>function<｜tool▁sep｜>name\n```json\n{..}\n```<｜tool▁call▁end｜>`, or without type and fence.
+fn deepseek(body: &str) -> Option<Vec<ToolCall>> {
+    body.split("<｜tool▁call▁begin｜>")
+        .skip(1)
+        .map(|one| {
+            let one = one.split("<｜tool▁call▁end｜>").next().unwrap_or_default();
+            let (before, after) = one.split_once("<｜tool▁sep｜>")?;
+            match after.split_once("```json") {
+                Some((name, fenced)) => named(name, fenced.trim_end().trim_end_matches('`')),
+                None => named(before, after),
+            }
+        })
+        .collect()
+}
+
+/// `<|tool_call_begin|>functions.name:0<|tool_call_argument_begin|>{..}<|tool_call_end|>`.
+fn kimi(body: &str) -> Option<Vec<ToolCall>> {
+    body.split("<|tool_call_begin|>")
+        .skip(1)
+        .map(|one| {
+            let one = one.split("<|tool_call_end|>").next().unwrap_or_default();
+            let (id, arguments) = one.split_once("<|tool_call_argument_begin|>")?;
+            let id = id.trim();
+            let name = id.rsplit_once(':').map_or(id, |(name, _)| name);
+            named(name.strip_prefix("functions.").unwrap_or(name), arguments)
+        })
+        .collect()
+}
+
+/// `name`, then `<arg_key>k</arg_key><arg_value>v</arg_value>` for each argument; a value is JSON where it can be read so.
+fn glm(body: &str) -> Option<ToolCall> {
+    let (name, mut rest) = match body.split_once("<arg_key>") {
+        Some((name, rest)) => (name, Some(rest)),
+        None => (body, None),
+    };
+    let mut arguments = Map::new();
+    while let Some(one) = rest {
+        let (key, after) = one.split_once("</arg_key>")?;
+        let (_, after) = after.split_once("<arg_value>")?;
+        let (value, after) = after.split_once("</arg_value>")?;
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        arguments.insert(key.trim().to_owned(), value);
+        rest = after.split_once("<arg_key>").map(|(_, rest)| rest);
+    }
+    let name = name.trim();
+    let readable = !name.is_empty() && !name.contains(['<', '{', '\n']);
+    readable.then(|| ToolCall { name: name.to_owned(), arguments: Value::Object(arguments).to_string() })
+}
+
+/// A name and the text of its arguments.
+pub(super) fn named(name: &str, arguments: &str) -> Option<ToolCall> {
+    let (name, arguments) = (name.trim(), arguments.trim());
+    let arguments = if arguments.is_empty() { "{}" } else { arguments };
+    let readable = !name.is_empty() && serde_json::from_str::<Map<String, Value>>(arguments).is_ok();
+    readable.then(|| ToolCall { name: name.to_owned(), arguments: arguments.to_owned() })
+}

@@ -1,0 +1,105 @@
+//! Which family writes how, found in the chat template.
+
+use super::calls::CallSyntax;
+
+/// Llama 3's marker in front of a call.
+pub(super) const PYTHON_TAG: &str = "<|python_tag|>";
+
+/// How a model family writes tool calls and thoughts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Dialect {
+    /// `<tool_call>{"name", "arguments"}</tool_call>`: Hermes, Qwen, and what many others imitate.
+    #[default]
+    Hermes,
+    /// The whole answer is `{"name", "parameters"}`, several with `;` between, with or without `<|python_tag|>`: Llama 3.
+    Llama3,
+    /// `[TOOL_CALLS]` before a JSON list, or before `name[ARGS]{...}`: Mistral.
+    Mistral,
+    /// `<｜tool▁calls▁begin｜>` and its kin: DeepSeek V3, R1 and V3.1.
+    DeepSeek,
+    /// `<|tool_call_begin|>functions.name:0<|tool_call_argument_begin|>`: Kimi K2.
+    Kimi,
+    /// `<tool_call>name <arg_key>..</arg_key><arg_value>..</arg_value></tool_call>`: GLM-4.5 and later.
+    Glm,
+    /// Channels: `<|channel|>analysis<|message|>`: GPT-OSS.
+    Harmony,
+}
+
+impl Dialect {
+    /// The dialect that a chat template teaches its model.
+    pub fn of_template(source: &str) -> Self {
+        let signs = [
+            ("<|channel|>", Self::Harmony),
+            ("<|tool_calls_section_begin|>", Self::Kimi),
+            ("<｜tool▁calls▁begin｜>", Self::DeepSeek),
+            ("[TOOL_CALLS]", Self::Mistral),
+            ("<arg_key>", Self::Glm),
+            ("<tool_call>", Self::Hermes),
+            (PYTHON_TAG, Self::Llama3),
+            ("\"parameters\": dictionary", Self::Llama3),
+        ];
+        signs.iter().find(|(sign, _)| source.contains(sign)).map_or_else(Self::default, |(_, d)| *d)
+    }
+
+    /// Markers that are special tokens in some vocabularies and must then be kept in the text.
+    pub fn markers(self) -> &'static [&'static str] {
+        match self {
+            Self::Hermes | Self::Glm => &[
+                "<think>",
+                "</think>",
+                "<tool_call>",
+                "</tool_call>",
+                "<arg_key>",
+                "</arg_key>",
+                "<arg_value>",
+                "</arg_value>",
+            ],
+            Self::Llama3 => &[PYTHON_TAG, "<think>", "</think>"],
+            Self::Mistral => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>"],
+            Self::DeepSeek => &[
+                "<｜tool▁calls▁begin｜>",
+                "<｜tool▁calls▁end｜>",
+                "<｜tool▁call▁begin｜>",
+                "<｜tool▁call▁end｜>",
+                "<｜tool▁sep｜>",
+                "<think>",
+                "</think>",
+            ],
+            Self::Kimi => &[
+                "<|tool_calls_section_begin|>",
+                "<|tool_calls_section_end|>",
+                "<|tool_call_begin|>",
+                "<|tool_call_argument_begin|>",
+                "<|tool_call_end|>",
+                "<think>",
+                "</think>",
+            ],
+            Self::Harmony => &[
+                "<|start|>",
+                "<|channel|>",
+                "<|constrain|>",
+                "<|message|>",
+                "<|end|>",
+                "<|call|>",
+                "<|return|>",
+            ],
+        }
+    }
+
+    pub(super) fn calls_are_whole_answers(self) -> bool {
+        self == Self::Llama3
+    }
+
+    pub(super) fn call_syntaxes(self) -> &'static [CallSyntax] {
+        match self {
+            Self::Hermes => &[CallSyntax::Hermes],
+            Self::Glm => &[CallSyntax::Glm],
+            Self::Llama3 => &[CallSyntax::PythonTag],
+            Self::Mistral => &[CallSyntax::Mistral],
+            Self::DeepSeek => &[CallSyntax::DeepSeek],
+            Self::Kimi => &[CallSyntax::Kimi],
+            Self::Harmony => &[],
+        }
+    }
+}

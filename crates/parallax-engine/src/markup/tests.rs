@@ -1,0 +1,221 @@
+//! Every dialect's calls and thoughts, and that it does not matter how the text is cut.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn all(dialect: Dialect) -> MarkupOptions {
+    MarkupOptions { dialect, tools: true, reasoning: true, ..MarkupOptions::default() }
+}
+
+/// Parts with neighbours of one kind joined.
+fn joined(parts: Vec<Part>) -> Vec<Part> {
+    let mut out: Vec<Part> = Vec::new();
+    for part in parts {
+        match (out.last_mut(), part) {
+            (Some(Part::Content(a)), Part::Content(b)) | (Some(Part::Reasoning(a)), Part::Reasoning(b)) => {
+                a.push_str(&b);
+            }
+            (_, part) => out.push(part),
+        }
+    }
+    out
+}
+
+fn read(options: MarkupOptions, pieces: &[&str]) -> Vec<Part> {
+    let mut markup = Markup::new(options);
+    let mut parts: Vec<Part> = pieces.iter().flat_map(|piece| markup.push(piece)).collect();
+    parts.extend(markup.finish());
+    joined(parts)
+}
+
+fn call(name: &str, arguments: &str) -> Part {
+    Part::Call(ToolCall { name: name.into(), arguments: arguments.into() })
+}
+
+fn content(text: &str) -> Part {
+    Part::Content(text.into())
+}
+
+fn thought(text: &str) -> Part {
+    Part::Reasoning(text.into())
+}
+
+/// Dialect, what the model says, what that means.
+fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
+    vec![
+        (
+            Dialect::Hermes,
+            "<think>\nweather?</think>\n\n<tool_call>\n{\"name\": \"w\", \"arguments\": {\"c\": \"Rome\"}}\n</tool_call>\n<tool_call>{\"name\":\"t\",\"arguments\":{}}</tool_call>",
+            vec![thought("\nweather?"), call("w", "{\"c\":\"Rome\"}"), call("t", "{}")],
+        ),
+        (
+            Dialect::Hermes,
+            "First. <tool_call>{\"name\":\"t\"}</tool_call> then <tool_call>no json</tool_call>",
+            vec![content("First. "), call("t", "{}"), content("then <tool_call>no json</tool_call>")],
+        ),
+        // The end token took the place of the closing marker.
+        (Dialect::Hermes, "<tool_call>{\"name\":\"t\",\"arguments\":{}}", vec![call("t", "{}")]),
+        (
+            Dialect::Llama3,
+            "{\"name\": \"w\", \"parameters\": {\"c\": \"Rome\"}}; {\"name\": \"t\", \"parameters\": {}}",
+            vec![call("w", "{\"c\":\"Rome\"}"), call("t", "{}")],
+        ),
+        (Dialect::Llama3, "<|python_tag|>{\"name\": \"w\", \"parameters\": {}}", vec![call("w", "{}")]),
+        (Dialect::Llama3, "{\"answer\": 42}", vec![content("{\"answer\": 42}")]),
+        (Dialect::Llama3, "Sure. {\"name\": \"w\"}", vec![content("Sure. {\"name\": \"w\"}")]),
+        (
+            Dialect::Mistral,
+            "Let me see.[TOOL_CALLS] [{\"name\": \"w\", \"arguments\": {\"c\": 1}}, {\"name\": \"t\", \"arguments\": {}}]",
+            vec![content("Let me see."), call("w", "{\"c\":1}"), call("t", "{}")],
+        ),
+        (
+            Dialect::Mistral,
+            "[TOOL_CALLS]w[CALL_ID]abc[ARGS]{\"c\": 1}[TOOL_CALLS]t{}",
+            vec![call("w", "{\"c\": 1}"), call("t", "{}")],
+        ),
+        (
+            Dialect::DeepSeek,
+            "<think>hm</think>Now:<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>w\n```json\n{\"c\": 1}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>t<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            vec![thought("hm"), content("Now:"), call("w", "{\"c\": 1}"), call("t", "{}")],
+        ),
+        (
+            Dialect::Kimi,
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.w:0<|tool_call_argument_begin|>{\"c\": 1}<|tool_call_end|><|tool_calls_section_end|>",
+            vec![call("w", "{\"c\": 1}")],
+        ),
+        (
+            Dialect::Glm,
+            "<think>a</think>\n<tool_call>w\n<arg_key>c</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>n</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+            vec![thought("a"), call("w", "{\"c\":\"Rome\",\"n\":3}")],
+        ),
+        (
+            Dialect::Harmony,
+            "<|channel|>analysis<|message|>think of it<|end|><|start|>assistant<|channel|>commentary to=functions.w <|constrain|>json<|message|>{\"c\": 1}<|call|>",
+            vec![thought("think of it"), call("w", "{\"c\": 1}")],
+        ),
+        (
+            Dialect::Harmony,
+            "<|channel|>analysis<|message|>short<|end|><|start|>assistant<|channel|>final<|message|>Hello.<|return|>",
+            vec![thought("short"), content("Hello.")],
+        ),
+        (Dialect::Harmony, "plain words", vec![content("plain words")]),
+    ]
+}
+
+#[test]
+fn each_dialect_is_read() {
+    for (dialect, said, meant) in examples() {
+        assert_eq!(read(all(dialect), &[said]), meant, "{dialect:?}: {said}");
+    }
+}
+
+#[test]
+fn without_tools_and_reasoning_markers_are_content() {
+    let said = "<think>a</think><tool_call>{\"name\":\"t\"}</tool_call>";
+    assert_eq!(read(MarkupOptions::default(), &[said]), [content(said)]);
+    let only_tools = MarkupOptions { tools: true, ..MarkupOptions::default() };
+    assert_eq!(read(only_tools, &[said]), [content("<think>a</think>"), call("t", "{}")]);
+}
+
+#[test]
+fn thoughts_that_the_prompt_opened_end_with_the_closing_tag() {
+    let options = MarkupOptions { in_reasoning: true, ..all(Dialect::Hermes) };
+    assert_eq!(read(options, &["so</thi", "nk>\n4"]), [thought("so"), content("4")]);
+    assert_eq!(read(options, &["never ends"]), [thought("never ends")]);
+}
+
+#[test]
+fn a_forced_call_is_the_whole_answer() {
+    for dialect in [Dialect::Hermes, Dialect::Harmony, Dialect::Mistral] {
+        let options = MarkupOptions { forced_call: true, ..all(dialect) };
+        assert_eq!(
+            read(options, &["{\"name\":\"w\",", "\"arguments\":{\"a\":1}}"]),
+            [call("w", "{\"a\":1}")]
+        );
+        assert_eq!(read(options, &["{\"name\":\"w\""]), [content("{\"name\":\"w\"")]);
+    }
+}
+
+#[test]
+fn content_is_not_held_back_without_need() {
+    let mut markup = Markup::new(all(Dialect::Hermes));
+    assert_eq!(markup.push("Hello"), [content("Hello")]);
+    assert_eq!(markup.push(", <b"), [content(", <b")]);
+    assert_eq!(markup.push(" <tool"), [content(" ")]);
+    assert_eq!(markup.push("box>"), [content("<toolbox>")]);
+}
+
+#[test]
+fn templates_tell_their_dialect() {
+    for (source, dialect) in [
+        ("{{'<tool_call>'}}", Dialect::Hermes),
+        ("<tool_call> <arg_key>", Dialect::Glm),
+        ("[TOOL_CALLS]", Dialect::Mistral),
+        ("{{ '<|python_tag|>' }}", Dialect::Llama3),
+        ("{{'<｜tool▁calls▁begin｜>'}}", Dialect::DeepSeek),
+        ("<|start|>assistant<|channel|>final", Dialect::Harmony),
+        ("nothing", Dialect::Hermes),
+    ] {
+        assert_eq!(Dialect::of_template(source), dialect, "{source}");
+    }
+}
+
+fn dialects() -> impl Strategy<Value = Dialect> {
+    prop::sample::select(vec![
+        Dialect::Hermes,
+        Dialect::Llama3,
+        Dialect::Mistral,
+        Dialect::DeepSeek,
+        Dialect::Kimi,
+        Dialect::Glm,
+        Dialect::Harmony,
+    ])
+}
+
+/// Texts made of markers, calls and noise, so that the machine meets its own vocabulary in every order.
+fn texts() -> impl Strategy<Value = String> {
+    let mut words: Vec<String> = examples().into_iter().map(|(_, said, _)| said.to_owned()).collect();
+    for dialect in [
+        Dialect::Hermes,
+        Dialect::Llama3,
+        Dialect::Mistral,
+        Dialect::DeepSeek,
+        Dialect::Kimi,
+        Dialect::Glm,
+        Dialect::Harmony,
+    ] {
+        words.extend(dialect.markers().iter().map(|m| (*m).to_owned()));
+    }
+    for noise in
+        ["a", " ", "\n", "{", "}", "<", "<|", "é", "{\"name\":\"t\",\"arguments\":{}}", "analysis", "[TOOL"]
+    {
+        words.push(noise.to_owned());
+    }
+    prop::collection::vec(prop::sample::select(words), 0..8).prop_map(|words| words.concat())
+}
+
+proptest! {
+    #[test]
+    fn cuts_do_not_matter(
+        dialect in dialects(), text in texts(), cuts in prop::collection::vec(1usize..9, 0..60),
+        tools: bool, reasoning: bool, in_reasoning: bool, forced_call: bool,
+    ) {
+        let options = MarkupOptions { dialect, tools, reasoning, in_reasoning, forced_call };
+        let characters: Vec<char> = text.chars().collect();
+        let (mut pieces, mut at) = (Vec::new(), 0);
+        for n in cuts.into_iter().chain(std::iter::repeat(3)) {
+            if at >= characters.len() { break; }
+            let end = (at + n).min(characters.len());
+            pieces.push(characters[at..end].iter().collect::<String>());
+            at = end;
+        }
+        let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+        prop_assert_eq!(read(options, &pieces), read(options, &[&text]));
+    }
+
+    #[test]
+    fn plain_text_is_content(dialect in dialects(), text in "[a-z .,]{1,40}") {
+        prop_assert_eq!(read(all(dialect), &[&text]), vec![content(&text)]);
+    }
+}
