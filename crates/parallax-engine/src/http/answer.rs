@@ -10,6 +10,7 @@ use std::pin::Pin;
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt as _};
+use serde_json::Value;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ApiError;
@@ -106,12 +107,12 @@ pub(super) struct Frame {
 
 impl Frame {
     /// An event without a name.
-    pub(super) fn data(data: impl ToString) -> Self {
-        Self { event: None, data: data.to_string() }
+    pub(super) fn data(data: impl Into<String>) -> Self {
+        Self { event: None, data: data.into() }
     }
 
     /// A named event.
-    pub(super) fn named(event: &'static str, data: impl ToString) -> Self {
+    pub(super) fn named(event: &'static str, data: &Value) -> Self {
         Self { event: Some(event), data: data.to_string() }
     }
 }

@@ -183,7 +183,7 @@ struct ChatWriter {
 }
 
 impl ChatWriter {
-    fn chunk(&self, choice: usize, delta: &Value, logprobs: Value, finish: Option<&str>) -> Frame {
+    fn chunk(&self, choice: usize, delta: &Value, logprobs: &Value, finish: Option<&str>) -> Frame {
         let mut chunk = self.frame.json("chat.completion.chunk");
         chunk["choices"] =
             json!([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
@@ -193,7 +193,7 @@ impl ChatWriter {
         } else if self.streams.usage {
             chunk["usage"] = Value::Null;
         }
-        Frame::data(chunk)
+        Frame::data(chunk.to_string())
     }
 
     fn parts(&mut self, choice: usize, parts: Vec<Part>, frames: &mut Vec<Frame>) {
@@ -211,7 +211,7 @@ impl ChatWriter {
             };
             let reports = std::mem::take(&mut self.choices[choice].reports);
             let logprobs = self.frame.logprobs(&reports);
-            frames.push(self.chunk(choice, &delta, logprobs, None));
+            frames.push(self.chunk(choice, &delta, &logprobs, None));
         }
     }
 }
@@ -225,7 +225,7 @@ impl Writer for ChatWriter {
         let mut frames = Vec::new();
         if !std::mem::replace(&mut self.choices[choice].begun, true) {
             let opening = json!({"role": "assistant", "content": ""});
-            frames.push(self.chunk(choice, &opening, Value::Null, None));
+            frames.push(self.chunk(choice, &opening, &Value::Null, None));
         }
         match delta {
             Delta::Prompt(_) => {}
@@ -241,7 +241,7 @@ impl Writer for ChatWriter {
                 let reports = std::mem::take(&mut self.choices[choice].reports);
                 let logprobs = if reports.is_empty() { Value::Null } else { self.frame.logprobs(&reports) };
                 let finish = finish_reason(Some(ending.reason), self.choices[choice].n_calls > 0);
-                frames.push(self.chunk(choice, &json!({}), logprobs, Some(finish)));
+                frames.push(self.chunk(choice, &json!({}), &logprobs, Some(finish)));
                 self.usages.push(ending.usage);
             }
         }
@@ -254,13 +254,13 @@ impl Writer for ChatWriter {
             let mut chunk = self.frame.json("chat.completion.chunk");
             chunk["choices"] = json!([]);
             chunk["usage"] = usage_json(&total(&self.usages));
-            frames.push(Frame::data(chunk));
+            frames.push(Frame::data(chunk.to_string()));
         }
         frames.push(Frame::data("[DONE]"));
         frames
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
-        vec![Frame::data(error.body())]
+        vec![Frame::data(error.body().to_string())]
     }
 }

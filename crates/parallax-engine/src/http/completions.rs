@@ -179,7 +179,7 @@ impl TextWriter {
             let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
             chunk["usage"] = usage_json(&Usage { completion_tokens, ..Usage::default() });
         }
-        Frame::data(chunk)
+        Frame::data(chunk.to_string())
     }
 }
 
@@ -221,13 +221,13 @@ impl Writer for TextWriter {
             let mut chunk = self.frame.json();
             chunk["choices"] = json!([]);
             chunk["usage"] = usage_json(&self.frame.usage(&usages));
-            frames.push(Frame::data(chunk));
+            frames.push(Frame::data(chunk.to_string()));
         }
         frames.push(Frame::data("[DONE]"));
         frames
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
-        vec![Frame::data(error.body())]
+        vec![Frame::data(error.body().to_string())]
     }
 }

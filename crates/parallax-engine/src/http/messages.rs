@@ -255,7 +255,7 @@ impl MessageWriter {
         let index = self.n_blocks - 1;
         Frame::named(
             "content_block_start",
-            json!({"type": "content_block_start", "index": index, "content_block": block}),
+            &json!({"type": "content_block_start", "index": index, "content_block": block}),
         )
     }
 
@@ -263,13 +263,13 @@ impl MessageWriter {
         let index = self.n_blocks - 1;
         Frame::named(
             "content_block_delta",
-            json!({"type": "content_block_delta", "index": index, "delta": delta}),
+            &json!({"type": "content_block_delta", "index": index, "delta": delta}),
         )
     }
 
     fn stop_block(&self) -> Frame {
         let index = self.n_blocks - 1;
-        Frame::named("content_block_stop", json!({"type": "content_block_stop", "index": index}))
+        Frame::named("content_block_stop", &json!({"type": "content_block_stop", "index": index}))
     }
 
     fn close(&mut self, frames: &mut Vec<Frame>) {
@@ -323,8 +323,8 @@ impl Writer for MessageWriter {
         let usage = Usage { prompt_tokens: self.prompt_tokens, ..Usage::default() };
         let message = self.frame.json(&[], &usage);
         vec![
-            Frame::named("message_start", json!({"type": "message_start", "message": message})),
-            Frame::named("ping", json!({"type": "ping"})),
+            Frame::named("message_start", &json!({"type": "message_start", "message": message})),
+            Frame::named("ping", &json!({"type": "ping"})),
         ]
     }
 
@@ -352,18 +352,19 @@ impl Writer for MessageWriter {
             self.open(Block::Text, &mut frames);
         }
         self.close(&mut frames);
-        let (reason, stop, usage) = self.ending.take().unwrap_or(("end_turn", None, Usage::default()));
+        let (reason, stop, usage) =
+            self.ending.take().unwrap_or_else(|| ("end_turn", None, Usage::default()));
         frames.push(Frame::named(
             "message_delta",
-            json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop},
+            &json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop},
                    "usage": usage_json(&usage)}),
         ));
-        frames.push(Frame::named("message_stop", json!({"type": "message_stop"})));
+        frames.push(Frame::named("message_stop", &json!({"type": "message_stop"})));
         frames
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Frame> {
-        vec![Frame::named("error", error.anthropic_body())]
+        vec![Frame::named("error", &error.anthropic_body())]
     }
 }
 

@@ -135,7 +135,7 @@ impl ResponseWriter {
         data["type"] = json!(name);
         data["sequence_number"] = json!(self.n_events);
         self.n_events += 1;
-        Frame::named(name, data)
+        Frame::named(name, &data)
     }
 
     fn item_id(&self, kind: &str) -> String {
@@ -259,7 +259,7 @@ impl ResponseWriter {
 
     /// The whole response.
     fn finished(&self) -> Value {
-        let (reason, usage) = self.ending.unwrap_or((FinishReason::Stop, Usage::default()));
+        let (reason, usage) = self.ending.unwrap_or_else(|| (FinishReason::Stop, Usage::default()));
         let mut response = self.frame.clone();
         let cut = reason == FinishReason::Length;
         response["status"] = json!(if cut { "incomplete" } else { "completed" });
