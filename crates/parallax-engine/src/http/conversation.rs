@@ -204,13 +204,13 @@ pub(super) fn take_prefill(messages: &mut Vec<Value>) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn messages(value: Value) -> Result<Vec<Value>, ApiError> {
+    fn messages(value: &Value) -> Result<Vec<Value>, ApiError> {
         chat(&Fields::of(&json!({"messages": value}), "").unwrap())
     }
 
     #[test]
     fn a_conversation_with_tools_becomes_what_templates_expect() {
-        let got = messages(json!([
+        let got = messages(&json!([
             {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "kind"}]},
             {"role": "user", "content": "hi", "name": "Ann"},
             {"role": "assistant", "content": null, "tool_calls": [{"id": "c1", "type": "function",
@@ -268,7 +268,7 @@ mod tests {
                 "messages[0].tool_calls[0].function.arguments",
             ),
         ] {
-            let error = messages(value.clone()).expect_err(&value.to_string()).to_string();
+            let error = messages(&value).expect_err(&value.to_string()).to_string();
             assert!(error.contains(name), "{value}: {error}");
         }
     }

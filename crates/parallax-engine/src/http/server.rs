@@ -163,7 +163,7 @@ impl Server {
                 adapter: adapter.clone(),
                 ..Request::default()
             };
-            let streams = self.state.engine.submit_n(request, sampling.n).map_err(refused)?;
+            let streams = self.state.engine.submit_n(request, sampling.n).map_err(|e| refused(&e))?;
             generations.extend(streams.into_iter().map(|tokens| {
                 let reading = Reading {
                     decoder: self.state.tokenizer.stream(),
@@ -228,7 +228,7 @@ impl Server {
 }
 
 /// What the engine's refusal is to a client.
-fn refused(error: RequestError) -> ApiError {
+fn refused(error: &RequestError) -> ApiError {
     match error {
         RequestError::QueueFull { .. } => ApiError::busy(error.to_string(), QUEUE_RETRY),
         RequestError::Stopped => ApiError::unavailable(error.to_string()),
