@@ -83,7 +83,6 @@ impl LocalStage {
                 Want::LastLogits => ModelWant::LastLogits,
                 Want::AllLogits => ModelWant::AllLogits,
             },
-            adapter: s.adapter,
         });
         ForwardBatch { sequences: sequences.collect() }
     }
