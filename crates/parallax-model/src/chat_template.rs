@@ -238,7 +238,7 @@ mod tests {
         conversation.variables.insert("bos_token".into(), "forged".into());
         assert_eq!(
             t.render_conversation(&conversation, true).unwrap(),
-            "assistant calls {\"a\": 1} false<s>"
+            "assistant calls {\"a\": 1} False<s>"
         );
     }
 
