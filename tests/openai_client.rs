@@ -12,7 +12,7 @@ use parallax_engine::http::{HttpLimits, HttpState, serve};
 use parallax_engine::local::LocalStage;
 use parallax_engine::{EngineConfig, EngineHandle};
 use parallax_model::train::TrainModel;
-use parallax_model::{ChatTemplate, Checkpoint, Family, LoadOptions, ModelConfig, Tokenizer};
+use parallax_model::{ChatTemplate, Checkpoint, LoadOptions, ModelConfig, Tokenizer};
 use serde_json::{Value, json};
 
 const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?";
@@ -55,23 +55,11 @@ print(json.dumps(out))
 "#;
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        family: Family::Llama,
-        n_layers: 2,
-        hidden: 32,
-        ffn: 64,
-        n_heads: 2,
-        n_kv_heads: 1,
-        head_dim: 16,
-        vocab: LETTERS.len(),
-        rope_theta: 10000.0,
-        rope_scaling: None,
-        rms_eps: 1e-5,
-        tied_embeddings: true,
-        max_context: 256,
-        bos: None,
-        eos: vec![],
-    }
+    let config = json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32,
+        "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "vocab_size": LETTERS.len(), "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+        "max_position_embeddings": 256, "hidden_act": "silu"});
+    ModelConfig::from_hf_json(&config.to_string()).unwrap()
 }
 
 fn tokenizer() -> Tokenizer {

@@ -84,9 +84,9 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
         top_p: args.top_p,
         min_p: args.min_p,
         seed: args.seed,
-        stream: 0,
         max_tokens: args.max_tokens,
         stop_ids: config.eos.clone(),
+        ..SamplingParams::default()
     };
     let request = Request { prompt: prompt_ids.clone(), sampling, ..Request::default() };
     // Before the weights are read: a bad request should not cost a load.

@@ -129,7 +129,7 @@ mod tests {
 
     fn payload(frame: Frame) -> Bytes {
         let bytes = frame.encode();
-        let (payload, rest) = swarm_wire::frame::decode("test", &bytes, FRAME_MAX_BYTES).unwrap().unwrap();
+        let (payload, rest) = frame::decode("test", &bytes, FRAME_MAX_BYTES).unwrap().unwrap();
         assert!(rest.is_empty());
         Bytes::copy_from_slice(payload)
     }
