@@ -33,7 +33,10 @@ fn wrong(kind: &str) -> Vec<Value> {
     }
 }
 
-fn endpoints() -> Vec<(&'static str, Value, Vec<(&'static str, &'static str)>)> {
+/// Path, a good body, and its fields with their kinds.
+type Endpoint = (&'static str, Value, Vec<(&'static str, &'static str)>);
+
+fn endpoints() -> Vec<Endpoint> {
     let sampling = [
         ("temperature", "number"),
         ("top_p", "number"),

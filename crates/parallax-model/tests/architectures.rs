@@ -2,11 +2,7 @@
 //!
 //! The weights are not stored: `make.py` there and this file make the same ones from names and counters.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test: the helpers outside the test functions too"
-)]
+#![expect(clippy::unwrap_used, reason = "a test: the helpers outside the test functions too")]
 
 use std::{
     ops::Range,

@@ -128,9 +128,9 @@ fn spread(trial: &Trial) -> Outcome {
     };
     let is_liar: Vec<bool> = (0..=n).map(|i| i > 0 && random.chance(liars)).collect();
     let dies: Vec<bool> = (0..=n).map(|i| i > 0 && random.chance(dead)).collect();
-    for i in 0..=n {
+    for (i, &liar) in is_liar.iter().enumerate() {
         let have = if i == 0 { Bitmap::full(n_chunks) } else { Bitmap::empty(n_chunks) };
-        world.add(Member::new(Spread::new(config(i), have, i == 0), is_liar[i]));
+        world.add(Member::new(Spread::new(config(i), have, i == 0), liar));
     }
     let order: Vec<u32> = (0..n as u32).collect();
     for (a, b) in plan::edges(Shape::Mesh { degree: 12 }, &order, seed) {

@@ -330,7 +330,7 @@ struct OneCall<'a> {
 enum Sent {
     Answer(Option<Status>, Bytes),
     /// Nothing left this node.
-    NotSent,
+    Nowhere,
     /// The path broke; the incarnation of the peer that may have got the call, 0 when unknown.
     Lost(u64),
 }
@@ -361,7 +361,7 @@ impl OneCall<'_> {
                     state.latencies().handle_call(self.shared.now().saturating_sub(begun));
                     return Ok((refusal, answer));
                 }
-                Sent::NotSent => {
+                Sent::Nowhere => {
                     not_sent += 1;
                     if not_sent >= TRIES {
                         break;
@@ -414,7 +414,7 @@ impl OneCall<'_> {
             large.as_ref().map_or_else(|| connection.lanes.small(), |l| &connection.lanes.large[l.index]);
         let stream = match lane.stream(shared, connection).await {
             Ok(stream) => stream,
-            Err(OpenError::Lost) => return Ok(Sent::NotSent),
+            Err(OpenError::Lost) => return Ok(Sent::Nowhere),
             Err(OpenError::Unsupported) => {
                 return Err(self.unreachable(format!("it does not speak {RPC_PROTOCOL}")));
             }
@@ -423,7 +423,7 @@ impl OneCall<'_> {
             }
             Err(OpenError::Io(error)) => {
                 tracing::debug!(peer = %self.peer.short(), %error, "rpc stream could not be opened");
-                return Ok(Sent::NotSent);
+                return Ok(Sent::Nowhere);
             }
         };
         if let Some(first) = sent_to.filter(|_| !self.options.idempotent) {
@@ -431,7 +431,7 @@ impl OneCall<'_> {
             let mut incarnation = stream.incarnation.subscribe();
             let said = tokio::select! {
                 said = incarnation.wait_for(|i| *i != 0) => said.map_or(0, |i| *i),
-                () = connection.closed.cancelled() => return Ok(Sent::NotSent),
+                () = connection.closed.cancelled() => return Ok(Sent::Nowhere),
             };
             if said != first {
                 return Err(self.lost());
@@ -442,7 +442,7 @@ impl OneCall<'_> {
         let (completion, outcome) = oneshot::channel();
         let entered = lock(&stream.calls).insert(call_id, self.deadline, completion);
         if let Err((InsertError::Closed | InsertError::Full, _)) = entered {
-            return Ok(Sent::NotSent);
+            return Ok(Sent::Nowhere);
         }
         let _guard = CallGuard { stream: &stream, call_id };
         let header = Header::Request {
@@ -455,7 +455,7 @@ impl OneCall<'_> {
         let known = connection.state.incarnation();
         let frame = OutFrame { header: header.encode(), body: self.body.clone(), held: None };
         if stream.frames.send(frame).await.is_err() {
-            return Ok(Sent::NotSent);
+            return Ok(Sent::Nowhere);
         }
         match outcome.await {
             Ok(Outcome::Answer(refusal, answer)) => Ok(Sent::Answer(refusal, answer)),
