@@ -5,7 +5,7 @@
 //! chunk twice; the source super-seeds, that is it announces every chunk to one neighbour only until all have left it
 //! once (BitTorrent BEP 16). The surprise: the uploader, not the receiver, decides the order of what was asked for.
 //!
-//! Map: [`bitmap`] (who has what), [`neighbour`] (what is known of one), [`super_seed`] (what the source shows to whom),
+//! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `super_seed` (what the source shows to whom),
 //! [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
 pub mod bitmap;

@@ -70,7 +70,7 @@ pub struct Scoring<'a> {
     /// Scores become `cap * tanh(score / cap)` (Gemma 2, arXiv:2408.00118).
     pub softcap: Option<f32>,
     /// One more score per query head in the softmax, which carries no value (attention sinks, Xiao et al. 2023,
-    /// arXiv:2309.17453, as GPT-OSS learns them). [Q]
+    /// arXiv:2309.17453, as GPT-OSS learns them). `[Q]`
     pub sinks: Option<&'a [f32]>,
 }
 

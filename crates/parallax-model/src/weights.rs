@@ -17,6 +17,7 @@ use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 pub use decode::StoredDtype;
 pub(crate) use decode::to_f32;
 pub(crate) use names::{LONG_ROPE_FACTORS, ROPE_FACTORS, is_rope_factors};
+#[cfg(any(feature = "cpu", test))]
 pub(crate) use pack::Rows;
 pub(crate) use source::Source;
 

@@ -123,7 +123,7 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Scores become cap · tanh(score / cap).
     pub softcap: Option<f32>,
-    /// Tensor of one learned score per query head that takes weight and gives no value. [Q]
+    /// Tensor of one learned score per query head that takes weight and gives no value. `[Q]`
     pub sinks: Option<&'static str>,
     /// Factor of the scores.
     pub scale: f32,
@@ -155,7 +155,7 @@ pub struct HeadNorms {
 /// What a norm of queries or keys spans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadSpan {
-    /// Each head by itself; weight [D].
+    /// Each head by itself; weight `[D]`.
     Head,
     /// All heads together; weight [Q · D] or [K · D].
     All,

@@ -61,7 +61,7 @@ fn last_number(text: &str) -> Option<String> {
     Some(text[start..end].trim_start_matches([',', '.', '/']).to_owned())
 }
 
-/// Whether two answers are equal under the rules of the [module](self).
+/// Whether two answers are equal under the rules at the top of this file.
 pub fn equivalent(said: &str, expected: &str) -> bool {
     if said.chars().count() > MAX_ANSWER || expected.chars().count() > MAX_ANSWER {
         return false;
