@@ -112,9 +112,10 @@ async fn a_lost_relay_is_replaced_by_another_one() {
     hidden.handle("echo", |_, body| async move { Ok(body) });
     let held =
         || async { hidden.listen_addrs().await.into_iter().filter(|a| a.contains("p2p-circuit")).count() };
+    let mut events = hidden.events();
     let two = async {
         while held().await < 2 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            events.recv().await.unwrap();
         }
     };
     tokio::time::timeout(PATIENCE, two).await.expect("two slots");

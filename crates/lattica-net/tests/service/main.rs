@@ -70,11 +70,11 @@ pub(crate) async fn until(events: &mut broadcast::Receiver<NetEvent>, wanted: &N
     tokio::time::timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("no {wanted:?}"));
 }
 
-/// Waits until `condition` holds, looking again whenever something changed and now and then in between.
+/// Waits until `condition` holds, looking again whenever the other tasks had their turn.
 pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let holds = async {
         while !condition() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::task::yield_now().await;
         }
     };
     tokio::time::timeout(PATIENCE, holds).await.unwrap_or_else(|_| panic!("never: {what}"));

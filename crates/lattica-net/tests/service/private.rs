@@ -106,9 +106,10 @@ async fn members_meet_over_a_relay_of_their_swarm() {
 }
 
 async fn eventually_reserved(node: &Node) {
+    let mut events = node.events();
     let reserved = async {
         while !node.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            events.recv().await.unwrap();
         }
     };
     tokio::time::timeout(PATIENCE, reserved).await.unwrap();
