@@ -51,6 +51,7 @@
 //! - [`batch`], [`stage`], [`tap`]: the seam to whatever computes; `local`: over parallax-model (feature `local`)
 //! - [`markup`]: reasoning and tool calls in a text, by model family
 //! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
+//! - `structured`: grammars that answers follow (feature `structured`)
 //! - `service`: the engine thread and pipelines over peers (feature `service`); `http`: OpenAI API (feature `http`)
 
 pub mod batch;
@@ -76,6 +77,8 @@ pub mod service;
 pub mod speculate;
 pub mod stage;
 pub mod stop_strings;
+#[cfg(feature = "structured")]
+pub mod structured;
 pub mod tap;
 
 pub use batch::{Batch, BatchSequence, PageCopy, StageOutput, Tensor, Want};

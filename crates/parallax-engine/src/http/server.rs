@@ -33,6 +33,8 @@ pub(super) struct Server {
     pub(super) vocabulary: Vec<TokenBytes>,
     controls: Arc<ControlTokens>,
     dialect: Dialect,
+    #[cfg(feature = "structured")]
+    grammars: std::sync::OnceLock<Result<crate::structured::Grammars, String>>,
     started: u64,
     requests: AtomicU64,
 }
@@ -84,6 +86,8 @@ impl Server {
             controls: Arc::new(ControlTokens::new(&state.tokenizer, dialect.markers())),
             dialect,
             vocabulary,
+            #[cfg(feature = "structured")]
+            grammars: std::sync::OnceLock::new(),
             started: unix_seconds(),
             requests: AtomicU64::new(0),
             state,
@@ -181,6 +185,7 @@ impl Server {
         Ok(Job { generations, seat })
     }
 
+    #[cfg(not(feature = "structured"))]
     fn constraint(&self, ask: &Ask) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
         let field = match (&ask.format, &ask.forced) {
             (None, None) => return Ok(None),
@@ -189,6 +194,42 @@ impl Server {
         };
         let why = format!("{field}: this server cannot hold its answers to a form");
         Err(ApiError::invalid(Some(field), why))
+    }
+
+    #[cfg(feature = "structured")]
+    fn constraint(&self, ask: &Ask) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
+        use crate::structured::{GrammarSpec, Grammars};
+
+        use super::format::Form;
+        let (field, spec) = match (&ask.format, &ask.forced) {
+            (None, None) => return Ok(None),
+            (Some(format), Some(_)) => {
+                let why = format!("tool_choice asks for a call and {} for a form: use one", format.field);
+                return Err(ApiError::invalid(Some("tool_choice"), why));
+            }
+            (None, Some(schema)) => ("tool_choice", GrammarSpec::JsonSchema(schema.clone())),
+            (Some(format), None) => {
+                let spec = match &format.form {
+                    Form::Schema(schema) => GrammarSpec::JsonSchema(schema.clone()),
+                    Form::Object => GrammarSpec::JsonObject,
+                    Form::Regex(regex) => GrammarSpec::Regex(regex.clone()),
+                    Form::Grammar(grammar) => GrammarSpec::Grammar(grammar.clone()),
+                    Form::Choice(choices) => GrammarSpec::Choice(choices.clone()),
+                };
+                (format.field, spec)
+            }
+        };
+        let grammars = self.grammars.get_or_init(|| {
+            let tokens = self.vocabulary.iter().map(|t| (t.bytes.clone(), t.special)).collect();
+            Grammars::new(tokens, self.state.stop_ids.clone()).map_err(|e| e.to_string())
+        });
+        let grammars =
+            grammars.as_ref().map_err(|why| ApiError::invalid(Some(field), format!("{field}: {why}")))?;
+        let compiled =
+            grammars.compile(&spec).map_err(|e| ApiError::invalid(Some(field), format!("{field}: {e}")))?;
+        // Thoughts that the prompt has opened are free; the form begins behind them.
+        let in_reasoning = ask.markup.is_some_and(|markup| markup.in_reasoning);
+        Ok(Some(if in_reasoning { grammars.after(compiled, "</think>") } else { compiled }))
     }
 
     /// A seed for a request that names none: different for every request and every start of the server.

@@ -1,0 +1,110 @@
+"""The official OpenAI client over the matrix of parameters; prints what it got as JSON."""
+import json
+import sys
+
+import openai
+
+url = sys.argv[1]
+client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0)
+out = {}
+messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
+ask = dict(model="toy", messages=messages, max_tokens=24, temperature=0.8, seed=11)
+chat = client.chat.completions.create
+
+
+def choice(**changes):
+    return chat(**{**ask, **changes}).choices[0]
+
+
+def streamed(**changes):
+    texts, finishes, usage, logprobs = {}, {}, None, []
+    options = {"include_usage": True}
+    for chunk in chat(**{**ask, **changes}, stream=True, stream_options=options):
+        if chunk.usage:
+            usage = [chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.total_tokens]
+        for one in chunk.choices:
+            texts[one.index] = texts.get(one.index, "") + (one.delta.content or "")
+            finishes[one.index] = one.finish_reason or finishes.get(one.index)
+            if one.logprobs:
+                logprobs += [entry.logprob for entry in one.logprobs.content]
+    order = sorted(texts)
+    return [[texts[i] for i in order], [finishes[i] for i in order], usage, logprobs]
+
+
+out["models"] = [m.id for m in client.models.list()]
+out["model"] = client.models.retrieve("toy").id
+whole = chat(**ask)
+out["text"] = whole.choices[0].message.content
+out["role"] = whole.choices[0].message.role
+out["finish"] = whole.choices[0].finish_reason
+out["usage"] = [whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens]
+out["same_seed_same_text"] = choice().message.content == out["text"]
+out["other_seed_other_text"] = choice(seed=12).message.content != out["text"]
+out["streamed"] = streamed()[:3]
+
+# Every sampling parameter, whole and streamed: the same text both ways.
+matrix = {
+    "greedy": {"temperature": 0},
+    "top_p": {"top_p": 0.4},
+    "top_k": {"extra_body": {"top_k": 3}},
+    "min_p": {"extra_body": {"min_p": 0.3}},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": -1.5},
+    "repetition": {"extra_body": {"repetition_penalty": 1.5}},
+    "bias": {"logit_bias": {"3": 100}},
+    "stop": {"stop": ["e", "a"]},
+    "max_completion_tokens": {"max_completion_tokens": 5, "max_tokens": None},
+    "n": {"n": 3},
+    "logprobs": {"logprobs": True, "top_logprobs": 4},
+    "user": {"user": "ann", "metadata": {"a": "b"}, "store": False},
+    "tools_unused": {"tools": [{"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}],
+                     "tool_choice": "none"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
+}
+out["matrix"] = {}
+for name, changes in matrix.items():
+    answer = chat(**{**ask, **changes})
+    texts = [one.message.content for one in answer.choices]
+    logprobs = [e.logprob for one in answer.choices if one.logprobs for e in one.logprobs.content]
+    again = streamed(**changes)
+    out["matrix"][name] = {
+        "texts": texts,
+        "finish": [one.finish_reason for one in answer.choices],
+        "same_streamed": again[0] == texts and again[1] == [one.finish_reason for one in answer.choices]
+        and again[2] == [answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens],
+        "same_logprobs": logprobs == again[3],
+        "logprobs": len(logprobs),
+    }
+content = choice(logprobs=True, top_logprobs=4).logprobs.content
+out["alternatives"] = [len(entry.top_logprobs) for entry in content]
+
+text = client.completions.create(model="toy", prompt=["hello", "there"], max_tokens=5, logprobs=2, echo=True, seed=1)
+out["completions"] = [[one.text[:5], one.finish_reason, len(one.logprobs.tokens)] for one in text.choices]
+out["completion_stream"] = sum(
+    len(one.text) for chunk in client.completions.create(model="toy", prompt="hello", max_tokens=5, stream=True)
+    for one in chunk.choices)
+
+response = client.responses.create(model="toy", input="hello", instructions="be kind", max_output_tokens=6,
+                                   temperature=0)
+out["response"] = [response.status, response.incomplete_details.reason, len(response.output_text),
+                   response.usage.output_tokens]
+with client.responses.stream(model="toy", input="hello", instructions="be kind", max_output_tokens=6,
+                             temperature=0) as events:
+    kinds = [event.type for event in events]
+    out["response_stream"] = [kinds[0], kinds[-1], events.get_final_response().output_text == response.output_text]
+
+
+def failure(call):
+    try:
+        call()
+    except openai.APIStatusError as e:
+        return [type(e).__name__, e.status_code, e.body["message"]]
+    return "no failure"
+
+
+out["too_hot"] = failure(lambda: chat(**{**ask, "temperature": 9}))
+out["too_long"] = failure(lambda: client.completions.create(model="toy", prompt="a" * 300, max_tokens=1))
+out["no_model"] = failure(lambda: chat(**{**ask, "model": "gpt-9"}))
+stranger = openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0)
+out["stranger"] = failure(lambda: stranger.models.list())
+print(json.dumps(out))
