@@ -76,7 +76,7 @@ pub fn add_assign(y: &mut [f32], x: &[f32]) -> Result<(), KernelError> {
 
 /// 1 / (1 + e^-x).
 #[inline(always)]
-fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
     let one = s.splat(1.0);
     s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
 }

@@ -6,6 +6,7 @@
 
 mod backward;
 mod core;
+pub mod latent;
 
 use std::cell::RefCell;
 

@@ -32,7 +32,8 @@
 //! # Map
 //!
 //! [`linear`] packed weights and their products · [`matmul`] unpacked products for training · [`attention`] paged and
-//! packed causal attention · [`norm`], [`activation`], [`rope`] the small kernels · [`logprob`] the one definition of a
+//! packed causal attention, [`attention::latent`] over compressed keys · [`delta`] the gated delta rule · [`router`] the
+//! choice of experts · [`gates`], [`norm`], [`activation`], [`rope`] the small kernels · [`logprob`] the one definition of a
 //! token's log-probability · [`pool`] threads · [`dispatch`] instruction sets · [`dtype`] weight formats ·
 //! [`mod@reference`] the same mathematics as plain loops, which the tests compare with.
 //!
@@ -48,9 +49,11 @@
 
 pub mod activation;
 pub mod attention;
+pub mod delta;
 pub mod dispatch;
 pub mod dtype;
 mod error;
+pub mod gates;
 pub mod linear;
 pub mod logprob;
 mod math;
@@ -60,6 +63,7 @@ mod parallel;
 pub mod pool;
 pub mod reference;
 pub mod rope;
+pub mod router;
 mod simd;
 #[cfg(test)]
 mod testing;

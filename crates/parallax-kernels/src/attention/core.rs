@@ -195,6 +195,90 @@ fn tile<S: Simd, const N: usize>(
     N
 }
 
+simd_kernel! {
+    /// Writes the outputs [.., R] of `queries` over latent rows, which no other task may write.
+    pub(super) fn attend_latent(
+        s;
+        kv: &KvPages<'_>,
+        geometry: Geometry,
+        queries: &Queries<'_>,
+        value_width: usize,
+        out: &Shared<'_, f32>,
+    ) {
+        let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
+        let mut first = 0;
+        while first < queries.len() {
+            let left = queries.len() - first;
+            first += if left >= 4 {
+                latent_tile::<S, 4>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
+            } else {
+                latent_tile::<S, 1>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
+            };
+        }
+        SCORES.with(|s| *s.borrow_mut() = scratch);
+    }
+}
+
+/// `N` queries from `first` on; returns `N`.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
+#[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
+fn latent_tile<S: Simd, const N: usize>(
+    s: S,
+    kv: &KvPages<'_>,
+    geometry: Geometry,
+    queries: &Queries<'_>,
+    first: usize,
+    value_width: usize,
+    scratch: &mut Vec<Line>,
+    out: &Shared<'_, f32>,
+) -> usize {
+    let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
+    let (fewest, most) = n_keys.iter().fold((usize::MAX, 0), |(lo, hi), &n| (lo.min(n), hi.max(n)));
+    let lines = most.div_ceil(LANES);
+    scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
+    let pages = kv.tables[queries.rows[queries.range.start].seq].as_slice();
+    let dim = geometry.head_dim;
+    let q: [&[f32]; N] = std::array::from_fn(|i| &queries.q[queries.index(first + i) * dim..][..dim]);
+    scores(s, kv, geometry, 0, pages, q, queries.scoring, 0, &mut scratch[..lines * N]);
+    let mut inverse = [0.0f32; N];
+    for i in 0..N {
+        let (_, sum) = softmax(s, &mut scratch[i * lines..(i + 1) * lines], 0..n_keys[i], None);
+        inverse[i] = 1.0 / sum;
+    }
+    let p: [&[Line]; N] = std::array::from_fn(|i| &scratch[i * lines..(i + 1) * lines]);
+    let rows: [&mut [f32]; N] = std::array::from_fn(|i| {
+        let start = queries.index(first + i) * value_width;
+        // SAFETY: one task owns a query, hence its output.
+        unsafe { out.slice(start..start + value_width) }
+    });
+    let lines_per_page = geometry.page_tokens / LANES;
+    let line_of = |d: usize, line: usize| {
+        let region = geometry.head_region(pages[line / lines_per_page] as usize, 0);
+        &kv.k[region].as_chunks::<LANES>().0[d * lines_per_page + line % lines_per_page]
+    };
+    for d in 0..value_width {
+        // Lanes are keys. Lines that all queries see whole are read once for all of them.
+        let mut acc = [s.splat(0.0); N];
+        for line in 0..fewest / LANES {
+            let value = s.load(line_of(d, line));
+            for i in 0..N {
+                acc[i] = s.fma(s.load(&p[i][line].0), value, acc[i]);
+            }
+        }
+        for i in 0..N {
+            for line in fewest / LANES..n_keys[i].div_ceil(LANES) {
+                // A key that the query must not see counts as zero, whatever lies there.
+                let mut value = *line_of(d, line);
+                value[(n_keys[i] - line * LANES).min(LANES)..].fill(0.0);
+                acc[i] = s.fma(s.load(&p[i][line].0), s.load(&value), acc[i]);
+            }
+            rows[i][d] = s.sum(acc[i]) * inverse[i];
+        }
+    }
+    N
+}
+
 /// Scores of `N` queries with the keys of `pages` from line `base` on, lines of sixteen keys per query.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
