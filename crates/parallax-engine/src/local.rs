@@ -6,7 +6,7 @@ use parallax_model::{
     Adapter, Checkpoint, ForwardBatch, LoadError, LoadOptions, SequenceRows, Stage, StageInput,
     Want as ModelWant,
 };
-use swarm_wire::{DType, LayerRange, PolicyVersion};
+use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
 
 use crate::batch::{Batch, StageOutput, Tensor, Want};
 use crate::error::StageError;
@@ -57,7 +57,7 @@ impl LocalStage {
             max_context: config.max_context,
             page_tokens: options.kv_page_tokens,
             n_pages: options.kv_pages,
-            recurrent: false,
+            recurrent: config.is_recurrent(),
         };
         Self { stage, shape, tap: None }
     }
@@ -74,6 +74,7 @@ impl LocalStage {
 
     fn model_batch(batch: &Batch) -> ForwardBatch {
         let sequences = batch.sequences.iter().map(|s| SequenceRows {
+            id: s.request.0,
             start: s.start,
             rows: s.rows,
             adapter: s.adapter,
@@ -189,6 +190,10 @@ impl StageRunner for LocalStage {
     fn log_softmax(&self) -> LogSoftmax {
         log_softmax
     }
+
+    fn close(&mut self, request: RequestId) {
+        self.stage.release(request.0);
+    }
 }
 
 /// A whole model as a chain of stages in this process.
@@ -281,6 +286,10 @@ impl StageRunner for Pipeline {
 
     fn log_softmax(&self) -> LogSoftmax {
         log_softmax
+    }
+
+    fn close(&mut self, request: RequestId) {
+        self.stages.iter_mut().for_each(|stage| stage.stage.release(request.0));
     }
 }
 

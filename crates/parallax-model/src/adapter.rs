@@ -23,9 +23,12 @@ pub(crate) const MODULES: [&str; 9] =
 /// Width in and width out of a module of a layer; `None` where the layer stores no such module.
 pub(crate) fn module_shape(config: &ModelConfig, layer: usize, module: &str) -> Option<(usize, usize)> {
     let (h, layer) = (config.hidden, config.layers.get(layer)?);
-    let Mixer::Attention(a) = &layer.mixer;
-    let Mlp::Dense(m) = &layer.mlp;
-    let stored = [a.qkv, a.o, m.gate_up, m.down];
+    let Mixer::Attention(a) = &layer.mixer else { return None };
+    let (mlp, ffn) = match &layer.mlp {
+        Mlp::Dense(m) => (vec![m.gate_up, m.down], m.ffn),
+        Mlp::Experts(_) => (Vec::new(), 0),
+    };
+    let stored = [vec![a.qkv, a.o], mlp].concat();
     let is_stored = |name: &&str| name.rsplit_once('.').is_some_and(|(_, last)| last == module);
     if !stored.iter().flat_map(|p| p.names).any(is_stored) {
         return None;
@@ -35,9 +38,9 @@ pub(crate) fn module_shape(config: &ModelConfig, layer: usize, module: &str) -> 
         "k_proj" | "v_proj" => (h, a.kv_width()),
         "qkv_proj" => (h, a.q_width() + 2 * a.kv_width()),
         "o_proj" => (a.q_width(), h),
-        "gate_proj" | "up_proj" => (h, m.ffn),
-        "gate_up_proj" => (h, 2 * m.ffn),
-        "down_proj" => (m.ffn, h),
+        "gate_proj" | "up_proj" => (h, ffn),
+        "gate_up_proj" => (h, 2 * ffn),
+        "down_proj" => (ffn, h),
         _ => return None,
     })
 }

@@ -4,14 +4,21 @@
 //! Architecture::describe)), and says how GGUF files of it differ from the rule (`weights/names.rs` and
 //! `config/from_gguf.rs` have the rule). Nothing else in this crate asks which architecture it runs.
 
+mod deepseek;
 mod gemma2;
 mod gemma3;
 mod glm4;
+mod glm4_moe;
+mod gpt_oss;
 mod llama;
+mod minimax_m2;
 mod mistral;
+mod mixtral;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
+mod qwen3_next;
 mod smollm3;
 mod standard;
 
@@ -54,6 +61,16 @@ pub(crate) const ALL: [&Architecture; Family::ALL.len()] = [
     &gemma3::ARCHITECTURE,
     &phi3::ARCHITECTURE,
     &glm4::ARCHITECTURE,
+    &mixtral::ARCHITECTURE,
+    &qwen3_moe::ARCHITECTURE,
+    &gpt_oss::ARCHITECTURE,
+    &deepseek::V2,
+    &deepseek::V3,
+    &glm4_moe::ARCHITECTURE,
+    &minimax_m2::ARCHITECTURE,
+    &qwen3_next::NEXT,
+    &qwen3_next::DENSE,
+    &qwen3_next::MOE,
 ];
 
 /// That of a family.

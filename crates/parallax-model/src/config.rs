@@ -4,8 +4,11 @@
 //! metadata is first written as the config.json that it stands for, so that each architecture (`arch/`) reads one
 //! notation only.
 
+mod delta;
+pub(crate) mod experts;
 pub(crate) mod fields;
 mod from_gguf;
+mod latent;
 mod layer;
 mod rope;
 
@@ -14,6 +17,9 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use delta::{DeltaNet, DeltaProjections, DeltaShape};
+pub use experts::{ExpertActivation, ExpertTensors, Experts, GroupScore, Router, RouterGroups, RouterScore};
+pub use latent::Latent;
 pub use layer::{
     Activation, Attention, DenseMlp, HeadNorms, HeadSpan, LayerConfig, Mixer, Mlp, Norm, NormKind, Norms,
     Projection,
@@ -45,11 +51,31 @@ pub enum Family {
     Phi3,
     /// GLM-4.
     Glm4,
+    /// Mixtral: experts with a softmax router.
+    Mixtral,
+    /// Qwen3 with experts.
+    Qwen3Moe,
+    /// GPT-OSS: attention sinks, windows, clamped experts.
+    GptOss,
+    /// DeepSeek-V2: latent attention, shared experts.
+    DeepseekV2,
+    /// DeepSeek-V3 and R1, Kimi-K2: the same with a sigmoid router.
+    DeepseekV3,
+    /// GLM-4.5 to 4.7.
+    Glm4Moe,
+    /// MiniMax-M2.
+    MiniMaxM2,
+    /// Qwen3-Next: gated delta nets and gated attention.
+    Qwen3Next,
+    /// Qwen3.5 dense.
+    Qwen35,
+    /// Qwen3.5 with experts.
+    Qwen35Moe,
 }
 
 impl Family {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 19] = [
         Self::Llama,
         Self::SmolLm3,
         Self::Mistral,
@@ -59,6 +85,16 @@ impl Family {
         Self::Gemma3,
         Self::Phi3,
         Self::Glm4,
+        Self::Mixtral,
+        Self::Qwen3Moe,
+        Self::GptOss,
+        Self::DeepseekV2,
+        Self::DeepseekV3,
+        Self::Glm4Moe,
+        Self::MiniMaxM2,
+        Self::Qwen3Next,
+        Self::Qwen35,
+        Self::Qwen35Moe,
     ];
 
     /// `model_type` in config.json.
@@ -209,6 +245,21 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Whether all layers run on devices without our kernels.
+    pub(crate) fn runs_composed(&self) -> bool {
+        !self.layers.iter().any(LayerConfig::is_kernels_only)
+    }
+
+    /// Whether some layer keeps a state per sequence, which cannot go back to an earlier position.
+    pub fn is_recurrent(&self) -> bool {
+        self.layers.iter().any(LayerConfig::is_recurrent)
+    }
+
+    /// Whether all layers have gradients.
+    pub fn trains(&self) -> bool {
+        self.runs_composed()
+    }
+
     /// Parameters of the largest decoder layer.
     pub fn layer_parameters(&self) -> u64 {
         self.layers.iter().map(|l| self.parameters_of(l)).max().unwrap_or(0)
@@ -297,9 +348,15 @@ fn validate_layer(layer: &LayerConfig) -> Result<(), ConfigError> {
     positive("residual scale", layer.residual_scale)?;
     match &layer.mixer {
         Mixer::Attention(attention) => validate_attention(attention)?,
+        Mixer::Latent(latent) => {
+            latent.validate()?;
+            validate_rope(&latent.rope, latent.rope_dim)?;
+        }
+        Mixer::Delta(delta) => delta.validate()?,
     }
     match &layer.mlp {
         Mlp::Dense(mlp) => size("intermediate_size", mlp.ffn, MAX_DIM),
+        Mlp::Experts(experts) => experts.validate(),
     }
 }
 
@@ -318,10 +375,16 @@ fn validate_attention(a: &Attention) -> Result<(), ConfigError> {
     size("sliding_window", a.window.unwrap_or(1), MAX_CONTEXT)?;
     let norms = a.head_norms.into_iter().flat_map(|n| [n.q, n.k]);
     norms.into_iter().try_for_each(|norm| validate_norm(&norm))?;
-    let Some(rope) = &a.rope else { return Ok(()) };
-    if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > a.head_dim {
+    if a.gated && a.qkv.bias {
+        return Err(invalid("attention_bias", true, "gated attention is supported only without it"));
+    }
+    a.rope.as_ref().map_or(Ok(()), |rope| validate_rope(rope, a.head_dim))
+}
+
+fn validate_rope(rope: &Rope, head_dim: usize) -> Result<(), ConfigError> {
+    if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > head_dim {
         let reason = "rotation works on pairs: the rotated part must be even and within the head";
-        return Err(invalid("head_dim", format!("{} of {}", rope.dims, a.head_dim), reason));
+        return Err(invalid("head_dim", format!("{} of {head_dim}", rope.dims), reason));
     }
     if !(rope.theta.is_finite() && rope.theta > 1.0) {
         return Err(invalid("rope_theta", rope.theta, "it must be finite and above 1"));

@@ -5,9 +5,15 @@
 //! The hidden state is a Burn tensor [T, H]; `route` says whether an operation runs on our kernels or is
 //! composed of Burn operations.
 
+mod delta;
+mod experts;
+mod latent;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+
+pub(crate) use self::{delta::DeltaMixerWeights, experts::ExpertsMlpWeights, latent::LatentMixerWeights};
 
 use crate::{
     config::{Activation, ModelConfig},
@@ -16,6 +22,7 @@ use crate::{
         activation::GatedMul,
         attention::{Geometry, KvStore, PackedAttention, PagedAttention, PagedRows},
         composed,
+        delta::{SigmoidGate, StateStore},
         embedding::Embedding,
         linear::{Dense, Frozen, FrozenLinear, LoraAdd},
         norm::{HeadNorms, RmsNorm},
@@ -163,14 +170,19 @@ pub(crate) struct LayerWeights {
 
 /// How rows see each other.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per layer")]
 pub(crate) enum MixerWeights {
     Attention(AttentionWeights),
+    Latent(LatentMixerWeights),
+    Delta(DeltaMixerWeights),
 }
 
 /// The feed-forward part.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per layer")]
 pub(crate) enum MlpWeights {
     Dense(DenseMlpWeights),
+    Experts(ExpertsMlpWeights),
 }
 
 /// Causal attention with grouped keys.
@@ -183,6 +195,8 @@ pub(crate) struct AttentionWeights {
     pub(crate) head_norms: Option<[NormWeights; 2]>,
     /// [H, Q·D]
     pub(crate) o: Linear,
+    /// [Q·D, H]: its sigmoid multiplies what was attended to.
+    pub(crate) gate: Option<Linear>,
 }
 
 /// activation(gate) · up, down.
@@ -198,24 +212,69 @@ pub(crate) struct DenseMlpWeights {
 impl LayerWeights {
     /// Its linear layers, in a fixed order.
     pub(crate) fn linears(&self) -> Vec<&Linear> {
-        let MixerWeights::Attention(a) = &self.mixer;
-        let MlpWeights::Dense(m) = &self.mlp;
-        vec![&a.qkv, &a.o, &m.gate_up, &m.down]
+        let mut all = match &self.mixer {
+            MixerWeights::Attention(a) => vec![&a.qkv, &a.o],
+            MixerWeights::Latent(a) => vec![&a.q_in, &a.kv_in, &a.o],
+            MixerWeights::Delta(d) => vec![&d.qkvz, &d.ba, &d.out],
+        };
+        match &self.mixer {
+            MixerWeights::Attention(a) => all.extend(&a.gate),
+            MixerWeights::Latent(a) => all.extend(a.q_out.as_ref().map(|(_, out)| out)),
+            MixerWeights::Delta(_) => {}
+        }
+        match &self.mlp {
+            MlpWeights::Dense(m) => all.extend([&m.gate_up, &m.down]),
+            MlpWeights::Experts(e) => {
+                all.extend(e.shared.iter().flat_map(|m| [&m.gate_up, &m.down]));
+                all.extend(&e.shared_gate);
+            }
+        }
+        all
+    }
+
+    /// Bytes of the weights that are in no linear layer of [`Self::linears`]: experts, matrices of latent heads.
+    pub(crate) fn inner_bytes(&self) -> usize {
+        let mixer = match &self.mixer {
+            MixerWeights::Latent(a) => a.inner.bytes(),
+            MixerWeights::Attention(_) | MixerWeights::Delta(_) => 0,
+        };
+        match &self.mlp {
+            MlpWeights::Experts(e) => mixer + e.experts.bytes(),
+            MlpWeights::Dense(_) => mixer,
+        }
     }
 
     /// The same, to be changed.
     pub(crate) fn linears_mut(&mut self) -> Vec<&mut Linear> {
-        let MixerWeights::Attention(a) = &mut self.mixer;
-        let MlpWeights::Dense(m) = &mut self.mlp;
-        vec![&mut a.qkv, &mut a.o, &mut m.gate_up, &mut m.down]
+        let mut all = match &mut self.mixer {
+            MixerWeights::Attention(a) => {
+                let mut all = vec![&mut a.qkv, &mut a.o];
+                all.extend(&mut a.gate);
+                all
+            }
+            MixerWeights::Latent(a) => {
+                let mut all = vec![&mut a.q_in, &mut a.kv_in, &mut a.o];
+                all.extend(a.q_out.as_mut().map(|(_, out)| out));
+                all
+            }
+            MixerWeights::Delta(d) => vec![&mut d.qkvz, &mut d.ba, &mut d.out],
+        };
+        match &mut self.mlp {
+            MlpWeights::Dense(m) => all.extend([&mut m.gate_up, &mut m.down]),
+            MlpWeights::Experts(e) => {
+                all.extend(e.shared.iter_mut().flat_map(|m| [&mut m.gate_up, &mut m.down]));
+                all.extend(&mut e.shared_gate);
+            }
+        }
+        all
     }
 }
 
 /// What rows attend to.
 #[derive(Clone, Debug)]
 pub(crate) enum Attend {
-    /// Keys of earlier rows in the paged store.
-    Paged { store: Arc<KvStore>, rows: Arc<PagedRows> },
+    /// Keys of earlier rows in the paged store, states of sequences beside it.
+    Paged { store: Arc<KvStore>, states: Arc<StateStore>, rows: Arc<PagedRows> },
     /// Rows of the same packed sequence.
     Packed { positions: Arc<Vec<u32>>, cu_seqlens: Arc<Vec<u32>> },
 }
@@ -265,7 +324,7 @@ fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
 fn attend_rows(qkv: Tensor<2>, g: &Arc<Geometry>, index: usize, attend: &Attend, route: Route) -> Tensor<2> {
     let geometry = Arc::clone(g);
     match (attend, route) {
-        (Attend::Paged { store, rows }, Route::Kernels) => {
+        (Attend::Paged { store, rows, .. }, Route::Kernels) => {
             let (store, rows) = (Arc::clone(store), Arc::clone(rows));
             run1(qkv, PagedAttention { geometry, store, layer: index, rows })
         }
@@ -276,7 +335,7 @@ fn attend_rows(qkv: Tensor<2>, g: &Arc<Geometry>, index: usize, attend: &Attend,
         (Attend::Packed { positions, cu_seqlens }, Route::Composed) => {
             composed::packed_attention(&qkv, &geometry, positions, cu_seqlens)
         }
-        (Attend::Paged { store, rows }, Route::Composed) => {
+        (Attend::Paged { store, rows, .. }, Route::Composed) => {
             composed::paged_attention(&qkv, &geometry, store, index, rows)
         }
     }
@@ -297,7 +356,12 @@ impl AttentionWeights {
                 Route::Composed => composed::head_norms(&qkv, &q.weight, &k.weight, g, eps),
             };
         }
-        self.o.forward(&attend_rows(qkv, g, index, attend, route), route)
+        let mut attended = attend_rows(qkv, g, index, attend, route);
+        if let Some(gate) = &self.gate {
+            let [_, columns] = attended.dims();
+            attended = run2(attended, gate.forward(x, route), SigmoidGate { columns });
+        }
+        self.o.forward(&attended, route)
     }
 }
 
@@ -340,8 +404,11 @@ pub(crate) fn forward(
     let scale = weights.residual_scale;
     let x = residual(x, &weights.mixer_norms, scale, route, |x| match &weights.mixer {
         MixerWeights::Attention(attention) => attention.forward(x, index, attend, route),
+        MixerWeights::Latent(latent) => latent.forward(x, index, attend, route),
+        MixerWeights::Delta(delta) => delta.forward(x, index, attend, route),
     });
     residual(x, &weights.mlp_norms, scale, route, |x| match &weights.mlp {
         MlpWeights::Dense(mlp) => mlp.forward(x, route),
+        MlpWeights::Experts(experts) => experts.forward(x, route),
     })
 }

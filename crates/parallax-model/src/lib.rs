@@ -10,8 +10,8 @@
 //! let checkpoint = Checkpoint::resolve("models/SmolLM2-135M-Instruct.Q4_1.gguf")?;
 //! let tokens = checkpoint.tokenizer()?.encode("Gravity is", false)?;
 //! let mut stage = Stage::load(&checkpoint, &LoadOptions::whole(&checkpoint))?;
-//! let (n, want) = (tokens.len() as u32, Want::LastLogits);
-//! let rows = SequenceRows { start: 0, rows: n, pages: vec![0], want, adapter: None };
+//! let (rows, want) = (tokens.len() as u32, Want::LastLogits);
+//! let rows = SequenceRows { rows, pages: vec![0], want, ..SequenceRows::default() };
 //! let output = stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(&tokens))?;
 //! println!("{:?}", parallax_model::logprob::argmax(&output.logits));
 //! # Ok(()) }

@@ -1,5 +1,9 @@
 //! From tensors on disk to the weights of layers, packed for the kernels or as tensors for other devices.
 
+mod delta;
+mod experts;
+mod latent;
+
 use std::{ops::Range, sync::Arc};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -57,7 +61,7 @@ impl Rotations {
         Self { max_pos: max_pos.min(config.max_context), made: Vec::new() }
     }
 
-    fn get(&mut self, rope: &Rope, head_dim: usize) -> Result<Arc<Rotation>, LoadError> {
+    pub(crate) fn get(&mut self, rope: &Rope, head_dim: usize) -> Result<Arc<Rotation>, LoadError> {
         if let Some((.., made)) = self.made.iter().find(|(r, d, _)| r == rope && *d == head_dim) {
             return Ok(Arc::clone(made));
         }
@@ -177,10 +181,13 @@ impl Loader<'_> {
             mixer_norms: self.norms(layer, &c.mixer_norms)?,
             mixer: match &c.mixer {
                 Mixer::Attention(a) => MixerWeights::Attention(self.attention(layer, a, rotations)?),
+                Mixer::Latent(a) => MixerWeights::Latent(self.latent(layer, a, rotations)?),
+                Mixer::Delta(d) => MixerWeights::Delta(self.delta(layer, d)?),
             },
             mlp_norms: self.norms(layer, &c.mlp_norms)?,
             mlp: match &c.mlp {
                 Mlp::Dense(m) => MlpWeights::Dense(self.dense_mlp(layer, m)?),
+                Mlp::Experts(e) => MlpWeights::Experts(self.experts(layer, e)?),
             },
             residual_scale: c.residual_scale,
         })
@@ -206,10 +213,17 @@ impl Loader<'_> {
                 Some([read(&norms.q, widths[0])?, read(&norms.k, widths[1])?])
             }
         };
-        let rows = [a.q_width(), a.kv_width(), a.kv_width()];
+        let (qkv, gate) = if a.gated {
+            let (qkv, gate) = self.gated_queries(layer, a)?;
+            (qkv, Some(gate))
+        } else {
+            let rows = [a.q_width(), a.kv_width(), a.kv_width()];
+            (self.projection(layer, &a.qkv, &rows, hidden)?, None)
+        };
         Ok(AttentionWeights {
             geometry: rotations.geometry(a, sinks)?,
-            qkv: self.projection(layer, &a.qkv, &rows, hidden)?,
+            qkv,
+            gate,
             head_norms,
             o: self.projection(layer, &a.o, &[hidden], a.q_width())?,
         })
@@ -246,16 +260,22 @@ pub(crate) fn linear_of<'a>(
     module: &str,
     config: &LayerConfig,
 ) -> Option<(&'a mut Linear, usize)> {
-    let (MixerWeights::Attention(attention), Mixer::Attention(a)) = (&mut layer.mixer, &config.mixer);
-    let (MlpWeights::Dense(mlp), Mlp::Dense(m)) = (&mut layer.mlp, &config.mlp);
+    if let (MlpWeights::Dense(mlp), Mlp::Dense(m)) = (&mut layer.mlp, &config.mlp) {
+        match module {
+            "gate_proj" | "gate_up_proj" => return Some((&mut mlp.gate_up, 0)),
+            "up_proj" => return Some((&mut mlp.gate_up, m.ffn)),
+            "down_proj" => return Some((&mut mlp.down, 0)),
+            _ => {}
+        }
+    }
+    let (MixerWeights::Attention(attention), Mixer::Attention(a)) = (&mut layer.mixer, &config.mixer) else {
+        return None;
+    };
     Some(match module {
         "q_proj" | "qkv_proj" => (&mut attention.qkv, 0),
         "k_proj" => (&mut attention.qkv, a.q_width()),
         "v_proj" => (&mut attention.qkv, a.q_width() + a.kv_width()),
         "o_proj" => (&mut attention.o, 0),
-        "gate_proj" | "gate_up_proj" => (&mut mlp.gate_up, 0),
-        "up_proj" => (&mut mlp.gate_up, m.ffn),
-        "down_proj" => (&mut mlp.down, 0),
         _ => return None,
     })
 }

@@ -14,7 +14,11 @@ use crate::{
     error::{AdapterError, ForwardError, LoadError},
     layer::{self, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
     load::{self, AdapterSlot, Loader, Rotations},
-    ops::{attention::KvStore, head},
+    ops::{
+        attention::{KvStore, PagedRows},
+        delta::StateStore,
+        head,
+    },
     options::LoadOptions,
 };
 
@@ -33,6 +37,9 @@ pub enum Want {
 /// The rows of one sequence in a batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SequenceRows {
+    /// Whose rows. Only recurrent layers look at it: their state of the sequence is kept under this number until
+    /// [`Stage::release`]. Rows from position 0 begin anew; within a batch every sequence has its own number.
+    pub id: u64,
     /// Position of the first row.
     pub start: u32,
     /// Number of rows; position `start + rows` is the next free one.
@@ -99,6 +106,7 @@ pub struct Stage {
     embedding: Option<LinearWeight>,
     head: Option<(NormWeights, Linear)>,
     store: Arc<KvStore>,
+    states: Arc<StateStore>,
     weight_bytes: u64,
     /// What sequences get that name no adapter.
     default_adapter: AdapterSlot,
@@ -133,6 +141,12 @@ impl Stage {
             return Err(LoadError::Layers { start: range.start, end: range.end, n_layers });
         }
         check_store(options, &config)?;
+        if route == Route::Composed && !config.runs_composed() {
+            return Err(LoadError::Device {
+                device: options.device.to_string(),
+                reason: format!("{} runs on the CPU only", config.family.name()),
+            });
+        }
         let loader = Loader {
             index: checkpoint.index(),
             config: &config,
@@ -169,6 +183,8 @@ impl Stage {
             embedding,
             head,
             store,
+            // Every sequence has at least one page.
+            states: Arc::new(StateStore::new(options.kv_pages)),
             weight_bytes: 0,
             default_adapter: AdapterSlot::default(),
             adapters: BTreeMap::new(),
@@ -184,6 +200,7 @@ impl Stage {
         };
         let linears = self.layers.iter().flat_map(LayerWeights::linears);
         let mut bytes: u64 = linears.map(|l| linear(&l.weight)).sum();
+        bytes += self.layers.iter().map(|l| l.inner_bytes() as u64).sum::<u64>();
         bytes += self.embedding.as_ref().map_or(0, linear);
         let shared_table = self.embedding.is_some() && self.config.tied_embeddings;
         bytes += self.head.as_ref().filter(|_| !shared_table).map_or(0, |(_, head)| linear(&head.weight));
@@ -220,6 +237,21 @@ impl Stage {
         self.weight_bytes
     }
 
+    /// Whether some layer keeps a state per sequence, which cannot go back to an earlier position.
+    pub fn is_recurrent(&self) -> bool {
+        self.config.layers[self.options.layers.clone()].iter().any(LayerConfig::is_recurrent)
+    }
+
+    /// Sequences whose recurrent state is kept.
+    pub fn n_states(&self) -> usize {
+        self.states.len()
+    }
+
+    /// Forgets the recurrent state of a sequence.
+    pub fn release(&mut self, id: u64) {
+        self.states.release(id);
+    }
+
     /// Tokens that fit into the key-value store.
     pub fn kv_capacity_tokens(&self) -> usize {
         self.options.kv_pages * self.options.kv_page_tokens
@@ -253,8 +285,25 @@ impl Stage {
     ) -> Result<StageOutput, ForwardError> {
         let rows = Arc::new(batch::rows(batch, &self.options, &self.config)?);
         self.choose_adapters(batch)?;
-        let mut x = self.enter(batch, input)?;
-        let attend = Attend::Paged { store: Arc::clone(&self.store), rows };
+        let x = self.enter(batch, input)?;
+        if !self.is_recurrent() {
+            return self.run(batch, x, rows);
+        }
+        let sequences = Arc::clone(&rows.sequences);
+        self.states.begin(&sequences)?;
+        let output = self.run(batch, x, rows)?;
+        self.states.commit(&sequences);
+        Ok(output)
+    }
+
+    fn run(
+        &self,
+        batch: &ForwardBatch,
+        mut x: Tensor<2>,
+        rows: Arc<PagedRows>,
+    ) -> Result<StageOutput, ForwardError> {
+        let (store, states) = (Arc::clone(&self.store), Arc::clone(&self.states));
+        let attend = Attend::Paged { store, states, rows };
         for (index, layer) in self.layers.iter().enumerate() {
             x = layer::forward(layer, x, index, &attend, self.route);
         }

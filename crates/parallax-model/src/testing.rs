@@ -24,6 +24,11 @@ pub(crate) fn config(family: Family) -> ModelConfig {
     ModelConfig::from_hf_json(&json.to_string()).unwrap()
 }
 
+/// Families that can be trained: those that random checkpoints are made of.
+pub(crate) fn trainable() -> impl Iterator<Item = Family> {
+    [Family::Llama, Family::Qwen3].into_iter()
+}
+
 /// A random model on disk. Its weights are larger than a new model's, so that differences show.
 pub(crate) fn checkpoint(family: Family) -> (TempDir, Checkpoint) {
     let mut model = TrainModel::new_random(&config(family), 7).unwrap();

@@ -93,11 +93,21 @@ fn bends_logits(config: &ModelConfig) -> bool {
     config.logit_softcap.is_some() || config.logit_scale.to_bits() != 1.0f32.to_bits()
 }
 
+const TRAINABLE: &str = "models with other layers were refused";
+
 /// Attention of each layer besides its weights.
+///
+/// # Errors
+/// Layers without gradients.
 fn geometries(config: &ModelConfig) -> Result<Vec<Arc<Geometry>>, LoadError> {
+    if !config.trains() {
+        let reason = "it can be run but not trained: its layers have no gradients here";
+        return Err(invalid("architecture", config.family.name().to_owned(), reason));
+    }
     let mut rotations = Rotations::new(config, MAX_SEQUENCE_TOKENS);
     let layer = |layer: &LayerConfig| match &layer.mixer {
         Mixer::Attention(a) => rotations.geometry(a, None),
+        Mixer::Latent(_) | Mixer::Delta(_) => unreachable!("{TRAINABLE}"),
     };
     config.layers.iter().map(layer).collect()
 }
@@ -140,7 +150,9 @@ impl<I: Iterator<Item = Tensor<2>>> Leaves<I> {
                 qkv: self.linear(&a.qkv),
                 head_norms: a.head_norms.map(|norms| [self.norm(&norms.q), self.norm(&norms.k)]),
                 o: self.linear(&a.o),
+                gate: None,
             }),
+            Mixer::Latent(_) | Mixer::Delta(_) => unreachable!("{TRAINABLE}"),
         };
         let mixer_norms = AroundWeights { before, after: c.mixer_norms.after.map(|norm| self.norm(&norm)) };
         let before = c.mlp_norms.before.map(|norm| self.norm(&norm));
@@ -150,6 +162,7 @@ impl<I: Iterator<Item = Tensor<2>>> Leaves<I> {
                 down: self.linear(&m.down),
                 activation: m.activation,
             }),
+            Mlp::Experts(_) => unreachable!("{TRAINABLE}"),
         };
         let mlp_norms = AroundWeights { before, after: c.mlp_norms.after.map(|norm| self.norm(&norm)) };
         LayerWeights { mixer_norms, mixer, mlp_norms, mlp, residual_scale: c.residual_scale }

@@ -50,9 +50,8 @@ fn load(checkpoint: &Checkpoint, dtype: WeightDtype) -> Stage {
 }
 
 fn rows(start: u32, rows: u32, want: Want) -> ForwardBatch {
-    ForwardBatch {
-        sequences: vec![SequenceRows { start, rows, pages: (0..16).collect(), want, adapter: None }],
-    }
+    let rows = SequenceRows { start, rows, pages: (0..16).collect(), want, ..SequenceRows::default() };
+    ForwardBatch { sequences: vec![rows] }
 }
 
 /// log p(token[i + 1] | token[..= i]) by one prefill.

@@ -111,7 +111,7 @@ impl Auditor {
                 rows: index(chunk.len()),
                 pages: pages.clone(),
                 want: Want::AllLogits,
-                adapter: None,
+                ..SequenceRows::default()
             };
             let output =
                 self.stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(chunk))?;

@@ -178,7 +178,7 @@ pub async fn serve(
         max_context: config.max_context,
         page_tokens: options.kv_page_tokens,
         n_pages: options.kv_pages,
-        recurrent: false,
+        recurrent: config.is_recurrent(),
     };
     let local: Option<StageLoader> = options.take_layers.then(|| {
         let (checkpoint, options) = (Arc::clone(&checkpoint), options.clone());

@@ -18,9 +18,13 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
 };
 
 fn describe(f: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
+    let layers = standard::windowed(f, &attention(f)?, &standard::mlp(f)?)?;
+    f.model(Family::Qwen3, layers)
+}
+
+/// Attention with a norm on each query and key head.
+pub(super) fn attention(f: &Fields<'_>) -> Result<Attention, ConfigError> {
     let q = f.rms("self_attn.q_norm")?;
     let head_norms = Some(HeadNorms { q, k: f.rms("self_attn.k_norm")?, span: HeadSpan::Head });
-    let attention = Attention { head_norms, ..standard::attention(f)? };
-    let layers = standard::windowed(f, &attention, &standard::mlp(f)?)?;
-    f.model(Family::Qwen3, layers)
+    Ok(Attention { head_norms, ..standard::attention(f)? })
 }

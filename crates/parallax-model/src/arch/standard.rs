@@ -1,8 +1,11 @@
 //! What most architectures share, under Llama's names: norm, attention, norm, SwiGLU.
 
+use serde_json::{Map, Value};
+
 use crate::{
     config::{Activation, Attention, DenseMlp, LayerConfig, Mixer, Mlp, Norms, Projection, fields::Fields},
     error::ConfigError,
+    weights::gguf::GgufFile,
 };
 
 /// Queries, keys and values as three tensors.
@@ -34,6 +37,7 @@ pub(super) fn attention(f: &Fields<'_>) -> Result<Attention, ConfigError> {
         window: None,
         softcap: None,
         sinks: None,
+        gated: false,
         scale: (head_dim as f32).sqrt().recip(),
     })
 }
@@ -57,11 +61,16 @@ pub(super) fn mlp_unchecked(f: &Fields<'_>) -> Result<DenseMlp, ConfigError> {
 
 /// A layer with an RMS norm before each part.
 pub(super) fn layer(f: &Fields<'_>, attention: Attention, mlp: DenseMlp) -> Result<LayerConfig, ConfigError> {
+    layer_of(f, attention, Mlp::Dense(mlp))
+}
+
+/// The same with any feed-forward part.
+pub(super) fn layer_of(f: &Fields<'_>, attention: Attention, mlp: Mlp) -> Result<LayerConfig, ConfigError> {
     Ok(LayerConfig {
         mixer_norms: Norms::before(f.rms("input_layernorm")?),
         mixer: Mixer::Attention(attention),
         mlp_norms: Norms::before(f.rms("post_attention_layernorm")?),
-        mlp: Mlp::Dense(mlp),
+        mlp,
         residual_scale: 1.0,
     })
 }
@@ -79,4 +88,22 @@ pub(super) fn windowed(
         layer(f, Attention { window, ..attention.clone() }, mlp.clone())
     };
     (0..f.n_layers()?).map(one).collect()
+}
+
+/// GGUF names of a mixture of experts.
+pub(super) const GGUF_EXPERTS: &[(&str, &str)] = &[
+    ("ffn_gate_inp", "mlp.gate"),
+    ("ffn_gate_exps", "mlp.experts.gate_proj"),
+    ("ffn_up_exps", "mlp.experts.up_proj"),
+    ("ffn_down_exps", "mlp.experts.down_proj"),
+];
+
+/// F of an expert, from GGUF metadata.
+pub(super) fn gguf_expert_fields(file: &GgufFile, name: &str, map: &mut Map<String, Value>) {
+    if let Some(ffn) = file.unsigned(&format!("{name}.expert_feed_forward_length")) {
+        map.insert("moe_intermediate_size".to_owned(), ffn.into());
+        // Files without dense layers leave it out or write zero.
+        let dense = map.get("intermediate_size").and_then(Value::as_u64).filter(|n| *n > 0);
+        map.insert("intermediate_size".to_owned(), dense.unwrap_or(ffn).into());
+    }
 }

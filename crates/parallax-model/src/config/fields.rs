@@ -96,6 +96,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The texts of an array, if it is there.
+    pub(crate) fn texts(&self, name: &str) -> Option<Vec<&'a str>> {
+        self.get(name).and_then(Value::as_array).map(|a| a.iter().filter_map(Value::as_str).collect())
+    }
+
     /// Number of decoder layers, within bounds.
     pub(crate) fn n_layers(&self) -> Result<usize, ConfigError> {
         let n = self.size("num_hidden_layers")?;
@@ -169,6 +174,11 @@ impl<'a> Fields<'a> {
     /// Whether rotary parameters are given for this kind of layer.
     pub(crate) fn has_rope_of(&self, kind: &str) -> bool {
         self.rope_object(None).is_some_and(|object| object.contains_key(kind))
+    }
+
+    /// A number among the rotary parameters.
+    pub(crate) fn rope_number(&self, name: &str) -> Result<Option<f32>, ConfigError> {
+        self.rope_object(None).map_or(Ok(None), |object| Fields(object).float_if(name))
     }
 
     /// Rotation of whole heads, or of the part that `partial_rotary_factor` says.

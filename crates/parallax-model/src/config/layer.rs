@@ -6,7 +6,7 @@
 
 pub use parallax_kernels::activation::Activation;
 
-use super::Rope;
+use super::{DeltaNet, Experts, Latent, Rope};
 
 /// One decoder layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,6 +71,10 @@ pub enum NormKind {
 pub enum Mixer {
     /// Causal attention with grouped keys.
     Attention(Attention),
+    /// Attention over compressed rows.
+    Latent(Latent),
+    /// A gated delta net.
+    Delta(DeltaNet),
 }
 
 /// The feed-forward part.
@@ -79,6 +83,8 @@ pub enum Mixer {
 pub enum Mlp {
     /// activation(gate) · up, down.
     Dense(DenseMlp),
+    /// A mixture of experts.
+    Experts(Experts),
 }
 
 /// Tensors stacked by rows into one linear layer.
@@ -125,6 +131,9 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Tensor of one learned score per query head that takes weight and gives no value. `[Q]`
     pub sinks: Option<&'static str>,
+    /// What was attended to is multiplied by the sigmoid of a gate; the rows of the queries' tensor are then, head by
+    /// head, D rows of queries and D rows of gates.
+    pub gated: bool,
     /// Factor of the scores.
     pub scale: f32,
 }
@@ -179,10 +188,16 @@ impl LayerConfig {
     pub(crate) fn matrix_parameters(&self, hidden: usize) -> u64 {
         let h = hidden as u64;
         let mixer = match &self.mixer {
-            Mixer::Attention(a) => h * (2 * a.q_width() + 2 * a.kv_width()) as u64,
+            Mixer::Attention(a) => {
+                let gate = if a.gated { a.q_width() } else { 0 };
+                h * (2 * a.q_width() + 2 * a.kv_width() + gate) as u64
+            }
+            Mixer::Latent(a) => a.matrix_parameters(hidden),
+            Mixer::Delta(d) => d.matrix_parameters(hidden),
         };
         let mlp = match &self.mlp {
             Mlp::Dense(m) => 3 * h * m.ffn as u64,
+            Mlp::Experts(e) => e.matrix_parameters(hidden),
         };
         mixer + mlp
     }
@@ -190,7 +205,7 @@ impl LayerConfig {
     /// Norm weights, biases and sinks, given H.
     pub(crate) fn vector_parameters(&self, hidden: usize) -> u64 {
         let norms = [&self.mixer_norms, &self.mlp_norms].into_iter().flat_map(|n| [n.before, n.after]);
-        let norms = norms.flatten().count() * hidden;
+        let norms = (norms.flatten().count() * hidden) as u64;
         let mixer = match &self.mixer {
             Mixer::Attention(a) => {
                 let bias = |p: &Projection, n: usize| if p.bias { n } else { 0 };
@@ -200,22 +215,41 @@ impl LayerConfig {
                     Some(HeadSpan::All) => a.q_width() + a.kv_width(),
                 };
                 let sinks = if a.sinks.is_some() { a.n_heads } else { 0 };
-                bias(&a.qkv, a.q_width() + 2 * a.kv_width()) + bias(&a.o, hidden) + heads + sinks
+                (bias(&a.qkv, a.q_width() + 2 * a.kv_width()) + bias(&a.o, hidden) + heads + sinks) as u64
             }
+            Mixer::Latent(a) => a.vector_parameters(hidden),
+            Mixer::Delta(d) => d.vector_parameters(),
         };
         let mlp = match &self.mlp {
             Mlp::Dense(m) => {
                 let bias = |p: &Projection, n: usize| if p.bias { n } else { 0 };
-                bias(&m.gate_up, 2 * m.ffn) + bias(&m.down, hidden)
+                (bias(&m.gate_up, 2 * m.ffn) + bias(&m.down, hidden)) as u64
             }
+            Mlp::Experts(e) => e.vector_parameters(hidden),
         };
-        (norms + mixer + mlp) as u64
+        norms + mixer + mlp
+    }
+
+    /// Whether it keeps a state per sequence instead of something per token.
+    pub fn is_recurrent(&self) -> bool {
+        matches!(self.mixer, Mixer::Delta(_))
+    }
+
+    /// Whether it has operations that exist as CPU kernels only, without gradients.
+    pub(crate) fn is_kernels_only(&self) -> bool {
+        let mixer = match &self.mixer {
+            Mixer::Attention(a) => a.gated,
+            Mixer::Latent(_) | Mixer::Delta(_) => true,
+        };
+        mixer || matches!(self.mlp, Mlp::Experts(_))
     }
 
     /// Values that the layer stores per token: keys and values.
     pub(crate) fn stored_per_token(&self) -> usize {
         match &self.mixer {
             Mixer::Attention(a) => 2 * a.kv_width(),
+            Mixer::Latent(a) => a.stored(),
+            Mixer::Delta(_) => 0,
         }
     }
 }

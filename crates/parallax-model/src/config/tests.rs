@@ -12,6 +12,7 @@ const LLAMA32: &str = r#"{"architectures":["LlamaForCausalLM"],"hidden_size":204
 fn attention(layer: &LayerConfig) -> &Attention {
     match &layer.mixer {
         Mixer::Attention(attention) => attention,
+        other => panic!("{other:?}"),
     }
 }
 

@@ -10,13 +10,14 @@ use burn::tensor::{Device, Tensor};
 use parallax_kernels::{
     attention::{
         KvPages, KvPagesMut, RowRef, Scoring, append_kv, causal_attention_backward, causal_attention_forward,
-        page_len, paged_attention,
+        latent::latent_page_len, page_len, paged_attention,
     },
     rope::{RopeTable, rope_apply, rope_apply_inverse},
 };
 
 use super::{
     BackwardArgs, CpuOp, Output,
+    delta::StateRows,
     norm::{columns, put_columns},
 };
 use crate::config::{LayerConfig, Mixer};
@@ -84,6 +85,10 @@ enum LayerStore {
     Memory { k: Vec<f32>, v: Vec<f32> },
     /// For other devices: [pages · page tokens, K·D] each.
     Tensors { k: Tensor<2>, v: Tensor<2> },
+    /// Latent rows, for the kernels.
+    Latents(Vec<f32>),
+    /// The layer keeps a state per sequence instead.
+    Nothing,
 }
 
 /// Keys and values of all layers of a stage, in pages that sequences share.
@@ -101,6 +106,10 @@ impl KvStore {
                 let n = n_pages * page_len(page_tokens, a.n_kv_heads, a.head_dim);
                 Mutex::new(LayerStore::Memory { k: vec![0.0; n], v: vec![0.0; n] })
             }
+            Mixer::Latent(a) => {
+                Mutex::new(LayerStore::Latents(vec![0.0; n_pages * latent_page_len(page_tokens, a.stored())]))
+            }
+            Mixer::Delta(_) => Mutex::new(LayerStore::Nothing),
         };
         Self { page_tokens, layers: layers.iter().map(layer).collect() }
     }
@@ -116,6 +125,9 @@ impl KvStore {
             Mixer::Attention(a) => {
                 let zeros = || Tensor::zeros([n_pages * page_tokens, a.kv_width()], device);
                 Mutex::new(LayerStore::Tensors { k: zeros(), v: zeros() })
+            }
+            Mixer::Latent(_) | Mixer::Delta(_) => {
+                unreachable!("loading refuses these layers on other devices")
             }
         };
         Self { page_tokens, layers: layers.iter().map(layer).collect() }
@@ -139,6 +151,11 @@ impl KvStore {
                         *values = values.clone().slice_assign([rows(to), 0..width], page);
                     }
                 }
+                LayerStore::Latents(rows) => {
+                    let len = rows.len() / n_pages;
+                    rows.copy_within(from * len..(from + 1) * len, to * len);
+                }
+                LayerStore::Nothing => {}
             }
         }
     }
@@ -147,10 +164,27 @@ impl KvStore {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Memory { k, v } => f(k, v),
-            LayerStore::Tensors { .. } => {
-                unreachable!("a stage on the kernels' route makes a store in memory")
+            LayerStore::Tensors { .. } | LayerStore::Latents(_) | LayerStore::Nothing => {
+                unreachable!("a stage on the kernels' route makes a store in memory for attention")
             }
         }
+    }
+
+    pub(crate) fn with_latents<R>(&self, layer: usize, f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
+        let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *layer {
+            LayerStore::Latents(latents) => f(latents),
+            LayerStore::Memory { .. } | LayerStore::Tensors { .. } | LayerStore::Nothing => {
+                unreachable!("a store has latent rows where the layer's attention is latent")
+            }
+        }
+    }
+
+    /// One layer of latent rows.
+    #[cfg(test)]
+    pub(crate) fn latents(page_tokens: usize, n_pages: usize, width: usize) -> Self {
+        let rows = vec![0.0; n_pages * latent_page_len(page_tokens, width)];
+        Self { page_tokens, layers: vec![Mutex::new(LayerStore::Latents(rows))] }
     }
 
     pub(crate) fn with_tensors<R>(
@@ -161,7 +195,7 @@ impl KvStore {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Tensors { k, v } => f(k, v),
-            LayerStore::Memory { .. } => {
+            LayerStore::Memory { .. } | LayerStore::Latents(_) | LayerStore::Nothing => {
                 unreachable!("a stage on the composed route makes a store of tensors")
             }
         }
@@ -169,7 +203,7 @@ impl KvStore {
 }
 
 /// The rows of a batch as attention sees them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct PagedRows {
     /// Position of each row in its sequence. [T]
     pub(crate) positions: Vec<u32>,
@@ -177,6 +211,8 @@ pub(crate) struct PagedRows {
     pub(crate) rows: Vec<RowRef>,
     /// Page table of each sequence.
     pub(crate) tables: Vec<Vec<u32>>,
+    /// Rows of each sequence, as recurrent layers see them.
+    pub(crate) sequences: Arc<Vec<StateRows>>,
 }
 
 /// Input: qkv [T, (Q + 2K)·D]; result [T, Q·D]. Appends the rows' keys and values to the store.

@@ -1,9 +1,16 @@
 //! A batch checked against the store and the context, and its rows as attention sees them.
 
+use std::sync::Arc;
+
 use parallax_kernels::attention::RowRef;
 
 use super::{ForwardBatch, Want};
-use crate::{config::ModelConfig, error::ForwardError, ops::attention::PagedRows, options::LoadOptions};
+use crate::{
+    config::ModelConfig,
+    error::ForwardError,
+    ops::{attention::PagedRows, delta::StateRows},
+    options::LoadOptions,
+};
 
 /// Rows of one batch; what the largest prefill chunk of an engine needs, many times over.
 const MAX_ROWS: usize = 1 << 20;
@@ -21,7 +28,9 @@ pub(super) fn rows(
         positions: Vec::with_capacity(n_rows),
         rows: Vec::with_capacity(n_rows),
         tables: Vec::with_capacity(batch.sequences.len()),
+        sequences: Arc::default(),
     };
+    let mut sequences = Vec::with_capacity(batch.sequences.len());
     for (i, sequence) in batch.sequences.iter().enumerate() {
         let end = sequence.start as usize + sequence.rows as usize;
         if end > config.max_context {
@@ -50,12 +59,19 @@ pub(super) fn rows(
                 reason: format!("sequence {i} names page {page} of a store of {}", options.kv_pages),
             });
         }
+        let first = out.rows.len();
+        sequences.push(StateRows {
+            id: sequence.id,
+            start: sequence.start,
+            rows: first..first + sequence.rows as usize,
+        });
         for position in sequence.start..sequence.start + sequence.rows {
             out.positions.push(position);
             out.rows.push(RowRef { seq: i, n_keys: position as usize + 1 });
         }
         out.tables.push(sequence.pages.clone());
     }
+    out.sequences = Arc::new(sequences);
     Ok(out)
 }
 

@@ -8,7 +8,7 @@ fn options(checkpoint: &Checkpoint, layers: Range<usize>) -> LoadOptions {
 }
 
 fn sequence(start: u32, rows: u32, pages: &[u32]) -> SequenceRows {
-    SequenceRows { start, rows, pages: pages.to_vec(), want: Want::AllLogits, adapter: None }
+    SequenceRows { start, rows, pages: pages.to_vec(), want: Want::AllLogits, ..SequenceRows::default() }
 }
 
 fn one(start: u32, rows: u32, pages: &[u32]) -> ForwardBatch {
@@ -21,7 +21,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn cuts_batches_and_chunks_do_not_change_a_bit() {
-    for family in Family::ALL {
+    for family in testing::trainable() {
         for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Q8_0, WeightDtype::Q4_0] {
             let (_dir, checkpoint) = testing::checkpoint(family);
             let load = |layers| {
@@ -63,7 +63,7 @@ fn cuts_batches_and_chunks_do_not_change_a_bit() {
 
 #[test]
 fn kernels_agree_with_the_composed_path() {
-    for family in Family::ALL {
+    for family in testing::trainable() {
         let (_dir, checkpoint) = testing::checkpoint(family);
         let adapter = testing::adapter(checkpoint.config(), 3);
         let run = |route| {
@@ -157,6 +157,7 @@ fn resident_adapters_share_a_batch_and_change_no_bit() {
             let id = |lane: usize| ranks[lane].map(|rank| if rank == 3 { 30 } else { 7 });
             let pages = |lane: usize| [2 * lane as u32, 2 * lane as u32 + 1];
             let rows = |lane: usize, start, n| SequenceRows {
+                id: lane as u64,
                 adapter: id(lane),
                 ..sequence(start, n, &pages(lane))
             };

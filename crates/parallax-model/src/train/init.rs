@@ -89,6 +89,7 @@ impl LayerParameters<'_> {
         self.norm("input_norm", c.mixer_norms.before, self.hidden);
         match &c.mixer {
             Mixer::Attention(a) => self.attention(a),
+            Mixer::Latent(_) | Mixer::Delta(_) => unreachable!("models with other mixers were refused"),
         }
         self.norm("mixer_post_norm", c.mixer_norms.after, self.hidden);
         self.norm("post_norm", c.mlp_norms.before, self.hidden);
@@ -97,6 +98,7 @@ impl LayerParameters<'_> {
                 self.linear("gate_up", &m.gate_up, &[m.ffn, m.ffn], self.hidden);
                 self.linear("down", &m.down, &[self.hidden], m.ffn);
             }
+            Mlp::Experts(_) => unreachable!("models with experts were refused"),
         }
         self.norm("mlp_post_norm", c.mlp_norms.after, self.hidden);
     }

@@ -66,7 +66,7 @@ pub(crate) fn interleaved_heads(
             "self_attn.k_proj" => Some((a.n_kv_heads, a.kv_width())),
             _ => None,
         },
-        Mixer::Attention(_) => None,
+        Mixer::Attention(_) | Mixer::Latent(_) | Mixer::Delta(_) => None,
     }
 }
 

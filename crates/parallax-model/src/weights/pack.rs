@@ -95,6 +95,26 @@ impl WeightIndex {
             .collect::<Result<_, _>>()
             .map_err(|e| LoadError::Pack { name, reason: e.to_string() })
     }
+
+    /// The rows in another order: number `order[i]` of them becomes row `i`.
+    pub(crate) fn pack_ordered(
+        &self,
+        piece: &Rows,
+        order: impl Iterator<Item = usize>,
+        k: usize,
+        dtype: WeightDtype,
+    ) -> Result<PackedWeight, LoadError> {
+        let error = |e: KernelError| LoadError::Pack { name: piece.name.clone(), reason: e.to_string() };
+        let stored = self.stored_rows(&piece.name, piece.range())?;
+        // Blocks never cross a row.
+        let row = stored.bytes.len() / piece.n.max(1);
+        let bytes = order.flat_map(|i| &stored.bytes[i * row..(i + 1) * row]).copied().collect();
+        let stored = StoredRows { bytes, ..stored };
+        let kind = target(dtype, &stored, k);
+        let bytes =
+            if kind == stored.kind { stored.bytes } else { convert(&stored, kind, k).map_err(error)? };
+        PackedWeight::from_bytes(kind, &bytes, piece.n, k).map_err(error)
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,45 @@
+//! Multi-head latent attention: queries straight or by way of a compressed row, keys and values from the compressed rows
+//! in the store.
+
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+
+use super::{Attend, Linear, NormWeights, Route};
+use crate::ops::{
+    latent::{LatentAttention, LatentWeights},
+    run2,
+};
+
+/// Latent attention.
+#[derive(Clone, Debug)]
+pub(crate) struct LatentMixerWeights {
+    pub(crate) inner: Arc<LatentWeights>,
+    /// Into the compressed queries, or straight to them.
+    pub(crate) q_in: Linear,
+    /// Norm of compressed queries and the way out of them.
+    pub(crate) q_out: Option<(NormWeights, Linear)>,
+    /// [R + P, H]
+    pub(crate) kv_in: Linear,
+    /// [H, Q·V]
+    pub(crate) o: Linear,
+}
+
+impl LatentMixerWeights {
+    pub(crate) fn forward(&self, x: &Tensor<2>, index: usize, attend: &Attend, route: Route) -> Tensor<2> {
+        let Attend::Paged { store, rows, .. } = attend else {
+            unreachable!("models with latent attention are refused where gradients are asked for")
+        };
+        let mut q = self.q_in.forward(x, route);
+        if let Some((norm, out)) = &self.q_out {
+            q = out.forward(&norm.forward(q, route), route);
+        }
+        let op = LatentAttention {
+            weights: Arc::clone(&self.inner),
+            store: Arc::clone(store),
+            layer: index,
+            rows: Arc::clone(rows),
+        };
+        self.o.forward(&run2(q, self.kv_in.forward(x, route), op), route)
+    }
+}
