@@ -93,7 +93,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     let path = args.out.join("report.json");
     std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("writing {}", path.display()))?;
-    program::say(&report.for_people(&path));
+    program::say(&format!("{}\nreport: {}", report.for_people(), path.display()));
     if args.json { program::report(&report) } else { Ok(()) }
 }
 

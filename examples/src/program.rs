@@ -13,10 +13,23 @@ pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(&format!("error: {error:#}"));
+            say(&format!("error: {}", sentence(&error)));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes; a cause that the text before it says already is left out.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// A line for people.
@@ -34,4 +47,35 @@ pub fn report(report: &impl Serialize) -> anyhow::Result<()> {
     let mut line = serde_json::to_string(report)?;
     line.push('\n');
     Ok(std::io::stdout().lock().write_all(line.as_bytes())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Reading(std::io::Error);
+
+    impl std::fmt::Display for Reading {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "reading a.json: {}", self.0)
+        }
+    }
+
+    impl std::error::Error for Reading {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+
+    #[test]
+    fn no_cause_is_said_twice_and_none_is_lost() {
+        let error = Reading(std::io::Error::other("disk on fire"));
+        let outer = Err::<(), _>(error).context("opening the model").unwrap_err();
+        assert_eq!(sentence(&outer), "opening the model: reading a.json: disk on fire");
+        let nested = anyhow::anyhow!("port taken").context("starting");
+        assert_eq!(sentence(&nested), "starting: port taken");
+    }
 }

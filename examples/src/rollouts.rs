@@ -1,16 +1,21 @@
 //! What ties rollouts to a real model: its tokenizer and chat template as [`Text`], its forward pass as an auditor's
-//! [`Replay`].
+//! [`Replay`], its engine as a learner's [`Sampler`].
 
+use std::path::Path;
 use std::sync::Arc;
 
 use echo_rollout::Task;
 use echo_rollout::environment::by_name;
 use echo_rollout::service::{PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig};
 use echo_rollout::text::{Text, TextError, until_stop};
+use echo_trainer::RunConfig;
+use echo_trainer::service::evaluation::BoxFuture;
+use echo_trainer::service::{Learner, Parts, SampleRequest, Sampler};
 use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
 use lattica_net::Node;
 use parallax_engine::local::LocalStage;
-use parallax_engine::{EngineConfig, EngineHandle};
+use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
+use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use parallax_model::{
     Adapter, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, LoadOptions, Stage, Tokenizer, WeightDtype,
 };
@@ -20,6 +25,8 @@ use veri_verify::{Answer, Job};
 
 /// Tokens of a cache page.
 pub const PAGE_TOKENS: usize = 16;
+/// Cached positions of a learner's own engine, which only evaluates.
+const EVAL_CACHE_TOKENS: usize = 8192;
 
 /// A checkpoint's tokenizer and chat template.
 #[derive(Debug)]
@@ -110,6 +117,81 @@ impl Replay for ModelReplay {
     }
 }
 
+/// A learner's own engine: it samples answers to held-out tasks.
+#[derive(Debug)]
+pub struct EngineSampler {
+    engine: EngineHandle,
+    stop_ids: Vec<u32>,
+}
+
+impl EngineSampler {
+    /// Loads the whole model in f32.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    pub fn load(checkpoint: &Checkpoint) -> anyhow::Result<Self> {
+        let options = load_options(checkpoint, WeightDtype::F32, EVAL_CACHE_TOKENS);
+        let stage = LocalStage::load(checkpoint, &options)?;
+        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
+        Ok(Self { engine, stop_ids: checkpoint.config().eos.clone() })
+    }
+}
+
+impl Sampler for EngineSampler {
+    fn install(&self, version: PolicyVersion, adapter: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move { self.engine.swap_adapter(version, adapter).await.map_err(|e| e.to_string()) })
+    }
+
+    fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Vec<u32>, String>> {
+        let sampling = SamplingParams {
+            temperature: request.temperature,
+            seed: request.seed,
+            max_tokens: request.max_tokens as usize,
+            stop_ids: self.stop_ids.clone(),
+            ..SamplingParams::default()
+        };
+        let request = Request { prompt: request.prompt, sampling, ..Request::default() };
+        let answer = self.engine.generate(request);
+        Box::pin(async move { Ok(answer.await.map_err(|e| e.to_string())?.token_ids()) })
+    }
+}
+
+/// A block store in memory: adapters are small, and published anew by whoever restarts.
+pub fn memory_blocks() -> Arc<dyn BlockStore> {
+    Arc::new(MemoryStore::new())
+}
+
+/// Loads the model, with an adapter to train and once more to evaluate, and makes a learner that answers workers.
+///
+/// # Errors
+/// Settings out of range, weights that cannot be read, a directory that cannot be written.
+pub async fn start_learner(
+    node: Node,
+    blocks: Blocks,
+    checkpoint: &Checkpoint,
+    config: RunConfig,
+    dir: &Path,
+) -> anyhow::Result<Learner<TrainModel>> {
+    let shape = checkpoint.config();
+    let lora = LoraConfig {
+        rank: config.trainer.lora_rank,
+        alpha: config.trainer.lora_alpha,
+        targets: Vec::new(),
+        seed: config.seed,
+    };
+    let parts = Parts {
+        node,
+        blocks,
+        policy: TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?,
+        sampler: Arc::new(EngineSampler::load(checkpoint)?),
+        text: Arc::new(ModelText::open(checkpoint)?),
+        base_model_id: checkpoint.id()?,
+        vocabulary: u32::try_from(shape.vocab)?,
+        full_bytes: shape.stage_bytes(&(0..shape.n_layers), WeightDtype::F32),
+    };
+    Ok(Learner::start(config, parts, dir).await?)
+}
+
 /// How a worker takes part in a run.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
@@ -135,8 +217,7 @@ pub async fn start_worker(
     options: &WorkerOptions,
 ) -> anyhow::Result<Worker> {
     let trainer = node.dial(&options.trainer).await?;
-    let store: Arc<dyn BlockStore> = Arc::new(MemoryStore::new());
-    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), store));
+    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), memory_blocks()));
     let stage = LocalStage::load(checkpoint, &load_options(checkpoint, options.dtype, options.cache_tokens))?;
     let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
     let id = checkpoint.id()?;

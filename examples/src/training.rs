@@ -3,3 +3,4 @@
 pub mod bench;
 pub mod losses;
 pub mod pretrain;
+pub mod run;

@@ -56,6 +56,26 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
     let broken = broken.to_str().unwrap();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap().port().to_string();
+    let taken_address = format!("/ip4/127.0.0.1/tcp/{taken}");
+    let file = |name: &str, content: &str| {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let config = file(
+        "unknown/config.json",
+        r#"{"architectures":["GPT2LMHeadModel"],"model_type":"gpt2","n_layer":12}"#,
+    );
+    file("unknown/model.safetensors", "\u{2}\0\0\0\0\0\0\0{}");
+    let unknown = config.trim_end_matches("/config.json");
+    let long = "what is 1+2? ".repeat(100);
+    let long_ids = &file("ids.json", &format!("{{\"sequences\":[[{}5]]}}", "5,".repeat(600)));
+    // A directory cannot be made where a file is.
+    let no_directory = &file("a-file", "");
+    let settings = &file("pretrain.toml", "steps = 1\nbatch = 1\n");
+    let out = dir.path().join("out");
+    let out = out.to_str().unwrap();
     let cases: &[(&str, &[&str], &str)] = &[
         (PARALLAX, &["generate", "--model", "/no/such/model", "--prompt", "hi"], "/no/such/model"),
         (PARALLAX, &["generate", "--model", broken, "--prompt", "hi"], "broken.gguf"),
@@ -69,6 +89,26 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
         (DEMO_SWARM, &["--cheater", "--workers", "1"], "--workers"),
         (ROLLOUT_FLEET, &[], "--trainer"),
         (LATTICA_NODE, &["--listen", "nonsense"], "nonsense"),
+        (LATTICA_NODE, &["--listen", &taken_address], "already in use"),
+        (PARALLAX, &["serve", "--model", "tiny", "--swarm", "s", "--port", taken.as_str()], "--port"),
+        (
+            PARALLAX,
+            &["serve", "--model", "tiny", "--swarm", "s", "--port", "0", "--listen", &taken_address],
+            "already in use",
+        ),
+        (PARALLAX, &["join", "--swarm", "s", "--listen", &taken_address], "already in use"),
+        (PARALLAX, &["run", "--model", "tiny", "--port", "0", "--host", "203.0.113.7"], "--host"),
+        (PARALLAX, &["generate", "--model", unknown, "--prompt", "hi"], "GPT2LMHeadModel"),
+        (PARALLAX, &["generate", "--model", unknown, "--prompt", "hi"], "config.json"),
+        (PARALLAX, &["generate", "--model", "tiny", "--prompt", &long], "context holds 512"),
+        (PARALLAX, &["generate", "--model", "tiny", "--chat", "--prompt", &long], "context holds 512"),
+        (PARALLAX, &["score", "--model", "tiny", "--ids", long_ids], "context holds 512"),
+        (DEMO_SWARM, &["--out", no_directory], no_directory),
+        (DEMO_SWARM, &["--model", "/no/such/model", "--out", out], "/no/such/model"),
+        (TRAINING_SWARM, &[], "--config"),
+        (TRAINING_SWARM, &["--config", "/no/such/run.toml"], "/no/such/run.toml"),
+        (TRAINING_SWARM, &["pretrain", "--config", settings, "--out", no_directory], no_directory),
+        (TRAINING_SWARM, &["bench", "--model", "/no/such/model"], "/no/such/model"),
     ];
     for (binary, args, named) in cases {
         let output = run(binary, args);
@@ -77,6 +117,25 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
         assert!(said.contains(named), "{args:?} should name {named:?}: {said}");
         assert!(!said.contains("panicked"), "{args:?}: {said}");
     }
+}
+
+#[test]
+fn all_faults_of_a_run_are_told_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    let settings = "[run]\nmode = \"async\"\nenvironment = \"chess\"\nworkers = 0\naudit_first = 2\n[run.trainer]\ngroup_size = 0\n";
+    std::fs::write(&path, settings).unwrap();
+    let output = run(TRAINING_SWARM, &["--config", path.to_str().unwrap()]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{said}");
+    for named in
+        ["run.toml", "\"async\" is not in this version", "chess", "workers = 0", "auditors", "group_size"]
+    {
+        assert!(said.contains(named), "{named}: {said}");
+    }
+    std::fs::write(&path, "[run]\nworker = 1\n").unwrap();
+    let output = run(TRAINING_SWARM, &["--config", path.to_str().unwrap()]);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("worker"), "an unknown setting is named");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub mod environment;
 pub mod group;
 pub mod lease;
 pub mod rollout;
-#[cfg(feature = "service")]
+#[cfg(feature = "collector")]
 pub mod service;
 pub mod snapshot;
 pub mod staleness;

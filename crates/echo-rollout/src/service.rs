@@ -1,11 +1,15 @@
 //! The async shell: workers, the trainer's collector and auditors on a lattica-net node. Clocks, sockets and files live
-//! below here.
+//! below here. A trainer needs feature `collector` only, which brings no engine; the rest is feature `service`.
 
+#[cfg(feature = "service")]
 pub mod auditor;
 pub mod collector;
 pub mod journal;
+#[cfg(feature = "service")]
 pub mod snapshot_watcher;
+#[cfg(feature = "service")]
 pub mod veri;
+#[cfg(feature = "service")]
 pub mod worker;
 
 use std::future::Future;
@@ -17,11 +21,15 @@ use lattica_net::{CallError, Node};
 use swarm_wire::prost::Message;
 use swarm_wire::{DecodeError, PeerId};
 
+#[cfg(feature = "service")]
 pub use auditor::{AuditorConfig, AuditorError, Replay, run_auditor};
 pub use collector::{Collector, CollectorConfig, CollectorError};
 pub use journal::{Journal, JournalError};
+#[cfg(feature = "service")]
 pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
+#[cfg(feature = "service")]
 pub use veri::VeriCommitter;
+#[cfg(feature = "service")]
 pub use worker::{CommitError, Committer, Opener, Work, Worker, WorkerConfig, WorkerError, WorkerStats};
 
 /// Worker to trainer: I am here.
@@ -64,6 +72,7 @@ pub enum AskError {
     },
 }
 
+#[cfg(feature = "service")]
 /// Calls `method` with a message and decodes the answer.
 async fn ask<A: Message + Default>(
     node: &Node,

@@ -106,6 +106,12 @@ impl TrainerConfig {
     /// # Errors
     /// Names the first setting that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        self.faults().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// Everything that is out of range.
+    pub fn faults(&self) -> Vec<ConfigError> {
+        let mut faults = Vec::new();
         for (setting, least, value) in [
             ("groups_per_step", 1, self.groups_per_step),
             ("group_size", 1, self.group_size),
@@ -115,13 +121,14 @@ impl TrainerConfig {
             ("lora_rank", 1, self.lora_rank),
         ] {
             if value < least {
-                return Err(ConfigError::TooSmall { setting, least, value });
+                faults.push(ConfigError::TooSmall { setting, least, value });
             }
         }
-        self.advantage.validate()?;
-        self.shaping.validate()?;
-        self.loss.validate()?;
-        Ok(self.optim.validate()?)
+        faults.extend(self.advantage.validate().err().map(ConfigError::from));
+        faults.extend(self.shaping.validate().err().map(ConfigError::from));
+        faults.extend(self.loss.validate().err().map(ConfigError::from));
+        faults.extend(self.optim.validate().err().map(ConfigError::from));
+        faults
     }
 }
 

@@ -26,7 +26,8 @@
 //! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
 //! bit for bit), [`pretrain`] and [`data`] (learning from text), [`vocabulary`] (the tiny model's tokenizer),
-//! [`config`], [`metrics`], [`error`]; with feature `service`: checkpoints on disk and publication over bitswap.
+//! [`config`], [`run`] (a whole run's settings), [`metrics`], [`error`]; with feature `service`: checkpoints on disk, the
+//! learner of a swarm, publication over bitswap.
 
 pub mod advantage;
 pub mod checkpoint;
@@ -42,6 +43,7 @@ pub mod parameters;
 pub mod policy;
 pub mod preference;
 pub mod pretrain;
+pub mod run;
 #[cfg(feature = "service")]
 pub mod service;
 pub mod step;
@@ -51,4 +53,5 @@ pub mod vocabulary;
 pub use config::{PretrainConfig, TrainerConfig};
 pub use error::{AddError, StepError};
 pub use loss::{LossConfig, LossKind};
+pub use run::RunConfig;
 pub use trainer::{Group, Rollout, Trainer};

@@ -1,22 +1,29 @@
-//! `training-swarm`: what the learner side can do on one machine. The learner of a whole swarm is a role of `demo-swarm`.
+//! `training-swarm`: the learner of a swarm, and what the learner's side can do on one machine.
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use swarm_examples::program;
-use swarm_examples::training::{bench, losses, pretrain};
+use swarm_examples::training::{bench, losses, pretrain, run};
 
-/// Pre-train tiny models, check losses, measure the training step.
+/// Train with rollouts from many machines (--config); pre-train tiny models, check losses, measure the training step.
+///
+/// Report of a run (--json): one line per event, {"event":"ready",peer,addrs}, {"event":"eval",version,eval,eval_greedy},
+/// {"event":"step",version,reward,loss,ratio_deviation_max,grad_norm,staleness_max,update_bytes,completion_tokens,rollouts_s,
+/// train_s,step_s}, {"event":"convicted",peer,audits}; the last line is the summary, in the fields of demo-swarm's report.
 #[derive(Debug, Parser)]
 #[command(
     version,
-    after_help = "Start here:\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
+    args_conflicts_with_subcommands = true,
+    after_help = "Start here:\n  training-swarm --config examples/configs/training-swarm.toml\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
                   examples/configs/pretrain-tiny.toml --out tiny\n\nEvery command that takes --json prints one JSON object \
                   as the last line of stdout; all else goes to stderr."
 )]
 struct Cli {
+    #[command(flatten)]
+    run: run::RunArgs,
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -29,8 +36,9 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     program::run(|| match cli.command {
-        Command::Losses(args) => losses::run(&args),
-        Command::Pretrain(args) => pretrain::run(&args),
-        Command::Bench(args) => bench::run(&args),
+        Some(Command::Losses(args)) => losses::run(&args),
+        Some(Command::Pretrain(args)) => pretrain::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
+        None => run::run(&cli.run),
     })
 }

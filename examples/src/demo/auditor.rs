@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use echo_rollout::service::{AuditorConfig, PayloadSource, run_auditor};
-use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
+use lattica_bitswap::Blocks;
 use lattica_net::Identity;
 use parallax_model::Checkpoint;
 use serde_json::json;
 
 use super::process::say;
 use super::role::NodeArgs;
-use crate::rollouts::ModelReplay;
+use crate::rollouts::{ModelReplay, memory_blocks};
 
 /// Longest answer, prompt included, that the auditor recomputes.
 const MAX_TOKENS: usize = 1024;
@@ -37,8 +37,7 @@ pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let mut replay = ModelReplay::load(&checkpoint, MAX_TOKENS)?;
     let node = args.node.start().await?;
     let trainer = node.dial(&args.trainer).await?;
-    let store: Arc<dyn BlockStore> = Arc::new(MemoryStore::new());
-    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), store));
+    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), memory_blocks()));
     say(&json!({"event": "ready", "peer": node.peer_id()}));
     let config = AuditorConfig::new(trainer);
     // A fresh key's secret is 32 bytes of the system's randomness: what a challenge needs.

@@ -188,7 +188,7 @@ impl Report {
     }
 
     /// A few lines for people.
-    pub fn for_people(&self, path: &Path) -> String {
+    pub fn for_people(&self) -> String {
         let mut lines = vec![format!(
             "held-out reward {:.3} -> {:.3} (greedy {:.3} -> {:.3}) in {} versions and {:.0} s",
             self.eval_before,
@@ -216,7 +216,6 @@ impl Report {
             lines
                 .push(format!("asked over {} processes: {:?} -> {:?}", chat.stages, chat.prompt, chat.reply));
         }
-        lines.push(format!("report: {}", path.display()));
         lines.extend(self.plots.iter().map(|p| format!("plot: {}", p.display())));
         lines.join("\n")
     }

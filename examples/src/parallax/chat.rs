@@ -66,7 +66,7 @@ async fn converse(args: ChatArgs) -> anyhow::Result<()> {
         if prompting {
             show("> ")?;
         }
-        let Some(line) = lines.next().transpose()? else { return Ok(()) };
+        let Some(line) = lines.next().transpose().context("reading standard input")? else { return Ok(()) };
         match line.trim() {
             "" => continue,
             "/exit" => return Ok(()),

@@ -50,6 +50,9 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
         cache_dir: args.node.cache_dir()?,
         patience: Duration::from_secs(args.patience_s),
     };
+    for addr in node.listen_addrs().await {
+        program::say(&format!("listening on {addr}"));
+    }
     program::say(&format!("peer {}, looking for the head of swarm {}", node.peer_id(), options.swarm));
     let mut last_percent = u64::MAX;
     let tell = move |news| {

@@ -1,5 +1,6 @@
 //! `parallax run`: an OpenAI-compatible server and a chat page on this machine.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -66,11 +67,14 @@ impl ListenArgs {
     /// # Errors
     /// A port in use or a host that is not this machine's, with the remedy.
     pub async fn bind(&self) -> anyhow::Result<(TcpListener, SocketAddr)> {
-        let listener = TcpListener::bind((self.host.as_str(), self.port)).await.with_context(|| {
-            format!(
-                "cannot listen on {}:{}; choose another --port, or --port 0 for a free one",
-                self.host, self.port
-            )
+        let bound = TcpListener::bind((self.host.as_str(), self.port)).await;
+        let listener = bound.map_err(|error| {
+            let remedy = match error.kind() {
+                ErrorKind::AddrInUse => "choose another --port, or --port 0 for a free one",
+                ErrorKind::PermissionDenied => "choose a --port above 1023, or --port 0 for a free one",
+                _ => "--host must be an address of this machine, 127.0.0.1 or 0.0.0.0 for example",
+            };
+            anyhow::anyhow!("cannot listen on {}:{}: {error}; {remedy}", self.host, self.port)
         })?;
         let address = listener.local_addr()?;
         if !address.ip().is_loopback() && self.api_key.is_empty() {

@@ -17,7 +17,7 @@ use parallax_model::{Checkpoint, DeviceKind, WeightDtype};
 use serde_json::json;
 use swarm_wire::PolicyVersion;
 
-use super::run::http_state;
+use super::run::{ListenArgs, http_state};
 use super::swarm_node::{Exchange, SwarmNodeArgs, asked_to_end};
 use crate::program;
 
@@ -48,15 +48,8 @@ pub struct ServeArgs {
     /// Where the head computes its own layers: cpu, cuda or wgpu
     #[arg(long, default_value = "cpu")]
     device: DeviceKind,
-    /// Where the API listens
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Port of the API; 0 picks a free one
-    #[arg(long, default_value_t = 3001)]
-    port: u16,
-    /// Key that API clients must send
-    #[arg(long)]
-    api_key: Option<String>,
+    #[command(flatten)]
+    listen: ListenArgs,
     /// Leave all layers to the machines that join
     #[arg(long)]
     no_layers: bool,
@@ -83,15 +76,12 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
 }
 
 async fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    let address = format!("{}:{}", args.host, args.port);
-    let listener = tokio::net::TcpListener::bind(&address)
-        .await
-        .with_context(|| format!("cannot listen on {address}: choose another --port, 0 picks a free one"))?;
+    let (listener, address) = args.listen.bind().await?;
     let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
     let (node, exchange) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
-    let limits = HttpLimits { api_keys: args.api_key.iter().cloned().collect(), ..HttpLimits::default() };
+    let limits = HttpLimits { api_keys: args.listen.api_key.iter().cloned().collect(), ..HttpLimits::default() };
     let state = HttpState {
         limits,
         readiness: Some(readiness),
@@ -106,7 +96,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             args.node.swarm
         ));
     }
-    let url = format!("http://{}", listener.local_addr()?);
+    let url = format!("http://{address}");
     program::say(&format!("serving on {url}"));
     if args.json {
         program::report(&json!({"url": url, "peer": node.peer_id(), "addrs": node.listen_addrs().await}))?;

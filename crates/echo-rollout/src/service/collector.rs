@@ -25,6 +25,7 @@
 
 mod handlers;
 #[cfg(test)]
+#[cfg(feature = "service")]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -45,10 +45,10 @@ fn payload_name(checkpoint: &TrainerCheckpoint) -> String {
 /// # Errors
 /// When the disk refuses; the previous checkpoint is still whole then.
 pub fn save(dir: &Path, checkpoint: &TrainerCheckpoint) -> Result<(), CheckpointDirError> {
-    fs::create_dir_all(dir).map_err(io_error("creating", dir))?;
+    create(dir)?;
     let name = payload_name(checkpoint);
-    replace(&dir.join(&name), &checkpoint.payload)?;
-    replace(&dir.join(MANIFEST), &checkpoint.manifest_json()?)?;
+    write(&dir.join(&name), &checkpoint.payload)?;
+    write(&dir.join(MANIFEST), &checkpoint.manifest_json()?)?;
     let entries = fs::read_dir(dir).map_err(io_error("listing", dir))?;
     for entry in entries.flatten() {
         let other = entry.file_name().to_string_lossy().into_owned();
@@ -78,7 +78,21 @@ pub fn load(dir: &Path) -> Result<Option<TrainerCheckpoint>, CheckpointDirError>
     Ok(Some(TrainerCheckpoint::decode(&manifest, payload)?))
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), CheckpointDirError> {
+/// Makes the directory if it is not there, and finds out whether it can be written.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn create(dir: &Path) -> Result<(), CheckpointDirError> {
+    fs::create_dir_all(dir).map_err(io_error("creating", dir))?;
+    let probe = dir.join(".writable");
+    fs::write(&probe, []).and_then(|()| fs::remove_file(&probe)).map_err(io_error("writing into", dir))
+}
+
+/// Writes `bytes` to `path`: the old file or the new one is there, at every moment whole.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<(), CheckpointDirError> {
     let temporary = path.with_extension("tmp");
     let mut file = File::create(&temporary).map_err(io_error("creating", &temporary))?;
     file.write_all(bytes).map_err(io_error("writing", &temporary))?;

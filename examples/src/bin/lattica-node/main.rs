@@ -1,6 +1,6 @@
 //! `lattica-node`: one node of the network, as bootstrap peer, relay and DHT server; `lattica-node bench` measures two of
 //! them on this machine.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool reports there")]
+#![expect(clippy::print_stdout, reason = "a command line tool reports there")]
 
 mod bench;
 
@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use lattica_net::{Access, Identity, Node, NodeConfig, create_swarm_key, load_swarm_key};
 use serde_json::json;
+use swarm_examples::program;
 use swarm_wire::PeerId;
 
 /// Runs a node until ctrl-c, or measures two of them.
@@ -71,24 +72,17 @@ struct NodeArgs {
     json: bool,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let result = match cli.command {
-        Some(Command::Bench(args)) => bench::run(&args).await,
-        Some(Command::SwarmKey { file }) => create_swarm_key(&file).map(|_| ()).map_err(anyhow::Error::from),
-        None => run(cli.node).await,
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Not by returning it: that would add a backtrace where a sentence is wanted.
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run(|| {
+        tokio::runtime::Runtime::new()?.block_on(async {
+            match cli.command {
+                Some(Command::Bench(args)) => bench::run(&args).await,
+                Some(Command::SwarmKey { file }) => Ok(create_swarm_key(&file).map(|_| ())?),
+                None => run(cli.node).await,
+            }
+        })
+    })
 }
 
 async fn run(args: NodeArgs) -> anyhow::Result<()> {

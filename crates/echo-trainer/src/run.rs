@@ -1,0 +1,323 @@
+//! What a run is: environment, workers, audits, evaluation and the trainer's settings, as a file gives them.
+//!
+//! [`RunConfig::validate`] names everything that is wrong at once: a run is set up by hand, on several machines, and a
+//! fault a start is tedious.
+
+use std::fmt;
+
+use echo_rollout::environment::by_name;
+use echo_rollout::lease::SamplingSpec;
+use echo_rollout::{AuditPolicy, DispatchConfig};
+use serde::{Deserialize, Serialize};
+use swarm_wire::{PeerId, RunId};
+
+use crate::config::{ConfigError, TrainerConfig};
+
+/// How rollouts and training alternate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Sample with the newest weights, train, publish, and again.
+    #[default]
+    Sequential,
+    /// Sample and train at the same time. Refused: not in this version.
+    Async,
+}
+
+/// One run of the learner.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Names the run, and seeds its tasks, its sampling and the adapter's first values.
+    pub seed: u64,
+    /// What is trained on, for example `arithmetic`.
+    pub environment: String,
+    /// How rollouts and training alternate.
+    pub mode: Mode,
+    /// Workers to wait for before the first lease; the run starts with fewer when they do not come in time.
+    pub workers: usize,
+    /// Seconds to wait for them.
+    pub workers_timeout_s: u64,
+    /// Milliseconds that a round waits for slow workers to take up a version.
+    pub ack_timeout_ms: u64,
+    /// Peers whose verdicts count.
+    pub auditors: Vec<PeerId>,
+    /// Share of trajectories that an auditor recomputes before they are trained on, 0 to 1.
+    pub audit_fraction: f64,
+    /// The first trajectories of each worker are always audited: this many.
+    pub audit_first: u32,
+    /// Held-out tasks of one evaluation; evaluations are made before the first and after the last step.
+    pub eval_tasks: u64,
+    /// No step begins after this many seconds.
+    pub seconds: u64,
+    /// Groups, loss, optimiser.
+    pub trainer: TrainerConfig,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            environment: "arithmetic".to_owned(),
+            mode: Mode::Sequential,
+            workers: 1,
+            workers_timeout_s: 60,
+            ack_timeout_ms: 10_000,
+            auditors: Vec::new(),
+            audit_fraction: 0.0,
+            audit_first: 0,
+            eval_tasks: 200,
+            seconds: 3600,
+            trainer: TrainerConfig::default(),
+        }
+    }
+}
+
+/// One thing that is wrong with a run's settings.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunFault {
+    /// A mode of a later version.
+    #[error("mode = \"async\" is not in this version: use mode = \"sequential\"")]
+    Async,
+    /// Old rollouts in a mode that takes none.
+    #[error(
+        "trainer.max_staleness = {max_staleness} needs the asynchronous mode, which is not in this version: set it to 0"
+    )]
+    Staleness {
+        /// The budget.
+        max_staleness: u64,
+    },
+    /// No such environment.
+    #[error("environment = {name:?}: {reason}")]
+    Environment {
+        /// What was asked for.
+        name: String,
+        /// Which there are.
+        reason: String,
+    },
+    /// A number that is out of range.
+    #[error("{setting} = {value} must be {allowed}")]
+    OutOfRange {
+        /// Its name.
+        setting: String,
+        /// Its value.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// Audits without anybody to make them.
+    #[error(
+        "audit_fraction and audit_first ask for audits but auditors names nobody: add an auditor's peer id, or set both to 0"
+    )]
+    NoAuditor,
+    /// A round of the learner is one step.
+    #[error("trainer.dynamic_sampling drops groups that a round of the learner counts on: set it to false")]
+    DynamicSampling,
+    /// A divergence from a policy that the learner does not keep.
+    #[error(
+        "a KL weight of {weight} in trainer.loss or trainer.shaping needs a reference policy, which the learner does not keep: set it to 0"
+    )]
+    Reference {
+        /// The weight.
+        weight: f64,
+    },
+    /// The trainer's settings.
+    #[error("trainer: {0}")]
+    Trainer(ConfigError),
+}
+
+/// Everything that is wrong with a run's settings, one line each.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunFaults(pub Vec<RunFault>);
+
+impl fmt::Display for RunFaults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, fault) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "\n" };
+            write!(f, "{separator}{fault}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for RunFaults {}
+
+impl RunConfig {
+    /// The run's number.
+    pub fn run(&self) -> RunId {
+        RunId(self.seed)
+    }
+
+    /// Whether any trajectory is audited.
+    pub fn is_audited(&self) -> bool {
+        self.audit_fraction > 0.0 || self.audit_first > 0
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// All that is wrong.
+    pub fn validate(&self) -> Result<(), RunFaults> {
+        let mut faults = Vec::new();
+        if self.mode == Mode::Async {
+            faults.push(RunFault::Async);
+        } else if self.trainer.max_staleness > 0 {
+            faults.push(RunFault::Staleness { max_staleness: self.trainer.max_staleness });
+        }
+        if let Err(error) = by_name(&self.environment) {
+            faults.push(RunFault::Environment { name: self.environment.clone(), reason: error.to_string() });
+        }
+        for (setting, value) in [
+            ("workers", self.workers as u64),
+            ("workers_timeout_s", self.workers_timeout_s),
+            ("eval_tasks", self.eval_tasks),
+            ("seconds", self.seconds),
+        ] {
+            if value == 0 {
+                let (setting, allowed) = (setting.to_owned(), "at least 1".to_owned());
+                faults.push(RunFault::OutOfRange { setting, value: value.to_string(), allowed });
+            }
+        }
+        if self.is_audited() && self.auditors.is_empty() {
+            faults.push(RunFault::NoAuditor);
+        }
+        if self.trainer.dynamic_sampling {
+            faults.push(RunFault::DynamicSampling);
+        }
+        let in_reward = self.trainer.shaping.kl.filter(|kl| kl.weight > 0.0);
+        if let Some(kl) = in_reward.or_else(|| self.trainer.loss.divergence()) {
+            faults.push(RunFault::Reference { weight: kl.weight });
+        }
+        // Checked here for the trainer's names of the settings; the dispatcher would name its own.
+        faults.extend(self.trainer.faults().into_iter().map(RunFault::Trainer));
+        if faults.is_empty()
+            && let Err(e) = self.dispatch().validate()
+        {
+            faults.push(RunFault::OutOfRange {
+                setting: e.field.to_owned(),
+                value: e.value,
+                allowed: e.allowed,
+            });
+        } else if !(0.0..=1.0).contains(&self.audit_fraction) {
+            let (setting, allowed) = ("audit_fraction".to_owned(), "0 to 1".to_owned());
+            faults.push(RunFault::OutOfRange { setting, value: self.audit_fraction.to_string(), allowed });
+        }
+        if faults.is_empty() { Ok(()) } else { Err(RunFaults(faults)) }
+    }
+
+    /// How leases are given out.
+    pub fn dispatch(&self) -> DispatchConfig {
+        let saturated = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let sampling = SamplingSpec {
+            max_tokens: self.trainer.max_completion_tokens,
+            seed: self.seed,
+            ..SamplingSpec::default()
+        };
+        DispatchConfig {
+            group_size: saturated(self.trainer.group_size),
+            sampling,
+            audit: AuditPolicy { fraction: self.audit_fraction, first: self.audit_first, seed: self.seed },
+            ..DispatchConfig::new(self.run())
+        }
+    }
+
+    /// The tasks of one step. Different runs see different tasks, and all stay below the held-out seeds.
+    pub fn task_seeds(&self, step: u64) -> TaskSeeds {
+        TaskSeeds {
+            run: (self.seed % (1 << 20)) << 40,
+            step,
+            per_step: self.trainer.groups_per_step as u64,
+            given: None,
+        }
+    }
+}
+
+/// Gives out the seeds of a step's tasks: the same ones again after a restart, and none twice.
+#[derive(Debug, Clone)]
+pub struct TaskSeeds {
+    run: u64,
+    step: u64,
+    per_step: u64,
+    /// How many spare ones are out; `None` before the first call.
+    given: Option<u64>,
+}
+
+impl TaskSeeds {
+    /// Bit of the seeds that replace tasks whose groups were given up.
+    const SPARE: u64 = 1 << 39;
+
+    /// The next `n`. The first call is for what the step still misses, which after a restart are its last tasks.
+    pub fn take(&mut self, n: u32) -> Vec<u64> {
+        let n = u64::from(n);
+        let Some(given) = self.given else {
+            self.given = Some(0);
+            let end = (self.step + 1) * self.per_step;
+            return (end.saturating_sub(n.min(self.per_step))..end).map(|i| self.run | i).collect();
+        };
+        self.given = Some(given + n);
+        // 2^19 steps with 2^20 spare tasks each.
+        let first = Self::SPARE | (self.step % (1 << 19)) << 20 | given;
+        (first..first + n).map(|i| self.run | i).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_wrong_is_named_at_once() {
+        RunConfig::default().validate().unwrap();
+        let mut config = RunConfig {
+            mode: Mode::Async,
+            environment: "chess".to_owned(),
+            workers: 0,
+            audit_fraction: 2.0,
+            ..RunConfig::default()
+        };
+        config.trainer.group_size = 0;
+        config.trainer.dynamic_sampling = true;
+        config.trainer.lora_rank = 0;
+        let text = config.validate().unwrap_err().to_string();
+        for named in [
+            "async",
+            "chess",
+            "workers",
+            "audit_fraction",
+            "auditors",
+            "group_size",
+            "lora_rank",
+            "dynamic_sampling",
+        ] {
+            assert!(text.contains(named), "{named}: {text}");
+        }
+        assert_eq!(text.lines().count(), 8, "{text}");
+        let mut stale = RunConfig::default();
+        stale.trainer.max_staleness = 2;
+        assert!(stale.validate().unwrap_err().to_string().contains("max_staleness = 2"));
+        let mut long = RunConfig::default();
+        long.trainer.max_completion_tokens = u32::MAX;
+        assert!(long.validate().unwrap_err().to_string().contains("max_tokens"));
+    }
+
+    #[test]
+    fn a_step_sees_its_own_tasks_and_a_restart_sees_them_again() {
+        let config = RunConfig { seed: 3, ..RunConfig::default() };
+        let n = config.trainer.groups_per_step as u32;
+        let whole = config.task_seeds(5).take(n);
+        let following = config.task_seeds(6).take(n);
+        assert_eq!(whole[0] + u64::from(n), following[0]);
+        // After a restart 3 groups are missing.
+        let mut again = config.task_seeds(5);
+        assert_eq!(again.take(3), whole[whole.len() - 3..]);
+        // Two groups were given up.
+        let spare = [again.take(2), again.take(1)].concat();
+        let mut all = [whole, following, spare].concat();
+        let n_all = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), n_all, "a seed was given out twice");
+        assert!(all.iter().all(|s| *s < echo_rollout::environment::HELD_OUT_SEEDS));
+    }
+}

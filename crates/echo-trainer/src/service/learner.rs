@@ -1,0 +1,456 @@
+//! The learner of a swarm: leases rollouts to workers, trains on what passed the audits, publishes every update as a signed
+//! adapter, measures itself on held-out tasks, and goes on after a crash where its checkpoint is.
+//!
+//! ```no_run
+//! # async fn example(
+//! #     node: lattica_net::Node, blocks: lattica_bitswap::Blocks, policy: parallax_model::train::TrainModel,
+//! #     sampler: std::sync::Arc<dyn echo_trainer::service::Sampler>, text: std::sync::Arc<dyn echo_rollout::text::Text>,
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
+//! use echo_trainer::RunConfig;
+//! use echo_trainer::service::{Learner, Parts};
+//!
+//! let parts = Parts { node, blocks, policy, sampler, text, base_model_id: "…".into(), vocabulary: 512, full_bytes: 0 };
+//! let mut learner = Learner::start(RunConfig::default(), parts, "run".as_ref()).await?;
+//! let summary = learner.run(|event| println!("{event:?}")).await?;
+//! println!("{} versions", summary.versions);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use echo_rollout::admission::{All, Regrade, Shape};
+use echo_rollout::environment::{Environment, UnknownEnvironment, by_name};
+use echo_rollout::service::{Collector, CollectorConfig, CollectorError};
+use echo_rollout::snapshot::SignedSnapshot;
+use echo_rollout::sync::{SequentialConfig, SequentialSync};
+use echo_rollout::text::Text;
+use lattica_bitswap::{Blocks, PublishError};
+use lattica_net::Node;
+use serde::Serialize;
+use swarm_wire::{PeerId, PolicyVersion};
+
+use super::checkpoint_dir::{self, CheckpointDirError};
+use super::evaluation::{Evaluation, EvaluationError, Sampler, evaluate};
+use super::publisher::{Publisher, Update};
+use crate::checkpoint::CheckpointError;
+use crate::error::{AddError, StepError};
+use crate::metrics::StepReport;
+use crate::run::{RunConfig, RunFaults};
+use crate::trainer::{Group, Trainer};
+
+/// The journal of leases and trajectories, in the run's directory.
+pub const JOURNAL: &str = "rollouts.redb";
+/// The newest adapter, in the run's directory.
+pub const ADAPTER: &str = "adapter.safetensors";
+
+/// What a learner is wired from.
+#[expect(missing_debug_implementations, reason = "engines and tokenizers have none")]
+pub struct Parts<P> {
+    /// The trainer's node; workers know its peer id.
+    pub node: Node,
+    /// Serves the adapters.
+    pub blocks: Blocks,
+    /// The freshly loaded policy.
+    pub policy: P,
+    /// The engine for held-out tasks.
+    pub sampler: Arc<dyn Sampler>,
+    /// Tokenizer and chat template.
+    pub text: Arc<dyn Text>,
+    /// Identity of the base checkpoint; workers with another one are refused.
+    pub base_model_id: String,
+    /// Tokens that the model has.
+    pub vocabulary: u32,
+    /// Bytes of all weights, to compare an update with.
+    pub full_bytes: u64,
+}
+
+/// What a learner tells of its run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum LearnerEvent {
+    /// The policy was measured.
+    Eval(Evaluation),
+    /// A step was made, written down and published.
+    Step(StepEvent),
+    /// A worker was found to compute something else than it says.
+    Convicted {
+        /// The worker.
+        peer: PeerId,
+        /// Audits of it, the one that found it included.
+        audits: u64,
+    },
+}
+
+/// One step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct StepEvent {
+    /// The version that it made.
+    pub version: PolicyVersion,
+    /// Mean reward of its rollouts.
+    pub reward: f64,
+    /// The loss.
+    pub loss: f64,
+    /// Largest `|ratio - 1|` between learner and sampler.
+    pub ratio_deviation_max: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Age of its oldest rollout, in versions.
+    pub staleness_max: u64,
+    /// Bytes of the published update.
+    pub update_bytes: u64,
+    /// Sampled tokens that it trained on.
+    pub completion_tokens: usize,
+    /// Seconds until its rollouts were there.
+    pub rollouts_s: f64,
+    /// Seconds of training, writing and publishing.
+    pub train_s: f64,
+    /// Seconds of the whole step.
+    pub step_s: f64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunSummary {
+    /// Versions after the base model.
+    pub versions: u64,
+    /// Share of the loop in which the learner trained.
+    pub learner_utilisation: f64,
+    /// Where the leases went.
+    pub trajectories: TrajectoryCounts,
+    /// Ages of what was trained on.
+    pub staleness: StalenessCounts,
+    /// Trajectories of convicted workers that had been trained on before.
+    pub poisoned_trained: u64,
+    /// Bytes of the newest update.
+    pub update_bytes: u64,
+    /// Bytes of all weights.
+    pub full_bytes: u64,
+    /// The newest adapter; none when no step was made.
+    pub adapter: Option<PathBuf>,
+}
+
+/// Where the leases went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct TrajectoryCounts {
+    /// Given out.
+    pub leased: u64,
+    /// Trained on.
+    pub consumed: u64,
+    /// Too old.
+    pub dropped_stale: u64,
+    /// Refused by admission or audit.
+    pub rejected: u64,
+    /// In no state: always 0.
+    pub lost: u64,
+    /// Trained on twice: always 0.
+    pub duplicated: u64,
+    /// Not ended yet.
+    pub open: u64,
+}
+
+/// Ages of what was trained on, in versions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct StalenessCounts {
+    /// Most that is allowed.
+    pub budget: u64,
+    /// Most that was.
+    pub max: u64,
+    /// Mean.
+    pub mean: f64,
+}
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LearnerError {
+    /// Settings.
+    #[error(transparent)]
+    Config(#[from] RunFaults),
+    /// No such environment.
+    #[error(transparent)]
+    Environment(#[from] UnknownEnvironment),
+    /// The settings are not those of the checkpoint in the directory.
+    #[error("{} holds a run with other trainer settings; restore them, or name another directory", path.display())]
+    OtherSettings {
+        /// The run's directory.
+        path: PathBuf,
+    },
+    /// Nobody came.
+    #[error(
+        "no worker registered within {seconds} s; start some with the trainer's address, or raise workers_timeout_s"
+    )]
+    NoWorkers {
+        /// How long the learner waited.
+        seconds: u64,
+    },
+    /// Leases and trajectories.
+    #[error(transparent)]
+    Collector(#[from] CollectorError),
+    /// A group that the dispatcher gave and the trainer does not take: a bug.
+    #[error(transparent)]
+    Add(#[from] AddError),
+    /// A step.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The state of the run.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The directory.
+    #[error(transparent)]
+    CheckpointDir(#[from] CheckpointDirError),
+    /// The adapter's blocks.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// Held-out tasks.
+    #[error(transparent)]
+    Evaluation(#[from] EvaluationError),
+    /// The learner's own engine.
+    #[error("installing {version} in the learner's engine: {reason}")]
+    Install {
+        /// The version.
+        version: PolicyVersion,
+        /// The engine's own words.
+        reason: String,
+    },
+    /// The books do not add up: a bug.
+    #[error("book-keeping: {0}")]
+    Books(String),
+}
+
+/// The learner of one run.
+pub struct Learner<P> {
+    config: RunConfig,
+    dir: PathBuf,
+    collector: Collector,
+    publisher: Publisher,
+    trainer: Arc<Mutex<Trainer<P>>>,
+    sampler: Arc<dyn Sampler>,
+    text: Arc<dyn Text>,
+    environment: Arc<dyn Environment>,
+    base_model_id: String,
+    full_bytes: u64,
+    update_bytes: u64,
+}
+
+impl<P> std::fmt::Debug for Learner<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Learner({} in {})", self.config.run(), self.dir.display())
+    }
+}
+
+impl<P: Update + Send + 'static> Learner<P> {
+    /// Starts to answer workers on the node; the run in `dir` goes on if there is one.
+    ///
+    /// # Errors
+    /// Settings out of range, another run in `dir`, a directory that cannot be written.
+    pub async fn start(config: RunConfig, parts: Parts<P>, dir: &Path) -> Result<Self, LearnerError> {
+        config.validate()?;
+        let environment: Arc<dyn Environment> = Arc::from(by_name(&config.environment)?);
+        let trainer = open_trainer(&config, parts.policy, &parts.base_model_id, dir)?;
+        let collector_config = CollectorConfig {
+            auditors: config.auditors.clone(),
+            ..CollectorConfig::new(
+                config.dispatch(),
+                parts.base_model_id.clone(),
+                config.environment.clone(),
+                environment.version(),
+            )
+        };
+        let shape = Shape {
+            environment: config.environment.clone(),
+            vocabulary: parts.vocabulary,
+            rewards: environment.reward_range(),
+            commitment: config.is_audited(),
+        };
+        let regrade = Regrade { environment: environment.clone(), text: parts.text.clone() };
+        let admission = Arc::new(All(vec![Box::new(shape), Box::new(regrade)]));
+        let (node, steps) = (parts.node.clone(), trainer.version().0);
+        let journal = Some(dir.join(JOURNAL));
+        let collector = Collector::start(node, collector_config, admission, journal, steps).await?;
+        Ok(Self {
+            publisher: Publisher::new(config.run(), parts.base_model_id.clone(), &parts.node, parts.blocks),
+            config,
+            dir: dir.to_owned(),
+            collector,
+            trainer: Arc::new(Mutex::new(trainer)),
+            sampler: parts.sampler,
+            text: parts.text,
+            environment,
+            base_model_id: parts.base_model_id,
+            full_bytes: parts.full_bytes,
+            update_bytes: 0,
+        })
+    }
+
+    /// The trainer's side of the rollout swarm.
+    pub fn collector(&self) -> &Collector {
+        &self.collector
+    }
+
+    /// The version of the present weights.
+    pub fn version(&self) -> PolicyVersion {
+        self.trainer().version()
+    }
+
+    /// Waits for workers, then makes the steps that are left, or as many as the time allows.
+    ///
+    /// # Errors
+    /// No workers, a full disk, a model that cannot be trained. What was reported as a step is on disk.
+    pub async fn run(&mut self, mut tell: impl FnMut(LearnerEvent)) -> Result<RunSummary, LearnerError> {
+        let started = Instant::now();
+        let patience = Duration::from_secs(self.config.workers_timeout_s);
+        if self.collector.wait_for_workers(self.config.workers, patience).await == 0 {
+            return Err(LearnerError::NoWorkers { seconds: self.config.workers_timeout_s });
+        }
+        let mut snapshot = self.snapshot().await?;
+        self.collector.publish(&snapshot).await?;
+        tell(LearnerEvent::Eval(self.evaluate().await?));
+
+        let round = SequentialConfig {
+            groups_per_step: u32::try_from(self.config.trainer.groups_per_step).unwrap_or(u32::MAX),
+            min_workers: 1,
+            ack_timeout_ms: self.config.ack_timeout_ms,
+        };
+        let first = self.version();
+        let mut sync = SequentialSync::new(round, first, first.0);
+        let (mut training, mut convicted) = (Duration::ZERO, 0);
+        let loop_started = Instant::now();
+        for step in first.0..self.config.trainer.steps {
+            if started.elapsed() > Duration::from_secs(self.config.seconds) {
+                break;
+            }
+            let step_started = Instant::now();
+            let mut seeds = self.config.task_seeds(step);
+            let groups = self.collector.round(&mut sync, &snapshot, |n| seeds.take(n)).await?;
+            let rollouts_s = step_started.elapsed().as_secs_f64();
+            for (peer, audits) in self.collector.convicted().into_iter().skip(convicted) {
+                convicted += 1;
+                tell(LearnerEvent::Convicted { peer, audits });
+            }
+            let completions = groups.iter().flat_map(|g| &g.trajectories).map(|t| t.completion().len());
+            let completion_tokens = completions.sum();
+            let train_started = Instant::now();
+            let report = self.train(&groups).await?;
+            training += train_started.elapsed();
+            snapshot = self.snapshot().await?;
+            self.collector.commit(&mut sync).await?;
+            self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
+            tell(LearnerEvent::Step(StepEvent {
+                version: report.version,
+                reward: report.reward_mean,
+                loss: report.loss.loss,
+                ratio_deviation_max: report.loss.ratio_deviation_max,
+                grad_norm: report.grad_norm,
+                staleness_max: report.staleness_max,
+                update_bytes: self.update_bytes,
+                completion_tokens,
+                rollouts_s,
+                train_s: train_started.elapsed().as_secs_f64(),
+                step_s: step_started.elapsed().as_secs_f64(),
+            }));
+        }
+        let loop_s = loop_started.elapsed().as_secs_f64();
+        self.collector.publish(&snapshot).await?;
+        tell(LearnerEvent::Eval(self.evaluate().await?));
+        Ok(self.summary(training.as_secs_f64() / loop_s.max(1e-9)))
+    }
+
+    /// Workers see that the run is over and end by themselves; the journal is closed.
+    pub fn close(&self) {
+        self.collector.close();
+    }
+
+    fn trainer(&self) -> MutexGuard<'_, Trainer<P>> {
+        self.trainer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Publishes the present weights and installs them in the learner's own engine.
+    async fn snapshot(&mut self) -> Result<SignedSnapshot, LearnerError> {
+        let version = self.version();
+        if version.0 == 0 {
+            return Ok(self.publisher.base());
+        }
+        let bytes = self.trainer().policy().update_bytes()?;
+        self.update_bytes = bytes.len() as u64;
+        checkpoint_dir::write(&self.dir.join(ADAPTER), &bytes)?;
+        let snapshot = self.publisher.adapter(version, Bytes::from(bytes.clone())).await?;
+        let installed = self.sampler.install(version, Some(bytes)).await;
+        installed.map_err(|reason| LearnerError::Install { version, reason })?;
+        Ok(snapshot)
+    }
+
+    /// One step, and its checkpoint with the leases that it consumed; off the runtime's threads.
+    async fn train(&self, groups: &[echo_rollout::Group]) -> Result<StepReport, LearnerError> {
+        let groups: Vec<Group> = groups.iter().map(Group::from).collect();
+        let (trainer, dir) = (Arc::clone(&self.trainer), self.dir.clone());
+        let (run, base_model_id) = (self.config.run(), self.base_model_id.clone());
+        let step = move || {
+            let mut trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
+            for group in groups {
+                trainer.add_group(group)?;
+            }
+            let report = trainer.train_step()?;
+            checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
+            Ok(report)
+        };
+        tokio::task::spawn_blocking(step).await.expect("a training step does not panic")
+    }
+
+    async fn evaluate(&self) -> Result<Evaluation, LearnerError> {
+        let max_tokens = self.config.trainer.max_completion_tokens;
+        let (version, n_tasks) = (self.version(), self.config.eval_tasks);
+        let environment = &*self.environment;
+        Ok(evaluate(&*self.sampler, &*self.text, environment, version, n_tasks, max_tokens).await?)
+    }
+
+    fn summary(&self, learner_utilisation: f64) -> RunSummary {
+        let counts = self.collector.counts();
+        let versions = self.version().0;
+        RunSummary {
+            versions,
+            learner_utilisation,
+            trajectories: TrajectoryCounts {
+                leased: counts.leased,
+                consumed: counts.consumed,
+                dropped_stale: counts.dropped_stale(),
+                rejected: counts.rejected(),
+                lost: counts.lost,
+                duplicated: counts.duplicated,
+                open: counts.open,
+            },
+            staleness: StalenessCounts {
+                budget: self.config.trainer.max_staleness,
+                max: counts.staleness_max,
+                mean: counts.staleness_mean,
+            },
+            poisoned_trained: counts.consumed_of_convicted,
+            update_bytes: self.update_bytes,
+            full_bytes: self.full_bytes,
+            adapter: (versions > 0).then(|| self.dir.join(ADAPTER)),
+        }
+    }
+}
+
+/// The trainer of the checkpoint in `dir`, or a new one. More steps than before may be asked for; nothing else changes.
+fn open_trainer<P: Update>(
+    config: &RunConfig,
+    policy: P,
+    base_model_id: &str,
+    dir: &Path,
+) -> Result<Trainer<P>, LearnerError> {
+    checkpoint_dir::create(dir)?;
+    let Some(checkpoint) = checkpoint_dir::load(dir)? else {
+        return Ok(Trainer::new(policy, config.trainer)?);
+    };
+    let mut saved = checkpoint.manifest.config;
+    saved.steps = config.trainer.steps;
+    if saved != config.trainer {
+        return Err(LearnerError::OtherSettings { path: dir.to_owned() });
+    }
+    Ok(Trainer::resume(policy, &checkpoint, config.run(), base_model_id)?)
+}

@@ -1,0 +1,103 @@
+//! A learner and rollout workers as separate programs, as on two machines: `training-swarm --config` and `rollout-fleet`
+//! with the address that it prints. Stopped after two steps, the run goes on with the third.
+#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
+
+use std::io::{BufRead as _, BufReader, Lines};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use serde_json::Value;
+
+/// A program whose stdout is read line by line; it does not outlive the test.
+struct Program {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Program {
+    fn start(binary: &str, args: &[&str]) -> Self {
+        let mut command = Command::new(binary);
+        let mut child = command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, lines }
+    }
+
+    /// The next line; `None` at the end.
+    fn next(&mut self) -> Option<Value> {
+        self.lines.next().map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // One that has ended needs neither.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs learner and workers up to `steps`; all lines of the learner.
+fn run(dir: &Path, steps: u64) -> Vec<Value> {
+    let config = dir.join("run.toml");
+    let settings = format!(
+        "dir = \"{0}/run\"\nthreads = 1\n[node]\nidentity = \"{0}/learner.key\"\nnetwork = \"training-swarm-test\"\n\
+         [run]\nseed = 7\nworkers = 2\neval_tasks = 4\n[run.trainer]\nsteps = {steps}\ngroups_per_step = 3\ngroup_size = 4\n",
+        dir.display()
+    );
+    std::fs::write(&config, settings).unwrap();
+    let mut learner = Program::start(
+        env!("CARGO_BIN_EXE_training-swarm"),
+        &["--config", config.to_str().unwrap(), "--json"],
+    );
+    let ready = learner.next().expect("the learner gets ready");
+    let address = ready["addrs"][0].as_str().unwrap();
+    let fleet = [
+        "--trainer",
+        address,
+        "--network",
+        "training-swarm-test",
+        "--workers",
+        "2",
+        "--cache-tokens",
+        "1024",
+    ];
+    let _fleet = Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet);
+    let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
+    assert!(learner.child.wait().unwrap().success(), "{lines:?}");
+    lines
+}
+
+#[test]
+fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = |lines: &[Value]| -> Vec<u64> {
+        let steps = lines.iter().filter(|l| l["event"] == "step");
+        steps.map(|l| l["version"].as_u64().unwrap()).collect()
+    };
+    let first = run(dir.path(), 2);
+    assert_eq!(steps(&first), [1, 2]);
+    for step in first.iter().filter(|l| l["event"] == "step") {
+        assert_eq!(
+            (&step["ratio_deviation_max"], &step["staleness_max"]),
+            (&0.0.into(), &0.into()),
+            "{step}"
+        );
+    }
+    let summary = first.last().unwrap();
+    assert_eq!(summary["versions"], 2);
+    assert_eq!(summary["trajectories"]["consumed"], 2 * 3 * 4, "{summary}");
+    for nothing in ["lost", "duplicated", "rejected"] {
+        assert_eq!(summary["trajectories"][nothing], 0, "{summary}");
+    }
+    assert!(dir.path().join("run/adapter.safetensors").is_file());
+
+    let second = run(dir.path(), 3);
+    assert_eq!(second[0]["version"], 2, "it goes on with the weights of its checkpoint: {}", second[0]);
+    assert_eq!(second[0]["eval"], summary["eval_after"], "the same weights, the same answers");
+    assert_eq!(steps(&second), [3]);
+    let summary = second.last().unwrap();
+    assert_eq!(
+        (&summary["versions"], &summary["trajectories"]["consumed"]),
+        (&3.into(), &(3 * 3 * 4).into())
+    );
+}

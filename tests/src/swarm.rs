@@ -1,0 +1,254 @@
+//! A swarm of real processes: `parallax serve` and `parallax join` on loopback addresses, with a small random model.
+#![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that cannot go on has failed")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use parallax_engine::local::Pipeline;
+use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
+use parallax_model::{Checkpoint, LoadOptions, ModelConfig, TrainModel};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+const WORDS: usize = 64;
+
+/// The binary beside this test's own: target/release/deps/TEST-1234 -> target/release/parallax.
+pub fn parallax() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().and_then(Path::parent).unwrap().join("parallax");
+    assert!(
+        path.is_file(),
+        "{} is not there: build it with `cargo build --release -p swarm-examples`, or run the whole workspace's tests",
+        path.display()
+    );
+    path
+}
+
+/// A random model of six layers whose words are w0 ... w63.
+fn random_checkpoint(dir: &Path) {
+    let config = json!({
+        "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": WORDS,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "max_position_embeddings": 8192,
+    });
+    let config = ModelConfig::from_hf_json(&config.to_string()).unwrap();
+    let words: serde_json::Map<String, Value> = (0..WORDS).map(|i| (format!("w{i}"), json!(i))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    let mut model = TrainModel::new_random(&config, 20_260).unwrap();
+    model.set_text_file("tokenizer.json", tokenizer.to_string().into_bytes());
+    model.save_checkpoint(dir).unwrap();
+}
+
+/// A process that does not outlive the test, with its stderr in a file.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    fn start(args: &[&str], log: PathBuf) -> Self {
+        let stderr = File::create(&log).unwrap();
+        let child = Command::new(parallax())
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        Self { child, log }
+    }
+
+    /// What it wrote to stderr so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// What follows `mark` on the first line that has it.
+    pub fn wait_for(&mut self, mark: &str) -> String {
+        let started = Instant::now();
+        loop {
+            let log = self.log();
+            // Only whole lines: the process may be in the middle of writing one.
+            let whole = log.rfind('\n').map_or("", |end| &log[..end]);
+            if let Some(rest) = whole.lines().find_map(|line| line.split_once(mark)) {
+                return rest.1.trim().to_owned();
+            }
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none() && started.elapsed() < PATIENCE, "no {mark:?}, {ended:?}:\n{log}");
+            pause();
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // One that was killed already needs neither.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Sends one HTTP request; the answer is to be read.
+pub fn send(address: &str, method: &str, path: &str, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
+    .unwrap();
+    stream
+}
+
+/// Status and JSON body of an answer that is not streamed.
+pub fn call(address: &str, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let mut answer = String::new();
+    send(address, method, path, &body).read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), serde_json::from_str(body).unwrap())
+}
+
+/// A process of the swarm with an address, a cache and a log of its own.
+fn member(dir: &Path, name: &str, n: u8, layers: &str, command: &[&str]) -> Process {
+    let cache = dir.join(format!("cache-{name}"));
+    let (tcp, quic) = (format!("/ip4/127.0.0.{n}/tcp/0"), format!("/ip4/127.0.0.{n}/udp/0/quic-v1"));
+    let place =
+        ["--swarm", "test", "--cache-dir", cache.to_str().unwrap(), "--listen", &tcp, "--listen", &quic];
+    let share = ["--layers", layers, "--threads", "1", "--memory-gb", "1"];
+    Process::start(&[command, &place, &share].concat(), dir.join(format!("{name}.log")))
+}
+
+/// A head with the first two of six layers.
+#[derive(Debug)]
+pub struct Swarm {
+    dir: tempfile::TempDir,
+    /// Scheduler, API and the first stage.
+    pub head: Process,
+    /// Of the API.
+    pub address: String,
+    /// Of the head in the network.
+    pub bootstrap: String,
+    model: String,
+}
+
+impl Swarm {
+    /// Starts the head, which then waits for layers 2..6.
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        random_checkpoint(&model);
+        let model = model.to_str().unwrap().to_owned();
+        let command = ["serve", "--model", &model, "--port", "0"];
+        let mut head = member(dir.path(), "serve", 1, "0..2", &command);
+        let address = head.wait_for("serving on http://");
+        let bootstrap = head.wait_for("--bootstrap ");
+        Self { dir, head, address, bootstrap, model }
+    }
+
+    /// A stage on a loopback address of its own; it gets its weights from the head.
+    pub fn join(&self, name: &str, n: u8, layers: &str) -> Process {
+        member(self.dir.path(), name, n, layers, &["join", "--bootstrap", &self.bootstrap])
+    }
+
+    /// The head's report.
+    pub fn status(&self) -> Value {
+        call(&self.address, "GET", "/swarm/status", &Value::Null).1
+    }
+
+    /// Waits until all layers are held.
+    pub fn wait_until_ready(&self, members: &[&Process]) {
+        let started = Instant::now();
+        while self.status()["ready"] != json!(true) {
+            let logs: Vec<String> = members.iter().map(|m| m.log()).collect();
+            assert!(
+                started.elapsed() < PATIENCE,
+                "{}\n{}\n{}",
+                self.status(),
+                self.head.log(),
+                logs.join("\n---\n")
+            );
+            pause();
+        }
+    }
+
+    /// Every request is refused with 503; soon the reason is this one.
+    pub fn wait_until_refused(&self, why: &str) {
+        let started = Instant::now();
+        loop {
+            let (status, refused) = self.complete(&json!({"prompt": "w1", "max_tokens": 1}));
+            assert_eq!(status, 503, "{refused}");
+            if refused["error"]["message"].as_str().is_some_and(|message| message.contains(why)) {
+                return;
+            }
+            assert!(started.elapsed() < PATIENCE, "{refused}");
+            pause();
+        }
+    }
+
+    fn complete(&self, request: &Value) -> (u16, Value) {
+        call(&self.address, "POST", "/v1/completions", request)
+    }
+
+    /// The swarm gives the tokens of one process.
+    pub fn check_tokens(&self) {
+        for (body, expected) in expected(&self.model) {
+            let (status, answer) = self.complete(&body);
+            assert_eq!(
+                (status, answer["choices"][0]["text"].as_str()),
+                (200, Some(expected.as_str())),
+                "{answer}"
+            );
+        }
+    }
+}
+
+const PROMPTS: [&str; 3] =
+    ["w3 w9 w1 w44", "w60", "w7 w7 w7 w8 w21 w5 w2 w63 w11 w30 w31 w32 w33 w34 w35 w36 w37 w38"];
+
+/// Requests, greedy and sampled, with the text that one process gives.
+fn expected(model: &str) -> Vec<(Value, String)> {
+    let checkpoint = Checkpoint::open(Path::new(model)).unwrap();
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let pipeline = Pipeline::load(&checkpoint, &LoadOptions::whole(&checkpoint), 1, |_| ()).unwrap();
+    let engine = EngineHandle::start(Box::new(pipeline), EngineConfig::default()).unwrap();
+    let mut cases = Vec::new();
+    for prompt in PROMPTS {
+        for temperature in [0.0f32, 1.0] {
+            let sampling =
+                SamplingParams { temperature, seed: 7, max_tokens: 40, ..SamplingParams::default() };
+            let request =
+                Request { prompt: tokenizer.encode(prompt, true).unwrap(), sampling, ..Request::default() };
+            let completion = engine.generate_blocking(request).unwrap();
+            let ids: Vec<u32> = completion.tokens.iter().map(|t| t.id).collect();
+            assert_eq!(ids.len(), 40);
+            let mut text = tokenizer.stream();
+            let mut whole: String = ids.iter().map(|&id| text.push(id).unwrap()).collect();
+            whole.push_str(&text.finish().unwrap());
+            let body = json!({"prompt": prompt, "max_tokens": 40, "temperature": temperature, "seed": 7});
+            cases.push((body, whole));
+        }
+    }
+    cases
+}
+
+/// Between two looks at another process, whose cores these are, too.
+fn pause() {
+    std::thread::park_timeout(Duration::from_millis(20));
+}
