@@ -4,7 +4,11 @@
 #[cfg(feature = "service")]
 pub mod auditor;
 pub mod collector;
+#[cfg(feature = "service")]
+pub mod external;
 pub mod journal;
+#[cfg(feature = "service")]
+pub mod referee;
 #[cfg(feature = "service")]
 pub mod snapshot_watcher;
 #[cfg(feature = "service")]
@@ -24,7 +28,11 @@ use swarm_wire::{DecodeError, PeerId};
 #[cfg(feature = "service")]
 pub use auditor::{AuditorConfig, AuditorError, Replay, run_auditor};
 pub use collector::{Collector, CollectorConfig, CollectorError};
+#[cfg(feature = "service")]
+pub use external::{External, ExternalConfig, ExternalError};
 pub use journal::{Journal, JournalError};
+#[cfg(feature = "service")]
+pub use referee::{Referee, RefereeError};
 #[cfg(feature = "service")]
 pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
 #[cfg(feature = "service")]

@@ -15,9 +15,10 @@ use swarm_wire::{PeerId, PolicyVersion, RunId};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::referee::Referee;
 use super::snapshot_watcher::{PayloadSource, SnapshotWatcher};
 use super::{AskError, LEASE, LONG_POLL, OPEN, REGISTER, SUBMIT, ask, encode};
-use crate::environment::Environment;
+use crate::environment::{Environment, Task, Turn};
 use crate::lease::{Lease, LeaseId};
 use crate::rollout::{Finish, Sample, Step, Trajectory};
 use crate::text::Text;
@@ -40,6 +41,8 @@ pub struct WorkerConfig {
     pub give_up: Duration,
     /// Commitments kept for auditors; the oldest go first. Default: 1024.
     pub openings: usize,
+    /// How long the environment may take to answer; a lease whose episode takes longer is given back. Default: 30 s.
+    pub episode_timeout: Duration,
 }
 
 impl WorkerConfig {
@@ -53,6 +56,7 @@ impl WorkerConfig {
             retry_pause: Duration::from_millis(250),
             give_up: Duration::from_secs(60),
             openings: 1024,
+            episode_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -296,6 +300,7 @@ impl Worker {
                 Arc::clone(&self.text),
                 self.committer.clone(),
                 (lease, watcher.adapter_hash(), self.node.peer_id()),
+                self.config.episode_timeout,
             ));
         }
         while let Some(done) = samples.join_next().await {
@@ -417,46 +422,35 @@ async fn sample(
     text: Arc<dyn Text>,
     committer: Option<Arc<dyn Committer>>,
     (lease, adapter_hash, worker): (Lease, Option<[u8; 32]>, PeerId),
+    timeout: Duration,
 ) -> Result<Made, (LeaseId, String)> {
     let back = |e: &dyn fmt::Display| (lease.id, e.to_string());
+    if committer.is_some() && environment.turns() > 1 {
+        return Err(back(&"commitments cover a single turn; take a run without audits for this environment"));
+    }
+    let name = environment.name().to_owned();
     let task = environment.task(lease.task_seed);
     let prompt = text.prompt(&task).map_err(|e| back(&e))?;
-    let s = lease.sampling;
-    let sampling = SamplingParams {
-        temperature: s.temperature,
-        top_k: s.top_k as usize,
-        top_p: s.top_p,
-        seed: s.seed,
-        max_tokens: s.max_tokens as usize,
-        stop_ids: text.stop_ids().to_vec(),
-        ..SamplingParams::default()
-    };
-    let request = Request {
-        prompt: prompt.clone(),
-        sampling,
-        capture_hidden: committer.is_some(),
-        ..Request::default()
-    };
-    let completion = engine.generate(request).await.map_err(|e| back(&e))?;
-    let finish = match completion.reason {
-        FinishReason::Stop => Finish::Stop,
-        FinishReason::Length => Finish::Length,
-        FinishReason::Aborted | FinishReason::Error => {
-            return Err(back(&completion.error.as_deref().unwrap_or("sampling was aborted")));
+    let mut referee = Referee::start(environment, task.clone(), timeout).map_err(|e| back(&e))?;
+    let mut play = Play { engine, text, task, lease, steps: Vec::new(), rows: Vec::new() };
+    let (reward, finish) = loop {
+        let turn = play.turn(&prompt, committer.is_some()).await.map_err(|e| back(&e))?;
+        let answer = referee.step(turn.said).await.map_err(|e| back(&e))?;
+        match (answer, turn.stopped) {
+            (Turn::Done(reward), true) => break (reward, Finish::Stop),
+            (Turn::Done(reward), false) => break (reward, Finish::Length),
+            (Turn::Continue { observation }, true) if play.hear(&observation).map_err(|e| back(&e))? => {}
+            (Turn::Continue { .. }, _) => {
+                break (referee.cut().await.map_err(|e| back(&e))?, Finish::Length);
+            }
         }
     };
-    if let Some(odd) = completion.tokens.iter().find(|t| t.version != lease.version) {
-        return Err(back(&format!("sampled with {} instead of {}", odd.version, lease.version)));
-    }
-    let steps: Vec<Step> = completion.tokens.iter().map(|t| step(t, lease.version)).collect();
-    let tokens: Vec<u32> = steps.iter().map(|s| s.token).collect();
-    let reward = environment.verify(&task, &text.completion(&tokens)).map_err(|e| back(&e))?;
+    let Play { steps, rows, .. } = play;
     let (commitment, opener) = match committer {
         None => (Bytes::new(), None),
         Some(committer) => {
+            let tokens: Vec<u32> = steps.iter().map(|s| s.token).collect();
             let logprobs: Vec<f32> = steps.iter().map(|s| s.logprob).collect();
-            let rows: Option<Vec<Vec<f32>>> = completion.tokens.into_iter().map(|t| t.hidden).collect();
-            let rows = rows.ok_or_else(|| back(&"the engine captured no hidden rows"))?;
             let (lease, prompt) = (&lease, &prompt[..]);
             let work =
                 Work { lease, prompt, tokens: &tokens, logprobs: &logprobs, rows: &rows, adapter_hash };
@@ -464,9 +458,76 @@ async fn sample(
             (commitment, Some(opener))
         }
     };
-    let environment = environment.name().to_owned();
-    let sample = Sample { lease, worker, environment, prompt, steps, finish, reward, commitment };
+    let sample = Sample { lease, worker, environment: name, prompt, steps, finish, reward, commitment };
     Ok((Trajectory::new(sample).map_err(|e| back(&e))?, opener))
+}
+
+/// A transcript in the making.
+struct Play {
+    engine: EngineHandle,
+    text: Arc<dyn Text>,
+    task: Task,
+    lease: Lease,
+    steps: Vec<Step>,
+    /// Final-norm rows of the sampled tokens, where a committer asked for them.
+    rows: Vec<Vec<f32>>,
+}
+
+/// What the policy said in one turn.
+struct Said {
+    said: String,
+    /// By an end-of-sequence token, not for want of room.
+    stopped: bool,
+}
+
+impl Play {
+    /// Samples one turn after `prompt` and all that was said.
+    async fn turn(&mut self, prompt: &[u32], capture_hidden: bool) -> Result<Said, String> {
+        let s = self.lease.sampling;
+        let before = self.steps.len();
+        let sampling = SamplingParams {
+            temperature: s.temperature,
+            top_k: s.top_k as usize,
+            top_p: s.top_p,
+            seed: s.seed,
+            max_tokens: (s.max_tokens as usize).saturating_sub(before),
+            stop_ids: self.text.stop_ids().to_vec(),
+            ..SamplingParams::default()
+        };
+        let context = prompt.iter().copied().chain(self.steps.iter().map(|s| s.token)).collect();
+        let request = Request { prompt: context, sampling, capture_hidden };
+        let completion = self.engine.generate(request).await.map_err(|e| e.to_string())?;
+        let stopped = match completion.reason {
+            FinishReason::Stop => true,
+            FinishReason::Length => false,
+            FinishReason::Aborted | FinishReason::Error => {
+                return Err(completion.error.unwrap_or_else(|| "sampling was aborted".to_owned()));
+            }
+        };
+        let version = self.lease.version;
+        if let Some(odd) = completion.tokens.iter().find(|t| t.version != version) {
+            return Err(format!("sampled with {} instead of {version}", odd.version));
+        }
+        self.steps.extend(completion.tokens.iter().map(|t| step(t, version)));
+        if capture_hidden {
+            let rows: Option<Vec<Vec<f32>>> = completion.tokens.into_iter().map(|t| t.hidden).collect();
+            self.rows.extend(rows.ok_or("the engine captured no hidden rows")?);
+        }
+        let tokens: Vec<u32> = self.steps[before..].iter().map(|s| s.token).collect();
+        Ok(Said { said: self.text.completion(&tokens), stopped })
+    }
+
+    /// Writes down what the environment says; false when there is no room for a word of the policy after it.
+    fn hear(&mut self, observation: &str) -> Result<bool, String> {
+        let tokens = self.text.observation(&self.task, observation).map_err(|e| e.to_string())?;
+        let room = self.steps.len() + tokens.len() < self.lease.sampling.max_tokens as usize;
+        if room {
+            let version = self.lease.version;
+            let foreign = |token| Step { token, logprob: 0.0, version, trainable: false };
+            self.steps.extend(tokens.into_iter().map(foreign));
+        }
+        Ok(room)
+    }
 }
 
 /// The log-probability is the one under the distribution that was sampled from.
