@@ -99,7 +99,8 @@ fn load(f: &Fixture, layers: Range<usize>) -> Stage {
 
 fn rows(start: usize, rows: usize, first_page: u32, want: Want) -> SequenceRows {
     let pages = (first_page..first_page + 16).collect();
-    SequenceRows { start: start as u32, rows: rows as u32, pages, want, ..SequenceRows::default() }
+    let id = first_page.into();
+    SequenceRows { id, start: start as u32, rows: rows as u32, pages, want, ..SequenceRows::default() }
 }
 
 fn one(start: usize, n: usize, want: Want) -> ForwardBatch {

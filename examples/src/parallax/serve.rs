@@ -81,7 +81,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let (node, exchange) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
-    let limits = HttpLimits { api_keys: args.listen.api_key.iter().cloned().collect(), ..HttpLimits::default() };
+    let limits = HttpLimits { api_keys: args.listen.api_key.to_vec(), ..HttpLimits::default() };
     let state = HttpState {
         limits,
         readiness: Some(readiness),

@@ -495,7 +495,7 @@ impl Play {
             ..SamplingParams::default()
         };
         let context = prompt.iter().copied().chain(self.steps.iter().map(|s| s.token)).collect();
-        let request = Request { prompt: context, sampling, capture_hidden };
+        let request = Request { prompt: context, sampling, capture_hidden, ..Request::default() };
         let completion = self.engine.generate(request).await.map_err(|e| e.to_string())?;
         let stopped = match completion.reason {
             FinishReason::Stop => true,

@@ -193,7 +193,7 @@ async fn one_slow_handler_does_not_hold_up_other_calls() {
     let (a, b) = pair(Transport::Quic).await;
     // Computes on the runtime's thread, as an application should not but will.
     b.handle("block", |_, _| async {
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         while start.elapsed() < Duration::from_millis(600) {
             std::hint::spin_loop();
         }

@@ -1,7 +1,5 @@
 //! Private swarms: members work together over every transport, and whoever cannot prove the key is served nothing.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use futures::StreamExt;
 use lattica_net::access::Refusal;

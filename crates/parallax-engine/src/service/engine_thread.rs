@@ -53,8 +53,9 @@ impl EngineThread {
             self.abort_unwanted();
             if self.engine.is_busy() {
                 self.step();
+            } else {
+                self.publish();
             }
-            self.publish();
         }
     }
 
@@ -91,12 +92,12 @@ impl EngineThread {
                     self.listeners.insert(*id, Listener { events, submitted, last_token: None });
                 }
                 if let Err(refused) = self.engine.add_as(&ids, &request) {
-                    for request in ids {
+                    let refusal = |request| {
                         let error = Some(refused.to_string());
                         let (reason, usage) = (FinishReason::Error, Usage::default());
-                        let event = Event::Finished { reason, error, usage };
-                        self.deliver(RequestEvent { request, event });
-                    }
+                        RequestEvent { request, event: Event::Finished { reason, error, usage } }
+                    };
+                    self.deliver(ids.into_iter().map(refusal).collect());
                 }
             }
             Command::Swap(swap) if swap.finish && self.engine.is_busy() => self.pending = Some(swap),
@@ -157,7 +158,7 @@ impl EngineThread {
         for id in aborted {
             if let Some(event) = self.engine.abort(id) {
                 self.runner.close(id);
-                self.deliver(event);
+                self.deliver(vec![event]);
             } else {
                 unknown.insert(id);
             }
@@ -171,26 +172,45 @@ impl EngineThread {
     fn step(&mut self) {
         let started = Instant::now();
         self.engine.housekeep(&mut *self.runner);
-        let Some((batch, input)) = self.engine.plan() else { return };
+        let Some((batch, input)) = self.engine.plan() else { return self.publish() };
         let forward_started = Instant::now();
         let result = self.runner.forward(&batch, input);
         let forward = forward_started.elapsed();
         if let Err(error) = &result {
             tracing::warn!(%error, step = batch.step, "stage failed, every request in flight ends");
         }
-        for event in self.engine.complete(&batch, result) {
+        let events = self.engine.complete(&batch, result);
+        for event in &events {
             if matches!(event.event, Event::Finished { .. }) {
                 self.runner.close(event.request);
             }
-            self.deliver(event);
         }
         self.latencies.forward_seconds += forward.as_secs_f64();
         self.latencies.step_seconds += started.elapsed().as_secs_f64();
+        self.deliver(events);
     }
 
-    fn deliver(&mut self, event: RequestEvent) {
-        let Some(listener) = self.listeners.get_mut(&event.request) else { return };
+    /// Hands out events. Whoever has heard of one finds it counted.
+    fn deliver(&mut self, events: Vec<RequestEvent>) {
         let now = Instant::now();
+        for event in &events {
+            self.observe(event, now);
+        }
+        self.publish();
+        for RequestEvent { request, event } in events {
+            let finished = matches!(event, Event::Finished { .. });
+            if let Some(listener) = self.listeners.get(&request) {
+                // Fails only when the reader is gone, which the next `abort_unwanted` sees.
+                let _ = listener.events.try_send(event);
+            }
+            if finished {
+                self.listeners.remove(&request);
+            }
+        }
+    }
+
+    fn observe(&mut self, event: &RequestEvent, now: Instant) {
+        let Some(listener) = self.listeners.get_mut(&event.request) else { return };
         match &event.event {
             Event::Token(_) => {
                 match listener.last_token {
@@ -200,19 +220,12 @@ impl EngineThread {
                     Some(last) => self.latencies.inter_token.observe((now - last).as_secs_f64()),
                 }
                 listener.last_token = Some(now);
-                // Fails only when the reader is gone, which the next `abort_unwanted` sees.
-                let _ = listener.events.try_send(event.event);
             }
-            Event::PromptLogprobs(_) => {
-                let _ = listener.events.try_send(event.event);
-            }
+            Event::PromptLogprobs(_) => {}
             Event::Finished { .. } => {
                 self.latencies.end_to_end.observe((now - listener.submitted).as_secs_f64());
                 // Free for the next request before the caller hears of the end.
                 self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
-                if let Some(listener) = self.listeners.remove(&event.request) {
-                    let _ = listener.events.try_send(event.event);
-                }
             }
         }
     }

@@ -16,7 +16,7 @@ pub(super) const V2: Architecture = Architecture {
     name: "deepseek_v2",
     classes: &["DeepseekV2ForCausalLM"],
     // llama.cpp's "deepseek2" stores keys and values split; those files are not read.
-    gguf: "deepseek_v2",
+    gguf: None,
     describe: describe_v2,
     gguf_fields: no_more_fields,
     gguf_names: &[],
@@ -27,7 +27,6 @@ pub(super) const V3: Architecture = Architecture {
     family: Family::DeepseekV3,
     name: "deepseek_v3",
     classes: &["DeepseekV3ForCausalLM"],
-    gguf: "deepseek_v3",
     describe: describe_v3,
     ..V2
 };

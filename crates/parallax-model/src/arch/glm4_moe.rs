@@ -11,7 +11,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "glm4_moe",
     classes: &["Glm4MoeForCausalLM"],
     // llama.cpp's "glm4moe" carries a prediction layer behind the others; those files are not read.
-    gguf: "glm4_moe",
+    gguf: None,
     describe,
     gguf_fields: no_more_fields,
     gguf_names: &[],

@@ -16,7 +16,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::GptOss,
     name: "gpt_oss",
     classes: &["GptOssForCausalLM"],
-    gguf: "gpt-oss",
+    gguf: Some("gpt-oss"),
     describe,
     gguf_fields,
     gguf_names: &[

@@ -14,7 +14,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "minimax_m2",
     classes: &["MiniMaxM2ForCausalLM"],
     // llama.cpp's "minimax-m2" is not read yet.
-    gguf: "minimax_m2",
+    gguf: None,
     describe,
     gguf_fields: no_more_fields,
     gguf_names: &[],

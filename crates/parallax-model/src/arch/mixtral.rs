@@ -14,11 +14,11 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "mixtral",
     classes: &["MixtralForCausalLM"],
     // llama.cpp stores Mixtral as "llama" with experts; those files are not read.
-    gguf: "mixtral",
+    gguf: None,
     describe,
     gguf_fields: no_more_fields,
     gguf_names: &[],
-    gguf_pairs: true,
+    gguf_pairs: false,
 };
 
 fn describe(f: &Fields<'_>) -> Result<ModelConfig, ConfigError> {

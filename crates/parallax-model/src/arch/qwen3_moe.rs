@@ -12,7 +12,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::Qwen3Moe,
     name: "qwen3_moe",
     classes: &["Qwen3MoeForCausalLM"],
-    gguf: "qwen3moe",
+    gguf: Some("qwen3moe"),
     describe,
     gguf_fields,
     gguf_names: standard::GGUF_EXPERTS,

@@ -15,7 +15,7 @@ pub(super) const NEXT: Architecture = Architecture {
     family: Family::Qwen3Next,
     name: "qwen3_next",
     classes: &["Qwen3NextForCausalLM"],
-    gguf: "qwen3_next",
+    gguf: None,
     describe: describe_next,
     gguf_fields: no_more_fields,
     gguf_names: &[],
@@ -26,7 +26,6 @@ pub(super) const DENSE: Architecture = Architecture {
     family: Family::Qwen35,
     name: "qwen3_5_text",
     classes: &["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"],
-    gguf: "qwen3_5",
     describe: describe_dense,
     ..NEXT
 };
@@ -35,7 +34,6 @@ pub(super) const MOE: Architecture = Architecture {
     family: Family::Qwen35Moe,
     name: "qwen3_5_moe_text",
     classes: &["Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"],
-    gguf: "qwen3_5_moe",
     describe: describe_moe,
     ..NEXT
 };
