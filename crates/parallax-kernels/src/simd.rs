@@ -3,6 +3,25 @@
 //! A kernel is written once against [`Simd`] and compiled for every level. Since each operation is exactly rounded
 //! and the lane count is fixed, every level gives the same bits; the scalar level is the specification.
 
+/// Evaluates a group of value-only intrinsics within a method of a token.
+#[cfg(target_arch = "x86_64")]
+macro_rules! simd {
+    ($e:expr) => {{
+        // SAFETY: `self` is only made by `detect`, which saw the features; no intrinsic here touches memory.
+        unsafe { $e }
+    }};
+}
+
+/// One intrinsic that reads or writes memory, within a method of a token.
+#[cfg(target_arch = "x86_64")]
+macro_rules! memory {
+    ($e:expr) => {{
+        // SAFETY: `self` proves the feature; the pointer is derived from an array reference and the access, unaligned,
+        // stays within that array.
+        unsafe { $e }
+    }};
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -93,7 +112,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// As [`Simd::dot4`] at 256 times the scale, with the activations as pairs of 16 bits: (0, 2) and (1, 3).
     fn dot4_wide(self, acc: Self::I, w: Self::Wide, x: [i32; 2]) -> Self::I;
     /// The low and the high nibbles of the bytes.
-    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N);
+    #[inline(always)]
+    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {
+        let v = self.bytes(v);
+        (self.bits(v, 0, 15), self.bits(v, -4, 15))
+    }
     /// An empty sum.
     fn acc_zero(self) -> Self::Acc;
     /// Adds four codes times four signed activations per output. Before [`Simd::acc_total`], at most eight times for

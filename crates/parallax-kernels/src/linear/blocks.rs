@@ -32,37 +32,29 @@ pub(super) trait Tile: Copy {
     fn values(&self, lane: usize, out: &mut [f32]);
     /// `acc[r] += tile * x[r]`, where each of `x` has `BLOCKS` blocks.
     fn multiply<S: Simd, const R: usize>(&self, s: S, x: [&[ActivationBlock]; R], acc: &mut [S::F; R]);
-    fn kernel(
-        isa: Isa,
-        x: &[ActivationBlock],
-        per_row: usize,
-        tiles: &[Self],
-        rows: Range<usize>,
-        panels: Range<usize>,
-        out: &Output<'_>,
-    );
+    /// Products with panels of such tiles, defined by [`tile_kernel`].
+    const KERNEL: TileKernel<Self>;
 }
 
-/// Defines `Tile::kernel` of a type within its implementation, and the kernel outside.
+/// Computes rows (of activation blocks) by panels (of so many tiles each). Different tasks must be given different panels.
+pub(super) type TileKernel<T> =
+    fn(Isa, &[ActivationBlock], usize, &[T], Range<usize>, Range<usize>, &Output<'_>);
+
+/// Defines the kernel of a type of tile.
 macro_rules! tile_kernel {
     ($name:ident, $tile:ty) => {
         crate::dispatch::simd_kernel! {
-            pub(super) fn $name(s; x: &[ActivationBlock], per_row: usize, tiles: &[$tile], rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
+            fn $name(
+                s;
+                x: &[crate::linear::activations::ActivationBlock],
+                per_row: usize,
+                tiles: &[$tile],
+                rows: std::ops::Range<usize>,
+                panels: std::ops::Range<usize>,
+                out: &crate::linear::Output<'_>,
+            ) {
                 crate::linear::blocks::walk(s, x, per_row, tiles, rows, panels, out);
             }
-        }
-    };
-    ($name:ident) => {
-        fn kernel(
-            isa: Isa,
-            x: &[ActivationBlock],
-            per_row: usize,
-            tiles: &[Self],
-            rows: Range<usize>,
-            panels: Range<usize>,
-            out: &Output<'_>,
-        ) {
-            $name(isa, x, per_row, tiles, rows, panels, out);
         }
     };
 }
@@ -144,7 +136,7 @@ impl<T: Tile> PackedBlocks<T> {
         panels: Range<usize>,
         out: &Output<'_>,
     ) {
-        T::kernel(isa, x, self.per_row(), &self.tiles, rows, panels, out);
+        (T::KERNEL)(isa, x, self.per_row(), &self.tiles, rows, panels, out);
     }
 }
 

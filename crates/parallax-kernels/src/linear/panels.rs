@@ -17,16 +17,6 @@ pub(super) struct PackedDense<L> {
     k: usize,
 }
 
-/// Sixteen bf16 bit patterns.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(32))]
-pub(super) struct Bf16Line([u16; LANES]);
-
-/// Sixteen f16 bit patterns.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(32))]
-pub(super) struct F16Line([u16; LANES]);
-
 /// The left operand: rows of at least as many elements as a panel has lines, `stride` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
@@ -53,20 +43,18 @@ pub(super) trait DenseLine: Copy {
     fn set(&mut self, lane: usize, value: Self::Element);
     fn get(&self, lane: usize) -> f32;
     fn load<S: Simd>(&self, s: S) -> S::F;
-    fn kernel(
-        isa: Isa,
-        x: Rows<'_>,
-        w: Panels<'_, Self>,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        out: &Output<'_>,
-    );
+    /// Products with panels of such lines; see [`walk`].
+    const KERNEL: DenseKernel<Self>;
 }
+
+/// Computes rows by panels. Different tasks must be given different panels.
+type DenseKernel<L> = fn(Isa, Rows<'_>, Panels<'_, L>, Range<usize>, Range<usize>, &Output<'_>);
 
 impl DenseLine for Line {
     type Element = f32;
     const KIND: WeightKind = WeightKind::F32;
     const ZERO: Self = Self([0.0; LANES]);
+    const KERNEL: DenseKernel<Self> = dense_f32;
 
     fn set(&mut self, lane: usize, value: f32) {
         self.0[lane] = value;
@@ -78,71 +66,51 @@ impl DenseLine for Line {
     fn load<S: Simd>(&self, s: S) -> S::F {
         s.load(&self.0)
     }
-    fn kernel(
-        isa: Isa,
-        x: Rows<'_>,
-        w: Panels<'_, Self>,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        out: &Output<'_>,
-    ) {
-        dense_f32(isa, x, w, rows, panels, out);
+}
+
+simd_kernel! {
+    /// Products with f32 panels; see [`walk`].
+    pub(crate) fn dense_f32(s; x: Rows<'_>, w: Panels<'_, Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
+        walk(s, x, w, rows, panels, out);
     }
 }
 
-impl DenseLine for Bf16Line {
-    type Element = bf16;
-    const KIND: WeightKind = WeightKind::Bf16;
-    const ZERO: Self = Self([0; LANES]);
+/// Defines a line of sixteen bit patterns of `$element`, and the products with panels of it.
+macro_rules! half_line {
+    ($line:ident, $element:ident, $kind:ident, $widen:ident, $kernel:ident) => {
+        /// Sixteen bit patterns of two bytes.
+        #[derive(Debug, Clone, Copy)]
+        #[repr(C, align(32))]
+        pub(super) struct $line([u16; LANES]);
 
-    fn set(&mut self, lane: usize, value: bf16) {
-        self.0[lane] = value.to_bits();
-    }
-    fn get(&self, lane: usize) -> f32 {
-        bf16::from_bits(self.0[lane]).to_f32()
-    }
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S) -> S::F {
-        s.widen_bf16(&self.0)
-    }
-    fn kernel(
-        isa: Isa,
-        x: Rows<'_>,
-        w: Panels<'_, Self>,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        out: &Output<'_>,
-    ) {
-        dense_bf16(isa, x, w, rows, panels, out);
-    }
+        impl DenseLine for $line {
+            type Element = $element;
+            const KIND: WeightKind = WeightKind::$kind;
+            const ZERO: Self = Self([0; LANES]);
+            const KERNEL: DenseKernel<Self> = $kernel;
+
+            fn set(&mut self, lane: usize, value: $element) {
+                self.0[lane] = value.to_bits();
+            }
+            fn get(&self, lane: usize) -> f32 {
+                $element::from_bits(self.0[lane]).to_f32()
+            }
+            #[inline(always)]
+            fn load<S: Simd>(&self, s: S) -> S::F {
+                s.$widen(&self.0)
+            }
+        }
+
+        simd_kernel! {
+            fn $kernel(s; x: Rows<'_>, w: Panels<'_, $line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
+                walk(s, x, w, rows, panels, out);
+            }
+        }
+    };
 }
 
-impl DenseLine for F16Line {
-    type Element = f16;
-    const KIND: WeightKind = WeightKind::F16;
-    const ZERO: Self = Self([0; LANES]);
-
-    fn set(&mut self, lane: usize, value: f16) {
-        self.0[lane] = value.to_bits();
-    }
-    fn get(&self, lane: usize) -> f32 {
-        f16::from_bits(self.0[lane]).to_f32()
-    }
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S) -> S::F {
-        s.widen_f16(&self.0)
-    }
-    fn kernel(
-        isa: Isa,
-        x: Rows<'_>,
-        w: Panels<'_, Self>,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        out: &Output<'_>,
-    ) {
-        dense_f16(isa, x, w, rows, panels, out);
-    }
-}
+half_line! { Bf16Line, bf16, Bf16, widen_bf16, dense_bf16 }
+half_line! { F16Line, f16, F16, widen_f16, dense_f16 }
 
 impl<L: DenseLine> PackedDense<L> {
     /// Packs the weight whose element `o * k + i` is `element(o * k + i)`.
@@ -192,26 +160,7 @@ impl<L: DenseLine> PackedDense<L> {
     ) {
         let x = Rows { x, stride: self.k, continued: false };
         let w = Panels { lines: &self.lines, stride: self.k, first: 0, inner: self.k };
-        L::kernel(isa, x, w, rows, panels, out);
-    }
-}
-
-simd_kernel! {
-    /// Products with f32 panels; see [`walk`].
-    pub(crate) fn dense_f32(s; x: Rows<'_>, w: Panels<'_, Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        walk(s, x, w, rows, panels, out);
-    }
-}
-
-simd_kernel! {
-    fn dense_bf16(s; x: Rows<'_>, w: Panels<'_, Bf16Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        walk(s, x, w, rows, panels, out);
-    }
-}
-
-simd_kernel! {
-    fn dense_f16(s; x: Rows<'_>, w: Panels<'_, F16Line>, rows: Range<usize>, panels: Range<usize>, out: &Output<'_>) {
-        walk(s, x, w, rows, panels, out);
+        (L::KERNEL)(isa, x, w, rows, panels, out);
     }
 }
 

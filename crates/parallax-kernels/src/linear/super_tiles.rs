@@ -3,13 +3,9 @@
 //! Scales and minima are small integers, so they multiply the integer dot products exactly; what is rounded is one
 //! fused multiply-add per block of 32 with the f16 scales, and one more with the minima.
 
-use std::ops::Range;
-
-use super::Output;
 use super::activations::ActivationBlock;
-use super::blocks::{Tile, tile_kernel};
+use super::blocks::{Tile, TileKernel, tile_kernel};
 use super::codes::{Codes, Five, Nibbles, Six, Three, Two, dot};
-use crate::dispatch::Isa;
 use crate::dtype::{BLOCK, SUPER, SuperBlock, WeightKind, read_super_block};
 use crate::simd::{LANES, Simd};
 
@@ -152,6 +148,7 @@ macro_rules! super_tile {
             const KIND: WeightKind = WeightKind::$kind;
             const ZERO: Self = Self::ZERO;
             const BLOCKS: usize = BLOCKS;
+            const KERNEL: TileKernel<Self> = $kernel;
 
             fn set(&mut self, lane: usize, raw: &[u8]) {
                 self.put(lane, &read_super_block(Self::KIND, raw));
@@ -173,9 +170,9 @@ macro_rules! super_tile {
             ) {
                 self.add(s, $offset, x, acc);
             }
-
-            tile_kernel! { $kernel }
         }
+
+        tile_kernel! { $kernel, $tile }
     };
 }
 
@@ -184,9 +181,3 @@ super_tile! { Q3KTile, Q3K, 4, blocks_q3k }
 super_tile! { Q4KTile, Q4K, 0, blocks_q4k }
 super_tile! { Q5KTile, Q5K, 0, blocks_q5k }
 super_tile! { Q6KTile, Q6K, 32, blocks_q6k }
-
-tile_kernel! { blocks_q2k, Q2KTile }
-tile_kernel! { blocks_q3k, Q3KTile }
-tile_kernel! { blocks_q4k, Q4KTile }
-tile_kernel! { blocks_q5k, Q5KTile }
-tile_kernel! { blocks_q6k, Q6KTile }

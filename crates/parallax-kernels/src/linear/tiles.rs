@@ -3,13 +3,11 @@
 //! For one block and one output the product is `integer dot * (weight scale * activation scale)`, where the integer is
 //! exact; the blocks of a row are added in order by fused multiply-adds.
 
-use std::ops::Range;
+use std::marker::PhantomData;
 
-use super::Output;
 use super::activations::ActivationBlock;
-use super::blocks::{Tile, tile_kernel};
+use super::blocks::{Tile, TileKernel, tile_kernel};
 use super::codes::{Codes, Five, Floats, GROUPS, Nibbles, group};
-use crate::dispatch::Isa;
 use crate::dtype::{BLOCK, Block, MXFP4_OFFSET, WeightKind, read_block};
 use crate::simd::{LANES, Simd};
 
@@ -29,30 +27,37 @@ pub(super) struct Scaled<C> {
     codes: C,
 }
 
-/// Codes with a scale and a minimum, or a zero point, per output.
+/// Codes with a scale and an `E` per output: a [`Minimum`] or a [`ZeroPoint`].
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
-pub(super) struct Shifted<C> {
+pub(super) struct Shifted<C, E> {
     scales: [u16; LANES],
     extras: [u16; LANES],
     codes: C,
+    extra: PhantomData<E>,
 }
+
+/// What is added to scale * code: an f16.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Minimum;
+
+/// What is taken from a code: an integer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ZeroPoint;
 
 /// Nibbles around 8.
 pub(super) type Q4Tile = Scaled<Nibbles>;
 /// Nibbles above a minimum.
-pub(super) type Q41Tile = Shifted<Nibbles>;
+pub(super) type Q41Tile = Shifted<Nibbles, Minimum>;
 /// Five bits around 16.
 pub(super) type Q50Tile = Scaled<Five>;
 /// Five bits above a minimum.
-pub(super) type Q51Tile = Shifted<Five>;
+pub(super) type Q51Tile = Shifted<Five, Minimum>;
 /// Four-bit floats; the scales are bf16.
 pub(super) type Mxfp4Tile = Scaled<Floats>;
 
-/// Nibbles around an integer zero point.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(32))]
-pub(super) struct Int4Tile(Shifted<Nibbles>);
+/// Nibbles around a zero point.
+pub(super) type Int4Tile = Shifted<Nibbles, ZeroPoint>;
 
 const _: () = assert!(size_of::<Q8Tile>() == 16 * 34);
 const _: () = assert!(size_of::<Q4Tile>() == 16 * 18);
@@ -92,8 +97,8 @@ impl<C: Codes> Scaled<C> {
     }
 }
 
-impl<C: Codes> Shifted<C> {
-    const ZERO: Self = Self { scales: [0; LANES], extras: [0; LANES], codes: C::ZERO };
+impl<C: Codes, E> Shifted<C, E> {
+    const ZERO: Self = Self { scales: [0; LANES], extras: [0; LANES], codes: C::ZERO, extra: PhantomData };
 
     fn put(&mut self, lane: usize, block: &Block) {
         self.scales[lane] = block.scale;
@@ -104,7 +109,9 @@ impl<C: Codes> Shifted<C> {
     fn block(&self, lane: usize) -> Block {
         Block { scale: self.scales[lane], extra: self.extras[lane], q: codes_of(&self.codes, lane) }
     }
+}
 
+impl<C: Codes> Shifted<C, Minimum> {
     /// `acc[r] += (scale * codes + min) * x[r]`.
     #[inline(always)]
     fn add_above<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R], acc: &mut [S::F; R]) {
@@ -113,6 +120,21 @@ impl<C: Codes> Shifted<C> {
         for r in 0..R {
             acc[r] = s.fma(dot[r], s.mul(scale, s.splat(x[r].scale)), acc[r]);
             acc[r] = s.fma(min, s.splat(x[r].sum as f32 * x[r].scale), acc[r]);
+        }
+    }
+}
+
+impl<C: Codes> Shifted<C, ZeroPoint> {
+    /// `acc[r] += scale * (codes - zero) * x[r]`.
+    #[inline(always)]
+    fn add_around<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R], acc: &mut [S::F; R]) {
+        let dot = self.codes.dot_block(s, x);
+        let scale = s.widen_f16(&self.scales);
+        let zero = s.load(&self.extras.map(f32::from));
+        for r in 0..R {
+            // Products and differences of small integers: exact.
+            let centred = s.sub(dot[r], s.mul(zero, s.splat(x[r].sum as f32)));
+            acc[r] = s.fma(centred, s.mul(scale, s.splat(x[r].scale)), acc[r]);
         }
     }
 }
@@ -136,6 +158,7 @@ fn write_values(kind: WeightKind, block: &Block, out: &mut [f32]) {
 impl Tile for Q8Tile {
     const KIND: WeightKind = WeightKind::Q8_0;
     const ZERO: Self = Self { scales: [0; LANES], groups: [[0; 4 * LANES]; GROUPS] };
+    const KERNEL: TileKernel<Self> = blocks_q8;
 
     fn set(&mut self, lane: usize, raw: &[u8]) {
         let block = read_block(Self::KIND, raw);
@@ -184,16 +207,15 @@ impl Tile for Q8Tile {
             acc[r] = s.fma(s.to_f32(dot[r]), s.mul(scale, s.splat(x[r].scale)), acc[r]);
         }
     }
-
-    tile_kernel! { blocks_q8 }
 }
 
-/// Implements a tile of [`Scaled`] codes: kind, how its scales widen, what its codes are raised by.
-macro_rules! scaled_tile {
-    ($tile:ty, $kind:ident, $widen:ident, $offset:expr, $kernel:ident) => {
+/// Implements a tile of codes: its kind, and what one tile (`|tile, token, activations, sums|`) adds to the sums.
+macro_rules! code_tile {
+    ($tile:ty, $kind:ident, $kernel:ident, |$tile_:ident, $s:ident, $x:ident, $acc:ident| $product:expr) => {
         impl Tile for $tile {
             const KIND: WeightKind = WeightKind::$kind;
             const ZERO: Self = Self::ZERO;
+            const KERNEL: TileKernel<Self> = $kernel;
 
             fn set(&mut self, lane: usize, raw: &[u8]) {
                 self.put(lane, &read_block(Self::KIND, raw));
@@ -206,87 +228,27 @@ macro_rules! scaled_tile {
             #[inline(always)]
             fn multiply<S: Simd, const R: usize>(
                 &self,
-                s: S,
+                $s: S,
                 x: [&[ActivationBlock]; R],
-                acc: &mut [S::F; R],
+                $acc: &mut [S::F; R],
             ) {
-                self.add_centred(s, s.$widen(&self.scales), $offset, x.map(|x| &x[0]), acc);
+                let ($tile_, $x) = (self, x.map(|x| &x[0]));
+                $product
             }
-
-            tile_kernel! { $kernel }
         }
+
+        tile_kernel! { $kernel, $tile }
     };
 }
 
-scaled_tile! { Q4Tile, Q4_0, widen_f16, 8, blocks_q4 }
-scaled_tile! { Q50Tile, Q5_0, widen_f16, 16, blocks_q50 }
-scaled_tile! { Mxfp4Tile, Mxfp4, widen_bf16, MXFP4_OFFSET, blocks_mxfp4 }
-
-/// Implements a tile of [`Shifted`] codes.
-macro_rules! shifted_tile {
-    ($tile:ty, $kind:ident, $kernel:ident) => {
-        impl Tile for $tile {
-            const KIND: WeightKind = WeightKind::$kind;
-            const ZERO: Self = Self::ZERO;
-
-            fn set(&mut self, lane: usize, raw: &[u8]) {
-                self.put(lane, &read_block(Self::KIND, raw));
-            }
-
-            fn values(&self, lane: usize, out: &mut [f32]) {
-                write_values(Self::KIND, &self.block(lane), out);
-            }
-
-            #[inline(always)]
-            fn multiply<S: Simd, const R: usize>(
-                &self,
-                s: S,
-                x: [&[ActivationBlock]; R],
-                acc: &mut [S::F; R],
-            ) {
-                self.add_above(s, x.map(|x| &x[0]), acc);
-            }
-
-            tile_kernel! { $kernel }
-        }
-    };
+code_tile! { Q4Tile, Q4_0, blocks_q4, |t, s, x, acc| t.add_centred(s, s.widen_f16(&t.scales), 8, x, acc) }
+code_tile! { Q50Tile, Q5_0, blocks_q50, |t, s, x, acc| t.add_centred(s, s.widen_f16(&t.scales), 16, x, acc) }
+code_tile! {
+    Mxfp4Tile, Mxfp4, blocks_mxfp4,
+    |t, s, x, acc| t.add_centred(s, s.widen_bf16(&t.scales), MXFP4_OFFSET, x, acc)
 }
-
-shifted_tile! { Q41Tile, Q4_1, blocks_q41 }
-shifted_tile! { Q51Tile, Q5_1, blocks_q51 }
-
-impl Tile for Int4Tile {
-    const KIND: WeightKind = WeightKind::Int4;
-    const ZERO: Self = Self(Shifted::<Nibbles>::ZERO);
-
-    fn set(&mut self, lane: usize, raw: &[u8]) {
-        self.0.put(lane, &read_block(Self::KIND, raw));
-    }
-
-    fn values(&self, lane: usize, out: &mut [f32]) {
-        write_values(Self::KIND, &self.0.block(lane), out);
-    }
-
-    #[inline(always)]
-    fn multiply<S: Simd, const R: usize>(&self, s: S, x: [&[ActivationBlock]; R], acc: &mut [S::F; R]) {
-        let x = x.map(|x| &x[0]);
-        let dot = self.0.codes.dot_block(s, x);
-        let scale = s.widen_f16(&self.0.scales);
-        let zero = s.load(&self.0.extras.map(f32::from));
-        for r in 0..R {
-            // Products and differences of small integers: exact.
-            let centred = s.sub(dot[r], s.mul(zero, s.splat(x[r].sum as f32)));
-            acc[r] = s.fma(centred, s.mul(scale, s.splat(x[r].scale)), acc[r]);
-        }
-    }
-
-    tile_kernel! { blocks_int4 }
-}
+code_tile! { Q41Tile, Q4_1, blocks_q41, |t, s, x, acc| t.add_above(s, x, acc) }
+code_tile! { Q51Tile, Q5_1, blocks_q51, |t, s, x, acc| t.add_above(s, x, acc) }
+code_tile! { Int4Tile, Int4, blocks_int4, |t, s, x, acc| t.add_around(s, x, acc) }
 
 tile_kernel! { blocks_q8, Q8Tile }
-tile_kernel! { blocks_q4, Q4Tile }
-tile_kernel! { blocks_q41, Q41Tile }
-tile_kernel! { blocks_q50, Q50Tile }
-tile_kernel! { blocks_q51, Q51Tile }
-tile_kernel! { blocks_mxfp4, Mxfp4Tile }
-tile_kernel! { blocks_int4, Int4Tile }

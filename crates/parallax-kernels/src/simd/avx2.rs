@@ -26,35 +26,12 @@ impl Avx2 {
     }
 }
 
-/// Evaluates a group of value-only intrinsics.
-macro_rules! simd {
-    ($e:expr) => {{
-        // SAFETY: `self` is only made by `detect`, which saw the features; no intrinsic here touches memory.
-        unsafe { $e }
-    }};
-}
-
 /// Applies an intrinsic to both halves.
 macro_rules! halves {
     ($f:ident($($a:expr),*)) => { simd!([$f($($a[0]),*), $f($($a[1]),*)]) };
 }
 
-/// One intrinsic that reads or writes memory.
-macro_rules! memory {
-    ($e:expr) => {{
-        // SAFETY: `self` proves the feature; the pointer is derived from an array reference and the access, unaligned,
-        // stays within that array.
-        unsafe { $e }
-    }};
-}
-
 impl Avx2 {
-    #[inline(always)]
-    fn load_i(self, v: &[u8; 4 * LANES]) -> [__m256i; 2] {
-        let p: *const __m256i = v.as_ptr().cast();
-        memory!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
-    }
-
     #[inline(always)]
     fn load_u16(self, v: &[u16; LANES]) -> [__m128i; 2] {
         let p: *const __m128i = v.as_ptr().cast();
@@ -211,7 +188,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn weights(self, v: &[u8; 4 * LANES]) -> Self::W {
-        let w = self.load_i(v);
+        let w = self.bytes(v);
         (w, halves!(_mm256_abs_epi8(w)))
     }
     #[inline(always)]
@@ -233,7 +210,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn weights_wide(self, v: &[u8; 4 * LANES]) -> Self::Wide {
-        let v = self.load_i(v);
+        let v = self.bytes(v);
         simd!({
             let high = _mm256_set1_epi16(i16::MIN >> 7);
             (v.map(|v| _mm256_slli_epi16::<8>(v)), v.map(|v| _mm256_and_si256(v, high)))
@@ -252,17 +229,6 @@ impl Simd for Avx2 {
                 _mm256_add_epi32(acc[0], _mm256_madd_epi16(odd[0], x[1])),
                 _mm256_add_epi32(acc[1], _mm256_madd_epi16(odd[1], x[1])),
             ]
-        })
-    }
-    #[inline(always)]
-    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {
-        let v = self.load_i(v);
-        simd!({
-            let mask = _mm256_set1_epi8(15);
-            (
-                v.map(|v| _mm256_and_si256(v, mask)),
-                v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)),
-            )
         })
     }
     #[inline(always)]
@@ -285,7 +251,8 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N {
-        self.load_i(v)
+        let p: *const __m256i = v.as_ptr().cast();
+        memory!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
     }
     #[inline(always)]
     fn bits(self, v: Self::N, shift: i32, mask: u8) -> Self::N {

@@ -9,48 +9,26 @@
 )]
 use std::arch::x86_64::*;
 
+use super::avx2::Avx2;
 use super::{LANES, Simd};
 
-/// Proof that AVX-512 F, BW, DQ, VL and VNNI exist here.
+/// Proof that AVX-512 F, BW, DQ, VL and VNNI exist here, and the AVX2 level.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512(Avx2);
 
 impl Avx512 {
-    /// The token, where the machine has the features (and those of the AVX2 level).
+    /// The token, where the machine has the features.
     pub(crate) fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx512f")
+        let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-            && super::avx2::Avx2::detect().is_some())
-        .then_some(Self(()))
+            && is_x86_feature_detected!("avx512vnni");
+        Avx2::detect().filter(|_| all).map(Self)
     }
-}
-
-/// Evaluates a group of value-only intrinsics.
-macro_rules! simd {
-    ($e:expr) => {{
-        // SAFETY: `self` is only made by `detect`, which saw the features; no intrinsic here touches memory.
-        unsafe { $e }
-    }};
-}
-
-/// One intrinsic that reads or writes memory.
-macro_rules! memory {
-    ($e:expr) => {{
-        // SAFETY: `self` proves the feature; the pointer is derived from an array reference and the access, unaligned,
-        // stays within that array.
-        unsafe { $e }
-    }};
 }
 
 impl Avx512 {
-    #[inline(always)]
-    fn load_i(self, v: &[u8; 4 * LANES]) -> __m512i {
-        memory!(_mm512_loadu_si512(v.as_ptr().cast()))
-    }
-
     #[inline(always)]
     fn load_u16(self, v: &[u16; LANES]) -> __m256i {
         memory!(_mm256_loadu_si256(v.as_ptr().cast()))
@@ -76,11 +54,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch<T>(self, v: &T) {
-        let p: *const i8 = std::ptr::from_ref(v).cast();
-        for line in (0..size_of::<T>()).step_by(64) {
-            // A prefetch reads nothing that the program can see, and `line` lies within `v`.
-            memory!(_mm_prefetch::<_MM_HINT_T0>(p.add(line)));
-        }
+        self.0.prefetch(v);
     }
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
@@ -146,23 +120,11 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
-        let [low, high] = self.halves(a);
-        simd!({
-            let a8 = _mm256_add_ps(low, high);
-            let a4 = _mm_add_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps::<1>(a8));
-            let a2 = _mm_add_ps(a4, _mm_movehl_ps(a4, a4));
-            _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)))
-        })
+        self.0.sum(self.halves(a))
     }
     #[inline(always)]
     fn max_lane(self, a: Self::F) -> f32 {
-        let [low, high] = self.halves(a);
-        simd!({
-            let a8 = _mm256_max_ps(low, high);
-            let a4 = _mm_max_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps::<1>(a8));
-            let a2 = _mm_max_ps(a4, _mm_movehl_ps(a4, a4));
-            _mm_cvtss_f32(_mm_max_ss(a2, _mm_movehdup_ps(a2)))
-        })
+        self.0.max_lane(self.halves(a))
     }
     #[inline(always)]
     fn max_abs_bits(self, v: Self::F, so_far: u32) -> u32 {
@@ -192,7 +154,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn weights(self, v: &[u8; 4 * LANES]) -> Self::W {
-        let v = self.load_i(v);
+        let v = self.bytes(v);
         simd!(_mm512_xor_si512(v, _mm512_set1_epi8(i8::MIN)))
     }
     #[inline(always)]
@@ -201,7 +163,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn weights_wide(self, v: &[u8; 4 * LANES]) -> Self::Wide {
-        let v = self.load_i(v);
+        let v = self.bytes(v);
         simd!((_mm512_slli_epi16::<8>(v), _mm512_and_si512(v, _mm512_set1_epi16(i16::MIN >> 7))))
     }
     #[inline(always)]
@@ -209,14 +171,6 @@ impl Simd for Avx512 {
         simd!({
             let acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w.0, _mm512_set1_epi32(x[0])));
             _mm512_add_epi32(acc, _mm512_madd_epi16(w.1, _mm512_set1_epi32(x[1])))
-        })
-    }
-    #[inline(always)]
-    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {
-        let v = self.load_i(v);
-        simd!({
-            let mask = _mm512_set1_epi8(15);
-            (_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask))
         })
     }
     #[inline(always)]
@@ -233,7 +187,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N {
-        self.load_i(v)
+        memory!(_mm512_loadu_si512(v.as_ptr().cast()))
     }
     #[inline(always)]
     fn bits(self, v: Self::N, shift: i32, mask: u8) -> Self::N {

@@ -139,10 +139,6 @@ impl Simd for Scalar {
         std::array::from_fn(|o| (0..4).fold(acc[o], |sum, j| sum + 256 * i32::from(w[4 * o + j]) * x[j]))
     }
     #[inline(always)]
-    fn nibbles(self, v: &[u8; 4 * LANES]) -> (Self::N, Self::N) {
-        (v.map(|b| (b & 15).cast_signed()), v.map(|b| (b >> 4).cast_signed()))
-    }
-    #[inline(always)]
     fn acc_zero(self) -> Self::Acc {
         [0; LANES]
     }
