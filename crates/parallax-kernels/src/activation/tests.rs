@@ -31,6 +31,18 @@ fn forward_agrees_with_the_reference() {
     }
 }
 
+proptest::proptest! {
+    #[test]
+    fn random_widths_agree_with_the_reference(
+        rows in 1usize..6, ffn in 1usize..150, gelu: bool, seed in 0u64..1000, scale in 0.1f32..50.0,
+    ) {
+        let activation = BOTH[usize::from(gelu)];
+        let x: Vec<f32> = noise(rows * 2 * ffn, seed).iter().map(|v| v * scale).collect();
+        let y = same_at_every_level(|| apply(activation, &x, ffn));
+        assert_close(&y, &expected(activation, &x, ffn), 1e-6);
+    }
+}
+
 #[test]
 fn extreme_gates_stay_finite() {
     for activation in BOTH {

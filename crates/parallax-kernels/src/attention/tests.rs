@@ -11,24 +11,25 @@ const SHAPES: [Shape; 4] = [
     Shape { n_heads: 14, n_kv_heads: 2, head_dim: 32 },
 ];
 
-/// Ways of scoring; windows shorter than, about as long as and longer than a block of rows.
+/// Ways of scoring.
 #[derive(Clone, Copy, Debug)]
-enum Kind {
-    Plain,
-    Window(usize),
-    Capped,
-    Sinks,
-    All(usize),
+struct Kind {
+    window: Option<usize>,
+    capped: bool,
+    sinks: bool,
 }
 
+const PLAIN: Kind = Kind { window: None, capped: false, sinks: false };
+
+/// Windows shorter than, about as long as and longer than a block of rows.
 const KINDS: [Kind; 7] = [
-    Kind::Plain,
-    Kind::Window(1),
-    Kind::Window(15),
-    Kind::Window(33),
-    Kind::Capped,
-    Kind::Sinks,
-    Kind::All(20),
+    PLAIN,
+    Kind { window: Some(1), ..PLAIN },
+    Kind { window: Some(15), ..PLAIN },
+    Kind { window: Some(33), ..PLAIN },
+    Kind { capped: true, ..PLAIN },
+    Kind { sinks: true, ..PLAIN },
+    Kind { window: Some(20), capped: true, sinks: true },
 ];
 
 struct Batch {
@@ -43,14 +44,12 @@ struct Batch {
 
 impl Batch {
     fn scoring(&self) -> Scoring<'_> {
-        let plain = Scoring::scaled(1.0 / (self.shape.head_dim as f32).sqrt());
-        let sinks = Some(self.sinks.as_slice());
-        match self.kind {
-            Kind::Plain => plain,
-            Kind::Window(n) => Scoring { window: Some(n), ..plain },
-            Kind::Capped => Scoring { softcap: Some(2.0), ..plain },
-            Kind::Sinks => Scoring { sinks, ..plain },
-            Kind::All(n) => Scoring { window: Some(n), softcap: Some(2.0), sinks, ..plain },
+        let Kind { window, capped, sinks } = self.kind;
+        Scoring {
+            scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
+            window,
+            softcap: capped.then_some(2.0),
+            sinks: sinks.then_some(&self.sinks),
         }
     }
 
@@ -157,6 +156,24 @@ fn forward_agrees_with_the_reference() {
     }
 }
 
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn random_shapes_agree_with_the_reference_however_they_are_fed(
+        (n_kv_heads, group, head_dim) in (1usize..4, 1usize..8, 1usize..40),
+        lengths in proptest::collection::vec(0u32..50, 1..4),
+        window in proptest::option::of(1usize..60), capped: bool, sinks: bool,
+        lines_per_page in 1usize..4, chunk in 1usize..60,
+    ) {
+        let shape = Shape { n_heads: n_kv_heads * group, n_kv_heads, head_dim };
+        let batch = Batch::new(shape, &lengths, Kind { window, capped, sinks });
+        let out = same_at_every_level(|| batch.forward().0);
+        let expected = causal(&batch.q, &batch.k, &batch.v, shape, &batch.cu_seqlens, &batch.scoring());
+        assert_close(&out, &expected, 2e-6);
+        proptest::prop_assert_eq!(bits(&batch.paged(16 * lines_per_page, chunk)), bits(&out));
+    }
+}
+
 #[test]
 fn paging_chunking_and_threads_do_not_change_a_bit() {
     for (shape, kind) in SHAPES.into_iter().flat_map(|shape| KINDS.map(|kind| (shape, kind))) {
@@ -178,7 +195,7 @@ fn paging_chunking_and_threads_do_not_change_a_bit() {
 #[test]
 fn a_later_nan_does_not_reach_earlier_rows() {
     let shape = SHAPES[0];
-    let mut batch = Batch::new(shape, &[20], Kind::Plain);
+    let mut batch = Batch::new(shape, &[20], PLAIN);
     let clean = batch.forward().0;
     let width = shape.n_kv_heads * shape.head_dim;
     batch.v[12 * width..13 * width].fill(f32::NAN);
@@ -189,7 +206,7 @@ fn a_later_nan_does_not_reach_earlier_rows() {
     assert!(out[12 * wide..].iter().all(|v| !v.is_finite()));
 
     // Nor does it reach rows whose window has passed it.
-    batch.kind = Kind::Window(4);
+    batch.kind = Kind { window: Some(4), ..PLAIN };
     let out = batch.forward().0;
     assert!(out[12 * wide..16 * wide].iter().all(|v| !v.is_finite()));
     assert!(out[16 * wide..].iter().all(|v| v.is_finite()));
@@ -201,10 +218,10 @@ fn backward_is_the_derivative() {
     let small = Shape { n_heads: 4, n_kv_heads: 2, head_dim: 8 };
     let long = Shape { n_heads: 2, n_kv_heads: 1, head_dim: 6 };
     for (shape, lengths, kind) in [
-        (small, [5u32, 9].as_slice(), Kind::Plain),
-        (long, &[70], Kind::Plain),
-        (small, &[5, 9], Kind::All(4)),
-        (long, &[70], Kind::All(20)),
+        (small, [5u32, 9].as_slice(), PLAIN),
+        (long, &[70], PLAIN),
+        (small, &[5, 9], Kind { window: Some(4), ..KINDS[6] }),
+        (long, &[70], KINDS[6]),
     ] {
         let batch = Batch::new(shape, lengths, kind);
         let dout = noise(batch.q.len(), 4);

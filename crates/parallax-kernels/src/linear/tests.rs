@@ -88,14 +88,20 @@ proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
     #[test]
     fn random_shapes_and_bytes_have_the_bits_of_the_reference(
-        kind in 0..KINDS.len(), n in 1usize..40, blocks in 1usize..4, rows in 1usize..12, seed in 0u64..1000,
+        kind in 0..KINDS.len(), n in 1usize..70, width in 1usize..600, rows in 1usize..30, seed in 0u64..1000,
+        cut in proptest::prelude::any::<proptest::sample::Index>(),
     ) {
         let kind = KINDS[kind];
-        let k = blocks * kind.block().0;
+        let k = whole(kind, width);
         let (raw, x) = (stored(kind, n, k, seed), noise(rows * k, seed + 1));
         let packed = PackedWeight::from_bytes(kind, &raw, n, k).unwrap();
         let y = same_at_every_level(|| apply(&packed, &x));
         proptest::prop_assert_eq!(bits(&y), bits(&expected(kind, &x, &raw, k)));
+        let range = cut.index(n)..n;
+        let mut part = vec![f32::NAN; rows * range.len()];
+        linear_rows(&x, &packed, range.clone(), &mut part).unwrap();
+        let wanted: Vec<f32> = y.chunks_exact(n).flat_map(|row| row[range.clone()].to_vec()).collect();
+        proptest::prop_assert_eq!(bits(&part), bits(&wanted));
     }
 }
 

@@ -25,6 +25,27 @@ fn rows_agree_with_the_reference() {
     }
 }
 
+proptest::proptest! {
+    #[test]
+    fn random_rows_agree_with_the_reference_along_both_routes(
+        vocab in 1usize..2200, seed in 0u64..1000, masked in proptest::prelude::any::<proptest::sample::Index>(),
+        target in proptest::prelude::any::<proptest::sample::Index>(),
+    ) {
+        let mut logits = scaled(vocab, seed);
+        if vocab > 1 {
+            logits[masked.index(vocab)] = f32::NEG_INFINITY;
+        }
+        let out = same_at_every_level(|| log_softmax(&logits));
+        for (got, expected) in out.iter().zip(reference::rows::log_softmax(&logits)) {
+            let near = (f64::from(*got) - expected).abs() <= 1e-6 * expected.abs().max(1.0);
+            proptest::prop_assert!(near || f64::from(*got) == expected, "{got} against {expected}");
+        }
+        let mut picked = [0.0];
+        token_logprobs(&logits, vocab, &[target.index(vocab) as u32], &mut picked).unwrap();
+        proptest::prop_assert_eq!(picked[0].to_bits(), out[target.index(vocab)].to_bits());
+    }
+}
+
 #[test]
 fn masked_logits_have_no_probability() {
     let mut logits = vec![f32::NEG_INFINITY; 3000];

@@ -18,25 +18,38 @@ fn strided(v: &[f32], columns: usize, gap: usize) -> Vec<f32> {
     v.chunks_exact(columns).flat_map(|row| row.iter().copied().chain(vec![f32::NAN; gap])).collect()
 }
 
+fn has_the_bits_of_the_reference(m: usize, n: usize, k: usize, seed: u64) {
+    let (a, b) = (noise(m * k, seed), noise(n * k, seed + 1));
+    let expected = reference::linear::dense(&a, &b, k);
+    let (at, bt) = (transposed(&a, k), transposed(&b, k));
+    #[expect(clippy::type_complexity, reason = "a table of cases")]
+    let cases: [(Gemm, &[f32], usize, &[f32], usize); 3] =
+        [(gemm_nt, &a, k, &b, k), (gemm_nn, &a, k, &bt, n), (gemm_tn, &at, m, &bt, n)];
+    for (i, (gemm, a, lda, b, ldb)) in cases.into_iter().enumerate() {
+        let (a, b) = (strided(a, lda, 3), strided(b, ldb, 2));
+        let c = same_at_every_level(|| {
+            let mut c = vec![f32::NAN; m * (n + 1)];
+            gemm(m, n, k, &a, lda + 3, &b, ldb + 2, &mut c, n + 1, false).unwrap();
+            c.chunks_exact(n + 1).flat_map(|row| row[..n].to_vec()).collect()
+        });
+        assert_eq!(bits(&c), bits(&expected), "product {i} of {m} {n} {k}");
+    }
+}
+
 #[test]
-fn products_have_the_bits_of_the_reference() {
-    let shapes = [(1, 1, 1), (3, 17, 5), (40, 33, 70), (7, 16, 600), (65, 130, 33), (2, 5, 4100)];
-    for (m, n, k) in shapes {
-        let (a, b) = (noise(m * k, 1), noise(n * k, 2));
-        let expected = reference::linear::dense(&a, &b, k);
-        let (at, bt) = (transposed(&a, k), transposed(&b, k));
-        #[expect(clippy::type_complexity, reason = "a table of cases")]
-        let cases: [(Gemm, &[f32], usize, &[f32], usize); 3] =
-            [(gemm_nt, &a, k, &b, k), (gemm_nn, &a, k, &bt, n), (gemm_tn, &at, m, &bt, n)];
-        for (i, (gemm, a, lda, b, ldb)) in cases.into_iter().enumerate() {
-            let (a, b) = (strided(a, lda, 3), strided(b, ldb, 2));
-            let c = same_at_every_level(|| {
-                let mut c = vec![f32::NAN; m * (n + 1)];
-                gemm(m, n, k, &a, lda + 3, &b, ldb + 2, &mut c, n + 1, false).unwrap();
-                c.chunks_exact(n + 1).flat_map(|row| row[..n].to_vec()).collect()
-            });
-            assert_eq!(bits(&c), bits(&expected), "product {i} of {m} {n} {k}");
-        }
+fn long_products_have_the_bits_of_the_reference() {
+    for (m, n, k) in [(1, 1, 1), (40, 33, 70), (7, 16, 600), (65, 130, 33), (2, 5, 4100)] {
+        has_the_bits_of_the_reference(m, n, k, 1);
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn products_of_random_shapes_have_the_bits_of_the_reference(
+        m in 1usize..40, n in 1usize..40, k in 1usize..90, seed in 0u64..1000,
+    ) {
+        has_the_bits_of_the_reference(m, n, k, seed);
     }
 }
 

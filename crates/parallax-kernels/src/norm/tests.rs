@@ -23,6 +23,21 @@ fn forward_agrees_with_the_reference() {
     }
 }
 
+proptest::proptest! {
+    #[test]
+    fn random_rows_agree_with_the_reference_and_do_not_notice_each_other(
+        rows in 1usize..9, width in 1usize..300, seed in 0u64..1000, scale in 1e-3f32..1e3,
+    ) {
+        let x: Vec<f32> = noise(rows * width, seed).iter().map(|v| v * scale).collect();
+        let w = noise(width, seed + 1);
+        let y = same_at_every_level(|| apply(&x, &w));
+        let each = |x| reference::rows::rms_norm(x, &w, EPS);
+        assert_close(&y, &x.chunks_exact(width).flat_map(each).collect::<Vec<_>>(), 1e-6);
+        let alone: Vec<f32> = x.chunks_exact(width).flat_map(|x| apply(x, &w)).collect();
+        proptest::prop_assert_eq!(bits(&y), bits(&alone));
+    }
+}
+
 #[test]
 fn a_row_does_not_notice_the_others() {
     let (x, w) = (noise(40 * 70, 3), noise(70, 4));

@@ -33,6 +33,28 @@ fn rotation_agrees_with_the_reference() {
     }
 }
 
+proptest::proptest! {
+    #[test]
+    fn random_heads_turn_as_the_reference_and_back(
+        half in 1usize..40, heads in 1usize..6, positions in proptest::collection::vec(0u32..2000, 1..7),
+        seed in 0u64..1000,
+    ) {
+        let (dim, theta) = (2 * half, 500_000.0);
+        let table = whole(dim, theta, 2000);
+        let x = noise(positions.len() * heads * dim, seed);
+        let y = same_at_every_level(|| {
+            let mut y = x.clone();
+            rope_apply(&mut y, heads, &positions, &table).unwrap();
+            y
+        });
+        let each = |(i, head)| reference::rows::rope(head, positions[i / heads], theta);
+        assert_close(&y, &x.chunks_exact(dim).enumerate().flat_map(each).collect::<Vec<_>>(), 1e-6);
+        let mut back = y;
+        rope_apply_inverse(&mut back, heads, &positions, &table).unwrap();
+        assert_close(&back, &x.iter().map(|&v| f64::from(v)).collect::<Vec<_>>(), 1e-6);
+    }
+}
+
 #[test]
 fn the_rest_of_a_head_passes_and_neighbours_are_pairs() {
     let (dim, rotated, heads) = (20, 12, 2);
