@@ -66,6 +66,7 @@ pub struct PeerTable<C, S> {
     peers: HashMap<PeerId, Peer<C, S>>,
     peers_limit: usize,
     addresses_limit: usize,
+    in_use: fn(&S) -> bool,
 }
 
 #[derive(Debug)]
@@ -85,9 +86,10 @@ struct Connection<C> {
 }
 
 impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
-    /// A table of at most `peers_limit` peers that are not connected, each with at most `addresses_limit` addresses.
-    pub fn new(peers_limit: usize, addresses_limit: usize) -> Self {
-        Self { peers: HashMap::new(), peers_limit, addresses_limit }
+    /// A table of at most `peers_limit` peers that are not connected, each with at most `addresses_limit` addresses. Peers
+    /// whose state is `in_use` are forgotten last.
+    pub fn new(peers_limit: usize, addresses_limit: usize, in_use: fn(&S) -> bool) -> Self {
+        Self { peers: HashMap::new(), peers_limit, addresses_limit, in_use }
     }
 
     /// Somebody named an address of `peer`. A peer's own connections push it to the front; beyond the limit the address
@@ -176,6 +178,12 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
         self.peers.get(peer).map(|p| p.state.clone())
     }
 
+    /// What the shell keeps for peers that have been away for `absence` or longer.
+    pub fn absent(&self, now: Duration, absence: Duration) -> impl Iterator<Item = &S> {
+        let absent = move |p: &&Peer<C, S>| p.connections.is_empty() && now >= p.last_seen + absence;
+        self.peers.values().filter(absent).map(|p| &p.state)
+    }
+
     /// Addresses to dial, the most promising first.
     pub fn addresses(&self, peer: &PeerId) -> Vec<String> {
         let Some(entry) = self.peers.get(peer) else { return Vec::new() };
@@ -235,7 +243,8 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
             return;
         }
         let idle = self.peers.iter().filter(|(_, p)| p.connections.is_empty());
-        if let Some(oldest) = idle.min_by_key(|(_, p)| p.last_seen).map(|(id, _)| id.clone()) {
+        let last = idle.min_by_key(|(_, p)| ((self.in_use)(&p.state), p.last_seen));
+        if let Some(oldest) = last.map(|(id, _)| id.clone()) {
             self.peers.remove(&oldest);
         }
     }
@@ -256,7 +265,36 @@ mod tests {
     }
 
     fn table() -> PeerTable<u64, ()> {
-        PeerTable::new(4, 3)
+        PeerTable::new(4, 3, |()| false)
+    }
+
+    #[test]
+    fn a_peer_whose_state_is_in_use_is_forgotten_last() {
+        let mut table: PeerTable<u64, std::sync::Arc<()>> =
+            PeerTable::new(2, 3, |state| std::sync::Arc::strong_count(state) > 1);
+        let used = table.state(Duration::ZERO, &peer(1));
+        for n in 2..6 {
+            table.state(Duration::from_secs(n.into()), &peer(n));
+        }
+        assert_eq!((table.len(), table.known_state(&peer(1)).is_some()), (2, true));
+        drop(used);
+        table.state(Duration::from_secs(9), &peer(9));
+        assert!(table.known_state(&peer(1)).is_none());
+    }
+
+    #[test]
+    fn a_peer_that_comes_and_goes_is_absent_since_it_went_last() {
+        let mut table = table();
+        let (s, rank) = (Duration::from_secs, Rank { relayed: false, dialled_by_larger: false });
+        table.handle_connected(s(0), &peer(1), 1, rank, 1);
+        table.handle_disconnected(s(1), &peer(1), 1);
+        table.handle_connected(s(10), &peer(1), 2, rank, 2);
+        assert_eq!(table.absent(s(99), s(30)).count(), 0, "it is here");
+        table.handle_disconnected(s(100), &peer(1), 2);
+        // Somebody names an address of it: that is not the peer itself.
+        table.handle_address(s(120), &peer(1), "/ip4/127.0.0.1/tcp/1");
+        assert_eq!(table.absent(s(129), s(30)).count(), 0);
+        assert_eq!(table.absent(s(130), s(30)).count(), 1);
     }
 
     #[test]

@@ -5,89 +5,54 @@ pub mod hedge;
 pub mod once;
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 /// Calls that wait for their answers on one stream. `T` is whatever completes a call.
 #[derive(Debug)]
 pub struct CallTable<T> {
-    waiting: HashMap<u64, Waiting<T>>,
-    limit: usize,
-    closed: bool,
+    /// `None` when the stream is gone.
+    waiting: Option<HashMap<u64, T>>,
 }
 
-#[derive(Debug)]
-struct Waiting<T> {
-    deadline: Duration,
-    completion: T,
-}
-
-/// Why a call could not be entered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum InsertError {
-    /// As many calls as allowed are waiting.
-    Full,
-    /// The stream is gone.
-    Closed,
+impl<T> Default for CallTable<T> {
+    fn default() -> Self {
+        Self { waiting: Some(HashMap::new()) }
+    }
 }
 
 impl<T> CallTable<T> {
-    /// A table for at most `limit` waiting calls.
-    pub fn new(limit: usize) -> Self {
-        Self { waiting: HashMap::new(), limit, closed: false }
-    }
-
-    /// Enters call `call_id`, which is given up at `deadline`. Numbers come from [`once::Outgoing`] and are entered once.
+    /// Enters call `call_id`. Numbers are entered once; how many wait is bounded by what the peer granted.
     ///
     /// # Errors
-    /// When the table is full or closed; the completion comes back.
-    pub fn insert(
-        &mut self,
-        call_id: u64,
-        deadline: Duration,
-        completion: T,
-    ) -> Result<(), (InsertError, T)> {
-        if self.closed {
-            return Err((InsertError::Closed, completion));
+    /// When the stream is gone; the completion comes back.
+    pub fn insert(&mut self, call_id: u64, completion: T) -> Result<(), T> {
+        match &mut self.waiting {
+            Some(waiting) => {
+                waiting.insert(call_id, completion);
+                Ok(())
+            }
+            None => Err(completion),
         }
-        if self.waiting.len() >= self.limit {
-            return Err((InsertError::Full, completion));
-        }
-        self.waiting.insert(call_id, Waiting { deadline, completion });
-        Ok(())
     }
 
     /// An answer came, or the caller gave up: the call is over. `None` when it was over before, which is normal: an answer
     /// and a cancel may cross.
     pub fn remove(&mut self, call_id: u64) -> Option<T> {
-        self.waiting.remove(&call_id).map(|w| w.completion)
-    }
-
-    /// Removes the calls whose deadline has passed at `now`.
-    pub fn expire(&mut self, now: Duration) -> Vec<(u64, T)> {
-        let over: Vec<u64> =
-            self.waiting.iter().filter(|(_, w)| w.deadline <= now).map(|(id, _)| *id).collect();
-        over.into_iter().filter_map(|id| Some((id, self.remove(id)?))).collect()
+        self.waiting.as_mut()?.remove(&call_id)
     }
 
     /// The stream is gone: no further call can be entered, and these were waiting.
     pub fn close(&mut self) -> Vec<T> {
-        self.closed = true;
-        self.waiting.drain().map(|(_, w)| w.completion).collect()
+        self.waiting.take().map_or_else(Vec::new, |waiting| waiting.into_values().collect())
     }
 
     /// Whether the stream is gone.
     pub fn is_closed(&self) -> bool {
-        self.closed
-    }
-
-    /// Calls that wait.
-    pub fn len(&self) -> usize {
-        self.waiting.len()
+        self.waiting.is_none()
     }
 
     /// Whether no call waits.
     pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+        self.waiting.as_ref().is_none_or(HashMap::is_empty)
     }
 }
 
@@ -165,73 +130,27 @@ impl Admission {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
 
     use super::*;
 
-    #[derive(Debug, Clone)]
-    enum Step {
-        Insert(u64),
-        Remove(u64),
-        Expire(u64),
-        Close,
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let step = prop_oneof![
-            6 => (0u64..50).prop_map(Step::Insert),
-            4 => (1u64..40).prop_map(Step::Remove),
-            2 => (0u64..50).prop_map(Step::Expire),
-            1 => Just(Step::Close),
-        ];
-        proptest::collection::vec(step, 0..120)
+    #[test]
+    fn every_call_ends_once_and_none_begins_on_a_stream_that_is_gone() {
+        let mut table = CallTable::default();
+        for id in 1..=3 {
+            assert_eq!(table.insert(id, id * 10), Ok(()));
+        }
+        assert_eq!((table.remove(2), table.remove(2), table.is_empty()), (Some(20), None, false));
+        let mut left = table.close();
+        left.sort_unstable();
+        assert_eq!(
+            (left, table.close(), table.is_closed(), table.is_empty()),
+            (vec![10, 30], vec![], true, true)
+        );
+        assert_eq!((table.insert(4, 40), table.remove(1)), (Err(40), None));
     }
 
     proptest! {
-        // Each completion comes back exactly once, and never after it was given back.
-        #[test]
-        fn every_call_ends_exactly_once(steps in steps()) {
-            let mut table = CallTable::new(8);
-            let mut model: BTreeMap<u64, u64> = BTreeMap::new();
-            let (mut entered, mut ended, mut closed) = (0u64, 0u64, false);
-            for step in steps {
-                match step {
-                    Step::Insert(deadline) => match table.insert(entered + 1, Duration::from_secs(deadline), entered) {
-                        Ok(()) => {
-                            prop_assert!(!closed && model.len() < 8 && model.insert(entered + 1, deadline).is_none());
-                            entered += 1;
-                        }
-                        Err((InsertError::Full, _)) => prop_assert_eq!(model.len(), 8),
-                        Err((InsertError::Closed, _)) => prop_assert!(closed),
-                    },
-                    Step::Remove(id) => {
-                        let found = table.remove(id).is_some();
-                        prop_assert_eq!(found, model.remove(&id).is_some());
-                        ended += u64::from(found);
-                    }
-                    Step::Expire(now) => {
-                        let mut over: Vec<u64> = table.expire(Duration::from_secs(now)).into_iter().map(|(id, _)| id).collect();
-                        over.sort_unstable();
-                        let expected: Vec<u64> = model.iter().filter(|(_, d)| **d <= now).map(|(id, _)| *id).collect();
-                        prop_assert_eq!(&over, &expected);
-                        model.retain(|_, d| *d > now);
-                        ended += over.len() as u64;
-                    }
-                    Step::Close => {
-                        let drained = table.close().len();
-                        prop_assert_eq!(drained, model.len());
-                        model.clear();
-                        ended += drained as u64;
-                        closed = true;
-                    }
-                }
-                prop_assert_eq!(table.len(), model.len());
-                prop_assert_eq!(entered, ended + table.len() as u64);
-            }
-        }
-
         #[test]
         fn admission_never_passes_its_limits_and_gives_everything_back(bodies in proptest::collection::vec(0usize..300, 0..60)) {
             let mut admission = Admission::new(10, 1000);

@@ -27,6 +27,7 @@ use crate::wire::method_is_valid;
 
 mod behaviour;
 mod connection;
+mod credit;
 mod driver;
 mod frames;
 mod gate;
@@ -401,15 +402,21 @@ impl Node {
     }
 
     /// Takes no further calls (they are answered UNAVAILABLE), waits until those that run have been answered but no longer
-    /// than `at_most`, and shuts down. Returns how many calls were cut off.
+    /// than `at_most`, gives the answers half a second to arrive, and shuts down. Returns how many calls were cut off.
     ///
     /// Not cancel safe: a node whose drain was dropped takes no calls and runs on until it is shut down.
     pub async fn drain(&self, at_most: Duration) -> usize {
         let shared = self.shared();
         shared.draining.store(true, std::sync::atomic::Ordering::Relaxed);
-        let mut running = shared.calls_served.subscribe();
+        let (until, mut running) = (shared.now() + at_most, shared.calls_served.subscribe());
         let _ = tokio::time::timeout(at_most, running.wait_for(|n| *n == 0)).await;
         let cut_off = *running.borrow();
+        // The last answers were handed to the connections, which drop what they still hold when they are closed.
+        let linger = until.saturating_sub(shared.now()).min(driver::GOODBYE);
+        let mut events = self.events();
+        let left =
+            async { while !shared.table().connected_peers().is_empty() && events.recv().await.is_ok() {} };
+        let _ = tokio::time::timeout(linger, left).await;
         self.shutdown().await;
         cut_off
     }

@@ -36,6 +36,8 @@ pub enum Header {
         body_bytes: usize,
         /// Calls with smaller numbers are over for the caller.
         done_below: u64,
+        /// How often the call was sent before.
+        attempt: u32,
     },
     /// The answer to a call; `body_bytes` raw bytes follow.
     Answer {
@@ -76,25 +78,25 @@ impl Header {
     }
 
     /// The bytes of the header with its length in front.
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(self) -> Vec<u8> {
         let kind = match self {
-            Self::Request { call_id, method, deadline, body_bytes, done_below } => {
+            Self::Request { call_id, method, deadline, body_bytes, done_below, attempt } => {
                 Kind::Request(RpcRequest {
-                    call_id: *call_id,
-                    method: method.clone(),
-                    deadline_ms: u32::try_from(deadline.min(&DEADLINE_MAX).as_millis())
-                        .expect("an hour fits"),
-                    body_bytes: wire_length(*body_bytes),
-                    done_below: *done_below,
+                    call_id,
+                    method,
+                    deadline_ms: u32::try_from(deadline.min(DEADLINE_MAX).as_millis()).expect("an hour fits"),
+                    body_bytes: wire_length(body_bytes),
+                    done_below,
+                    attempt,
                 })
             }
             Self::Answer { call_id, refusal, body_bytes } => Kind::Response(RpcResponse {
-                call_id: *call_id,
+                call_id,
                 status: refusal.as_ref().map_or(RpcStatus::Ok, |s| s.code.into()) as i32,
                 message: refusal.as_ref().map_or_else(String::new, |s| cut(&s.message).to_owned()),
-                body_bytes: wire_length(*body_bytes),
+                body_bytes: wire_length(body_bytes),
             }),
-            Self::Cancel { call_id } => Kind::Cancel(RpcCancel { call_id: *call_id }),
+            Self::Cancel { call_id } => Kind::Cancel(RpcCancel { call_id }),
             Self::Hello(hello) => Kind::Hello(RpcHello {
                 incarnation: hello.incarnation,
                 calls: u32::try_from(hello.calls).unwrap_or(u32::MAX),
@@ -145,6 +147,7 @@ impl TryFrom<RpcFrame> for Header {
                     deadline: Duration::from_millis(request.deadline_ms.into()).min(DEADLINE_MAX),
                     body_bytes: request.body_bytes as usize,
                     done_below: request.done_below,
+                    attempt: request.attempt,
                 }
             }
             Some(Kind::Response(response)) => Self::Answer {
@@ -242,12 +245,11 @@ mod tests {
 
     fn headers() -> impl Strategy<Value = Header> {
         prop_oneof![
-            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT, any::<u64>()).prop_map(
-                |(call_id, method, ms, body_bytes, done_below)| {
+            (any::<u64>(), "[a-z/.]{1,40}", 0u64..3_600_000, 0usize..=LIMIT, any::<u64>(), any::<u32>())
+                .prop_map(|(call_id, method, ms, body_bytes, done_below, attempt)| {
                     let deadline = Duration::from_millis(ms);
-                    Header::Request { call_id, method, deadline, body_bytes, done_below }
-                }
-            ),
+                    Header::Request { call_id, method, deadline, body_bytes, done_below, attempt }
+                }),
             (1u64.., any::<u32>(), any::<u64>()).prop_map(|(incarnation, calls, body_bytes)| {
                 Header::Hello(Hello { incarnation, calls: calls as usize, body_bytes: body_bytes as usize })
             }),
@@ -264,7 +266,7 @@ mod tests {
     proptest! {
         #[test]
         fn headers_round_trip_and_every_prefix_asks_for_more(header in headers(), tail in proptest::collection::vec(any::<u8>(), 0..9)) {
-            let mut bytes = header.encode();
+            let mut bytes = header.clone().encode();
             let length = bytes.len();
             for cut in 0..length {
                 prop_assert_eq!(Header::decode(&bytes[..cut], LIMIT).unwrap(), None);
@@ -297,6 +299,7 @@ mod tests {
             deadline: Duration::from_millis(1000),
             body_bytes: 300,
             done_below: 0,
+            attempt: 0,
         };
         let expected =
             [16, 0x0a, 14, 0x08, 7, 0x12, 4, b'e', b'c', b'h', b'o', 0x18, 0xe8, 0x07, 0x20, 0xac, 0x02];

@@ -2,33 +2,31 @@
 //! the receiver knows them by their numbers, runs none twice, and answers those that are done from memory.
 //!
 //! Pure. What a caller acknowledges, by [`Outgoing::done_below`], is forgotten; so is what passes the limits, and calls that
-//! may be among the forgotten are refused, never run.
+//! are among the forgotten are refused, never run. A call may come long after younger ones: its number is taken before it waits
+//! for a place.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Incarnations of one peer that are told apart. More than one live only while two nodes use one key.
 const SESSIONS_MAX: usize = 4;
+/// Runs of forgotten calls that are told apart. Between two runs lie calls that their caller still has open, so an honest
+/// caller has no more of them than it may have calls under way.
+const RUNS_MAX: usize = 4096;
 
-/// The caller's side: numbers for calls to one peer.
-#[derive(Debug)]
+/// The caller's side: which numbers are open at one peer. The numbers themselves come from one counter for all peers, so
+/// that a peer that was forgotten and met again is not given the same number twice.
+#[derive(Debug, Default)]
 pub struct Outgoing {
-    next_id: u64,
+    highest: u64,
     open: BTreeSet<u64>,
 }
 
-impl Default for Outgoing {
-    fn default() -> Self {
-        Self { next_id: 1, open: BTreeSet::new() }
-    }
-}
-
 impl Outgoing {
-    /// A number that no other call to the peer has or had.
-    pub fn begin(&mut self) -> u64 {
-        let call_id = self.next_id;
-        self.next_id += 1;
+    /// Call `call_id` begins. Numbers only grow.
+    pub fn begin(&mut self, call_id: u64) {
+        debug_assert!(call_id > self.highest, "numbers grow");
+        self.highest = call_id;
         self.open.insert(call_id);
-        call_id
     }
 
     /// Call `call_id` is over and will not be sent again.
@@ -38,7 +36,7 @@ impl Outgoing {
 
     /// Every call with a smaller number is over.
     pub fn done_below(&self) -> u64 {
-        self.open.first().copied().unwrap_or(self.next_id)
+        self.open.first().copied().unwrap_or(self.highest + 1)
     }
 }
 
@@ -51,7 +49,7 @@ pub enum Arrival<A> {
     Running,
     /// It is done: send this answer again.
     Done(A),
-    /// It may have been done and forgotten: refuse it.
+    /// It was done and is forgotten: refuse it.
     Stale,
 }
 
@@ -67,12 +65,14 @@ pub struct Once<A> {
 #[derive(Debug)]
 struct Session<A> {
     incarnation: u64,
-    /// Calls below that are not in the map are over.
+    /// Calls below that are not running are over.
     floor: u64,
-    /// `None` while the call runs, then its answer and what that weighs.
-    calls: BTreeMap<u64, Option<(A, usize)>>,
-    n_answers: usize,
+    running: BTreeSet<u64>,
+    /// Answers and what they weigh.
+    answers: BTreeMap<u64, (A, usize)>,
     n_bytes: usize,
+    /// Calls that were done and whose answers were given up.
+    forgotten: Runs,
 }
 
 impl<A: Clone> Once<A> {
@@ -81,54 +81,56 @@ impl<A: Clone> Once<A> {
         Self { sessions: VecDeque::new(), answers_limit, bytes_limit }
     }
 
-    /// A call arrived, whole; its caller is done with all below `done_below`.
-    pub fn handle_call(&mut self, incarnation: u64, call_id: u64, done_below: u64) -> Arrival<A> {
+    /// A call arrived whose caller is done with all below `done_below`. A call that is new is not entered.
+    pub fn look(&mut self, incarnation: u64, call_id: u64, done_below: u64) -> Arrival<A> {
         let session = self.session(incarnation);
         session.forget_below(done_below.min(call_id));
-        match session.calls.get(&call_id) {
-            Some(None) => Arrival::Running,
-            Some(Some((answer, _))) => Arrival::Done(answer.clone()),
-            None if call_id < session.floor => Arrival::Stale,
-            None => {
-                session.calls.insert(call_id, None);
-                Arrival::New
-            }
+        if session.running.contains(&call_id) {
+            Arrival::Running
+        } else if let Some((answer, _)) = session.answers.get(&call_id) {
+            Arrival::Done(answer.clone())
+        } else if call_id < session.floor || session.forgotten.contains(call_id) {
+            Arrival::Stale
+        } else {
+            Arrival::New
         }
+    }
+
+    /// As [`Once::look`]; a new call counts as running from now on.
+    pub fn handle_call(&mut self, incarnation: u64, call_id: u64, done_below: u64) -> Arrival<A> {
+        let arrival = self.look(incarnation, call_id, done_below);
+        if matches!(arrival, Arrival::New) {
+            self.session(incarnation).running.insert(call_id);
+        }
+        arrival
     }
 
     /// A running call has its answer, of `n_bytes`. An answer over the limits is forgotten at once.
     pub fn handle_answer(&mut self, incarnation: u64, call_id: u64, answer: A, n_bytes: usize) {
         let (answers_limit, bytes_limit) = (self.answers_limit, self.bytes_limit);
         let Some(session) = self.sessions.iter_mut().find(|s| s.incarnation == incarnation) else { return };
-        let Some(slot @ None) = session.calls.get_mut(&call_id) else { return };
-        *slot = Some((answer, n_bytes));
-        session.n_answers += 1;
-        session.n_bytes += n_bytes;
-        if call_id < session.floor {
-            session.forget_below(session.floor);
+        if !session.running.remove(&call_id) || call_id < session.floor {
+            return;
         }
-        while session.n_answers > answers_limit || session.n_bytes > bytes_limit {
-            let Some(oldest) = session.calls.iter().find(|(_, a)| a.is_some()).map(|(id, _)| *id) else {
-                break;
-            };
-            session.forget(oldest);
-            session.floor = session.floor.max(oldest + 1);
+        session.answers.insert(call_id, (answer, n_bytes));
+        session.n_bytes += n_bytes;
+        while session.answers.len() > answers_limit || session.n_bytes > bytes_limit {
+            session.forget_oldest();
         }
     }
 
-    /// Forgets every answer; their calls are stale from now on.
+    /// Forgets every answer; their calls are stale from now on, those that never came are not.
     pub fn forget_answers(&mut self) {
         for session in &mut self.sessions {
-            let highest = session.calls.iter().rev().find(|(_, a)| a.is_some()).map(|(id, _)| *id);
-            if let Some(highest) = highest {
-                session.forget_below(highest + 1);
+            while !session.answers.is_empty() {
+                session.forget_oldest();
             }
         }
     }
 
     /// Answers that are kept, and their bytes.
     pub fn kept(&self) -> (usize, usize) {
-        self.sessions.iter().fold((0, 0), |(n, bytes), s| (n + s.n_answers, bytes + s.n_bytes))
+        self.sessions.iter().fold((0, 0), |(n, bytes), s| (n + s.answers.len(), bytes + s.n_bytes))
     }
 
     fn session(&mut self, incarnation: u64) -> &mut Session<A> {
@@ -136,9 +138,10 @@ impl<A: Clone> Once<A> {
         let session = found.and_then(|i| self.sessions.remove(i)).unwrap_or_else(|| Session {
             incarnation,
             floor: 0,
-            calls: BTreeMap::new(),
-            n_answers: 0,
+            running: BTreeSet::new(),
+            answers: BTreeMap::new(),
             n_bytes: 0,
+            forgotten: Runs::default(),
         });
         self.sessions.truncate(SESSIONS_MAX - 1);
         self.sessions.push_front(session);
@@ -148,19 +151,65 @@ impl<A: Clone> Once<A> {
 
 impl<A> Session<A> {
     fn forget_below(&mut self, floor: u64) {
-        self.floor = self.floor.max(floor);
-        let over: Vec<u64> =
-            self.calls.range(..floor).filter(|(_, answer)| answer.is_some()).map(|(id, _)| *id).collect();
-        for call_id in over {
-            self.forget(call_id);
+        if floor <= self.floor {
+            return;
+        }
+        self.floor = floor;
+        while let Some(entry) = self.answers.first_entry().filter(|e| *e.key() < floor) {
+            self.n_bytes -= entry.remove().1;
+        }
+        self.forgotten.remove_below(floor);
+    }
+
+    fn forget_oldest(&mut self) {
+        let Some((call_id, (_, n_bytes))) = self.answers.pop_first() else { return };
+        self.n_bytes -= n_bytes;
+        self.forgotten.insert(call_id);
+        if let Some(end) = self.forgotten.first_end().filter(|_| self.forgotten.len() > RUNS_MAX) {
+            self.forget_below(end);
+        }
+    }
+}
+
+/// Numbers as runs without gaps: start and end (half-open) of each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Runs(BTreeMap<u64, u64>);
+
+impl Runs {
+    fn contains(&self, number: u64) -> bool {
+        self.0.range(..=number).next_back().is_some_and(|(_, end)| number < *end)
+    }
+
+    fn insert(&mut self, number: u64) {
+        if self.contains(number) {
+            return;
+        }
+        // Call u64::MAX ends where it begins to count as one more run; it has no successor to be told apart from.
+        let after = number.saturating_add(1);
+        let end = self.0.remove(&after).unwrap_or(after);
+        match self.0.range_mut(..number).next_back().filter(|(_, e)| **e == number) {
+            Some((_, before)) => *before = end,
+            None => drop(self.0.insert(number, end)),
         }
     }
 
-    fn forget(&mut self, call_id: u64) {
-        if let Some(Some((_, n_bytes))) = self.calls.remove(&call_id) {
-            self.n_answers -= 1;
-            self.n_bytes -= n_bytes;
+    fn remove_below(&mut self, floor: u64) {
+        while let Some((start, end)) =
+            self.0.first_key_value().map(|(s, e)| (*s, *e)).filter(|(s, _)| *s < floor)
+        {
+            self.0.remove(&start);
+            if end > floor {
+                self.0.insert(floor, end);
+            }
         }
+    }
+
+    fn first_end(&self) -> Option<u64> {
+        self.0.first_key_value().map(|(_, end)| *end)
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
     }
 }
 
@@ -174,6 +223,8 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
+        /// The caller takes a number, for a call that it sends later.
+        Begin,
         /// The caller begins a call and sends it.
         Call,
         /// A call that is open is sent again.
@@ -188,6 +239,7 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
+            3 => Just(Step::Begin),
             6 => Just(Step::Call),
             5 => any::<usize>().prop_map(Step::Again),
             5 => (any::<usize>(), 0usize..60).prop_map(|(i, n)| Step::Finish(i, n)),
@@ -201,13 +253,20 @@ mod tests {
         // Against a model that remembers every call for ever: none runs twice, answers are the right ones, memory is bounded.
         #[test]
         fn no_call_runs_twice(steps in steps()) {
-            let (mut caller, mut receiver) = (Outgoing::default(), Once::new(8, 200));
+            let (mut caller, mut receiver, mut next) = (Outgoing::default(), Once::new(8, 200), 0);
             let mut open: Vec<u64> = Vec::new();
             let mut runs: HashMap<u64, bool> = HashMap::new();
             for step in steps {
                 match step {
+                    Step::Begin => {
+                        next += 1;
+                        caller.begin(next);
+                        open.push(next);
+                    }
                     Step::Call => {
-                        let id = caller.begin();
+                        next += 1;
+                        let id = next;
+                        caller.begin(id);
                         open.push(id);
                         match receiver.handle_call(1, id, caller.done_below()) {
                             Arrival::New => prop_assert!(runs.insert(id, false).is_none()),
@@ -217,10 +276,11 @@ mod tests {
                     Step::Again(i) if !open.is_empty() => {
                         let id = open[i % open.len()];
                         match receiver.handle_call(1, id, caller.done_below()) {
-                            Arrival::New => prop_assert!(false, "call {} runs twice", id),
-                            Arrival::Running => prop_assert_eq!(runs[&id], false),
-                            Arrival::Done(answer) => prop_assert!(runs[&id] && answer == id * 10),
-                            Arrival::Stale => prop_assert!(runs[&id]),
+                            Arrival::New => prop_assert!(runs.insert(id, false).is_none(), "call {} runs twice", id),
+                            Arrival::Running => prop_assert_eq!(runs.get(&id), Some(&false)),
+                            Arrival::Done(answer) => prop_assert!(runs.get(&id) == Some(&true) && answer == id * 10),
+                            // Also never for a call that was not delivered before.
+                            Arrival::Stale => prop_assert_eq!(runs.get(&id), Some(&true)),
                         }
                     }
                     Step::Finish(i, n_bytes) => {
@@ -243,6 +303,50 @@ mod tests {
                 prop_assert!(answers <= 8 && n_bytes <= 200);
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn runs_are_a_set_of_numbers(steps in proptest::collection::vec((any::<bool>(), 0u64..60), 0..120)) {
+            let (mut runs, mut set) = (Runs::default(), BTreeSet::new());
+            for (add, number) in steps {
+                if add {
+                    runs.insert(number);
+                    set.insert(number);
+                } else {
+                    let floor = number / 4;
+                    runs.remove_below(floor);
+                    set.retain(|n| *n >= floor);
+                }
+                for n in 0..61 {
+                    prop_assert_eq!(runs.contains(n), set.contains(&n));
+                }
+                let gaps = set.iter().filter(|n| !set.contains(&(**n + 1))).count();
+                prop_assert_eq!(runs.len(), gaps);
+            }
+        }
+    }
+
+    #[test]
+    fn a_call_that_waited_at_its_caller_runs_however_many_were_forgotten_meanwhile() {
+        let mut receiver = Once::new(2, 1000);
+        for id in 10..20_000 {
+            assert_eq!(receiver.handle_call(1, id, 9), Arrival::New);
+            receiver.handle_answer(1, id, (), 0);
+        }
+        assert_eq!(receiver.handle_call(1, 10, 9), Arrival::Stale);
+        assert_eq!(receiver.handle_call(1, 9, 9), Arrival::New);
+    }
+
+    // A hostile caller leaves every second number out: what is remembered of it stays bounded.
+    #[test]
+    fn gaps_without_end_take_no_memory_without_end() {
+        let mut receiver = Once::new(2, 1000);
+        for id in 0..3 * RUNS_MAX as u64 {
+            receiver.handle_call(1, id * 2 + 1, 0);
+            receiver.handle_answer(1, id * 2 + 1, (), 0);
+        }
+        assert!(receiver.sessions[0].forgotten.len() <= RUNS_MAX);
     }
 
     #[test]

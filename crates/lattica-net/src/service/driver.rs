@@ -32,7 +32,7 @@ use upkeep::Upkeep;
 /// How often bootstrap peers and relays are looked after.
 const TICK: Duration = Duration::from_millis(250);
 /// How long a shutdown waits for connections to close properly.
-const GOODBYE: Duration = Duration::from_millis(500);
+pub(super) const GOODBYE: Duration = Duration::from_millis(500);
 
 pub(crate) type Reply<T, E> = oneshot::Sender<Result<T, E>>;
 

@@ -13,11 +13,12 @@ use swarm_wire::PeerId;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 
 use super::connection::{Connection, OpenError};
+use super::credit::{LARGE_BODY_BYTES, LARGE_CALLS};
 use super::frames::{FrameReader, OutFrame, STALL_TIMEOUT, write_frames};
 use super::rpc_server;
-use super::shared::{Shared, lock};
+use super::shared::{CallNumber, Shared, lock};
 use crate::error::CallError;
-use crate::rpc::{CallTable, InsertError};
+use crate::rpc::CallTable;
 use crate::status::{Status, StatusCode};
 use crate::wire::{Header, Hello, method_is_valid};
 
@@ -26,15 +27,13 @@ pub const RPC_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/rpc/2.0.0
 /// Streams that small calls of one connection share.
 const SMALL_LANES: usize = 2;
 /// Streams for calls with large bodies, each for one call at a time.
-const LARGE_LANES: usize = 8;
-/// From here on a body is large.
-const LARGE_BODY_BYTES: usize = 64 * 1024;
+const LARGE_LANES: usize = LARGE_CALLS;
 /// Frames that wait for a stream's writer; further callers wait.
 const FRAME_QUEUE: usize = 256;
 /// Tries when a connection turns out to be gone before anything was sent on it.
-const TRIES: usize = 3;
+const TRIES: u32 = 3;
 /// Times that one call is sent again because its path broke.
-const RESENDS: usize = 16;
+const RESENDS: u32 = 16;
 /// How long a stream may be broken before its connection is taken for broken as well.
 const BREAK_TIME: Duration = Duration::from_millis(200);
 
@@ -176,8 +175,8 @@ impl Lane {
         let hello = Header::Hello(Hello { incarnation: shared.incarnation, calls: 0, body_bytes: 0 });
         // The queue is empty: there is room.
         let _ = frames.try_send(OutFrame { header: hello.encode(), body: Bytes::new(), held: None });
-        let calls = Mutex::new(CallTable::new(shared.config.limits.outgoing_calls_per_peer));
-        let stream = Arc::new(LaneStream { frames, calls, incarnation: watch::channel(0).0 });
+        let stream =
+            Arc::new(LaneStream { frames, calls: Mutex::default(), incarnation: watch::channel(0).0 });
         let writing = Arc::downgrade(&stream);
         shared.network.spawn(async move {
             if let Err(error) = write_frames(writer, queue).await {
@@ -209,6 +208,8 @@ impl LaneStream {
         for completion in lock(&self.calls).close() {
             let _ = completion.send(outcome());
         }
+        // Whoever waits for the peer's hello sees that none will come.
+        self.incarnation.send_modify(|_| ());
     }
 }
 
@@ -346,21 +347,17 @@ impl OneCall<'_> {
 
     /// Sends the call, and again with the same number while its paths break and others stand. The peer runs it once.
     async fn run(&self) -> Result<(Option<Status>, Bytes), CallError> {
-        let begun = self.shared.now();
         let connection = self.connect().await?;
         let state = Arc::clone(&connection.state);
-        let _place =
-            state.place(&self.shared.config, self.body.len()).await.map_err(|_| CallError::ShutDown)?;
-        let number = state.call_number();
+        let credit = state.credit(&self.shared.config);
+        let _place = credit.place(self.body.len()).await.map_err(|_| CallError::ShutDown)?;
+        let number = state.call_number(self.shared);
         // The incarnation that may have the call already.
         let mut sent_to: Option<u64> = None;
         let (mut connection, mut not_sent) = (connection, 0);
-        for _ in 0..RESENDS + TRIES {
-            match self.send(&connection, number.call_id, sent_to).await? {
-                Sent::Answer(refusal, answer) => {
-                    state.latencies().handle_call(self.shared.now().saturating_sub(begun));
-                    return Ok((refusal, answer));
-                }
+        for attempt in 0..RESENDS + TRIES {
+            match self.send(&connection, (&number, attempt), sent_to).await? {
+                Sent::Answer(refusal, answer) => return Ok((refusal, answer)),
                 Sent::Nowhere => {
                     not_sent += 1;
                     if not_sent >= TRIES {
@@ -405,10 +402,10 @@ impl OneCall<'_> {
     async fn send(
         &self,
         connection: &Arc<Connection>,
-        call_id: u64,
+        (number, attempt): (&CallNumber<'_>, u32),
         sent_to: Option<u64>,
     ) -> Result<Sent, CallError> {
-        let shared = self.shared;
+        let (shared, call_id) = (self.shared, number.call_id);
         let large = if self.body.len() < LARGE_BODY_BYTES { None } else { connection.lanes.large().await };
         let lane =
             large.as_ref().map_or_else(|| connection.lanes.small(), |l| &connection.lanes.large[l.index]);
@@ -430,9 +427,13 @@ impl OneCall<'_> {
             // A peer that restarted knows nothing of the calls that it may have run before.
             let mut incarnation = stream.incarnation.subscribe();
             let said = tokio::select! {
-                said = incarnation.wait_for(|i| *i != 0) => said.map_or(0, |i| *i),
+                said = incarnation.wait_for(|i| *i != 0 || lock(&stream.calls).is_closed()) => said.map_or(0, |i| *i),
                 () = connection.closed.cancelled() => return Ok(Sent::Nowhere),
             };
+            if said == 0 {
+                // The stream ended before the peer said who it is.
+                return Ok(Sent::Nowhere);
+            }
             if said != first {
                 return Err(self.lost());
             }
@@ -440,8 +441,7 @@ impl OneCall<'_> {
         let now = shared.now();
         connection.touch(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
         let (completion, outcome) = oneshot::channel();
-        let entered = lock(&stream.calls).insert(call_id, self.deadline, completion);
-        if let Err((InsertError::Closed | InsertError::Full, _)) = entered {
+        if lock(&stream.calls).insert(call_id, completion).is_err() {
             return Ok(Sent::Nowhere);
         }
         let _guard = CallGuard { stream: &stream, call_id };
@@ -450,7 +450,8 @@ impl OneCall<'_> {
             method: self.method.to_owned(),
             deadline: self.deadline.saturating_sub(now),
             body_bytes: self.body.len(),
-            done_below: connection.state.done_below(),
+            done_below: number.done_below(),
+            attempt,
         };
         let known = connection.state.incarnation();
         let frame = OutFrame { header: header.encode(), body: self.body.clone(), held: None };
@@ -468,6 +469,23 @@ impl OneCall<'_> {
     }
 }
 
+/// A call whose duration is remembered, for deciding when the next peer is worth asking.
+async fn timed(
+    shared: &Arc<Shared>,
+    peer: &PeerId,
+    method: &str,
+    body: &Bytes,
+    options: &CallOptions,
+) -> Result<Bytes, CallError> {
+    let begun = shared.now();
+    let result = call(shared, peer, method, body.clone(), options).await;
+    let state = shared.table().known_state(peer).filter(|_| result.is_ok());
+    if let Some(state) = state {
+        state.handle_duration(method, shared.now().saturating_sub(begun));
+    }
+    result
+}
+
 /// See `Node::call_any`.
 pub(crate) async fn call_any(
     shared: &Arc<Shared>,
@@ -483,10 +501,10 @@ pub(crate) async fn call_any(
     loop {
         let after = match waiting.next() {
             Some(peer) => {
-                calls.push(call(shared, peer, method, body.clone(), options));
+                calls.push(timed(shared, peer, method, body, options));
                 hedge_after.unwrap_or_else(|| {
                     let state = shared.table().known_state(peer);
-                    state.and_then(|s| s.latencies().p95()).unwrap_or(HEDGE_AFTER)
+                    state.and_then(|s| s.usual_duration(method)).unwrap_or(HEDGE_AFTER)
                 })
             }
             None => options.timeout,

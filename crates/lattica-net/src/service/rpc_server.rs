@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::connection::{Connection, Incoming};
 use super::frames::{FrameReader, OutFrame, STALL_TIMEOUT, write_frames};
-use super::served::{Next, RESUME_GRACE, StreamCalls};
+use super::served::{Asker, Next, RESUME_GRACE, StreamCalls};
 use super::shared::{Held, Shared};
 use crate::status::{Status, StatusCode};
 use crate::wire::{Header, Hello};
@@ -76,12 +76,15 @@ pub(crate) async fn serve(
         Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "rpc stream ended"),
         Ok(()) => {}
     }
-    drop((server, reader, place));
-    tokio::select! {
-        () = tokio::time::sleep(RESUME_GRACE) => {}
-        () = shared.stopped.cancelled() => {}
+    drop((server, reader));
+    // The stream counts for as long as calls may be taken over from it.
+    if connection.state.served().has_stream(number) {
+        tokio::select! {
+            () = tokio::time::sleep(RESUME_GRACE) => {}
+            () = shared.stopped.cancelled() => {}
+        }
     }
-    drop(calls);
+    drop((calls, place));
 }
 
 impl Server {
@@ -102,28 +105,41 @@ impl Server {
                 Some(Header::Answer { .. }) => {
                     return invalid("an answer where only calls are expected".to_owned());
                 }
-                Some(Header::Request { call_id, method, deadline, body_bytes, done_below }) => {
-                    let refusal = match self.connection.state.admit(&shared.config, body_bytes) {
-                        Ok(held) => {
-                            let body = reader.body(body_bytes).await?;
-                            self.connection.state.link().handle_received(shared.now(), body.len());
-                            let call = Call { call_id, method, deadline, body, held };
-                            match self.arrived(call, done_below) {
-                                Next::Started | Next::Moved => continue,
-                                Next::Repeated => {
-                                    return invalid(format!("call {call_id} is running already"));
-                                }
-                                Next::Answer(outcome) => outcome,
-                                Next::Stale => Err(Status::new(
-                                    StatusCode::Unavailable,
-                                    "the call was made before and its answer is not kept any more",
-                                )),
-                            }
-                        }
-                        Err(refusal) => {
+                Some(Header::Request { call_id, method, deadline, body_bytes, done_below, attempt }) => {
+                    let key = (self.incarnation, call_id);
+                    let state = &self.connection.state;
+                    // Before anything else: a call that is sent again has its place already, whatever else runs.
+                    let asker = self.asker(attempt);
+                    let again = state.served().handle_again(key, done_below, &asker);
+                    let next = match again {
+                        Some(next) => {
                             reader.skip(body_bytes).await?;
-                            Err(Status::resource_exhausted(refusal))
+                            next
                         }
+                        None => match self.admit(body_bytes) {
+                            Ok(held) => {
+                                let body = reader.body(body_bytes).await?;
+                                self.connection.state.link().handle_received(shared.now(), body.len());
+                                self.arrived(
+                                    Call { call_id, method, deadline, body, held },
+                                    done_below,
+                                    &asker,
+                                )
+                            }
+                            Err(refusal) => {
+                                reader.skip(body_bytes).await?;
+                                Next::Answer(Err(refusal))
+                            }
+                        },
+                    };
+                    let refusal = match next {
+                        Next::Started | Next::Runs => continue,
+                        Next::Repeated => return invalid(format!("call {call_id} is running already")),
+                        Next::Answer(outcome) => outcome,
+                        Next::Stale => Err(Status::new(
+                            StatusCode::Unavailable,
+                            "the call was made before and its answer is not kept any more",
+                        )),
                     };
                     // Waits when the peer sends calls faster than it takes answers: its stream is then not read.
                     if self.answers.send(answer(call_id, refusal, body_limit, None)).await.is_err() {
@@ -134,18 +150,25 @@ impl Server {
         }
     }
 
-    fn arrived(&self, call: Call, done_below: u64) -> Next {
-        let key = (self.incarnation, call.call_id);
-        let state = Arc::clone(&self.connection.state);
+    /// A place for a new call, or why there is none.
+    fn admit(&self, body_bytes: usize) -> Result<Held, Status> {
         if self.shared.draining.load(Ordering::Relaxed) {
             // Not entered: the caller may well ask another node.
-            return Next::Answer(Err(Status::unavailable("the node is about to stop")));
+            return Err(Status::unavailable("the node is about to stop"));
         }
-        self.connection.state.served().handle_call(key, done_below, self.stream, &self.answers, || {
+        self.connection.state.admit(&self.shared, body_bytes).map_err(Status::resource_exhausted)
+    }
+
+    fn asker(&self, attempt: u32) -> Asker {
+        Asker { answers: self.answers.clone(), stream: self.stream, attempt }
+    }
+
+    fn arrived(&self, call: Call, done_below: u64, asker: &Asker) -> Next {
+        let key = (self.incarnation, call.call_id);
+        let state = Arc::clone(&self.connection.state);
+        self.connection.state.served().handle_call(key, done_below, asker, || {
             let (shared, peer) = (Arc::clone(&self.shared), self.connection.peer.clone());
-            let counted = Counted::new(&self.shared);
             let task = self.shared.application.spawn(async move {
-                let _counted = counted;
                 let Call { call_id, method, deadline, body, held } = call;
                 let body_limit = shared.config.limits.body_bytes;
                 let outcome = run(&shared, peer, &method, body, deadline).await;
@@ -164,22 +187,6 @@ struct Call {
     deadline: Duration,
     body: Bytes,
     held: Held,
-}
-
-/// Counts a call that runs, for a node that waits for its calls before it stops.
-struct Counted(Arc<Shared>);
-
-impl Counted {
-    fn new(shared: &Arc<Shared>) -> Self {
-        shared.calls_served.send_modify(|n| *n += 1);
-        Self(Arc::clone(shared))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.calls_served.send_modify(|n| *n -= 1);
-    }
 }
 
 /// Runs one call under its deadline; a handler that panics is an internal error of its own call only.

@@ -35,12 +35,20 @@ struct Calls {
 }
 
 /// A call that runs.
-pub(crate) struct RunningCall {
-    pub(crate) task: AbortHandle,
-    /// Where its answer goes: the stream that asked last.
+struct RunningCall {
+    task: AbortHandle,
+    /// Where its answer goes: to where the caller sent it last.
+    asker: Asker,
+}
+
+/// Where a sending of a call came from.
+#[derive(Clone)]
+pub(crate) struct Asker {
     pub(crate) answers: mpsc::Sender<OutFrame>,
-    /// The number of that stream.
+    /// The number of the stream.
     pub(crate) stream: u64,
+    /// How often the call was sent before.
+    pub(crate) attempt: u32,
 }
 
 impl Default for Served {
@@ -54,46 +62,41 @@ impl Default for Served {
 pub(crate) enum Next {
     /// It was started.
     Started,
-    /// Its answer comes on the stream that asked last, which is this one now.
-    Moved,
+    /// It runs; its answer goes to where the caller sent it last.
+    Runs,
     /// It is done.
     Answer(Outcome),
-    /// It may have been done.
+    /// It was done and its answer is forgotten.
     Stale,
     /// The same stream asks twice.
     Repeated,
 }
 
 impl Served {
-    /// A whole call arrived on `stream`; `start` runs it when it is new.
+    /// The header of a call arrived on `stream`. Says what to do with a call that came before; `None` when it is new.
+    pub(crate) fn handle_again(&self, key: CallKey, done_below: u64, asker: &Asker) -> Option<Next> {
+        let mut calls = lock(&self.0);
+        let arrival = calls.once.look(key.0, key.1, done_below);
+        calls.again(key, arrival, asker)
+    }
+
+    /// A whole call arrived on `stream`; `start` runs it when it is new. Two streams may have brought it meanwhile.
     pub(crate) fn handle_call(
         &self,
         key: CallKey,
         done_below: u64,
-        stream: u64,
-        answers: &mpsc::Sender<OutFrame>,
+        asker: &Asker,
         start: impl FnOnce() -> AbortHandle,
     ) -> Next {
         // The lock is held while the task starts, so that it cannot end before it is entered.
         let mut calls = lock(&self.0);
-        match calls.once.handle_call(key.0, key.1, done_below) {
-            Arrival::New => {
-                let running = RunningCall { task: start(), answers: answers.clone(), stream };
-                calls.running.insert(key, running);
-                Next::Started
-            }
-            Arrival::Running => match calls.running.get_mut(&key) {
-                Some(running) if running.stream == stream => Next::Repeated,
-                Some(running) => {
-                    running.stream = stream;
-                    running.answers = answers.clone();
-                    Next::Moved
-                }
-                None => Next::Stale,
-            },
-            Arrival::Done(answer) => Next::Answer(answer),
-            Arrival::Stale => Next::Stale,
+        let arrival = calls.once.handle_call(key.0, key.1, done_below);
+        if let Some(next) = calls.again(key, arrival, asker) {
+            return next;
         }
+        let running = RunningCall { task: start(), asker: asker.clone() };
+        calls.running.insert(key, running);
+        Next::Started
     }
 
     /// The call's handler has ended. Returns where the answer is to go; nowhere when the caller gave up.
@@ -105,7 +108,7 @@ impl Served {
             Err(status) => status.message.len(),
         };
         calls.once.handle_answer(key.0, key.1, outcome.clone(), n_bytes);
-        Some(running.answers)
+        Some(running.asker.answers)
     }
 
     /// The caller gave up.
@@ -115,7 +118,19 @@ impl Served {
 
     /// Ends the calls that still wait for `stream` to take their answers.
     pub(crate) fn end_stream(&self, stream: u64) {
-        self.end(|calls| calls.running.iter().filter(|(_, r)| r.stream == stream).map(|(k, _)| *k).collect());
+        self.end(|calls| {
+            calls.running.iter().filter(|(_, r)| r.asker.stream == stream).map(|(k, _)| *k).collect()
+        });
+    }
+
+    /// Whether a call waits for `stream` to take its answer.
+    pub(crate) fn has_stream(&self, stream: u64) -> bool {
+        lock(&self.0).running.values().any(|r| r.asker.stream == stream)
+    }
+
+    /// Whether answers are kept for the peer.
+    pub(crate) fn keeps_answers(&self) -> bool {
+        lock(&self.0).once.kept().0 > 0
     }
 
     /// Forgets every answer that is kept for the peer.
@@ -135,6 +150,28 @@ impl Served {
     }
 }
 
+impl Calls {
+    /// What to do with a call that came before.
+    fn again(&mut self, key: CallKey, arrival: Arrival<Outcome>, asker: &Asker) -> Option<Next> {
+        Some(match arrival {
+            Arrival::New => return None,
+            Arrival::Running => match self.running.get_mut(&key) {
+                Some(running) if running.asker.stream == asker.stream => Next::Repeated,
+                Some(running) => {
+                    // What a broken path delivers late must not take the answer back there.
+                    if asker.attempt > running.asker.attempt {
+                        running.asker = asker.clone();
+                    }
+                    Next::Runs
+                }
+                None => Next::Stale,
+            },
+            Arrival::Done(answer) => Next::Answer(answer),
+            Arrival::Stale => Next::Stale,
+        })
+    }
+}
+
 /// Ends the calls of a stream when it is dropped.
 pub(crate) struct StreamCalls {
     pub(crate) state: Arc<PeerState>,
@@ -144,5 +181,43 @@ pub(crate) struct StreamCalls {
 impl Drop for StreamCalls {
     fn drop(&mut self) {
         self.state.served().end_stream(self.stream);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asker(stream: u64, attempt: u32) -> (Asker, mpsc::Receiver<OutFrame>) {
+        let (answers, queue) = mpsc::channel(1);
+        (Asker { answers, stream, attempt }, queue)
+    }
+
+    #[tokio::test]
+    async fn the_answer_goes_to_the_last_sending_whichever_comes_first() {
+        for late_first in [false, true] {
+            let served = Served::default();
+            let start = || tokio::spawn(std::future::pending::<()>()).abort_handle();
+            let (old, new) = (asker(1, 0), asker(2, 1));
+            let (first, second) = if late_first { (&old, &new) } else { (&new, &old) };
+            assert!(served.handle_again((7, 1), 1, &first.0).is_none());
+            assert!(matches!(served.handle_call((7, 1), 1, &first.0, start), Next::Started));
+            assert!(matches!(served.handle_again((7, 1), 1, &second.0), Some(Next::Runs)));
+            let answers = served.handle_outcome((7, 1), &Ok(Bytes::new())).unwrap();
+            assert!(answers.same_channel(&new.0.answers), "the first to come was {}", first.0.attempt);
+            assert!(matches!(served.handle_again((7, 1), 1, &old.0), Some(Next::Answer(Ok(_)))));
+        }
+    }
+
+    #[tokio::test]
+    async fn one_number_twice_on_one_stream_is_told() {
+        let served = Served::default();
+        let start = || tokio::spawn(std::future::pending::<()>()).abort_handle();
+        let (first, _queue) = asker(1, 0);
+        served.handle_call((7, 1), 1, &first, start);
+        assert!(served.has_stream(1) && !served.has_stream(2));
+        assert!(matches!(served.handle_again((7, 1), 1, &first), Some(Next::Repeated)));
+        served.end_stream(1);
+        assert!(matches!(served.handle_again((7, 1), 1, &first), Some(Next::Answer(Err(_)))));
     }
 }

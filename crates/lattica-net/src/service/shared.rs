@@ -14,10 +14,11 @@ use libp2p::StreamProtocol;
 use rand::RngExt as _;
 use swarm_wire::PeerId;
 use tokio::runtime::Handle;
-use tokio::sync::{AcquireError, Semaphore, SemaphorePermit, broadcast, mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
+use super::credit::Credit;
 use super::driver::Command;
 use super::served::Served;
 use super::stream::Stream;
@@ -63,14 +64,6 @@ impl Acceptors {
     }
 }
 
-/// What a caller may have under way at a peer before the peer has said how much that is.
-const FIRST_CALLS: usize = 64;
-/// Bytes of their bodies, in units of 1 KiB: one body of the largest size.
-const FIRST_KIB: usize = 8 * 1024;
-/// No grant counts for more than this.
-const CALLS_MAX: usize = 1 << 16;
-const KIB_MAX: usize = 1 << 24;
-
 /// What is kept for each peer beside its addresses.
 #[derive(Default)]
 pub(crate) struct PeerState {
@@ -79,29 +72,26 @@ pub(crate) struct PeerState {
     credit: OnceLock<Credit>,
     served: Served,
     outgoing: Mutex<Outgoing>,
-    latencies: Mutex<Latencies>,
+    /// How long calls take whose caller would ask another peer after a while, by method.
+    latencies: Mutex<HashMap<String, Latencies>>,
     /// The peer's incarnation when it last said hello; 0 before.
     incarnation: AtomicU64,
 }
 
-/// What the peer lets us have under way there.
-struct Credit {
-    calls: Semaphore,
-    kib: Semaphore,
-    /// Calls and KiB that were granted so far.
-    granted: Mutex<(usize, usize)>,
-}
-
-/// The part of the credit that a call uses, given back on drop.
-pub(crate) struct Place<'a> {
-    _calls: SemaphorePermit<'a>,
-    _kib: SemaphorePermit<'a>,
-}
+/// Methods of one peer whose durations are kept; there are few that are asked of several peers.
+const TIMED_METHODS_MAX: usize = 16;
 
 /// A number for a call, given up on drop.
 pub(crate) struct CallNumber<'a> {
     outgoing: &'a Mutex<Outgoing>,
     pub(crate) call_id: u64,
+}
+
+impl CallNumber<'_> {
+    /// Every call to the peer with a smaller number is over.
+    pub(crate) fn done_below(&self) -> u64 {
+        lock(self.outgoing).done_below()
+    }
 }
 
 impl Drop for CallNumber<'_> {
@@ -116,51 +106,25 @@ impl PeerState {
     }
 
     /// Asks for a place for a call of the peer with a body of `body_bytes`; it is given back on drop.
-    pub(crate) fn admit(self: &Arc<Self>, config: &NodeConfig, body_bytes: usize) -> Result<Held, Refusal> {
-        let limits = &config.limits;
+    pub(crate) fn admit(self: &Arc<Self>, shared: &Arc<Shared>, body_bytes: usize) -> Result<Held, Refusal> {
+        let limits = &shared.config.limits;
         let admission = self
             .admission
             .get_or_init(|| Mutex::new(Admission::new(limits.calls_per_peer, limits.call_bytes_per_peer)));
         lock(admission).admit(body_bytes)?;
-        Ok(Held { state: Arc::clone(self), n_bytes: body_bytes })
+        shared.calls_served.send_modify(|n| *n += 1);
+        Ok(Held { state: Arc::clone(self), shared: Arc::clone(shared), n_bytes: body_bytes })
     }
 
-    fn credit(&self, config: &NodeConfig) -> &Credit {
-        self.credit.get_or_init(|| {
-            let calls = FIRST_CALLS.min(config.limits.outgoing_calls_per_peer);
-            Credit {
-                calls: Semaphore::new(calls),
-                kib: Semaphore::new(FIRST_KIB),
-                granted: Mutex::new((calls, FIRST_KIB)),
-            }
-        })
-    }
-
-    /// Waits until the peer lets us have one more call with `body_bytes` under way.
-    pub(crate) async fn place(
-        &self,
-        config: &NodeConfig,
-        body_bytes: usize,
-    ) -> Result<Place<'_>, AcquireError> {
-        let credit = self.credit(config);
-        let kib = u32::try_from(body_bytes.div_ceil(1024).min(FIRST_KIB)).expect("at most 8192");
-        Ok(Place { _calls: credit.calls.acquire().await?, _kib: credit.kib.acquire_many(kib).await? })
+    /// What the peer lets us have under way there.
+    pub(crate) fn credit(&self, config: &NodeConfig) -> &Credit {
+        self.credit.get_or_init(|| Credit::new(config.limits.outgoing_calls_per_peer))
     }
 
     /// The peer said who it is and what it grants.
     pub(crate) fn handle_hello(&self, config: &NodeConfig, hello: &Hello) {
         self.incarnation.store(hello.incarnation, Ordering::Relaxed);
-        if hello.calls == 0 {
-            return;
-        }
-        let credit = self.credit(config);
-        let mut granted = lock(&credit.granted);
-        let calls = hello.calls.min(config.limits.outgoing_calls_per_peer).min(CALLS_MAX);
-        // One body of the largest size always goes, else it would wait for ever.
-        let kib = (hello.body_bytes / 1024).clamp(FIRST_KIB, KIB_MAX);
-        regrant(&credit.calls, granted.0, calls);
-        regrant(&credit.kib, granted.1, kib);
-        *granted = (calls, kib);
+        self.credit(config).handle_hello(hello);
     }
 
     /// The peer's incarnation; 0 when it is not known.
@@ -168,14 +132,13 @@ impl PeerState {
         self.incarnation.load(Ordering::Relaxed)
     }
 
-    /// A number for a call to the peer.
-    pub(crate) fn call_number(&self) -> CallNumber<'_> {
-        CallNumber { outgoing: &self.outgoing, call_id: lock(&self.outgoing).begin() }
-    }
-
-    /// Every call to the peer with a smaller number is over.
-    pub(crate) fn done_below(&self) -> u64 {
-        lock(&self.outgoing).done_below()
+    /// A number for a call to the peer, out of those of the whole node.
+    pub(crate) fn call_number(&self, shared: &Shared) -> CallNumber<'_> {
+        // Under the lock: a smaller number must not begin after a larger one has told the peer what is over.
+        let mut outgoing = lock(&self.outgoing);
+        let call_id = shared.next_call.fetch_add(1, Ordering::Relaxed);
+        outgoing.begin(call_id);
+        CallNumber { outgoing: &self.outgoing, call_id }
     }
 
     /// The peer's calls here.
@@ -183,24 +146,31 @@ impl PeerState {
         &self.served
     }
 
-    /// How long calls to the peer take.
-    pub(crate) fn latencies(&self) -> MutexGuard<'_, Latencies> {
-        lock(&self.latencies)
+    /// A call of `method` that might have been asked of another peer took `duration`.
+    pub(crate) fn handle_duration(&self, method: &str, duration: Duration) {
+        let mut latencies = lock(&self.latencies);
+        if let Some(known) = latencies.get_mut(method) {
+            known.handle_call(duration);
+        } else if latencies.len() < TIMED_METHODS_MAX {
+            latencies.entry(method.to_owned()).or_default().handle_call(duration);
+        }
+    }
+
+    /// What 95 % of the calls of `method` to the peer take, once that is known.
+    pub(crate) fn usual_duration(&self, method: &str) -> Option<Duration> {
+        lock(&self.latencies).get(method).and_then(Latencies::p95)
+    }
+
+    /// Whether somebody uses the state, or it holds answers that the peer may come back for.
+    pub(crate) fn is_in_use(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1 || self.served.keeps_answers()
     }
 }
 
-fn regrant(semaphore: &Semaphore, from: usize, to: usize) {
-    if to > from {
-        semaphore.add_permits(to - from);
-    } else {
-        // Those in use come back later and count once more; the peer refuses what is too much meanwhile.
-        semaphore.forget_permits(from - to);
-    }
-}
-
-/// A running call of a peer and the bytes that it holds.
+/// A call of a peer and the bytes that it holds, until its answer has left. A node that is about to stop waits for it.
 pub(crate) struct Held {
     state: Arc<PeerState>,
+    shared: Arc<Shared>,
     n_bytes: usize,
 }
 
@@ -219,6 +189,7 @@ impl Drop for Held {
         if let Some(admission) = self.state.admission.get() {
             lock(admission).finish(self.n_bytes);
         }
+        self.shared.calls_served.send_modify(|n| *n -= 1);
     }
 }
 
@@ -239,7 +210,9 @@ pub(crate) struct Shared {
     pub(crate) incarnation: u64,
     /// Counts RPC streams that peers opened.
     pub(crate) streams_served: AtomicU64,
-    /// Calls of peers that run.
+    /// The number of this node's next call, whoever it is for.
+    pub(crate) next_call: AtomicU64,
+    /// Calls of peers that are not answered yet.
     pub(crate) calls_served: watch::Sender<usize>,
     started: Instant,
     table: Mutex<PeerTable<Arc<Connection>, Arc<PeerState>>>,
@@ -261,7 +234,8 @@ impl Shared {
         network: Handle,
         commands: mpsc::Sender<Command>,
     ) -> Self {
-        let table = PeerTable::new(config.limits.peers, config.limits.addresses_per_peer);
+        let table =
+            PeerTable::new(config.limits.peers, config.limits.addresses_per_peer, PeerState::is_in_use);
         Self {
             local,
             config,
@@ -273,6 +247,7 @@ impl Shared {
             draining: AtomicBool::new(false),
             incarnation: rand::rng().random_range(1..=u64::MAX),
             streams_served: AtomicU64::new(0),
+            next_call: AtomicU64::new(1),
             calls_served: watch::channel(0).0,
             started: Instant::now(),
             table: Mutex::new(table),

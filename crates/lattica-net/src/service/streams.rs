@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use libp2p::PeerId as LibPeerId;
 use libp2p::core::transport::PortUse;
@@ -23,9 +22,6 @@ use super::shared::Shared;
 use super::{link_probe, wire_peer};
 use crate::event::NetEvent;
 use crate::peers::{Change, Rank};
-
-/// Answers of a peer that left are kept this long for its return.
-const ANSWERS_KEPT: Duration = Duration::from_secs(30);
 
 mod handler;
 
@@ -89,15 +85,6 @@ impl Behaviour {
         let change = self.shared.table().handle_disconnected(now, &connection.peer, connection.key);
         connection.fail();
         if change == Change::Disconnected {
-            // Nobody is there to ask for them; numbers of calls are remembered all the same.
-            let (shared, state) = (Arc::clone(&self.shared), Arc::clone(&connection.state));
-            let peer = connection.peer.clone();
-            self.shared.network.spawn(async move {
-                tokio::time::sleep(ANSWERS_KEPT).await;
-                if shared.table().connected(&peer).is_none() {
-                    state.served().forget_answers();
-                }
-            });
             self.shared.emit(NetEvent::Disconnected(connection.peer.clone()));
         }
     }

@@ -1,14 +1,12 @@
 //! Calls: answers, refusals, deadlines, cancels, limits.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lattica_net::{CallError, Limits, NetEvent, Status, StatusCode};
-use tokio::sync::{Notify, Semaphore};
 
-use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger, until};
+use super::{PATIENCE, Transport, config, connect, eventually, gate, hang, pair, start, stranger, until};
 
 async fn echoes(transport: Transport) {
     let (a, b) = pair(transport).await;
@@ -92,27 +90,10 @@ async fn what_cannot_be_sent_is_refused_before_it_is() {
     assert!(error.to_string().contains("dial one of its addresses"), "{error}");
 }
 
-/// Counts how often it is dropped without having been finished.
-struct Dropped(Arc<AtomicUsize>);
-
-impl Drop for Dropped {
-    fn drop(&mut self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 #[tokio::test]
 async fn a_call_that_takes_too_long_ends_at_its_deadline_on_both_sides() {
     let (a, b) = pair(Transport::Quic).await;
-    let dropped = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&dropped);
-    b.handle("hang", move |_, _| {
-        let guard = Dropped(Arc::clone(&counter));
-        async move {
-            let _guard = guard;
-            std::future::pending::<Result<Bytes, Status>>().await
-        }
-    });
+    let hanging = hang(&b, "hang");
     let start = Instant::now();
     let error = a.call(&b.peer_id(), "hang", Bytes::new(), Duration::from_millis(200)).await.unwrap_err();
     assert!(
@@ -121,31 +102,22 @@ async fn a_call_that_takes_too_long_ends_at_its_deadline_on_both_sides() {
         "{error}"
     );
     assert!(start.elapsed() < Duration::from_secs(5));
-    eventually("the handler is dropped", || dropped.load(Ordering::SeqCst) == 1).await;
+    eventually("the handler is dropped", || hanging.dropped.load(Ordering::SeqCst) == 1).await;
 }
 
 #[tokio::test]
 async fn dropping_a_call_cancels_the_handler() {
     let (a, b) = pair(Transport::Tcp).await;
-    let (dropped, started) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
-    let (counter, signal) = (Arc::clone(&dropped), Arc::clone(&started));
-    b.handle("hang", move |_, _| {
-        let guard = Dropped(Arc::clone(&counter));
-        signal.notify_one();
-        async move {
-            let _guard = guard;
-            std::future::pending::<Result<Bytes, Status>>().await
-        }
-    });
+    let hanging = hang(&b, "hang");
     let peer = b.peer_id();
     let call = tokio::spawn({
         let a = a.clone();
         async move { a.call(&peer, "hang", Bytes::new(), Duration::from_secs(600)).await }
     });
-    started.notified().await;
-    assert_eq!(dropped.load(Ordering::SeqCst), 0);
+    hanging.started.notified().await;
+    assert_eq!(hanging.dropped.load(Ordering::SeqCst), 0);
     call.abort();
-    eventually("the handler is dropped", || dropped.load(Ordering::SeqCst) == 1).await;
+    eventually("the handler is dropped", || hanging.dropped.load(Ordering::SeqCst) == 1).await;
 }
 
 #[tokio::test]
@@ -155,37 +127,27 @@ async fn a_peer_has_no_more_calls_under_way_than_it_was_granted_and_others_are_s
     let (a, b) = (start(config(Transport::Quic)).await, start(config(Transport::Quic)).await);
     connect(&a, &server).await;
     connect(&b, &server).await;
-    let gate = Arc::new(Semaphore::new(0));
-    let (entered, waiting) = (Arc::new(AtomicUsize::new(0)), Arc::clone(&gate));
-    let count = Arc::clone(&entered);
-    server.handle("wait", move |_, body| {
-        let gate = Arc::clone(&waiting);
-        count.fetch_add(1, Ordering::SeqCst);
-        async move {
-            gate.acquire().await.map_err(Status::internal)?.forget();
-            Ok(body)
-        }
-    });
+    let gate = gate(&server, "wait");
     let peer = server.peer_id();
     // The first answer tells the caller what it may have under way.
-    gate.add_permits(1);
+    gate.permits.add_permits(1);
     a.call(&peer, "wait", Bytes::new(), PATIENCE).await.unwrap();
-    entered.store(0, Ordering::SeqCst);
+    gate.entered.store(0, Ordering::SeqCst);
     let calls: Vec<_> = (0..4)
         .map(|_| {
             let (a, peer) = (a.clone(), peer.clone());
             tokio::spawn(async move { a.call(&peer, "wait", Bytes::new(), PATIENCE).await })
         })
         .collect();
-    eventually("three calls run", || entered.load(Ordering::SeqCst) == 3).await;
+    gate.entered(3).await;
     // Another peer has its own limit, and calls of `a` beyond its own wait at home.
     b.call(&peer, "none", Bytes::new(), PATIENCE).await.unwrap_err();
-    assert_eq!(entered.load(Ordering::SeqCst), 3);
-    gate.add_permits(4);
+    assert_eq!(gate.entered.load(Ordering::SeqCst), 3);
+    gate.permits.add_permits(4);
     for call in calls {
         call.await.unwrap().unwrap();
     }
-    assert_eq!(entered.load(Ordering::SeqCst), 4);
+    assert_eq!(gate.entered.load(Ordering::SeqCst), 4);
 }
 
 #[tokio::test]
@@ -221,18 +183,13 @@ async fn a_known_address_is_dialled_when_it_is_needed() {
 
 async fn loses_peer(transport: Transport) {
     let (a, b) = pair(transport).await;
-    let started = Arc::new(Notify::new());
-    let signal = Arc::clone(&started);
-    b.handle("hang", move |_, _| {
-        signal.notify_one();
-        std::future::pending::<Result<Bytes, Status>>()
-    });
+    let hanging = hang(&b, "hang");
     let (peer, mut events) = (b.peer_id(), a.events());
     let call = tokio::spawn({
         let (a, peer) = (a.clone(), peer.clone());
         async move { a.call(&peer, "hang", Bytes::new(), Duration::from_secs(600)).await }
     });
-    started.notified().await;
+    hanging.started.notified().await;
     let start = Instant::now();
     b.shutdown().await;
     let error = call.await.unwrap().unwrap_err();

@@ -1,13 +1,11 @@
 //! Relays, hole punching, the DHT, bootstrap peers: how nodes find and reach each other.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use lattica_net::{CallError, DhtError, DialError, NetEvent, Node, NodeConfig, StartError};
-use tokio::sync::Notify;
 
-use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger, until};
+use super::{PATIENCE, Transport, config, connect, eventually, hang, pair, reserved, start, stranger, until};
 
 /// A relay, and a node that can only be reached through it.
 async fn relayed(transport: Transport, hole_punching: bool) -> (Node, Node, String) {
@@ -16,14 +14,7 @@ async fn relayed(transport: Transport, hole_punching: bool) -> (Node, Node, Stri
     let hidden_config =
         NodeConfig { listen: vec![], relays: vec![relay_address], hole_punching, ..config(transport) };
     let hidden = start(hidden_config).await;
-    let mut events = hidden.events();
-    if !hidden.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
-        until(&mut events, &NetEvent::RelayReserved(relay.peer_id())).await;
-        while !hidden.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
-            tokio::time::timeout(PATIENCE, events.recv()).await.unwrap().unwrap();
-        }
-    }
-    let address = hidden.listen_addrs().await.into_iter().find(|a| a.contains("p2p-circuit")).unwrap();
+    let address = reserved(&hidden).await;
     (relay, hidden, address)
 }
 
@@ -43,18 +34,13 @@ async fn works_over_a_relay(transport: Transport) {
     assert!(client.link(&hidden.peer_id()).unwrap().relayed);
 
     // The relay goes: the call that hangs ends, and both learn that the other is gone.
-    let started = Arc::new(Notify::new());
-    let signal = Arc::clone(&started);
-    hidden.handle("hang", move |_, _| {
-        signal.notify_one();
-        std::future::pending()
-    });
+    let hanging = hang(&hidden, "hang");
     let mut events = client.events();
     let call = {
         let (client, peer) = (client.clone(), hidden.peer_id());
         tokio::spawn(async move { client.call(&peer, "hang", Bytes::new(), Duration::from_secs(600)).await })
     };
-    started.notified().await;
+    hanging.started.notified().await;
     relay.shutdown().await;
     let error = tokio::time::timeout(PATIENCE, call).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, CallError::ConnectionLost { .. }), "{error}");

@@ -5,19 +5,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use lattica_net::wire::{Header, encode_echo};
-use lattica_net::{CallError, Limits, Node, NodeConfig, Status, Stream};
-use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
-use libp2p::{identify, ping};
+use lattica_net::{CallError, Limits, Node, NodeConfig, Stream};
+use libp2p::swarm::SwarmEvent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{PATIENCE, Transport, config, connect, eventually, pair, start};
+use super::stock::{StockEvent, stock};
+use super::{PATIENCE, RPC, Transport, config, connect, eventually, hang, pair, start};
 
-const RPC: &str = "/lattica/rpc/2.0.0";
 const LINK: &str = "/lattica/link/1.0.0";
 
 fn request(call_id: u64, method: &str, body_bytes: usize) -> Vec<u8> {
     let method = method.to_owned();
-    Header::Request { call_id, method, deadline: PATIENCE, body_bytes, done_below: 0 }.encode()
+    Header::Request { call_id, method, deadline: PATIENCE, body_bytes, done_below: 0, attempt: 0 }.encode()
 }
 
 async fn is_closed(mut stream: Stream) -> bool {
@@ -31,7 +30,7 @@ async fn scene(transport: Transport) -> (Node, Node, Node) {
     let friend = start(config(transport)).await;
     connect(&friend, &victim).await;
     victim.handle("echo", |_, body| async move { Ok(body) });
-    victim.handle("hang", |_, _| std::future::pending::<Result<Bytes, Status>>());
+    hang(&victim, "hang");
     (hostile, victim, friend)
 }
 
@@ -88,7 +87,7 @@ async fn a_flood_of_calls_is_held_back_and_others_are_served() {
     connect(&hostile, &victim).await;
     connect(&friend, &victim).await;
     victim.handle("echo", |_, body| async move { Ok(body) });
-    victim.handle("hang", |_, _| std::future::pending::<Result<Bytes, Status>>());
+    hang(&victim, "hang");
     // Calls without end, and no answer is ever read: the victim stops reading, so the writer gets stuck.
     let mut stream = hostile.open_stream(&victim.peer_id(), RPC).await.unwrap();
     let flood = async {
@@ -169,25 +168,10 @@ async fn echoes_of_probes_that_were_never_sent_change_nothing() {
     assert_eq!(victim.link(&hostile.peer_id()).unwrap().n_samples, 1);
 }
 
-#[derive(NetworkBehaviour)]
-struct Stock {
-    identify: identify::Behaviour,
-    ping: ping::Behaviour,
-}
-
 #[tokio::test]
 async fn a_stock_libp2p_peer_stays_connected_and_is_measured_by_ping() {
     let node = start(config(Transport::Tcp)).await;
-    let mut stock = libp2p::SwarmBuilder::with_new_identity()
-        .with_tokio()
-        .with_tcp(libp2p::tcp::Config::default(), libp2p::noise::Config::new, libp2p::yamux::Config::default)
-        .unwrap()
-        .with_behaviour(|key| Stock {
-            identify: identify::Behaviour::new(identify::Config::new("somebody/1".to_owned(), key.public())),
-            ping: ping::Behaviour::default(),
-        })
-        .unwrap()
-        .build();
+    let mut stock = stock();
     let address: libp2p::Multiaddr = node.listen_addrs().await[0].parse().unwrap();
     stock.dial(address).unwrap();
     let peer = swarm_wire::PeerId::from_bytes(&stock.local_peer_id().to_bytes()).unwrap();

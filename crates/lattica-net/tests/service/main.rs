@@ -1,4 +1,5 @@
-//! Real nodes on loopback addresses and free ports: calls, streams, deaths, relays, the DHT and hostile peers.
+//! Real nodes on loopback addresses and free ports: calls, streams, deaths, relays, paths that change, the DHT, private
+//! swarms and hostile peers.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a broken expectation ends the test")]
 
 mod calls;
@@ -6,15 +7,21 @@ mod death;
 mod discovery;
 mod hostile;
 mod private;
+mod stock;
 mod streams;
 mod switching;
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use lattica_net::{Identity, NetEvent, Node, NodeConfig};
+use bytes::Bytes;
+use lattica_net::{Identity, NetEvent, Node, NodeConfig, Status};
 use swarm_wire::PeerId;
-use tokio::sync::broadcast;
+use tokio::sync::{Notify, Semaphore, broadcast};
+
+/// The protocol of calls, for peers that speak it by hand.
+pub(crate) const RPC: &str = "/lattica/rpc/2.0.0";
 
 /// Longer than anything here takes on a loaded machine; a test that needs it has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -83,4 +90,79 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
 /// A peer id that nobody has.
 pub(crate) fn stranger() -> PeerId {
     Identity::from_seed([0x5a; 32]).peer_id()
+}
+
+/// Waits until `node` is reachable through a relay; its address there.
+pub(crate) async fn reserved(node: &Node) -> String {
+    let mut events = node.events();
+    let reserved = async {
+        loop {
+            let circuit = node.listen_addrs().await.into_iter().find(|a| a.contains("p2p-circuit"));
+            match circuit {
+                Some(address) => return address,
+                None => events.recv().await.unwrap(),
+            };
+        }
+    };
+    tokio::time::timeout(PATIENCE, reserved).await.expect("a relay keeps a slot")
+}
+
+/// A handler that never answers.
+#[derive(Debug, Default)]
+pub(crate) struct Hanging {
+    /// Notified by each call that starts.
+    pub(crate) started: Notify,
+    /// Calls that were dropped without having been finished.
+    pub(crate) dropped: AtomicUsize,
+}
+
+/// Makes `method` of `node` hang.
+pub(crate) fn hang(node: &Node, method: &str) -> Arc<Hanging> {
+    struct Guard(Arc<Hanging>);
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            self.0.dropped.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+    let hanging = Arc::new(Hanging::default());
+    let shared = Arc::clone(&hanging);
+    node.handle(method, move |_, _| {
+        let guard = Guard(Arc::clone(&shared));
+        guard.0.started.notify_one();
+        async move {
+            let _guard = guard;
+            std::future::pending::<Result<Bytes, Status>>().await
+        }
+    });
+    hanging
+}
+
+/// A handler that waits for a permit and then answers with what it was given.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    pub(crate) permits: Semaphore,
+    /// Calls that have started.
+    pub(crate) entered: AtomicUsize,
+}
+
+impl Gate {
+    /// Waits until `n` calls have started.
+    pub(crate) async fn entered(&self, n: usize) {
+        eventually("the calls run", || self.entered.load(Ordering::SeqCst) >= n).await;
+    }
+}
+
+/// Makes `method` of `node` wait.
+pub(crate) fn gate(node: &Node, method: &str) -> Arc<Gate> {
+    let gate = Arc::new(Gate { permits: Semaphore::new(0), entered: AtomicUsize::new(0) });
+    let shared = Arc::clone(&gate);
+    node.handle(method, move |_, body| {
+        let gate = Arc::clone(&shared);
+        gate.entered.fetch_add(1, Ordering::SeqCst);
+        async move {
+            gate.permits.acquire().await.map_err(Status::internal)?.forget();
+            Ok(body)
+        }
+    });
+    gate
 }

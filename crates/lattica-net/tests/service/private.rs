@@ -4,10 +4,11 @@ use bytes::Bytes;
 use futures::StreamExt;
 use lattica_net::access::Refusal;
 use lattica_net::{Access, DialError, NetEvent, Node, NodeConfig, SwarmKey};
-use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
+use libp2p::swarm::SwarmEvent;
 use libp2p::{identify, ping};
 
-use super::{PATIENCE, Transport, config, connect, eventually, start, until};
+use super::stock::{StockEvent, stock};
+use super::{PATIENCE, Transport, config, connect, eventually, reserved, start, until};
 
 fn keyed(transport: Transport, key: u8) -> NodeConfig {
     let access = Access { key: Some(SwarmKey::from_bytes([key; 32])), ..Access::default() };
@@ -95,7 +96,7 @@ async fn members_meet_over_a_relay_of_their_swarm() {
     let hidden =
         start(NodeConfig { listen: vec![], relays: relays.clone(), ..keyed(Transport::Tcp, 7) }).await;
     hidden.handle("echo", |_, body| async move { Ok(body) });
-    eventually_reserved(&hidden).await;
+    reserved(&hidden).await;
     let address = format!("{}/p2p-circuit/p2p/{}", relays[0], hidden.peer_id());
     let client = start(NodeConfig { listen: vec![], hole_punching: false, ..keyed(Transport::Tcp, 7) }).await;
     client.dial(&address).await.unwrap();
@@ -103,36 +104,11 @@ async fn members_meet_over_a_relay_of_their_swarm() {
     assert_eq!(answer, "x");
 }
 
-async fn eventually_reserved(node: &Node) {
-    let mut events = node.events();
-    let reserved = async {
-        while !node.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
-            events.recv().await.unwrap();
-        }
-    };
-    tokio::time::timeout(PATIENCE, reserved).await.unwrap();
-}
-
-#[derive(NetworkBehaviour)]
-struct Stock {
-    identify: identify::Behaviour,
-    ping: ping::Behaviour,
-}
-
 /// A stock libp2p node speaks identify and ping as soon as it is connected: it must get no answer to either.
 #[tokio::test]
 async fn a_stranger_is_told_nothing_not_even_who_we_are() {
     let node = start(keyed(Transport::Tcp, 3)).await;
-    let mut stock = libp2p::SwarmBuilder::with_new_identity()
-        .with_tokio()
-        .with_tcp(libp2p::tcp::Config::default(), libp2p::noise::Config::new, libp2p::yamux::Config::default)
-        .unwrap()
-        .with_behaviour(|key| Stock {
-            identify: identify::Behaviour::new(identify::Config::new("somebody/1".to_owned(), key.public())),
-            ping: ping::Behaviour::default(),
-        })
-        .unwrap()
-        .build();
+    let mut stock = stock();
     let mut events = node.events();
     stock.dial(node.listen_addrs().await[0].parse::<libp2p::Multiaddr>().unwrap()).unwrap();
     let talking = async {

@@ -7,29 +7,24 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lattica_net::wire::{Header, Hello};
-use lattica_net::{CallError, CallOptions, NetEvent, Node, NodeConfig, Status};
+use lattica_net::{CallError, CallOptions, Limits, Node, NodeConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
-use super::{PATIENCE, Transport, config, eventually, pair, start, until};
-
-const RPC: &str = "/lattica/rpc/2.0.0";
+use super::{PATIENCE, RPC, Transport, config, eventually, gate, hang, pair, reserved, start};
 
 /// How often the path changes: as often from the relay to a direct connection as back.
 const SWITCHES: usize = 1000;
 const CALLERS: usize = 8;
 
 /// A client and a server that are connected over a relay; the server also has a direct address.
-async fn over_a_relay() -> (Node, Node, Node, String) {
+async fn over_a_relay(limits: Limits) -> (Node, Node, Node, String) {
     let relay = start(NodeConfig { relay_server: true, ..config(Transport::Tcp) }).await;
     let relays = relay.listen_addrs().await;
     let quiet = || NodeConfig { hole_punching: false, autonat: false, ..config(Transport::Tcp) };
-    let server = start(NodeConfig { relays: relays.clone(), ..quiet() }).await;
+    let server = start(NodeConfig { relays: relays.clone(), limits, ..quiet() }).await;
     let direct = server.listen_addrs().await.into_iter().find(|a| !a.contains("p2p-circuit")).unwrap();
-    let mut events = server.events();
-    if !server.listen_addrs().await.iter().any(|a| a.contains("p2p-circuit")) {
-        until(&mut events, &NetEvent::RelayReserved(relay.peer_id())).await;
-    }
+    reserved(&server).await;
     let client = start(quiet()).await;
     let circuit = format!("{}/p2p-circuit/p2p/{}", relays[0], server.peer_id());
     client.dial(&circuit).await.unwrap();
@@ -38,7 +33,7 @@ async fn over_a_relay() -> (Node, Node, Node, String) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_changes_of_path_under_load_lose_and_double_no_call() {
-    let (_relay, server, client, direct) = over_a_relay().await;
+    let (_relay, server, client, direct) = over_a_relay(Limits::default()).await;
     let runs: Arc<Mutex<HashMap<Bytes, usize>>> = Arc::default();
     let counted = Arc::clone(&runs);
     server.handle("count", move |_, body| {
@@ -83,35 +78,69 @@ async fn a_thousand_changes_of_path_under_load_lose_and_double_no_call() {
 
 #[tokio::test]
 async fn a_call_under_way_is_answered_on_the_path_that_is_left() {
-    let (_relay, server, client, direct) = over_a_relay().await;
-    let (gate, entered) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
-    let (waiting, count) = (Arc::clone(&gate), Arc::clone(&entered));
-    server.handle("wait", move |_, body| {
-        let gate = Arc::clone(&waiting);
-        count.fetch_add(1, Ordering::SeqCst);
-        async move {
-            gate.acquire().await.map_err(Status::internal)?.forget();
-            Ok(body)
-        }
-    });
+    let (_relay, server, client, direct) = over_a_relay(Limits::default()).await;
+    let gate = gate(&server, "wait");
     let peer = server.peer_id();
     client.dial(&direct).await.unwrap();
     for large in [false, true] {
-        entered.store(0, Ordering::SeqCst);
+        gate.entered.store(0, Ordering::SeqCst);
         let body = Bytes::from(vec![7; if large { 300_000 } else { 10 }]);
         let call = {
             let (client, peer, body) = (client.clone(), peer.clone(), body.clone());
             tokio::spawn(async move { client.call(&peer, "wait", body, PATIENCE).await })
         };
-        eventually("the call runs", || entered.load(Ordering::SeqCst) == 1).await;
-        let key = client.paths(&peer)[0].key;
-        client.close_path(&peer, key).await;
-        eventually("only the relay is left", || client.paths(&peer).iter().all(|p| p.relayed)).await;
-        gate.add_permits(1);
+        gate.entered(1).await;
+        leave_direct(&client, &server).await;
+        gate.permits.add_permits(1);
         assert_eq!(call.await.unwrap().unwrap(), body);
-        assert_eq!(entered.load(Ordering::SeqCst), 1, "the call ran once");
+        assert_eq!(gate.entered.load(Ordering::SeqCst), 1, "the call ran once");
         client.dial(&direct).await.unwrap();
     }
+}
+
+/// Closes the direct path, so that only the one over the relay is left.
+async fn leave_direct(client: &Node, server: &Node) {
+    let peer = server.peer_id();
+    let key = client.paths(&peer)[0].key;
+    client.close_path(&peer, key).await;
+    eventually("only the relay is left", || client.paths(&peer).iter().all(|p| p.relayed)).await;
+}
+
+fn waiting_calls(client: &Node, server: &Node, n: usize) -> Vec<JoinHandle<Result<Bytes, CallError>>> {
+    let call = |i: usize| {
+        let (client, peer) = (client.clone(), server.peer_id());
+        let body = Bytes::from(vec![i as u8; 1 + i * 1000]);
+        tokio::spawn(async move { client.call(&peer, "wait", body, PATIENCE).await })
+    };
+    (0..n).map(call).collect()
+}
+
+#[tokio::test]
+async fn a_change_of_path_with_every_place_taken_fails_no_call() {
+    let limits = Limits { calls_per_peer: 4, ..Limits::default() };
+    let (_relay, server, client, direct) = over_a_relay(limits).await;
+    let gate = gate(&server, "wait");
+    client.dial(&direct).await.unwrap();
+    let calls = waiting_calls(&client, &server, 4);
+    gate.entered(4).await;
+    leave_direct(&client, &server).await;
+    // A node that is about to stop finishes what it runs, whichever way the caller comes back.
+    let draining = {
+        let server = server.clone();
+        tokio::spawn(async move { server.drain(PATIENCE).await })
+    };
+    // The calls are sent again as soon as the loss is noticed; the permits come when they had the time for it.
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    client.dial(&direct).await.unwrap();
+    leave_direct(&client, &server).await;
+    gate.permits.add_permits(4);
+    for (i, call) in calls.into_iter().enumerate() {
+        assert_eq!(call.await.unwrap().unwrap().len(), 1 + i * 1000);
+    }
+    assert_eq!(gate.entered.load(Ordering::SeqCst), 4, "none ran twice");
+    assert_eq!(draining.await.unwrap(), 0);
 }
 
 /// A peer that is another one than before must not be given a call that may have been done.
@@ -147,26 +176,44 @@ async fn a_call_is_not_given_to_a_peer_that_restarted() {
 }
 
 #[tokio::test]
+async fn a_peer_that_ends_every_stream_before_it_says_who_it_is_does_not_hold_the_caller() {
+    let (client, server) = pair(Transport::Tcp).await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    server
+        .handle_stream(RPC, move |_, mut stream| {
+            let first = count.fetch_add(1, Ordering::SeqCst) == 0;
+            async move {
+                let hello = Header::Hello(Hello { incarnation: 1, calls: 8, body_bytes: 1 << 20 });
+                if first {
+                    stream.write_all(&hello.encode()).await.unwrap();
+                    stream.flush().await.unwrap();
+                    let mut hello_and_call = [0; 32];
+                    let _ = stream.read_exact(&mut hello_and_call).await;
+                }
+            }
+        })
+        .unwrap();
+    let long = Duration::from_secs(3600);
+    let peer = server.peer_id();
+    let call = client.call(&peer, "a method with a long name", Bytes::new(), long);
+    let error = tokio::time::timeout(PATIENCE, call).await.expect("ends by itself").unwrap_err();
+    assert!(matches!(error, CallError::ConnectionLost { .. }), "{error}");
+}
+
+#[tokio::test]
 async fn the_second_of_two_peers_answers_for_a_slow_or_dead_first_one() {
     let (client, slow) = pair(Transport::Tcp).await;
     let quick = start(config(Transport::Tcp)).await;
     super::connect(&client, &quick).await;
-    let dropped = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&dropped);
-    slow.handle("who", move |_, _| {
-        let guard = CountDrop(Arc::clone(&count));
-        async move {
-            let _guard = guard;
-            std::future::pending::<Result<Bytes, Status>>().await
-        }
-    });
+    let hanging = hang(&slow, "who");
     quick.handle("who", |_, _| async { Ok(Bytes::from_static(b"quick")) });
     let options = CallOptions::new(PATIENCE);
     let peers = [slow.peer_id(), quick.peer_id()];
     let hedge = Some(Duration::from_millis(30));
     let answer = client.call_any(&peers, "who", Bytes::new(), hedge, &options).await.unwrap();
     assert_eq!(answer, "quick");
-    eventually("the slow one is told to stop", || dropped.load(Ordering::SeqCst) == 1).await;
+    eventually("the slow one is told to stop", || hanging.dropped.load(Ordering::SeqCst) == 1).await;
     slow.unhandle("who");
     let answer = client.call_any(&peers, "who", Bytes::new(), Some(PATIENCE), &options).await.unwrap();
     assert_eq!(answer, "quick", "a refusal moves on at once");
@@ -174,33 +221,18 @@ async fn the_second_of_two_peers_answers_for_a_slow_or_dead_first_one() {
     assert!(matches!(error, CallError::NoPeers { .. }), "{error}");
 }
 
-struct CountDrop(Arc<AtomicUsize>);
-
-impl Drop for CountDrop {
-    fn drop(&mut self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 #[tokio::test]
 async fn a_drained_node_finishes_its_calls_and_takes_no_more() {
     let (client, server) = pair(Transport::Quic).await;
-    let (gate, entered) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
-    let (waiting, count) = (Arc::clone(&gate), Arc::clone(&entered));
-    server.handle("wait", move |_, body| {
-        let gate = Arc::clone(&waiting);
-        count.fetch_add(1, Ordering::SeqCst);
-        async move {
-            gate.acquire().await.map_err(Status::internal)?.forget();
-            Ok(body)
-        }
-    });
+    let gate = gate(&server, "wait");
     let peer = server.peer_id();
+    // So large that most of the answer is still on its way when the handler has ended.
+    let body = Bytes::from(vec![7; 8 * 1024 * 1024]);
     let call = {
-        let (client, peer) = (client.clone(), peer.clone());
-        tokio::spawn(async move { client.call(&peer, "wait", Bytes::from_static(b"x"), PATIENCE).await })
+        let (client, peer, body) = (client.clone(), peer.clone(), body.clone());
+        tokio::spawn(async move { client.call(&peer, "wait", body, PATIENCE).await })
     };
-    eventually("the call runs", || entered.load(Ordering::SeqCst) == 1).await;
+    gate.entered(1).await;
     let draining = tokio::spawn({
         let server = server.clone();
         async move { server.drain(PATIENCE).await }
@@ -214,7 +246,7 @@ async fn a_drained_node_finishes_its_calls_and_takes_no_more() {
         }
     };
     tokio::time::timeout(PATIENCE, refused).await.expect("further calls are refused");
-    gate.add_permits(1);
-    assert_eq!(call.await.unwrap().unwrap(), "x");
+    gate.permits.add_permits(1);
+    assert_eq!(call.await.unwrap().unwrap(), body);
     assert_eq!(draining.await.unwrap(), 0);
 }

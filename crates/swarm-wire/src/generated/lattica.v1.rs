@@ -79,7 +79,7 @@ pub struct RpcHello {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcRequest {
     /// Unique for the incarnation of the caller at this peer. The same number again, on whatever stream, is the same call: it is not run
-    /// twice, and its answer goes to the stream that asked last.
+    /// twice, and its answer goes to where it was sent last.
     #[prost(uint64, tag = "1")]
     pub call_id: u64,
     #[prost(string, tag = "2")]
@@ -93,6 +93,10 @@ pub struct RpcRequest {
     /// Calls with smaller numbers are over for the caller: their answers may be forgotten.
     #[prost(uint64, tag = "5")]
     pub done_below: u64,
+    /// How often the call was sent before. What a broken path still delivers late has a smaller number than what was sent since, and does
+    /// not take the answer back there.
+    #[prost(uint32, tag = "6")]
+    pub attempt: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcResponse {

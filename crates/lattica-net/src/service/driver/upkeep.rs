@@ -18,6 +18,8 @@ use crate::relays::RelayPlan;
 /// Pause after the first vain try; it doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Answers of a peer that left are kept this long for its return; numbers of its calls are remembered all the same.
+const ANSWERS_KEPT: Duration = Duration::from_secs(30);
 /// Relays whose addresses are kept.
 const RELAYS_MAX: usize = 32;
 
@@ -133,6 +135,9 @@ impl Driver {
                     self.upkeep.relays.handle_lost(&relay, now);
                 }
             }
+        }
+        for state in self.shared.table().absent(now, ANSWERS_KEPT) {
+            state.served().forget_answers();
         }
         // Fill the routing table once the first peer is there; kad repeats it by itself from then on.
         let kad = &mut self.swarm.behaviour_mut().kad;
