@@ -49,3 +49,15 @@ pub(crate) fn cargo(root: &Path, args: &[&str], env: &[(&str, &str)]) -> Result<
     ensure!(status.success(), "cargo {} failed", args.join(" "));
     Ok(())
 }
+
+/// What a command prints; an error when it fails.
+pub(crate) fn output(root: &Path, program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(args)
+        .current_dir(root)
+        .output()
+        .with_context(|| format!("starting {program}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} {} failed: {said}", args.join(" "));
+    String::from_utf8(output.stdout).with_context(|| format!("what {program} prints, in UTF-8"))
+}

@@ -3,13 +3,13 @@
 //! would hide a core that needs its service.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::ci::cargo;
+use crate::ci::{cargo, output};
 
 /// A library, what its core may import, and what any of its features may import in addition.
 struct Layer {
@@ -31,11 +31,7 @@ const LAYERS: &[Layer] = &[
         core: &["swarm-wire", "parallax-sched"],
         features: &["parallax-model", "lattica-net", "lattica-bitswap"],
     },
-    Layer {
-        name: "veri-verify",
-        core: &["swarm-wire", "parallax-model"],
-        features: &["lattica-net", "parallax-engine"],
-    },
+    Layer { name: "veri-verify", core: &["swarm-wire"], features: &["parallax-model"] },
     Layer {
         name: "echo-rollout",
         core: &["swarm-wire"],
@@ -48,21 +44,26 @@ const LAYERS: &[Layer] = &[
     },
 ];
 
-/// What a core must not pull in when its features are off: runtimes, sockets, tensor libraries where the engine must
+/// What a library must not pull in with just these features: runtimes, sockets, tensor libraries where the engine must
 /// stay free of them.
-const FORBIDDEN_IN_CORES: &[(&str, &[&str])] = &[
-    ("swarm-wire", &["tokio", "libp2p", "burn"]),
-    ("swarm-sim", &["tokio", "libp2p", "burn"]),
-    ("parallax-kernels", &["tokio", "libp2p", "burn"]),
-    ("parallax-model", &["tokio", "libp2p"]),
-    ("lattica-net", &["tokio", "libp2p", "burn"]),
-    ("lattica-bitswap", &["tokio", "libp2p", "burn"]),
-    ("parallax-sched", &["tokio", "libp2p", "burn"]),
-    ("parallax-engine", &["tokio", "libp2p", "burn"]),
-    ("veri-verify", &["tokio", "libp2p"]),
-    ("echo-rollout", &["tokio", "libp2p", "burn"]),
-    ("echo-trainer", &["tokio", "libp2p"]),
+const FORBIDDEN: &[(&str, &str, &[&str])] = &[
+    ("swarm-wire", "", &["tokio", "libp2p", "burn"]),
+    ("swarm-sim", "", &["tokio", "libp2p", "burn"]),
+    ("parallax-kernels", "", &["tokio", "libp2p", "burn"]),
+    ("parallax-model", "", &["tokio", "libp2p"]),
+    ("lattica-net", "", &["tokio", "libp2p", "burn"]),
+    ("lattica-bitswap", "", &["tokio", "libp2p", "burn"]),
+    ("parallax-sched", "", &["tokio", "libp2p", "burn"]),
+    ("parallax-engine", "", &["tokio", "libp2p", "burn"]),
+    ("veri-verify", "", &["tokio", "libp2p", "burn"]),
+    ("echo-rollout", "", &["tokio", "libp2p", "burn"]),
+    ("echo-rollout", "collector", &["parallax-engine", "parallax-model"]),
+    ("echo-trainer", "", &["tokio", "libp2p"]),
+    ("echo-trainer", "service", &["parallax-engine"]),
 ];
+
+/// What an application that embeds the engine must not pull in.
+const NETWORK: &[&str] = &["libp2p", "quinn", "hyper", "axum", "reqwest", "lattica-net", "lattica-bitswap"];
 
 /// Compares the declared dependencies with the table; unless `declared_only`, also compiles every core alone.
 pub(crate) fn run(root: &Path, declared_only: bool) -> Result<()> {
@@ -104,13 +105,13 @@ pub(crate) fn run(root: &Path, declared_only: bool) -> Result<()> {
     for layer in LAYERS {
         cargo(root, &["check", "--release", "--quiet", "-p", layer.name, "--no-default-features"], &[])?;
     }
-    for (name, forbidden) in FORBIDDEN_IN_CORES {
-        let tree = core_tree(root, name)?;
+    for (name, features, forbidden) in FORBIDDEN {
+        let tree = tree(root, name, features)?;
         if let Some(found) = forbidden.iter().find(|f| tree.contains(**f)) {
-            bail!("the core of {name} (no default features) pulls in {found}");
+            bail!("{name} with only the features '{features}' pulls in {found}");
         }
     }
-    Ok(())
+    standalone(root)
 }
 
 struct Dependency {
@@ -126,12 +127,8 @@ impl Dependency {
 }
 
 fn packages(root: &Path) -> Result<BTreeMap<String, Vec<Dependency>>> {
-    let output = Command::new("cargo")
-        .args(["metadata", "--format-version", "1", "--no-deps"])
-        .current_dir(root)
-        .output()
-        .context("running cargo metadata")?;
-    let metadata: Value = serde_json::from_slice(&output.stdout).context("reading cargo metadata")?;
+    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
+    let metadata: Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
     let list = metadata["packages"].as_array().context("cargo metadata without packages")?;
     Ok(list
@@ -150,24 +147,38 @@ fn packages(root: &Path) -> Result<BTreeMap<String, Vec<Dependency>>> {
         .collect())
 }
 
-/// Names of all crates that a library's core needs to run.
-fn core_tree(root: &Path, name: &str) -> Result<BTreeSet<String>> {
-    let output = Command::new("cargo")
-        .args([
-            "tree",
-            "-p",
-            name,
-            "--no-default-features",
-            "-e",
-            "normal",
-            "--prefix",
-            "none",
-            "--format",
-            "{p}",
-        ])
-        .current_dir(root)
-        .output()
-        .context("running cargo tree")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+/// Names of all crates that a package needs to run with just these features.
+fn tree(root: &Path, name: &str, features: &str) -> Result<BTreeSet<String>> {
+    let of = ["tree", "-p", name, "--no-default-features", "--features", features];
+    let text =
+        output(root, "cargo", &[&of[..], &["-e", "normal", "--prefix", "none", "--format", "{p}"]].concat())?;
     Ok(text.lines().filter_map(|line| line.split_whitespace().next().map(str::to_owned)).collect())
+}
+
+/// Builds the embedding example as an application of its own, outside the workspace, and looks for network code in it.
+fn standalone(root: &Path) -> Result<()> {
+    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
+    let metadata: Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
+    let target =
+        metadata["target_directory"].as_str().context("cargo metadata without a target directory")?;
+    let dir = Path::new(target).join("standalone");
+    let crates = root.join("crates");
+    let manifest = format!(
+        "[package]\nname = \"standalone\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\n[workspace]\n\n[dependencies]\n\
+         anyhow = \"1\"\ntokio = {{ version = \"1\", features = [\"rt-multi-thread\"] }}\n\
+         parallax-engine = {{ path = '{0}/parallax-engine', features = [\"local\", \"service\"] }}\n\
+         parallax-model = {{ path = '{0}/parallax-model' }}\n",
+        crates.display()
+    );
+    fs::create_dir_all(dir.join("src")).context("making the standalone package")?;
+    fs::write(dir.join("Cargo.toml"), manifest).context("writing the standalone package")?;
+    for (from, to) in [("Cargo.lock", "Cargo.lock"), ("examples/src/bin/embed-engine.rs", "src/main.rs")] {
+        fs::copy(root.join(from), dir.join(to)).with_context(|| format!("copying {from}"))?;
+    }
+    cargo(&dir, &["check", "--release", "--quiet", "--target-dir", target], &[])?;
+    let names = tree(&dir, "standalone", "")?;
+    if let Some(found) = NETWORK.iter().find(|n| names.contains(**n)) {
+        bail!("an application with the engine inside pulls in {found}");
+    }
+    Ok(())
 }

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
+
+use crate::ci::output;
 
 /// Files may have this many lines before tidy asks whether they are two things; tests at the end do not count.
 const MAX_LINES: usize = 600;
@@ -19,13 +20,9 @@ const EMPTY_NAMES: &[&str] = &["utils", "util", "common", "helpers", "base", "ma
 
 /// Checks every tracked file; fails with all complaints at once.
 pub(crate) fn run(root: &Path) -> Result<()> {
-    let listed = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
-        .current_dir(root)
-        .output()
-        .context("running git ls-files")?;
+    let listed = output(root, "git", &["ls-files", "--cached", "--others", "--exclude-standard"])?;
     let mut faults = Vec::new();
-    for name in String::from_utf8(listed.stdout).context("file names in UTF-8")?.lines() {
+    for name in listed.lines() {
         let path = root.join(name);
         let Ok(metadata) = fs::metadata(&path) else { continue };
         if metadata.len() > MAX_BYTES && !name.starts_with("assets/") && !name.starts_with("tests/golden/") {
@@ -53,7 +50,7 @@ fn rust(name: &str, text: &str, faults: &mut Vec<String>) {
     if EMPTY_NAMES.contains(&stem) {
         faults.push(format!("{name}: '{stem}' says nothing; name the file by what it holds"));
     }
-    let code_lines = text.lines().take_while(|l| *l != "#[cfg(test)]").count();
+    let code_lines = code_lines(text);
     if code_lines > MAX_LINES {
         faults.push(format!("{name}: {code_lines} lines, more than {MAX_LINES}: is it two things?"));
     }
@@ -79,6 +76,16 @@ fn rust(name: &str, text: &str, faults: &mut Vec<String>) {
     }
 }
 
+/// Lines before the tests at the end. `mod tests;` at the top names another file and ends nothing.
+fn code_lines(text: &str) -> usize {
+    let lines: Vec<&str> = text.lines().collect();
+    let tests = |i: &usize| {
+        let item = lines[i + 1..].iter().find(|l| !l.starts_with("#["));
+        lines[*i] == "#[cfg(test)]" && item.is_some_and(|l| l.ends_with('{'))
+    };
+    (0..lines.len()).find(tests).unwrap_or(lines.len())
+}
+
 fn lines(name: &str, text: &str, faults: &mut Vec<String>) {
     for (i, line) in text.lines().enumerate() {
         if let Some(word) = UNFINISHED.iter().find(|w| line.contains(**w)) {
@@ -90,5 +97,19 @@ fn lines(name: &str, text: &str, faults: &mut Vec<String>) {
     }
     if !text.is_empty() && !text.ends_with('\n') {
         faults.push(format!("{name}: no newline at the end"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::code_lines;
+
+    #[test]
+    fn only_tests_with_a_body_end_the_code() {
+        assert_eq!(
+            code_lines("a\n#[cfg(test)]\nmod tests;\nb\n#[cfg(test)]\n#[path = \"x\"]\nmod tests {\n}\n"),
+            4
+        );
+        assert_eq!(code_lines("a\n#[cfg(test)]\nmod tests;\nb\n"), 4);
     }
 }

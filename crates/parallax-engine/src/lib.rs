@@ -52,7 +52,8 @@
 //! - [`markup`]: reasoning and tool calls in a text, by model family
 //! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
 //! - `structured`: grammars that answers follow (feature `structured`)
-//! - `service`: the engine thread and pipelines over peers (feature `service`); `http`: OpenAI API (feature `http`)
+//! - `service`: the engine thread (feature `service`) and pipelines over peers (feature `swarm`); `http`: OpenAI API
+//!   (feature `http`)
 
 pub mod batch;
 pub mod batching;

@@ -4,11 +4,13 @@
 //! and a command queue as long as both together. A stream that is dropped aborts its request before the next step.
 
 mod engine_thread;
+#[cfg(feature = "swarm")]
 pub mod head;
-#[cfg(feature = "local")]
+#[cfg(all(feature = "local", feature = "swarm"))]
 pub mod membership;
+#[cfg(feature = "swarm")]
 pub mod stage_server;
-#[cfg(feature = "local")]
+#[cfg(all(feature = "local", feature = "swarm"))]
 pub mod weights;
 
 use std::collections::BTreeSet;
