@@ -1,7 +1,10 @@
-//! What one forward pass runs: ragged rows of several sequences, their positions and page tables, and tensors as bytes.
+//! What one forward pass runs: ragged rows of several sequences, their positions and page tables, and tensors.
 //!
 //! Nothing here knows a tensor library: a batch looks the same to a stage in this process and to one on another
 //! machine.
+
+use std::borrow::Cow;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use swarm_wire::{DType, RequestId};
@@ -104,13 +107,29 @@ pub struct StageOutput {
     pub logits: Option<Tensor>,
 }
 
-/// A tensor as type, shape and little-endian, row-major bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A tensor: type, shape and row-major elements. Numbers made in this process stay numbers; what came from a peer, or goes
+/// to one, is little-endian bytes.
+#[derive(Debug, Clone)]
 pub struct Tensor {
     dtype: DType,
     shape: Vec<usize>,
-    data: Bytes,
+    data: Data,
 }
+
+#[derive(Debug, Clone)]
+enum Data {
+    F32(Arc<Vec<f32>>),
+    Bytes(Bytes),
+}
+
+impl PartialEq for Tensor {
+    /// The same type, shape and bits.
+    fn eq(&self, other: &Self) -> bool {
+        self.dtype == other.dtype && self.shape == other.shape && self.data() == other.data()
+    }
+}
+
+impl Eq for Tensor {}
 
 impl Tensor {
     /// A tensor over existing bytes.
@@ -125,23 +144,23 @@ impl Tensor {
                 got: format!("{} bytes", data.len()),
             });
         }
-        Ok(Self { dtype, shape: shape.to_vec(), data })
+        Ok(Self { dtype, shape: shape.to_vec(), data: Data::Bytes(data) })
     }
 
-    /// f32 values of `shape`.
+    /// f32 values of `shape`; a `Vec` is taken over as it is.
     ///
     /// # Panics
     /// When the number of values is not the product of the shape, which is a bug of the caller.
-    pub fn from_f32(shape: &[usize], values: &[f32]) -> Self {
+    pub fn from_f32(shape: &[usize], values: impl Into<Vec<f32>>) -> Self {
+        let values = values.into();
         assert_eq!(shape.iter().product::<usize>(), values.len(), "values fill the shape");
-        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        Self { dtype: DType::F32, shape: shape.to_vec(), data: data.into() }
+        Self { dtype: DType::F32, shape: shape.to_vec(), data: Data::F32(Arc::new(values)) }
     }
 
     /// Token ids `[T]`.
     pub fn from_ids(ids: &[u32]) -> Self {
-        let data = ids.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        Self { dtype: DType::U32, shape: vec![ids.len()], data: data.into() }
+        let data = le_bytes(ids, |id| id.to_le_bytes());
+        Self { dtype: DType::U32, shape: vec![ids.len()], data: Data::Bytes(data) }
     }
 
     /// Element type.
@@ -154,20 +173,26 @@ impl Tensor {
         &self.shape
     }
 
-    /// The bytes.
-    pub fn data(&self) -> &Bytes {
-        &self.data
+    /// The elements as little-endian bytes.
+    pub fn data(&self) -> Bytes {
+        match &self.data {
+            Data::F32(values) => le_bytes(values, |value| value.to_le_bytes()),
+            Data::Bytes(bytes) => bytes.clone(),
+        }
     }
 
     /// The values of an f32 tensor of `[rows, columns]`, row-major.
     ///
     /// # Errors
     /// Another type or shape.
-    pub fn to_f32_rows(&self, rows: usize, columns: usize) -> Result<Vec<f32>, StageError> {
+    pub fn to_f32_rows(&self, rows: usize, columns: usize) -> Result<Cow<'_, [f32]>, StageError> {
         if self.dtype != DType::F32 || self.shape != [rows, columns] {
             return Err(self.mismatch(format!("F32 [{rows}, {columns}]")));
         }
-        Ok(self.data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        Ok(match &self.data {
+            Data::F32(values) => Cow::Borrowed(values),
+            Data::Bytes(bytes) => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        })
     }
 
     /// The values of a tensor of `n` token ids.
@@ -178,12 +203,19 @@ impl Tensor {
         if self.dtype != DType::U32 || self.shape != [n] {
             return Err(self.mismatch(format!("U32 [{n}]")));
         }
-        Ok(self.data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+        Ok(self.data().as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
     }
 
     fn mismatch(&self, expected: String) -> StageError {
         StageError::Tensor { expected, got: format!("{:?} {:?}", self.dtype, self.shape) }
     }
+}
+
+/// One allocation, one pass.
+fn le_bytes<T>(values: &[T], bytes: impl Fn(&T) -> [u8; 4]) -> Bytes {
+    let mut out = Vec::with_capacity(values.len() * 4);
+    values.iter().for_each(|value| out.extend_from_slice(&bytes(value)));
+    out.into()
 }
 
 #[cfg(test)]
@@ -205,8 +237,12 @@ mod tests {
 
     #[test]
     fn tensors_round_trip_and_other_shapes_are_errors() {
-        let tensor = Tensor::from_f32(&[2, 2], &[1.0, -0.0, f32::MIN_POSITIVE, 4.0]);
-        assert_eq!(tensor.to_f32_rows(2, 2).unwrap(), [1.0, -0.0, f32::MIN_POSITIVE, 4.0]);
+        let values = [1.0, -0.0, f32::MIN_POSITIVE, 4.0];
+        let tensor = Tensor::from_f32(&[2, 2], values);
+        assert_eq!(*tensor.to_f32_rows(2, 2).unwrap(), values);
+        let sent = Tensor::new(DType::F32, &[2, 2], tensor.data()).unwrap();
+        assert_eq!(*sent.to_f32_rows(2, 2).unwrap(), values);
+        assert_eq!(sent, tensor);
         assert!(tensor.to_f32_rows(4, 1).is_err());
         assert!(tensor.to_ids(4).is_err());
         assert_eq!(Tensor::from_ids(&[7, 9]).to_ids(2).unwrap(), [7, 9]);

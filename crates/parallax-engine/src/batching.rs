@@ -2,7 +2,7 @@
 //!
 //! A step has a budget of rows. Every decoding sequence gets its one row first, so that a long prompt never stops the
 //! answers that are being written; then prompts in chunks, in the order of admission; what is left goes to drafted
-//! tokens. Waiting sequences are admitted in the order of [`FairQueue`] and only with room for all the tokens they have.
+//! tokens. Rows whose logits are wanted have a budget of their own. Waiting sequences are admitted in the order of [`FairQueue`] and only with room for all the tokens they have.
 //! When pages run out, the sequence that was admitted last gives its pages up and goes back to the head of its queue; it
 //! is prefilled again later (with batch-invariant kernels, to the same bits). Drafts never cost anybody a page.
 //!
@@ -11,6 +11,7 @@
 mod queue;
 
 use swarm_wire::RequestId;
+use swarm_wire::limits::TENSOR_MAX_BYTES;
 
 use crate::batch::{Batch, BatchSequence, Want};
 use crate::config::EngineConfig;
@@ -19,8 +20,9 @@ use crate::sequence::Sequence;
 use crate::speculate::{DraftQuery, Drafter};
 pub use queue::FairQueue;
 
-/// Rows of one step of a sequence whose every row goes through the head: bounds the logits in memory.
-const ALL_LOGITS_ROWS: usize = 128;
+/// Logits of one step, in bytes: half of what a pipeline's last stage can send in one tensor, so that hidden rows have
+/// room beside them.
+pub const LOGITS_BYTES: usize = TENSOR_MAX_BYTES / 2;
 
 /// Work that a generated token counts for in the fair order; a prompt row counts 1.
 const TOKEN_WORK: u64 = 2;
@@ -29,6 +31,9 @@ const TOKEN_WORK: u64 = 2;
 #[derive(Debug)]
 pub struct Scheduler {
     config: EngineConfig,
+    vocab: usize,
+    /// Rows of one step that may go through the head.
+    logits_rows: usize,
     /// Pages are found by prefix and shared by forks.
     reuse: bool,
     running: Vec<Sequence>,
@@ -41,10 +46,15 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// No sequences. `reuse`: prefixes are looked up and forks share pages.
-    pub fn new(config: EngineConfig, reuse: bool) -> Self {
+    /// No sequences. `vocab`: logits of a row. `reuse`: prefixes are looked up and forks share pages.
+    pub fn new(mut config: EngineConfig, vocab: usize, reuse: bool) -> Self {
+        let logits_rows = (LOGITS_BYTES / (4 * vocab.max(1))).max(1);
+        // Every running sequence may want a row in the same step.
+        config.running_sequences = config.running_sequences.min(logits_rows);
         Self {
             config,
+            vocab,
+            logits_rows,
             reuse,
             running: Vec::new(),
             waiting: FairQueue::default(),
@@ -157,20 +167,23 @@ impl Scheduler {
     pub fn plan(
         &mut self,
         cache: &mut KvCache,
-        vocab: usize,
         drafter: Option<&mut (dyn Drafter + 'static)>,
     ) -> Option<Batch> {
         let mut rows = vec![0usize; self.running.len()];
-        let mut budget = self.config.step_tokens;
+        let mut budget = Budget {
+            rows: self.config.step_tokens,
+            // Each running sequence has a row of its own, used or not.
+            logits: self.logits_rows.saturating_sub(self.running.len()),
+        };
         for decoding in [true, false] {
             let mut i = 0;
             while i < self.running.len() {
                 let sequence = &self.running[i];
-                if sequence.is_decoding() == decoding && budget > 0 {
-                    let chunk = chunk(sequence, budget);
+                if sequence.is_decoding() == decoding && budget.rows > 0 {
+                    let chunk = budget.chunk(sequence);
                     if self.reserve(i, chunk, &mut rows, &mut budget, cache) {
                         rows[i] = chunk;
-                        budget -= chunk;
+                        budget.take(&self.running[i], chunk);
                     }
                 }
                 i += 1;
@@ -178,7 +191,7 @@ impl Scheduler {
         }
         self.admit(&mut rows, &mut budget, cache);
         if let Some(drafter) = drafter {
-            self.draft(&rows, budget, cache, vocab, drafter);
+            self.draft(&rows, budget, cache, drafter);
         }
         for (sequence, rows) in self.running.iter().zip(&rows) {
             let tokens = if *rows == sequence.due() { TOKEN_WORK } else { 0 };
@@ -204,13 +217,13 @@ impl Scheduler {
         i: usize,
         chunk: usize,
         rows: &mut Vec<usize>,
-        budget: &mut usize,
+        budget: &mut Budget,
         cache: &mut KvCache,
     ) -> bool {
         let (id, cached) = (self.running[i].id(), self.running[i].cached());
         while cache.reserve(id, cached, cached + chunk).is_err() {
             let last = self.running.pop().expect("sequence i is running");
-            *budget += rows.pop().expect("one entry per running sequence");
+            budget.rows += rows.pop().expect("one entry per running sequence");
             self.requeue(last, cache);
             self.preemptions += 1;
             if self.running.len() == i {
@@ -222,8 +235,8 @@ impl Scheduler {
 
     /// Admits waiting sequences while rows, places and pages last; stops at the first that does not fit, so that nobody
     /// overtakes it. Sequences that will be forked from a running prompt wait for that.
-    fn admit(&mut self, rows: &mut Vec<usize>, budget: &mut usize, cache: &mut KvCache) {
-        while *budget > 0 && self.running.len() < self.config.running_sequences {
+    fn admit(&mut self, rows: &mut Vec<usize>, budget: &mut Budget, cache: &mut KvCache) {
+        while budget.rows > 0 && budget.logits > 0 && self.running.len() < self.config.running_sequences {
             let running = &self.running;
             let forked_soon = |s: &Sequence| {
                 self.reuse
@@ -254,29 +267,23 @@ impl Scheduler {
                 self.found += found as u64;
             }
             sequence.reuse(found);
-            let chunk = chunk(&sequence, *budget);
+            budget.logits -= 1;
+            let chunk = budget.chunk(&sequence);
             cache.reserve(id, found, found + chunk).expect("pages were counted");
+            budget.take(&sequence, chunk);
             self.running.push(sequence);
             rows.push(chunk);
-            *budget -= chunk;
         }
     }
 
     /// Asks for guesses of the tokens after those that decode in this step, as far as rows and pages are left over.
-    fn draft(
-        &mut self,
-        rows: &[usize],
-        mut budget: usize,
-        cache: &mut KvCache,
-        vocab: usize,
-        drafter: &mut dyn Drafter,
-    ) {
+    fn draft(&mut self, rows: &[usize], mut budget: Budget, cache: &mut KvCache, drafter: &mut dyn Drafter) {
         let mut asked = Vec::new();
         for (i, sequence) in self.running.iter().enumerate() {
             // The last token of an answer is never put in again.
-            let most = sequence.drafts_wanted().min(budget);
+            let most = sequence.drafts_wanted().min(budget.rows).min(budget.logits);
             if rows[i] == 1 && sequence.is_decoding() && most > 0 {
-                budget -= most;
+                (budget.rows, budget.logits) = (budget.rows - most, budget.logits - most);
                 asked.push((i, most));
             }
         }
@@ -295,7 +302,7 @@ impl Scheduler {
         let drafts = drafter.propose(&queries);
         for ((i, most), mut draft) in asked.into_iter().zip(drafts) {
             let sequence = &mut self.running[i];
-            let known = draft.iter().take(most).take_while(|id| (**id as usize) < vocab).count();
+            let known = draft.iter().take(most).take_while(|id| (**id as usize) < self.vocab).count();
             draft.truncate(known);
             let (cached, wanted) = (sequence.cached(), sequence.tokens().len() + draft.len());
             if !draft.is_empty() && cache.reserve(sequence.id(), cached, wanted).is_ok() {
@@ -305,10 +312,26 @@ impl Scheduler {
     }
 }
 
-/// Due rows that run in one step at most.
-fn chunk(sequence: &Sequence, budget: usize) -> usize {
-    let bound = if sequence.wants_prompt_logprobs() { ALL_LOGITS_ROWS } else { usize::MAX };
-    sequence.due().min(budget).min(bound)
+/// What is left of a step.
+struct Budget {
+    rows: usize,
+    /// Rows through the head, beside the one that each running sequence has.
+    logits: usize,
+}
+
+impl Budget {
+    /// Due rows of a running sequence that fit.
+    fn chunk(&self, sequence: &Sequence) -> usize {
+        let bound = if sequence.wants_prompt_logprobs() { self.logits + 1 } else { usize::MAX };
+        sequence.due().min(self.rows).min(bound)
+    }
+
+    fn take(&mut self, sequence: &Sequence, chunk: usize) {
+        self.rows -= chunk;
+        if sequence.wants_prompt_logprobs() {
+            self.logits -= chunk - 1;
+        }
+    }
 }
 
 fn batch_sequence(sequence: &Sequence, rows: usize, cache: &KvCache) -> BatchSequence {

@@ -83,7 +83,7 @@ impl Engine {
             drafter: None,
             reuse,
             generation: 0,
-            scheduler: Scheduler::new(config, reuse),
+            scheduler: Scheduler::new(config, shape.vocab, reuse),
             cache: KvCache::new(shape.n_pages, shape.page_tokens),
             sampler: Sampler::new(log_softmax),
             version: PolicyVersion(0),
@@ -137,7 +137,8 @@ impl Engine {
         Ok(self.add_group(&request, 1)?.remove(0))
     }
 
-    /// Queues `n` answers to one prompt, which is computed once. Answer `i` is that of the same request with `i` added to
+    /// Queues `n` answers to one prompt, which is computed once as far as there is room to run them beside each other and
+    /// the runner shares pages ([`EngineConfig::prefix_cache`], no recurrent layers). Answer `i` is that of the same request with `i` added to
     /// [`crate::SamplingParams::stream`].
     ///
     /// # Errors
@@ -148,7 +149,7 @@ impl Engine {
         Ok(ids)
     }
 
-    /// As [`Self::add_group`], under ids of the caller's, ascending and greater than all before.
+    /// As [`Self::add_group`], under ids of the caller's that were never used before.
     ///
     /// # Errors
     /// As [`Self::add`].
@@ -205,8 +206,11 @@ impl Engine {
             self.scheduler.requeue_all(&mut self.cache);
             for sequence in self.scheduler.all_mut() {
                 sequence.index_under(&self.model, version);
+                sequence.forget_prompt_logprobs();
             }
         }
+        // A version may come again with other weights: what is cached under it must not answer then.
+        self.cache.forget();
     }
 
     /// The content of all pages is gone (another runner, or layers that moved): what is cached is computed again.
@@ -218,6 +222,11 @@ impl Engine {
     /// Adapters that requests can name.
     pub fn adapters(&self) -> &Adapters {
         &self.adapters
+    }
+
+    /// Adapters are resident: requests can name them, or some that did are not finished.
+    pub fn has_adapters(&self) -> bool {
+        self.adapters.names().next().is_some() || self.adapters.has_retired()
     }
 
     /// Makes an adapter resident; one of the same name is replaced, and its requests finish on the old one.
@@ -275,7 +284,7 @@ impl Engine {
     /// The next batch and its token ids `[T]`.
     pub fn plan(&mut self) -> Option<(Batch, Tensor)> {
         let drafter = self.drafter.as_deref_mut().filter(|_| self.draft_tokens > 0);
-        let batch = self.scheduler.plan(&mut self.cache, self.shape.vocab, drafter)?;
+        let batch = self.scheduler.plan(&mut self.cache, drafter)?;
         let mut ids = Vec::with_capacity(batch.n_rows());
         let running: BTreeMap<RequestId, &Sequence> =
             self.scheduler.running().iter().map(|s| (s.id(), s)).collect();

@@ -2,6 +2,8 @@
 
 use swarm_wire::PolicyVersion;
 
+use crate::sampler::SampleError;
+
 /// A configuration field outside its range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} = {value} is out of range, expected {expected}")]
@@ -123,6 +125,24 @@ pub enum StageError {
         /// What does not fit.
         reason: String,
     },
+}
+
+/// Why an answer could not be finished.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// The engine refused the request when it came to it.
+    #[error(transparent)]
+    Refused(#[from] RequestError),
+    /// The request's own rules left no token to choose: trying again cannot help.
+    #[error(transparent)]
+    Sampling(#[from] SampleError),
+    /// A stage failed, and with it every request in flight.
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    /// The engine thread died.
+    #[error("the engine stopped in the middle of this request")]
+    Stopped,
 }
 
 /// Cache pages ran out.

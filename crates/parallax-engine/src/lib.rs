@@ -22,7 +22,7 @@
 //!         for (i, row) in rows.iter().enumerate() {
 //!             logits[i * 8 + (ids[*row] as usize + 1) % 8] = 5.0;
 //!         }
-//!         Ok(StageOutput { hidden: None, logits: Some(Tensor::from_f32(&[rows.len(), 8], &logits)) })
+//!         Ok(StageOutput { hidden: None, logits: Some(Tensor::from_f32(&[rows.len(), 8], logits)) })
 //!     }
 //!     # fn set_adapter(&mut self, _: PolicyVersion, _: Option<&[u8]>) -> Result<(), StageError> { Ok(()) }
 //!     # fn log_softmax(&self) -> LogSoftmax { |logits| {
@@ -55,6 +55,9 @@
 //! - `service`: the engine thread (feature `service`) and pipelines over peers (feature `swarm`); `http`: OpenAI API
 //!   (feature `http`)
 
+#[cfg(test)]
+extern crate self as parallax_engine;
+
 pub mod batch;
 pub mod batching;
 pub mod config;
@@ -86,7 +89,7 @@ pub use batch::{Batch, BatchSequence, PageCopy, StageOutput, Tensor, Want};
 pub use config::{EngineConfig, OnSwap};
 pub use constraint::{Constraint, ConstraintState};
 pub use engine::Engine;
-pub use error::{ConfigError, OutOfPages, RequestError, StageError};
+pub use error::{ConfigError, Failure, OutOfPages, RequestError, StageError};
 pub use metrics::EngineMetrics;
 pub use request::{Completion, Event, FinishReason, Request, RequestEvent, RequestLimits, Token, Usage};
 pub use sampler::Sampler;

@@ -107,17 +107,17 @@ impl LocalStage {
             tap.observe(
                 batch,
                 layers,
-                &Tensor::from_f32(&[batch.n_rows(), self.shape.hidden], &output.hidden),
+                &Tensor::from_f32(&[batch.n_rows(), self.shape.hidden], output.hidden.as_slice()),
             );
         }
         Ok(output)
     }
 
-    fn pack(&self, batch: &Batch, output: &parallax_model::StageOutput) -> StageOutput {
+    fn pack(&self, batch: &Batch, output: parallax_model::StageOutput) -> StageOutput {
         let (hidden, vocab) = (self.shape.hidden, self.shape.vocab);
         if !self.shape.is_last() {
             return StageOutput {
-                hidden: Some(Tensor::from_f32(&[batch.n_rows(), hidden], &output.hidden)),
+                hidden: Some(Tensor::from_f32(&[batch.n_rows(), hidden], output.hidden)),
                 logits: None,
             };
         }
@@ -128,11 +128,11 @@ impl LocalStage {
                 .flat_map(|row| &output.hidden[row * hidden..(row + 1) * hidden])
                 .copied()
                 .collect();
-            Tensor::from_f32(&[wanted.len(), hidden], &values)
+            Tensor::from_f32(&[wanted.len(), hidden], values)
         };
         StageOutput {
             hidden: batch.want_hidden.then(rows),
-            logits: (!wanted.is_empty()).then(|| Tensor::from_f32(&[wanted.len(), vocab], &output.logits)),
+            logits: (!wanted.is_empty()).then(|| Tensor::from_f32(&[wanted.len(), vocab], output.logits)),
         }
     }
 
@@ -172,7 +172,7 @@ impl StageRunner for LocalStage {
             let hidden = input.to_f32_rows(rows, self.shape.hidden)?;
             self.run(batch, StageInput::Hidden(&hidden))?
         };
-        Ok(self.pack(batch, &output))
+        Ok(self.pack(batch, output))
     }
 
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
@@ -258,7 +258,7 @@ impl StageRunner for Pipeline {
             output = stage.run(batch, StageInput::Hidden(&output.hidden))?;
         }
         let last = self.stages.last().expect("a pipeline has stages");
-        Ok(last.pack(batch, &output))
+        Ok(last.pack(batch, output))
     }
 
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {

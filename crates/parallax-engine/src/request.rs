@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use swarm_wire::{PolicyVersion, RequestId};
 
 use crate::constraint::Constraint;
-use crate::error::RequestError;
+use crate::error::{Failure, RequestError};
 use crate::sampling::SamplingParams;
 
 /// Continue these tokens.
@@ -96,7 +96,7 @@ pub enum FinishReason {
     Length,
     /// The caller went away.
     Aborted,
-    /// A stage failed.
+    /// A stage failed, or no token could be chosen: [`Failure`] says which.
     Error,
 }
 
@@ -136,7 +136,7 @@ pub struct Token {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Of these, tokens whose keys and values were found in the prefix index.
+    /// Of these, tokens that were not computed for this answer: see [`Event::Prompt`].
     pub cached_tokens: usize,
     /// Tokens of the answer.
     pub completion_tokens: usize,
@@ -145,17 +145,23 @@ pub struct Usage {
 /// What happened to a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// `log p(prompt[t + 1] | prompt[..=t])` for every `t`, one less than the prompt has tokens; once, before the first
-    /// token, when [`Request::prompt_logprobs`] asked for it.
-    PromptLogprobs(Vec<f32>),
+    /// The prompt is through; once, before the first token.
+    Prompt {
+        /// Tokens whose keys and values were found in the prefix index, or were computed for another answer to the same
+        /// prompt.
+        cached_tokens: usize,
+        /// `log p(prompt[t + 1] | prompt[..=t])` for every `t`, one less than the prompt has tokens, when
+        /// [`Request::prompt_logprobs`] asked for it.
+        logprobs: Option<Vec<f32>>,
+    },
     /// One more token.
     Token(Token),
     /// The last event of a request.
     Finished {
         /// Why.
         reason: FinishReason,
-        /// The text of the failure, with [`FinishReason::Error`].
-        error: Option<String>,
+        /// What failed, with [`FinishReason::Error`].
+        error: Option<Failure>,
         /// What the request took.
         usage: Usage,
     },
@@ -187,8 +193,8 @@ pub struct Completion {
     pub tokens: Vec<Token>,
     /// Why it ended.
     pub reason: FinishReason,
-    /// The text of the failure, with [`FinishReason::Error`].
-    pub error: Option<String>,
+    /// What failed, with [`FinishReason::Error`].
+    pub error: Option<Failure>,
     /// Log-probabilities of the prompt's tokens from the second on, if they were asked for.
     pub prompt_logprobs: Vec<f32>,
     /// What the request took.
@@ -212,7 +218,10 @@ impl Completion {
     pub fn take(&mut self, event: Event) {
         match event {
             Event::Token(token) => self.tokens.push(token),
-            Event::PromptLogprobs(logprobs) => self.prompt_logprobs = logprobs,
+            Event::Prompt { cached_tokens, logprobs } => {
+                self.usage.cached_tokens = cached_tokens;
+                self.prompt_logprobs = logprobs.unwrap_or_default();
+            }
             Event::Finished { reason, error, usage } => {
                 (self.reason, self.error, self.usage) = (reason, error, usage);
             }

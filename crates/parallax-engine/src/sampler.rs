@@ -234,9 +234,11 @@ pub fn uniform(seed: u64, stream: u64, position: u64) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Index of the highest value, the lowest among equals.
-fn argmax(values: &[f32]) -> usize {
-    values.iter().enumerate().fold(0, |best, (i, v)| if *v > values[best] { i } else { best })
+/// Index of the highest value, the lowest among equals; NaN only when there is nothing else. As
+/// `parallax_model::logprob::argmax`, which the verifier uses.
+pub(crate) fn argmax(values: &[f32]) -> usize {
+    let highest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    values.iter().position(|v| *v == highest).unwrap_or(0)
 }
 
 /// Inverse transform in index order; sums in f64.

@@ -5,6 +5,7 @@ use swarm_wire::RequestId;
 use crate::batch::{Batch, BatchSequence, Tensor, Want};
 use crate::error::{RequestError, StageError};
 use crate::request::{Request, RequestLimits};
+use crate::sampler::argmax;
 use crate::stage::StageRunner;
 
 /// Rows of one forward pass; bounds the logits in memory.
@@ -52,9 +53,16 @@ pub fn score(runner: &mut dyn StageRunner, ids: &[u32]) -> Result<Scored, ScoreE
     // One more than the context: scoring asks for no new token.
     let limits = RequestLimits { vocab: shape.vocab, context_tokens: context_tokens + 1 };
     Request::greedy(ids.to_vec(), 1).validate(&limits)?;
-    let log_softmax = runner.log_softmax();
-    let mut scored = Scored::default();
     let request = RequestId(0);
+    let scored = run(runner, request, ids);
+    // Also after a failure: a runner may keep state under the id.
+    runner.close(request);
+    scored
+}
+
+fn run(runner: &mut dyn StageRunner, request: RequestId, ids: &[u32]) -> Result<Scored, ScoreError> {
+    let (shape, log_softmax) = (runner.shape(), runner.log_softmax());
+    let mut scored = Scored::default();
     for (chunk_index, chunk) in ids.chunks(CHUNK_ROWS).enumerate() {
         let start = chunk_index * CHUNK_ROWS;
         let position = |n: usize| u32::try_from(n).expect("a context has fewer than 2^32 positions");
@@ -75,13 +83,11 @@ pub fn score(runner: &mut dyn StageRunner, ids: &[u32]) -> Result<Scored, ScoreE
         })?;
         let logits = logits.to_f32_rows(chunk.len(), shape.vocab)?;
         for (row, logits) in logits.chunks_exact(shape.vocab).enumerate() {
-            let best = logits.iter().enumerate().fold(0, |b, (i, v)| if *v > logits[b] { i } else { b });
-            scored.argmax.push(position(best));
+            scored.argmax.push(position(argmax(logits)));
             if let Some(next) = ids.get(start + row + 1) {
                 scored.logprobs.push(log_softmax(logits)[*next as usize]);
             }
         }
     }
-    runner.close(request);
     Ok(scored)
 }

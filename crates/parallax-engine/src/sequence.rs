@@ -267,6 +267,13 @@ impl Sequence {
         self.prompt_logprobs.take()
     }
 
+    /// What is known of the prompt's log-probabilities belongs to other weights: all of them are asked for again.
+    pub fn forget_prompt_logprobs(&mut self) {
+        if let Some(known) = &mut self.prompt_logprobs {
+            known.clear();
+        }
+    }
+
     /// Whether the answer is as long as it may get.
     pub fn is_full(&self) -> bool {
         self.generated() >= self.allowance

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{EngineConfig, OnSwap};
 use crate::engine::Engine;
-use crate::error::{ConfigError, RequestError, StageError};
+use crate::error::{ConfigError, Failure, RequestError, StageError};
 use crate::metrics::EngineMetrics;
 use crate::request::{Completion, Event, FinishReason, Request, RequestLimits, Usage};
 use crate::speculate::Drafter;
@@ -117,6 +117,19 @@ impl EngineHandle {
         config: EngineConfig,
         drafter: Option<Box<dyn Drafter>>,
     ) -> Result<Self, ConfigError> {
+        let (handle, thread) = Self::assemble(runner, config, drafter)?;
+        std::thread::Builder::new()
+            .name("parallax-engine".into())
+            .spawn(move || thread.run())
+            .expect("the system gives one thread per engine");
+        Ok(handle)
+    }
+
+    fn assemble(
+        runner: Box<dyn StageRunner>,
+        config: EngineConfig,
+        drafter: Option<Box<dyn Drafter>>,
+    ) -> Result<(Self, EngineThread), ConfigError> {
         let shape = runner.shape();
         let queued_requests = config.queued_requests;
         let finish_on_swap = config.on_swap == OnSwap::Finish;
@@ -138,11 +151,7 @@ impl EngineHandle {
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
         let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared));
-        std::thread::Builder::new()
-            .name("parallax-engine".into())
-            .spawn(move || thread.run())
-            .expect("the system gives one thread per engine");
-        Ok(Self { commands, shared })
+        Ok((Self { commands, shared }, thread))
     }
 
     /// What the runner runs.
@@ -173,7 +182,7 @@ impl EngineHandle {
         Ok(self.submit_n(request, 1)?.remove(0))
     }
 
-    /// Queues `n` answers to one prompt, which is computed once. Answer `i` is that of the same request with `i` added to
+    /// Queues `n` answers to one prompt, which is computed once where it can be ([`Engine::add_group`]). Answer `i` is that of the same request with `i` added to
     /// [`crate::SamplingParams::stream`]. Dropping one of the streams aborts that answer alone.
     ///
     /// # Errors
@@ -193,7 +202,7 @@ impl EngineHandle {
             .map_err(|_| RequestError::QueueFull { queued: limit })?;
         let first = self.shared.next_request.fetch_add(n as u64, Ordering::Relaxed);
         let ids: Vec<RequestId> = (first..).map(RequestId).take(n).collect();
-        // Prompt log-probabilities, answer and ending fit into the channel: the engine never waits for a slow reader.
+        // The news of the prompt, answer and ending fit into the channel: the engine never waits for a slow reader.
         let room = request.token_allowance(&self.shared.limits) + 2;
         let (events, streams): (Vec<_>, Vec<_>) = ids
             .iter()
@@ -399,7 +408,7 @@ impl TokenStream {
     fn take(&mut self, event: Option<Event>) -> Event {
         let event = event.unwrap_or_else(|| Event::Finished {
             reason: FinishReason::Error,
-            error: Some("the engine stopped in the middle of this request".into()),
+            error: Some(Failure::Stopped),
             usage: Usage::default(),
         });
         self.finished = matches!(event, Event::Finished { .. });

@@ -7,10 +7,11 @@ mod toy;
 
 use std::collections::BTreeMap;
 
+use parallax_engine::batching::LOGITS_BYTES;
 use parallax_engine::speculate::DraftQuery;
 use parallax_engine::{
     Completion, Constraint, ConstraintState, DraftModel, Drafter, Engine, EngineConfig, Event, FinishReason,
-    Request, StageRunner,
+    PromptLookup, Request, StageOutput, StageRunner, StageShape, Tensor,
 };
 use proptest::prelude::*;
 use swarm_wire::{PolicyVersion, RequestId};
@@ -101,7 +102,7 @@ fn a_lost_stage_ends_every_request_with_its_text_and_the_engine_goes_on() {
     let completions = run(&mut engine, &mut model);
     for id in ids {
         assert_eq!(completions[&id].reason, FinishReason::Error);
-        assert!(completions[&id].error.as_ref().unwrap().contains("unplugged"));
+        assert!(completions[&id].error.as_ref().unwrap().to_string().contains("unplugged"));
     }
     let id = engine.add(Request::greedy(vec![5, 6], 4)).unwrap();
     assert_eq!(run(&mut engine, &mut model)[&id].token_ids(), toy_greedy(&[5, 6], 4, 0));
@@ -162,6 +163,87 @@ fn tokens_after_a_swap_carry_the_version_and_are_those_of_the_new_weights_alone(
     assert_eq!(ids[..3], toy_greedy(&prompt, 3, 0));
     let so_far = [&prompt[..], &ids[..3]].concat();
     assert_eq!(ids[3..], toy_greedy(&so_far, 5, model.salt));
+}
+
+#[test]
+fn a_version_that_comes_again_is_not_answered_from_pages_of_other_weights() {
+    let mut model = ToyModel::new(64, 4);
+    let mut engine = engine(&model, 64, 4);
+    let prompt = vec![7; 11];
+    for adapter in [b"one".as_slice(), b"two", b"one"] {
+        model.set_adapter(PolicyVersion(1), Some(adapter)).unwrap();
+        engine.set_version(PolicyVersion(1));
+        let id = engine.add(Request::greedy(prompt.clone(), 5)).unwrap();
+        let completion = run(&mut engine, &mut model).remove(&id).unwrap();
+        assert_eq!(completion.token_ids(), toy_greedy(&prompt, 5, model.salt));
+        assert_eq!(completion.usage.cached_tokens, 0);
+    }
+}
+
+#[test]
+fn prompt_log_probabilities_are_of_one_version_also_when_a_swap_comes_between() {
+    let mut model = ToyModel::new(64, 4);
+    let mut engine = engine(&model, 4, 4);
+    let request = Request { prompt_logprobs: true, ..Request::greedy((0..19).collect(), 2) };
+    let id = engine.add(request.clone()).unwrap();
+    for _ in 0..2 {
+        assert!(engine.step(&mut model).is_empty(), "the prompt is longer than two steps");
+    }
+    model.set_adapter(PolicyVersion(1), Some(b"new")).unwrap();
+    engine.set_version(PolicyVersion(1));
+    let swapped = run(&mut engine, &mut model).remove(&id).unwrap();
+    let mut fresh = Engine::new(model.shape(), model.log_softmax(), EngineConfig::default()).unwrap();
+    let id = fresh.add(request).unwrap();
+    assert_eq!(swapped.prompt_logprobs, run(&mut fresh, &mut model)[&id].prompt_logprobs);
+}
+
+#[test]
+fn the_logits_of_a_step_are_bounded() {
+    // As few rows of logits as a step may have, each of them large.
+    const VOCAB: usize = LOGITS_BYTES / 4 / 6;
+    let model = ToyModel::new(256, 4);
+    let shape = StageShape { vocab: VOCAB, ..model.shape() };
+    let mut engine = Engine::new(shape, model.log_softmax(), EngineConfig::default()).unwrap();
+    engine.set_drafter(Box::new(PromptLookup { longest: 1, shortest: 1 }));
+    let scored = Request { prompt_logprobs: true, ..Request::greedy(vec![1; 6], 2) };
+    engine.add_group(&scored, 2).unwrap();
+    for _ in 0..3 {
+        engine.add(Request::greedy(vec![1; 3], 6)).unwrap();
+    }
+    let mut most = 0;
+    while let Some((batch, _)) = engine.plan() {
+        assert!(batch.n_wanted() * VOCAB * 4 <= LOGITS_BYTES, "{} rows", batch.n_wanted());
+        most = most.max(batch.n_wanted());
+        let mut logits = vec![0.0; batch.n_wanted() * VOCAB];
+        logits.chunks_exact_mut(VOCAB).for_each(|row| row[1] = 1.0);
+        let logits = (batch.n_wanted() > 0).then(|| Tensor::from_f32(&[batch.n_wanted(), VOCAB], logits));
+        engine.complete(&batch, Ok(StageOutput { hidden: None, logits }));
+        engine.check_integrity();
+    }
+    assert_eq!(most, 6, "what there is room for is used");
+    assert!(engine.metrics().accepted_tokens > 0);
+}
+
+#[test]
+fn an_answer_tells_what_was_found_for_it_before_its_first_token() {
+    let mut model = ToyModel::new(64, 4);
+    let mut engine = engine(&model, 64, 4);
+    let prompt: Vec<u32> = (0..13).collect();
+    for (n, expected) in [(2, vec![0, 13]), (1, vec![12])] {
+        let ids = engine.add_group(&Request::greedy(prompt.clone(), 2), n).unwrap();
+        let mut found = BTreeMap::new();
+        while engine.is_busy() {
+            for event in engine.step(&mut model) {
+                match event.event {
+                    Event::Prompt { cached_tokens, logprobs } => {
+                        assert_eq!((found.insert(event.request, cached_tokens), logprobs), (None, None));
+                    }
+                    _ => assert!(found.contains_key(&event.request)),
+                }
+            }
+        }
+        assert_eq!(ids.iter().map(|id| found[id]).collect::<Vec<_>>(), expected);
+    }
 }
 
 /// Guesses the true continuation, with every `wrong`-th guess spoiled.
@@ -227,6 +309,26 @@ fn a_draft_model_guesses_with_the_random_numbers_of_the_request() {
 }
 
 #[test]
+fn a_draft_model_reads_a_long_prompt_one_pass_at_a_time() {
+    let guesser = ToyModel::new(512, 4);
+    let passes = guesser.passes();
+    let mut drafter = DraftModel::new(Box::new(guesser)).unwrap();
+    let (long, short): (Vec<u32>, Vec<u32>) = ((0..1300).map(|i| i % 90).collect(), vec![1, 2, 3]);
+    let sampling = parallax_engine::SamplingParams::default();
+    let query =
+        |request, tokens| DraftQuery { request: RequestId(request), tokens, sampling: &sampling, most: 2 };
+    for round in 0..5 {
+        let before = passes.lock().unwrap().len();
+        let guesses = drafter.propose(&[query(0, &long), query(1, &short)]);
+        assert_eq!(guesses[1], toy_greedy(&short, 2, 0));
+        let lags = round < 3;
+        assert_eq!(guesses[0], if lags { vec![] } else { toy_greedy(&long, 2, 0) });
+        let rows = passes.lock().unwrap()[before..].to_vec();
+        assert!(rows.len() == 2 && rows.iter().sum::<usize>() <= 512 + 4, "round {round}: {rows:?}");
+    }
+}
+
+#[test]
 fn a_common_beginning_is_computed_once_and_named_by_weights_adapter_and_salt() {
     let mut model = ToyModel::new(64, 4);
     let mut engine = engine(&model, 64, 4);
@@ -258,11 +360,15 @@ fn a_common_beginning_is_computed_once_and_named_by_weights_adapter_and_salt() {
     assert_eq!(cached(&mut engine, &mut model, &|_| ()).0, 20);
     model.set_adapter(PolicyVersion(0), None).unwrap();
     engine.set_version(PolicyVersion(0));
-    assert_eq!(cached(&mut engine, &mut model, &|_| ()), (20, plain.clone()), "back at the first weights");
+    assert_eq!(
+        cached(&mut engine, &mut model, &|_| ()),
+        (0, plain.clone()),
+        "a version may come again with other weights"
+    );
     model.generation = 1;
     assert_eq!(cached(&mut engine, &mut model, &|_| ()), (0, plain), "a runner that lost its pages");
     let metrics = engine.metrics();
-    assert!(metrics.prefix_cache_hits > 100 && metrics.prefix_cache_hits < metrics.prefix_cache_queries);
+    assert!(metrics.prefix_cache_hits > 90 && metrics.prefix_cache_hits < metrics.prefix_cache_queries);
 }
 
 #[test]
@@ -277,7 +383,7 @@ fn several_answers_to_one_prompt_compute_it_once_and_are_those_of_single_request
         assert_eq!(answer(&completions[id]), answer(&alone(&single)));
     }
     // 22 rows of the prompt, then 8 more tokens of each answer.
-    assert_eq!(model.rows_per_step.iter().sum::<usize>(), 22 + 4 * 8);
+    assert_eq!(model.passes().lock().unwrap().iter().sum::<usize>(), 22 + 4 * 8);
     assert_eq!(completions[&ids[3]].usage.cached_tokens, 22);
     assert_eq!(completions[&ids[0]].usage.cached_tokens, 0);
 }
@@ -369,7 +475,7 @@ fn constraints_hold_through_preemption_and_guesses_and_end_the_answer() {
     let broken = engine.add(constrained(99, 60, 1)).unwrap();
     let fine = engine.add(sampled(vec![1], 4, 0)).unwrap();
     let completions = run(&mut engine, &mut model);
-    assert!(completions[&broken].error.as_ref().unwrap().contains("too long for this grammar"));
+    assert!(completions[&broken].error.as_ref().unwrap().to_string().contains("too long for this grammar"));
     assert_eq!((completions[&broken].tokens.len(), completions[&fine].reason), (41, FinishReason::Length));
 }
 
@@ -409,7 +515,11 @@ fn a_user_with_many_requests_does_not_hold_up_another() {
     let mut ended = Vec::new();
     while engine.is_busy() {
         ended.extend(
-            engine.step(&mut model).into_iter().filter(|e| e.token_id().is_none()).map(|e| e.request),
+            engine
+                .step(&mut model)
+                .into_iter()
+                .filter(|e| matches!(e.event, Event::Finished { .. }))
+                .map(|e| e.request),
         );
     }
     let place = |id| ended.iter().position(|e| *e == id).unwrap();
@@ -488,7 +598,7 @@ proptest! {
             step += 1;
             prop_assert!(step < 10_000, "the engine makes progress");
         }
-        prop_assert!(model.rows_per_step.iter().all(|rows| *rows <= step_tokens));
+        prop_assert!(model.passes().lock().unwrap().iter().all(|rows| *rows <= step_tokens));
         prop_assert_eq!(engine.metrics().pages_used, 0);
         prop_assert_eq!(completions.len(), expected.len());
         for (id, (_, expected)) in ids.iter().zip(&expected) {

@@ -7,13 +7,19 @@ mod toy;
 
 use parallax_engine::{
     Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Request, RequestError,
-    StageError, StageOutput, StageRunner, StageShape, Tensor,
+    StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
 };
 use swarm_wire::PolicyVersion;
 use toy::{ToyModel, sampled, toy_greedy};
 
 fn start(model: ToyModel) -> EngineHandle {
     EngineHandle::start(Box::new(model), EngineConfig::default()).unwrap()
+}
+
+/// Waits until the answer has begun.
+fn first_token(stream: &mut TokenStream) {
+    assert!(matches!(stream.next_blocking(), Some(Event::Prompt { .. })));
+    assert!(matches!(stream.next_blocking(), Some(Event::Token(_))));
 }
 
 #[test]
@@ -41,7 +47,7 @@ fn a_dropped_stream_frees_its_place() {
     let config = EngineConfig { queued_requests: 1, ..EngineConfig::default() };
     let handle = EngineHandle::start(Box::new(ToyModel::new(1024, 4)), config).unwrap();
     let mut stream = handle.submit(Request::greedy(vec![1, 2], 4000)).unwrap();
-    assert!(matches!(stream.next_blocking(), Some(Event::Token(_))));
+    first_token(&mut stream);
     assert!(matches!(handle.submit(Request::greedy(vec![3], 1)), Err(RequestError::QueueFull { queued: 1 })));
     drop(stream);
     // The place is free after the next step at the latest; until then the refusal is QueueFull.
@@ -88,7 +94,7 @@ fn a_failing_stage_ends_all_requests_with_its_text() {
     let handle = start(model);
     let completion = handle.generate_blocking(Request::greedy(vec![4, 5], 6)).unwrap();
     assert_eq!((completion.tokens.len(), completion.reason), (1, FinishReason::Error));
-    assert!(completion.error.unwrap().contains("unplugged"));
+    assert!(completion.error.unwrap().to_string().contains("unplugged"));
     let again = handle.generate_blocking(Request::greedy(vec![4, 5], 6)).unwrap();
     assert_eq!(again.token_ids(), toy_greedy(&[4, 5], 6, 0));
 }
@@ -190,7 +196,7 @@ fn requests_in_flight_finish_on_the_old_weights_when_asked() {
 fn all_weights_are_swapped_for_a_runner_that_was_made_meanwhile() {
     let handle = start(ToyModel::new(512, 4));
     let mut stream = handle.submit(Request::greedy(vec![1, 2], 900)).unwrap();
-    assert!(matches!(stream.next_blocking(), Some(Event::Token(_))));
+    first_token(&mut stream);
     let mut next = ToyModel::new(512, 4);
     next.salt = 77;
     handle.swap_weights_blocking(PolicyVersion(1), Box::new(next)).unwrap();
@@ -209,6 +215,33 @@ fn all_weights_are_swapped_for_a_runner_that_was_made_meanwhile() {
     let other = handle.swap_weights_blocking(PolicyVersion(2), Box::new(ToyModel::new(512, 8))).unwrap_err();
     assert!(other.to_string().contains("another shape"), "{other}");
     assert_eq!(handle.version(), PolicyVersion(1));
+}
+
+#[test]
+fn weights_are_not_swapped_under_requests_on_a_removed_adapter() {
+    let handle = start(ToyModel::new(1024, 4));
+    handle.add_adapter_blocking("pirate", b"arr".to_vec()).unwrap();
+    let request = Request { adapter: Some("pirate".into()), ..Request::greedy(vec![1, 2], 4000) };
+    let mut stream = handle.submit(request).unwrap();
+    first_token(&mut stream);
+    handle.remove_adapter("pirate").unwrap();
+    let next = || Box::new(ToyModel::new(1024, 4));
+    let refused = handle.swap_weights_blocking(PolicyVersion(1), next()).unwrap_err();
+    assert!(refused.to_string().contains("adapters"), "{refused}");
+    handle.abort(stream.id());
+    while stream.next_blocking().is_some() {}
+    handle.swap_weights_blocking(PolicyVersion(1), next()).unwrap();
+}
+
+#[test]
+fn scoring_leaves_nothing_behind_also_when_it_fails() {
+    let mut model = ToyModel::new(64, 4);
+    model.fail_at = Some(2);
+    let ids = vec![1; 200];
+    assert!(parallax_engine::score(&mut model, &ids).unwrap_err().to_string().contains("unplugged"));
+    assert_eq!(model.closed, [0]);
+    model.fail_at = None;
+    assert_eq!(parallax_engine::score(&mut model, &ids).unwrap().logprobs.len(), 199);
 }
 
 #[test]

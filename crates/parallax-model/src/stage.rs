@@ -369,8 +369,10 @@ impl Stage {
         hidden: &[f32],
         batch: &ForwardBatch,
     ) -> Result<(), ForwardError> {
-        // One pass without branches; the position is looked for only when there is something to find.
-        if hidden.iter().fold(0.0, |sum, v| sum + v * 0.0) == 0.0 {
+        // One pass without branches, over bits: a maximum of integers may be taken in any order, so it vectorises. The
+        // position is looked for only when there is something to find.
+        let magnitude = |v: &f32| v.to_bits() & !(1 << 31);
+        if hidden.iter().fold(0, |most, v| magnitude(v).max(most)) < f32::INFINITY.to_bits() {
             return Ok(());
         }
         let row = hidden.iter().position(|v| !v.is_finite()).unwrap_or(0) / self.config.hidden;

@@ -127,9 +127,9 @@ impl Partner {
                     let piece = match event {
                         Event::Token(token) if stop_ids.contains(&token.id) => continue,
                         Event::Token(token) => decoder.push(token.id)?,
-                        Event::PromptLogprobs(_) => continue,
+                        Event::Prompt { .. } => continue,
                         Event::Finished { reason: FinishReason::Error, error, .. } => {
-                            bail!(error.unwrap_or_default())
+                            bail!(error.map_or_else(String::new, |e| e.to_string()))
                         }
                         Event::Finished { .. } => decoder.finish()?,
                     };

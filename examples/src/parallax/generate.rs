@@ -159,8 +159,10 @@ fn stream(
                 report.logprobs.push(token.logprob);
                 decoder.as_mut().map(|d| d.push(token.id)).transpose()?
             }
-            Event::PromptLogprobs(_) => None,
-            Event::Finished { reason: FinishReason::Error, error, .. } => bail!(error.unwrap_or_default()),
+            Event::Prompt { .. } => None,
+            Event::Finished { reason: FinishReason::Error, error, .. } => {
+                bail!(error.map_or_else(String::new, |e| e.to_string()))
+            }
             Event::Finished { reason, .. } => {
                 report.finish_reason = reason.as_str();
                 decoder.as_mut().map(StreamDecoder::finish).transpose()?

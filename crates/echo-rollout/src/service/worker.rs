@@ -501,7 +501,9 @@ impl Play {
             FinishReason::Stop => true,
             FinishReason::Length => false,
             FinishReason::Aborted | FinishReason::Error => {
-                return Err(completion.error.unwrap_or_else(|| "sampling was aborted".to_owned()));
+                return Err(completion
+                    .error
+                    .map_or_else(|| "sampling was aborted".to_owned(), |e| e.to_string()));
             }
         };
         let version = self.lease.version;

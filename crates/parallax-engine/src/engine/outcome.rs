@@ -1,12 +1,13 @@
 //! From what a runner returned to events: log-probabilities, chosen tokens, endings.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use swarm_wire::RequestId;
 
 use super::Engine;
 use crate::batch::{Batch, BatchSequence, StageOutput, Want};
-use crate::error::StageError;
+use crate::error::{Failure, StageError};
 use crate::request::{Event, FinishReason, RequestEvent, Token};
 use crate::sequence::Sequence;
 
@@ -43,13 +44,13 @@ impl Engine {
         };
         let logits = match &output.logits {
             Some(logits) => logits.to_f32_rows(wanted, vocab)?,
-            None if wanted == 0 => Vec::new(),
+            None if wanted == 0 => Cow::default(),
             None => return Err(missing("logits")),
         };
         let hidden = match &output.hidden {
             Some(hidden) if batch.want_hidden => hidden.to_f32_rows(wanted, self.shape.hidden)?,
             None if batch.want_hidden => return Err(missing("hidden states")),
-            _ => Vec::new(),
+            _ => Cow::default(),
         };
         let rows = Rows { logits: &logits, vocab, hidden: &hidden, width: self.shape.hidden };
         let mut events = Vec::with_capacity(wanted);
@@ -89,12 +90,12 @@ impl Engine {
         }
         let prompt_logprobs = sequence.take_prompt_logprobs();
         let is_first = sequence.generated() == 0;
+        let cached_tokens = sequence.usage().cached_tokens;
         let first = wanted.end - 1 - draft.len();
         if is_first {
             self.fork_followers(request, first, prompt_logprobs.as_deref(), rows, events);
-        }
-        if let Some(logprobs) = prompt_logprobs {
-            events.push(RequestEvent { request, event: Event::PromptLogprobs(logprobs) });
+            let event = Event::Prompt { cached_tokens, logprobs: prompt_logprobs };
+            events.push(RequestEvent { request, event });
         }
         self.choose(request, &draft, first, rows, events);
         self.publish(request);
@@ -114,12 +115,10 @@ impl Engine {
             let leader_now = self.scheduler.running_mut(leader).expect("it runs in this step");
             follower.begin_forked(leader_now);
             self.cache.fork(leader, request, follower.cached());
-            if follower.take_prompt_logprobs().is_some()
-                && let Some(logprobs) = prompt_logprobs
-            {
-                let event = Event::PromptLogprobs(logprobs.to_vec());
-                events.push(RequestEvent { request, event });
-            }
+            let wanted = follower.take_prompt_logprobs().is_some();
+            let logprobs = prompt_logprobs.filter(|_| wanted).map(<[f32]>::to_vec);
+            let event = Event::Prompt { cached_tokens: follower.usage().cached_tokens, logprobs };
+            events.push(RequestEvent { request, event });
             self.scheduler.run(follower);
             self.choose(request, &[], row, rows, events);
         }
@@ -142,7 +141,7 @@ impl Engine {
             let sampled = match sequence.choose(&self.sampler, rows.logits(row)) {
                 Ok(sampled) => sampled,
                 Err(error) => {
-                    ending = Some((FinishReason::Error, Some(error.to_string())));
+                    ending = Some((FinishReason::Error, Some(error.into())));
                     break;
                 }
             };
@@ -192,12 +191,11 @@ impl Engine {
 
     pub(super) fn fail(&mut self, error: &StageError) -> Vec<RequestEvent> {
         let ended = self.scheduler.drain();
-        let text = error.to_string();
         let events = ended
             .iter()
             .map(|sequence| {
                 self.cache.release(sequence.id());
-                self.finished(sequence, FinishReason::Error, Some(text.clone()))
+                self.finished(sequence, FinishReason::Error, Some(error.clone().into()))
             })
             .collect();
         self.cache.forget();
@@ -208,7 +206,7 @@ impl Engine {
         &mut self,
         sequence: &Sequence,
         reason: FinishReason,
-        error: Option<String>,
+        error: Option<Failure>,
     ) -> RequestEvent {
         self.counted.count_finished(reason);
         if let Some(drafter) = &mut self.drafter {

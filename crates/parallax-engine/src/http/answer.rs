@@ -88,13 +88,15 @@ pub(super) async fn collect(job: Job) -> Result<Vec<Collected>, ApiError> {
     Ok(collected)
 }
 
-/// The tokens of a request: the prompt counts once, answers add up.
+/// The tokens of the answers to one prompt: it counts once, answers add up. What one of them had to compute was not
+/// cached, even if the others took it over.
 pub(super) fn total<'a>(usages: impl IntoIterator<Item = &'a Usage>) -> Usage {
-    usages.into_iter().fold(Usage::default(), |sum, usage| Usage {
+    let sum = usages.into_iter().copied().reduce(|sum, usage| Usage {
         prompt_tokens: sum.prompt_tokens.max(usage.prompt_tokens),
-        cached_tokens: sum.cached_tokens.max(usage.cached_tokens),
+        cached_tokens: sum.cached_tokens.min(usage.cached_tokens),
         completion_tokens: sum.completion_tokens + usage.completion_tokens,
-    })
+    });
+    sum.unwrap_or_default()
 }
 
 /// One server-sent event.

@@ -8,6 +8,11 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::error::{Failure, RequestError, StageError};
+
+/// How long a client should wait when the queue is full.
+const QUEUE_RETRY: Duration = Duration::from_secs(2);
+
 /// An answer other than the one that was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
@@ -121,6 +126,38 @@ impl ApiError {
     pub(super) fn into_anthropic_response(self) -> Response {
         let body = self.anthropic_body();
         self.respond(body)
+    }
+}
+
+impl From<RequestError> for ApiError {
+    /// The engine's refusal.
+    fn from(error: RequestError) -> Self {
+        let text = error.to_string();
+        match error {
+            RequestError::QueueFull { .. } => Self::busy(text, QUEUE_RETRY),
+            RequestError::Stopped => Self::unavailable(text),
+            RequestError::Parameter { field, .. } => Self::invalid(Some(field), text),
+            RequestError::EmptyPrompt
+            | RequestError::PromptTooLong { .. }
+            | RequestError::UnknownToken { .. } => Self::invalid(Some("prompt"), text),
+            RequestError::UnknownAdapter { .. } => Self::not_found(text),
+        }
+    }
+}
+
+impl From<Failure> for ApiError {
+    /// A failure while the answer was made: 400 when the request itself leaves nothing to say, 503 when trying again can
+    /// help, else 500.
+    fn from(failure: Failure) -> Self {
+        let text = failure.to_string();
+        match failure {
+            Failure::Refused(refused) => refused.into(),
+            Failure::Sampling(_) => Self::invalid(None, text),
+            Failure::Stage(StageError::Lost { .. } | StageError::NotReady { .. }) | Failure::Stopped => {
+                Self::unavailable(text)
+            }
+            Failure::Stage(_) => Self::internal(text),
+        }
     }
 }
 

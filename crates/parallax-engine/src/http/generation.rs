@@ -7,6 +7,7 @@ use std::sync::Arc;
 use parallax_model::{StreamDecoder, Tokenizer};
 
 use super::error::ApiError;
+use crate::error::Failure;
 use crate::markup::{Markup, MarkupOptions, Part};
 use crate::request::{Event, FinishReason, Token, Usage};
 use crate::service::TokenStream;
@@ -80,6 +81,7 @@ pub(super) struct Generation {
     reading: Reading,
     markup: Markup,
     n_tokens: usize,
+    cached_tokens: usize,
     n_calls: usize,
     ended: bool,
 }
@@ -87,7 +89,7 @@ pub(super) struct Generation {
 impl Generation {
     pub(super) fn new(tokens: TokenStream, reading: Reading) -> Self {
         let markup = Markup::new(reading.markup.unwrap_or_default());
-        Self { tokens, reading, markup, n_tokens: 0, n_calls: 0, ended: false }
+        Self { tokens, reading, markup, n_tokens: 0, cached_tokens: 0, n_calls: 0, ended: false }
     }
 
     /// The next step; `None` after the end. Cancel-safe.
@@ -95,14 +97,20 @@ impl Generation {
         if self.ended {
             return None;
         }
-        let delta = match self.tokens.next().await {
-            Some(Event::PromptLogprobs(logprobs)) => Ok(Delta::Prompt(logprobs)),
-            Some(Event::Token(token)) => self.token(token),
-            Some(Event::Finished { reason: FinishReason::Error, error, .. }) => {
-                Err(ApiError::unavailable(error.unwrap_or_else(|| "the computation broke".to_owned())))
-            }
-            Some(Event::Finished { reason, usage, .. }) => self.finish(reason, usage),
-            None => Err(ApiError::unavailable("the engine has stopped")),
+        let delta = loop {
+            break match self.tokens.next().await {
+                Some(Event::Prompt { cached_tokens, logprobs }) => {
+                    self.cached_tokens = cached_tokens;
+                    let Some(logprobs) = logprobs else { continue };
+                    Ok(Delta::Prompt(logprobs))
+                }
+                Some(Event::Token(token)) => self.token(token),
+                Some(Event::Finished { reason: FinishReason::Error, error, .. }) => {
+                    Err(error.unwrap_or(Failure::Stopped).into())
+                }
+                Some(Event::Finished { reason, usage, .. }) => self.finish(reason, usage),
+                None => Err(Failure::Stopped.into()),
+            };
         };
         self.ended = !matches!(delta, Ok(Delta::Token { .. } | Delta::Prompt(_)));
         Some(delta)
@@ -122,8 +130,8 @@ impl Generation {
         // The stream is dropped with this answer, which aborts the rest of the request.
         let usage = Usage {
             prompt_tokens: self.reading.prompt_tokens,
+            cached_tokens: self.cached_tokens,
             completion_tokens: self.n_tokens,
-            ..Usage::default()
         };
         Ok(Delta::End(Ending { parts, reason: FinishReason::Stop, stop: Some(stop), usage }))
     }

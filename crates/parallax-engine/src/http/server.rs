@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use parallax_model::TokenBytes;
 use serde_json::{Value, json};
@@ -17,13 +17,9 @@ use super::generation::{ControlTokens, Generation, Reading};
 use super::sampling::Sampling;
 use super::tools::Tools;
 use crate::constraint::Constraint;
-use crate::error::RequestError;
 use crate::markup::{Dialect, MarkupOptions};
 use crate::request::Request;
 use crate::stop_strings::StopStrings;
-
-/// How long a client should wait when the queue is full.
-const QUEUE_RETRY: Duration = Duration::from_secs(2);
 
 /// A running server.
 pub(super) struct Server {
@@ -167,7 +163,7 @@ impl Server {
                 adapter: adapter.clone(),
                 ..Request::default()
             };
-            let streams = self.state.engine.submit_n(request, sampling.n).map_err(|e| refused(&e))?;
+            let streams = self.state.engine.submit_n(request, sampling.n)?;
             generations.extend(streams.into_iter().map(|tokens| {
                 let reading = Reading {
                     decoder: self.state.tokenizer.stream(),
@@ -265,19 +261,6 @@ impl Server {
         std::iter::once(card(model, None))
             .chain(adapters.iter().map(|name| card(name, Some(model))))
             .collect()
-    }
-}
-
-/// What the engine's refusal is to a client.
-fn refused(error: &RequestError) -> ApiError {
-    match error {
-        RequestError::QueueFull { .. } => ApiError::busy(error.to_string(), QUEUE_RETRY),
-        RequestError::Stopped => ApiError::unavailable(error.to_string()),
-        RequestError::Parameter { field, .. } => ApiError::invalid(Some(field), error.to_string()),
-        RequestError::EmptyPrompt
-        | RequestError::PromptTooLong { .. }
-        | RequestError::UnknownToken { .. } => ApiError::invalid(Some("prompt"), error.to_string()),
-        RequestError::UnknownAdapter { .. } => ApiError::not_found(error.to_string()),
     }
 }
 

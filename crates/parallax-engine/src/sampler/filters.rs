@@ -42,7 +42,8 @@ pub(super) fn kept_tokens(logprobs: &[f32], params: &SamplingParams) -> Option<V
 fn typical_len(order: &mut [usize], logprobs: &[f32], mass: f64) -> usize {
     let probability = |i: usize| f64::from(logprobs[i]).exp();
     let total: f64 = order.iter().map(|&i| probability(i)).sum();
-    let surprise = |i: usize| total.ln() - f64::from(logprobs[i]);
+    let log_total = total.ln();
+    let surprise = |i: usize| log_total - f64::from(logprobs[i]);
     // A token that cannot come has no share in the expectation: 0 times infinity counts as 0.
     let expected: f64 = order
         .iter()

@@ -27,7 +27,6 @@ pub(super) struct EngineThread {
     runner: Box<dyn StageRunner>,
     commands: Receiver<Command>,
     shared: Arc<Shared>,
-    /// By the engine's own ids; the second map leads there from the ids that callers hold.
     listeners: BTreeMap<RequestId, Listener>,
     latencies: Latencies,
     /// Waits until every request that came before it is finished; so do the commands behind it.
@@ -93,7 +92,7 @@ impl EngineThread {
                 }
                 if let Err(refused) = self.engine.add_as(&ids, &request) {
                     let refusal = |request| {
-                        let error = Some(refused.to_string());
+                        let error = Some(refused.clone().into());
                         let (reason, usage) = (FinishReason::Error, Usage::default());
                         RequestEvent { request, event: Event::Finished { reason, error, usage } }
                     };
@@ -141,8 +140,12 @@ impl EngineThread {
             let reason = format!("the new weights have another shape: {gets:?}, not {has:?}");
             return Err(StageError::NotReady { reason });
         }
-        if self.engine.adapters().names().next().is_some() {
-            let reason = "remove the resident adapters first, they belong to the old weights".to_owned();
+        self.engine.housekeep(&mut *self.runner);
+        if self.engine.has_adapters() {
+            let reason =
+                "adapters of the old weights are resident: remove them, and let the requests that use \
+                          them finish"
+                    .to_owned();
             return Err(StageError::NotReady { reason });
         }
         self.runner = runner;
@@ -163,8 +166,9 @@ impl EngineThread {
                 unknown.insert(id);
             }
         }
-        if self.pending.is_some() {
-            // Requests behind a swap are still among the commands.
+        // Requests that were submitted but not taken yet are still among the commands; `in_flight` rises before anybody
+        // can know their ids.
+        if !unknown.is_empty() && self.shared.in_flight.load(Ordering::Acquire) > self.listeners.len() {
             self.shared.aborted.lock().unwrap_or_else(PoisonError::into_inner).append(&mut unknown);
         }
     }
@@ -221,7 +225,7 @@ impl EngineThread {
                 }
                 listener.last_token = Some(now);
             }
-            Event::PromptLogprobs(_) => {}
+            Event::Prompt { .. } => {}
             Event::Finished { .. } => {
                 self.latencies.end_to_end.observe((now - listener.submitted).as_secs_f64());
                 // Free for the next request before the caller hears of the end.
@@ -234,5 +238,34 @@ impl EngineThread {
         let mut metrics = self.engine.metrics();
         metrics.latencies = self.latencies.clone();
         *self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner) = metrics;
+    }
+}
+
+#[cfg(test)]
+#[path = "../../tests/support/toy.rs"]
+mod toy;
+
+#[cfg(test)]
+mod tests {
+    use super::toy::ToyModel;
+    use crate::config::EngineConfig;
+    use crate::request::{Event, FinishReason, Request};
+    use crate::service::EngineHandle;
+
+    #[test]
+    fn an_abort_of_what_is_still_a_command_is_kept() {
+        let model = Box::new(ToyModel::new(64, 4));
+        let (handle, mut thread) = EngineHandle::assemble(model, EngineConfig::default(), None).unwrap();
+        // Something to do, so that taking commands does not wait.
+        let _other = handle.submit(Request::greedy(vec![9], 50)).unwrap();
+        thread.take_commands();
+        let mut stream = handle.submit(Request::greedy(vec![1, 2], 50)).unwrap();
+        handle.abort(stream.id());
+        thread.abort_unwanted();
+        thread.take_commands();
+        thread.abort_unwanted();
+        let event = stream.next_blocking();
+        assert!(matches!(event, Some(Event::Finished { reason: FinishReason::Aborted, .. })), "{event:?}");
+        assert!(handle.shared.aborted.lock().unwrap().is_empty());
     }
 }

@@ -17,6 +17,7 @@ use lattica_net::{Node, StreamError};
 use parallax_sched::service::MembershipServer;
 use parallax_sched::{MemberState, NodeId, Pipeline, PlanView, Report};
 use swarm_wire::generated::parallax::v1::{StageAdapter, StageStep, stage_frame};
+use swarm_wire::limits::TENSOR_MAX_BYTES;
 use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -79,8 +80,10 @@ struct Shared {
     membership: MembershipServer,
     options: HeadOptions,
     state: watch::Sender<State>,
-    /// The head's own stage: kept over epochs while its layers stay the same.
+    /// The head's own stage: kept over epochs while its layers stay the same. Locked for whole forward passes.
     local: Mutex<Option<Box<dyn StageRunner>>>,
+    /// The layers of `local`, for those who must not wait for a pass.
+    held: Mutex<Option<LayerRange>>,
     /// The adapter that stages must have, once one was asked for.
     adapter: Mutex<Option<WantedAdapter>>,
     stats: Arc<StageStats>,
@@ -117,6 +120,7 @@ impl Head {
             options,
             state: watch::Sender::new(State::Forming("the swarm has just started".to_owned())),
             local: Mutex::new(None),
+            held: Mutex::new(None),
             adapter: Mutex::new(None),
             stats: Arc::default(),
             expected_return: Mutex::new(None),
@@ -270,14 +274,20 @@ async fn load_local(shared: &Arc<Shared>, epoch: u64, pipeline: &Pipeline) -> Re
             ..Report::default()
         });
     };
-    let held = lock(&shared.local).as_ref().map(|runner| runner.shape().layers);
-    if held != Some(layers) {
+    if *lock(&shared.held) != Some(layers) {
         report(MemberState::Loading, "loading weights");
         let loader = shared.options.local.clone().ok_or("the head has no layers to give")?;
-        drop(lock(&shared.local).take());
-        let loaded =
-            tokio::task::spawn_blocking(move || loader(layers)).await.map_err(|e| e.to_string())??;
-        *lock(&shared.local) = Some(loaded);
+        *lock(&shared.held) = None;
+        let into = Arc::clone(shared);
+        // The old layers go first, so that there is room; a pass that still runs on them is waited for here.
+        let loading = tokio::task::spawn_blocking(move || {
+            drop(lock(&into.local).take());
+            let loaded = loader(layers)?;
+            *lock(&into.local) = Some(loaded);
+            *lock(&into.held) = Some(layers);
+            Ok::<(), String>(())
+        });
+        loading.await.map_err(|e| e.to_string())??;
     }
     report(MemberState::Ready, "");
     Ok(())
@@ -336,13 +346,19 @@ impl StageRunner for PipelineRunner {
     }
 
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+        let bytes = adapter.map_or(0, <[u8]>::len);
+        if bytes > TENSOR_MAX_BYTES {
+            let reason = format!("it has {bytes} bytes, stages take at most {TENSOR_MAX_BYTES}");
+            return Err(StageError::Adapter { version, reason });
+        }
         let wanted = (version, adapter.map(<[u8]>::to_vec));
         let old = lock(&self.shared.adapter).replace(wanted);
         self.adapter_sent = None;
         // Taking up the link brings its stages to the wanted adapter.
         let sent = self.link().map(|_| ());
         if sent.is_err() {
-            *lock(&self.shared.adapter) = old;
+            // Some stages may have taken it up: the next step brings all of them back, at first to the base model.
+            *lock(&self.shared.adapter) = Some(old.unwrap_or((PolicyVersion(0), None)));
         }
         sent
     }

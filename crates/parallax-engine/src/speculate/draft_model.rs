@@ -3,6 +3,7 @@
 //! The draft model keeps its own cache. It chooses with the request's own sampling parameters and random numbers: where
 //! both models agree on the likely tokens, they then draw the same one, also at high temperatures.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use swarm_wire::RequestId;
@@ -17,6 +18,9 @@ use crate::stage::StageRunner;
 
 /// Rows of one pass of the draft model.
 const STEP_ROWS: usize = 512;
+/// Rows that a request may lag behind and still get guesses at once. One that lags more, a long prompt for instance, first
+/// catches up, one pass at a time: nobody else's answer waits for it.
+const LAG_ROWS: usize = 128;
 
 /// A runner that guesses for another.
 #[derive(Debug)]
@@ -31,16 +35,28 @@ pub struct DraftModel {
 }
 
 /// One request while its tokens are being guessed.
-struct Guessing {
+struct Guessing<'q> {
     /// Index of the query.
     query: usize,
     request: RequestId,
-    sampling: SamplingParams,
-    /// Tokens of the query, and the guesses.
-    tokens: Vec<u32>,
+    sampling: Cow<'q, SamplingParams>,
+    /// Tokens of the query.
+    known: &'q [u32],
+    guesses: Vec<u32>,
     cached: usize,
-    /// Length of `tokens` when all guesses are made.
-    end: usize,
+    /// Guesses to make; none when it only catches up.
+    wanted: usize,
+}
+
+impl Guessing<'_> {
+    fn n_tokens(&self) -> usize {
+        self.known.len() + self.guesses.len()
+    }
+
+    /// Tokens `cached..`, which the draft model has not seen.
+    fn due(&self) -> impl Iterator<Item = u32> {
+        self.known.iter().chain(&self.guesses).skip(self.cached).copied()
+    }
 }
 
 impl DraftModel {
@@ -58,8 +74,9 @@ impl DraftModel {
             failed: false,
         })
     }
-    /// What can be guessed for, with pages for all of it.
-    fn prepare(&mut self, queries: &[DraftQuery<'_>]) -> Vec<Guessing> {
+
+    /// What can be guessed for, with pages for all of it; first those that get guesses.
+    fn prepare<'q>(&mut self, queries: &[DraftQuery<'q>]) -> Vec<Guessing<'q>> {
         let context = self.runner.shape().context_tokens();
         let mut prepared = Vec::with_capacity(queries.len());
         for (i, query) in queries.iter().enumerate() {
@@ -71,38 +88,48 @@ impl DraftModel {
             if end <= query.tokens.len() || self.cache.reserve(query.request, cached, end).is_err() {
                 continue;
             }
+            let lags = query.tokens.len() - cached > LAG_ROWS;
+            let sampling = if query.sampling.top_logprobs > 0 {
+                Cow::Owned(SamplingParams { top_logprobs: 0, ..query.sampling.clone() })
+            } else {
+                Cow::Borrowed(query.sampling)
+            };
             prepared.push(Guessing {
                 query: i,
                 request: query.request,
-                sampling: SamplingParams { top_logprobs: 0, ..query.sampling.clone() },
-                tokens: query.tokens.to_vec(),
+                sampling,
+                known: query.tokens,
+                guesses: Vec::new(),
                 cached,
-                end,
+                wanted: if lags { 0 } else { end - query.tokens.len() },
             });
         }
+        prepared.sort_by_key(|g| g.wanted == 0);
         prepared
     }
 
-    /// One pass over those that are not at their end. False when there is none.
-    fn step(&mut self, guessing: &mut [Guessing]) -> Result<bool, StageError> {
+    /// One pass over those that want more guesses, and in the first pass over those that catch up. False when there is
+    /// none.
+    fn step(&mut self, guessing: &mut [Guessing<'_>], is_first: bool) -> Result<bool, StageError> {
         let position = |n: usize| u32::try_from(n).expect("a context has fewer than 2^32 positions");
         let (mut ids, mut sequences, mut planned) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, g) in guessing.iter().enumerate().filter(|(_, g)| g.tokens.len() < g.end) {
-            let rows = (g.tokens.len() - g.cached).min(STEP_ROWS - ids.len());
+        let runs = |g: &Guessing<'_>| g.guesses.len() < g.wanted || (is_first && g.wanted == 0);
+        for (i, g) in guessing.iter().enumerate().filter(|(_, g)| runs(g)) {
+            let rows = (g.n_tokens() - g.cached).min(STEP_ROWS - ids.len());
             if rows == 0 {
                 break;
             }
-            let ends = g.cached + rows == g.tokens.len();
-            ids.extend_from_slice(&g.tokens[g.cached..g.cached + rows]);
+            let chooses = g.wanted > 0 && g.cached + rows == g.n_tokens();
+            ids.extend(g.due().take(rows));
             sequences.push(BatchSequence {
                 request: g.request,
                 start: position(g.cached),
                 rows: position(rows),
                 pages: self.cache.pages(g.request).to_vec(),
-                want: if ends { Want::LastLogits } else { Want::Nothing },
+                want: if chooses { Want::LastLogits } else { Want::Nothing },
                 adapter: None,
             });
-            planned.push((i, rows, ends));
+            planned.push((i, rows, chooses));
         }
         if planned.is_empty() {
             return Ok(false);
@@ -111,23 +138,23 @@ impl DraftModel {
         let batch = Batch { step: self.steps, sequences, ..Batch::default() };
         let output = self.runner.forward(&batch, Tensor::from_ids(&ids))?;
         let vocab = self.runner.shape().vocab;
-        let logits = match output.logits {
+        let logits = match &output.logits {
             Some(logits) => logits.to_f32_rows(batch.n_wanted(), vocab)?,
-            None => Vec::new(),
+            None => Cow::default(),
         };
         let mut logits = logits.chunks_exact(vocab);
-        for (i, rows, ends) in planned {
+        for (i, rows, chooses) in planned {
             let g = &mut guessing[i];
             g.cached += rows;
-            if !ends {
+            if !chooses {
                 continue;
             }
             // A guess need not follow every rule of the request: a wrong one is dropped later.
-            let place = Place { position: g.tokens.len() as u64, generated: usize::MAX, history: None };
+            let place = Place { position: g.n_tokens() as u64, generated: usize::MAX, history: None };
             let guess = logits.next().and_then(|row| self.sampler.sample(row, &g.sampling, place, None).ok());
             match guess {
-                Some(sampled) => g.tokens.push(sampled.id),
-                None => g.end = g.tokens.len(),
+                Some(sampled) => g.guesses.push(sampled.id),
+                None => g.wanted = g.guesses.len(),
             }
         }
         Ok(true)
@@ -141,9 +168,10 @@ impl Drafter for DraftModel {
             return guesses;
         }
         let mut guessing = self.prepare(queries);
+        let mut is_first = true;
         loop {
-            match self.step(&mut guessing) {
-                Ok(true) => {}
+            match self.step(&mut guessing, is_first) {
+                Ok(true) => is_first = false,
                 Ok(false) => break,
                 Err(error) => {
                     tracing::warn!(%error, "the draft model failed, speculation is off from now on");
@@ -152,10 +180,13 @@ impl Drafter for DraftModel {
                 }
             }
         }
-        for mut g in guessing {
-            guesses[g.query] = g.tokens[queries[g.query].tokens.len()..].to_vec();
-            g.tokens.truncate(g.cached);
-            self.seen.insert(g.request, g.tokens);
+        for g in guessing {
+            let seen = self.seen.entry(g.request).or_default();
+            let common = seen.iter().zip(g.known).take_while(|(a, b)| a == b).count();
+            seen.truncate(common);
+            seen.extend(g.known[common..].iter().chain(&g.guesses));
+            seen.truncate(g.cached);
+            guesses[g.query] = g.guesses;
         }
         guesses
     }

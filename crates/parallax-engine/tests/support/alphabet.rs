@@ -50,7 +50,7 @@ impl StageRunner for Alphabet {
         }
         Ok(StageOutput {
             hidden: None,
-            logits: Some(Tensor::from_f32(&[batch.n_wanted(), LETTERS.len()], &logits)),
+            logits: Some(Tensor::from_f32(&[batch.n_wanted(), LETTERS.len()], logits)),
         })
     }
 

@@ -7,6 +7,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use parallax_engine::{
     Batch, LogSoftmax, Request, SamplingParams, StageError, StageOutput, StageRunner, StageShape, Tensor,
@@ -33,8 +34,8 @@ pub struct ToyModel {
     pub closed: Vec<u64>,
     /// Added to every hash: what an adapter changes.
     pub salt: u64,
-    /// Rows of every step so far.
-    pub rows_per_step: Vec<usize>,
+    /// Rows of every step so far, also for who gave the model away.
+    rows_per_step: Arc<Mutex<Vec<usize>>>,
     /// Fail at this step.
     pub fail_at: Option<u64>,
 }
@@ -60,9 +61,16 @@ impl ToyModel {
             mixes: false,
             closed: Vec::new(),
             salt: 0,
-            rows_per_step: Vec::new(),
+            rows_per_step: Arc::default(),
             fail_at: None,
         }
+    }
+}
+
+impl ToyModel {
+    /// Rows of every step so far.
+    pub fn passes(&self) -> Arc<Mutex<Vec<usize>>> {
+        Arc::clone(&self.rows_per_step)
     }
 }
 
@@ -105,7 +113,7 @@ impl StageRunner for ToyModel {
 
     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
         let ids = input.to_ids(batch.n_rows())?;
-        self.rows_per_step.push(ids.len());
+        self.rows_per_step.lock().unwrap().push(ids.len());
         if self.fail_at == Some(batch.step) {
             return Err(StageError::Lost {
                 peer: "toy".into(),
@@ -151,8 +159,8 @@ impl StageRunner for ToyModel {
         }
         let wanted = batch.n_wanted();
         Ok(StageOutput {
-            hidden: batch.want_hidden.then(|| Tensor::from_f32(&[wanted, HIDDEN], &hidden)),
-            logits: (wanted > 0).then(|| Tensor::from_f32(&[wanted, VOCAB], &logits)),
+            hidden: batch.want_hidden.then(|| Tensor::from_f32(&[wanted, HIDDEN], hidden)),
+            logits: (wanted > 0).then(|| Tensor::from_f32(&[wanted, VOCAB], logits)),
         })
     }
 

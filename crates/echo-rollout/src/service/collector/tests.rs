@@ -70,8 +70,8 @@ impl StageRunner for Model {
         let hidden: Vec<f32> = wanted.iter().flat_map(|r| row(ids[*r], self.weights)).collect();
         let scores: Vec<f32> = hidden.chunks(2).flat_map(logits).collect();
         Ok(StageOutput {
-            hidden: Some(Tensor::from_f32(&[wanted.len(), 2], &hidden)),
-            logits: Some(Tensor::from_f32(&[wanted.len(), VOCABULARY], &scores)),
+            hidden: Some(Tensor::from_f32(&[wanted.len(), 2], hidden)),
+            logits: Some(Tensor::from_f32(&[wanted.len(), VOCABULARY], scores)),
         })
     }
 

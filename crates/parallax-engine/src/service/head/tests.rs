@@ -29,12 +29,20 @@ struct Toy {
     cache: HashMap<(u32, u32, usize), u64>,
     adapter: u64,
     fail_at_token: Option<f32>,
+    refuses_adapters: bool,
     delay: Duration,
 }
 
 impl Toy {
     fn new(layers: LayerRange) -> Self {
-        Self { layers, cache: HashMap::new(), adapter: 0, fail_at_token: None, delay: Duration::ZERO }
+        Self {
+            layers,
+            cache: HashMap::new(),
+            adapter: 0,
+            fail_at_token: None,
+            refuses_adapters: false,
+            delay: Duration::ZERO,
+        }
     }
 
     fn whole() -> Self {
@@ -75,7 +83,7 @@ impl StageRunner for Toy {
         let values: Vec<f32> = if self.shape().is_first() {
             input.to_ids(n)?.into_iter().map(|id| id as f32).collect()
         } else {
-            input.to_f32_rows(n, 1)?
+            input.to_f32_rows(n, 1)?.into_owned()
         };
         if self.fail_at_token.is_some_and(|bad| values.contains(&bad)) {
             return Err(StageError::Forward {
@@ -91,7 +99,7 @@ impl StageRunner for Toy {
             }
         }
         if !self.shape().is_last() {
-            return Ok(StageOutput { hidden: Some(Tensor::from_f32(&[n, 1], &rows)), logits: None });
+            return Ok(StageOutput { hidden: Some(Tensor::from_f32(&[n, 1], rows)), logits: None });
         }
         let wanted: Vec<f32> = batch.wanted_rows().into_iter().map(|row| rows[row]).collect();
         let logits: Vec<f32> = wanted
@@ -99,12 +107,15 @@ impl StageRunner for Toy {
             .flat_map(|v| (0..VOCAB).map(move |t| -((*v as i64 % 31 - t as i64).abs() as f32)))
             .collect();
         Ok(StageOutput {
-            hidden: batch.want_hidden.then(|| Tensor::from_f32(&[wanted.len(), 1], &wanted)),
-            logits: (!wanted.is_empty()).then(|| Tensor::from_f32(&[wanted.len(), VOCAB], &logits)),
+            hidden: batch.want_hidden.then(|| Tensor::from_f32(&[wanted.len(), 1], wanted.as_slice())),
+            logits: (!wanted.is_empty()).then(|| Tensor::from_f32(&[wanted.len(), VOCAB], logits)),
         })
     }
 
-    fn set_adapter(&mut self, _: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+        if self.refuses_adapters && adapter.is_some() {
+            return Err(StageError::Adapter { version, reason: "another rank".into() });
+        }
         self.adapter = adapter.map_or(0, |bytes| u64::from(bytes[0]));
         Ok(())
     }
@@ -297,6 +308,21 @@ async fn a_head_without_layers_serves_through_peers_and_adapters_reach_all_of_th
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adapter_that_one_stage_refuses_changes_no_stage() {
+    let head = head(3, 4.0).await;
+    let picky = |layers| Toy { refuses_adapters: true, ..Toy::new(layers) };
+    let _a = TestMember::join(&head, 3, picky).await;
+    ready(&head).await;
+    let refused = head.engine.swap_adapter(PolicyVersion(1), Some(vec![5])).await.unwrap_err();
+    assert!(refused.to_string().contains("another rank"), "{refused}");
+    check_tokens(&head).await;
+    let large = vec![5; TENSOR_MAX_BYTES + 1];
+    let refused = head.engine.swap_adapter(PolicyVersion(1), Some(large)).await.unwrap_err();
+    assert!(refused.to_string().contains("at most"), "{refused}");
+    check_tokens(&head).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pipeline() {
     let head = head(2, 4.0).await;
     let _a = TestMember::join(&head, 2, Toy::new).await;
@@ -319,10 +345,11 @@ async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pip
     else {
         panic!("{last:?}");
     };
+    let error = error.to_string();
     assert!(error.contains(&name) && error.contains(".."), "{error}");
 
     let refused = head.engine.generate(request(0)).await.unwrap();
-    let error = refused.error.unwrap();
+    let error = refused.error.unwrap().to_string();
     assert!(error.contains("2 more of 6 layers"), "{error}");
     assert_eq!(head.head.ready().unwrap_err(), head.head.status()["why"].as_str().unwrap());
 
@@ -339,7 +366,11 @@ async fn a_step_that_a_stage_refuses_fails_with_its_layers_and_the_pipeline_goes
     ready(&head).await;
     let refused = head.engine.generate(Request::greedy(vec![30], 2)).await.unwrap();
     assert!(
-        refused.error.as_ref().is_some_and(|e| e.contains("not a number") && e.contains("0..6")),
+        refused
+            .error
+            .as_ref()
+            .map(ToString::to_string)
+            .is_some_and(|e| e.contains("not a number") && e.contains("0..6")),
         "{refused:?}"
     );
     assert_eq!(head.engine.generate(Request::greedy(vec![4], 1)).await.unwrap().error, None);

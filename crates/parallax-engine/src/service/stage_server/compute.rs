@@ -145,12 +145,12 @@ impl Worker {
 /// A step with a tensor of T rows behind it.
 pub(crate) fn hidden_frame(step: StageStep, rows: &Tensor) -> StepResult {
     let header = TensorHeader::new(rows.dtype(), rows.shape()).map_err(|e| e.to_string())?;
-    Ok(EncodedFrame::with_tensor(stage_frame::Kind::Step(step), &header, rows.data()))
+    Ok(EncodedFrame::with_tensor(stage_frame::Kind::Step(step), &header, &rows.data()))
 }
 
 /// The answer of the last stage: final-norm rows [W, H] (where wanted) and then logits [W, V], as one flat tensor.
 fn answer(step: &StageStep, n_wanted: usize, output: &StageOutput) -> StepResult {
-    let bytes = |tensor: Option<&Tensor>| tensor.map(|t| t.data().clone()).unwrap_or_default();
+    let bytes = |tensor: Option<&Tensor>| tensor.map(Tensor::data).unwrap_or_default();
     let hidden = if step.want_hidden { bytes(output.hidden.as_ref()) } else { Bytes::new() };
     let logits = bytes(output.logits.as_ref());
     let hidden_rows = if hidden.is_empty() { 0 } else { u32::try_from(n_wanted).unwrap_or(u32::MAX) };
