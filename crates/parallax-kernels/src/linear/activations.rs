@@ -16,18 +16,29 @@ pub(crate) struct ActivationBlock {
     pub q: [i8; BLOCK],
     /// Sum of `q`.
     pub sum: i32,
+    /// The same as a float, which is exact; kept so that it is one broadcast load.
+    pub float_sum: f32,
     /// Sums of the first and the last sixteen of `q`, for formats whose scales change there.
-    pub halves: [i32; 2],
+    pub halves: [f32; 2],
     /// Largest magnitude / 127.
     pub scale: f32,
+    /// `float_sum * scale`.
+    pub scaled_sum: f32,
     /// `q` as 16-bit pairs for [`Simd::dot4_wide`], the even pairs and the odd ones apart, so that each is one broadcast
     /// load; filled when there are several rows and the level wants it.
     pub pairs: [[i32; BLOCK / 4]; 2],
 }
 
 impl ActivationBlock {
-    const EMPTY: Self =
-        Self { q: [0; BLOCK], sum: 0, halves: [0; 2], scale: 0.0, pairs: [[0; BLOCK / 4]; 2] };
+    const EMPTY: Self = Self {
+        q: [0; BLOCK],
+        sum: 0,
+        float_sum: 0.0,
+        halves: [0.0; 2],
+        scale: 0.0,
+        scaled_sum: 0.0,
+        pairs: [[0; BLOCK / 4]; 2],
+    };
 
     #[inline(always)]
     fn fill_pairs(&mut self) {
@@ -81,16 +92,20 @@ simd_kernel! {
             let v = [s.load(&halves[0]), s.load(&halves[1])];
             let largest = f32::from_bits(s.max_abs_bits(v[1], s.max_abs_bits(v[0], 0)));
             if !largest.is_finite() {
-                *block = ActivationBlock { scale: f32::NAN, ..ActivationBlock::EMPTY };
+                *block = ActivationBlock { scale: f32::NAN, scaled_sum: f32::NAN, ..ActivationBlock::EMPTY };
                 continue;
             }
             let inverse = if largest > SMALLEST { 127.0 / largest } else { 0.0 };
             let (q, _) = block.q.as_chunks_mut::<LANES>();
-            for ((v, q), sum) in v.into_iter().zip(q).zip(&mut block.halves) {
-                *sum = s.store_i8(s.mul(v, s.splat(inverse)), q);
+            block.sum = 0;
+            for ((v, q), half) in v.into_iter().zip(q).zip(&mut block.halves) {
+                let sum = s.store_i8(s.mul(v, s.splat(inverse)), q);
+                *half = sum as f32;
+                block.sum += sum;
             }
-            block.sum = block.halves[0] + block.halves[1];
+            block.float_sum = block.sum as f32;
             block.scale = largest / 127.0;
+            block.scaled_sum = block.float_sum * block.scale;
             if several && is_wide(s) {
                 block.fill_pairs();
             }

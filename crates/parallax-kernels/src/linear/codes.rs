@@ -84,7 +84,7 @@ impl Codes for Nibbles {
     #[inline(always)]
     fn dot_block<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R]) -> [S::F; R] {
         let mut dot = [s.acc_zero(); R];
-        for (g, plane) in self.0.iter().enumerate() {
+        for (g, plane) in rolled(&self.0).iter().enumerate() {
             // Both nibbles of a byte while it is in a register.
             let (low, high) = s.nibbles(plane);
             for r in 0..R {
@@ -98,6 +98,13 @@ impl Codes for Nibbles {
         }
         total
     }
+}
+
+/// All of `parts`, their number unknown to the compiler. Unrolled, a block's additions would be sorted row by row, and its
+/// prepared weights would not fit the registers.
+#[inline(always)]
+pub(super) fn rolled<T>(parts: &[T]) -> &[T] {
+    &parts[..std::hint::black_box(parts.len())]
 }
 
 /// The plane's bits for group `g`, moved to bit `to`.

@@ -85,7 +85,7 @@ impl<C: Codes, const SCALES: usize, const MINS: usize> SuperTile<C, SCALES, MINS
             let scale = s.widen_i8(&self.scales[2 * b + half]);
             let dots = dot::<S, C, 4, R>(s, &self.codes[b], x, 4 * half);
             for r in 0..R {
-                let centred = s.sub(dots[r], s.splat((offset * x[r].halves[half]) as f32));
+                let centred = s.fma(s.splat(-(offset as f32)), s.splat(x[r].halves[half]), dots[r]);
                 // At most 2 * 128 * 16 * 32 * 127 in magnitude, below 2^24: exact.
                 total[r] = s.fma(scale, centred, total[r]);
             }
@@ -100,12 +100,12 @@ impl<C: Codes, const SCALES: usize, const MINS: usize> SuperTile<C, SCALES, MINS
         if MINS == 8 {
             let min = s.widen_i8(&self.mins[b]);
             for r in 0..R {
-                total[r] = s.mul(min, s.splat(x[r].sum as f32));
+                total[r] = s.mul(min, s.splat(x[r].float_sum));
             }
         } else {
             let mins = [s.widen_i8(&self.mins[2 * b]), s.widen_i8(&self.mins[2 * b + 1])];
             for r in 0..R {
-                let [first, last] = x[r].halves.map(|sum| s.splat(sum as f32));
+                let [first, last] = x[r].halves.map(|sum| s.splat(sum));
                 total[r] = s.fma(mins[1], last, s.mul(mins[0], first));
             }
         }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use super::activations::ActivationBlock;
 use super::blocks::{Tile, TileKernel, tile_kernel};
-use super::codes::{Codes, Five, Floats, GROUPS, Nibbles, group};
+use super::codes::{Codes, Five, Floats, GROUPS, Nibbles, group, rolled};
 use crate::dtype::{BLOCK, Block, MXFP4_OFFSET, WeightKind, read_block};
 use crate::simd::{LANES, Simd};
 
@@ -89,9 +89,10 @@ impl<C: Codes> Scaled<C> {
         acc: &mut [S::F; R],
     ) {
         let dot = self.codes.dot_block(s, x);
+        let offset = s.splat(-(offset as f32));
         for r in 0..R {
-            // Both terms are integers below 2^24, so the difference is exact.
-            let centred = s.sub(dot[r], s.splat((offset * x[r].sum) as f32));
+            // Integers below 2^24: exact.
+            let centred = s.fma(offset, s.splat(x[r].float_sum), dot[r]);
             acc[r] = s.fma(centred, s.mul(scale, s.splat(x[r].scale)), acc[r]);
         }
     }
@@ -119,7 +120,7 @@ impl<C: Codes> Shifted<C, Minimum> {
         let (scale, min) = (s.widen_f16(&self.scales), s.widen_f16(&self.extras));
         for r in 0..R {
             acc[r] = s.fma(dot[r], s.mul(scale, s.splat(x[r].scale)), acc[r]);
-            acc[r] = s.fma(min, s.splat(x[r].sum as f32 * x[r].scale), acc[r]);
+            acc[r] = s.fma(min, s.splat(x[r].scaled_sum), acc[r]);
         }
     }
 }
@@ -133,7 +134,7 @@ impl<C: Codes> Shifted<C, ZeroPoint> {
         let zero = s.load(&self.extras.map(f32::from));
         for r in 0..R {
             // Products and differences of small integers: exact.
-            let centred = s.sub(dot[r], s.mul(zero, s.splat(x[r].sum as f32)));
+            let centred = s.sub(dot[r], s.mul(zero, s.splat(x[r].float_sum)));
             acc[r] = s.fma(centred, s.mul(scale, s.splat(x[r].scale)), acc[r]);
         }
     }
@@ -179,7 +180,7 @@ impl Tile for Q8Tile {
         let scale = s.widen_f16(&self.scales);
         if S::WIDE && R > 1 {
             let mut dot = [s.zero(); R];
-            for (g, bytes) in self.groups.iter().enumerate() {
+            for (g, bytes) in rolled(&self.groups).iter().enumerate() {
                 let w = s.weights_wide(bytes);
                 for r in 0..R {
                     dot[r] = s.dot4_wide(dot[r], w, [x[r].pairs[0][g], x[r].pairs[1][g]]);
