@@ -1,5 +1,5 @@
-//! The seam to structured output: which tokens a grammar allows next. Grammars themselves live elsewhere (llguidance,
-//! behind a feature); the engine only asks and reports.
+//! The seam to structured output: which tokens a grammar allows next. The engine only asks and reports; grammars are
+//! compiled in `structured` (feature `structured`).
 
 use std::fmt::Debug;
 

@@ -16,6 +16,7 @@ mod answer;
 mod chat;
 mod completions;
 mod conversation;
+mod envelope;
 mod error;
 mod fields;
 mod format;
@@ -35,9 +36,8 @@ mod tools;
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, Request as HttpRequest, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request as HttpRequest, State};
+use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -50,7 +50,7 @@ pub use error::ApiError;
 pub use gate::{DEFAULT_BODY_LIMIT_BYTES, HttpLimits};
 
 use crate::service::EngineHandle;
-use server::{Ask, Server, unix_seconds};
+use server::{Ask, Entry, Placement, Server, unix_seconds};
 
 /// Says whether requests can be served now, else why not; a pipeline that waits for stages answers `Err`.
 pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
@@ -108,13 +108,13 @@ pub fn router(state: HttpState) -> Router {
     let limit = state.limits.body_bytes;
     let server = Arc::new(Server::new(state));
     let counted = Router::new()
-        .route("/v1/chat/completions", post(chat_completions))
-        .route("/v1/completions", post(text_completions))
-        .route("/v1/responses", post(create_response))
-        .route("/v1/messages", post(create_message))
-        .route("/v1/messages/count_tokens", post(count_tokens))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
+        .route("/v1/chat/completions", post(chat::respond))
+        .route("/v1/completions", post(completions::respond))
+        .route("/v1/responses", post(responses::respond))
+        .route("/v1/messages", post(messages::respond))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
         .route_layer(middleware::from_fn_with_state(server.clone(), limited));
     let known = Router::new()
         .route("/v1/models", get(models))
@@ -134,6 +134,7 @@ pub fn router(state: HttpState) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(DefaultBodyLimit::max(limit))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a bug").into_response()))
+        .layer(middleware::from_fn(in_the_shape_of_the_api))
         .with_state(server)
 }
 
@@ -145,40 +146,55 @@ pub async fn serve(listener: tokio::net::TcpListener, state: HttpState) -> std::
     axum::serve(listener, router(state)).await
 }
 
-/// Routes under which errors have Anthropic's shape.
-fn is_anthropic(path: &str) -> bool {
-    path.starts_with("/v1/messages")
+/// Which key a request came with; without keys all clients are one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Caller(usize);
+
+/// Lets in whoever has a key.
+async fn authorized(
+    State(server): State<Shared>,
+    mut request: HttpRequest,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let key = server.gate.key(request.headers())?;
+    request.extensions_mut().insert(Caller(key));
+    Ok(next.run(request).await)
 }
 
-fn answered(path: &str, result: Result<Response, ApiError>) -> Response {
-    match result {
-        Ok(response) => response,
-        Err(error) if is_anthropic(path) => error.into_anthropic_response(),
-        Err(error) => error.into_response(),
+/// Lets in whoever has a key and has not used up its rate.
+async fn limited(
+    State(server): State<Shared>,
+    mut request: HttpRequest,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let key = server.gate.key(request.headers())?;
+    server.gate.rate(key)?;
+    request.extensions_mut().insert(Caller(key));
+    Ok(next.run(request).await)
+}
+
+/// Errors under Anthropic's routes get Anthropic's shape.
+async fn in_the_shape_of_the_api(request: HttpRequest, next: Next) -> Response {
+    let is_anthropic = request.uri().path().starts_with("/v1/messages");
+    let response = next.run(request).await;
+    match response.extensions().get::<ApiError>() {
+        Some(error) if is_anthropic => error.clone().into_anthropic_response(),
+        _ => response,
     }
 }
 
-async fn authorized(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
-    match server.gate.key(request.headers()) {
-        Ok(_) => next.run(request).await,
-        Err(error) => answered(request.uri().path(), Err(error)),
-    }
+/// A body that says it is JSON, still as bytes: reading it is work, see [`Server::read`].
+#[derive(Debug)]
+struct JsonBody {
+    bytes: Bytes,
+    caller: Caller,
 }
 
-async fn limited(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
-    let entry = server.gate.key(request.headers()).and_then(|key| server.gate.rate(key));
-    match entry {
-        Ok(()) => next.run(request).await,
-        Err(error) => answered(request.uri().path(), Err(error)),
-    }
-}
+impl FromRequest<Shared> for JsonBody {
+    type Rejection = ApiError;
 
-type Body = Result<Bytes, BytesRejection>;
-
-impl Server {
-    /// A body as a JSON object.
-    fn json(&self, headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
-        if let Some(value) = headers.get(header::CONTENT_TYPE) {
+    async fn from_request(request: HttpRequest, server: &Shared) -> Result<Self, ApiError> {
+        if let Some(value) = request.headers().get(header::CONTENT_TYPE) {
             let kind = value.to_str().unwrap_or("unreadable");
             let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
             if essence != "application/json"
@@ -187,65 +203,14 @@ impl Server {
                 return Err(ApiError::unsupported_media(kind));
             }
         }
-        let body = body.map_err(|rejection| match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(self.state.limits.body_bytes),
-            _ => ApiError::invalid(None, "the request body could not be read"),
-        })?;
-        fields::parse(&body)
+        let caller = request.extensions().get().copied().unwrap_or_default();
+        let bytes =
+            Bytes::from_request(request, server).await.map_err(|rejection| match rejection.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(server.state.limits.body_bytes),
+                _ => ApiError::invalid(None, "the request body could not be read"),
+            })?;
+        Ok(Self { bytes, caller })
     }
-}
-
-async fn chat_completions(
-    State(server): State<Shared>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    chat::respond(&server, &server.json(&headers, body)?).await
-}
-
-async fn text_completions(
-    State(server): State<Shared>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    completions::respond(&server, &server.json(&headers, body)?).await
-}
-
-async fn create_response(
-    State(server): State<Shared>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    responses::respond(&server, &server.json(&headers, body)?).await
-}
-
-async fn create_message(State(server): State<Shared>, headers: HeaderMap, body: Body) -> Response {
-    let result = match server.json(&headers, body) {
-        Ok(body) => messages::respond(&server, &body).await,
-        Err(error) => Err(error),
-    };
-    answered("/v1/messages", result)
-}
-
-async fn count_tokens(State(server): State<Shared>, headers: HeaderMap, body: Body) -> Response {
-    let result = server.json(&headers, body).and_then(|body| messages::count_tokens(&server, &body));
-    answered("/v1/messages", result)
-}
-
-async fn tokenize(
-    State(server): State<Shared>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    tokens::tokenize(&server, &server.json(&headers, body)?)
-}
-
-async fn detokenize(
-    State(server): State<Shared>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    tokens::detokenize(&server, &server.json(&headers, body)?)
 }
 
 async fn models(State(server): State<Shared>) -> Response {

@@ -52,8 +52,8 @@
 //! - [`markup`]: reasoning and tool calls in a text, by model family
 //! - [`stop_strings`]: cutting the text (characters are put together by the model crate's stream decoder)
 //! - `structured`: grammars that answers follow (feature `structured`)
-//! - `service`: the engine thread (feature `service`) and pipelines over peers (feature `swarm`); `http`: OpenAI API
-//!   (feature `http`)
+//! - `service`: the engine thread (feature `service`), pipelines over peers and their weights (feature `swarm`); `http`:
+//!   OpenAI's and Anthropic's APIs (feature `http`)
 
 #[cfg(test)]
 extern crate self as parallax_engine;

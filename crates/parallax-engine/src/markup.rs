@@ -218,18 +218,21 @@ fn text(parts: &mut Vec<Part>, kind: impl FnOnce(String) -> Part, text: String) 
 
 /// Takes from `held` the text before the first marker, or what cannot be the beginning of one; with the marker's index,
 /// which `held` then begins with. Of markers at one place the longest counts.
-fn cut(held: &mut String, markers: &[&str]) -> (String, Option<usize>) {
-    let found = markers
-        .iter()
+pub(crate) fn cut(held: &mut String, markers: &[impl AsRef<str>]) -> (String, Option<usize>) {
+    let texts = || markers.iter().map(AsRef::as_ref);
+    let found = texts()
         .enumerate()
-        .filter_map(|(i, marker)| held.find(marker).map(|at| (at, usize::MAX - marker.len(), i)))
+        .filter_map(|(i, marker): (usize, &str)| {
+            held.find(marker).map(|at| (at, usize::MAX - marker.len(), i))
+        })
         .min();
-    // No marker contains another, so none that is still undecided can begin before one that was found.
+    // One that was found counts even if one that is still undecided began before it: waiting could hold text back for
+    // nothing.
     if let Some((at, _, index)) = found {
         let rest = held.split_off(at);
         return (std::mem::replace(held, rest), Some(index));
     }
-    let undecided = markers.iter().map(|marker| overlap(held, marker)).max().unwrap_or(0);
+    let undecided = texts().map(|marker| overlap(held, marker)).max().unwrap_or(0);
     let rest = held.split_off(held.len() - undecided);
     (std::mem::replace(held, rest), None)
 }

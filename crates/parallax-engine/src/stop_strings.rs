@@ -1,6 +1,8 @@
 //! Cuts a text at the first stop string, even when the string arrives in pieces: text that may be the beginning of a
 //! stop string is held back until that is decided.
 
+use crate::markup::cut;
+
 /// Watches a growing text for stop strings.
 #[derive(Debug, Clone, Default)]
 pub struct StopStrings {
@@ -15,31 +17,21 @@ impl StopStrings {
     }
 
     /// Takes the next piece; returns the text that may be shown, and the stop string that was met, before which the text
-    /// ends.
+    /// ends. Of stop strings at one place the longest counts.
     pub fn push(&mut self, piece: &str) -> (String, Option<String>) {
         self.held.push_str(piece);
-        if let Some((at, stop)) =
-            self.stops.iter().filter_map(|s| Some((self.held.find(s.as_str())?, s))).min()
-        {
-            let shown = self.held[..at].to_owned();
-            let stop = stop.clone();
+        let (shown, met) = cut(&mut self.held, &self.stops);
+        let stop = met.map(|met| {
             self.held.clear();
-            return (shown, Some(stop));
-        }
-        let longest = self.stops.iter().map(|stop| longest_overlap(&self.held, stop)).max().unwrap_or(0);
-        let rest = self.held.split_off(self.held.len() - longest);
-        (std::mem::replace(&mut self.held, rest), None)
+            self.stops[met].clone()
+        });
+        (shown, stop)
     }
 
     /// The text that was still held back when the sequence ended.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
-}
-
-/// Bytes at the end of `text` that are a proper beginning of `stop`.
-fn longest_overlap(text: &str, stop: &str) -> usize {
-    stop.char_indices().map(|(i, _)| i).rev().find(|&i| text.ends_with(&stop[..i])).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
 pub enum GrammarSpec {
     /// JSON that is valid under this schema.
     JsonSchema(Value),
+    /// The same, behind a few spaces or line ends.
+    SpacedJsonSchema(Value),
     /// A JSON object.
     JsonObject,
     /// A text that matches this regular expression as a whole.
@@ -118,6 +120,10 @@ impl Grammars {
     pub fn compile(&self, spec: &GrammarSpec) -> Result<Arc<dyn Constraint>, GrammarError> {
         let grammar = match spec {
             GrammarSpec::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_space(schema)),
+            GrammarSpec::SpacedJsonSchema(schema) => TopLevelGrammar::from_lark(format!(
+                "start: /[ \\n]{{0,4}}/ value\nvalue: %json {}",
+                with_space(schema)
+            )),
             GrammarSpec::JsonObject => {
                 TopLevelGrammar::from_json_schema(with_space(&json!({"type": "object"})))
             }
@@ -148,86 +154,110 @@ impl Grammars {
 impl Grammars {
     /// A constraint that begins behind the first `marker`: what comes before is free, but must not end the answer.
     pub fn after(&self, constraint: Arc<dyn Constraint>, marker: &str) -> Arc<dyn Constraint> {
-        Arc::new(Delayed {
-            constraint,
-            marker: marker.as_bytes().to_vec(),
-            environment: self.factory.tok_env().clone(),
-            ends: Arc::clone(&self.ends),
-        })
+        self.marked(constraint, marker, false)
+    }
+
+    /// A constraint on what follows `marker`, every time that it comes; what comes before, between and behind is free.
+    pub fn after_each(&self, constraint: Arc<dyn Constraint>, marker: &str) -> Arc<dyn Constraint> {
+        self.marked(constraint, marker, true)
+    }
+
+    fn marked(&self, constraint: Arc<dyn Constraint>, marker: &str, repeats: bool) -> Arc<dyn Constraint> {
+        let environment = self.factory.tok_env().clone();
+        let (marker, ends) = (marker.as_bytes().to_vec(), Arc::clone(&self.ends));
+        Arc::new(Marked(Arc::new(Marker { constraint, marker, repeats, environment, ends })))
     }
 }
 
 /// A constraint that waits for a marker.
-struct Delayed {
+struct Marked(Arc<Marker>);
+
+struct Marker {
     constraint: Arc<dyn Constraint>,
     marker: Vec<u8>,
+    repeats: bool,
     environment: TokEnv,
     ends: Arc<Ends>,
 }
 
-impl fmt::Debug for Delayed {
+impl fmt::Debug for Marked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Delayed").field("constraint", &self.constraint).finish_non_exhaustive()
+        f.debug_struct("Marked").field("constraint", &self.0.constraint).finish_non_exhaustive()
     }
 }
 
-impl Constraint for Delayed {
+impl Constraint for Marked {
     fn start(&self) -> Box<dyn ConstraintState> {
-        Box::new(Waiting {
-            then: self.constraint.start(),
-            marker: self.marker.clone(),
-            environment: self.environment.clone(),
-            ends: Arc::clone(&self.ends),
-            seen: Some(Vec::new()),
-        })
+        Box::new(Watching { marker: Arc::clone(&self.0), follows: None, seen: Vec::new() })
     }
 }
 
-/// One answer before or behind the marker.
-struct Waiting {
-    then: Box<dyn ConstraintState>,
-    marker: Vec<u8>,
-    environment: TokEnv,
-    ends: Arc<Ends>,
-    /// The last bytes, while the marker has not come.
-    seen: Option<Vec<u8>>,
+/// One answer before, behind, or between its markers.
+struct Watching {
+    marker: Arc<Marker>,
+    /// Behind a marker.
+    follows: Option<Box<dyn ConstraintState>>,
+    /// Else the last bytes: perhaps the beginning of one.
+    seen: Vec<u8>,
 }
 
-impl fmt::Debug for Waiting {
+impl fmt::Debug for Watching {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Waiting").field("waits", &self.seen.is_some()).finish_non_exhaustive()
+        f.debug_struct("Watching").field("follows", &self.follows).finish_non_exhaustive()
     }
 }
 
-impl ConstraintState for Waiting {
-    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        if self.seen.is_none() {
-            return self.then.mask(logits);
+impl Watching {
+    fn watch(&mut self, id: u32) -> Result<(), String> {
+        let marker = Arc::clone(&self.marker);
+        let (trie, wanted) = (marker.environment.tok_trie(), marker.marker.as_slice());
+        let bytes = trie.token(id);
+        // The marker may be a control token of its own.
+        self.seen.extend_from_slice(bytes.strip_prefix(&[TokTrie::SPECIAL_TOKEN_MARKER]).unwrap_or(bytes));
+        let Some(at) = self.seen.windows(wanted.len()).position(|window| window == wanted) else {
+            let keep = self.seen.len().saturating_sub(wanted.len() - 1);
+            self.seen.drain(..keep);
+            return Ok(());
+        };
+        let mut follows = marker.constraint.start();
+        // A token may end behind the marker: what it says there counts.
+        for id in trie.greedy_tokenize(self.seen[at + wanted.len()..].trim_ascii_start()) {
+            follows.accept(id)?;
         }
-        for id in &self.ends.stop_ids {
-            if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit = f32::NEG_INFINITY;
+        self.seen.clear();
+        self.follows = Some(follows);
+        Ok(())
+    }
+}
+
+impl ConstraintState for Watching {
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
+        if let Some(follows) = &mut self.follows {
+            return follows.mask(logits);
+        }
+        if !self.marker.repeats {
+            for id in &self.marker.ends.stop_ids {
+                if let Some(logit) = logits.get_mut(*id as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
             }
         }
         Ok(())
     }
 
     fn accept(&mut self, id: u32) -> Result<(), String> {
-        let Some(seen) = &mut self.seen else { return self.then.accept(id) };
-        let bytes = self.environment.tok_trie().token(id);
-        // The marker may be a control token of its own.
-        seen.extend_from_slice(bytes.strip_prefix(&[TokTrie::SPECIAL_TOKEN_MARKER]).unwrap_or(bytes));
-        if seen.windows(self.marker.len()).any(|window| window == self.marker) {
-            self.seen = None;
-        } else {
-            let keep = seen.len().saturating_sub(self.marker.len() - 1);
-            seen.drain(..keep);
+        match &mut self.follows {
+            Some(follows) => follows.accept(id)?,
+            None => self.watch(id)?,
+        }
+        if self.marker.repeats {
+            self.follows.take_if(|follows| follows.is_complete());
         }
         Ok(())
     }
 
     fn is_complete(&self) -> bool {
-        self.seen.is_none() && self.then.is_complete()
+        self.follows.as_ref().is_some_and(|follows| follows.is_complete())
     }
 }
 
@@ -410,6 +440,52 @@ mod tests {
             assert!(!state.is_complete());
             state.accept(u32::from(*byte)).unwrap();
         }
+        assert!(state.is_complete());
+    }
+
+    #[test]
+    fn a_form_behind_each_marker_leaves_the_rest_free() {
+        let grammars = bytes();
+        let schema = json!({"type": "object", "required": ["a"], "additionalProperties": false,
+                            "properties": {"a": {"enum": [1]}}});
+        let call = grammars.compile(&GrammarSpec::SpacedJsonSchema(schema)).unwrap();
+        let mut state = grammars.after_each(call, "<c>").start();
+        let allowed = |state: &mut Box<dyn ConstraintState>| {
+            let mut logits = vec![0.0; 257];
+            state.mask(&mut logits).unwrap();
+            (0..257).filter(|id| logits[*id] == 0.0).collect::<Vec<_>>()
+        };
+        for _ in 0..2 {
+            for byte in b"free <c" {
+                assert_eq!(allowed(&mut state).len(), 257, "anything, and the end too");
+                state.accept(u32::from(*byte)).unwrap();
+            }
+            for byte in b">\n{\"a\":1" {
+                assert!(allowed(&mut state).contains(&usize::from(*byte)), "{}", char::from(*byte));
+                state.accept(u32::from(*byte)).unwrap();
+            }
+            let ends = allowed(&mut state);
+            assert!(
+                ends.contains(&usize::from(b'}'))
+                    && !ends.contains(&256)
+                    && !ends.contains(&usize::from(b'2'))
+            );
+            state.accept(u32::from(b'}')).unwrap();
+            assert!(!state.is_complete());
+        }
+        assert!(state.accept(u32::from(b'x')).is_ok());
+    }
+
+    #[test]
+    fn what_a_token_says_behind_the_marker_counts() {
+        let mut vocabulary: Vec<VocabularyToken> = (0..=u8::MAX).map(|b| (vec![b], false)).collect();
+        vocabulary.extend([(b"c>\n a".to_vec(), false), (b"<end>".to_vec(), true)]);
+        let grammars = Grammars::new(vocabulary, vec![257]).unwrap();
+        let form = grammars.compile(&GrammarSpec::Regex("ab".into())).unwrap();
+        let mut state = grammars.after(form, "<c>").start();
+        state.accept(u32::from(b'<')).unwrap();
+        state.accept(256).unwrap();
+        state.accept(u32::from(b'b')).unwrap();
         assert!(state.is_complete());
     }
 

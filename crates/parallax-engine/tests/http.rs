@@ -279,3 +279,123 @@ async fn many_clients_are_served_together() {
     });
     futures::future::join_all(asks).await;
 }
+
+/// `usage` of the answer to a completion request.
+fn usage(answer: &Value) -> (u64, u64) {
+    let usage = &answer["usage"];
+    (
+        usage["prompt_tokens"].as_u64().unwrap(),
+        usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap(),
+    )
+}
+
+#[tokio::test]
+async fn cached_tokens_are_those_that_nobody_had_to_compute_for_the_request() {
+    let address = start(Setup::default()).await;
+    let ask = json!({"prompt": "abcdefghijk", "max_tokens": 5, "temperature": 0, "n": 2, "stop": "no"});
+    let first = post(address, "/v1/completions", &ask).await.json();
+    assert_eq!((first["choices"][0]["text"].as_str(), usage(&first)), (Some("lm"), (11, 0)));
+    let again = post(address, "/v1/completions", &ask).await.json();
+    let (prompt, cached) = usage(&again);
+    assert!(prompt == 11 && cached > 0 && cached < 11, "{again}");
+
+    let streamed = with(
+        with(with(ask, "stream", json!(true)), "stop", json!([])),
+        "stream_options",
+        json!({"include_usage": true, "continuous_usage_stats": true}),
+    );
+    let answer = post(address, "/v1/completions", &streamed).await;
+    let chunks: Vec<Value> = answer.events().iter().filter_map(|e| serde_json::from_str(e).ok()).collect();
+    assert!(chunks.iter().all(|chunk| chunk["usage"]["prompt_tokens"] == 11), "{}", answer.body);
+    assert_eq!(usage(chunks.last().unwrap()), (11, cached));
+    let prints: std::collections::BTreeSet<String> =
+        chunks.iter().map(|chunk| chunk["system_fingerprint"].to_string()).collect();
+    assert_eq!(prints.len(), 1);
+}
+
+#[tokio::test]
+async fn keys_share_no_prefixes_and_salts_part_them_further() {
+    let limits = HttpLimits { api_keys: vec!["one".into(), "two".into()], ..HttpLimits::default() };
+    let address = start(Setup { limits, ..Setup::default() }).await;
+    let ask = json!({"prompt": "abcdefghijk", "max_tokens": 1, "temperature": 0});
+    for (key, salt, found) in [
+        ("one", json!(null), false),
+        ("one", json!(null), true),
+        ("two", json!(null), false),
+        ("one", json!("mine"), false),
+        ("one", json!("mine"), true),
+    ] {
+        let headers = format!("authorization: Bearer {key}\r\n");
+        let body = with(ask.clone(), "cache_salt", salt).to_string();
+        let answer = send(address, "POST", "/v1/completions", &headers, body.as_bytes()).await.json();
+        assert_eq!(usage(&answer).1 > 0, found, "{key}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn only_some_servers_let_a_request_go_before_others() {
+    let ask = |priority: i32| json!({"prompt": "ab", "max_tokens": 1, "priority": priority});
+    let address = start(Setup::default()).await;
+    assert_eq!(post(address, "/v1/completions", &ask(7)).await.status, 200);
+    let refused = post(address, "/v1/completions", &ask(-1)).await;
+    assert_eq!((refused.status, refused.json()["error"]["param"].as_str()), (400, Some("priority")));
+    let limits = HttpLimits { urgent_requests: true, ..HttpLimits::default() };
+    let address = start(Setup { limits, ..Setup::default() }).await;
+    assert_eq!(post(address, "/v1/completions", &ask(-1)).await.status, 200);
+}
+
+#[tokio::test]
+async fn every_error_under_a_route_of_anthropic_has_its_shape() {
+    let address = start(Setup::default()).await;
+    let headers = "content-type: text/plain\r\n";
+    for (method, path, status) in
+        [("GET", "/v1/messages", 405), ("POST", "/v1/messages", 415), ("POST", "/v1/messages/nothing", 404)]
+    {
+        let answer = send(address, method, path, headers, b"{}").await;
+        assert_eq!((answer.status, answer.json()["type"].as_str()), (status, Some("error")), "{path}");
+    }
+    assert_eq!(send(address, "GET", "/v1/completions", "", b"").await.json()["error"]["code"], 405);
+}
+
+#[cfg(feature = "structured")]
+#[tokio::test]
+async fn answers_are_held_to_a_form() {
+    let address = start(Setup::default()).await;
+    for (field, form, text) in [
+        ("guided_regex", json!("[m-p]{4}"), "mnop"),
+        ("guided_choice", json!(["bad", "cab"]), "bad"),
+        ("guided_grammar", json!("start: \"b\" /[x-z]/ \"a\""), "bxa"),
+        ("structured_outputs", json!({"regex": "q+r"}), "qr"),
+    ] {
+        let answer = post(address, "/v1/chat/completions", &with(chat("a"), field, form)).await.json();
+        assert_eq!(answer["choices"][0]["message"]["content"], text, "{field}");
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    }
+    let text = json!({"prompt": "a", "guided_regex": "[m-p]{4}", "temperature": 0});
+    assert_eq!(post(address, "/v1/completions", &text).await.json()["choices"][0]["text"], "mnop");
+    let format =
+        |schema: Value| json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
+    for (path, ask, param) in [
+        ("/v1/chat/completions", with(chat("a"), "guided_regex", json!("(")), "guided_regex"),
+        (
+            "/v1/chat/completions",
+            with(chat("a"), "response_format", format(json!({"type": "nonsense"}))),
+            "response_format",
+        ),
+        // Letters alone cannot write an object.
+        (
+            "/v1/chat/completions",
+            with(chat("a"), "response_format", json!({"type": "json_object"})),
+            "response_format",
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "a", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 3}}}}),
+            "text.format",
+        ),
+    ] {
+        let refused = post(address, path, &ask).await;
+        assert_eq!(refused.status, 400, "{ask}: {}", refused.body);
+        assert_eq!(refused.json()["error"]["param"], param, "{}", refused.body);
+    }
+}

@@ -53,20 +53,15 @@ pub(super) struct Collected {
 
 impl Collected {
     fn take(&mut self, delta: Delta) {
-        let parts = match delta {
-            Delta::Prompt(logprobs) => {
-                self.prompt_logprobs = logprobs;
-                return;
-            }
-            Delta::Token { parts, report } => {
-                self.reports.push(report);
-                parts
-            }
-            Delta::End(ending) => {
-                (self.reason, self.stop, self.usage) = (Some(ending.reason), ending.stop, ending.usage);
-                ending.parts
-            }
-        };
+        if let Delta::Prompt(logprobs) = delta {
+            self.prompt_logprobs = logprobs;
+            return;
+        }
+        let (parts, report, ending) = delta.split();
+        self.reports.extend(report);
+        if let Some(ending) = ending {
+            (self.reason, self.stop, self.usage) = (Some(ending.reason), ending.stop, ending.usage);
+        }
         for part in parts {
             match part {
                 Part::Reasoning(text) => self.reasoning.push_str(&text),

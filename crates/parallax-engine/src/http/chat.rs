@@ -3,17 +3,19 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::answer::{self, Collected, Frame, Writer, total};
+use super::answer::{self, Collected, Frame, Job, Writer, total};
+use super::envelope::Envelope;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{Delta, TokenReport};
 use super::prompt::Rendering;
 use super::sampling::{self, MAX_TOP_LOGPROBS};
 use super::tools;
-use super::{Ask, Server, conversation, format, logprobs, unix_seconds};
+use super::{Ask, Entry, JsonBody, Placement, Server, conversation, format, logprobs};
 use crate::markup::{Part, ToolCall};
 use crate::request::{FinishReason, Usage};
 
@@ -21,42 +23,8 @@ use crate::request::{FinishReason, Usage};
 ///
 /// # Errors
 /// 400 naming the field, or what [`Server::start`] says.
-pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
-    let body = Fields::of(body, "")?;
-    body.unsupported("functions", &[json!([])])?;
-    body.unsupported("function_call", &[json!("none"), json!("auto")])?;
-    body.unsupported("audio", &[])?;
-    body.unsupported("modalities", &[json!(["text"])])?;
-    body.unsupported("web_search_options", &[])?;
-    let adapter = server.model(body.text("model")?)?;
-    let mut sampling = sampling::read(&body, server.fresh_seed())?;
-    let wants_logprobs = body.flag("logprobs")?.unwrap_or(false);
-    let top = body.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
-    if top.is_some_and(|n| n > 0) && !wants_logprobs {
-        return Err(body.fault("top_logprobs", "needs \"logprobs\": true"));
-    }
-    sampling.params.top_logprobs = top.unwrap_or(0);
-    let streams = Streams::read(&body)?;
-    let format = format::read(&body)?;
-    let tools = tools::openai(&body)?;
-    let messages = conversation::chat(&body)?;
-    let prompt = server.render(messages, &tools, Rendering::read(&body)?, "messages")?;
-    let tokens = server.encode(&prompt.text, false)?;
-    let job = server.start(Ask {
-        format,
-        adapter,
-        markup: Some(server.markup(&tools, prompt.in_reasoning)),
-        single_call: tools.single || tools.forced_schema().is_some(),
-        forced: tools.forced_schema(),
-        ..Ask::new(vec![tokens], sampling)
-    })?;
-    let frame = Envelope {
-        id: format!("chatcmpl-{}", server.answer_id()),
-        created: unix_seconds(),
-        model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
-        server: Arc::clone(server),
-        logprobs: wants_logprobs,
-    };
+pub(super) async fn respond(State(server): State<Arc<Server>>, body: JsonBody) -> Result<Response, ApiError> {
+    let (job, frame, streams) = server.read(body, read).await?;
     if streams.stream {
         let n = job.generations.len();
         let writer = ChatWriter { frame, streams, choices: vec![Choice::default(); n], usages: vec![] };
@@ -64,6 +32,49 @@ pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Respon
     }
     let collected = answer::collect(job).await?;
     Ok(Json(frame.whole(collected)).into_response())
+}
+
+fn read(
+    server: &Arc<Server>,
+    body: &Fields<'_>,
+    entry: Entry,
+) -> Result<(Job, ChatFrame, Streams), ApiError> {
+    body.unsupported("functions", &[json!([])])?;
+    body.unsupported("function_call", &[json!("none"), json!("auto")])?;
+    body.unsupported("audio", &[])?;
+    body.unsupported("modalities", &[json!(["text"])])?;
+    body.unsupported("web_search_options", &[])?;
+    let adapter = server.model(body.text("model")?)?;
+    let mut sampling = sampling::read(body, server.fresh_seed())?;
+    let wants_logprobs = body.flag("logprobs")?.unwrap_or(false);
+    let top = body.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
+    if top.is_some_and(|n| n > 0) && !wants_logprobs {
+        return Err(body.fault("top_logprobs", "needs \"logprobs\": true"));
+    }
+    sampling.params.top_logprobs = top.unwrap_or(0);
+    let streams = Streams::read(body)?;
+    let placement = Placement::read(body, &server.state.limits)?;
+    let format = format::read(body)?;
+    let tools = tools::openai(body)?;
+    let messages = conversation::chat(body)?;
+    let prompt = server.render(messages, &tools, Rendering::read(body)?, "messages")?;
+    let tokens = server.encode(&prompt.text, false)?;
+    let frame = ChatFrame {
+        envelope: server.envelope(body, "chatcmpl")?,
+        server: Arc::clone(server),
+        logprobs: wants_logprobs,
+        prompt_tokens: tokens.len(),
+    };
+    let ask = Ask {
+        placement,
+        format,
+        adapter,
+        markup: Some(server.markup(&tools, prompt.in_reasoning)),
+        single_call: tools.single || tools.forced_schema().is_some(),
+        held_calls: server.held_calls(&tools)?,
+        ..Ask::new(vec![tokens], sampling)
+    };
+    Ok((server.start(ask, entry)?, frame, streams))
 }
 
 /// `stream` and `stream_options`.
@@ -110,20 +121,14 @@ pub(super) fn finish_reason(reason: Option<FinishReason>, calls: bool) -> &'stat
     }
 }
 
-struct Envelope {
-    id: String,
-    created: u64,
-    model: String,
+struct ChatFrame {
+    envelope: Envelope,
     server: Arc<Server>,
     logprobs: bool,
+    prompt_tokens: usize,
 }
 
-impl Envelope {
-    fn json(&self, object: &str) -> Value {
-        json!({"id": self.id, "object": object, "created": self.created, "model": self.model,
-               "system_fingerprint": self.server.fingerprint()})
-    }
-
+impl ChatFrame {
     fn logprobs<'a>(&self, reports: impl IntoIterator<Item = &'a TokenReport>) -> Value {
         if !self.logprobs {
             return Value::Null;
@@ -134,7 +139,7 @@ impl Envelope {
     }
 
     fn call(&self, choice: usize, index: usize, call: &ToolCall) -> Value {
-        json!({"id": format!("call_{}{choice:02}{index:03}", self.id.trim_start_matches("chatcmpl-")), "type": "function",
+        json!({"id": format!("call_{}{choice:02}{index:03}", self.envelope.id), "type": "function",
                "function": {"name": call.name, "arguments": call.arguments}})
     }
 
@@ -158,7 +163,7 @@ impl Envelope {
                        "finish_reason": finish_reason(one.reason, !one.calls.is_empty()), "stop_reason": one.stop})
             })
             .collect();
-        let mut answer = self.json("chat.completion");
+        let mut answer = self.envelope.json("chat.completion");
         answer["choices"] = json!(choices);
         answer["usage"] = usage_json(&usage);
         answer
@@ -176,7 +181,7 @@ struct Choice {
 }
 
 struct ChatWriter {
-    frame: Envelope,
+    frame: ChatFrame,
     streams: Streams,
     choices: Vec<Choice>,
     usages: Vec<Usage>,
@@ -184,12 +189,13 @@ struct ChatWriter {
 
 impl ChatWriter {
     fn chunk(&self, choice: usize, delta: &Value, logprobs: &Value, finish: Option<&str>) -> Frame {
-        let mut chunk = self.frame.json("chat.completion.chunk");
+        let mut chunk = self.frame.envelope.json("chat.completion.chunk");
         chunk["choices"] =
             json!([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
         if self.streams.every_chunk {
             let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
-            chunk["usage"] = usage_json(&Usage { completion_tokens, ..Usage::default() });
+            let prompt_tokens = self.frame.prompt_tokens;
+            chunk["usage"] = usage_json(&Usage { prompt_tokens, completion_tokens, ..Usage::default() });
         } else if self.streams.usage {
             chunk["usage"] = Value::Null;
         }
@@ -251,7 +257,7 @@ impl Writer for ChatWriter {
     fn end(&mut self) -> Vec<Frame> {
         let mut frames = Vec::new();
         if self.streams.usage {
-            let mut chunk = self.frame.json("chat.completion.chunk");
+            let mut chunk = self.frame.envelope.json("chat.completion.chunk");
             chunk["choices"] = json!([]);
             chunk["usage"] = usage_json(&total(&self.usages));
             frames.push(Frame::data(chunk.to_string()));

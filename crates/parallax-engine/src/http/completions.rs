@@ -3,16 +3,18 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::answer::{self, Collected, Frame, Writer};
+use super::answer::{self, Collected, Frame, Job, Writer};
 use super::chat::{Streams, finish_reason, usage_json};
+use super::envelope::Envelope;
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::generation::{Delta, TokenReport};
 use super::sampling::{self, MAX_TOP_LOGPROBS, token_id};
-use super::{Ask, Server, format, logprobs, unix_seconds};
+use super::{Ask, Entry, JsonBody, Placement, Server, format, logprobs};
 use crate::markup::Part;
 use crate::request::Usage;
 
@@ -23,42 +25,8 @@ const MAX_PROMPTS: usize = 64;
 ///
 /// # Errors
 /// 400 naming the field, or what [`Server::start`] says.
-pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
-    let body = Fields::of(body, "")?;
-    body.unsupported("suffix", &[json!("")])?;
-    let adapter = server.model(body.text("model")?)?;
-    let mut sampling = sampling::read(&body, server.fresh_seed())?;
-    if sampling.max_tokens.is_none() {
-        // OpenAI's default for this API.
-        sampling.max_tokens = Some(16.max(sampling.params.min_tokens));
-    }
-    let logprobs = body.count("logprobs", 0, MAX_TOP_LOGPROBS)?;
-    sampling.params.top_logprobs = logprobs.unwrap_or(0);
-    let streams = Streams::read(&body)?;
-    let echo = body.flag("echo")?.unwrap_or(false);
-    if echo && streams.stream {
-        return Err(body.fault("echo", "is not supported together with \"stream\": true"));
-    }
-    let format = format::read(&body)?;
-    let special = body.flag("add_special_tokens")?.unwrap_or(true);
-    let prompts = prompts(&body, server, special)?;
-    let n = sampling.n;
-    let job = server.start(Ask {
-        format,
-        adapter,
-        prompt_logprobs: echo && logprobs.is_some(),
-        ..Ask::new(prompts.clone(), sampling)
-    })?;
-    let frame = Envelope {
-        id: format!("cmpl-{}", server.answer_id()),
-        created: unix_seconds(),
-        model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
-        server: Arc::clone(server),
-        logprobs: logprobs.is_some(),
-        prompts,
-        n,
-        echo,
-    };
+pub(super) async fn respond(State(server): State<Arc<Server>>, body: JsonBody) -> Result<Response, ApiError> {
+    let (job, frame, streams) = server.read(body, read).await?;
     if streams.stream {
         let n = job.generations.len();
         let writer =
@@ -67,6 +35,47 @@ pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Respon
     }
     let collected = answer::collect(job).await?;
     Ok(Json(frame.whole(&collected)?).into_response())
+}
+
+fn read(
+    server: &Arc<Server>,
+    body: &Fields<'_>,
+    entry: Entry,
+) -> Result<(Job, TextFrame, Streams), ApiError> {
+    body.unsupported("suffix", &[json!("")])?;
+    let adapter = server.model(body.text("model")?)?;
+    let mut sampling = sampling::read(body, server.fresh_seed())?;
+    if sampling.max_tokens.is_none() {
+        // OpenAI's default for this API.
+        sampling.max_tokens = Some(16.max(sampling.params.min_tokens));
+    }
+    let logprobs = body.count("logprobs", 0, MAX_TOP_LOGPROBS)?;
+    sampling.params.top_logprobs = logprobs.unwrap_or(0);
+    let streams = Streams::read(body)?;
+    let echo = body.flag("echo")?.unwrap_or(false);
+    if echo && streams.stream {
+        return Err(body.fault("echo", "is not supported together with \"stream\": true"));
+    }
+    let placement = Placement::read(body, &server.state.limits)?;
+    let format = format::read(body)?;
+    let special = body.flag("add_special_tokens")?.unwrap_or(true);
+    let prompts = prompts(body, server, special)?;
+    let frame = TextFrame {
+        envelope: server.envelope(body, "cmpl")?,
+        server: Arc::clone(server),
+        logprobs: logprobs.is_some(),
+        prompt_tokens: prompts.iter().map(Vec::len).sum(),
+        echoed: echo.then(|| prompts.clone()),
+        n: sampling.n,
+    };
+    let ask = Ask {
+        placement,
+        format,
+        adapter,
+        prompt_logprobs: echo && logprobs.is_some(),
+        ..Ask::new(prompts, sampling)
+    };
+    Ok((server.start(ask, entry)?, frame, streams))
 }
 
 /// A text, a list of texts, a list of token ids, or a list of such lists.
@@ -99,23 +108,19 @@ fn prompts(body: &Fields<'_>, server: &Server, special: bool) -> Result<Vec<Vec<
     }
 }
 
-struct Envelope {
-    id: String,
-    created: u64,
-    model: String,
+struct TextFrame {
+    envelope: Envelope,
     server: Arc<Server>,
     logprobs: bool,
-    prompts: Vec<Vec<u32>>,
+    /// Of all prompts.
+    prompt_tokens: usize,
+    /// The prompts, when answers begin with them.
+    echoed: Option<Vec<Vec<u32>>>,
+    /// Choices for each prompt.
     n: usize,
-    echo: bool,
 }
 
-impl Envelope {
-    fn json(&self) -> Value {
-        json!({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-               "system_fingerprint": self.server.fingerprint()})
-    }
-
+impl TextFrame {
     /// Each prompt counts once, every answer counts.
     fn usage(&self, usages: &[Usage]) -> Usage {
         let mut sum = Usage::default();
@@ -131,13 +136,10 @@ impl Envelope {
     fn whole(&self, collected: &[Collected]) -> Result<Value, ApiError> {
         let mut choices = Vec::with_capacity(collected.len());
         for (index, one) in collected.iter().enumerate() {
-            let prompt = &self.prompts[index / self.n];
-            let mut text = String::new();
-            if self.echo {
-                text = self.server.decode(prompt)?;
-            }
+            let prompt = self.echoed.as_ref().map(|prompts| prompts[index / self.n].as_slice());
+            let mut text = prompt.map(|prompt| self.server.decode(prompt)).transpose()?.unwrap_or_default();
             text.push_str(&one.content);
-            let echoed = self.echo.then_some((prompt.as_slice(), one.prompt_logprobs.as_slice()));
+            let echoed = prompt.map(|prompt| (prompt, one.prompt_logprobs.as_slice()));
             let report = self
                 .logprobs
                 .then(|| logprobs::completion(&self.server.vocabulary, echoed, &one.reports, &mut 0));
@@ -145,7 +147,7 @@ impl Envelope {
                 "finish_reason": finish_reason(one.reason, false), "stop_reason": one.stop}));
         }
         let usages: Vec<Usage> = collected.iter().map(|one| one.usage).collect();
-        let mut answer = self.json();
+        let mut answer = self.envelope.json("text_completion");
         answer["choices"] = json!(choices);
         answer["usage"] = usage_json(&self.usage(&usages));
         Ok(answer)
@@ -160,7 +162,7 @@ struct Choice {
 }
 
 struct TextWriter {
-    frame: Envelope,
+    frame: TextFrame,
     streams: Streams,
     choices: Vec<Choice>,
     usages: Vec<Option<Usage>>,
@@ -172,12 +174,13 @@ impl TextWriter {
         let reports = std::mem::take(&mut state.reports);
         let report = (self.frame.logprobs && !reports.is_empty())
             .then(|| logprobs::completion(&self.frame.server.vocabulary, None, &reports, &mut state.offset));
-        let mut chunk = self.frame.json();
+        let mut chunk = self.frame.envelope.json("text_completion");
         chunk["choices"] =
             json!([{"index": choice, "text": text, "logprobs": report, "finish_reason": finish}]);
         if self.streams.every_chunk {
             let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
-            chunk["usage"] = usage_json(&Usage { completion_tokens, ..Usage::default() });
+            let prompt_tokens = self.frame.prompt_tokens;
+            chunk["usage"] = usage_json(&Usage { prompt_tokens, completion_tokens, ..Usage::default() });
         }
         Frame::data(chunk.to_string())
     }
@@ -196,21 +199,21 @@ impl Writer for TextWriter {
     }
 
     fn delta(&mut self, choice: usize, delta: Delta) -> Vec<Frame> {
-        match delta {
-            Delta::Prompt(_) => Vec::new(),
-            Delta::Token { parts, report } => {
-                self.choices[choice].n_tokens += 1;
-                if self.frame.logprobs {
-                    self.choices[choice].reports.push(report);
-                }
-                let text = text_of(parts);
-                if text.is_empty() { Vec::new() } else { vec![self.chunk(choice, &text, None)] }
+        let (parts, report, ending) = delta.split();
+        if let Some(report) = report {
+            self.choices[choice].n_tokens += 1;
+            if self.frame.logprobs {
+                self.choices[choice].reports.push(report);
             }
-            Delta::End(ending) => {
+        }
+        let text = text_of(parts);
+        match ending {
+            Some(ending) => {
                 self.usages[choice] = Some(ending.usage);
-                let text = text_of(ending.parts);
                 vec![self.chunk(choice, &text, Some(finish_reason(Some(ending.reason), false)))]
             }
+            None if text.is_empty() => Vec::new(),
+            None => vec![self.chunk(choice, &text, None)],
         }
     }
 
@@ -218,7 +221,7 @@ impl Writer for TextWriter {
         let mut frames = Vec::new();
         if self.streams.usage {
             let usages: Vec<Usage> = self.usages.iter().map(|u| u.unwrap_or_default()).collect();
-            let mut chunk = self.frame.json();
+            let mut chunk = self.frame.envelope.json("text_completion");
             chunk["choices"] = json!([]);
             chunk["usage"] = usage_json(&self.frame.usage(&usages));
             frames.push(Frame::data(chunk.to_string()));

@@ -164,6 +164,33 @@ impl From<Failure> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let body = self.body();
-        self.respond(body)
+        let mut response = self.respond(body);
+        // For whoever knows that the client speaks another API.
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampler::SampleError;
+
+    #[test]
+    fn a_failure_says_whether_trying_again_helps() {
+        let reason = || "why".to_owned();
+        for (failure, status) in [
+            (Failure::Sampling(SampleError::NothingAllowed { position: 3 }), 400),
+            (Failure::Refused(RequestError::QueueFull { queued: 3 }), 429),
+            (Failure::Stage(StageError::Forward { layers: "0..2".into(), reason: reason() }), 500),
+            (Failure::Stage(StageError::NotReady { reason: reason() }), 503),
+            (Failure::Stopped, 503),
+        ] {
+            let error = ApiError::from(failure);
+            assert_eq!(
+                (error.status().as_u16(), error.retry_after.is_some()),
+                (status, [429, 503].contains(&status))
+            );
+        }
     }
 }

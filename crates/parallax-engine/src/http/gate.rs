@@ -20,10 +20,12 @@ pub struct HttpLimits {
     pub api_keys: Vec<String>,
     /// Largest request body in bytes.
     pub body_bytes: usize,
-    /// Requests that are answered at the same time, at least 1; one more gets 429.
+    /// Requests that are read or answered at the same time; one more gets 429. 0 counts as 1.
     pub concurrent_requests: usize,
     /// Requests that one key may begin in a minute; a full minute's worth may come at once. `None`: as many as they like.
     pub requests_per_minute: Option<u32>,
+    /// Clients may put their requests before those of others (a negative `priority`); behind them they always may.
+    pub urgent_requests: bool,
 }
 
 impl Default for HttpLimits {
@@ -33,6 +35,7 @@ impl Default for HttpLimits {
             body_bytes: DEFAULT_BODY_LIMIT_BYTES,
             concurrent_requests: 1024,
             requests_per_minute: None,
+            urgent_requests: false,
         }
     }
 }
@@ -79,12 +82,13 @@ impl Gate {
     pub(super) fn new(limits: &HttpLimits) -> Self {
         let keys: Vec<_> = limits.api_keys.iter().map(|key| blake3::hash(key.as_bytes())).collect();
         let full = Bucket { level: f64::from(limits.requests_per_minute.unwrap_or(0)), at: Duration::ZERO };
+        let concurrent_requests = limits.concurrent_requests.clamp(1, Semaphore::MAX_PERMITS);
         Self {
             buckets: Mutex::new(vec![full; keys.len().max(1)]),
             keys,
             per_minute: limits.requests_per_minute,
-            seats: Arc::new(Semaphore::new(limits.concurrent_requests)),
-            concurrent_requests: limits.concurrent_requests,
+            seats: Arc::new(Semaphore::new(concurrent_requests)),
+            concurrent_requests,
             opened: Instant::now(),
         }
     }

@@ -33,6 +33,17 @@ pub(super) enum Delta {
     End(Ending),
 }
 
+impl Delta {
+    /// What is shown, what is reported, and how it ended.
+    pub(super) fn split(self) -> (Vec<Part>, Option<TokenReport>, Option<Ending>) {
+        match self {
+            Self::Prompt(_) => (Vec::new(), None, None),
+            Self::Token { parts, report } => (parts, Some(report), None),
+            Self::End(mut ending) => (std::mem::take(&mut ending.parts), None, Some(ending)),
+        }
+    }
+}
+
 /// How an answer ended.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Ending {

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::answer::{self, Collected, Frame, Writer};
+use super::answer::{self, Collected, Frame, Job, Writer};
 use super::conversation::{call_value, text_content, within_limits};
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
@@ -14,7 +15,7 @@ use super::generation::Delta;
 use super::prompt::{Prompt, Rendering};
 use super::sampling::{MAX_TOKENS, Sampling};
 use super::tools::{self, Tools};
-use super::{Ask, Server};
+use super::{Ask, Entry, JsonBody, Server};
 use crate::markup::{Part, ToolCall};
 use crate::request::{FinishReason, Usage};
 use crate::sampling::SamplingParams;
@@ -26,9 +27,25 @@ const MAX_STOPS: usize = 64;
 ///
 /// # Errors
 /// 400 naming the field, or what [`Server::start`] says.
-pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
-    let body = Fields::of(body, "")?;
-    let asked = Asked::read(server, &body)?;
+pub(super) async fn respond(State(server): State<Arc<Server>>, body: JsonBody) -> Result<Response, ApiError> {
+    let (job, frame, prompt_tokens, streams) = server.read(body, read).await?;
+    if streams {
+        let writer =
+            MessageWriter { frame, prompt_tokens, open: None, n_blocks: 0, n_calls: 0, ending: None };
+        return answer::stream(job, writer).await;
+    }
+    let mut collected = answer::collect(job).await?;
+    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
+    Ok(Json(frame.whole(&one)).into_response())
+}
+
+/// The job, what the answer's objects have in common, tokens of the prompt, and whether it is to be streamed.
+fn read(
+    server: &Arc<Server>,
+    body: &Fields<'_>,
+    entry: Entry,
+) -> Result<(Job, MessageFrame, usize, bool), ApiError> {
+    let asked = Asked::read(server, body)?;
     let max_tokens = body.count("max_tokens", 1, MAX_TOKENS)?.ok_or_else(|| body.missing("max_tokens"))?;
     let params = SamplingParams {
         temperature: body.number("temperature", 0.0..=1.0)?.unwrap_or(1.0),
@@ -48,35 +65,34 @@ pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Respon
     let streams = body.flag("stream")?.unwrap_or(false);
     let tokens = server.encode(&asked.prompt.text, false)?;
     let prompt_tokens = tokens.len();
-    let job = server.start(Ask {
+    let ask = Ask {
         adapter: asked.adapter,
         markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
         single_call: asked.tools.single || asked.tools.forced_schema().is_some(),
-        forced: asked.tools.forced_schema(),
+        held_calls: server.held_calls(&asked.tools)?,
         ..Ask::new(vec![tokens], sampling)
-    })?;
-    let frame = Envelope {
+    };
+    let frame = MessageFrame {
         id: server.answer_id(),
         model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
     };
-    if streams {
-        let writer =
-            MessageWriter { frame, prompt_tokens, open: None, n_blocks: 0, n_calls: 0, ending: None };
-        return answer::stream(job, writer).await;
-    }
-    let mut collected = answer::collect(job).await?;
-    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
-    Ok(Json(frame.whole(&one)).into_response())
+    Ok((server.start(ask, entry)?, frame, prompt_tokens, streams))
 }
 
 /// Counts the tokens of a prompt.
 ///
 /// # Errors
 /// 400 naming the field.
-pub(super) fn count_tokens(server: &Server, body: &Value) -> Result<Response, ApiError> {
-    let asked = Asked::read(server, &Fields::of(body, "")?)?;
-    let tokens = server.encode(&asked.prompt.text, false)?;
-    Ok(Json(json!({"input_tokens": tokens.len()})).into_response())
+pub(super) async fn count_tokens(
+    State(server): State<Arc<Server>>,
+    body: JsonBody,
+) -> Result<Json<Value>, ApiError> {
+    let count = |server: &Arc<Server>, body: &Fields<'_>, _: Entry| {
+        let asked = Asked::read(server, body)?;
+        Ok(server.encode(&asked.prompt.text, false)?.len())
+    };
+    let tokens = server.read(body, count).await?;
+    Ok(Json(json!({"input_tokens": tokens})))
 }
 
 /// What both endpoints read.
@@ -148,9 +164,10 @@ fn blocks(message: &Fields<'_>, role: &str, messages: &mut Vec<Value>) -> Result
             ("thinking", "assistant") => thoughts.push_str(block.required_text("thinking")?),
             ("redacted_thinking", "assistant") => {}
             ("tool_use", "assistant") => {
-                let input = block.object("input")?.ok_or_else(|| block.missing("input"))?;
-                let input = Value::Object(input.entries().map(|(k, v)| (k.to_owned(), v.clone())).collect());
-                calls.push(call_value(block.required_text("id")?, block.required_text("name")?, &input));
+                block.object("input")?.ok_or_else(|| block.missing("input"))?;
+                // As it is: an argument that is null stays.
+                let input = block.get("input").expect("it was seen a moment ago");
+                calls.push(call_value(block.required_text("id")?, block.required_text("name")?, input));
             }
             ("tool_result", "user") => {
                 let id = block.required_text("tool_use_id")?;
@@ -196,12 +213,12 @@ fn stop_reason(reason: Option<FinishReason>, stop: Option<&String>, calls: bool)
     }
 }
 
-struct Envelope {
+struct MessageFrame {
     id: String,
     model: String,
 }
 
-impl Envelope {
+impl MessageFrame {
     fn json(&self, content: &[Value], usage: &Usage) -> Value {
         json!({"id": format!("msg_{}", self.id), "type": "message", "role": "assistant", "model": self.model,
                "content": content, "stop_reason": null, "stop_sequence": null, "usage": usage_json(usage)})
@@ -240,7 +257,7 @@ enum Block {
 /// `message_start`, then for each block `content_block_start`, `content_block_delta`.., `content_block_stop`, then
 /// `message_delta` and `message_stop`.
 struct MessageWriter {
-    frame: Envelope,
+    frame: MessageFrame,
     prompt_tokens: usize,
     open: Option<Block>,
     /// Blocks that were begun.
@@ -330,16 +347,12 @@ impl Writer for MessageWriter {
 
     fn delta(&mut self, _choice: usize, delta: Delta) -> Vec<Frame> {
         let mut frames = Vec::new();
-        let parts = match delta {
-            Delta::Prompt(_) => Vec::new(),
-            Delta::Token { parts, .. } => parts,
-            Delta::End(ending) => {
-                let calls = self.n_calls > 0 || ending.parts.iter().any(|p| matches!(p, Part::Call(_)));
-                let reason = stop_reason(Some(ending.reason), ending.stop.as_ref(), calls);
-                self.ending = Some((reason, ending.stop, ending.usage));
-                ending.parts
-            }
-        };
+        let (parts, _, ending) = delta.split();
+        if let Some(ending) = ending {
+            let calls = self.n_calls > 0 || parts.iter().any(|p| matches!(p, Part::Call(_)));
+            let reason = stop_reason(Some(ending.reason), ending.stop.as_ref(), calls);
+            self.ending = Some((reason, ending.stop, ending.usage));
+        }
         for part in parts {
             self.part(part, &mut frames);
         }
@@ -379,7 +392,7 @@ mod tests {
 
     #[test]
     fn events_come_in_anthropics_order() {
-        let frame = Envelope { id: "1".into(), model: "m".into() };
+        let frame = MessageFrame { id: "1".into(), model: "m".into() };
         let mut writer =
             MessageWriter { frame, prompt_tokens: 3, open: None, n_blocks: 0, n_calls: 0, ending: None };
         let mut frames = writer.begin();
@@ -426,7 +439,7 @@ mod tests {
         let body = json!({"system": [{"type": "text", "text": "be kind"}], "messages": [
             {"role": "user", "content": "hi"},
             {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""},
-                {"type": "text", "text": "let me see"}, {"type": "tool_use", "id": "t1", "name": "w", "input": {"c": 1}}]},
+                {"type": "text", "text": "let me see"}, {"type": "tool_use", "id": "t1", "name": "w", "input": {"c": 1, "d": null}}]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1",
                 "content": [{"type": "text", "text": "sunny"}]}, {"type": "text", "text": "so?"}]},
         ]});
@@ -434,7 +447,7 @@ mod tests {
         let roles: Vec<&str> = got.iter().filter_map(|m| m["role"].as_str()).collect();
         assert_eq!(roles, ["system", "user", "assistant", "tool", "user"]);
         assert_eq!(got[2]["reasoning_content"], "hm");
-        assert_eq!(got[2]["tool_calls"][0]["function"]["arguments"], json!({"c": 1}));
+        assert_eq!(got[2]["tool_calls"][0]["function"]["arguments"], json!({"c": 1, "d": null}));
         assert_eq!(got[3], json!({"role": "tool", "tool_call_id": "t1", "content": "sunny"}));
     }
 }

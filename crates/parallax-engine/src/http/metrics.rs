@@ -20,6 +20,23 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
         "Requests that lost their pages.",
         engine.preemptions as f64,
     );
+    let counters = [
+        (
+            "vllm:prefix_cache_queries_total",
+            "Prompt tokens looked up in the cache.",
+            engine.prefix_cache_queries,
+        ),
+        ("vllm:prefix_cache_hits_total", "Prompt tokens found in the cache.", engine.prefix_cache_hits),
+        (
+            "vllm:spec_decode_num_draft_tokens_total",
+            "Tokens that speculation guessed.",
+            engine.speculated_tokens,
+        ),
+        ("vllm:spec_decode_num_accepted_tokens_total", "Guesses that were right.", engine.accepted_tokens),
+    ];
+    for (name, help, n) in counters {
+        one(name, "counter", help, n as f64);
+    }
     one("vllm:prompt_tokens_total", "counter", "Prompt tokens taken.", engine.prompt_tokens as f64);
     one("vllm:generation_tokens_total", "counter", "Tokens made.", engine.generated_tokens as f64);
 

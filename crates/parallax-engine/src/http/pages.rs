@@ -1,5 +1,7 @@
 //! The pages for people: one file each, without outside resources, under a policy that runs no script but their own.
 
+use std::sync::LazyLock;
+
 use axum::http::{HeaderName, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -9,56 +11,50 @@ use super::Server;
 const CHAT: &str = include_str!("../../assets/chat.html");
 const CLUSTER: &str = include_str!("../../assets/cluster.html");
 
+/// The pages with the policy of each, which is computed once.
+static PAGES: LazyLock<[(String, &str); 2]> =
+    LazyLock::new(|| [CHAT, CLUSTER].map(|text| (policy(text), text)));
+
 /// The chat page.
 pub(super) fn chat() -> Response {
-    page(CHAT)
+    page(&PAGES[0])
 }
 
 /// The cluster page.
 pub(super) fn cluster() -> Response {
-    page(CLUSTER)
+    page(&PAGES[1])
 }
 
-/// A page with a policy that allows exactly its own script and style, by their hashes, and talking to this server.
-fn page(text: &'static str) -> Response {
+/// A policy that allows exactly a page's own script and style, by their hashes, and talking to this server.
+fn policy(text: &str) -> String {
     let script = hash(text, "<script>", "</script>");
     let style = hash(text, "<style>", "</style>");
-    let policy = format!(
+    format!(
         "default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; img-src data:; base-uri 'none'; \
          form-action 'none'; frame-ancestors 'none'"
-    );
+    )
+}
+
+fn page((policy, text): &'static (String, &'static str)) -> Response {
     let headers = [
-        (header::CONTENT_TYPE, "text/html; charset=utf-8".to_owned()),
-        (header::CONTENT_SECURITY_POLICY, policy),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
-        (header::REFERRER_POLICY, "no-referrer".to_owned()),
-        (header::CACHE_CONTROL, "no-cache".to_owned()),
-        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin".to_owned()),
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, policy.as_str()),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-cache"),
+        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
     ];
-    (headers, text).into_response()
+    (headers, *text).into_response()
 }
 
 /// `sha256-..` of the only element between two tags, as content security policies name it.
 fn hash(text: &str, open: &str, close: &str) -> String {
+    use base64::Engine as _;
     use sha2::Digest as _;
     let inside =
         text.split_once(open).and_then(|(_, rest)| rest.split_once(close)).map_or("", |(inside, _)| inside);
-    format!("sha256-{}", base64(&sha2::Sha256::digest(inside.as_bytes())))
-}
-
-/// Base64 with padding (RFC 4648, section 4).
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for i in 0..4u32 {
-            let digit = char::from(DIGITS[(bits >> (18 - 6 * i) & 63) as usize]);
-            text.push(if i as usize <= chunk.len() { digit } else { '=' });
-        }
-    }
-    text
+    let digest = sha2::Sha256::digest(inside.as_bytes());
+    format!("sha256-{}", base64::engine::general_purpose::STANDARD.encode(digest))
 }
 
 /// What the cluster page shows: what this engine does, and who computes if that is not this machine alone.
@@ -90,23 +86,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn base64_is_rfc_4648s() {
-        let pairs = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")];
-        for (plain, coded) in pairs {
-            assert_eq!(base64(plain.as_bytes()), coded);
-        }
-    }
-
-    #[test]
     fn pages_bring_everything_with_them_and_the_policy_names_it() {
-        for text in [CHAT, CLUSTER] {
+        for one in &*PAGES {
+            let text = one.1;
             assert_eq!((text.matches("<script").count(), text.matches("<style").count()), (1, 1));
             for outside in
                 ["http://", "https://", "src=", "@import", "url(", " style=\"", "innerHTML", "onclick="]
             {
                 assert!(!text.contains(outside), "a page holds {outside}");
             }
-            let response = page(text);
+            let response = page(one);
             let policy = response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
             for kind in ["script-src", "style-src"] {
                 let allowed = policy.split(';').find_map(|d| d.trim().strip_prefix(kind)).unwrap();

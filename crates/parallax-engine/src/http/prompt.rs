@@ -1,5 +1,7 @@
 //! A conversation becomes the text that the model continues, by the model's own template.
 
+use std::time::SystemTime;
+
 use parallax_model::Conversation;
 use serde_json::{Map, Value, json};
 
@@ -86,7 +88,7 @@ impl Server {
             messages,
             tools: tools.for_template(),
             variables: rendering.variables,
-            date: Some(date(super::unix_seconds())),
+            date: Some(date(SystemTime::now())),
         };
         let mut text = template.render_conversation(&conversation, rendering.opens_turn).map_err(|e| {
             ApiError::invalid(Some(field), format!("the model's chat template refuses this: {e}"))
@@ -97,31 +99,21 @@ impl Server {
     }
 }
 
-/// A date as templates show it: `21 Nov 2026`. Days to a date after Howard Hinnant's `civil_from_days`.
-fn date(unix_seconds: u64) -> String {
-    const MONTHS: [&str; 12] =
-        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
-    let days = unix_seconds / 86_400 + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{day:02} {} {year}", MONTHS[usize::try_from(month).expect("at most twelve") - 1])
+/// A date as templates show it: `21 Nov 2026`.
+fn date(now: SystemTime) -> String {
+    // "Sat, 21 Nov 2026 11:00:00 GMT".
+    httpdate::fmt_http_date(now)[5..16].to_owned()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use super::date;
 
     #[test]
     fn dates_are_the_calendars() {
-        assert_eq!(date(0), "01 Jan 1970");
-        assert_eq!(date(951_782_400), "29 Feb 2000");
-        assert_eq!(date(1_795_219_200), "21 Nov 2026");
-        assert_eq!(date(4_107_542_399), "28 Feb 2100");
-        assert_eq!(date(4_107_542_400), "01 Mar 2100");
+        assert_eq!(date(UNIX_EPOCH), "01 Jan 1970");
+        assert_eq!(date(UNIX_EPOCH + Duration::from_secs(1_795_219_200)), "21 Nov 2026");
     }
 }

@@ -5,16 +5,17 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::answer::{self, Frame, Writer};
+use super::answer::{self, Frame, Job, Writer};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::Delta;
 use super::prompt::Rendering;
 use super::sampling::{MAX_TOKENS, Sampling};
-use super::{Ask, Server, conversation, format, tools, unix_seconds};
+use super::{Ask, Entry, JsonBody, Placement, Server, conversation, format, tools, unix_seconds};
 use crate::markup::{Part, ToolCall};
 use crate::request::{FinishReason, Usage};
 use crate::sampling::SamplingParams;
@@ -23,8 +24,30 @@ use crate::sampling::SamplingParams;
 ///
 /// # Errors
 /// 400 naming the field, or what [`Server::start`] says.
-pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Response, ApiError> {
-    let body = Fields::of(body, "")?;
+pub(super) async fn respond(State(server): State<Arc<Server>>, body: JsonBody) -> Result<Response, ApiError> {
+    let (job, mut writer, streams) = server.read(body, read).await?;
+    if streams {
+        return answer::stream(job, writer).await;
+    }
+    let mut collected = answer::collect(job).await?;
+    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
+    let mut silent = Vec::new();
+    writer.part(Part::Reasoning(one.reasoning), &mut silent);
+    writer.part(Part::Content(one.content), &mut silent);
+    for call in one.calls {
+        writer.part(Part::Call(call), &mut silent);
+    }
+    writer.close(&mut silent);
+    writer.ending = Some((one.reason.unwrap_or(FinishReason::Stop), one.usage));
+    Ok(Json(writer.finished()).into_response())
+}
+
+/// The job, its writer, and whether it is to be streamed.
+fn read(
+    server: &Arc<Server>,
+    body: &Fields<'_>,
+    entry: Entry,
+) -> Result<(Job, ResponseWriter, bool), ApiError> {
     let adapter = server.model(body.text("model")?)?;
     if body.has("previous_response_id") || body.has("conversation") {
         let name = if body.has("conversation") { "conversation" } else { "previous_response_id" };
@@ -65,18 +88,19 @@ pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Respon
             rendering.variables.insert("enable_thinking".to_owned(), json!(effort != "none"));
         }
     }
-    let offered = tools::openai(&body)?;
-    let messages = conversation::responses(&body)?;
+    let offered = tools::openai(body)?;
+    let messages = conversation::responses(body)?;
     let prompt = server.render(messages, &offered, rendering, "input")?;
     let tokens = server.encode(&prompt.text, false)?;
-    let job = server.start(Ask {
+    let ask = Ask {
+        placement: Placement::read(body, &server.state.limits)?,
         format: form,
         adapter,
         markup: Some(server.markup(&offered, prompt.in_reasoning)),
         single_call: offered.single || offered.forced_schema().is_some(),
-        forced: offered.forced_schema(),
+        held_calls: server.held_calls(&offered)?,
         ..Ask::new(vec![tokens], sampling)
-    })?;
+    };
     let kept = |name: &str, default: Value| body.get(name).cloned().unwrap_or(default);
     let frame = json!({
         "object": "response", "created_at": unix_seconds(), "error": null, "incomplete_details": null,
@@ -90,21 +114,7 @@ pub(super) async fn respond(server: &Arc<Server>, body: &Value) -> Result<Respon
         "store": false, "status": "in_progress", "usage": null,
     });
     let writer = ResponseWriter::new(server.answer_id(), frame);
-    if streams {
-        return answer::stream(job, writer).await;
-    }
-    let mut collected = answer::collect(job).await?;
-    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
-    let mut writer = writer;
-    let mut silent = Vec::new();
-    writer.part(Part::Reasoning(one.reasoning), &mut silent);
-    writer.part(Part::Content(one.content), &mut silent);
-    for call in one.calls {
-        writer.part(Part::Call(call), &mut silent);
-    }
-    writer.close(&mut silent);
-    writer.ending = Some((one.reason.unwrap_or(FinishReason::Stop), one.usage));
-    Ok(Json(writer.finished()).into_response())
+    Ok((server.start(ask, entry)?, writer, streams))
 }
 
 /// The item that is being written.
@@ -286,14 +296,10 @@ impl Writer for ResponseWriter {
 
     fn delta(&mut self, _choice: usize, delta: Delta) -> Vec<Frame> {
         let mut frames = Vec::new();
-        let parts = match delta {
-            Delta::Prompt(_) => Vec::new(),
-            Delta::Token { parts, .. } => parts,
-            Delta::End(ending) => {
-                self.ending = Some((ending.reason, ending.usage));
-                ending.parts
-            }
-        };
+        let (parts, _, ending) = delta.split();
+        if let Some(ending) = ending {
+            self.ending = Some((ending.reason, ending.usage));
+        }
         for part in parts {
             self.part(part, &mut frames);
         }

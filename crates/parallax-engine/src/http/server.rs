@@ -7,24 +7,33 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use parallax_model::TokenBytes;
 use serde_json::{Value, json};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::HttpState;
 use super::answer::Job;
 use super::error::ApiError;
+use super::fields::Fields;
 use super::format::Format;
 use super::gate::Gate;
 use super::generation::{ControlTokens, Generation, Reading};
 use super::sampling::Sampling;
-use super::tools::Tools;
+use super::tools::{HeldCalls, Tools};
+use super::{Caller, HttpLimits, HttpState, JsonBody, fields};
 use crate::constraint::Constraint;
 use crate::markup::{Dialect, MarkupOptions};
 use crate::request::Request;
 use crate::stop_strings::StopStrings;
 
+/// Steps that a request can be put before or behind others.
+const MAX_PRIORITY: i64 = 1000;
+/// Longest salt of cached prefixes.
+const MAX_SALT_BYTES: usize = 256;
+
 /// A running server.
 pub(super) struct Server {
     pub(super) state: HttpState,
     pub(super) gate: Gate,
+    /// Turns to read requests.
+    readers: Arc<Semaphore>,
     /// Bytes of each token.
     pub(super) vocabulary: Vec<TokenBytes>,
     controls: Arc<ControlTokens>,
@@ -41,15 +50,53 @@ pub(super) struct Ask {
     /// Token ids of each prompt.
     pub prompts: Vec<Vec<u32>>,
     pub sampling: Sampling,
+    pub placement: Placement,
     /// What the answer must look like.
     pub format: Option<Format>,
-    /// The schema of the call that must be made.
-    pub forced: Option<Value>,
+    /// What its calls must look like.
+    pub held_calls: HeldCalls,
     pub adapter: Option<String>,
     pub prompt_logprobs: bool,
     /// `None`: the text is taken as it is.
     pub markup: Option<MarkupOptions>,
     pub single_call: bool,
+}
+
+/// Where a request stands among others.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Placement {
+    /// As vLLM counts: lower goes first.
+    pub priority: i32,
+    /// Cached prefixes are shared among requests of one salt.
+    pub cache_salt: String,
+}
+
+impl Placement {
+    /// vLLM's `priority` and `cache_salt`.
+    ///
+    /// # Errors
+    /// 400 naming the field, also for a priority that the server leaves to nobody.
+    pub(super) fn read(body: &Fields<'_>, limits: &HttpLimits) -> Result<Self, ApiError> {
+        let priority = body.integer("priority", -MAX_PRIORITY..=MAX_PRIORITY)?.unwrap_or(0);
+        if priority < 0 && !limits.urgent_requests {
+            let why = "must not be negative: this server lets nobody go before others";
+            return Err(body.fault("priority", why));
+        }
+        let cache_salt = body.text("cache_salt")?.unwrap_or_default();
+        if cache_salt.len() > MAX_SALT_BYTES {
+            return Err(body.fault("cache_salt", format!("must have at most {MAX_SALT_BYTES} bytes")));
+        }
+        let priority = i32::try_from(priority).expect("the range is small");
+        Ok(Self { priority, cache_salt: cache_salt.to_owned() })
+    }
+}
+
+/// A request that was let in.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Held until the answer has ended.
+    pub seat: OwnedSemaphorePermit,
+    pub caller: Caller,
 }
 
 impl Ask {
@@ -58,8 +105,9 @@ impl Ask {
         Self {
             prompts,
             sampling,
+            placement: Placement::default(),
             format: None,
-            forced: None,
+            held_calls: HeldCalls::Free,
             adapter: None,
             prompt_logprobs: false,
             markup: None,
@@ -79,6 +127,7 @@ impl Server {
         });
         Self {
             gate: Gate::new(&state.limits),
+            readers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
             controls: Arc::new(ControlTokens::new(&state.tokenizer, dialect.markers())),
             dialect,
             vocabulary,
@@ -135,16 +184,41 @@ impl Server {
         }
     }
 
+    /// Takes a seat and reads a request on a thread that may take its time: megabytes of JSON, templates and tokens must
+    /// not stop the streams of others. At most one for each core; the rest waits for its turn. Dropping the future lets
+    /// the reading go on; what it has queued is aborted then.
+    ///
+    /// # Errors
+    /// 429 when all seats are taken, 400 for what is no JSON object, and what `read` says.
+    pub(super) async fn read<T: Send + 'static>(
+        self: &Arc<Self>,
+        body: JsonBody,
+        read: impl FnOnce(&Arc<Self>, &Fields<'_>, Entry) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let entry = Entry { seat: self.gate.seat()?, caller: body.caller };
+        let closed = || ApiError::internal("this server has a bug");
+        let turn = Arc::clone(&self.readers).acquire_owned().await.map_err(|_| closed())?;
+        let server = Arc::clone(self);
+        let reading = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let value = fields::parse(&body.bytes)?;
+            read(&server, &Fields::of(&value, "")?, entry)
+        });
+        reading.await.map_err(|_| closed())?
+    }
+
     /// Queues a request: one answer for each prompt and choice, choices of one prompt beside each other.
     ///
     /// # Errors
     /// 400 for what the engine refuses, 429 when there is no room, 503 when nobody can compute.
-    pub(super) fn start(&self, ask: Ask) -> Result<Job, ApiError> {
+    pub(super) fn start(&self, ask: Ask, entry: Entry) -> Result<Job, ApiError> {
         self.check_ready()?;
-        let seat = self.gate.seat()?;
         let constraint = self.constraint(&ask)?;
         let limits = self.state.engine.limits();
-        let Ask { prompts, sampling, adapter, prompt_logprobs, markup, single_call, .. } = ask;
+        let Ask { prompts, sampling, placement, adapter, prompt_logprobs, markup, single_call, .. } = ask;
+        let user = entry.caller.0.to_string();
+        // What one key asked is no other key's business, not even by how fast an answer comes.
+        let cache_salt = format!("{user} {}", placement.cache_salt);
         let mut generations = Vec::with_capacity(prompts.len() * sampling.n);
         for prompt in prompts {
             let room = limits.context_tokens.saturating_sub(prompt.len()).max(1);
@@ -161,7 +235,10 @@ impl Server {
                 constraint: constraint.clone(),
                 prompt_logprobs,
                 adapter: adapter.clone(),
-                ..Request::default()
+                cache_salt: cache_salt.clone(),
+                user: user.clone(),
+                priority: -placement.priority,
+                capture_hidden: false,
             };
             let streams = self.state.engine.submit_n(request, sampling.n)?;
             generations.extend(streams.into_iter().map(|tokens| {
@@ -178,17 +255,35 @@ impl Server {
                 Generation::new(tokens, reading)
             }));
         }
-        Ok(Job { generations, seat })
+        Ok(Job { generations, seat: entry.seat })
+    }
+
+    /// What sampling holds the calls of an answer to.
+    ///
+    /// # Errors
+    /// 400 for strict tools where calls are not written as one JSON object behind a marker.
+    pub(super) fn held_calls(&self, tools: &Tools) -> Result<HeldCalls, ApiError> {
+        if let Some(schema) = tools.forced_schema() {
+            return Ok(HeldCalls::Whole(schema));
+        }
+        let Some(schema) = tools.strict_schema() else { return Ok(HeldCalls::Free) };
+        if self.dialect.object_call_marker().is_none() {
+            let why = "tools: \"strict\" cannot be kept for the way in which this model writes calls; leave it out, or use \
+                       tool_choice to ask for a call";
+            return Err(ApiError::invalid(Some("tools"), why));
+        }
+        Ok(HeldCalls::Each(schema))
     }
 
     #[cfg(not(feature = "structured"))]
     fn constraint(&self, ask: &Ask) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
-        let field = match (&ask.format, &ask.forced) {
-            (None, None) => return Ok(None),
+        let field = match (&ask.format, &ask.held_calls) {
             (Some(format), _) => format.field,
-            (None, Some(_)) => "tool_choice",
+            (None, HeldCalls::Whole(_)) => "tool_choice",
+            (None, HeldCalls::Each(_)) => "tools",
+            (None, HeldCalls::Free) => return Ok(None),
         };
-        let why = format!("{field}: this server cannot hold its answers to a form");
+        let why = format!("{field}: this server was built without structured output");
         Err(ApiError::invalid(Some(field), why))
     }
 
@@ -197,14 +292,16 @@ impl Server {
         use crate::structured::{GrammarSpec, Grammars};
 
         use super::format::Form;
-        let (field, spec) = match (&ask.format, &ask.forced) {
-            (None, None) => return Ok(None),
-            (Some(format), Some(_)) => {
+        let (field, spec) = match (&ask.format, &ask.held_calls) {
+            (None, HeldCalls::Free) => return Ok(None),
+            (Some(format), HeldCalls::Whole(_)) => {
                 let why = format!("tool_choice asks for a call and {} for a form: use one", format.field);
                 return Err(ApiError::invalid(Some("tool_choice"), why));
             }
-            (None, Some(schema)) => ("tool_choice", GrammarSpec::JsonSchema(schema.clone())),
-            (Some(format), None) => {
+            (None, HeldCalls::Whole(schema)) => ("tool_choice", GrammarSpec::JsonSchema(schema.clone())),
+            (None, HeldCalls::Each(schema)) => ("tools", GrammarSpec::SpacedJsonSchema(schema.clone())),
+            // Inside the form there is no place for a call.
+            (Some(format), HeldCalls::Free | HeldCalls::Each(_)) => {
                 let spec = match &format.form {
                     Form::Schema(schema) => GrammarSpec::JsonSchema(schema.clone()),
                     Form::Object => GrammarSpec::JsonObject,
@@ -221,8 +318,11 @@ impl Server {
         });
         let grammars =
             grammars.as_ref().map_err(|why| ApiError::invalid(Some(field), format!("{field}: {why}")))?;
-        let compiled =
+        let mut compiled =
             grammars.compile(&spec).map_err(|e| ApiError::invalid(Some(field), format!("{field}: {e}")))?;
+        if let (GrammarSpec::SpacedJsonSchema(_), Some(marker)) = (&spec, self.dialect.object_call_marker()) {
+            compiled = grammars.after_each(compiled, marker);
+        }
         // Thoughts that the prompt has opened are free; the form begins behind them.
         let in_reasoning = ask.markup.is_some_and(|markup| markup.in_reasoning);
         Ok(Some(if in_reasoning { grammars.after(compiled, "</think>") } else { compiled }))
@@ -240,13 +340,6 @@ impl Server {
 
     pub(super) fn answer_id(&self) -> String {
         format!("{:016x}", self.fresh_seed())
-    }
-
-    /// Names what seeds are repeatable under: the model and the version of its weights.
-    pub(super) fn fingerprint(&self) -> String {
-        let version = self.state.engine.version();
-        let hash = blake3::hash(format!("{} {}", self.state.model_name, version.0).as_bytes());
-        format!("fp_{}", &hash.to_hex()[..10])
     }
 
     /// The models that requests may name.

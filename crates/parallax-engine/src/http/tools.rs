@@ -17,6 +17,20 @@ pub(super) struct Tool {
     pub description: Option<String>,
     /// JSON schema of its arguments.
     pub parameters: Value,
+    /// The model's calls are held to the schema.
+    pub strict: bool,
+}
+
+/// What sampling holds calls to: objects `{"name", "arguments"}` of a schema.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) enum HeldCalls {
+    /// Nothing.
+    #[default]
+    Free,
+    /// The answer is one call.
+    Whole(Value),
+    /// Every call that the answer makes.
+    Each(Value),
 }
 
 /// Whether tools are called.
@@ -92,33 +106,43 @@ impl Tools {
             ToolChoice::Named(name) => self.tools.iter().filter(|tool| tool.name == *name).collect(),
             ToolChoice::None | ToolChoice::Auto => return None,
         };
-        // References inside a tool's schema lead to its own definitions; they move to the root.
-        let mut definitions = serde_json::Map::new();
-        let alternatives: Vec<Value> = wanted
-            .into_iter()
-            .map(|tool| {
-                let mut parameters = tool.parameters.clone();
-                for name in ["$defs", "definitions"] {
-                    if let Some(Value::Object(inner)) =
-                        parameters.as_object_mut().and_then(|p| p.remove(name))
-                    {
-                        let all = definitions.entry(name).or_insert_with(|| json!({}));
-                        all.as_object_mut().expect("made an object above").extend(inner);
-                    }
-                }
-                json!({"type": "object", "required": ["name", "arguments"], "additionalProperties": false,
-                    "properties": {"name": {"const": tool.name}, "arguments": parameters}})
-            })
-            .collect();
-        let mut schema = match <[Value; 1]>::try_from(alternatives) {
-            Ok([one]) => one,
-            Err(several) => json!({"anyOf": several}),
-        };
-        for (name, inner) in definitions {
-            schema[name] = inner;
-        }
-        Some(schema)
+        Some(call_schema(wanted.into_iter().map(|tool| (tool, true))))
     }
+
+    /// The schema of the calls that a model may make when it makes any, if some tool asks for that.
+    pub(super) fn strict_schema(&self) -> Option<Value> {
+        let held = self.are_offered()
+            && self.choice == ToolChoice::Auto
+            && self.tools.iter().any(|tool| tool.strict);
+        held.then(|| call_schema(self.tools.iter().map(|tool| (tool, tool.strict))))
+    }
+}
+
+/// A call of one of these tools, with arguments by its schema or any object.
+fn call_schema<'a>(tools: impl Iterator<Item = (&'a Tool, bool)>) -> Value {
+    // References inside a tool's schema lead to its own definitions; they move to the root.
+    let mut definitions = serde_json::Map::new();
+    let alternatives: Vec<Value> = tools
+        .map(|(tool, held)| {
+            let mut parameters = if held { tool.parameters.clone() } else { json!({"type": "object"}) };
+            for name in ["$defs", "definitions"] {
+                if let Some(Value::Object(inner)) = parameters.as_object_mut().and_then(|p| p.remove(name)) {
+                    let all = definitions.entry(name).or_insert_with(|| json!({}));
+                    all.as_object_mut().expect("made an object above").extend(inner);
+                }
+            }
+            json!({"type": "object", "required": ["name", "arguments"], "additionalProperties": false,
+                "properties": {"name": {"const": tool.name}, "arguments": parameters}})
+        })
+        .collect();
+    let mut schema = match <[Value; 1]>::try_from(alternatives) {
+        Ok([one]) => one,
+        Err(several) => json!({"anyOf": several}),
+    };
+    for (name, inner) in definitions {
+        schema[name] = inner;
+    }
+    schema
 }
 
 /// OpenAI's chat shape: `{"type": "function", "function": {"name", "description", "parameters"}}`; the responses shape has
@@ -229,7 +253,8 @@ fn one(tool: &Fields<'_>, schema_field: &str) -> Result<Tool, ApiError> {
         }
     }
     let description = tool.text("description")?.map(str::to_owned);
-    Ok(Tool { name: name.to_owned(), description, parameters })
+    let strict = tool.flag("strict")?.unwrap_or(false);
+    Ok(Tool { name: name.to_owned(), description, parameters, strict })
 }
 
 #[cfg(test)]
@@ -254,6 +279,19 @@ mod tests {
         assert_eq!(chat, anthropic(&Fields::of(&messages, "").unwrap()).unwrap());
         assert_eq!(chat.forced_schema().unwrap()["properties"]["name"]["const"], "w");
         assert_eq!(chat.for_template()[0]["function"]["name"], "w");
+    }
+
+    #[test]
+    fn strict_tools_hold_calls_and_leave_others_free() {
+        let schema = json!({"type": "object", "properties": {"c": {"type": "string"}}});
+        let tool = |name: &str, strict: bool| json!({"type": "function", "function": {"name": name, "parameters": schema, "strict": strict}});
+        let body = json!({"tools": [tool("a", true), tool("b", false)]});
+        let held = tools(&body).unwrap().strict_schema().unwrap();
+        assert_eq!(held["anyOf"][0]["properties"]["arguments"], schema);
+        assert_eq!(held["anyOf"][1]["properties"]["arguments"], json!({"type": "object"}));
+        assert_eq!(tools(&json!({"tools": [tool("b", false)]})).unwrap().strict_schema(), None);
+        let never = json!({"tools": [tool("a", true)], "tool_choice": "none"});
+        assert_eq!(tools(&never).unwrap().strict_schema(), None);
     }
 
     #[test]
