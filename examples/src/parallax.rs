@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod bench_swarm;
 pub mod chat;
+pub mod engine;
 pub mod generate;
 pub mod join;
 pub mod model;

@@ -44,6 +44,11 @@ pub struct LoadedModel {
 }
 
 impl ModelArgs {
+    /// A model as it is, whole.
+    pub fn of(model: &str, device: DeviceKind) -> Self {
+        Self { model: model.to_owned(), dtype: WeightDtype::Native, device, threads: None, stages: 1 }
+    }
+
     /// Opens the checkpoint; reads no weights yet.
     ///
     /// # Errors

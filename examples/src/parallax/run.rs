@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use parallax_engine::EngineHandle;
 use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpLimits, HttpState};
-use parallax_engine::{EngineConfig, EngineHandle};
 use parallax_model::Checkpoint;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
+use super::engine::EngineArgs;
 use super::model::{LoadedModel, ModelArgs};
 use crate::program;
 
@@ -30,6 +31,8 @@ pub struct RunArgs {
     model: ModelArgs,
     #[command(flatten)]
     listen: ListenArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Cached positions that all requests share
     #[arg(long, default_value_t = 16384)]
     context: usize,
@@ -59,6 +62,9 @@ pub struct ListenArgs {
     /// Largest request body
     #[arg(long, default_value_t = DEFAULT_BODY_LIMIT_BYTES, value_name = "BYTES")]
     pub max_body_bytes: usize,
+    /// Let clients put requests before those of others, with a `priority` below 0
+    #[arg(long)]
+    pub urgent_requests: bool,
 }
 
 impl ListenArgs {
@@ -96,8 +102,9 @@ impl ListenArgs {
         Ok(HttpLimits {
             api_keys: self.api_key.clone(),
             body_bytes: self.max_body_bytes,
-            concurrent_requests: self.max_concurrent.min(tokio::sync::Semaphore::MAX_PERMITS),
+            concurrent_requests: self.max_concurrent,
             requests_per_minute: self.requests_per_minute,
+            urgent_requests: self.urgent_requests,
         })
     }
 }
@@ -124,9 +131,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             bail!("--context must be at least 1");
         }
         let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
-        let engine = EngineHandle::start(Box::new(pipeline), EngineConfig::default())?;
+        let name = model_name(&args.model.model);
+        let engine = args.engine.start(&name, &checkpoint, Box::new(pipeline), args.model.device)?;
         let context_tokens = engine.limits().context_tokens;
-        let state = HttpState { limits, ..http_state(engine, &checkpoint, model_name(&args.model.model))? };
+        let state = HttpState { limits, ..http_state(engine, &checkpoint, name)? };
         let report = Report {
             url: format!("http://{address}"),
             model: state.model_name.clone(),

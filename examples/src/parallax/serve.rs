@@ -9,14 +9,15 @@ use anyhow::Context as _;
 use axum::Json;
 use axum::routing::get;
 use clap::Args;
-use parallax_engine::http::{self, HttpLimits, HttpState, Readiness};
+use parallax_engine::EngineHandle;
+use parallax_engine::http::{self, HttpState, Readiness};
 use parallax_engine::service::head::Head;
 use parallax_engine::service::membership::{self, ServeOptions};
-use parallax_engine::{EngineConfig, EngineHandle};
 use parallax_model::{Checkpoint, DeviceKind, WeightDtype};
 use serde_json::json;
 use swarm_wire::PolicyVersion;
 
+use super::engine::EngineArgs;
 use super::run::{ListenArgs, http_state};
 use super::swarm_node::{Exchange, SwarmNodeArgs, asked_to_end};
 use crate::program;
@@ -50,6 +51,8 @@ pub struct ServeArgs {
     device: DeviceKind,
     #[command(flatten)]
     listen: ListenArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Leave all layers to the machines that join
     #[arg(long)]
     no_layers: bool,
@@ -76,12 +79,12 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
 }
 
 async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let limits = args.listen.limits()?;
     let (listener, address) = args.listen.bind().await?;
     let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
     let (node, exchange) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
-    let limits = HttpLimits { api_keys: args.listen.api_key.to_vec(), ..HttpLimits::default() };
     let state = HttpState {
         limits,
         readiness: Some(readiness),
@@ -154,7 +157,8 @@ async fn start_head(
     };
     let (head, runner) =
         membership::serve(node, exchange.as_deref(), Arc::clone(checkpoint), options).await?;
-    Ok((head, EngineHandle::start(Box::new(runner), EngineConfig::default())?))
+    let engine = args.engine.start(&args.model, checkpoint, Box::new(runner), args.device)?;
+    Ok((head, engine))
 }
 
 /// One line for every change of what the swarm can do; never ends.
