@@ -76,35 +76,36 @@ fn fixtures() -> Vec<Fixture> {
     let mut paths: Vec<PathBuf> = std::fs::read_dir(folder()).unwrap().map(|e| e.unwrap().path()).collect();
     paths.retain(|p| p.extension().is_some_and(|e| e == "json"));
     paths.sort();
-    let open = |path: &PathBuf| {
-        let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("config.json"), golden["config"].to_string()).unwrap();
-        write_weights(&golden, &dir.path().join("model.safetensors"));
-        let mut checkpoint = Checkpoint::open(dir.path()).unwrap();
-        if golden["long_context"] == true {
-            checkpoint = checkpoint.with_long_context().unwrap();
-        }
-        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
-        Fixture { name, golden, checkpoint, _dir: dir }
-    };
-    paths.iter().map(open).collect()
+    paths.iter().map(|path| open(path)).collect()
 }
 
-fn load(f: &Fixture, layers: Range<usize>) -> Stage {
-    let options =
-        LoadOptions { layers, dtype: WeightDtype::F32, kv_pages: 48, ..LoadOptions::whole(&f.checkpoint) };
+fn open(path: &Path) -> Fixture {
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), golden["config"].to_string()).unwrap();
+    write_weights(&golden, &dir.path().join("model.safetensors"));
+    let mut checkpoint = Checkpoint::open(dir.path()).unwrap();
+    if golden["long_context"] == true {
+        checkpoint = checkpoint.with_long_context().unwrap();
+    }
+    let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+    Fixture { name, golden, checkpoint, _dir: dir }
+}
+
+fn load(f: &Fixture, layers: Range<usize>, dtype: WeightDtype) -> Stage {
+    let options = LoadOptions { layers, dtype, kv_pages: 48, ..LoadOptions::whole(&f.checkpoint) };
     Stage::load(&f.checkpoint, &options).unwrap()
 }
 
-fn rows(start: usize, rows: usize, first_page: u32, want: Want) -> SequenceRows {
-    let pages = (first_page..first_page + 16).collect();
-    let id = first_page.into();
-    SequenceRows { id, start: start as u32, rows: rows as u32, pages, want, ..SequenceRows::default() }
+/// Rows of sequence `id`, whose pages are its own.
+fn rows(id: u32, start: usize, rows: usize, want: Want) -> SequenceRows {
+    let pages = (16 * id..16 * id + 16).collect();
+    let (start, rows) = (start as u32, rows as u32);
+    SequenceRows { id: id.into(), start, rows, pages, want, ..SequenceRows::default() }
 }
 
 fn one(start: usize, n: usize, want: Want) -> ForwardBatch {
-    ForwardBatch { sequences: vec![rows(start, n, 0, want)] }
+    ForwardBatch { sequences: vec![rows(0, start, n, want)] }
 }
 
 fn worst(got: &[f32], expected: &[f32]) -> f32 {
@@ -146,7 +147,7 @@ fn hidden(f: &Fixture) -> f32 {
     let mut x: Vec<f32> = Vec::new();
     let mut difference = 0.0f32;
     for (i, expected) in case["hidden"].as_array().unwrap().iter().enumerate() {
-        let mut stage = load(f, i..i + 1);
+        let mut stage = load(f, i..i + 1, WeightDtype::F32);
         let input = if i == 0 { StageInput::Tokens(&tokens) } else { StageInput::Hidden(&x) };
         let output = stage.forward(&one(0, tokens.len(), Want::Nothing), input).unwrap();
         let expected = floats(expected);
@@ -174,8 +175,7 @@ fn greedy(f: &Fixture, stage: &mut Stage) -> Vec<u32> {
 /// Several prompts of unlike length in one batch.
 fn ragged(f: &Fixture, stage: &mut Stage) -> (f32, Vec<f32>) {
     let prompts: Vec<Vec<u32>> = f.golden["ragged"]["tokens"].as_array().unwrap().iter().map(ids).collect();
-    let sequences =
-        prompts.iter().enumerate().map(|(i, p)| rows(0, p.len(), 16 * i as u32, Want::LastLogits)).collect();
+    let sequences = prompts.iter().zip(0..).map(|(p, id)| rows(id, 0, p.len(), Want::LastLogits)).collect();
     let logits = forward(stage, &ForwardBatch { sequences }, &prompts.concat());
     (worst(&logits, &floats(&f.golden["ragged"]["logits"])), logits)
 }
@@ -184,7 +184,7 @@ fn ragged(f: &Fixture, stage: &mut Stage) -> (f32, Vec<f32>) {
 fn every_architecture_agrees_with_transformers() {
     let mut failures = Vec::new();
     for f in &fixtures() {
-        let mut stage = load(f, 0..f.checkpoint.config().n_layers);
+        let mut stage = load(f, 0..f.checkpoint.config().n_layers, WeightDtype::F32);
         let (logits, hidden, ragged) = (prompts(f, &mut stage), hidden(f), ragged(f, &mut stage).0);
         let same = greedy(f, &mut stage) == ids(&f.golden["greedy"]["tokens"]);
         println!(
@@ -206,37 +206,55 @@ fn cuts_chunks_and_batches_do_not_change_a_bit() {
         let prompts = f.golden["prompts"].as_array().unwrap();
         let tokens = ids(&prompts.last().unwrap()["tokens"]);
         let n = tokens.len();
-        let mut whole = load(f, 0..n_layers);
-        let expected = forward(&mut whole, &one(0, n, Want::AllLogits), &tokens);
+        for dtype in [WeightDtype::F32, WeightDtype::Q8_0] {
+            let mut whole = load(f, 0..n_layers, dtype);
+            let expected = bits(&forward(&mut whole, &one(0, n, Want::AllLogits), &tokens));
+            let what = format!("{} {dtype}", f.name);
 
-        let mut x = Vec::new();
-        for layers in [0..1, 1..n_layers - 1, n_layers - 1..n_layers] {
-            let input = if layers.start == 0 { StageInput::Tokens(&tokens) } else { StageInput::Hidden(&x) };
-            let output = load(f, layers).forward(&one(0, n, Want::AllLogits), input).unwrap();
-            x = if output.logits.is_empty() { output.hidden } else { output.logits };
+            let mut x = Vec::new();
+            for layers in [0..1, 1..n_layers - 1, n_layers - 1..n_layers] {
+                let input =
+                    if layers.start == 0 { StageInput::Tokens(&tokens) } else { StageInput::Hidden(&x) };
+                let output = load(f, layers, dtype).forward(&one(0, n, Want::AllLogits), input).unwrap();
+                x = if output.logits.is_empty() { output.hidden } else { output.logits };
+            }
+            assert_eq!(bits(&x), expected, "{what}: cut into stages");
+
+            // Chunks beside another sequence, which is begun anew each time as after a preemption.
+            let mut chunks = Vec::new();
+            for (start, end) in [(0, 3), (3, 4), (4, n - 1), (n - 1, n)] {
+                let n = end - start;
+                let sequences = vec![rows(1, 0, n, Want::AllLogits), rows(2, start, n, Want::AllLogits)];
+                let tokens = [&tokens[..n], &tokens[start..end]].concat();
+                let logits = forward(&mut whole, &ForwardBatch { sequences }, &tokens);
+                let (other, own) = logits.split_at(logits.len() / 2);
+                assert_eq!(bits(other), expected[..other.len()], "{what}: begun anew");
+                chunks.extend(bits(own));
+            }
+            assert_eq!(chunks, expected, "{what}: chunks");
+
+            let together = ragged(f, &mut whole).1;
+            let prompts = f.golden["ragged"]["tokens"].as_array().unwrap().iter().map(ids);
+            let alone: Vec<f32> =
+                prompts.flat_map(|p| forward(&mut whole, &one(0, p.len(), Want::LastLogits), &p)).collect();
+            assert_eq!(bits(&together), bits(&alone), "{what}: batch");
         }
-        assert_eq!(bits(&x), bits(&expected), "{}: cut into stages", f.name);
-
-        let mut chunks = Vec::new();
-        for (start, end) in [(0, 3), (3, 20), (20, n - 1), (n - 1, n)] {
-            chunks.extend(forward(
-                &mut whole,
-                &one(start, end - start, Want::AllLogits),
-                &tokens[start..end],
-            ));
-        }
-        assert_eq!(bits(&chunks), bits(&expected), "{}: chunks", f.name);
-
-        let together = ragged(f, &mut whole).1;
-        let alone: Vec<f32> = f.golden["ragged"]["tokens"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(ids)
-            .flat_map(|p| forward(&mut whole, &one(0, p.len(), Want::LastLogits), &p))
-            .collect();
-        assert_eq!(bits(&together), bits(&alone), "{}: batch", f.name);
     }
+}
+
+#[test]
+fn a_recurrent_state_is_continued_or_refused_and_released() {
+    let f = &open(&folder().join("qwen3-next.json"));
+    let mut stage = load(f, 0..f.checkpoint.config().n_layers, WeightDtype::F32);
+    assert!(stage.is_recurrent());
+    forward(&mut stage, &one(0, 3, Want::LastLogits), &[1, 2, 3]);
+    let refused = stage.forward(&one(2, 1, Want::LastLogits), StageInput::Tokens(&[3])).unwrap_err();
+    assert!(refused.to_string().contains("run it again from 0"), "{refused}");
+    forward(&mut stage, &one(3, 1, Want::LastLogits), &[4]);
+    assert_eq!(stage.n_states(), 1);
+    stage.release(0);
+    assert_eq!(stage.n_states(), 0);
+    assert!(stage.forward(&one(4, 1, Want::LastLogits), StageInput::Tokens(&[5])).is_err());
 }
 
 #[test]
