@@ -60,10 +60,15 @@ fn run(dir: &Path, steps: u64) -> Vec<Value> {
         "2",
         "--cache-tokens",
         "1024",
+        "--json",
     ];
-    let _fleet = Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet);
+    let mut fleet = Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet);
     let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
     assert!(learner.child.wait().unwrap().success(), "{lines:?}");
+    // The workers hear it from the learner; they do not wait for one that is gone.
+    let last = std::iter::from_fn(|| fleet.next()).last().unwrap();
+    assert!(fleet.child.wait().unwrap().success(), "{last}");
+    assert_eq!(last["ended"], serde_json::json!(["the run is finished", "the run is finished"]));
     lines
 }
 

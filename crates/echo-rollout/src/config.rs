@@ -12,8 +12,12 @@ use crate::staleness::StalenessBound;
 pub struct DispatchConfig {
     /// The run.
     pub run: RunId,
+    /// Seed of group 0's task; every group has the next one, so that no task is given out twice. Default: 0.
+    pub first_task: u64,
     /// Samples of one prompt. Default: 8; 1 to 1024.
     pub group_size: u32,
+    /// Groups of one step. Default: 32.
+    pub groups_per_step: u32,
     /// How to sample; the seed is the run's, each sample gets its own from it.
     pub sampling: SamplingSpec,
     /// Milliseconds that a worker has for a lease. Default: 30 000.
@@ -24,10 +28,12 @@ pub struct DispatchConfig {
     pub max_workers: u32,
     /// Groups that are not yet consumed. Default: 4096.
     pub max_open_groups: u32,
-    /// Leases of one sample before its group is given up. Default: 16.
+    /// Leases of one sample before its group is given up; those that ended because the policy moved on do not count.
+    /// Default: 16.
     pub max_attempts: u32,
+    /// Commitments that a worker may fail to open in a row before that convicts it. Default: 3.
+    pub max_withheld: u32,
     /// How old a sample may be. Default: 0, the sequential mode.
-    #[serde(skip)]
     pub staleness: StalenessBound,
     /// Whether trajectories are audited before they are trained on.
     pub audit: AuditPolicy,
@@ -38,13 +44,16 @@ impl DispatchConfig {
     pub fn new(run: RunId) -> Self {
         Self {
             run,
+            first_task: 0,
             group_size: 8,
+            groups_per_step: 32,
             sampling: SamplingSpec::default(),
             lease_ttl_ms: 30_000,
             max_leases_per_worker: 64,
             max_workers: 4096,
             max_open_groups: 4096,
             max_attempts: 16,
+            max_withheld: 3,
             staleness: StalenessBound(0),
             audit: AuditPolicy::default(),
         }
@@ -57,11 +66,13 @@ impl DispatchConfig {
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let counts = [
             ("group_size", self.group_size, 1024),
+            ("groups_per_step", self.groups_per_step, 1 << 20),
             ("lease_ttl_ms", self.lease_ttl_ms, u32::MAX),
             ("max_leases_per_worker", self.max_leases_per_worker, 65_536),
             ("max_workers", self.max_workers, 1 << 20),
             ("max_open_groups", self.max_open_groups, 1 << 20),
             ("max_attempts", self.max_attempts, 65_536),
+            ("max_withheld", self.max_withheld, 65_536),
             ("sampling.max_tokens", self.sampling.max_tokens, MAX_TOKENS as u32),
         ];
         for (field, value, most) in counts {
@@ -72,6 +83,16 @@ impl DispatchConfig {
                     allowed: format!("1 to {most}"),
                 });
             }
+        }
+        // Otherwise a step's groups would never all be open.
+        let open_at_once = self.staleness.0.saturating_add(1).saturating_mul(u64::from(self.groups_per_step));
+        if open_at_once > u64::from(self.max_open_groups) {
+            let value = self.max_open_groups.to_string();
+            let allowed = format!(
+                "at least {open_at_once}: groups_per_step {} times one more than the staleness budget {}",
+                self.groups_per_step, self.staleness.0
+            );
+            return Err(InvalidConfig { field: "max_open_groups", value, allowed });
         }
         // Auditors recompute log-probabilities at temperature 1 with nothing cut off; reports must be of the same kind.
         let s = self.sampling;
@@ -103,7 +124,8 @@ pub struct AuditPolicy {
     pub fraction: f64,
     /// The first trajectories of each worker are always audited: this many. Default: 0.
     pub first: u32,
-    /// The secret of the draw.
+    /// The secret of the draw; never written down.
+    #[serde(skip)]
     pub seed: u64,
 }
 

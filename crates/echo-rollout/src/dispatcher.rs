@@ -3,10 +3,18 @@
 //! Every change is a [`Command`] with its time, applied by [`Dispatcher::handle`]; nothing else is read. So a journal of
 //! commands is the whole state: replayed, it gives the same dispatcher, and a restart forgets nothing that was answered.
 //! Order of use: `handle` each command, then ask [`Dispatcher::audits_due`] and [`Dispatcher::ready_groups`].
+//!
+//! Age is a promise about every trained token, kept three times: a worker gets a sample only when the step that will
+//! probably train on it is within the budget of the worker's policy; what is too old when a step is over is dropped; and
+//! a step takes nothing that is too old for it.
 
 mod command;
 mod count;
 mod table;
+mod workers;
+
+#[cfg(test)]
+mod faults;
 #[cfg(test)]
 mod tests;
 
@@ -16,19 +24,24 @@ use swarm_wire::{PeerId, PolicyVersion};
 
 use crate::config::{DispatchConfig, InvalidConfig};
 use crate::group::Group;
-use crate::lease::{DropReason, GroupId, Lease, LeaseId, LeaseState, SamplingSpec};
+use crate::lease::{DropReason, GroupId, LeaseId, LeaseState};
 use crate::rollout::Trajectory;
-use crate::staleness::{StalenessBound, StalenessStats};
+use crate::staleness::StalenessStats;
 
 pub use command::{AuditOutcome, Command, Outcome, Refusal, Submission};
 pub use count::{Broken, Counts};
 use table::LeaseTable;
+use workers::Worker;
 
 /// The book-keeping of one run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dispatcher {
     config: DispatchConfig,
+    /// Time of the newest command.
+    now_ms: u64,
     version: PolicyVersion,
+    /// Steps that are committed.
+    steps: u64,
     leases: LeaseTable,
     groups: BTreeMap<GroupId, OpenGroup>,
     next_group: u64,
@@ -48,22 +61,29 @@ pub struct Dispatcher {
 
 #[derive(Debug, Clone, PartialEq)]
 struct OpenGroup {
-    task_seed: u64,
-    version: PolicyVersion,
     slots: Vec<Slot>,
     /// The learner's step that has it.
     step: Option<u64>,
-    /// How many versions behind it was when the learner took it.
-    staleness: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Default)]
 struct Slot {
     /// Leases given so far.
     attempts: u32,
+    /// Of these, the ones that ended only because the policy moved on.
+    excused: u32,
     /// The lease that is with a worker.
     live: Option<LeaseId>,
+    /// Who dropped it last, and when: others go first.
+    dropped_by: Option<(PeerId, u64)>,
     filled: Option<Filled>,
+}
+
+impl Slot {
+    /// Its open lease.
+    fn lease(&self) -> Option<LeaseId> {
+        self.live.or_else(|| self.filled.as_ref().map(|f| f.trajectory.id()))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -71,21 +91,6 @@ struct Filled {
     trajectory: Trajectory,
     /// Its worker had this many trajectories accepted before.
     ordinal: u64,
-}
-
-/// What is known of a worker.
-#[derive(Debug, Clone, PartialEq, Default)]
-struct Worker {
-    incarnation: u64,
-    active: Option<PolicyVersion>,
-    held: BTreeSet<LeaseId>,
-    accepted: u64,
-    consumed: u64,
-    /// Ordinals of trajectories whose audit has no result yet, with their leases.
-    audits: BTreeMap<u64, LeaseId>,
-    audits_done: u64,
-    /// How many audits it took to convict it.
-    convicted: Option<u64>,
 }
 
 impl Dispatcher {
@@ -97,7 +102,9 @@ impl Dispatcher {
         config.validate()?;
         Ok(Self {
             config,
+            now_ms: 0,
             version: PolicyVersion(0),
+            steps: 0,
             leases: LeaseTable::default(),
             groups: BTreeMap::new(),
             next_group: 0,
@@ -124,22 +131,29 @@ impl Dispatcher {
         self.version
     }
 
+    /// How many steps are committed.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
     /// Applies one command at `now_ms` of the run's clock. Deadlines that have passed are settled first, so that an
     /// answer after its deadline is late no matter how often [`Command::Tick`] came.
     pub fn handle(&mut self, now_ms: u64, command: Command) -> Outcome {
+        self.now_ms = now_ms;
         self.expire(now_ms);
         match command {
-            Command::OpenGroups { task_seeds } => self.open_groups(&task_seeds),
+            Command::OpenGroups { up_to } => self.open_groups(up_to),
             Command::SetVersion(version) => self.set_version(version),
             Command::Register { worker, incarnation } => self.register(&worker, incarnation),
             Command::Acknowledge { worker, version } => self.acknowledge(&worker, version),
-            Command::Lease { worker, max } => self.lease(now_ms, &worker, max),
-            Command::Submit { trajectory, refused } => Outcome::Submitted(self.submit(trajectory, refused)),
-            Command::Fail { worker, lease } => self.fail(&worker, lease),
+            Command::Lease { worker, max } => self.lease(&worker, max),
+            Command::Submit { trajectory } => Outcome::Submitted(self.submit(trajectory)),
+            Command::Refuse { worker, lease } => Outcome::Submitted(self.refuse(&worker, lease)),
+            Command::Fail { worker, lease, aborted } => self.fail(&worker, lease, aborted),
             Command::Disconnect { worker } => self.disconnect(&worker),
             Command::Tick => Outcome::Done,
             Command::Verdict { lease, verdict } => self.verdict(lease, verdict),
-            Command::Take { step, max_groups } => Outcome::Groups(self.take(step, max_groups)),
+            Command::Take { step, groups } => Outcome::Groups(self.take(step, groups as usize)),
             Command::Commit { step } => self.commit(step),
             Command::Recover { steps } => self.recover(steps),
         }
@@ -175,37 +189,6 @@ impl Dispatcher {
         self.groups.len()
     }
 
-    /// Whether `worker` is registered.
-    pub fn is_registered(&self, worker: &PeerId) -> bool {
-        self.workers.contains_key(worker)
-    }
-
-    /// The version that `worker` has installed.
-    pub fn active_version(&self, worker: &PeerId) -> Option<PolicyVersion> {
-        self.workers.get(worker)?.active
-    }
-
-    /// Whether a sample of `version` waits for a worker.
-    pub fn has_pending(&self, version: PolicyVersion) -> bool {
-        self.pending.iter().any(|(id, _)| self.groups.get(id).is_some_and(|g| g.version == version))
-    }
-
-    /// Whether `worker` is registered and not convicted.
-    pub fn is_admitted(&self, worker: &PeerId) -> bool {
-        self.workers.get(worker).is_some_and(|w| w.convicted.is_none())
-    }
-
-    /// Admitted workers, with the version that each of them has installed.
-    pub fn active_versions(&self) -> Vec<(PeerId, Option<PolicyVersion>)> {
-        let admitted = self.workers.iter().filter(|(_, w)| w.convicted.is_none());
-        admitted.map(|(id, w)| (id.clone(), w.active)).collect()
-    }
-
-    /// Convicted workers, with the number of audits after which each was convicted.
-    pub fn convicted(&self) -> Vec<(PeerId, u64)> {
-        self.workers.iter().filter_map(|(id, w)| Some((id.clone(), w.convicted?))).collect()
-    }
-
     /// A trajectory may be trained on once every audit drawn on it or on an earlier one of its worker has passed.
     fn slot_released(&self, slot: &Slot) -> bool {
         let Some(filled) = &slot.filled else { return false };
@@ -213,225 +196,77 @@ impl Dispatcher {
         worker.convicted.is_none() && worker.audits.range(..=filled.ordinal).next().is_none()
     }
 
-    fn open_groups(&mut self, task_seeds: &[u64]) -> Outcome {
-        let room = (self.config.max_open_groups as usize).saturating_sub(self.groups.len());
+    fn open_groups(&mut self, up_to: u32) -> Outcome {
+        let limit = up_to.min(self.config.max_open_groups) as usize;
         let mut opened = Vec::new();
-        for &task_seed in task_seeds.iter().take(room) {
+        while self.groups.len() < limit {
             let id = GroupId(self.next_group);
             self.next_group += 1;
             let slots = vec![Slot::default(); self.config.group_size as usize];
-            self.groups
-                .insert(id, OpenGroup { task_seed, version: self.version, slots, step: None, staleness: 0 });
+            self.groups.insert(id, OpenGroup { slots, step: None });
             self.pending.extend((0..self.config.group_size).map(|i| (id, i)));
             opened.push(id);
         }
         Outcome::Opened(opened)
     }
 
-    /// Groups of versions beyond the bound are given up: nobody may train on them any more. Versions never go back.
+    /// Versions never go back.
     fn set_version(&mut self, version: PolicyVersion) -> Outcome {
         if version < self.version {
             return Outcome::Refused(Refusal::VersionRollback);
         }
         self.version = version;
+        self.drop_stale();
+        Outcome::Done
+    }
+
+    /// The step that the oldest open groups are for. Step n trains version n.
+    fn next_step(&self) -> u64 {
+        self.steps.max(self.version.0)
+    }
+
+    /// Ends what nobody may train on any more: it is too old for the next step.
+    fn drop_stale(&mut self) {
+        let (bound, step) = (self.config.staleness, PolicyVersion(self.next_step()));
+        let mut stale = Vec::new();
+        for slot in self.groups.values().filter(|g| g.step.is_none()).flat_map(|g| &g.slots) {
+            let live = slot.live.and_then(|id| Some((id, self.leases.given(id)?.lease.version)));
+            let filled = slot.filled.as_ref().map(|f| (f.trajectory.id(), f.trajectory.oldest_version()));
+            stale.extend(live.or(filled).filter(|(_, v)| !bound.allows(step, *v)).map(|(id, _)| id));
+        }
+        stale.into_iter().for_each(|id| self.drop_lease(id, DropReason::Stale));
+    }
+
+    fn take(&mut self, step: u64, n: usize) -> Vec<Group> {
         let bound = self.config.staleness;
-        let stale = self.groups.iter().filter(|(_, g)| g.step.is_none() && !bound.allows(version, g.version));
-        let stale: Vec<GroupId> = stale.map(|(id, _)| *id).collect();
-        stale.into_iter().for_each(|id| self.abandon(id, DropReason::Stale));
-        Outcome::Done
-    }
-
-    fn register(&mut self, id: &PeerId, incarnation: u64) -> Outcome {
-        if !self.workers.contains_key(id) && self.workers.len() >= self.config.max_workers as usize {
-            // Whoever never delivered anything makes room; it can register again.
-            let idle = |w: &Worker| w.held.is_empty() && w.accepted == 0 && w.convicted.is_none();
-            let Some(idle) = self.workers.iter().find(|(_, w)| idle(w)).map(|(id, _)| id.clone()) else {
-                return Outcome::Refused(Refusal::TooManyWorkers);
-            };
-            self.workers.remove(&idle);
-        }
-        let worker = self.workers.entry(id.clone()).or_default();
-        if worker.convicted.is_some() {
-            return Outcome::Refused(Refusal::Convicted);
-        }
-        if incarnation < worker.incarnation {
-            return Outcome::Refused(Refusal::OldIncarnation);
-        }
-        if incarnation > worker.incarnation {
-            worker.incarnation = incarnation;
-            worker.active = None;
-            self.release_held(id, DropReason::Disconnected);
-        }
-        Outcome::Done
-    }
-
-    fn acknowledge(&mut self, id: &PeerId, version: PolicyVersion) -> Outcome {
-        match self.workers.get_mut(id) {
-            None => Outcome::Refused(Refusal::NotRegistered),
-            Some(_) if version > self.version => Outcome::Refused(Refusal::UnknownVersion),
-            Some(worker) => {
-                worker.active = Some(version);
-                Outcome::Done
+        let mut chosen: Vec<GroupId> =
+            self.groups.iter().filter(|(_, g)| g.step == Some(step)).map(|(id, _)| *id).collect();
+        if chosen.is_empty() {
+            let mut too_old = Vec::new();
+            for id in self.ready_groups() {
+                let filled = self.groups[&id].slots.iter().filter_map(|s| s.filled.as_ref());
+                let old = filled
+                    .map(|f| &f.trajectory)
+                    .filter(|t| !bound.allows(PolicyVersion(step), t.oldest_version()));
+                let old: Vec<LeaseId> = old.map(Trajectory::id).collect();
+                if old.is_empty() && chosen.len() < n {
+                    chosen.push(id);
+                }
+                too_old.extend(old);
+            }
+            too_old.into_iter().for_each(|id| self.drop_lease(id, DropReason::Stale));
+            if chosen.len() < n {
+                return Vec::new();
             }
         }
-    }
-
-    fn lease(&mut self, now_ms: u64, id: &PeerId, max: u32) -> Outcome {
-        let Some(worker) = self.workers.get(id) else { return Outcome::Refused(Refusal::NotRegistered) };
-        if worker.convicted.is_some() {
-            return Outcome::Refused(Refusal::Convicted);
-        }
-        let room = (self.config.max_leases_per_worker as usize).saturating_sub(worker.held.len());
-        let Some(active) = worker.active else { return Outcome::Leased(Vec::new()) };
-        let fits = |(group, _): &&(GroupId, u32)| self.groups.get(group).is_some_and(|g| g.version == active);
-        let want = room.min(max as usize).min(self.share(active).saturating_sub(worker.held.len()));
-        let chosen: Vec<_> = self.pending.iter().filter(fits).take(want).copied().collect();
-        let leases = chosen.into_iter().map(|(group, index)| self.grant(now_ms, id, group, index)).collect();
-        Outcome::Leased(leases)
-    }
-
-    /// How many samples one worker may hold, so that the first to ask does not get everything: an equal part of what is
-    /// to be made, rounded up.
-    fn share(&self, version: PolicyVersion) -> usize {
-        let ready =
-            self.workers.values().filter(|w| w.convicted.is_none() && w.active == Some(version)).count();
-        (self.pending.len() + self.leases.n_given()).div_ceil(ready.max(1))
-    }
-
-    fn grant(&mut self, now_ms: u64, worker: &PeerId, group: GroupId, index: u32) -> Lease {
-        self.pending.remove(&(group, index));
-        let id = self.leases.issue(group, index);
-        let open = self.groups.get_mut(&group).expect("a pending sample belongs to an open group");
-        let slot = &mut open.slots[index as usize];
-        let lease = Lease {
-            id,
-            run: self.config.run,
-            group,
-            sample_index: index,
-            group_size: self.config.group_size,
-            attempt: slot.attempts,
-            task_seed: open.task_seed,
-            version: open.version,
-            sampling: SamplingSpec { seed: self.config.sample_seed(group, index), ..self.config.sampling },
-            ttl_ms: self.config.lease_ttl_ms,
-        };
-        slot.attempts += 1;
-        slot.live = Some(id);
-        self.deadlines.insert((now_ms + u64::from(lease.ttl_ms), id));
-        self.leases.held_by(id, worker, lease, now_ms + u64::from(lease.ttl_ms));
-        self.workers.get_mut(worker).expect("checked by the caller").held.insert(id);
-        lease
-    }
-
-    fn submit(&mut self, trajectory: Trajectory, refused: bool) -> Submission {
-        let id = trajectory.id();
-        let answer = match self.leases.state(id) {
-            Some(LeaseState::Leased) => None,
-            Some(LeaseState::Received | LeaseState::Batched | LeaseState::Consumed) => {
-                Some(Submission::Duplicate)
-            }
-            Some(LeaseState::Dropped(DropReason::Stale)) => Some(Submission::Stale),
-            Some(LeaseState::Dropped(
-                DropReason::Rejected | DropReason::Convicted | DropReason::Unproven,
-            )) => Some(Submission::Rejected),
-            Some(LeaseState::Dropped(_)) | None => Some(Submission::Late),
-        };
-        if let Some(answer) = answer {
-            self.duplicates_refused += u64::from(answer == Submission::Duplicate);
-            self.late_refused += u64::from(answer != Submission::Duplicate);
-            return answer;
-        }
-        let given = self.leases.given(id).expect("a lease at a worker is on record");
-        if given.worker != *trajectory.worker() {
-            self.late_refused += 1;
-            return Submission::Late;
-        }
-        // The worker may not change what it was asked for, nor sample with another policy than the one leased.
-        let published = |v: PolicyVersion| v >= given.lease.version && v <= self.version;
-        let honest =
-            given.lease == *trajectory.lease() && trajectory.steps().iter().all(|s| published(s.version));
-        if refused || !honest {
-            self.drop_lease(id, DropReason::Rejected);
-            return Submission::Rejected;
-        }
-        self.accept(id, trajectory);
-        Submission::Accepted
-    }
-
-    fn accept(&mut self, id: LeaseId, trajectory: Trajectory) {
-        let (group, index) = self.leases.slot(id).expect("an issued lease has a slot");
-        self.unhold(id);
-        self.leases.set(id, LeaseState::Received);
-        let audited = self.config.audit.draws(id);
-        let worker = self.workers.get_mut(trajectory.worker()).expect("a lease holder is registered");
-        let ordinal = worker.accepted;
-        worker.accepted += 1;
-        if audited || ordinal < u64::from(self.config.audit.first) {
-            worker.audits.insert(ordinal, id);
-        }
-        let slot =
-            &mut self.groups.get_mut(&group).expect("a held lease's group is open").slots[index as usize];
-        slot.live = None;
-        slot.filled = Some(Filled { trajectory, ordinal });
-    }
-
-    fn fail(&mut self, worker: &PeerId, id: LeaseId) -> Outcome {
-        if self.leases.given(id).is_some_and(|g| g.worker == *worker) {
-            self.drop_lease(id, DropReason::Failed);
-        }
-        Outcome::Done
-    }
-
-    fn disconnect(&mut self, worker: &PeerId) -> Outcome {
-        self.release_held(worker, DropReason::Disconnected);
-        if let Some(worker) = self.workers.get_mut(worker) {
-            worker.active = None;
-        }
-        Outcome::Done
-    }
-
-    fn verdict(&mut self, id: LeaseId, verdict: AuditOutcome) -> Outcome {
-        let found = self.workers.iter().find_map(|(peer, w)| {
-            w.audits.iter().find(|(_, l)| **l == id).map(|(ordinal, _)| (peer.clone(), *ordinal))
-        });
-        let Some((peer, ordinal)) = found else { return Outcome::Refused(Refusal::NoSuchAudit) };
-        let worker = self.workers.get_mut(&peer).expect("just found");
-        worker.audits.remove(&ordinal);
-        worker.audits_done += 1;
-        match verdict {
-            AuditOutcome::Pass => {}
-            AuditOutcome::Unproven => self.drop_lease(id, DropReason::Unproven),
-            AuditOutcome::Fail => self.convict(&peer),
-        }
-        Outcome::Done
-    }
-
-    /// Nothing of a convicted worker that is not yet with the learner is ever trained on, and it gets no more leases.
-    fn convict(&mut self, peer: &PeerId) {
-        let worker = self.workers.get_mut(peer).expect("a convicted worker is registered");
-        worker.convicted = Some(worker.audits_done);
-        worker.audits.clear();
-        self.consumed_of_convicted += worker.consumed;
-        self.release_held(peer, DropReason::Convicted);
-        let mut theirs = Vec::new();
-        for group in self.groups.values().filter(|g| g.step.is_none()) {
-            let filled = group.slots.iter().filter_map(|s| s.filled.as_ref());
-            theirs.extend(filled.filter(|f| f.trajectory.worker() == peer).map(|f| f.trajectory.id()));
-        }
-        theirs.into_iter().for_each(|id| self.drop_lease(id, DropReason::Convicted));
-    }
-
-    fn take(&mut self, step: u64, max_groups: u32) -> Vec<Group> {
-        let ready: Vec<GroupId> = self.ready_groups().into_iter().take(max_groups as usize).collect();
-        let mut groups = Vec::with_capacity(ready.len());
-        for id in ready {
-            let open = self.groups.get_mut(&id).expect("ready groups are open");
+        let mut groups = Vec::with_capacity(chosen.len());
+        for id in chosen {
+            let open = self.groups.get_mut(&id).expect("chosen among the open ones");
             open.step = Some(step);
-            open.staleness = StalenessBound::staleness(self.version, open.version);
             let filled = open.slots.iter().filter_map(|s| s.filled.as_ref());
             let trajectories: Vec<Trajectory> = filled.map(|f| f.trajectory.clone()).collect();
             trajectories.iter().for_each(|t| self.leases.set(t.id(), LeaseState::Batched));
-            groups.push(Group { id, task_seed: open.task_seed, version: open.version, trajectories });
+            groups.push(Group { id, task_seed: self.config.first_task + id.0, trajectories });
         }
         groups
     }
@@ -449,11 +284,15 @@ impl Dispatcher {
                     continue;
                 }
                 self.leases.set(t.id(), LeaseState::Consumed);
-                self.staleness.add(group.staleness);
+                self.staleness.add(step.saturating_sub(t.oldest_version().0));
                 let worker = self.workers.get_mut(t.worker()).expect("a trajectory's worker is registered");
                 worker.consumed += 1;
                 self.consumed_of_convicted += u64::from(worker.convicted.is_some());
             }
+        }
+        if !done.is_empty() {
+            self.steps = self.steps.max(step + 1);
+            self.drop_stale();
         }
         Outcome::Committed(done.len())
     }
@@ -477,6 +316,8 @@ impl Dispatcher {
         let convicted = |id: &LeaseId| self.trajectory(*id).is_some_and(|t| !self.is_admitted(t.worker()));
         let convicted: Vec<LeaseId> = back.iter().filter(|id| convicted(id)).copied().collect();
         convicted.into_iter().for_each(|id| self.drop_lease(id, DropReason::Convicted));
+        self.steps = self.steps.max(steps);
+        self.drop_stale();
         Outcome::Done
     }
 
@@ -489,29 +330,22 @@ impl Dispatcher {
         }
     }
 
-    fn release_held(&mut self, worker: &PeerId, reason: DropReason) {
-        let held = self.workers.get(worker).map(|w| w.held.clone()).unwrap_or_default();
-        held.into_iter().for_each(|id| self.drop_lease(id, reason));
-    }
-
-    fn unhold(&mut self, id: LeaseId) {
-        if let Some(given) = self.leases.take_given(id) {
-            self.deadlines.remove(&(given.deadline_ms, id));
-            if let Some(worker) = self.workers.get_mut(&given.worker) {
-                worker.held.remove(&id);
-            }
-        }
-    }
-
     /// Ends an open lease; its sample waits for another worker, unless it had its share of attempts.
     fn drop_lease(&mut self, id: LeaseId, reason: DropReason) {
+        let by = self.leases.given(id).map(|g| g.worker.clone());
+        let by = by.or_else(|| self.trajectory(id).map(|t| t.worker().clone()));
         self.end_lease(id, reason);
         let Some((group, index)) = self.leases.slot(id) else { return };
         let Some(open) = self.groups.get_mut(&group) else { return };
         let slot = &mut open.slots[index as usize];
         slot.live = None;
         slot.filled = None;
-        if slot.attempts >= self.config.max_attempts {
+        if matches!(reason, DropReason::Stale | DropReason::Aborted) {
+            slot.excused += 1;
+        } else {
+            slot.dropped_by = by.map(|peer| (peer, self.now_ms));
+        }
+        if slot.attempts - slot.excused >= self.config.max_attempts {
             self.abandon(group, DropReason::Abandoned);
         } else {
             self.pending.insert((group, index));
@@ -531,8 +365,7 @@ impl Dispatcher {
 
     fn abandon(&mut self, id: GroupId, reason: DropReason) {
         let Some(group) = self.groups.get(&id) else { return };
-        let of_slot = |s: &Slot| s.live.or_else(|| s.filled.as_ref().map(|f| f.trajectory.id()));
-        let open: Vec<LeaseId> = group.slots.iter().filter_map(of_slot).collect();
+        let open: Vec<LeaseId> = group.slots.iter().filter_map(Slot::lease).collect();
         open.into_iter().for_each(|lease| self.end_lease(lease, reason));
         self.groups.remove(&id);
         self.groups_abandoned += 1;

@@ -1,7 +1,5 @@
 //! The samples of one prompt, complete: what group-relative advantages are computed from.
 
-use swarm_wire::PolicyVersion;
-
 use crate::lease::GroupId;
 use crate::rollout::Trajectory;
 
@@ -12,8 +10,6 @@ pub struct Group {
     pub id: GroupId,
     /// Names the task.
     pub task_seed: u64,
-    /// The policy that made all of its samples.
-    pub version: PolicyVersion,
     /// One trajectory per sample index.
     pub trajectories: Vec<Trajectory>,
 }

@@ -109,6 +109,8 @@ pub enum DropReason {
     Failed,
     /// Too many versions behind.
     Stale,
+    /// Its worker broke it off for a newer policy.
+    Aborted,
     /// Admission refused the trajectory.
     Rejected,
     /// Its worker failed an audit.
@@ -121,11 +123,12 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them, in the order of [`crate::dispatcher::Counts::dropped`].
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Expired,
         Self::Disconnected,
         Self::Failed,
         Self::Stale,
+        Self::Aborted,
         Self::Rejected,
         Self::Convicted,
         Self::Unproven,

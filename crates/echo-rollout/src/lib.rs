@@ -7,7 +7,7 @@
 //!
 //! let mut dispatcher = Dispatcher::new(DispatchConfig { group_size: 2, ..DispatchConfig::new(RunId(1)) })?;
 //! let worker = PeerId::from_ed25519(&[1; 32]);
-//! dispatcher.handle(0, Command::OpenGroups { task_seeds: vec![7] });
+//! dispatcher.handle(0, Command::OpenGroups { up_to: 1 });
 //! dispatcher.handle(0, Command::Register { worker: worker.clone(), incarnation: 1 });
 //! dispatcher.handle(1, Command::Acknowledge { worker: worker.clone(), version: PolicyVersion(0) });
 //! let Outcome::Leased(leases) = dispatcher.handle(2, Command::Lease { worker, max: 8 }) else { panic!() };

@@ -38,7 +38,9 @@ pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
 #[cfg(feature = "service")]
 pub use veri::VeriCommitter;
 #[cfg(feature = "service")]
-pub use worker::{CommitError, Committer, Opener, Work, Worker, WorkerConfig, WorkerError, WorkerStats};
+pub use worker::{
+    CommitError, Committer, InFlight, Opener, Work, Worker, WorkerConfig, WorkerError, WorkerStats,
+};
 
 /// Worker to trainer: I am here.
 pub const REGISTER: &str = "echo/register";

@@ -1,10 +1,12 @@
 //! How many versions behind is too many.
 
+use serde::{Deserialize, Serialize};
 use swarm_wire::PolicyVersion;
 
 /// The staleness budget in versions: a step that trains version n takes samples of version n - S or newer. 0 is the
 /// sequential mode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct StalenessBound(pub u64);
 
 impl StalenessBound {

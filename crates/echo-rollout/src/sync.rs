@@ -2,7 +2,8 @@
 //!
 //! Everything trained on was sampled with the newest weights, so staleness is 0. A worker that is late with a new version
 //! is left out of the round, not waited for: it gets leases as soon as it has caught up. Use: `poll` until it says
-//! nothing, do what it says, report with a `handle_*`.
+//! nothing, do what it says, report with a `handle_*`. An action is given out until it is reported, so a driver that was
+//! interrupted asks again; every action can be repeated.
 
 use swarm_wire::PolicyVersion;
 
@@ -46,12 +47,17 @@ pub enum Phase {
 pub enum Action {
     /// Publish this version, tell the dispatcher, then call [`SequentialSync::handle_published`].
     Publish(PolicyVersion),
-    /// Open groups, then call [`SequentialSync::handle_opened`].
-    OpenGroups(u32),
-    /// Take all groups for this step and train on them, then call [`SequentialSync::handle_trained`].
+    /// Wait no longer for workers that are late, open groups, then call [`SequentialSync::handle_opened`].
+    OpenGroups {
+        /// How many are to be open.
+        up_to: u32,
+    },
+    /// Take groups for this step and train on them, then call [`SequentialSync::handle_trained`].
     Train {
         /// The step.
         step: u64,
+        /// How many groups.
+        groups: u32,
     },
     /// Commit the step, then call [`SequentialSync::handle_committed`].
     Commit {
@@ -103,14 +109,12 @@ pub struct SequentialSync {
     version: PolicyVersion,
     step: u64,
     phase: Phase,
-    /// Whether the phase's action was given out.
-    told: bool,
 }
 
 impl SequentialSync {
     /// Starts at READY with `version`, before `step`.
     pub fn new(config: SequentialConfig, version: PolicyVersion, step: u64) -> Self {
-        Self { config, version, step, phase: Phase::Ready, told: false }
+        Self { config, version, step, phase: Phase::Ready }
     }
 
     /// Where the round stands.
@@ -138,19 +142,20 @@ impl SequentialSync {
                     self.enter(Phase::Lease);
                 }
             }
-            // A round whose groups were all given up starts again with new ones.
-            Phase::Collect if view.open_groups == 0 => self.enter(Phase::Lease),
+            // Groups that were given up are replaced.
+            Phase::Collect | Phase::Train if view.open_groups < self.config.groups_per_step as usize => {
+                self.enter(Phase::Lease);
+            }
             Phase::Collect if view.ready_groups == view.open_groups => self.enter(Phase::Train),
             _ => {}
         }
-        let action = match self.phase {
-            Phase::Publish => Action::Publish(self.version),
-            Phase::Lease => Action::OpenGroups(self.config.groups_per_step),
-            Phase::Train => Action::Train { step: self.step },
-            Phase::Commit => Action::Commit { step: self.step },
-            Phase::Ready | Phase::WaitAck { .. } | Phase::Collect => return None,
-        };
-        (!std::mem::replace(&mut self.told, true)).then_some(action)
+        match self.phase {
+            Phase::Publish => Some(Action::Publish(self.version)),
+            Phase::Lease => Some(Action::OpenGroups { up_to: self.config.groups_per_step }),
+            Phase::Train => Some(Action::Train { step: self.step, groups: self.config.groups_per_step }),
+            Phase::Commit => Some(Action::Commit { step: self.step }),
+            Phase::Ready | Phase::WaitAck { .. } | Phase::Collect => None,
+        }
     }
 
     /// The version is published.
@@ -201,7 +206,6 @@ impl SequentialSync {
 
     fn enter(&mut self, phase: Phase) {
         self.phase = phase;
-        self.told = false;
     }
 }
 
@@ -217,7 +221,8 @@ mod tests {
     fn waiting() -> SequentialSync {
         let mut sync = sync();
         assert_eq!(sync.poll(0, &View::default()), Some(Action::Publish(PolicyVersion(3))));
-        assert_eq!(sync.poll(0, &View::default()), None, "an action is given out once");
+        let again = sync.poll(0, &View::default());
+        assert_eq!(again, Some(Action::Publish(PolicyVersion(3))), "until it is reported");
         sync.handle_published(10).unwrap();
         sync
     }
@@ -226,11 +231,11 @@ mod tests {
     fn one_round_goes_through_every_phase_in_order() {
         let mut sync = waiting();
         let view = View { workers: 3, up_to_date: 3, ..View::default() };
-        assert_eq!(sync.poll(11, &view), Some(Action::OpenGroups(4)));
+        assert_eq!(sync.poll(11, &view), Some(Action::OpenGroups { up_to: 4 }));
         sync.handle_opened().unwrap();
         assert_eq!(sync.poll(12, &View { open_groups: 4, ready_groups: 3, ..view }), None);
         let done = View { open_groups: 4, ready_groups: 4, ..view };
-        assert_eq!(sync.poll(13, &done), Some(Action::Train { step: 3 }));
+        assert_eq!(sync.poll(13, &done), Some(Action::Train { step: 3, groups: 4 }));
         sync.handle_trained().unwrap();
         assert_eq!(sync.poll(14, &done), Some(Action::Commit { step: 3 }));
         sync.handle_committed().unwrap();
@@ -244,16 +249,19 @@ mod tests {
         assert_eq!(sync.poll(109, &late), None);
         let few = View { up_to_date: 1, ..late };
         assert_eq!(sync.poll(1000, &few), None);
-        assert_eq!(sync.poll(1001, &late), Some(Action::OpenGroups(4)));
+        assert_eq!(sync.poll(1001, &late), Some(Action::OpenGroups { up_to: 4 }));
     }
 
     #[test]
-    fn a_round_without_groups_left_opens_new_ones() {
+    fn groups_that_were_given_up_are_replaced() {
         let mut sync = waiting();
         let view = View { workers: 2, up_to_date: 2, ..View::default() };
         sync.poll(11, &view);
         sync.handle_opened().unwrap();
-        assert_eq!(sync.poll(12, &view), Some(Action::OpenGroups(4)));
+        let three = View { open_groups: 3, ready_groups: 3, ..view };
+        assert_eq!(sync.poll(12, &three), Some(Action::OpenGroups { up_to: 4 }));
+        sync.handle_opened().unwrap();
+        assert_eq!(sync.poll(13, &View { open_groups: 4, ..three }), None);
     }
 
     #[test]

@@ -14,7 +14,8 @@ use crate::lease::{GroupId, Lease, LeaseId, SamplingSpec};
 use crate::rollout::{Finish, MAX_TOKENS, Sample, Step, Trajectory};
 use crate::snapshot::{Artefact, Payload, SnapshotManifest};
 
-pub use journal::{decode_entry, encode_entry};
+pub(crate) use journal::audit_outcome;
+pub use journal::{Entry, decode_entry, encode_entry, encode_settings};
 
 /// Most trajectories in one submission.
 pub const MAX_SUBMISSION: usize = 256;

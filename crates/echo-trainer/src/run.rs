@@ -7,6 +7,7 @@ use std::fmt;
 
 use echo_rollout::environment::by_name;
 use echo_rollout::lease::SamplingSpec;
+use echo_rollout::staleness::StalenessBound;
 use echo_rollout::{AuditPolicy, DispatchConfig};
 use serde::{Deserialize, Serialize};
 use swarm_wire::{PeerId, RunId};
@@ -192,7 +193,7 @@ impl RunConfig {
         // Checked here for the trainer's names of the settings; the dispatcher would name its own.
         faults.extend(self.trainer.faults().into_iter().map(RunFault::Trainer));
         if faults.is_empty()
-            && let Err(e) = self.dispatch().validate()
+            && let Err(e) = self.dispatch(0).validate()
         {
             faults.push(RunFault::OutOfRange {
                 setting: e.field.to_owned(),
@@ -206,8 +207,8 @@ impl RunConfig {
         if faults.is_empty() { Ok(()) } else { Err(RunFaults(faults)) }
     }
 
-    /// How leases are given out.
-    pub fn dispatch(&self) -> DispatchConfig {
+    /// How leases are given out. `audit_secret` decides which trajectories are audited; workers must not know it.
+    pub fn dispatch(&self, audit_secret: u64) -> DispatchConfig {
         let saturated = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let sampling = SamplingSpec {
             max_tokens: self.trainer.max_completion_tokens,
@@ -215,50 +216,15 @@ impl RunConfig {
             ..SamplingSpec::default()
         };
         DispatchConfig {
+            // Different runs see different tasks, and all stay below the held-out seeds.
+            first_task: (self.seed % (1 << 20)) << 40,
             group_size: saturated(self.trainer.group_size),
+            groups_per_step: saturated(self.trainer.groups_per_step),
             sampling,
-            audit: AuditPolicy { fraction: self.audit_fraction, first: self.audit_first, seed: self.seed },
+            audit: AuditPolicy { fraction: self.audit_fraction, first: self.audit_first, seed: audit_secret },
+            staleness: StalenessBound(self.trainer.max_staleness),
             ..DispatchConfig::new(self.run())
         }
-    }
-
-    /// The tasks of one step. Different runs see different tasks, and all stay below the held-out seeds.
-    pub fn task_seeds(&self, step: u64) -> TaskSeeds {
-        TaskSeeds {
-            run: (self.seed % (1 << 20)) << 40,
-            step,
-            per_step: self.trainer.groups_per_step as u64,
-            given: None,
-        }
-    }
-}
-
-/// Gives out the seeds of a step's tasks: the same ones again after a restart, and none twice.
-#[derive(Debug, Clone)]
-pub struct TaskSeeds {
-    run: u64,
-    step: u64,
-    per_step: u64,
-    /// How many spare ones are out; `None` before the first call.
-    given: Option<u64>,
-}
-
-impl TaskSeeds {
-    /// Bit of the seeds that replace tasks whose groups were given up.
-    const SPARE: u64 = 1 << 39;
-
-    /// The next `n`. The first call is for what the step still misses, which after a restart are its last tasks.
-    pub fn take(&mut self, n: u32) -> Vec<u64> {
-        let n = u64::from(n);
-        let Some(given) = self.given else {
-            self.given = Some(0);
-            let end = (self.step + 1) * self.per_step;
-            return (end.saturating_sub(n.min(self.per_step))..end).map(|i| self.run | i).collect();
-        };
-        self.given = Some(given + n);
-        // 2^19 steps with 2^20 spare tasks each.
-        let first = Self::SPARE | (self.step % (1 << 19)) << 20 | given;
-        (first..first + n).map(|i| self.run | i).collect()
     }
 }
 
@@ -302,22 +268,13 @@ mod tests {
     }
 
     #[test]
-    fn a_step_sees_its_own_tasks_and_a_restart_sees_them_again() {
-        let config = RunConfig { seed: 3, ..RunConfig::default() };
-        let n = config.trainer.groups_per_step as u32;
-        let whole = config.task_seeds(5).take(n);
-        let following = config.task_seeds(6).take(n);
-        assert_eq!(whole[0] + u64::from(n), following[0]);
-        // After a restart 3 groups are missing.
-        let mut again = config.task_seeds(5);
-        assert_eq!(again.take(3), whole[whole.len() - 3..]);
-        // Two groups were given up.
-        let spare = [again.take(2), again.take(1)].concat();
-        let mut all = [whole, following, spare].concat();
-        let n_all = all.len();
-        all.sort_unstable();
-        all.dedup();
-        assert_eq!(all.len(), n_all, "a seed was given out twice");
-        assert!(all.iter().all(|s| *s < echo_rollout::environment::HELD_OUT_SEEDS));
+    fn runs_have_their_own_tasks_and_stay_below_the_held_out_ones() {
+        let first = |seed| RunConfig { seed, ..RunConfig::default() }.dispatch(0).first_task;
+        assert!(first(4) - first(3) >= 1 << 40, "room for 2^40 groups");
+        assert!(first(u64::MAX) + (1 << 40) <= echo_rollout::environment::HELD_OUT_SEEDS);
+        // No setting makes a step that can never be complete.
+        let mut wide = RunConfig::default();
+        (wide.trainer.groups_per_step, wide.trainer.max_pending_groups) = (5000, 5000);
+        assert!(wide.validate().unwrap_err().to_string().contains("max_open_groups"));
     }
 }

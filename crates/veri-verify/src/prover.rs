@@ -54,6 +54,11 @@ impl Prover {
         self.rows.extend_from_slice(row);
     }
 
+    /// Bytes that it keeps in memory: rows, and two hashes for each.
+    pub fn memory(&self) -> usize {
+        size_of_val(&self.rows[..]) + self.n_rows() * 2 * size_of::<Hash>()
+    }
+
     fn row(&self, position: usize) -> &[f32] {
         &self.rows[position * self.width..(position + 1) * self.width]
     }

@@ -6,7 +6,8 @@ use crate::compare::Distance;
 use crate::config::Profile;
 use crate::job::{Answer, Job};
 
-/// Outcome of an audit. Only `Fail` convicts; `Withheld` counts as a failure of the worker to answer in time.
+/// Outcome of an audit. `Fail` and `Malformed` convict at once; who is `Withheld` from too often in a row is convicted by
+/// whoever keeps the books: a connection may break once.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "verdict", rename_all = "lowercase")]
 #[non_exhaustive]
@@ -56,9 +57,9 @@ impl Verdict {
         matches!(self, Self::Pass { .. })
     }
 
-    /// Whether the worker is to be excluded: it was wrong, silent, or sent nonsense.
+    /// Whether the worker is to be excluded at once: it was wrong or sent nonsense.
     pub fn convicts(&self) -> bool {
-        matches!(self, Self::Fail { .. } | Self::Withheld | Self::Malformed { .. })
+        matches!(self, Self::Fail { .. } | Self::Malformed { .. })
     }
 
     /// One word, as in reports.

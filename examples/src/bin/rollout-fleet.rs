@@ -96,15 +96,17 @@ fn main() -> ExitCode {
 async fn fleet(args: &Args) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let (mut running, mut stats, mut peers) = (tokio::task::JoinSet::new(), Vec::new(), Vec::new());
+    let mut nodes = Vec::new();
     for index in 0..args.workers {
         let (node, worker) = worker(args, &checkpoint, index).await?;
         peers.push(node.peer_id().to_string());
+        nodes.push(node);
         stats.push(worker.stats());
         running.spawn(worker.run());
     }
     program::say(&format!("{} workers sample for {}", args.workers, args.trainer));
     let mut tick = tokio::time::interval(std::time::Duration::from_secs(2));
-    let mut ended = Vec::new();
+    let (mut ended, mut finished) = (Vec::new(), false);
     let line = |ended: &[String]| {
         let workers =
             peers.iter().zip(&stats).map(|(peer, s)| Stats { peer: peer.clone(), stats: *s.borrow() });
@@ -113,17 +115,30 @@ async fn fleet(args: &Args) -> anyhow::Result<()> {
     loop {
         tokio::select! {
             done = running.join_next() => match done {
+                Some(Ok(Ok(()))) => {
+                    finished = true;
+                    ended.push("the run is finished".to_owned());
+                }
                 Some(done) => ended.extend(done?.err().map(|e| e.to_string())),
                 None => break,
             },
             _ = tick.tick() => if args.json { program::report(&line(&ended))? },
-            _ = tokio::signal::ctrl_c() => break,
+            _ = tokio::signal::ctrl_c() => {
+                finished = true;
+                break;
+            }
         }
     }
     if args.json {
         program::report(&line(&ended))?;
     }
-    ended.iter().for_each(|reason| program::say(reason));
+    for node in nodes {
+        node.shutdown().await;
+    }
+    match ended.last() {
+        Some(reason) if !finished => anyhow::bail!("{reason}"),
+        _ => ended.iter().for_each(|reason| program::say(reason)),
+    }
     Ok(())
 }
 

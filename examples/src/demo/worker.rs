@@ -46,7 +46,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     say(&json!({"event": "ready", "peer": node.peer_id()}));
     let ended = worker.run().await;
     let reason = match ended {
-        Ok(()) => "the run is over".to_owned(),
+        Ok(()) => "the run is finished".to_owned(),
         Err(error @ (WorkerError::Refused { .. } | WorkerError::TrainerLost { .. })) => error.to_string(),
         Err(error) => return Err(error.into()),
     };

@@ -1,6 +1,7 @@
 //! `training-swarm --config`: the learner of a swarm over many machines. Workers join it with `rollout-fleet`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -80,6 +81,9 @@ impl Default for NodeSettings {
     }
 }
 
+/// How long workers have to hear that the run is over.
+const GOODBYE: Duration = Duration::from_secs(5);
+
 /// Runs it.
 ///
 /// # Errors
@@ -154,8 +158,8 @@ pub async fn learn(
     told?;
     let mut done = serde_json::to_value(&summary)?;
     done["event"] = json!("done");
+    learner.finish(GOODBYE).await;
     tell(&done)?;
-    learner.close();
     node.shutdown().await;
     Ok(())
 }

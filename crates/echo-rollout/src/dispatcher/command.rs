@@ -13,10 +13,10 @@ use crate::rollout::Trajectory;
     reason = "commands are handled one by one; most of them are submissions"
 )]
 pub enum Command {
-    /// New groups of the current version, one per task.
+    /// New groups, as many as are missing to so many open ones, those with the learner included.
     OpenGroups {
-        /// Names the tasks.
-        task_seeds: Vec<u64>,
+        /// How many are to be open.
+        up_to: u32,
     },
     /// A version was published.
     SetVersion(PolicyVersion),
@@ -41,19 +41,26 @@ pub enum Command {
         /// The most that it wants.
         max: u32,
     },
-    /// A worker's trajectory has come.
+    /// A worker's trajectory has come and was admitted.
     Submit {
         /// What came.
         trajectory: Trajectory,
-        /// Whether admission refused it.
-        refused: bool,
     },
-    /// A worker cannot serve a lease.
+    /// A worker's trajectory has come and admission refused it.
+    Refuse {
+        /// The worker.
+        worker: PeerId,
+        /// Its lease.
+        lease: LeaseId,
+    },
+    /// A worker does not serve a lease.
     Fail {
         /// The worker.
         worker: PeerId,
         /// The lease.
         lease: LeaseId,
+        /// Whether it was broken off for a newer policy, which is nobody's fault.
+        aborted: bool,
     },
     /// The connection to a worker is gone.
     Disconnect {
@@ -69,12 +76,12 @@ pub enum Command {
         /// The result.
         verdict: AuditOutcome,
     },
-    /// The learner takes complete groups for a step.
+    /// The learner takes complete groups for a step: so many, or none. Taking them again gives the same ones.
     Take {
         /// Its step.
         step: u64,
-        /// The most groups.
-        max_groups: u32,
+        /// How many groups.
+        groups: u32,
     },
     /// The step's weights, optimiser and random state are on disk.
     Commit {
@@ -95,8 +102,10 @@ pub enum AuditOutcome {
     Pass,
     /// It is not: the worker is convicted.
     Fail,
-    /// Not known, or not opened: this trajectory is not trained on.
+    /// Not known: this trajectory is not trained on.
     Unproven,
+    /// The worker did not open its commitment: not trained on, and counted against the worker.
+    Withheld,
 }
 
 /// What became of a submission.
@@ -152,7 +161,7 @@ pub enum Outcome {
     Leased(Vec<Lease>),
     /// What became of a submission.
     Submitted(Submission),
-    /// Groups for the learner.
+    /// Groups for the learner; none when too few are ready.
     Groups(Vec<Group>),
     /// How many groups were consumed.
     Committed(usize),

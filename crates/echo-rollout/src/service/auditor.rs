@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use lattica_net::{CallError, Node};
+use lattica_net::{CallError, Node, Status, StatusCode};
 use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::prost::Message;
 use swarm_wire::{DecodeError, PeerId, PolicyVersion};
@@ -76,11 +76,11 @@ pub enum AuditorError {
     },
 }
 
-/// Audits until the trainer is gone. `on_verdict` sees each one; `randomness` gives fresh unpredictable bytes. Dropping
+/// Audits until the run is finished. `on_verdict` sees each one; `randomness` gives fresh unpredictable bytes. Dropping
 /// the future stops the auditor; what it had taken is given out again.
 ///
 /// # Errors
-/// When the trainer refuses this auditor or stays silent.
+/// When the trainer refuses this auditor or gives no usable answer for a long time.
 pub async fn run_auditor(
     node: &Node,
     source: &dyn PayloadSource,
@@ -99,7 +99,9 @@ pub async fn run_auditor(
         let reply = match reply {
             Ok(reply) => reply,
             Err(error) => {
-                let refused = matches!(&error, AskError::Call(CallError::Remote { .. }));
+                let denied = |s: &Status| s.code == StatusCode::PermissionDenied;
+                let refused =
+                    matches!(&error, AskError::Call(CallError::Remote { status, .. }) if denied(status));
                 if refused || last_answer.elapsed() > config.give_up {
                     let (trainer, reason) = (config.trainer.clone(), error.to_string());
                     return Err(AuditorError::Trainer { trainer, reason });
@@ -109,6 +111,9 @@ pub async fn run_auditor(
             }
         };
         last_answer = Instant::now();
+        if reply.finished {
+            return Ok(());
+        }
         for job in reply.jobs {
             let claim = match claim(job, &config.trainer) {
                 Ok(claim) => claim,

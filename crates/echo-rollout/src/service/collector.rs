@@ -15,8 +15,7 @@
 //! let collector = Collector::start(node, config, admission, None, 0).await?;
 //! let round = SequentialConfig { groups_per_step: 8, min_workers: 1, ack_timeout_ms: 3000 };
 //! let mut sync = SequentialSync::new(round, PolicyVersion(0), 0);
-//! let mut next_seed = 0..;
-//! let groups = collector.round(&mut sync, &first, |n| next_seed.by_ref().take(n as usize).collect()).await?;
+//! let groups = collector.round(&mut sync, &first).await?;
 //! // ... train on `groups`, write the checkpoint, then:
 //! collector.commit(&mut sync).await?;
 //! # let _ = groups; Ok(())
@@ -41,11 +40,11 @@ use tokio::sync::{broadcast, watch};
 use super::journal::{Journal, JournalError};
 use crate::admission::Admission;
 use crate::config::{DispatchConfig, InvalidConfig};
-use crate::dispatcher::{AuditOutcome, Broken, Command, Counts, Dispatcher, Outcome, Refusal};
+use crate::dispatcher::{Broken, Command, Counts, Dispatcher, Outcome, Refusal, Submission};
 use crate::group::Group;
 use crate::lease::LeaseId;
 use crate::snapshot::SignedSnapshot;
-use crate::sync::{Action, OutOfOrder, SequentialSync, View};
+use crate::sync::{Action, OutOfOrder, Phase, SequentialSync, View};
 
 /// Snapshots kept beyond the staleness bound, for audits that come late.
 const SPARE_SNAPSHOTS: u64 = 4;
@@ -67,6 +66,8 @@ pub struct CollectorConfig {
     pub auditors: Vec<PeerId>,
     /// An audit that an auditor took and has not finished is given out again after this long. Default: 15 s.
     pub audit_timeout: Duration,
+    /// How often an audit is given out before its trajectory is given up. Default: 3.
+    pub max_audit_tries: u32,
     /// How long a worker has to open a commitment. Default: 5 s.
     pub open_timeout: Duration,
 }
@@ -86,8 +87,23 @@ impl CollectorConfig {
             environment_version,
             auditors: Vec::new(),
             audit_timeout: Duration::from_secs(15),
+            max_audit_tries: 3,
             open_timeout: Duration::from_secs(5),
         }
+    }
+
+    /// Names everything that decides what a journal's commands mean. The audits' secret is bound, and not told.
+    fn settings_hash(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("echo-rollout journal settings v1");
+        let dispatch = serde_json::to_vec(&self.dispatch).expect("numbers become JSON");
+        let version = self.environment_version.to_le_bytes();
+        let secret = self.dispatch.audit.seed.to_le_bytes();
+        for part in
+            [&dispatch[..], self.environment.as_bytes(), &version, self.base_model_id.as_bytes(), &secret]
+        {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+        }
+        *hasher.finalize().as_bytes()
     }
 }
 
@@ -147,21 +163,31 @@ struct Inner {
     node: Node,
     config: CollectorConfig,
     admission: Arc<dyn Admission>,
+    /// Locked before `state`, so that commands are carried out in the order in which they were written down. It waits for
+    /// the disk: never lock it on the runtime's threads.
+    journal: Mutex<Option<Journal>>,
+    /// Never held while anybody waits for anything.
     state: Mutex<State>,
     /// Counts changes that somebody may wait for.
     changed: watch::Sender<u64>,
     started: Instant,
+    /// What the run's clock showed when this process started.
+    base_ms: u64,
 }
 
 struct State {
     dispatcher: Dispatcher,
-    journal: Option<Journal>,
     closed: bool,
-    /// What the run's clock showed when this process started.
-    base_ms: u64,
+    /// Whether the run is over and workers are told so.
+    finished: bool,
     snapshots: BTreeMap<PolicyVersion, SignedSnapshot>,
-    /// Audits that an auditor works on, with the time it took them.
-    audits: BTreeMap<LeaseId, Instant>,
+    /// Audits that an auditor works on, with the time it took the last of how many.
+    audits: BTreeMap<LeaseId, (Instant, u32)>,
+    /// Auditors that have asked and were not told of the end.
+    auditors: BTreeSet<PeerId>,
+    /// Repeated and late submissions that were answered without the books.
+    duplicates_refused: u64,
+    late_refused: u64,
 }
 
 impl fmt::Debug for Collector {
@@ -187,29 +213,51 @@ impl Collector {
         if audits && config.auditors.is_empty() {
             return Err(CollectorError::NoAuditor);
         }
-        let dispatcher = Dispatcher::new(config.dispatch.clone())?;
-        let opened =
-            tokio::task::spawn_blocking(move || journal.map(|path| Journal::open(&path)).transpose());
-        let opened = opened.await.expect("opening the journal does not panic")?;
-        let (journal, commands) = opened.map_or((None, Vec::new()), |(j, c)| (Some(j), c));
-        let (snapshots, audits) = (BTreeMap::new(), BTreeMap::new());
-        let mut state = State { dispatcher, journal, closed: false, base_ms: 0, snapshots, audits };
-        let resumed = !commands.is_empty();
-        for (now_ms, command) in commands {
-            state.base_ms = state.base_ms.max(now_ms);
-            state.dispatcher.handle(now_ms, command);
-        }
-        if resumed {
-            let base_ms = state.base_ms;
-            state.execute(base_ms, vec![Command::Recover { steps }], true)?;
-        }
+        let mut dispatcher = Dispatcher::new(config.dispatch.clone())?;
+        let settings = config.settings_hash();
+        let read = move || -> Result<_, JournalError> {
+            let mut base_ms = 0;
+            let Some(path) = journal else { return Ok((dispatcher, None, base_ms)) };
+            let mut journal = Journal::open(&path, &settings, |now_ms, command| {
+                base_ms = base_ms.max(now_ms);
+                dispatcher.handle(now_ms, command);
+            })?;
+            let committed = dispatcher.steps();
+            // The checkpoint is written before the commit.
+            let fits =
+                if journal.is_empty() { steps == 0 } else { steps == committed || steps == committed + 1 };
+            if !fits {
+                let path = path.clone();
+                return Err(JournalError::OtherCheckpoint { path, journal: committed, checkpoint: steps });
+            }
+            if !journal.is_empty() {
+                let recover = Command::Recover { steps };
+                journal.append(base_ms, std::slice::from_ref(&recover), true)?;
+                dispatcher.handle(base_ms, recover);
+            }
+            Ok((dispatcher, Some(journal), base_ms))
+        };
+        let read = tokio::task::spawn_blocking(read).await.expect("reading the journal does not panic");
+        let (dispatcher, journal, base_ms) = read?;
+        let state = State {
+            dispatcher,
+            closed: false,
+            finished: false,
+            snapshots: BTreeMap::new(),
+            audits: BTreeMap::new(),
+            auditors: BTreeSet::new(),
+            duplicates_refused: 0,
+            late_refused: 0,
+        };
         let inner = Inner {
             node: node.clone(),
             config,
             admission,
+            journal: Mutex::new(journal),
             state: Mutex::new(state),
             changed: watch::Sender::new(0),
             started: Instant::now(),
+            base_ms,
         };
         let collector = Self { inner: Arc::new(inner) };
         handlers::install(&node, &collector.inner);
@@ -241,35 +289,33 @@ impl Collector {
         &self,
         sync: &mut SequentialSync,
         snapshot: &SignedSnapshot,
-        mut task_seeds: impl FnMut(u32) -> Vec<u64>,
     ) -> Result<Vec<Group>, CollectorError> {
-        let mut changed = self.inner.changed.subscribe();
+        let mut changed = self.changes();
         loop {
-            let view = View::of(&self.inner.state().dispatcher);
-            match sync.poll(self.inner.now_ms(), &view) {
+            match sync.poll(self.now_ms(), &self.view()) {
                 Some(Action::Publish(expected)) => {
                     let got = snapshot.manifest().version;
                     if got != expected {
                         return Err(CollectorError::WrongVersion { got, expected });
                     }
                     self.publish(snapshot).await?;
-                    sync.handle_published(self.inner.now_ms())?;
+                    sync.handle_published(self.now_ms())?;
                 }
-                Some(Action::OpenGroups(n)) => {
-                    let missing = n.saturating_sub(u32::try_from(view.open_groups).unwrap_or(u32::MAX));
-                    self.command(Command::OpenGroups { task_seeds: task_seeds(missing) }).await?;
+                Some(Action::OpenGroups { up_to }) => {
+                    self.leave_behind().await?;
+                    self.open_groups(up_to).await?;
                     sync.handle_opened()?;
                 }
-                Some(Action::Train { step }) => {
-                    let take = Command::Take { step, max_groups: u32::MAX };
-                    let Outcome::Groups(groups) = self.command(take).await? else { continue };
-                    return Ok(groups);
+                Some(Action::Train { step, groups }) => {
+                    let groups = self.take(step, groups).await?;
+                    if !groups.is_empty() {
+                        return Ok(groups);
+                    }
+                    wait(&mut changed).await;
                 }
                 Some(action @ Action::Commit { .. }) => return Err(CollectorError::Unexpected { action }),
                 // The acknowledgement deadline passes without anything happening.
-                None => {
-                    let _ = tokio::time::timeout(TICK, changed.changed()).await;
-                }
+                None => wait(&mut changed).await,
             }
         }
     }
@@ -279,11 +325,67 @@ impl Collector {
     /// # Errors
     /// When there was no such step or the journal refuses.
     pub async fn commit(&self, sync: &mut SequentialSync) -> Result<(), CollectorError> {
-        sync.handle_trained()?;
-        if let Some(Action::Commit { step }) = sync.poll(self.inner.now_ms(), &View::default()) {
-            self.command(Command::Commit { step }).await?;
+        if matches!(sync.phase(), Phase::Train) {
+            sync.handle_trained()?;
+        }
+        if let Some(Action::Commit { step }) = sync.poll(self.now_ms(), &View::default()) {
+            self.commit_step(step).await?;
         }
         Ok(sync.handle_committed()?)
+    }
+
+    /// What a coordinator sees.
+    pub fn view(&self) -> View {
+        View::of(&self.inner.state().dispatcher)
+    }
+
+    /// Milliseconds of the run's clock, which stands still while the trainer is down.
+    pub fn now_ms(&self) -> u64 {
+        self.inner.now_ms()
+    }
+
+    /// Changes whenever something has happened.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    /// Nobody waits any longer for workers that have not installed the newest version; they come back when they have.
+    async fn leave_behind(&self) -> Result<(), CollectorError> {
+        let late: Vec<Command> = {
+            let state = self.inner.state();
+            let newest = Some(state.dispatcher.version());
+            let late = state.dispatcher.active_versions().into_iter().filter(|(_, v)| *v != newest);
+            late.map(|(worker, _)| Command::Disconnect { worker }).collect()
+        };
+        if !late.is_empty() {
+            self.inner.execute(late, false).await?;
+        }
+        Ok(())
+    }
+
+    /// Opens groups until so many are open, those with the learner included.
+    ///
+    /// # Errors
+    /// When the journal refuses.
+    pub async fn open_groups(&self, up_to: u32) -> Result<(), CollectorError> {
+        self.command(Command::OpenGroups { up_to }).await.map(|_| ())
+    }
+
+    /// Hands so many groups to the learner's `step`, or none. The same step gets the same groups again.
+    ///
+    /// # Errors
+    /// When the journal refuses.
+    pub async fn take(&self, step: u64, groups: u32) -> Result<Vec<Group>, CollectorError> {
+        let taken = self.command(Command::Take { step, groups }).await?;
+        Ok(if let Outcome::Groups(groups) = taken { groups } else { Vec::new() })
+    }
+
+    /// The learner's `step` is on disk: its groups are consumed.
+    ///
+    /// # Errors
+    /// When the journal refuses.
+    pub async fn commit_step(&self, step: u64) -> Result<(), CollectorError> {
+        self.command(Command::Commit { step }).await.map(|_| ())
     }
 
     /// Waits until `n` workers are registered, for at most `timeout`; how many there are then.
@@ -309,19 +411,41 @@ impl Collector {
         self.inner.state().dispatcher.convicted()
     }
 
+    /// The run is over: whoever asks for work is told so. Returns when all workers have said goodbye and all auditors were
+    /// told, or after `grace`. [`Self::close`] comes next.
+    pub async fn finish(&self, grace: Duration) {
+        let mut changed = self.changes();
+        self.inner.state().finished = true;
+        self.inner.changed.send_modify(|n| *n += 1);
+        let deadline = tokio::time::Instant::now() + grace;
+        loop {
+            let all_told = {
+                let state = self.inner.state();
+                state.dispatcher.active_versions().is_empty() && state.auditors.is_empty()
+            };
+            if all_told || tokio::time::timeout_at(deadline, changed.changed()).await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Stops answering and closes the journal, so that another collector can open it. Workers keep what they have and
     /// ask again.
     pub fn close(&self) {
-        let mut state = self.inner.state();
-        state.closed = true;
-        state.journal = None;
-        drop(state);
+        let mut journal = self.inner.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        self.inner.state().closed = true;
+        *journal = None;
+        drop(journal);
         self.inner.changed.send_modify(|n| *n += 1);
     }
 
     /// How many leases went where.
     pub fn counts(&self) -> Counts {
-        self.inner.state().dispatcher.counts()
+        let state = self.inner.state();
+        let mut counts = state.dispatcher.counts();
+        counts.duplicates_refused += state.duplicates_refused;
+        counts.late_refused += state.late_refused;
+        counts
     }
 
     /// Checks all book-keeping.
@@ -347,54 +471,55 @@ impl Inner {
     }
 
     fn now_ms(&self) -> u64 {
-        self.state().base_ms + self.elapsed_ms()
+        self.base_ms + u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    /// Writes commands down and carries them out. Waiting for the disk is done off the runtime's threads.
+    /// Writes commands down and carries them out, off the runtime's threads.
     async fn execute(
         self: &Arc<Self>,
         commands: Vec<Command>,
         durable: bool,
     ) -> Result<Vec<Outcome>, JournalError> {
         let inner = Arc::clone(self);
-        let work = move || {
-            let mut state = inner.state();
-            let now_ms = state.base_ms + inner.elapsed_ms();
-            let outcomes = state.execute(now_ms, commands, durable);
-            drop(state);
-            // A question for work that was answered with nothing must not wake those who wait for work.
-            let nothing = |outcome: &Outcome| matches!(outcome, Outcome::Leased(leases) if leases.is_empty());
-            if !outcomes.as_ref().is_ok_and(|all| all.iter().all(nothing)) {
-                inner.changed.send_modify(|n| *n += 1);
-            }
-            outcomes
-        };
+        let work = move || inner.carry_out(commands, durable);
         tokio::task::spawn_blocking(work).await.expect("carrying out a command does not panic")
+    }
+
+    /// Writes commands down and carries them out. Waits for the disk.
+    fn carry_out(&self, commands: Vec<Command>, durable: bool) -> Result<Vec<Outcome>, JournalError> {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state().closed {
+            return Err(JournalError::Closed);
+        }
+        let now_ms = self.now_ms();
+        if let Some(journal) = &mut *journal {
+            journal.append(now_ms, &commands, durable)?;
+        }
+        let outcomes: Vec<Outcome> = {
+            let mut state = self.state();
+            commands.into_iter().map(|c| state.dispatcher.handle(now_ms, c)).collect()
+        };
+        drop(journal);
+        // A question for work that was answered with nothing must not wake those who wait for work.
+        let nothing = |outcome: &Outcome| matches!(outcome, Outcome::Leased(leases) if leases.is_empty());
+        if !outcomes.iter().all(nothing) {
+            self.changed.send_modify(|n| *n += 1);
+        }
+        Ok(outcomes)
     }
 }
 
 impl State {
-    fn execute(
-        &mut self,
-        now_ms: u64,
-        commands: Vec<Command>,
-        durable: bool,
-    ) -> Result<Vec<Outcome>, JournalError> {
-        if self.closed {
-            return Err(JournalError::Closed);
-        }
-        if let Some(journal) = &mut self.journal {
-            journal.append(now_ms, &commands, durable)?;
-        }
-        let outcomes = commands.into_iter().map(|c| self.dispatcher.handle(now_ms, c)).collect();
-        let due: BTreeSet<LeaseId> = self.dispatcher.audits_due().iter().map(|t| t.id()).collect();
-        self.audits.retain(|id, _| due.contains(id));
-        Ok(outcomes)
+    /// Counts a submission that the books need not hear of.
+    fn count_refused(&mut self, answer: Submission) {
+        self.duplicates_refused += u64::from(answer == Submission::Duplicate);
+        self.late_refused += u64::from(answer != Submission::Duplicate);
     }
+}
+
+/// Until something has happened, or a moment has passed.
+async fn wait(changed: &mut watch::Receiver<u64>) {
+    let _ = tokio::time::timeout(TICK, changed.changed()).await;
 }
 
 /// Lets leases expire, and tells the dispatcher of workers that are gone.
@@ -411,30 +536,23 @@ async fn watch_workers(inner: std::sync::Weak<Inner>, mut events: broadcast::Rec
             },
         };
         let Some(inner) = inner.upgrade() else { return };
-        let (now_ms, due, known) = {
+        let now_ms = inner.now_ms();
+        let (due, known) = {
             let state = inner.state();
-            let now_ms = state.base_ms + inner.elapsed_ms();
+            if state.closed {
+                return;
+            }
             let due = state.dispatcher.next_deadline_ms().is_some_and(|at| at <= now_ms);
-            (now_ms, due, gone.as_ref().is_some_and(|peer| state.dispatcher.is_admitted(peer)))
+            (due, gone.as_ref().is_some_and(|peer| !state.dispatcher.is_gone(peer)))
         };
         let command = match gone {
             Some(worker) if known => Command::Disconnect { worker },
             None if due => Command::Tick,
             _ => continue,
         };
-        if let Err(error) = inner.execute(vec![command], false).await {
-            tracing::error!(%error, now_ms, "journal refuses");
+        match inner.execute(vec![command], false).await {
+            Ok(_) | Err(JournalError::Closed) => {}
+            Err(error) => tracing::error!(%error, now_ms, "journal refuses"),
         }
-    }
-}
-
-/// What a verdict means for the books.
-fn audit_outcome(verdict: swarm_wire::generated::echo::v1::Verdict) -> Option<AuditOutcome> {
-    use swarm_wire::generated::echo::v1::Verdict;
-    match verdict {
-        Verdict::Pass => Some(AuditOutcome::Pass),
-        Verdict::Fail => Some(AuditOutcome::Fail),
-        Verdict::Inconclusive | Verdict::Withheld => Some(AuditOutcome::Unproven),
-        Verdict::Unspecified => None,
     }
 }

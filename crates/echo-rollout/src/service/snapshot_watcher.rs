@@ -128,12 +128,16 @@ impl SnapshotWatcher {
         self.active.and_then(|(_, hash)| hash)
     }
 
-    /// Installs the snapshot, unless it is installed already. Dropping the future leaves the engine with the old or the
-    /// new weights; the version says the old one, so that the next call installs again.
+    /// The run whose snapshots are watched.
+    pub fn run(&self) -> RunId {
+        self.run
+    }
+
+    /// Checks a snapshot's signature, run, base model and version; `None` when it is the installed one.
     ///
     /// # Errors
-    /// See [`SnapshotError`]; the old weights stay.
-    pub async fn follow(&mut self, signed: Signed) -> Result<PolicyVersion, SnapshotError> {
+    /// When it is not one for this engine.
+    pub fn check(&self, signed: Signed) -> Result<Option<SnapshotManifest>, SnapshotError> {
         let snapshot = SignedSnapshot::verify(signed, &self.trainer)?;
         let manifest = snapshot.manifest();
         let version = manifest.version;
@@ -145,26 +149,58 @@ impl SnapshotWatcher {
             return Err(mismatch("base model", manifest.base_model_id.clone(), self.base_model_id.clone()));
         }
         match self.active() {
-            Some(active) if active == version => return Ok(version),
+            Some(active) if active == version => return Ok(None),
             Some(installed) if installed > version => {
                 return Err(SnapshotError::Rollback { got: version, installed });
             }
             _ => {}
         }
-        let adapter = match &manifest.payload {
-            Payload::Base => None,
-            Payload::Full(_) => return Err(SnapshotError::FullWeights { version }),
-            Payload::Lora(artefact) => {
-                let fetched = self.source.fetch(manifest, &self.trainer).await;
-                let bytes = fetched.map_err(|reason| SnapshotError::Fetch { version, reason })?;
-                manifest.check_payload(&bytes)?;
-                Some((artefact.hash, bytes.to_vec()))
-            }
-        };
+        if matches!(manifest.payload, Payload::Full(_)) {
+            return Err(SnapshotError::FullWeights { version });
+        }
+        Ok(Some(manifest.clone()))
+    }
+
+    /// Fetches and hashes the payload of a checked snapshot; the engine goes on meanwhile.
+    pub fn fetch(&self, manifest: SnapshotManifest) -> BoxFuture<'static, Result<Staged, SnapshotError>> {
+        let (source, trainer) = (Arc::clone(&self.source), self.trainer.clone());
+        Box::pin(async move {
+            let version = manifest.version;
+            let Some(hash) = manifest.payload.artefact().map(|a| a.hash) else {
+                return Ok(Staged { version, adapter: None });
+            };
+            let fetched = source.fetch(&manifest, &trainer).await;
+            let bytes = fetched.map_err(|reason| SnapshotError::Fetch { version, reason })?;
+            manifest.check_payload(&bytes)?;
+            Ok(Staged { version, adapter: Some((hash, bytes.to_vec())) })
+        })
+    }
+
+    /// Swaps a fetched snapshot in. Dropping the future leaves the engine with the old or the new weights; the version
+    /// says the old one, so that it is installed again.
+    ///
+    /// # Errors
+    /// When the engine refuses; the old weights stay.
+    pub async fn install(&mut self, staged: Staged) -> Result<PolicyVersion, SnapshotError> {
+        let Staged { version, adapter } = staged;
         let hash = adapter.as_ref().map(|(hash, _)| *hash);
         self.engine.swap_adapter(version, adapter.map(|(_, bytes)| bytes)).await?;
         self.active = Some((version, hash));
         tracing::info!(%version, run = %self.run, "installed policy");
         Ok(version)
+    }
+}
+
+/// A snapshot that is here and whose hash matched.
+#[derive(Debug)]
+pub struct Staged {
+    version: PolicyVersion,
+    adapter: Option<([u8; 32], Vec<u8>)>,
+}
+
+impl Staged {
+    /// Its version.
+    pub fn version(&self) -> PolicyVersion {
+        self.version
     }
 }

@@ -59,4 +59,8 @@ impl Opener for Prover {
         let opening = Prover::open(self, &challenge).map_err(|e| refused(e.to_string()))?;
         Ok(veri_wire::encode_opening(&opening).into())
     }
+
+    fn bytes(&self) -> usize {
+        self.memory()
+    }
 }

@@ -1,28 +1,46 @@
 //! A rollout worker: register, keep the policy current, sample what is leased, submit until it is acknowledged.
 //!
-//! Dropping the future of [`Worker::run`] stops the worker at once; its leases expire and go to others.
+//! Asking, fetching, sampling and submitting go on at the same time ([`shift`]): a finished sample is submitted at once
+//! and its place is taken by another. Dropping the future of [`Worker::run`] stops the worker at once; its leases expire
+//! and go to others.
 
-use std::collections::BTreeMap;
+mod openings;
+mod sample;
+mod shift;
+
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use lattica_net::{CallError, Node, Status, StatusCode};
-use parallax_engine::{EngineHandle, FinishReason, Request, SamplingParams};
+use parallax_engine::EngineHandle;
 use swarm_wire::generated::echo::v1 as proto;
-use swarm_wire::{PeerId, PolicyVersion, RunId};
+use swarm_wire::{PeerId, RunId};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 
-use super::referee::Referee;
 use super::snapshot_watcher::{PayloadSource, SnapshotWatcher};
-use super::{AskError, LEASE, LONG_POLL, OPEN, REGISTER, SUBMIT, ask, encode};
-use crate::environment::{Environment, Task, Turn};
-use crate::lease::{Lease, LeaseId};
-use crate::rollout::{Finish, Sample, Step, Trajectory};
+use super::{AskError, LEASE, LONG_POLL, OPEN, REGISTER, ask};
+use crate::environment::Environment;
+use crate::lease::Lease;
 use crate::text::Text;
-use crate::wire;
+use openings::Openings;
+use shift::{End, Shift};
+
+/// What becomes of samples in the making when a newer policy is here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InFlight {
+    /// They are finished with the old one, and nothing is begun meanwhile.
+    #[default]
+    Finish,
+    /// They go on with the new one: each token carries the version that sampled it. The engine must be set to
+    /// [`parallax_engine::OnSwap::Recompute`], which is its default. Not together with commitments, which are about one
+    /// policy: such samples are given back.
+    Switch,
+    /// They are broken off and their leases given back, which counts against nobody.
+    Abort,
+}
 
 /// How a worker behaves.
 #[derive(Debug, Clone)]
@@ -41,6 +59,10 @@ pub struct WorkerConfig {
     pub give_up: Duration,
     /// Commitments kept for auditors; the oldest go first. Default: 1024.
     pub openings: usize,
+    /// Memory for them. Default: 256 MiB.
+    pub openings_bytes: usize,
+    /// What becomes of samples in the making when a newer policy is here. Default: they are finished.
+    pub in_flight: InFlight,
     /// How long the environment may take to answer; a lease whose episode takes longer is given back. Default: 30 s.
     pub episode_timeout: Duration,
 }
@@ -56,6 +78,8 @@ impl WorkerConfig {
             retry_pause: Duration::from_millis(250),
             give_up: Duration::from_secs(60),
             openings: 1024,
+            openings_bytes: 256 << 20,
+            in_flight: InFlight::default(),
             episode_timeout: Duration::from_secs(30),
         }
     }
@@ -94,6 +118,9 @@ pub trait Opener: Send {
     /// # Errors
     /// When the challenge is not one for this commitment.
     fn open(&self, challenge: &[u8]) -> Result<Bytes, CommitError>;
+
+    /// Memory that it keeps.
+    fn bytes(&self) -> usize;
 }
 
 /// A commitment that could not be made or opened.
@@ -157,7 +184,7 @@ pub struct Worker {
     committer: Option<Arc<dyn Committer>>,
     config: WorkerConfig,
     incarnation: u64,
-    openings: Arc<Mutex<BTreeMap<LeaseId, Box<dyn Opener>>>>,
+    openings: Arc<Mutex<Openings>>,
     stats: watch::Sender<WorkerStats>,
     last_answer: Instant,
 }
@@ -181,7 +208,8 @@ impl Worker {
     ) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let incarnation = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        let (openings, stats) = (Arc::default(), watch::Sender::new(WorkerStats::default()));
+        let openings = Arc::new(Mutex::new(Openings::new(config.openings, config.openings_bytes)));
+        let stats = watch::Sender::new(WorkerStats::default());
         let last_answer = Instant::now();
         Self {
             node,
@@ -203,22 +231,43 @@ impl Worker {
         self.stats.subscribe()
     }
 
-    /// Works until the trainer refuses the worker or stays silent.
+    /// Works until the run is finished.
     ///
     /// # Errors
-    /// See [`WorkerError`].
+    /// The trainer refuses the worker or stays silent: see [`WorkerError`].
     pub async fn run(mut self) -> Result<(), WorkerError> {
         self.answer_challenges();
+        let mut last: Option<SnapshotWatcher> = None;
         loop {
             let run = self.register().await?;
-            let mut watcher = SnapshotWatcher::new(
-                self.config.trainer.clone(),
-                run,
-                self.config.base_model_id.clone(),
-                self.engine.clone(),
-                Arc::clone(&self.source),
-            );
-            while self.round(&mut watcher).await? {}
+            let watcher = last.take().filter(|watcher| watcher.run() == run).unwrap_or_else(|| {
+                // Numbers of leases begin anew.
+                openings::lock(&self.openings).clear();
+                SnapshotWatcher::new(
+                    self.config.trainer.clone(),
+                    run,
+                    self.config.base_model_id.clone(),
+                    self.engine.clone(),
+                    Arc::clone(&self.source),
+                )
+            });
+            match Shift::new(&mut self, watcher).work().await? {
+                End::Register(watcher) => last = watcher,
+                End::Finished => {
+                    self.leave().await;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Says goodbye, so that nobody waits for this worker.
+    async fn leave(&self) {
+        let question =
+            proto::LeaseRequest { incarnation: self.incarnation, leaving: true, ..Default::default() };
+        let reply: Result<proto::LeaseReply, _> = self.ask(LEASE, &question).await;
+        if let Err(error) = reply {
+            tracing::debug!(%error, "goodbye not heard");
         }
     }
 
@@ -226,7 +275,7 @@ impl Worker {
     fn answer_challenges(&self) {
         let (openings, trainer) = (Arc::clone(&self.openings), self.config.trainer.clone());
         self.node.handle(OPEN, move |peer, body| {
-            let answer = open(&openings, &trainer, &peer, &body);
+            let answer = openings::open(&openings, &trainer, &peer, &body);
             async move { answer }
         });
     }
@@ -244,112 +293,6 @@ impl Worker {
                 Some(reply) => return Ok(RunId(reply.run)),
                 None => tokio::time::sleep(self.config.retry_pause).await,
             }
-        }
-    }
-
-    /// One question for work and what follows from it; false when the worker must register again.
-    async fn round(&mut self, watcher: &mut SnapshotWatcher) -> Result<bool, WorkerError> {
-        let request = proto::LeaseRequest {
-            incarnation: self.incarnation,
-            active_version: watcher.active().map(|v| v.0),
-            max_leases: self.config.max_leases,
-        };
-        let reply: Result<proto::LeaseReply, _> = self.ask(LEASE, &request).await;
-        let Some(reply) = self.judge(reply)? else {
-            tokio::time::sleep(self.config.retry_pause).await;
-            return Ok(false);
-        };
-        if let Some(signed) = reply.snapshot {
-            match watcher.follow(signed).await {
-                Ok(version) => self.stats.send_modify(|s| s.version = Some(version.0)),
-                Err(error) => {
-                    tracing::warn!(%error, "snapshot not installed");
-                    tokio::time::sleep(self.config.retry_pause).await;
-                }
-            }
-        }
-        let leases: Vec<Lease> = reply.leases.into_iter().filter_map(|l| Lease::try_from(l).ok()).collect();
-        if leases.is_empty() {
-            tokio::time::sleep(Duration::from_millis(reply.wait_ms.min(10_000).into())).await;
-            return Ok(true);
-        }
-        let request = self.serve(leases, watcher).await;
-        let nothing_made = request.trajectories.is_empty();
-        let registered = self.submit(request).await?;
-        if nothing_made {
-            // Whatever is wrong here is still wrong at once; others may take the samples meanwhile.
-            tokio::time::sleep(self.config.retry_pause).await;
-        }
-        Ok(registered)
-    }
-
-    /// Samples all leases at once, so that the engine batches them.
-    async fn serve(&self, leases: Vec<Lease>, watcher: &SnapshotWatcher) -> proto::SubmitRequest {
-        let mut samples = JoinSet::new();
-        let mut request = proto::SubmitRequest { incarnation: self.incarnation, ..Default::default() };
-        let active = watcher.active();
-        for lease in leases {
-            if active != Some(lease.version) {
-                let reason = format!("leased for {} but {active:?} is installed", lease.version);
-                request.failed.push(proto::FailedLease { lease: lease.id.0, reason });
-                continue;
-            }
-            samples.spawn(sample(
-                self.engine.clone(),
-                Arc::clone(&self.environment),
-                Arc::clone(&self.text),
-                self.committer.clone(),
-                (lease, watcher.adapter_hash(), self.node.peer_id()),
-                self.config.episode_timeout,
-            ));
-        }
-        while let Some(done) = samples.join_next().await {
-            let Ok(done) = done else { continue };
-            match done {
-                Ok((trajectory, opener)) => {
-                    self.stats.send_modify(|s| {
-                        s.sampled += 1;
-                        s.tokens += trajectory.steps().len() as u64;
-                        s.reward_sum += f64::from(trajectory.reward().value());
-                    });
-                    if let Some(opener) = opener {
-                        let mut openings = self.openings.lock().unwrap_or_else(PoisonError::into_inner);
-                        openings.insert(trajectory.id(), opener);
-                        while openings.len() > self.config.openings {
-                            openings.pop_first();
-                        }
-                    }
-                    request.trajectories.push((&trajectory).into());
-                }
-                Err((lease, reason)) => {
-                    tracing::warn!(%lease, reason, "lease given back");
-                    self.stats.send_modify(|s| s.failed += 1);
-                    request.failed.push(proto::FailedLease { lease: lease.0, reason });
-                }
-            }
-        }
-        request
-    }
-
-    /// Submits until it is acknowledged. Repeats are harmless: the trainer knows each lease.
-    async fn submit(&mut self, request: proto::SubmitRequest) -> Result<bool, WorkerError> {
-        loop {
-            let reply: Result<proto::SubmitReply, _> = self.ask(SUBMIT, &request).await;
-            let lost = matches!(&reply, Err(AskError::Call(error)) if status(error).is_none());
-            let Some(reply) = self.judge(reply)? else {
-                if lost {
-                    tokio::time::sleep(self.config.retry_pause).await;
-                    continue;
-                }
-                return Ok(false);
-            };
-            let taken = [proto::SubmitStatus::Accepted, proto::SubmitStatus::Duplicate];
-            let accepted = reply.outcomes.iter().filter(|o| taken.contains(&o.status())).count() as u64;
-            self.stats.send_modify(|s| {
-                s.accepted += accepted;
-                s.refused += reply.outcomes.len() as u64 - accepted;
-            });
-            return Ok(true);
         }
     }
 
@@ -390,149 +333,7 @@ impl Worker {
     }
 }
 
+/// What the trainer said, if it said something.
 fn status(error: &CallError) -> Option<&Status> {
     if let CallError::Remote { status, .. } = error { Some(status) } else { None }
-}
-
-fn open(
-    openings: &Mutex<BTreeMap<LeaseId, Box<dyn Opener>>>,
-    trainer: &PeerId,
-    peer: &PeerId,
-    body: &[u8],
-) -> Result<Bytes, Status> {
-    if peer != trainer {
-        return Err(Status::permission_denied("only the trainer passes challenges on"));
-    }
-    let request: proto::OpenRequest =
-        wire::message("open request", body).map_err(Status::invalid_argument)?;
-    let openings = openings.lock().unwrap_or_else(PoisonError::into_inner);
-    let opener = openings.get(&LeaseId(request.lease));
-    let opener = opener
-        .ok_or_else(|| Status::not_found(format!("no commitment to lease {} is kept", request.lease)))?;
-    let opening = opener.open(&request.challenge).map_err(Status::invalid_argument)?;
-    Ok(encode(&proto::OpenReply { opening }))
-}
-
-type Made = (Trajectory, Option<Box<dyn Opener>>);
-
-/// Makes one trajectory, or says why the lease is given back.
-async fn sample(
-    engine: EngineHandle,
-    environment: Arc<dyn Environment>,
-    text: Arc<dyn Text>,
-    committer: Option<Arc<dyn Committer>>,
-    (lease, adapter_hash, worker): (Lease, Option<[u8; 32]>, PeerId),
-    timeout: Duration,
-) -> Result<Made, (LeaseId, String)> {
-    let back = |e: &dyn fmt::Display| (lease.id, e.to_string());
-    if committer.is_some() && environment.turns() > 1 {
-        return Err(back(&"commitments cover a single turn; take a run without audits for this environment"));
-    }
-    let name = environment.name().to_owned();
-    let task = environment.task(lease.task_seed);
-    let prompt = text.prompt(&task).map_err(|e| back(&e))?;
-    let mut referee = Referee::start(environment, task.clone(), timeout).map_err(|e| back(&e))?;
-    let mut play = Play { engine, text, task, lease, steps: Vec::new(), rows: Vec::new() };
-    let (reward, finish) = loop {
-        let turn = play.turn(&prompt, committer.is_some()).await.map_err(|e| back(&e))?;
-        let answer = referee.step(turn.said).await.map_err(|e| back(&e))?;
-        match (answer, turn.stopped) {
-            (Turn::Done(reward), true) => break (reward, Finish::Stop),
-            (Turn::Done(reward), false) => break (reward, Finish::Length),
-            (Turn::Continue { observation }, true) if play.hear(&observation).map_err(|e| back(&e))? => {}
-            (Turn::Continue { .. }, _) => {
-                break (referee.cut().await.map_err(|e| back(&e))?, Finish::Length);
-            }
-        }
-    };
-    let Play { steps, rows, .. } = play;
-    let (commitment, opener) = match committer {
-        None => (Bytes::new(), None),
-        Some(committer) => {
-            let tokens: Vec<u32> = steps.iter().map(|s| s.token).collect();
-            let logprobs: Vec<f32> = steps.iter().map(|s| s.logprob).collect();
-            let (lease, prompt) = (&lease, &prompt[..]);
-            let work =
-                Work { lease, prompt, tokens: &tokens, logprobs: &logprobs, rows: &rows, adapter_hash };
-            let (commitment, opener) = committer.commit(&work).map_err(|e| back(&e))?;
-            (commitment, Some(opener))
-        }
-    };
-    let sample = Sample { lease, worker, environment: name, prompt, steps, finish, reward, commitment };
-    Ok((Trajectory::new(sample).map_err(|e| back(&e))?, opener))
-}
-
-/// A transcript in the making.
-struct Play {
-    engine: EngineHandle,
-    text: Arc<dyn Text>,
-    task: Task,
-    lease: Lease,
-    steps: Vec<Step>,
-    /// Final-norm rows of the sampled tokens, where a committer asked for them.
-    rows: Vec<Vec<f32>>,
-}
-
-/// What the policy said in one turn.
-struct Said {
-    said: String,
-    /// By an end-of-sequence token, not for want of room.
-    stopped: bool,
-}
-
-impl Play {
-    /// Samples one turn after `prompt` and all that was said.
-    async fn turn(&mut self, prompt: &[u32], capture_hidden: bool) -> Result<Said, String> {
-        let s = self.lease.sampling;
-        let before = self.steps.len();
-        let sampling = SamplingParams {
-            temperature: s.temperature,
-            top_k: s.top_k as usize,
-            top_p: s.top_p,
-            seed: s.seed,
-            max_tokens: (s.max_tokens as usize).saturating_sub(before),
-            stop_ids: self.text.stop_ids().to_vec(),
-            ..SamplingParams::default()
-        };
-        let context = prompt.iter().copied().chain(self.steps.iter().map(|s| s.token)).collect();
-        let request = Request { prompt: context, sampling, capture_hidden, ..Request::default() };
-        let completion = self.engine.generate(request).await.map_err(|e| e.to_string())?;
-        let stopped = match completion.reason {
-            FinishReason::Stop => true,
-            FinishReason::Length => false,
-            FinishReason::Aborted | FinishReason::Error => {
-                return Err(completion
-                    .error
-                    .map_or_else(|| "sampling was aborted".to_owned(), |e| e.to_string()));
-            }
-        };
-        let version = self.lease.version;
-        if let Some(odd) = completion.tokens.iter().find(|t| t.version != version) {
-            return Err(format!("sampled with {} instead of {version}", odd.version));
-        }
-        self.steps.extend(completion.tokens.iter().map(|t| step(t, version)));
-        if capture_hidden {
-            let rows: Option<Vec<Vec<f32>>> = completion.tokens.into_iter().map(|t| t.hidden).collect();
-            self.rows.extend(rows.ok_or("the engine captured no hidden rows")?);
-        }
-        let tokens: Vec<u32> = self.steps[before..].iter().map(|s| s.token).collect();
-        Ok(Said { said: self.text.completion(&tokens), stopped })
-    }
-
-    /// Writes down what the environment says; false when there is no room for a word of the policy after it.
-    fn hear(&mut self, observation: &str) -> Result<bool, String> {
-        let tokens = self.text.observation(&self.task, observation).map_err(|e| e.to_string())?;
-        let room = self.steps.len() + tokens.len() < self.lease.sampling.max_tokens as usize;
-        if room {
-            let version = self.lease.version;
-            let foreign = |token| Step { token, logprob: 0.0, version, trainable: false };
-            self.steps.extend(tokens.into_iter().map(foreign));
-        }
-        Ok(room)
-    }
-}
-
-/// The log-probability is the one under the distribution that was sampled from.
-fn step(token: &parallax_engine::Token, version: PolicyVersion) -> Step {
-    Step { token: token.id, logprob: token.sampled_logprob, version, trainable: true }
 }

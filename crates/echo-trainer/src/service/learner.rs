@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -252,10 +253,11 @@ impl<P: Update + Send + 'static> Learner<P> {
         config.validate()?;
         let environment: Arc<dyn Environment> = Arc::from(by_name(&config.environment)?);
         let trainer = open_trainer(&config, parts.policy, &parts.base_model_id, dir)?;
+        let secret = audit_secret(&parts.node.identity().secret_seed(), config.seed);
         let collector_config = CollectorConfig {
             auditors: config.auditors.clone(),
             ..CollectorConfig::new(
-                config.dispatch(),
+                config.dispatch(secret),
                 parts.base_model_id.clone(),
                 config.environment.clone(),
                 environment.version(),
@@ -318,19 +320,19 @@ impl<P: Update + Send + 'static> Learner<P> {
         };
         let first = self.version();
         let mut sync = SequentialSync::new(round, first, first.0);
-        let (mut training, mut convicted) = (Duration::ZERO, 0);
+        let (mut training, mut convicted) = (Duration::ZERO, BTreeSet::new());
         let loop_started = Instant::now();
-        for step in first.0..self.config.trainer.steps {
+        for _ in first.0..self.config.trainer.steps {
             if started.elapsed() > Duration::from_secs(self.config.seconds) {
                 break;
             }
             let step_started = Instant::now();
-            let mut seeds = self.config.task_seeds(step);
-            let groups = self.collector.round(&mut sync, &snapshot, |n| seeds.take(n)).await?;
+            let groups = self.collector.round(&mut sync, &snapshot).await?;
             let rollouts_s = step_started.elapsed().as_secs_f64();
-            for (peer, audits) in self.collector.convicted().into_iter().skip(convicted) {
-                convicted += 1;
-                tell(LearnerEvent::Convicted { peer, audits });
+            for (peer, audits) in self.collector.convicted() {
+                if convicted.insert(peer.clone()) {
+                    tell(LearnerEvent::Convicted { peer, audits });
+                }
             }
             let completions = groups.iter().flat_map(|g| &g.trajectories).map(|t| t.completion().len());
             let completion_tokens = completions.sum();
@@ -339,7 +341,6 @@ impl<P: Update + Send + 'static> Learner<P> {
             training += train_started.elapsed();
             snapshot = self.snapshot().await?;
             self.collector.commit(&mut sync).await?;
-            self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
             tell(LearnerEvent::Step(StepEvent {
                 version: report.version,
                 reward: report.reward_mean,
@@ -355,13 +356,16 @@ impl<P: Update + Send + 'static> Learner<P> {
             }));
         }
         let loop_s = loop_started.elapsed().as_secs_f64();
+        self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
         self.collector.publish(&snapshot).await?;
         tell(LearnerEvent::Eval(self.evaluate().await?));
         Ok(self.summary(training.as_secs_f64() / loop_s.max(1e-9)))
     }
 
-    /// Workers see that the run is over and end by themselves; the journal is closed.
-    pub fn close(&self) {
+    /// Tells workers and auditors that the run is over, waits for their goodbyes for at most `grace`, and closes the
+    /// journal.
+    pub async fn finish(&self, grace: Duration) {
+        self.collector.finish(grace).await;
         self.collector.close();
     }
 
@@ -436,6 +440,14 @@ impl<P: Update + Send + 'static> Learner<P> {
     }
 }
 
+/// Decides which trajectories are audited: known to the owner of the node's key alone, and the same after a restart, so that
+/// the journal's commands mean the same.
+fn audit_secret(node: &[u8; 32], run: u64) -> u64 {
+    let mut hasher = blake3::Hasher::new_derive_key("echo-trainer audit draw v1");
+    hasher.update(node).update(&run.to_le_bytes());
+    u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("eight bytes"))
+}
+
 /// The trainer of the checkpoint in `dir`, or a new one. More steps than before may be asked for; nothing else changes.
 fn open_trainer<P: Update>(
     config: &RunConfig,
@@ -453,4 +465,16 @@ fn open_trainer<P: Update>(
         return Err(LearnerError::OtherSettings { path: dir.to_owned() });
     }
     Ok(Trainer::resume(policy, &checkpoint, config.run(), base_model_id)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_audit_draw_is_the_learners_own_and_stays_the_same() {
+        assert_eq!(audit_secret(&[1; 32], 7), audit_secret(&[1; 32], 7));
+        assert_ne!(audit_secret(&[1; 32], 7), audit_secret(&[2; 32], 7), "another learner draws differently");
+        assert_ne!(audit_secret(&[1; 32], 7), audit_secret(&[1; 32], 8));
+    }
 }

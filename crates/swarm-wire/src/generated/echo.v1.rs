@@ -30,8 +30,15 @@ pub struct LeaseRequest {
     /// The version whose hash the worker has checked and installed; absent until there is one.
     #[prost(uint64, optional, tag = "2")]
     pub active_version: ::core::option::Option<u64>,
+    /// 0 only asks for news.
     #[prost(uint32, tag = "3")]
     pub max_leases: u32,
+    /// The newest version that the worker knows of, which it may be fetching; it is not told of it again.
+    #[prost(uint64, optional, tag = "4")]
+    pub known_version: ::core::option::Option<u64>,
+    /// Goodbye: the leases go to others at once, and nobody waits for this worker.
+    #[prost(bool, tag = "5")]
+    pub leaving: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LeaseReply {
@@ -40,9 +47,9 @@ pub struct LeaseReply {
     /// The current SnapshotManifest.
     #[prost(message, optional, tag = "2")]
     pub snapshot: ::core::option::Option<super::super::swarm::v1::Signed>,
-    /// When there are no leases: ask again after this long.
-    #[prost(uint32, tag = "3")]
-    pub wait_ms: u32,
+    /// The run is over; there is nothing more to ask.
+    #[prost(bool, tag = "4")]
+    pub finished: bool,
 }
 /// The right and the duty to make one sample.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
@@ -151,6 +158,9 @@ pub struct FailedLease {
     pub lease: u64,
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
+    /// Broken off for a newer policy; does not count as an attempt.
+    #[prost(bool, tag = "3")]
+    pub aborted: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SubmitReply {
@@ -177,8 +187,9 @@ pub struct AuditRequest {
 pub struct AuditReply {
     #[prost(message, repeated, tag = "1")]
     pub jobs: ::prost::alloc::vec::Vec<AuditJob>,
-    #[prost(uint32, tag = "2")]
-    pub wait_ms: u32,
+    /// The run is over; there is nothing more to ask.
+    #[prost(bool, tag = "3")]
+    pub finished: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AuditJob {
@@ -339,7 +350,7 @@ pub struct JournalEntry {
     pub worker: ::prost::bytes::Bytes,
     #[prost(
         oneof = "journal_entry::Command",
-        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17"
     )]
     pub command: ::core::option::Option<journal_entry::Command>,
 }
@@ -347,8 +358,9 @@ pub struct JournalEntry {
 pub mod journal_entry {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Command {
-        #[prost(message, tag = "3")]
-        OpenGroups(super::OpenGroups),
+        /// How many are to be open.
+        #[prost(uint32, tag = "3")]
+        OpenGroups(u32),
         #[prost(uint64, tag = "4")]
         SetVersion(u64),
         /// Incarnation.
@@ -361,7 +373,7 @@ pub mod journal_entry {
         #[prost(uint32, tag = "7")]
         Lease(u32),
         #[prost(message, tag = "8")]
-        Submit(super::SubmitCommand),
+        Submit(super::Trajectory),
         #[prost(message, tag = "9")]
         Fail(super::FailedLease),
         #[prost(message, tag = "10")]
@@ -378,23 +390,16 @@ pub mod journal_entry {
         /// Number of steps that the trainer's checkpoint contains.
         #[prost(uint64, tag = "15")]
         Recover(u64),
+        /// Lease whose trajectory admission refused.
+        #[prost(uint64, tag = "16")]
+        Refuse(u64),
+        /// The first entry: BLAKE3 of the settings that all later ones were carried out under.
+        #[prost(bytes, tag = "17")]
+        Settings(::prost::bytes::Bytes),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Empty {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct OpenGroups {
-    #[prost(uint64, repeated, tag = "1")]
-    pub task_seeds: ::prost::alloc::vec::Vec<u64>,
-}
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct SubmitCommand {
-    #[prost(message, optional, tag = "1")]
-    pub trajectory: ::core::option::Option<Trajectory>,
-    /// Why admission refused it; empty when it did not.
-    #[prost(string, tag = "2")]
-    pub refused: ::prost::alloc::string::String,
-}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VerdictCommand {
     #[prost(uint64, tag = "1")]
@@ -407,7 +412,7 @@ pub struct TakeCommand {
     #[prost(uint64, tag = "1")]
     pub step: u64,
     #[prost(uint32, tag = "2")]
-    pub max_groups: u32,
+    pub groups: u32,
 }
 /// Travels inside swarm.v1.Signed with the domain "echo/v1/snapshot", signed with the trainer's node key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,5 +1,6 @@
 //! The calls that workers and auditors make.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
@@ -10,8 +11,8 @@ use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::{DecodeError, PeerId, PolicyVersion};
 
-use super::{Inner, State, audit_outcome};
-use crate::dispatcher::{Command, Outcome, Refusal, Submission};
+use super::Inner;
+use crate::dispatcher::{AuditOutcome, Command, Outcome, Refusal, Submission};
 use crate::lease::{Lease, LeaseId};
 use crate::rollout::Trajectory;
 use crate::service::journal::JournalError;
@@ -19,7 +20,10 @@ use crate::service::{
     AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, LEASE, LONG_POLL, OPEN, REGISTER, SUBMIT, VERDICT_DOMAIN, encode,
 };
 use crate::snapshot::signer;
-use crate::wire::{self, MAX_OPENING_BYTES, MAX_SUBMISSION, message};
+use crate::wire::{self, MAX_OPENING_BYTES, MAX_SUBMISSION, audit_outcome, message};
+
+/// Audits are handed out until an answer is this long: an auditor reads no message of more than 4 MiB.
+const MAX_JOB_BYTES: usize = 1 << 20;
 
 pub(super) fn install(node: &Node, inner: &Arc<Inner>) {
     method(node, inner, REGISTER, register);
@@ -64,22 +68,27 @@ async fn register(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Byte
         let text = format!("environment {} has version {expected} here, not {got}", config.environment);
         return Err(Status::invalid_argument(text));
     }
-    let command = Command::Register { worker, incarnation: m.incarnation };
-    carried_out(inner.execute(vec![command], false).await)?;
+    let known = {
+        let d = &inner.state().dispatcher;
+        d.is_admitted(&worker) && !d.is_gone(&worker) && d.incarnation(&worker) == Some(m.incarnation)
+    };
+    if !known {
+        let command = Command::Register { worker, incarnation: m.incarnation };
+        carried_out(inner.execute(vec![command], false).await)?;
+    }
     let run = config.dispatch.run.0;
-    let snapshot = current_snapshot(&inner.state());
+    let snapshot = inner.state().snapshots.last_key_value().map(|(_, s)| s.signed().clone());
     Ok(encode(&proto::RegisterReply { run, snapshot, lease_ttl_ms: config.dispatch.lease_ttl_ms }))
 }
 
 /// Answers as soon as there is a newer snapshot or something to make, or after a while with nothing.
 async fn lease(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes, Status> {
     let m: proto::LeaseRequest = message("lease request", &body).map_err(Status::invalid_argument)?;
-    let active = m.active_version.map(PolicyVersion);
     let until = tokio::time::Instant::now() + LONG_POLL;
     let mut changed = inner.changed.subscribe();
     loop {
-        let (snapshot, commands) = lease_commands(&inner.state(), &worker, active, m.max_leases)?;
-        let newer = snapshot.is_some();
+        let Found { snapshot, finished, commands } = look(&inner, &worker, &m)?;
+        let news = snapshot.is_some() || finished || m.leaving;
         let mut leases: Vec<Lease> = Vec::new();
         if !commands.is_empty() {
             for outcome in inner.execute(commands, false).await.map_err(Status::internal)? {
@@ -90,50 +99,69 @@ async fn lease(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes, 
                 }
             }
         }
-        let over = tokio::time::Instant::now() >= until;
-        if newer || over || !leases.is_empty() {
+        if news || !leases.is_empty() || tokio::time::Instant::now() >= until {
             let leases = leases.iter().map(proto::Lease::from).collect();
-            return Ok(encode(&proto::LeaseReply { leases, snapshot, wait_ms: 0 }));
+            return Ok(encode(&proto::LeaseReply { leases, snapshot, finished }));
         }
         let _ = tokio::time::timeout_at(until, changed.changed()).await;
     }
 }
 
-/// The snapshot that the worker lacks, and what its question changes: nothing when there is nothing to make for it.
-fn lease_commands(
-    state: &State,
-    worker: &PeerId,
-    active: Option<PolicyVersion>,
-    max: u32,
-) -> Result<(Option<Signed>, Vec<Command>), Status> {
+/// What there is for a worker.
+struct Found {
+    /// A snapshot that it does not know.
+    snapshot: Option<Signed>,
+    /// The run is over.
+    finished: bool,
+    /// What its question changes: nothing when there is nothing to make for it.
+    commands: Vec<Command>,
+}
+
+fn look(inner: &Inner, worker: &PeerId, m: &proto::LeaseRequest) -> Result<Found, Status> {
+    let state = inner.state();
     let dispatcher = &state.dispatcher;
     if state.closed {
         return Err(Status::unavailable("the run has ended"));
     }
-    if !dispatcher.is_registered(worker) {
-        return Err(refused(Refusal::NotRegistered));
-    }
-    if !dispatcher.is_admitted(worker) {
-        return Err(refused(Refusal::Convicted));
-    }
+    admitted(&state, worker, m.incarnation)?;
     let mut commands = Vec::new();
-    if let Some(version) = active
-        && dispatcher.active_version(worker) != active
-    {
+    if m.leaving {
+        if !dispatcher.is_gone(worker) {
+            commands.push(Command::Disconnect { worker: worker.clone() });
+        }
+        return Ok(Found { snapshot: None, finished: state.finished, commands });
+    }
+    let active = m.active_version.map(PolicyVersion);
+    if let Some(version) = active.filter(|v| dispatcher.active_version(worker) != Some(*v)) {
+        if version > dispatcher.version() {
+            return Err(refused(Refusal::UnknownVersion));
+        }
         commands.push(Command::Acknowledge { worker: worker.clone(), version });
     }
-    let newest = state.snapshots.last_key_value().map(|(version, _)| *version);
-    if newest.is_some() && newest != active {
-        return Ok((current_snapshot(state), commands));
+    if state.finished {
+        return Ok(Found { snapshot: None, finished: true, commands });
     }
-    if active.is_some_and(|version| dispatcher.has_pending(version)) {
-        commands.push(Command::Lease { worker: worker.clone(), max });
+    let known = active.max(m.known_version.map(PolicyVersion));
+    let newest = state.snapshots.last_key_value().filter(|(version, _)| known != Some(**version));
+    let snapshot = newest.map(|(_, snapshot)| snapshot.signed().clone());
+    // An acknowledgement makes a difference to what it may have; both are carried out together.
+    let may = !commands.is_empty() || dispatcher.can_lease(inner.now_ms(), worker);
+    if m.max_leases > 0 && active.is_some() && may {
+        commands.push(Command::Lease { worker: worker.clone(), max: m.max_leases });
     }
-    Ok((None, commands))
+    Ok(Found { snapshot, finished: false, commands })
 }
 
-fn current_snapshot(state: &State) -> Option<Signed> {
-    state.snapshots.last_key_value().map(|(_, snapshot)| snapshot.signed().clone())
+/// Only the last start of a worker that is registered and not convicted has a say.
+fn admitted(state: &super::State, worker: &PeerId, incarnation: u64) -> Result<(), Status> {
+    let dispatcher = &state.dispatcher;
+    match dispatcher.incarnation(worker) {
+        None => Err(refused(Refusal::NotRegistered)),
+        Some(_) if !dispatcher.is_admitted(worker) => Err(refused(Refusal::Convicted)),
+        Some(registered) if registered > incarnation => Err(refused(Refusal::OldIncarnation)),
+        Some(registered) if registered < incarnation => Err(refused(Refusal::NotRegistered)),
+        Some(_) => Ok(()),
+    }
 }
 
 async fn submit(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes, Status> {
@@ -141,50 +169,86 @@ async fn submit(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes,
     if m.trajectories.len() > MAX_SUBMISSION || m.failed.len() > MAX_SUBMISSION {
         return Err(Status::invalid_argument(format!("at most {MAX_SUBMISSION} trajectories at once")));
     }
-    if !inner.state().dispatcher.is_registered(&worker) {
-        return Err(refused(Refusal::NotRegistered));
-    }
-    let mut commands = Vec::new();
-    let mut answers: Vec<(u64, String)> = Vec::new();
-    for t in m.trajectories {
-        let lease = t.lease.as_ref().map_or(u64::MAX, |l| l.id);
-        let (command, reason) = judged(&inner, &worker, t, lease);
-        if !reason.is_empty() {
-            tracing::warn!(worker = %worker.short(), lease, reason, "trajectory refused");
+    {
+        let state = inner.state();
+        let own = state.dispatcher.incarnation(&worker);
+        // A convicted worker is told with its question for work; what it sends has no lease any more.
+        if own != Some(m.incarnation) {
+            let old = own.is_some_and(|registered| registered > m.incarnation);
+            return Err(refused(if old { Refusal::OldIncarnation } else { Refusal::NotRegistered }));
         }
-        commands.push(command);
-        answers.push((lease, reason));
     }
-    for failed in &m.failed {
-        let (worker, reason) = (worker.short(), failed.reason.chars().take(200).collect::<String>());
-        tracing::warn!(worker, lease = failed.lease, reason, "lease given back");
-    }
-    let failed = m.failed.iter().map(|f| LeaseId(f.lease));
-    commands.extend(failed.map(|lease| Command::Fail { worker: worker.clone(), lease }));
-    let outcomes = inner.execute(commands, true).await.map_err(Status::internal)?;
-    let outcome = |((lease, reason), outcome): ((u64, String), Outcome)| {
-        let status = match outcome {
-            Outcome::Submitted(Submission::Accepted) => proto::SubmitStatus::Accepted,
-            Outcome::Submitted(Submission::Duplicate) => proto::SubmitStatus::Duplicate,
-            Outcome::Submitted(Submission::Late) => proto::SubmitStatus::Late,
-            Outcome::Submitted(Submission::Stale) => proto::SubmitStatus::Stale,
-            _ => proto::SubmitStatus::Rejected,
-        };
-        proto::SubmitOutcome { lease, status: status.into(), reason }
-    };
-    let outcomes = answers.into_iter().zip(outcomes).map(outcome).collect();
-    Ok(encode(&proto::SubmitReply { outcomes }))
+    // Judging renders prompts and plays episodes; writing waits for the disk.
+    let work = move || take_in(&inner, &worker, m);
+    let reply = tokio::task::spawn_blocking(work).await.expect("taking a submission in does not panic");
+    Ok(encode(&reply.map_err(Status::internal)?))
 }
 
-/// Admission; a trajectory that cannot even be read gives its lease back.
-fn judged(inner: &Inner, worker: &PeerId, t: proto::Trajectory, lease: u64) -> (Command, String) {
-    match wire::trajectory(t, worker) {
-        Ok(trajectory) => {
-            let reason = inner.admission.admit(&trajectory).err().map(|e| e.to_string()).unwrap_or_default();
-            (Command::Submit { trajectory, refused: !reason.is_empty() }, reason)
+/// Judges and writes down what came for leases that the worker holds; answers the rest from the books.
+fn take_in(
+    inner: &Inner,
+    worker: &PeerId,
+    m: proto::SubmitRequest,
+) -> Result<proto::SubmitReply, JournalError> {
+    let mut commands = Vec::new();
+    let mut outcomes: Vec<proto::SubmitOutcome> = Vec::new();
+    let mut waiting = Vec::new();
+    for t in m.trajectories {
+        let lease = t.lease.as_ref().map_or(u64::MAX, |l| l.id);
+        let mut outcome = proto::SubmitOutcome { lease, status: 0, reason: String::new() };
+        let answer = inner.state().dispatcher.answer(worker, LeaseId(lease));
+        if let Some(answer) = answer {
+            inner.state().count_refused(answer);
+            outcome.status = status(answer).into();
+        } else {
+            let (command, reason) = judged(inner, worker, t, LeaseId(lease));
+            if !reason.is_empty() {
+                tracing::warn!(worker = %worker.short(), lease, reason, "trajectory refused");
+            }
+            outcome.reason = reason;
+            waiting.push(outcomes.len());
+            commands.push(command);
         }
-        Err(error) => (Command::Fail { worker: worker.clone(), lease: LeaseId(lease) }, error.to_string()),
+        outcomes.push(outcome);
     }
+    for failed in m.failed {
+        let lease = LeaseId(failed.lease);
+        if inner.state().dispatcher.answer(worker, lease).is_some() {
+            continue;
+        }
+        let reason = failed.reason.chars().take(200).collect::<String>();
+        tracing::info!(worker = %worker.short(), %lease, reason, "lease given back");
+        commands.push(Command::Fail { worker: worker.clone(), lease, aborted: failed.aborted });
+    }
+    if !commands.is_empty() {
+        for (place, done) in waiting.into_iter().zip(inner.carry_out(commands, true)?) {
+            let Outcome::Submitted(submission) = done else { continue };
+            outcomes[place].status = status(submission).into();
+        }
+    }
+    Ok(proto::SubmitReply { outcomes })
+}
+
+fn status(submission: Submission) -> proto::SubmitStatus {
+    match submission {
+        Submission::Accepted => proto::SubmitStatus::Accepted,
+        Submission::Duplicate => proto::SubmitStatus::Duplicate,
+        Submission::Late => proto::SubmitStatus::Late,
+        Submission::Stale => proto::SubmitStatus::Stale,
+        Submission::Rejected => proto::SubmitStatus::Rejected,
+    }
+}
+
+/// Admission. What is refused is written down by its lease alone.
+fn judged(inner: &Inner, worker: &PeerId, t: proto::Trajectory, lease: LeaseId) -> (Command, String) {
+    let refusal = match wire::trajectory(t, worker) {
+        Ok(trajectory) => match inner.admission.admit(&trajectory) {
+            Ok(()) => return (Command::Submit { trajectory }, String::new()),
+            Err(rejection) => rejection.to_string(),
+        },
+        Err(error) => error.to_string(),
+    };
+    (Command::Refuse { worker: worker.clone(), lease }, refusal)
 }
 
 /// Submissions are bounded by the network's own limit on bodies.
@@ -204,44 +268,58 @@ async fn audit_next(inner: Arc<Inner>, auditor: PeerId, body: Bytes) -> Result<B
     let m: proto::AuditRequest = message("audit request", &body).map_err(Status::invalid_argument)?;
     let until = tokio::time::Instant::now() + LONG_POLL;
     let mut changed = inner.changed.subscribe();
+    inner.state().auditors.insert(auditor.clone());
     loop {
-        let (jobs, orphans) = next_jobs(&inner, m.max_jobs as usize);
-        if !orphans.is_empty() {
-            inner.execute(orphans, true).await.map_err(Status::internal)?;
+        let (jobs, given_up) = next_jobs(&inner, m.max_jobs as usize);
+        if !given_up.is_empty() {
+            inner.execute(given_up, true).await.map_err(Status::internal)?;
         }
-        if !jobs.is_empty() || tokio::time::Instant::now() >= until {
-            return Ok(encode(&proto::AuditReply { jobs, wait_ms: 0 }));
+        let finished = inner.state().finished;
+        if finished {
+            inner.state().auditors.remove(&auditor);
+            inner.changed.send_modify(|n| *n += 1);
+        }
+        if finished || !jobs.is_empty() || tokio::time::Instant::now() >= until {
+            return Ok(encode(&proto::AuditReply { jobs, finished }));
         }
         let _ = tokio::time::timeout_at(until, changed.changed()).await;
     }
 }
 
-/// Jobs to give out, and verdicts on trajectories whose snapshot is no longer kept: those can never be proven.
+/// Jobs to give out, and verdicts on trajectories that can never be proven: their snapshot is no longer kept, or no
+/// auditor came to a result.
 fn next_jobs(inner: &Inner, max: usize) -> (Vec<proto::AuditJob>, Vec<Command>) {
     let mut state = inner.state();
-    let State { dispatcher, snapshots, audits, .. } = &mut *state;
-    let (mut jobs, mut orphans) = (Vec::new(), Vec::new());
-    for t in dispatcher.audits_due() {
-        if jobs.len() >= max.min(64) {
+    let super::State { dispatcher, snapshots, audits, .. } = &mut *state;
+    let (mut jobs, mut given_up, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let due = dispatcher.audits_due();
+    let ids: BTreeSet<LeaseId> = due.iter().map(|t| t.id()).collect();
+    audits.retain(|id, _| ids.contains(id));
+    for t in due {
+        if jobs.len() >= max.min(64) || bytes >= MAX_JOB_BYTES {
             break;
         }
-        if audits.get(&t.id()).is_some_and(|since| since.elapsed() < inner.config.audit_timeout) {
-            continue;
-        }
-        let Some(snapshot) = snapshots.get(&t.lease().version) else {
-            let verdict = crate::dispatcher::AuditOutcome::Unproven;
-            orphans.push(Command::Verdict { lease: t.id(), verdict });
+        let tries = match audits.get(&t.id()) {
+            Some((since, _)) if since.elapsed() < inner.config.audit_timeout => continue,
+            taken => taken.map_or(0, |(_, tries)| *tries),
+        };
+        let snapshot = snapshots.get(&t.lease().version).filter(|_| tries < inner.config.max_audit_tries);
+        let Some(snapshot) = snapshot else {
+            tracing::warn!(lease = %t.id(), tries, "no auditor came to a result; the trajectory is not used");
+            given_up.push(Command::Verdict { lease: t.id(), verdict: AuditOutcome::Unproven });
             continue;
         };
-        audits.insert(t.id(), Instant::now());
-        jobs.push(proto::AuditJob {
+        audits.insert(t.id(), (Instant::now(), tries + 1));
+        let job = proto::AuditJob {
             trajectory: Some(t.into()),
             worker: t.worker().as_bytes().to_vec().into(),
             snapshot: Some(snapshot.signed().clone()),
             base_model_id: inner.config.base_model_id.clone(),
-        });
+        };
+        bytes += prost::Message::encoded_len(&job);
+        jobs.push(job);
     }
-    (jobs, orphans)
+    (jobs, given_up)
 }
 
 async fn audit_open(inner: Arc<Inner>, auditor: PeerId, body: Bytes) -> Result<Bytes, Status> {
@@ -293,7 +371,7 @@ fn carried_out(outcomes: Result<Vec<Outcome>, JournalError>) -> Result<(), Statu
 
 fn refused(refusal: Refusal) -> Status {
     match refusal {
-        Refusal::Convicted => Status::permission_denied(refusal),
+        Refusal::Convicted | Refusal::OldIncarnation => Status::permission_denied(refusal),
         Refusal::TooManyWorkers => Status::resource_exhausted(refusal),
         Refusal::NoSuchAudit => Status::not_found(refusal),
         _ => Status::failed_precondition(refusal),

@@ -1,5 +1,7 @@
 //! Worker, collector and auditor on real nodes on this machine, with a model of three lines.
 
+mod protocol;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
@@ -106,12 +108,15 @@ impl Replay for Recompute {
 }
 
 /// Adapters by version: the version itself as one byte, wrong on request.
+#[derive(Default)]
 struct Adapters {
     corrupt: bool,
+    fetched: AtomicU64,
 }
 
 impl PayloadSource for Adapters {
     fn fetch<'a>(&'a self, m: &'a SnapshotManifest, _: &'a PeerId) -> BoxFuture<'a, Result<Bytes, String>> {
+        self.fetched.fetch_add(1, Ordering::Relaxed);
         let byte = if self.corrupt { 255 } else { m.version.0 as u8 };
         Box::pin(async move { Ok(Bytes::from(vec![byte])) })
     }
@@ -148,7 +153,13 @@ fn config(auditors: Vec<PeerId>) -> CollectorConfig {
     let first = if auditors.is_empty() { 0 } else { 2 };
     let audit = AuditPolicy { fraction: if first > 0 { 0.25 } else { 0.0 }, first, seed: 3 };
     let sampling = SamplingSpec { max_tokens: 4, ..SamplingSpec::default() };
-    let dispatch = DispatchConfig { group_size: 4, sampling, audit, ..DispatchConfig::new(RunId(7)) };
+    let dispatch = DispatchConfig {
+        group_size: 4,
+        groups_per_step: 5,
+        sampling,
+        audit,
+        ..DispatchConfig::new(RunId(7))
+    };
     CollectorConfig { auditors, ..CollectorConfig::new(dispatch, "three lines", "arithmetic", 1) }
 }
 
@@ -165,6 +176,10 @@ fn admission() -> Arc<dyn Admission> {
 
 /// A worker whose base weights are off by `error`.
 fn worker(node: &Node, trainer: &PeerId, seed: u8, error: f32, corrupt: bool) -> Worker {
+    worker_with(node, trainer, seed, error, Arc::new(Adapters { corrupt, ..Adapters::default() }))
+}
+
+fn worker_with(node: &Node, trainer: &PeerId, seed: u8, error: f32, adapters: Arc<Adapters>) -> Worker {
     let engine =
         EngineHandle::start(Box::new(Model { base: error, weights: error }), EngineConfig::default())
             .unwrap();
@@ -174,7 +189,7 @@ fn worker(node: &Node, trainer: &PeerId, seed: u8, error: f32, corrupt: bool) ->
         engine,
         Arc::new(Arithmetic::default()),
         Arc::new(ByteText),
-        Arc::new(Adapters { corrupt }),
+        adapters,
         Some(Arc::new(committer)),
         WorkerConfig { max_leases: 3, ..WorkerConfig::new(trainer.clone(), "three lines".to_owned()) },
     )
@@ -209,15 +224,14 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
             counted.fetch_add(1, Ordering::Relaxed);
         };
         let config = AuditorConfig::new(id);
-        run_auditor(&auditor, &Adapters { corrupt: false }, &mut Recompute, &config, fresh, on_verdict).await
+        run_auditor(&auditor, &Adapters::default(), &mut Recompute, &config, fresh, on_verdict).await
     });
 
     assert_eq!(collector.wait_for_workers(2, Duration::from_secs(20)).await, 2);
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
-    let mut seeds = 0u64..;
     for version in 0..3u64 {
         let snapshot = snapshot(1, version);
-        let round = collector.round(&mut sync, &snapshot, |n| seeds.by_ref().take(n as usize).collect());
+        let round = collector.round(&mut sync, &snapshot);
         let groups = tokio::time::timeout(Duration::from_secs(60), round).await.unwrap().unwrap();
         assert_eq!(groups.len(), 5);
         for t in groups.iter().flat_map(|g| &g.trajectories) {
@@ -255,28 +269,36 @@ async fn a_restarted_trainer_goes_on_where_its_checkpoint_is() {
     let path = dir.path().join("journal.redb");
     let trainer = node(11).await;
     let rollouts = connected(12, &trainer).await;
-    let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 12, 0.0, false).run());
+    let adapters = Arc::new(Adapters::default());
+    let run = tokio::spawn(worker_with(&rollouts, &trainer.peer_id(), 12, 0.0, Arc::clone(&adapters)).run());
     let start =
         |steps| Collector::start(trainer.clone(), config(vec![]), admission(), Some(path.clone()), steps);
-    let mut seeds = 0u64..;
-    let mut take = |n: u32| -> Vec<u64> { seeds.by_ref().take(n as usize).collect() };
 
     let collector = start(0).await.unwrap();
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
-    collector.round(&mut sync, &snapshot(11, 0), &mut take).await.unwrap();
+    collector.round(&mut sync, &snapshot(11, 0)).await.unwrap();
     collector.commit(&mut sync).await.unwrap();
-    let lost = collector.round(&mut sync, &snapshot(11, 1), &mut take).await.unwrap();
+    let lost = collector.round(&mut sync, &snapshot(11, 1)).await.unwrap();
     // The trainer dies with the second batch in training; the checkpoint has one step.
     collector.close();
     let resumed = start(1).await.unwrap();
     resumed.check().unwrap();
     assert_eq!(resumed.counts().consumed, 20);
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(1), 1);
-    let again = resumed.round(&mut sync, &snapshot(11, 1), &mut take).await.unwrap();
+    let again = resumed.round(&mut sync, &snapshot(11, 1)).await.unwrap();
     assert_eq!(again, lost, "what was acknowledged is not sampled again");
     resumed.commit(&mut sync).await.unwrap();
     resumed.check().unwrap();
     assert_eq!((resumed.counts().consumed, resumed.counts().lost), (40, 0));
+    assert_eq!(adapters.fetched.load(Ordering::Relaxed), 1, "version 1 was fetched before the restart");
+    resumed.close();
+    let other = config(vec![trainer.peer_id()]);
+    let other = Collector::start(trainer.clone(), other, admission(), Some(path.clone()), 2).await;
+    assert!(matches!(other, Err(CollectorError::Journal(JournalError::OtherSettings { .. }))), "{other:?}");
+    for steps in [0, 1, 4] {
+        let torn = start(steps).await;
+        assert!(matches!(torn, Err(CollectorError::Journal(JournalError::OtherCheckpoint { .. }))));
+    }
     run.abort();
     trainer.shutdown().await;
     rollouts.shutdown().await;
@@ -297,7 +319,7 @@ async fn a_version_is_only_reported_after_its_hash_matched() {
     // Its copy of version 1 is damaged: it tries again and again, and stays at version 0.
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(1), 1);
     let given = snapshot(21, 1);
-    let round = collector.round(&mut sync, &given, |n| (0..u64::from(n)).collect());
+    let round = collector.round(&mut sync, &given);
     assert!(tokio::time::timeout(Duration::from_secs(2), round).await.is_err());
     assert_eq!(collector.workers()[0].version, Some(PolicyVersion(0)));
     assert_eq!(collector.counts().leased, 0);

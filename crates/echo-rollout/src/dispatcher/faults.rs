@@ -1,0 +1,354 @@
+//! The dispatcher against crashes, lost and repeated messages, late and corrupt answers and cheaters, in virtual time.
+//!
+//! The learner keeps its own set of what it trained on, as a checkpoint would; exactly once is judged from that set and
+//! not from the dispatcher's counters.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use swarm_sim::{Context, Fault, LinkConfig, Node, NodeId, Seed, World};
+use swarm_wire::{PeerId, PolicyVersion, RunId};
+
+use super::*;
+use crate::config::AuditPolicy;
+use crate::lease::Lease;
+use crate::rollout::tests::sample;
+use crate::wire::{Entry, decode_entry, encode_entry};
+
+const TRAINER: NodeId = NodeId(0);
+const GROUPS: u64 = 12;
+
+#[derive(Debug, Clone)]
+enum Message {
+    Register { incarnation: u64 },
+    Registered,
+    Ask { active: PolicyVersion },
+    Leases { leases: Vec<Lease>, version: PolicyVersion },
+    Submit { trajectory: Box<Trajectory> },
+    Answer { lease: LeaseId },
+}
+
+fn config() -> DispatchConfig {
+    DispatchConfig {
+        group_size: 3,
+        groups_per_step: 3,
+        lease_ttl_ms: 120,
+        max_leases_per_worker: 4,
+        max_attempts: 1000,
+        audit: AuditPolicy { fraction: 0.3, first: 2, seed: 5 },
+        ..DispatchConfig::new(RunId(1))
+    }
+}
+
+/// What survives a crash of the trainer: the journal and the checkpoint.
+#[derive(Default)]
+struct Disk {
+    journal: Vec<Vec<u8>>,
+    steps: u64,
+    trained: BTreeMap<LeaseId, (GroupId, u32)>,
+    lies_trained: u64,
+}
+
+struct Trainer {
+    disk: Disk,
+    dispatcher: Dispatcher,
+    peers: BTreeMap<NodeId, PeerId>,
+    batch: Vec<Group>,
+}
+
+impl Trainer {
+    fn handle(&mut self, now_us: u64, command: Command) -> Outcome {
+        let now_ms = now_us / 1000;
+        self.disk.journal.push(encode_entry(now_ms, &command));
+        let outcome = self.dispatcher.handle(now_ms, command);
+        self.dispatcher.check_invariants().unwrap();
+        outcome
+    }
+
+    fn replay(journal: &[Vec<u8>]) -> Dispatcher {
+        let mut dispatcher = Dispatcher::new(config()).unwrap();
+        for entry in journal {
+            let Entry::Command(now_ms, command) = decode_entry(entry).unwrap() else { continue };
+            dispatcher.handle(now_ms, command);
+        }
+        dispatcher
+    }
+
+    /// Three groups at a time, until there were enough.
+    fn open(&mut self, now_us: u64) {
+        if self.dispatcher.next_group < GROUPS {
+            self.handle(now_us, Command::OpenGroups { up_to: 3 });
+        }
+    }
+
+    /// Trains on the batch: the checkpoint is written in one piece, the command that says so may be lost in a crash.
+    fn train(&mut self, context: &mut Context<'_, Message>) {
+        let now = context.now_us();
+        let step = self.disk.steps;
+        for group in self.batch.drain(..) {
+            assert_eq!(group.trajectories.len(), 3);
+            for t in &group.trajectories {
+                let place = (group.id, t.lease().sample_index);
+                assert!(self.disk.trained.insert(t.id(), place).is_none(), "{} trained twice", t.id());
+                self.disk.lies_trained += u64::from(&t.commitment()[..] == b"lie");
+            }
+        }
+        self.disk.steps = step + 1;
+        self.handle(now, Command::Commit { step });
+        self.handle(now, Command::SetVersion(PolicyVersion(step + 1)));
+        self.open(now);
+    }
+}
+
+impl Trainer {
+    fn on_start(&mut self, context: &mut Context<'_, Message>) {
+        if self.disk.journal.is_empty() {
+            self.open(0);
+        } else {
+            self.dispatcher = Self::replay(&self.disk.journal);
+            let steps = self.disk.steps;
+            self.handle(context.now_us(), Command::Recover { steps });
+            self.handle(context.now_us(), Command::SetVersion(PolicyVersion(steps)));
+            self.open(context.now_us());
+        }
+        context.timer(7000, 0);
+    }
+
+    fn on_timer(&mut self, context: &mut Context<'_, Message>) {
+        let now = context.now_us();
+        let due: Vec<_> =
+            self.dispatcher.audits_due().iter().map(|t| (t.id(), t.commitment().clone())).collect();
+        for (lease, commitment) in due {
+            let verdict = match &commitment[..] {
+                b"lie" => AuditOutcome::Fail,
+                _ if context.random().chance(0.1) => AuditOutcome::Unproven,
+                _ => AuditOutcome::Pass,
+            };
+            self.handle(now, Command::Verdict { lease, verdict });
+        }
+        if !self.batch.is_empty() {
+            self.train(context);
+        } else if self.dispatcher.ready_groups().len() == 3 {
+            let step = self.disk.steps;
+            if let Outcome::Groups(groups) = self.handle(now, Command::Take { step, groups: 3 }) {
+                self.batch = groups;
+            }
+        }
+        context.timer(7000, 0);
+    }
+
+    fn on_message(&mut self, context: &mut Context<'_, Message>, from: NodeId, message: Message) {
+        let now = context.now_us();
+        let worker = self.peers[&from].clone();
+        match message {
+            Message::Register { incarnation } => {
+                self.handle(now, Command::Register { worker, incarnation });
+                context.send(from, Message::Registered, 10);
+            }
+            Message::Ask { active } => {
+                self.handle(now, Command::Acknowledge { worker: worker.clone(), version: active });
+                let outcome = self.handle(now, Command::Lease { worker, max: 2 });
+                let leases = if let Outcome::Leased(leases) = outcome { leases } else { Vec::new() };
+                let version = self.dispatcher.version();
+                context.send(from, Message::Leases { leases, version }, 100);
+            }
+            Message::Submit { trajectory } => {
+                let lease = trajectory.id();
+                // The connection says who it is, whatever the message claims.
+                assert_eq!(*trajectory.worker(), worker);
+                self.handle(now, Command::Submit { trajectory: *trajectory });
+                context.send(from, Message::Answer { lease }, 10);
+            }
+            other => panic!("{other:?} at the trainer"),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Rollouts {
+    peer: Option<PeerId>,
+    incarnation: u64,
+    active: PolicyVersion,
+    unanswered: BTreeMap<LeaseId, Trajectory>,
+    lies: bool,
+    corrupts: f64,
+}
+
+impl Rollouts {
+    fn on_message(&mut self, context: &mut Context<'_, Message>, message: Message) {
+        match message {
+            Message::Leases { leases, version } => {
+                self.active = self.active.max(version);
+                for lease in leases {
+                    let mut made = sample(lease, self.peer.as_ref().unwrap());
+                    made.steps.iter_mut().for_each(|s| s.version = lease.version);
+                    if self.lies {
+                        made.commitment = b"lie"[..].into();
+                    }
+                    if context.random().chance(self.corrupts) {
+                        made.lease.task_seed ^= 1;
+                    }
+                    self.unanswered.insert(lease.id, Trajectory::new(made).unwrap());
+                }
+            }
+            Message::Answer { lease } => {
+                self.unanswered.remove(&lease);
+            }
+            _ => {}
+        }
+    }
+
+    fn on_timer(&mut self, context: &mut Context<'_, Message>) {
+        for trajectory in self.unanswered.values() {
+            context.send(TRAINER, Message::Submit { trajectory: Box::new(trajectory.clone()) }, 500);
+        }
+        context.send(TRAINER, Message::Register { incarnation: self.incarnation }, 10);
+        context.send(TRAINER, Message::Ask { active: self.active }, 10);
+        // Now and then slower than the lease lives.
+        let pause = if context.random().chance(0.1) { 200_000 } else { 15_000 };
+        context.timer(pause, 0);
+    }
+}
+
+enum Role {
+    Trainer(Box<Trainer>),
+    Worker(Rollouts),
+}
+
+impl Node for Role {
+    type Message = Message;
+
+    fn on_start(&mut self, context: &mut Context<'_, Message>) {
+        match self {
+            Self::Trainer(trainer) => trainer.on_start(context),
+            Self::Worker(worker) => {
+                worker.incarnation += 1;
+                context.timer(1000, 0);
+            }
+        }
+    }
+
+    fn on_message(&mut self, context: &mut Context<'_, Message>, from: NodeId, message: Message) {
+        match self {
+            Self::Trainer(trainer) => trainer.on_message(context, from, message),
+            Self::Worker(worker) => worker.on_message(context, message),
+        }
+    }
+
+    fn on_timer(&mut self, context: &mut Context<'_, Message>, _token: u64) {
+        match self {
+            Self::Trainer(trainer) => trainer.on_timer(context),
+            Self::Worker(worker) => worker.on_timer(context),
+        }
+    }
+
+    fn on_crash(&mut self) {
+        match self {
+            // The dispatcher is rebuilt from the journal; a batch in training is lost.
+            Self::Trainer(trainer) => trainer.batch.clear(),
+            Self::Worker(worker) => worker.unanswered.clear(),
+        }
+    }
+}
+
+/// Four workers, the last of which lies when `cheater` is set; a random schedule of faults; then peace until the end.
+fn run(seed: u64, cheater: bool) -> World<Role> {
+    let link = LinkConfig {
+        latency_us: 2000,
+        jitter_us: 3000,
+        loss: 0.1,
+        duplicate: 0.1,
+        reorder: 0.2,
+        ..LinkConfig::default()
+    };
+    let mut world = World::new(seed, link);
+    let peer = |i: usize| PeerId::from_ed25519(&[i as u8; 32]);
+    let trainer = Trainer {
+        disk: Disk::default(),
+        dispatcher: Dispatcher::new(config()).unwrap(),
+        peers: (1..=4).map(|i| (NodeId(i), peer(i))).collect(),
+        batch: Vec::new(),
+    };
+    world.add(Role::Trainer(Box::new(trainer)));
+    for i in 1..=4 {
+        let lies = cheater && i == 4;
+        let corrupts = if i == 3 { 0.3 } else { 0.0 };
+        world.add(Role::Worker(Rollouts { peer: Some(peer(i)), lies, corrupts, ..Rollouts::default() }));
+    }
+    let mut faults = Seed(seed).stream("faults", 0);
+    for _ in 0..8 {
+        let at = faults.below(600_000);
+        let victim = NodeId(faults.below(5) as usize);
+        if faults.chance(0.7) {
+            world.fault_at(at, Fault::Crash(victim));
+            world.fault_at(at + 1000 + faults.below(80_000), Fault::Restart(victim));
+        } else {
+            world.fault_at(at, Fault::Partition(vec![victim]));
+            world.fault_at(at + faults.below(150_000), Fault::Heal);
+        }
+    }
+    world.run_until(700_000);
+    (0..5).for_each(|i| world.fault_at(700_000, Fault::Restart(NodeId(i))));
+    world.fault_at(700_000, Fault::Heal);
+    world.run_until(6_000_000);
+    world
+}
+
+fn trainer(world: &World<Role>) -> &Trainer {
+    match world.node(TRAINER) {
+        Role::Trainer(trainer) => trainer,
+        Role::Worker(_) => panic!("node 0 is the trainer"),
+    }
+}
+
+#[test]
+fn a_thousand_fault_schedules_train_every_sample_exactly_once() {
+    let (mut reasons, mut duplicates, mut late) = ([0; DropReason::ALL.len()], 0, 0);
+    for seed in 0..1000 {
+        let world = run(seed, seed % 2 == 0);
+        let trainer = trainer(&world);
+        let counts = trainer.dispatcher.counts();
+        let samples: BTreeSet<_> = trainer.disk.trained.values().collect();
+        assert_eq!(trainer.disk.trained.len(), samples.len(), "seed {seed}: a sample was trained on twice");
+        assert_eq!(samples.len() as u64, GROUPS * 3, "seed {seed}: {counts:?}");
+        assert_eq!(counts.consumed, GROUPS * 3, "seed {seed}: {counts:?}");
+        assert_eq!((counts.lost, counts.duplicated, counts.open), (0, 0, 0), "seed {seed}: {counts:?}");
+        assert_eq!(trainer.disk.lies_trained, 0, "seed {seed}: a lie reached the learner");
+        assert_eq!(counts.consumed_of_convicted, 0);
+        assert_eq!(counts.staleness_max, 0);
+        reasons.iter_mut().zip(counts.dropped).for_each(|(sum, n)| *sum += n);
+        duplicates += counts.duplicates_refused;
+        late += counts.late_refused;
+    }
+    // The schedules did exercise what they are about.
+    for reason in [DropReason::Expired, DropReason::Disconnected, DropReason::Rejected, DropReason::Convicted]
+    {
+        assert!(reasons[reason.index()] > 100, "{reason:?}: {reasons:?}");
+    }
+    assert!(
+        reasons[DropReason::Unproven.index()] > 100 && duplicates > 1000 && late > 100,
+        "{duplicates} {late}"
+    );
+}
+
+#[test]
+fn the_same_seed_gives_the_same_digest() {
+    assert_eq!(run(42, true).digest(), run(42, true).digest());
+    assert_ne!(run(42, true).digest(), run(43, true).digest());
+}
+
+#[test]
+fn a_replayed_journal_is_the_same_dispatcher_at_every_prefix() {
+    let world = run(11, true);
+    let journal = &trainer(&world).disk.journal;
+    assert!(journal.len() > 500, "{}", journal.len());
+    let mut live = Dispatcher::new(config()).unwrap();
+    for (i, entry) in journal.iter().enumerate() {
+        let Entry::Command(now_ms, command) = decode_entry(entry).unwrap() else { continue };
+        live.handle(now_ms, command);
+        live.check_invariants().unwrap();
+        if i % 97 == 0 {
+            assert_eq!(Trainer::replay(&journal[..=i]), live, "prefix {i}");
+        }
+    }
+    assert_eq!(live, trainer(&world).dispatcher);
+}

@@ -1,0 +1,191 @@
+//! What workers and auditors may ask, in which order and how often, on real nodes.
+
+use lattica_net::{CallError, Status, StatusCode};
+use swarm_wire::generated::echo::v1 as proto;
+
+use super::*;
+use crate::service::{AUDIT_NEXT, LEASE, REGISTER, SUBMIT};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_round_that_is_dropped_anywhere_goes_on() {
+    let trainer = node(51).await;
+    let rollouts = connected(52, &trainer).await;
+    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 52, 0.0, false).run());
+    let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
+    for version in 0..3 {
+        let snapshot = snapshot(51, version);
+        // Polled once each time: it ends wherever it first has to wait.
+        let groups = loop {
+            let round = collector.round(&mut sync, &snapshot);
+            if let Ok(groups) = tokio::time::timeout(Duration::ZERO, round).await {
+                break groups.unwrap();
+            }
+            tokio::task::yield_now().await;
+        };
+        // Nobody had them: they are given again.
+        assert_eq!(collector.round(&mut sync, &snapshot).await.unwrap(), groups);
+        assert_eq!(groups.len(), 5);
+        let first = groups[0].id.0;
+        assert_eq!(first, version * 5, "a dropped round opened groups twice");
+        collector.commit(&mut sync).await.unwrap();
+    }
+    collector.check().unwrap();
+    assert_eq!(collector.counts().consumed, 60);
+    run.abort();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_run_is_finished_workers_and_auditors_hear_it_and_end() {
+    let trainer = node(61).await;
+    let rollouts = connected(62, &trainer).await;
+    let auditor = connected(63, &trainer).await;
+    let collector = Collector::start(trainer.clone(), config(vec![auditor.peer_id()]), admission(), None, 0)
+        .await
+        .unwrap();
+    let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 62, 0.0, false).run());
+    let id = trainer.peer_id();
+    let audits = tokio::spawn(async move {
+        let config = AuditorConfig::new(id);
+        run_auditor(&auditor, &Adapters::default(), &mut Recompute, &config, || [1; 32], |_, _| ()).await
+    });
+    assert_eq!(collector.wait_for_workers(1, Duration::from_secs(20)).await, 1);
+    let asked = async {
+        let mut changed = collector.changes();
+        while collector.inner.state().auditors.is_empty() {
+            changed.changed().await.unwrap();
+        }
+    };
+    collector.publish(&snapshot(61, 0)).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(20), asked).await.unwrap();
+    let began = Instant::now();
+    collector.finish(Duration::from_secs(30)).await;
+    assert!(began.elapsed() < Duration::from_secs(10), "it waits for goodbyes, not for the time");
+    collector.close();
+    tokio::time::timeout(Duration::from_secs(10), run).await.unwrap().unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(10), audits).await.unwrap().unwrap().unwrap();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+/// Asks as a worker would and gives the message back.
+async fn call<Q: prost::Message, A: prost::Message + Default>(
+    from: &Node,
+    trainer: &Node,
+    method: &'static str,
+    question: &Q,
+) -> Result<A, Status> {
+    let body = question.encode_to_vec().into();
+    match from.call(&trainer.peer_id(), method, body, Duration::from_secs(5)).await {
+        Ok(answer) => Ok(A::decode(answer).unwrap()),
+        Err(CallError::Remote { status, .. }) => Err(status),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn registration(incarnation: u64) -> proto::RegisterRequest {
+    let (base_model_id, environment) = ("three lines".to_owned(), "arithmetic".to_owned());
+    proto::RegisterRequest { incarnation, base_model_id, environment, environment_version: 1 }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_the_last_start_of_a_worker_has_a_say() {
+    let trainer = node(71).await;
+    let rollouts = connected(72, &trainer).await;
+    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    collector.publish(&snapshot(71, 0)).await.unwrap();
+    for incarnation in [5, 6] {
+        let _: proto::RegisterReply =
+            call(&rollouts, &trainer, REGISTER, &registration(incarnation)).await.unwrap();
+    }
+    let ask = |incarnation| proto::LeaseRequest {
+        incarnation,
+        active_version: Some(0),
+        max_leases: 1,
+        ..Default::default()
+    };
+    let old: Result<proto::LeaseReply, _> = call(&rollouts, &trainer, LEASE, &ask(5)).await;
+    assert_eq!(old.unwrap_err().code, StatusCode::PermissionDenied);
+    assert_eq!(collector.workers()[0].version, None, "the older start says nothing about the newer one");
+    let submission = proto::SubmitRequest { incarnation: 5, ..Default::default() };
+    let old: Result<proto::SubmitReply, _> = call(&rollouts, &trainer, SUBMIT, &submission).await;
+    assert_eq!(old.unwrap_err().code, StatusCode::PermissionDenied);
+    let new: Result<proto::LeaseReply, _> = call(&rollouts, &trainer, LEASE, &ask(7)).await;
+    assert_eq!(new.unwrap_err().code, StatusCode::FailedPrecondition, "register first");
+    let _: proto::LeaseReply = call(&rollouts, &trainer, LEASE, &ask(6)).await.unwrap();
+    assert_eq!(collector.workers()[0].version, Some(PolicyVersion(0)));
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn junk_of_a_registered_worker_is_answered_and_not_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal.redb");
+    let trainer = node(81).await;
+    let rollouts = connected(82, &trainer).await;
+    let settings = config(vec![]);
+    let hash = settings.settings_hash();
+    let collector =
+        Collector::start(trainer.clone(), settings, admission(), Some(path.clone()), 0).await.unwrap();
+    collector.publish(&snapshot(81, 0)).await.unwrap();
+    let one = crate::lease::tests::lease(3);
+    let junk: proto::Trajectory =
+        (&crate::Trajectory::new(crate::rollout::tests::sample(one, &rollouts.peer_id())).unwrap()).into();
+    for _ in 0..5 {
+        let _: proto::RegisterReply = call(&rollouts, &trainer, REGISTER, &registration(1)).await.unwrap();
+        let failed = vec![proto::FailedLease { lease: 9, ..Default::default() }; 20];
+        let trajectories = vec![junk.clone(); 20];
+        let submission = proto::SubmitRequest { incarnation: 1, trajectories, failed };
+        let reply: proto::SubmitReply = call(&rollouts, &trainer, SUBMIT, &submission).await.unwrap();
+        assert!(reply.outcomes.iter().all(|o| o.status() == proto::SubmitStatus::Late), "{reply:?}");
+        let ask = proto::LeaseRequest {
+            incarnation: 1,
+            active_version: Some(9),
+            max_leases: 1,
+            ..Default::default()
+        };
+        assert!(call::<_, proto::LeaseReply>(&rollouts, &trainer, LEASE, &ask).await.is_err());
+    }
+    assert_eq!(collector.counts().late_refused, 100);
+    collector.close();
+    let mut written = Vec::new();
+    Journal::open(&path, &hash, |_, command| written.push(command)).unwrap();
+    assert_eq!(written.len(), 2, "a version and a registration: {written:?}");
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_audit_that_nobody_can_make_does_not_hold_the_run_up() {
+    let trainer = node(91).await;
+    let (rollouts, auditor) = (connected(92, &trainer).await, connected(93, &trainer).await);
+    let mut settings = config(vec![auditor.peer_id()]);
+    settings.audit_timeout = Duration::ZERO;
+    settings.dispatch.audit = AuditPolicy { fraction: 0.0, first: 1, seed: 1 };
+    let collector = Collector::start(trainer.clone(), settings, admission(), None, 0).await.unwrap();
+    let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 92, 0.0, false).run());
+    let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
+    // An auditor that takes jobs and never says anything.
+    let to = trainer.clone();
+    let idle = tokio::spawn(async move {
+        loop {
+            let question = proto::AuditRequest { max_jobs: 16 };
+            let reply: Result<proto::AuditReply, _> = call(&auditor, &to, AUDIT_NEXT, &question).await;
+            if reply.is_err() {
+                return;
+            }
+        }
+    });
+    let given = snapshot(91, 0);
+    let round = tokio::time::timeout(Duration::from_secs(60), collector.round(&mut sync, &given));
+    assert_eq!(round.await.unwrap().unwrap().len(), 5);
+    assert_eq!(collector.counts().dropped_for(DropReason::Unproven), 1);
+    assert!(collector.convicted().is_empty());
+    idle.abort();
+    run.abort();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
