@@ -101,7 +101,7 @@ impl Blocks {
                 publish::publish_bytes(store, &name, &kind, HashKind::Blake3, leaf_bytes, &bytes)
             })
             .await?;
-        self.announce(root);
+        self.exchange.announce(root);
         Ok(root)
     }
 
@@ -125,7 +125,7 @@ impl Blocks {
         let (dir, paths) = (dir.to_owned(), paths.to_vec());
         let leaf_bytes = self.exchange.config.leaf_bytes;
         let (root, _) = self.publishing(move |store| files::publish(store, &dir, &paths, leaf_bytes)).await?;
-        self.announce(root);
+        self.exchange.announce(root);
         Ok(root)
     }
 
@@ -161,7 +161,7 @@ impl Blocks {
         let manifest = self.fetch_manifest(root, from).await?;
         let all = [(0, manifest.total_bytes())];
         self.fetch_blocks(root, &manifest, &all, from, progress).await?;
-        self.announce(*root);
+        self.exchange.announce(*root);
         Ok(manifest)
     }
 
@@ -256,33 +256,6 @@ impl Blocks {
             Ok(result) => result,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
-    }
-
-    /// Tells the DHT, and peers that wait for these blocks, in the background.
-    fn announce(&self, root: Cid) {
-        let exchange = Arc::downgrade(&self.exchange);
-        let node = self.exchange.node.clone();
-        self.exchange.runtime.spawn(async move {
-            if let Some(exchange) = exchange.upgrade() {
-                let blocks = exchange.blocking(move |store| {
-                    let manifest = files::stored_manifest(store, &root).ok().flatten();
-                    let root_bytes = store.length_of(&root).ok().flatten();
-                    (manifest, root_bytes)
-                });
-                if let Ok((Some(manifest), Some(root_bytes))) = blocks.await {
-                    let mut state = exchange.lock();
-                    state.server.block_arrived(&root, root_bytes);
-                    for block in manifest.blocks() {
-                        state.server.block_arrived(&block.cid, block.length as usize);
-                    }
-                    drop(state);
-                    exchange.pump();
-                }
-            }
-            if let Err(error) = node.provide(&fetch::provider_key(&root)).await {
-                tracing::debug!(%root, %error, "not announced in the DHT");
-            }
-        });
     }
 }
 

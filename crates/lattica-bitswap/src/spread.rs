@@ -5,14 +5,15 @@
 //! chunk twice; the source super-seeds, that is it announces every chunk to one neighbour only until all have left it
 //! once (BitTorrent BEP 16). The surprise: the uploader, not the receiver, decides the order of what was asked for.
 //!
-//! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `super_seed` (what the source shows to whom),
+//! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `ask` (what is asked of whom), `offer` (what an idle
+//! uplink offers), `super_seed` (what the source shows to whom),
 //! [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
+mod ask;
 pub mod bitmap;
 pub mod config;
 mod neighbour;
 mod offer;
-
 pub mod plan;
 mod super_seed;
 pub mod wire;
@@ -23,7 +24,6 @@ use std::time::Duration;
 pub use bitmap::Bitmap;
 pub use config::SpreadConfig;
 use neighbour::Neighbour;
-
 pub use plan::{Fleet, Plan, Shape};
 use super_seed::SuperSeed;
 
@@ -73,6 +73,8 @@ pub enum Action<P> {
         peer: P,
         /// Why.
         reason: &'static str,
+        /// It sent what it must not send. Who is only slow may be a neighbour again later.
+        wrong: bool,
     },
 }
 
@@ -232,7 +234,9 @@ impl<P: Ord + Clone> Spread<P> {
                 let chunks: Vec<u32> = bitmap.iter().collect();
                 self.shown(peer, &chunks, now);
             }
-            SpreadMessage::Holds(_) => return self.drop_neighbour(peer, "a bitmap of another artefact", now),
+            SpreadMessage::Holds(_) => {
+                return self.drop_neighbour(peer, "a bitmap of another artefact", true, now);
+            }
             SpreadMessage::Have(chunks) => self.shown(peer, &chunks, now),
             SpreadMessage::Request(chunk) => self.requested(peer, chunk),
             SpreadMessage::Cancel(chunk) => {
@@ -252,8 +256,10 @@ impl<P: Ord + Clone> Spread<P> {
             SpreadMessage::Offer(chunk) => self.offered(peer, chunk, now),
             SpreadMessage::Decline(chunk) => {
                 if let Some(neighbour) = self.neighbours.get_mut(peer) {
-                    neighbour.answered(chunk);
-                    neighbour.declined.insert(chunk);
+                    // Only what was offered, so that a neighbour cannot make us remember more.
+                    if neighbour.answered(chunk) {
+                        neighbour.declined.insert(chunk);
+                    }
                 }
             }
         }
@@ -283,6 +289,7 @@ impl<P: Ord + Clone> Spread<P> {
         self.asked.remove(&chunk);
         let mut sends = Vec::new();
         for (name, neighbour) in &mut self.neighbours {
+            neighbour.nothing_to_offer = false;
             if neighbour.asked.remove(&chunk).is_some() {
                 neighbour.cancelled.insert(chunk);
                 sends.push((name.clone(), SpreadMessage::Cancel(chunk)));
@@ -300,7 +307,7 @@ impl<P: Ord + Clone> Spread<P> {
 
     /// A chunk came whose bytes do not match its hash: its sender is dropped.
     pub fn handle_wrong(&mut self, peer: &P, now: Duration) {
-        self.drop_neighbour(peer, "sent wrong bytes", now);
+        self.drop_neighbour(peer, "sent wrong bytes", true, now);
     }
 
     /// An upload has left, or failed.
@@ -335,7 +342,7 @@ impl<P: Ord + Clone> Spread<P> {
             let neighbour = self.neighbours.get_mut(&name).expect("listed above");
             neighbour.strikes += 1;
             if neighbour.strikes >= self.config.max_strikes {
-                self.drop_neighbour(&name, "lets requests wait", now);
+                self.drop_neighbour(&name, "lets requests wait", false, now);
             }
         }
         self.reveal(now);
@@ -376,8 +383,11 @@ impl<P: Ord + Clone> Spread<P> {
         for &chunk in chunks {
             let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
             neighbour.answered(chunk);
-            neighbour.declined.remove(&chunk);
+            if neighbour.declined.remove(&chunk) {
+                neighbour.nothing_to_offer = false;
+            }
             if neighbour.holds.insert(chunk) {
+                neighbour.nothing_new = false;
                 self.rerank(chunk, |spread| spread.availability[chunk as usize] += 1);
                 if let Some(seed) = &mut self.super_seed {
                     seed.shown(peer, chunk, now);
@@ -411,48 +421,21 @@ impl<P: Ord + Clone> Spread<P> {
         self.take_back(peer, chunk);
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         if neighbour.holds.remove(chunk) {
+            neighbour.nothing_to_offer = false;
             self.rerank(chunk, |spread| spread.availability[chunk as usize] -= 1);
         }
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         neighbour.strikes += 1;
         if neighbour.strikes >= self.config.max_strikes {
-            self.drop_neighbour(peer, "shows what it does not send", now);
+            self.drop_neighbour(peer, "shows what it does not send", false, now);
         }
     }
 
-    fn drop_neighbour(&mut self, peer: &P, reason: &'static str, now: Duration) {
+    fn drop_neighbour(&mut self, peer: &P, reason: &'static str, wrong: bool, now: Duration) {
         if self.neighbours.contains_key(peer) {
             self.remove_neighbour(peer, now);
-            self.outbox.push_back(Action::Drop { peer: peer.clone(), reason });
+            self.outbox.push_back(Action::Drop { peer: peer.clone(), reason, wrong });
         }
-    }
-
-    /// Takes a request back from a neighbour.
-    fn take_back(&mut self, peer: &P, chunk: u32) {
-        let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
-        if neighbour.asked.remove(&chunk).is_some() {
-            neighbour.cancelled.insert(chunk);
-            self.send(peer, SpreadMessage::Cancel(chunk));
-            self.release(chunk);
-        }
-    }
-
-    /// One neighbour fewer is asked for `chunk`.
-    fn release(&mut self, chunk: u32) {
-        if self.unask(chunk) && !self.have.contains(chunk) {
-            self.wanted.insert(self.key(chunk));
-        }
-    }
-
-    /// Counts one request fewer; `true` when it was the last.
-    fn unask(&mut self, chunk: u32) -> bool {
-        let Some(times) = self.asked.get_mut(&chunk) else { return false };
-        *times -= 1;
-        let last = *times == 0;
-        if last {
-            self.asked.remove(&chunk);
-        }
-        last
     }
 
     fn key(&self, chunk: u32) -> (u32, u32, u32) {
@@ -481,83 +464,6 @@ impl<P: Ord + Clone> Spread<P> {
         let known = self.neighbours.values().filter_map(|n| n.latency);
         let (sum, n) = known.fold((Duration::ZERO, 0u32), |(sum, n), latency| (sum + latency, n + 1));
         (n > 0).then(|| sum / n.max(1))
-    }
-
-    fn repeat_age(&self) -> Duration {
-        self.usual_latency().map_or(self.config.first_timeout, |usual| usual * 2)
-    }
-
-    /// Asks neighbours for chunks while there is room: the one that should answer first gets the rarest that it has.
-    fn assign(&mut self, now: Duration) {
-        self.assigned_at = now;
-        let mut outstanding: usize = self.neighbours.values().map(|n| n.asked.len()).sum();
-        let per_neighbour =
-            self.config.per_neighbour.max(self.window as usize / self.neighbours.len().max(1));
-        let mut idle: BTreeSet<P> = BTreeSet::new();
-        while outstanding < self.window as usize && !self.wanted.is_empty() {
-            let open = self
-                .neighbours
-                .iter()
-                .filter(|(name, n)| {
-                    n.asked.len() < per_neighbour && n.busy_until <= now && !idle.contains(*name)
-                })
-                .min_by_key(|(_, n)| n.load());
-            let Some((name, neighbour)) = open else { break };
-            let name = name.clone();
-            match self.wanted.iter().find(|(_, _, chunk)| neighbour.holds.contains(*chunk)) {
-                Some(&key) => {
-                    self.wanted.remove(&key);
-                    self.ask(&name, key.2, now);
-                    outstanding += 1;
-                }
-                None => drop(idle.insert(name)),
-            }
-        }
-        self.ask_for_rare(now);
-        self.ask_again(now);
-    }
-
-    /// Asks for chunks that one neighbour alone shows, beyond the window: it may be the source, which must not wait.
-    fn ask_for_rare(&mut self, now: Duration) {
-        let rare: Vec<u32> = self.wanted.range((1, 0, 0)..(2, 0, 0)).map(|key| key.2).collect();
-        for chunk in rare {
-            let free = |n: &Neighbour| n.asked.is_empty() && n.busy_until <= now && n.holds.contains(chunk);
-            let idle = self.neighbours.iter().find(|(_, n)| free(n));
-            if let Some((name, _)) = idle {
-                let name = name.clone();
-                self.wanted.remove(&self.key(chunk));
-                self.ask(&name, chunk, now);
-            }
-        }
-    }
-
-    fn ask(&mut self, name: &P, chunk: u32, now: Duration) {
-        *self.asked.entry(chunk).or_default() += 1;
-        self.neighbours.get_mut(name).expect("known to the caller").asked.insert(chunk, now);
-        self.send(name, SpreadMessage::Request(chunk));
-    }
-
-    /// Endgame: an idle neighbour is asked for a chunk that another one has owed for long.
-    fn ask_again(&mut self, now: Duration) {
-        let age = self.repeat_age();
-        loop {
-            let overdue = self.repeatable().find(|(_, at)| *at + age <= now);
-            let Some((chunk, _)) = overdue else { return };
-            let idle = self.neighbours.iter().find(|(_, n)| n.asked.is_empty() && n.holds.contains(chunk));
-            let name = idle.expect("repeatable looked").0.clone();
-            self.repeats_left -= 1;
-            self.ask(&name, chunk, now);
-        }
-    }
-
-    /// Chunks that are asked for once, and since when, while nothing else is wanted and an idle neighbour has them too.
-    fn repeatable(&self) -> impl Iterator<Item = (u32, Duration)> + '_ {
-        let open = self.wanted.is_empty() && self.repeats_left > 0;
-        let asked = self.neighbours.values().filter(move |_| open).flat_map(|n| n.asked.iter());
-        asked.map(|(&chunk, &at)| (chunk, at)).filter(|(chunk, _)| {
-            let idle = |n: &Neighbour| n.asked.is_empty() && n.holds.contains(*chunk);
-            self.asked.get(chunk) == Some(&1) && self.neighbours.values().any(idle)
-        })
     }
 
     /// The next chunk to send, while uploads are free: neighbours in turn.

@@ -139,10 +139,7 @@ impl Message {
         };
         let length = message.encoded_len();
         assert!(length <= BITSWAP_MESSAGE_MAX_BYTES, "a bitswap message of {length} bytes was not split");
-        let mut out = Vec::with_capacity(length + frame::LENGTH_MAX_BYTES);
-        frame::encode_length(length, &mut out);
-        message.encode(&mut out).expect("a vector grows");
-        out
+        frame::encode_message(&message, 0)
     }
 
     /// The same content as messages of about [`MESSAGE_TARGET_BYTES`]: only a single block may exceed that.

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests sit outside of test functions")]
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use lattica_bitswap::spread::wire::{FRAME_MAX_BYTES, Frame, PROTOCOL};
@@ -24,7 +25,9 @@ struct Peer {
 async fn peer_with(store: Arc<dyn BlockStore>) -> Peer {
     let node =
         Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
-    let config = ExchangeConfig { leaf_bytes: LEAF, ..ExchangeConfig::default() };
+    // Long enough for tests in which somebody waits for what is still on its way.
+    let dont_have_grace = Duration::from_secs(60);
+    let config = ExchangeConfig { leaf_bytes: LEAF, dont_have_grace, ..ExchangeConfig::default() };
     let blocks = Blocks::start_with(node.clone(), store, config);
     Peer { node, blocks }
 }
@@ -148,8 +151,14 @@ async fn a_full_disk_ends_it_with_a_clear_error() {
     let source = peer().await;
     let member = peer_with(Arc::new(MemoryStore::with_quota(10 * LEAF as u64))).await;
     let (root, _feeding) = publish(&source).await;
-    let error = join(&member, &source, &root).await.done(|_| ()).await.unwrap_err();
-    assert!(matches!(*error, FetchError::Store(StoreError::Full { .. })), "{error}");
+    let part = join(&member, &source, &root).await;
+    for _ in 0..2 {
+        let error = part.done(|_| ()).await.unwrap_err();
+        assert!(matches!(*error, FetchError::Store(StoreError::Full { .. })), "{error}");
+    }
+    while !part.neighbours().is_empty() {
+        tokio::task::yield_now().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -160,4 +169,61 @@ async fn a_source_must_have_everything() {
     other.blocks.fetch_manifest(&root, &[source.node.peer_id()]).await.unwrap();
     let error = other.blocks.spread(&root, None, SpreadConfig::default()).await.unwrap_err();
     assert!(matches!(error, FetchError::NotHere { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_a_block_gets_it_when_the_spread_brings_it() {
+    let (source, member, waiting) = (peer().await, peer().await, peer().await);
+    let (root, _feeding) = publish(&source).await;
+    member.node.dial(&source.node.listen_addrs().await[0]).await.unwrap();
+    member.blocks.fetch_manifest(&root, &[source.node.peer_id()]).await.unwrap();
+    waiting.node.dial(&member.node.listen_addrs().await[0]).await.unwrap();
+    // It knows the member only, which has nothing yet.
+    let from = [member.node.peer_id()];
+    let (told, mut begun) = tokio::sync::mpsc::channel(1);
+    let fetch = {
+        let blocks = waiting.blocks.clone();
+        tokio::spawn(async move { blocks.fetch(&root, &from, |_| drop(told.try_send(()))).await })
+    };
+    begun.recv().await.unwrap();
+    let part = member.blocks.fetch_via_spread(&root, &source.node.peer_id(), |_| ()).await.unwrap();
+    fetch.await.unwrap().unwrap();
+    assert_eq!(waiting.blocks.read(&root).await.unwrap(), content());
+    assert_eq!(part.progress().done_bytes, content().len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_an_older_spread_leaves_the_newer_one_alone() {
+    let (source, member) = (peer().await, peer().await);
+    let (root, older) = publish(&source).await;
+    let newer = source.blocks.spread(&root, None, SpreadConfig::default()).await.unwrap();
+    drop(older);
+    join(&member, &source, &root).await.done(|_| ()).await.unwrap();
+    assert_eq!(newer.uploaded(), 64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_that_nobody_asked_for_are_not_remembered() {
+    let source = peer().await;
+    let (root, feeding) = publish(&source).await;
+    let hostile =
+        Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
+    hostile.dial(&source.node.listen_addrs().await[0]).await.unwrap();
+    let mut stream = hostile.open_stream(&source.node.peer_id(), PROTOCOL).await.unwrap();
+    let nobody = Identity::from_seed([9; 32]).peer_id();
+    let named = Frame::Peers(vec![(nobody.clone(), vec!["/ip4/127.0.0.1/tcp/1".to_owned()])]);
+    let frames = [Frame::Hello(root), named, Frame::AskPeers, Frame::AskPeers];
+    for frame in frames {
+        stream.write_all(&frame.encode()).await.unwrap();
+    }
+    // A chunk number beyond the last one ends the stream; by then everything before it was looked at.
+    stream.write_all(&Frame::Message(SpreadMessage::Request(64)).encode()).await.unwrap();
+    stream.flush().await.unwrap();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.unwrap();
+    while !feeding.neighbours().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert!(source.node.addresses(&nobody).is_empty());
+    assert!(!source.node.peers().iter().any(|p| p.peer == nobody));
 }

@@ -17,6 +17,7 @@ use tokio::sync::{broadcast, oneshot};
 use self::connection::OpenError;
 use self::driver::Command;
 use self::shared::{Acceptor, Shared};
+use crate::addr::is_plausible;
 use crate::config::NodeConfig;
 use crate::error::{CallError, DhtError, DialError, StartError, StreamError};
 use crate::event::NetEvent;
@@ -170,6 +171,27 @@ impl Node {
         let text = driver::without_peer(&address).to_string();
         self.shared().table().handle_address(self.shared().now(), peer, &text);
         Ok(())
+    }
+
+    /// As [`Node::add_address`] for an address that another peer named. It is kept only when it is no nearer than where
+    /// `told_by` was met: a peer on the internet cannot point this node at its own machine or network.
+    ///
+    /// # Errors
+    /// When the address is malformed, implausible, or `told_by` is not connected.
+    pub fn learn_address(&self, peer: &PeerId, addr: &str, told_by: &PeerId) -> Result<(), DialError> {
+        let bad = |reason: &str| DialError::Address { address: addr.to_owned(), reason: reason.to_owned() };
+        let Some(connection) = self.shared().table().best(told_by) else {
+            return Err(bad("who named it is not connected"));
+        };
+        if !is_plausible(addr, &connection.address) {
+            return Err(bad("it is nearer than the peer that named it"));
+        }
+        self.add_address(peer, addr)
+    }
+
+    /// Addresses of a peer that are known, the most promising first.
+    pub fn addresses(&self, peer: &PeerId) -> Vec<String> {
+        self.shared().table().addresses(peer)
     }
 
     /// Closes every connection to `peer`. Bootstrap peers are dialled again. Cancel safe.

@@ -103,7 +103,7 @@ impl Header {
                 body_bytes: hello.body_bytes as u64,
             }),
         };
-        encode_message(&RpcFrame { kind: Some(kind) })
+        frame::encode_message(&RpcFrame { kind: Some(kind) }, 0)
     }
 
     /// Reads a header from the front of `bytes`: `Ok(None)` when more bytes are needed, else the header and how many
@@ -179,7 +179,7 @@ pub fn method_is_valid(method: &str) -> bool {
 
 /// A link probe with its length in front.
 pub fn encode_probe(sequence: u64) -> Vec<u8> {
-    encode_message(&LinkProbe { sequence })
+    frame::encode_message(&LinkProbe { sequence }, 0)
 }
 
 /// Reads a probe from the front of `bytes`: its number and how many bytes it took.
@@ -192,7 +192,8 @@ pub fn decode_probe(bytes: &[u8]) -> Result<Option<(u64, usize)>, DecodeError> {
 
 /// The answer to a probe with its length in front.
 pub fn encode_echo(sequence: u64, received_bytes_per_s: Option<f64>) -> Vec<u8> {
-    encode_message(&LinkEcho { sequence, received_bytes_per_s: received_bytes_per_s.unwrap_or(0.0) })
+    let received_bytes_per_s = received_bytes_per_s.unwrap_or(0.0);
+    frame::encode_message(&LinkEcho { sequence, received_bytes_per_s }, 0)
 }
 
 /// Reads an echo from the front of `bytes`: the probe's number, the peer's receive rate (0 when it has none), and how
@@ -203,13 +204,6 @@ pub fn encode_echo(sequence: u64, received_bytes_per_s: Option<f64>) -> Vec<u8> 
 pub fn decode_echo(bytes: &[u8]) -> Result<Option<(u64, f64, usize)>, DecodeError> {
     decode_message("link echo", bytes)
         .map(|found| found.map(|(m, n): (LinkEcho, usize)| (m.sequence, m.received_bytes_per_s, n)))
-}
-
-fn encode_message(message: &impl Message) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(message.encoded_len() + 2);
-    frame::encode_length(message.encoded_len(), &mut bytes);
-    message.encode(&mut bytes).expect("a vector grows");
-    bytes
 }
 
 fn decode_message<M: Message + Default>(

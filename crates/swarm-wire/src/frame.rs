@@ -11,6 +11,15 @@ pub fn encode(payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(payload);
 }
 
+/// A message with its length before it, with room for `tail_bytes` behind it.
+pub fn encode_message(message: &impl prost::Message, tail_bytes: usize) -> Vec<u8> {
+    let length = message.encoded_len();
+    let mut out = Vec::with_capacity(length + LENGTH_MAX_BYTES + tail_bytes);
+    encode_length(length, &mut out);
+    message.encode(&mut out).expect("a vector grows");
+    out
+}
+
 /// Appends a length prefix.
 pub fn encode_length(length: usize, out: &mut Vec<u8>) {
     let mut rest = u32::try_from(length).expect("frames are limited far below 4 GiB");

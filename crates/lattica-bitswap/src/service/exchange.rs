@@ -9,8 +9,9 @@ use swarm_wire::{Cid, PeerId};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast, mpsc};
 
+use super::fetch::provider_key;
 use super::spreading::Member;
-use super::streams;
+use super::{files, streams};
 use crate::serve::Batch;
 use crate::session::Arrival;
 use crate::wire::{Message, WantEntry};
@@ -104,9 +105,12 @@ impl Exchange {
         self.spreads.lock().unwrap_or_else(PoisonError::into_inner).insert(root, Arc::downgrade(member));
     }
 
-    /// The spread of `root` has ended here.
-    pub(super) fn forget_spread(&self, root: &Cid) {
-        self.spreads.lock().unwrap_or_else(PoisonError::into_inner).remove(root);
+    /// The spread of `root` by `member` has ended here; a newer one of the same root stays.
+    pub(super) fn forget_spread(&self, root: &Cid, member: &Arc<Member>) {
+        let mut spreads = self.spreads.lock().unwrap_or_else(PoisonError::into_inner);
+        if spreads.get(root).is_some_and(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(member))) {
+            spreads.remove(root);
+        }
     }
 
     /// The member that spreads `root` here.
@@ -121,6 +125,32 @@ impl Exchange {
     ) -> Result<T, FetchError> {
         let store = Arc::clone(&self.store);
         self.runtime.spawn_blocking(move || work(&*store)).await.map_err(|_| FetchError::Closed)
+    }
+
+    /// Tells the DHT, and peers that wait for these blocks, in the background.
+    pub(super) fn announce(self: &Arc<Self>, root: Cid) {
+        let (exchange, node) = (Arc::downgrade(self), self.node.clone());
+        self.runtime.spawn(async move {
+            if let Some(exchange) = exchange.upgrade() {
+                let blocks = exchange.blocking(move |store| {
+                    let manifest = files::stored_manifest(store, &root).ok().flatten();
+                    let root_bytes = store.length_of(&root).ok().flatten();
+                    (manifest, root_bytes)
+                });
+                if let Ok((Some(manifest), Some(root_bytes))) = blocks.await {
+                    let mut state = exchange.lock();
+                    state.server.block_arrived(&root, root_bytes);
+                    for block in manifest.blocks() {
+                        state.server.block_arrived(&block.cid, block.length as usize);
+                    }
+                    drop(state);
+                    exchange.pump();
+                }
+            }
+            if let Err(error) = node.provide(&provider_key(&root)).await {
+                tracing::debug!(%root, %error, "not announced in the DHT");
+            }
+        });
     }
 
     /// Queues a message for `peer`; a peer that does not take its messages counts as gone.
@@ -291,18 +321,30 @@ impl Exchange {
             })
             .await;
         let Ok((blocks, results)) = stored else { return };
+        let mut arrived = Vec::with_capacity(blocks.len());
+        for (block, result) in blocks.into_iter().zip(results) {
+            match result {
+                Ok(_) => arrived.push(block),
+                Err(error) => {
+                    let mut state = self.lock();
+                    let asked = |f: &&mut Fetch| f.session.has_asked(peer, block.cid());
+                    // One fetch learns why; the others run into the same wall with their next block.
+                    if let Some(fetch) = state.fetches.values_mut().find(asked) {
+                        fetch.failed = Some(error.into());
+                        fetch.wake.notify_one();
+                    }
+                }
+            }
+        }
+        self.stored(peer, &arrived);
+    }
+
+    /// Blocks of `peer` are stored: those who wait for them here hear of it. Call [`Exchange::pump`] for those elsewhere.
+    pub(super) fn stored(&self, peer: &PeerId, blocks: &[Block]) {
         let now = self.now();
         let mut state = self.lock();
         let State { fetches, server, ledger, .. } = &mut *state;
-        for (block, result) in blocks.iter().zip(results) {
-            if let Err(error) = result {
-                // One fetch learns why; the others run into the same wall with their next block.
-                if let Some(fetch) = fetches.values_mut().find(|f| f.session.has_asked(peer, block.cid())) {
-                    fetch.failed = Some(error.into());
-                    fetch.wake.notify_one();
-                }
-                continue;
-            }
+        for block in blocks {
             ledger.received(peer, block.len());
             server.block_arrived(block.cid(), block.len());
             for fetch in fetches.values_mut() {

@@ -27,6 +27,10 @@ const CONTACTS_MAX: usize = 256;
 const SEARCH_EVERY: Duration = Duration::from_secs(1);
 /// Neighbours that are tried in one search.
 const SEARCH_TRIES: usize = 4;
+/// A neighbour that was dropped for being slow is no neighbour for this long.
+const PAUSE: Duration = Duration::from_secs(10);
+/// A neighbour is told of other members no more often.
+const TELL_PEERS_EVERY: Duration = Duration::from_secs(1);
 
 /// What waits for a neighbour's stream.
 enum Outgoing {
@@ -41,15 +45,22 @@ struct Link {
     opener: PeerId,
     queue: mpsc::Sender<Outgoing>,
     generation: u64,
+    /// Whether it owes us an answer to a question for other members.
+    asked_peers: bool,
+    /// When it was last told of other members.
+    told_peers_at: Duration,
 }
 
 struct State {
     spread: Spread<PeerId>,
     links: BTreeMap<PeerId, Link>,
     generations: u64,
-    /// Members that sent wrong bytes: not taken as neighbours again.
-    shunned: BTreeSet<PeerId>,
-    contacts: BTreeMap<PeerId, Vec<String>>,
+    /// Members that were too slow, and when they may be neighbours again.
+    paused: BTreeMap<PeerId, Duration>,
+    /// Possible neighbours.
+    contacts: BTreeSet<PeerId>,
+    /// Bytes of the chunks that are here.
+    done_bytes: u64,
 }
 
 /// One member of one spread.
@@ -86,7 +97,7 @@ impl std::fmt::Debug for Spreading {
 impl Drop for Spreading {
     fn drop(&mut self) {
         self.driver.abort();
-        self.member.exchange.forget_spread(&self.member.root);
+        self.member.exchange.forget_spread(&self.member.root, &self.member);
         self.member.lock().links.clear();
     }
 }
@@ -99,10 +110,7 @@ impl Spreading {
 
     /// How much is here.
     pub fn progress(&self) -> Progress {
-        match &*self.member.told.borrow() {
-            Status::At(progress) => *progress,
-            Status::Failed(_) => self.member.progress(),
-        }
+        self.member.progress()
     }
 
     /// Chunks that this member has sent.
@@ -115,7 +123,7 @@ impl Spreading {
         self.member.lock().spread.neighbours().cloned().collect()
     }
 
-    /// Waits until everything is here; `progress` hears of what came. Cancel-safe.
+    /// Waits until everything is here and on disk; `progress` hears of what came. Cancel-safe.
     ///
     /// # Errors
     /// When nobody delivers what is missing, or the store refuses, for example because the disk is full.
@@ -156,6 +164,7 @@ impl Blocks {
             self.fetch_manifest(root, source.map(std::slice::from_ref).unwrap_or_default()).await?;
         let cids: Vec<Cid> = manifest.blocks().iter().map(|b| b.cid).collect();
         let n_chunks = cids.len() as u32;
+        let lengths: Vec<u32> = manifest.blocks().iter().map(|b| b.length).collect();
         let have = self
             .exchange
             .blocking(move |store| {
@@ -176,13 +185,15 @@ impl Blocks {
         let own = self.exchange.node.peer_id();
         let seed =
             own.as_bytes().iter().fold(config.seed, |h, &b| h.wrapping_mul(31).wrapping_add(u64::from(b)));
+        let done_bytes = have.iter().map(|chunk| u64::from(lengths[chunk as usize])).sum();
         let spread = Spread::new(SpreadConfig { seed, ..config }, have, source.is_none());
         let state = State {
             spread,
             links: BTreeMap::new(),
             generations: 0,
-            shunned: BTreeSet::new(),
-            contacts: source.map(|peer| (peer.clone(), Vec::new())).into_iter().collect(),
+            paused: BTreeMap::new(),
+            contacts: source.cloned().into_iter().collect(),
+            done_bytes,
         };
         let total_bytes = manifest.total_bytes();
         let member = Arc::new(Member {
@@ -195,11 +206,29 @@ impl Blocks {
             wake: Notify::new(),
             told: watch::Sender::new(Status::At(Progress { done_bytes: 0, total_bytes })),
         });
-        member.told.send_replace(Status::At(member.progress()));
         self.exchange.remember_spread(*root, &member);
         let events = self.exchange.node.events();
         let driver = self.exchange.runtime.spawn(drive(Arc::clone(&member), events)).abort_handle();
         Ok(Spreading { member, driver })
+    }
+}
+
+impl Blocks {
+    /// Gets a whole artefact by taking part in its spread, which begins at `source`: most of it comes from other members.
+    /// Returns when all of it is on disk; what is returned passes chunks on until it is dropped. Dropping the future
+    /// leaves the spread and keeps what came.
+    ///
+    /// # Errors
+    /// As [`Spreading::done`]; also when the manifest cannot be had. Nobody delivers when `source` does not spread it.
+    pub async fn fetch_via_spread(
+        &self,
+        root: &Cid,
+        source: &PeerId,
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<Spreading, Arc<FetchError>> {
+        let part = self.spread(root, Some(source), SpreadConfig::default()).await.map_err(Arc::new)?;
+        part.done(progress).await?;
+        Ok(part)
     }
 }
 
@@ -227,21 +256,40 @@ impl Member {
     }
 
     fn progress(&self) -> Progress {
-        let state = self.lock();
-        let length = |chunk: u32| u64::from(self.manifest.blocks()[chunk as usize].length);
-        let done_bytes = state.spread.have().iter().map(length).sum();
-        Progress { done_bytes, total_bytes: self.manifest.total_bytes() }
+        Progress { done_bytes: self.lock().done_bytes, total_bytes: self.manifest.total_bytes() }
     }
 
+    /// Ends this member's part: whoever waits is told why, and nothing that comes later changes that.
     fn fail(&self, error: FetchError) {
-        self.told.send_replace(Status::Failed(Arc::new(error)));
+        self.tell(Status::Failed(Arc::new(error)));
+        self.wake.notify_one();
+    }
+
+    fn tell(&self, status: Status) {
+        self.told.send_if_modified(|told| {
+            let goes_on = !matches!(told, Status::Failed(_));
+            if goes_on {
+                *told = status;
+            }
+            goes_on
+        });
+    }
+
+    fn has_failed(&self) -> bool {
+        matches!(*self.told.borrow(), Status::Failed(_))
+    }
+
+    /// Whether `peer` sent wrong bytes, here or elsewhere.
+    fn is_shunned(&self, peer: &PeerId) -> bool {
+        self.exchange.lock().ledger.is_shunned(peer)
     }
 
     /// Does what the state machine wants, until it wants nothing.
     fn act(&self) {
         let now = self.now();
         let mut state = self.lock();
-        let State { spread, links, shunned, .. } = &mut *state;
+        let State { spread, links, paused, .. } = &mut *state;
+        let mut liars = Vec::new();
         while let Some(action) = spread.poll(now) {
             match action {
                 Action::Send { to, message } => {
@@ -260,47 +308,79 @@ impl Member {
                         spread.remove_neighbour(&to, now);
                     }
                 }
-                Action::Drop { peer, reason } => {
+                Action::Drop { peer, reason, wrong } => {
                     tracing::warn!(peer = %peer.short(), root = %self.root, reason, "neighbour is dropped");
                     links.remove(&peer);
-                    shunned.insert(peer);
+                    if wrong {
+                        liars.push(peer);
+                    } else {
+                        paused.retain(|_, until| *until > now);
+                        if paused.len() < CONTACTS_MAX {
+                            paused.insert(peer, now + PAUSE);
+                        }
+                    }
                 }
             }
         }
+        drop(state);
+        let mut exchange = self.exchange.lock();
+        liars.iter().for_each(|peer| exchange.ledger.wrong(peer));
     }
 
     /// Up to a frame's worth of other members, those that take part now first.
     fn sample(&self, for_peer: &PeerId) -> Vec<Contact> {
-        let linked: BTreeSet<PeerId> = self.lock().links.keys().cloned().collect();
-        let known =
-            self.node().peers().into_iter().filter(|p| linked.contains(&p.peer) && p.peer != *for_peer);
-        let mut sample: Vec<Contact> = known.map(|p| (p.peer, p.addrs)).collect();
+        let mut linked: Vec<PeerId> = self.lock().links.keys().filter(|p| *p != for_peer).cloned().collect();
         // Another start for everybody who asks, so that not all get the same.
         let start =
             for_peer.as_bytes().iter().fold(0usize, |h, &b| h.wrapping_mul(31).wrapping_add(b.into()));
-        let n = sample.len().max(1);
-        sample.rotate_left(start % n);
-        sample.truncate(crate::spread::wire::PEERS_MAX);
-        sample
+        let n = linked.len().max(1);
+        linked.rotate_left(start % n);
+        linked.truncate(crate::spread::wire::PEERS_MAX);
+        linked.into_iter().map(|peer| (peer.clone(), self.node().addresses(&peer))).collect()
     }
 
-    fn learn(&self, contacts: Vec<Contact>) {
+    /// `neighbour` names other members. Counts only when it was asked.
+    fn learn(&self, neighbour: &PeerId, contacts: Vec<Contact>) {
         let own = self.node().peer_id();
+        let asked = |link: &mut Link| std::mem::take(&mut link.asked_peers);
+        if !self.lock().links.get_mut(neighbour).is_some_and(asked) {
+            return tracing::debug!(peer = %neighbour.short(), "members are named that nobody asked for");
+        }
         for (peer, addresses) in contacts {
-            if peer == own {
-                continue;
-            }
-            for address in &addresses {
-                if let Err(error) = self.node().add_address(&peer, address) {
+            let taken = peer != own && {
+                let mut state = self.lock();
+                let room = state.contacts.len() < CONTACTS_MAX || state.contacts.contains(&peer);
+                if room {
+                    state.contacts.insert(peer.clone());
+                }
+                room
+            };
+            for address in addresses.iter().filter(|_| taken) {
+                if let Err(error) = self.node().learn_address(&peer, address, neighbour) {
                     tracing::debug!(peer = %peer.short(), %error, "address of a member is not used");
                 }
             }
-            let mut state = self.lock();
-            if state.contacts.len() < CONTACTS_MAX || state.contacts.contains_key(&peer) {
-                state.contacts.insert(peer, addresses);
-            }
         }
         self.wake.notify_one();
+    }
+
+    /// `neighbour` asks for other members.
+    fn tell_peers(&self, neighbour: &PeerId) {
+        let now = self.now();
+        let may = |link: &mut Link| {
+            let may = now >= link.told_peers_at + TELL_PEERS_EVERY;
+            if may {
+                link.told_peers_at = now;
+            }
+            may
+        };
+        if !self.lock().links.get_mut(neighbour).is_some_and(may) {
+            return;
+        }
+        let contacts = self.sample(neighbour);
+        if let Some(link) = self.lock().links.get(neighbour) {
+            let _ = link.queue.try_send(Outgoing::Frame(Frame::Peers(contacts)));
+        }
     }
 
     /// Opens streams to members that are not neighbours yet; the source again when nobody is left.
@@ -309,21 +389,29 @@ impl Member {
         let tries: Vec<PeerId> = {
             let mut state = self.lock();
             let state = &mut *state;
-            let fresh =
-                |p: &&PeerId| !state.links.contains_key(*p) && !state.shunned.contains(*p) && **p != own;
-            let mut tries: Vec<PeerId> = state.contacts.keys().filter(fresh).cloned().collect();
+            let now = self.now();
+            let exchange = self.exchange.lock();
+            let fresh = |p: &PeerId| {
+                !state.links.contains_key(p)
+                    && *p != own
+                    && !exchange.ledger.is_shunned(p)
+                    && state.paused.get(p).is_none_or(|until| now >= *until)
+            };
+            let mut tries: Vec<PeerId> = state.contacts.iter().filter(|p| fresh(p)).cloned().collect();
             // Others start elsewhere in the list.
             let start = own.as_bytes().last().copied().unwrap_or_default() as usize;
             let n = tries.len().max(1);
             tries.rotate_left(start % n);
             tries.truncate(SEARCH_TRIES);
+            let source = self.source.as_ref().filter(|s| fresh(s) && !tries.contains(s));
+            let source = source.filter(|_| tries.len() < SEARCH_TRIES).cloned();
+            drop(exchange);
             for peer in &tries {
                 state.contacts.remove(peer);
             }
-            let source = self.source.as_ref().filter(|s| !state.links.contains_key(*s) && !tries.contains(s));
-            tries.extend(source.filter(|_| tries.len() < SEARCH_TRIES).cloned());
-            for link in state.links.values() {
-                let _ = link.queue.try_send(Outgoing::Frame(Frame::AskPeers));
+            tries.extend(source);
+            for link in state.links.values_mut() {
+                link.asked_peers |= link.queue.try_send(Outgoing::Frame(Frame::AskPeers)).is_ok();
             }
             tries
         };
@@ -337,22 +425,36 @@ impl Member {
 async fn drive(member: Arc<Member>, mut events: tokio::sync::broadcast::Receiver<NetEvent>) {
     let mut searched_at: Option<Duration> = None;
     let mut progress_at = member.now();
-    let mut done_before = member.progress();
-    let mut announced = false;
+    let mut done_before: Option<Progress> = None;
+    let mut on_disk = false;
     loop {
+        if member.has_failed() {
+            // Nothing more is asked for or passed on: what comes could not be kept.
+            let now = member.now();
+            let mut state = member.lock();
+            for peer in std::mem::take(&mut state.links).into_keys() {
+                state.spread.remove_neighbour(&peer, now);
+            }
+            return;
+        }
         member.act();
         let now = member.now();
         let progress = member.progress();
-        if progress != done_before {
-            (done_before, progress_at) = (progress, now);
-            member.told.send_replace(Status::At(progress));
-        }
         let done = progress.done_bytes == progress.total_bytes;
-        if done && !announced {
-            announced = true;
-            if let Ok(Err(error)) = member.exchange.blocking(|store| store.flush()).await {
-                member.fail(error.into());
+        if done && !on_disk {
+            // Only what is on disk is done.
+            match member.exchange.blocking(|store| store.flush()).await {
+                Ok(Ok(())) => on_disk = true,
+                Ok(Err(error)) => member.fail(error.into()),
+                Err(error) => member.fail(error),
             }
+            if on_disk && member.source.is_some() {
+                member.exchange.announce(member.root);
+            }
+        }
+        if done_before != Some(progress) {
+            (done_before, progress_at) = (Some(progress), now);
+            member.tell(Status::At(progress));
         }
         if !done && now >= progress_at + member.give_up_after {
             let state = member.lock();
@@ -361,7 +463,7 @@ async fn drive(member: Arc<Member>, mut events: tokio::sync::broadcast::Receiver
             let reason = "no member of the spread delivered anything for too long";
             drop(state);
             member.fail(FetchError::Incomplete { root, missing_blocks, asked_peers, reason });
-            return;
+            continue;
         }
         let wants = member.lock().spread.wants_neighbours(now);
         let may_search = searched_at.is_none_or(|at| now >= at + SEARCH_EVERY);
@@ -390,7 +492,7 @@ async fn drive(member: Arc<Member>, mut events: tokio::sync::broadcast::Receiver
                     state.spread.remove_neighbour(&peer, now);
                 }
                 Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                Err(tokio::sync::broadcast::error::RecvError::Closed) => return member.fail(FetchError::Closed),
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => member.fail(FetchError::Closed),
             },
         }
     }

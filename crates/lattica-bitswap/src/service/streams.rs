@@ -20,13 +20,22 @@ const IDLE: Duration = Duration::from_secs(60);
 /// A peer that does not take one message in this time is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// Shorter messages are decoded at once.
+const DECODE_INLINE_BYTES: usize = 16 * 1024;
+/// Memory for a frame grows in these steps, so that it follows the bytes that came, not those that were announced.
+const READ_STEP_BYTES: usize = 256 * 1024;
 
 /// Takes in what a peer sends, until its stream or the exchange ends.
 pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
     let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
     loop {
         let message = match read_frame(&mut reader, "bitswap message", BITSWAP_MESSAGE_MAX_BYTES).await {
-            Ok(Some(bytes)) => Message::decode(bytes),
+            Ok(Some(bytes)) if bytes.len() <= DECODE_INLINE_BYTES => Message::decode(bytes),
+            // Blocks are hashed to learn what they are: not on a thread that others wait for.
+            Ok(Some(bytes)) => match tokio::task::spawn_blocking(move || Message::decode(bytes)).await {
+                Ok(message) => message,
+                Err(_) => return,
+            },
             Ok(None) => return,
             Err(ReadError::Malformed(error)) => Err(error),
             Err(ReadError::Broken) => return,
@@ -68,8 +77,12 @@ pub(super) async fn read_frame(
             Err(error) => return Err(ReadError::Malformed(error)),
         }
     };
-    let mut bytes = BytesMut::zeroed(length);
-    reader.read_exact(&mut bytes).await.map_err(|_| ReadError::Broken)?;
+    let mut bytes = BytesMut::new();
+    while bytes.len() < length {
+        let from = bytes.len();
+        bytes.resize(length.min(from + READ_STEP_BYTES), 0);
+        reader.read_exact(&mut bytes[from..]).await.map_err(|_| ReadError::Broken)?;
+    }
     Ok(Some(bytes.freeze()))
 }
 

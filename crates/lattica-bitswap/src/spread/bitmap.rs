@@ -67,14 +67,13 @@ impl Bitmap {
 
     /// The chunks of the set, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.words.iter().enumerate().flat_map(|(i, &word)| {
-            let mut rest = word;
-            std::iter::from_fn(move || {
-                let bit = rest.trailing_zeros();
-                rest &= rest.checked_sub(1)?;
-                Some(i as u32 * 64 + bit)
-            })
-        })
+        bits(self.words.iter().copied())
+    }
+
+    /// The chunks of the set that are not in `other`, ascending.
+    pub fn minus(&self, other: &Self) -> impl Iterator<Item = u32> {
+        debug_assert_eq!(self.n_chunks, other.n_chunks, "sets of one artefact");
+        bits(self.words.iter().zip(&other.words).map(|(a, b)| a & !b))
     }
 
     /// The set as bytes, chunk 0 in the lowest bit of the first byte.
@@ -109,6 +108,18 @@ impl Bitmap {
     }
 }
 
+/// The numbers of the bits that are set, ascending.
+fn bits(words: impl Iterator<Item = u64>) -> impl Iterator<Item = u32> {
+    words.enumerate().flat_map(|(i, word)| {
+        let mut rest = word;
+        std::iter::from_fn(move || {
+            let bit = rest.trailing_zeros();
+            rest &= rest.checked_sub(1)?;
+            Some(i as u32 * 64 + bit)
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -130,6 +141,12 @@ mod tests {
             }
             prop_assert_eq!(bitmap.iter().collect::<Vec<_>>(), set.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(bitmap.count() as usize, set.len());
+            let mut thirds = Bitmap::empty(n);
+            for chunk in (0..n).step_by(3) {
+                thirds.insert(chunk);
+            }
+            let expected: Vec<u32> = set.iter().copied().filter(|chunk| chunk % 3 != 0).collect();
+            prop_assert_eq!(bitmap.minus(&thirds).collect::<Vec<_>>(), expected);
             prop_assert_eq!(bitmap.is_full(), set.len() == n as usize);
             prop_assert_eq!(Bitmap::from_bytes(n, &bitmap.to_bytes()).unwrap(), bitmap);
         }

@@ -30,6 +30,10 @@ pub(super) struct Neighbour {
     pub(super) latency: Option<Duration>,
     /// Requests in a row that it let wait or refused.
     pub(super) strikes: u32,
+    /// It has nothing that is wanted: not looked at again until it shows more or something is wanted again.
+    pub(super) nothing_new: bool,
+    /// There is nothing to offer it: not looked at again until something arrives or it lacks more.
+    pub(super) nothing_to_offer: bool,
 }
 
 impl Neighbour {
@@ -45,12 +49,14 @@ impl Neighbour {
             uploading: 0,
             latency: None,
             strikes: 0,
+            nothing_new: false,
+            nothing_to_offer: false,
         }
     }
 
-    /// It said something of `chunk`: an offer of it is over.
-    pub(super) fn answered(&mut self, chunk: u32) {
-        self.offer.take_if(|(offered, _)| *offered == chunk);
+    /// It said something of `chunk`: an offer of it is over. Whether it was offered.
+    pub(super) fn answered(&mut self, chunk: u32) -> bool {
+        self.offer.take_if(|(offered, _)| *offered == chunk).is_some()
     }
 
     /// A chunk came: how long it took, `None` when it was not asked for.

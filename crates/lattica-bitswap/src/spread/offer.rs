@@ -23,17 +23,18 @@ impl<P: Ord + Clone> Spread<P> {
             return;
         }
         while open < MAX_OPEN {
-            let takers =
-                self.neighbours.iter().filter(|(_, n)| !n.holds.is_full() && !is_open(n) && n.uploading == 0);
-            let choice = takers
-                .filter_map(|(name, n)| {
-                    let lacks = |c: &u32| !n.holds.contains(*c) && !n.declined.contains(c);
-                    let chunk = self.have.iter().filter(lacks).min_by_key(|&c| self.key(c))?;
-                    Some((n.holds.count(), name.clone(), chunk))
-                })
-                .min_by_key(|(count, ..)| *count);
-            let Some((_, name, chunk)) = choice else { return };
+            let takers = self
+                .neighbours
+                .iter()
+                .filter(|(_, n)| !n.nothing_to_offer && !is_open(n) && n.uploading == 0);
+            let Some((name, taker)) = takers.min_by_key(|(_, n)| n.holds.count()) else { return };
+            let lacks = self.have.minus(&taker.holds).filter(|c| !taker.declined.contains(c));
+            let (name, chunk) = (name.clone(), lacks.min_by_key(|&c| self.key(c)));
             let neighbour = self.neighbours.get_mut(&name).expect("just found");
+            let Some(chunk) = chunk else {
+                neighbour.nothing_to_offer = true;
+                continue;
+            };
             neighbour.offer = Some((chunk, now));
             self.send(&name, SpreadMessage::Offer(chunk));
             open += 1;

@@ -296,6 +296,45 @@ fn who_shows_what_it_does_not_send_is_dropped() {
 }
 
 #[test]
+fn only_who_sends_what_is_wrong_is_told_to_be_wrong() {
+    let now = Duration::ZERO;
+    let drops = |spread: &mut Spread<u32>, now| {
+        let actions = std::iter::from_fn(|| spread.poll(now)).collect::<Vec<_>>();
+        actions.into_iter().find_map(|a| match a {
+            Action::Drop { peer: 1, wrong, .. } => Some(wrong),
+            _ => None,
+        })
+    };
+    let mut slow = member(8);
+    slow.add_neighbour(&1, now);
+    slow.handle(&1, holds(8, &[0, 1, 2, 3]), now);
+    let mut dropped = None;
+    for _ in 0..10 {
+        let Some(late) = slow.next_deadline() else { break };
+        slow.handle_timeout(late);
+        dropped = dropped.or(drops(&mut slow, late));
+    }
+    assert_eq!(dropped, Some(false));
+    let mut lied_to = member(8);
+    lied_to.add_neighbour(&1, now);
+    lied_to.handle_wrong(&1, now);
+    assert_eq!(drops(&mut lied_to, now), Some(true));
+}
+
+#[test]
+fn declining_what_was_not_offered_is_not_remembered() {
+    let now = Duration::ZERO;
+    let mut spread = Spread::new(SpreadConfig::default(), Bitmap::full(8), false);
+    spread.add_neighbour(&1, now);
+    for chunk in 0..8 {
+        spread.handle(&1, SpreadMessage::Decline(chunk), now);
+    }
+    let actions: Vec<_> = std::iter::from_fn(|| spread.poll(now)).collect();
+    assert!(spread.neighbours[&1].declined.is_empty());
+    assert!(actions.iter().any(|a| matches!(a, Action::Send { message: SpreadMessage::Offer(_), .. })));
+}
+
+#[test]
 fn a_source_shows_every_chunk_once_before_any_twice() {
     let now = Duration::ZERO;
     let mut source = Spread::new(SpreadConfig::default(), Bitmap::full(20), true);

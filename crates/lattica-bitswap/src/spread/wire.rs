@@ -70,9 +70,7 @@ impl Frame {
             },
             Self::Chunk { index, bytes } => Body::Chunk(SpreadChunk { index, data: bytes }),
         };
-        let mut out = Vec::new();
-        frame::encode(&SpreadFrame { body: Some(body) }.encode_to_vec(), &mut out);
-        out
+        frame::encode_message(&SpreadFrame { body: Some(body) }, 0)
     }
 
     /// A frame from its payload, for an artefact of `n_chunks` blocks (0 where none is agreed on yet).
@@ -82,6 +80,9 @@ impl Frame {
     pub fn decode(payload: Bytes, n_chunks: u32) -> Result<Self, DecodeError> {
         debug_assert!(n_chunks as usize <= MANIFEST_MAX_BYTES / 32, "a manifest names no more blocks");
         let what = "spread frame";
+        let number = |chunk: u32| {
+            if chunk < n_chunks { Ok(chunk) } else { Err(DecodeError::invalid("chunk number", chunk)) }
+        };
         let message = SpreadFrame::decode(payload).map_err(|e| DecodeError::message(what, &e))?;
         Ok(match message.body.ok_or_else(|| DecodeError::invalid(what, "without a body"))? {
             Body::Hello(root) => Self::Hello(cid::decode(&root)?),
@@ -94,21 +95,19 @@ impl Frame {
             Body::AskPeers(_) => Self::AskPeers,
             Body::Holds(bytes) => Self::Message(SpreadMessage::Holds(Bitmap::from_bytes(n_chunks, &bytes)?)),
             Body::Have(SpreadChunks { indices }) => {
-                if let Some(wrong) = indices.iter().find(|&&chunk| chunk >= n_chunks) {
-                    return Err(DecodeError::invalid("chunk number", wrong));
-                }
                 if indices.len() > n_chunks as usize {
                     return Err(DecodeError::invalid("number of chunks in a spread frame", indices.len()));
                 }
-                Self::Message(SpreadMessage::Have(indices))
+                let chunks = indices.into_iter().map(number).collect::<Result<_, _>>()?;
+                Self::Message(SpreadMessage::Have(chunks))
             }
-            Body::Request(chunk) => Self::Message(SpreadMessage::Request(chunk)),
-            Body::Cancel(chunk) => Self::Message(SpreadMessage::Cancel(chunk)),
-            Body::Refuse(chunk) => Self::Message(SpreadMessage::Refuse(chunk)),
-            Body::Busy(chunk) => Self::Message(SpreadMessage::Busy(chunk)),
-            Body::Offer(chunk) => Self::Message(SpreadMessage::Offer(chunk)),
-            Body::Decline(chunk) => Self::Message(SpreadMessage::Decline(chunk)),
-            Body::Chunk(SpreadChunk { index, data }) => Self::Chunk { index, bytes: data },
+            Body::Request(chunk) => Self::Message(SpreadMessage::Request(number(chunk)?)),
+            Body::Cancel(chunk) => Self::Message(SpreadMessage::Cancel(number(chunk)?)),
+            Body::Refuse(chunk) => Self::Message(SpreadMessage::Refuse(number(chunk)?)),
+            Body::Busy(chunk) => Self::Message(SpreadMessage::Busy(number(chunk)?)),
+            Body::Offer(chunk) => Self::Message(SpreadMessage::Offer(number(chunk)?)),
+            Body::Decline(chunk) => Self::Message(SpreadMessage::Decline(number(chunk)?)),
+            Body::Chunk(SpreadChunk { index, data }) => Self::Chunk { index: number(index)?, bytes: data },
         })
     }
 }
@@ -161,7 +160,21 @@ mod tests {
 
     #[test]
     fn what_is_out_of_range_is_refused() {
-        assert!(Frame::decode(payload(Frame::Message(SpreadMessage::Have(vec![9]))), 9).is_err());
+        let numbers: [fn(u32) -> SpreadMessage; 7] = [
+            |chunk| SpreadMessage::Have(vec![chunk]),
+            SpreadMessage::Request,
+            SpreadMessage::Cancel,
+            SpreadMessage::Refuse,
+            SpreadMessage::Busy,
+            SpreadMessage::Offer,
+            SpreadMessage::Decline,
+        ];
+        for message in numbers {
+            assert!(Frame::decode(payload(Frame::Message(message(8))), 9).is_ok());
+            assert!(Frame::decode(payload(Frame::Message(message(9))), 9).is_err());
+        }
+        let chunk = Frame::Chunk { index: 9, bytes: Bytes::new() };
+        assert!(Frame::decode(payload(chunk), 9).is_err());
         assert!(Frame::decode(payload(Frame::Message(SpreadMessage::Holds(Bitmap::full(17)))), 9).is_err());
         let peer = PeerId::from_ed25519(&[7; 32]);
         let long = Frame::Peers(vec![(peer, vec!["x".repeat(300)])]);

@@ -14,6 +14,7 @@ use crate::Block;
 use crate::service::exchange::Exchange;
 use crate::service::streams::{ReadError, read_frame};
 use crate::session::Arrival;
+use crate::spread::SpreadMessage;
 use crate::spread::wire::{FRAME_MAX_BYTES, Frame, PROTOCOL};
 
 /// The opener has this long to name the artefact.
@@ -21,6 +22,10 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// A neighbour that does not take one frame in this time is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// A first frame holds a CID and nothing else.
+const HELLO_MAX_BYTES: usize = 128;
+/// Queued frames that are looked at together.
+const BATCH: usize = 64;
 
 type Reader = BufReader<ReadHalf<Stream>>;
 
@@ -47,7 +52,10 @@ pub(super) async fn open(member: Weak<Member>, peer: PeerId) {
 pub(super) async fn accept(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
     let (reader, writer) = tokio::io::split(stream);
     let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, reader);
-    let Ok(Ok(Some(frame))) = timeout(HELLO_TIMEOUT, read(&mut reader, 0)).await else { return };
+    let Ok(Ok(Some(frame))) = timeout(HELLO_TIMEOUT, read_limited(&mut reader, 0, HELLO_MAX_BYTES)).await
+    else {
+        return;
+    };
     let Frame::Hello(root) = frame else { return };
     let member = exchange.upgrade().and_then(|exchange| exchange.spread_of(&root));
     let Some(member) = member else {
@@ -93,7 +101,8 @@ impl Member {
     fn take(&self, peer: &PeerId, opener: PeerId, queue: mpsc::Sender<Outgoing>) -> Option<u64> {
         let now = self.now();
         let mut state = self.lock();
-        if state.shunned.contains(peer) || *peer == self.node().peer_id() {
+        let paused = state.paused.get(peer).is_some_and(|until| now < *until);
+        if paused || self.has_failed() || self.is_shunned(peer) || *peer == self.node().peer_id() {
             return None;
         }
         if let Some(link) = state.links.get(peer) {
@@ -109,7 +118,10 @@ impl Member {
         }
         state.generations += 1;
         let generation = state.generations;
-        state.links.insert(peer.clone(), Link { opener, queue, generation });
+        // Who accepts a stream names other members unasked.
+        let asked_peers = opener == self.node().peer_id();
+        let link = Link { opener, queue, generation, asked_peers, told_peers_at: Duration::ZERO };
+        state.links.insert(peer.clone(), link);
         drop(state);
         self.wake.notify_one();
         Some(generation)
@@ -133,7 +145,15 @@ impl Member {
 }
 
 async fn read(reader: &mut (impl AsyncRead + Unpin), n_chunks: u32) -> Result<Option<Frame>, ReadError> {
-    match read_frame(reader, "spread frame", FRAME_MAX_BYTES).await? {
+    read_limited(reader, n_chunks, FRAME_MAX_BYTES).await
+}
+
+async fn read_limited(
+    reader: &mut (impl AsyncRead + Unpin),
+    n_chunks: u32,
+    limit_bytes: usize,
+) -> Result<Option<Frame>, ReadError> {
+    match read_frame(reader, "spread frame", limit_bytes).await? {
         Some(payload) => Frame::decode(payload, n_chunks).map(Some).map_err(ReadError::Malformed),
         None => Ok(None),
     }
@@ -158,13 +178,8 @@ async fn take_in(member: &Weak<Member>, peer: &PeerId, generation: u64, mut read
                 let now = member.now();
                 member.lock().spread.handle(peer, message, now);
             }
-            Frame::Peers(contacts) => member.learn(contacts),
-            Frame::AskPeers => {
-                let contacts = member.sample(peer);
-                if let Some(link) = member.lock().links.get(peer) {
-                    let _ = link.queue.try_send(Outgoing::Frame(Frame::Peers(contacts)));
-                }
-            }
+            Frame::Peers(contacts) => member.learn(peer, contacts),
+            Frame::AskPeers => member.tell_peers(peer),
             Frame::Chunk { index, bytes } => member.take_chunk(peer, index, bytes).await,
             Frame::Hello(_) => return,
         }
@@ -183,22 +198,28 @@ impl Member {
         let stored = self
             .exchange
             .blocking(move |store| match Block::verify(expected.cid, bytes) {
-                Ok(block) if block.len() == expected.length as usize => store.put(&block).map(|_| true),
-                _ => Ok(false),
+                Ok(block) if block.len() == expected.length as usize => {
+                    store.put(&block).map(|_| Some(block))
+                }
+                _ => Ok(None),
             })
             .await;
         let now = self.now();
         match stored {
-            Ok(Ok(true)) => {
-                let arrival = self.lock().spread.handle_chunk(peer, index, now);
+            Ok(Ok(Some(block))) => {
+                let arrival = {
+                    let mut state = self.lock();
+                    let arrival = state.spread.handle_chunk(peer, index, now);
+                    state.done_bytes += if arrival == Arrival::New { u64::from(expected.length) } else { 0 };
+                    arrival
+                };
                 if arrival == Arrival::New {
-                    self.exchange.lock().ledger.received(peer, expected.length as usize);
+                    // Fetches here want it no more, and peers that asked for it get it.
+                    self.exchange.stored(peer, std::slice::from_ref(&block));
+                    self.exchange.pump();
                 }
             }
-            Ok(Ok(false)) => {
-                self.exchange.lock().ledger.wrong(peer);
-                self.lock().spread.handle_wrong(peer, now);
-            }
+            Ok(Ok(None)) => self.lock().spread.handle_wrong(peer, now),
             Ok(Err(error)) => self.fail(error.into()),
             Err(error) => self.fail(error),
         }
@@ -225,32 +246,74 @@ async fn write(
     mut queue: mpsc::Receiver<Outgoing>,
     mut writer: WriteHalf<Stream>,
 ) {
-    while let Some(outgoing) = queue.recv().await {
-        let (frame, chunk) = match outgoing {
-            Outgoing::Frame(frame) => (Some(frame), None),
-            Outgoing::Chunk(chunk) => {
-                let Some(member) = member.upgrade() else { break };
-                (member.load(chunk).await, Some(chunk))
+    let mut batch = Vec::with_capacity(BATCH);
+    'stream: while queue.recv_many(&mut batch, BATCH).await > 0 {
+        for outgoing in merged(batch.drain(..)) {
+            let (frame, chunk) = match outgoing {
+                Outgoing::Frame(frame) => (Some(frame), None),
+                Outgoing::Chunk(chunk) => {
+                    let Some(member) = member.upgrade() else { break 'stream };
+                    (member.load(chunk).await, Some(chunk))
+                }
+            };
+            let sent = match frame {
+                Some(frame) => in_time(writer.write_all(&frame.encode())).await,
+                // A block that went missing here is no fault of the stream.
+                None => true,
+            };
+            if let (Some(chunk), Some(member)) = (chunk, member.upgrade()) {
+                let sent = sent && in_time(writer.flush()).await;
+                let now = member.now();
+                member.lock().spread.handle_uploaded(&peer, chunk, sent, now);
+                member.wake.notify_one();
             }
-        };
-        let sent = match frame {
-            Some(frame) => timeout(WRITE_TIMEOUT, async {
-                writer.write_all(&frame.encode()).await?;
-                writer.flush().await
-            })
-            .await
-            .is_ok_and(|written| written.is_ok()),
-            // A block that went missing here is no fault of the stream.
-            None => true,
-        };
-        if let (Some(chunk), Some(member)) = (chunk, member.upgrade()) {
-            let now = member.now();
-            member.lock().spread.handle_uploaded(&peer, chunk, sent, now);
-            member.wake.notify_one();
+            if !sent {
+                break 'stream;
+            }
         }
-        if !sent {
+        if !in_time(writer.flush()).await {
             break;
         }
     }
     let _ = writer.shutdown().await;
+}
+
+async fn in_time(step: impl Future<Output = std::io::Result<()>>) -> bool {
+    timeout(WRITE_TIMEOUT, step).await.is_ok_and(|done| done.is_ok())
+}
+
+/// What is queued, with announcements that follow each other as one.
+fn merged(queued: impl Iterator<Item = Outgoing>) -> Vec<Outgoing> {
+    let mut merged: Vec<Outgoing> = Vec::new();
+    for outgoing in queued {
+        match (merged.last_mut(), outgoing) {
+            (
+                Some(Outgoing::Frame(Frame::Message(SpreadMessage::Have(before)))),
+                Outgoing::Frame(Frame::Message(SpreadMessage::Have(chunks))),
+            ) => before.extend(chunks),
+            (_, outgoing) => merged.push(outgoing),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announcements_that_follow_each_other_travel_as_one() {
+        let message = |m| Outgoing::Frame(Frame::Message(m));
+        let have = |chunk| message(SpreadMessage::Have(vec![chunk]));
+        let queued =
+            vec![have(1), have(2), message(SpreadMessage::Request(9)), have(3), Outgoing::Chunk(4), have(5)];
+        let kinds: Vec<Vec<u32>> = merged(queued.into_iter())
+            .into_iter()
+            .map(|outgoing| match outgoing {
+                Outgoing::Frame(Frame::Message(SpreadMessage::Have(chunks))) => chunks,
+                _ => Vec::new(),
+            })
+            .collect();
+        assert_eq!(kinds, [vec![1, 2], vec![], vec![3], vec![], vec![5]]);
+    }
 }
