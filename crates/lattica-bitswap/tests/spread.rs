@@ -183,7 +183,12 @@ async fn who_waits_for_a_block_gets_it_when_the_spread_brings_it() {
     let (told, mut begun) = tokio::sync::mpsc::channel(1);
     let fetch = {
         let blocks = waiting.blocks.clone();
-        tokio::spawn(async move { blocks.fetch(&root, &from, |_| drop(told.try_send(()))).await })
+        tokio::spawn(async move {
+            let told = |_| {
+                let _ = told.try_send(());
+            };
+            blocks.fetch(&root, &from, told).await
+        })
     };
     begun.recv().await.unwrap();
     let part = member.blocks.fetch_via_spread(&root, &source.node.peer_id(), |_| ()).await.unwrap();
