@@ -164,7 +164,10 @@ pub enum Refusal {
     /// The other end does not speak the handshake: it is not set up for a private swarm.
     #[error("it did not prove that it knows the swarm key")]
     NoProof,
-    /// The other end was silent, or the connection broke.
+    /// The connection broke before the handshake was done.
+    #[error("the connection broke during the swarm handshake")]
+    Broken,
+    /// The other end was silent.
     #[error("it did not finish the swarm handshake in time")]
     Timeout,
 }

@@ -6,6 +6,7 @@ use swarm_wire::limits::{NAME_MAX_BYTES, RPC_BODY_MAX_BYTES};
 
 use crate::access::Access;
 use crate::error::ConfigError;
+use crate::relays::CANDIDATES_MAX;
 
 /// How a node listens, whom it looks for, and what it allows others.
 #[derive(Debug, Clone)]
@@ -28,6 +29,11 @@ pub struct NodeConfig {
     pub access: Access,
     /// Look for peers on the local network. Default: off.
     pub mdns: bool,
+    /// Take part in gossip, for `Node::subscribe` and `Node::publish`. Default: off. Streams of gossip keep a spare connection
+    /// to a peer open.
+    pub gossip: bool,
+    /// Ask the local network's router for a port (UPnP), so that peers outside reach this node. Default: off.
+    pub upnp: bool,
     /// Answer DHT queries. Default: on. A client-only node still stores and finds records at others.
     pub dht_server: bool,
     /// Carry other peers' connections. Such a node also announces its listen addresses as reachable.
@@ -56,6 +62,8 @@ impl Default for NodeConfig {
             network: "default".to_owned(),
             access: Access::default(),
             mdns: false,
+            gossip: false,
+            upnp: false,
             dht_server: true,
             relay_server: false,
             hole_punching: true,
@@ -191,6 +199,9 @@ impl NodeConfig {
                 return bad(field, address.clone(), "an address that ends with /p2p/PEER_ID");
             }
         }
+        if self.relays.len() > CANDIDATES_MAX {
+            return bad("relays", format!("{} addresses", self.relays.len()), "at most 32 addresses");
+        }
         if !(1..=16).contains(&self.relay_slots) {
             return bad("relay_slots", self.relay_slots.to_string(), "1 to 16");
         }
@@ -291,6 +302,7 @@ mod tests {
             NodeConfig { bootstrap: vec!["/ip4/127.0.0.1/tcp/1".to_owned()], ..good() },
             NodeConfig { io_threads: 0, ..good() },
             NodeConfig { relay_slots: 0, ..good() },
+            NodeConfig { relays: vec!["/ip4/127.0.0.1/tcp/1/p2p/x".to_owned(); 33], ..good() },
             NodeConfig { limits: Limits { calls_per_peer: 0, ..limits() }, ..good() },
             NodeConfig { limits: Limits { body_bytes: RPC_BODY_MAX_BYTES + 1, ..limits() }, ..good() },
             NodeConfig { limits: Limits { call_bytes_per_peer: 1, ..limits() }, ..good() },

@@ -319,6 +319,57 @@ pub enum StreamError {
     ShutDown,
 }
 
+/// Why an announcement or a subscription failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GossipError {
+    /// The node was started without gossip.
+    #[error("gossip is off; set NodeConfig::gossip")]
+    Off,
+    /// The topic's name cannot be used.
+    #[error("a topic's name is 1 to 256 bytes, not {got_bytes}")]
+    BadTopic {
+        /// Its length.
+        got_bytes: usize,
+    },
+    /// The announcement is too large.
+    #[error(
+        "an announcement of {got_bytes} bytes is over the limit of {limit_bytes}; publish it as blocks and announce its CID"
+    )]
+    TooLarge {
+        /// Its length.
+        got_bytes: usize,
+        /// The limit.
+        limit_bytes: usize,
+    },
+    /// This node listens to the topic already.
+    #[error("this node listens to {topic} already; drop the other subscription first")]
+    Subscribed {
+        /// The topic.
+        topic: String,
+    },
+    /// This node listens to as many topics as it may.
+    #[error("this node listens to {limit} topics already")]
+    TooManyTopics {
+        /// The limit.
+        limit: usize,
+    },
+    /// Nobody who listens is known.
+    #[error("no peer that listens to the topic is known yet; connect to one first")]
+    NoListeners,
+    /// The announcement was refused.
+    #[error("topic {topic}: {reason}")]
+    Refused {
+        /// The topic.
+        topic: String,
+        /// The reason.
+        reason: String,
+    },
+    /// The node was shut down.
+    #[error("the node was shut down")]
+    ShutDown,
+}
+
 /// Why the distributed table did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -28,18 +28,22 @@
 //! ```
 //!
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
-//! (how calls are refused), [`event`], [`wire`] (frames), [`rpc`] (calls under way, admission), [`links`] (estimates and
+//! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates and
 //! the probe schedule), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
 //! swarms), [`relays`] (which relays to keep slots at). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
-//! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate` (nobody unproved gets in), `service/
-//! rpc_client`, `service/rpc_server`, `service/link_probe`, `service/tensor`, `service/identity`. On the wire: docs/WIRE.md.
+//! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
+//! (nobody unproved gets in), `service/shared` (what all tasks see), `service/connection`, `service/stream`,
+//! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
+//! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`,
+//! `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`. On the wire: docs/WIRE.md.
 
 pub mod access;
 pub mod addr;
 pub mod config;
 pub mod error;
 pub mod event;
+pub mod gossip;
 pub mod links;
 pub mod peers;
 pub mod relays;
@@ -53,14 +57,15 @@ pub mod service;
 pub use access::{Access, SwarmKey};
 pub use config::{Limits, Liveness, NodeConfig};
 pub use error::{
-    CallError, ConfigError, DhtError, DialError, IdentityError, StartError, StreamError, SwarmKeyFileError,
+    CallError, ConfigError, DhtError, DialError, GossipError, IdentityError, StartError, StreamError,
+    SwarmKeyFileError,
 };
 pub use event::NetEvent;
 pub use links::LinkEstimate;
 pub use peers::{PathInfo, PeerInfo};
 #[cfg(feature = "service")]
 pub use service::{
-    CallOptions, Identity, Node, Stream, Tensor, TensorReceiver, TensorSender, create_swarm_key,
-    load_swarm_key, verify,
+    CallOptions, Identity, Node, Stream, Subscription, Tensor, TensorReceiver, TensorSender,
+    create_swarm_key, load_swarm_key, verify,
 };
 pub use status::{Status, StatusCode};

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 /// Relays that are remembered.
-const CANDIDATES_MAX: usize = 32;
+pub const CANDIDATES_MAX: usize = 32;
 /// Pause after the first vain try at a relay; it doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -20,7 +20,6 @@ pub struct RelayPlan<R> {
 struct Candidate<R> {
     relay: R,
     state: State,
-    rtt: Option<Duration>,
     try_at: Duration,
     pause: Duration,
 }
@@ -39,36 +38,31 @@ impl<R: Clone + PartialEq> RelayPlan<R> {
     }
 
     /// A relay is known; the first ones named are tried first while nothing is measured. Beyond 32 none is added.
-    pub fn add(&mut self, relay: R) {
+    /// Whether it is remembered now.
+    pub fn add(&mut self, relay: R) -> bool {
         let known = self.candidates.iter().any(|c| c.relay == relay);
-        if !known && self.candidates.len() < CANDIDATES_MAX {
+        let room = self.candidates.len() < CANDIDATES_MAX;
+        if !known && room {
             self.candidates.push(Candidate {
                 relay,
                 state: State::Idle,
-                rtt: None,
                 try_at: Duration::ZERO,
                 pause: FIRST_PAUSE,
             });
         }
-    }
-
-    /// The round trip to each relay, as far as `rtt` knows it.
-    pub fn measure(&mut self, rtt: impl Fn(&R) -> Option<Duration>) {
-        for candidate in &mut self.candidates {
-            candidate.rtt = rtt(&candidate.relay).or(candidate.rtt);
-        }
+        known || room
     }
 
     /// The relay to ask for a slot now, which counts as asked from then on. `None` when there are slots enough, kept or on
-    /// their way, or nobody can be asked yet.
-    pub fn next(&mut self, now: Duration) -> Option<R> {
+    /// their way, or nobody can be asked yet. `rtt` is the round trip to a relay, as far as it is known.
+    pub fn next(&mut self, now: Duration, rtt: impl Fn(&R) -> Option<Duration>) -> Option<R> {
         let taken = self.candidates.iter().filter(|c| c.state != State::Idle).count();
         if taken >= self.slots {
             return None;
         }
         let ready = self.candidates.iter_mut().filter(|c| c.state == State::Idle && c.try_at <= now);
         // Those that failed least, then the nearest; `min_by_key` takes the first of equals.
-        let chosen = ready.min_by_key(|c| (c.pause, c.rtt.unwrap_or(Duration::MAX)))?;
+        let chosen = ready.min_by_key(|c| (c.pause, rtt(&c.relay).unwrap_or(Duration::MAX)))?;
         chosen.state = State::Asked;
         Some(chosen.relay.clone())
     }
@@ -108,6 +102,10 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn unknown(_: &u32) -> Option<Duration> {
+        None
+    }
+
     fn plan(relays: u32) -> RelayPlan<u32> {
         let mut plan = RelayPlan::new(2);
         for relay in 0..relays {
@@ -119,32 +117,32 @@ mod tests {
     #[test]
     fn the_two_nearest_are_asked_and_no_more() {
         let mut plan = plan(4);
-        plan.measure(|relay| Some((100 - relay * 10) * MS));
-        assert_eq!((plan.next(MS), plan.next(MS), plan.next(MS)), (Some(3), Some(2), None));
+        let rtt = |relay: &u32| Some((100 - relay * 10) * MS);
+        assert_eq!((plan.next(MS, rtt), plan.next(MS, rtt), plan.next(MS, rtt)), (Some(3), Some(2), None));
         plan.handle_held(&3);
         plan.handle_held(&2);
-        assert_eq!((plan.held(), plan.next(MS)), (vec![2, 3], None));
+        assert_eq!((plan.held(), plan.next(MS, unknown)), (vec![2, 3], None));
     }
 
     #[test]
     fn unmeasured_relays_are_asked_in_the_order_of_their_naming() {
         let mut plan = plan(3);
-        assert_eq!((plan.next(MS), plan.next(MS)), (Some(0), Some(1)));
+        assert_eq!((plan.next(MS, unknown), plan.next(MS, unknown)), (Some(0), Some(1)));
     }
 
     #[test]
     fn a_lost_slot_is_replaced_at_once_by_another_relay() {
         let mut plan = plan(3);
         for _ in 0..2 {
-            let relay = plan.next(MS).unwrap();
+            let relay = plan.next(MS, unknown).unwrap();
             plan.handle_held(&relay);
         }
         plan.handle_lost(&0, 1000 * MS);
-        assert_eq!(plan.next(1000 * MS), Some(2));
+        assert_eq!(plan.next(1000 * MS, unknown), Some(2));
         // The lost one is only asked again when it is needed, and after a pause.
         plan.handle_lost(&2, 1000 * MS);
-        assert_eq!(plan.next(1000 * MS), None);
-        assert!(plan.next(1500 * MS).is_some());
+        assert_eq!(plan.next(1000 * MS, unknown), None);
+        assert!(plan.next(1500 * MS, unknown).is_some());
     }
 
     #[test]
@@ -153,7 +151,7 @@ mod tests {
         let mut tries = 0;
         for step in 0..(600_000 / 250) {
             let now = step * 250 * MS;
-            if plan.next(now).is_some() {
+            if plan.next(now, unknown).is_some() {
                 tries += 1;
                 plan.handle_lost(&0, now);
             }
@@ -170,7 +168,7 @@ mod tests {
             let mut taken: Vec<u32> = Vec::new();
             for (i, (relay, lost)) in events.into_iter().enumerate() {
                 let now = i as u32 * 250 * MS;
-                while let Some(asked) = plan.next(now) {
+                while let Some(asked) = plan.next(now, unknown) {
                     prop_assert!(!taken.contains(&asked));
                     taken.push(asked);
                 }
@@ -185,7 +183,7 @@ mod tests {
                 }
             }
             let late = Duration::from_secs(600);
-            while let Some(asked) = plan.next(late) {
+            while let Some(asked) = plan.next(late, unknown) {
                 taken.push(asked);
             }
             prop_assert_eq!(taken.len(), 2);

@@ -32,6 +32,7 @@ mod credit;
 mod driver;
 mod frames;
 mod gate;
+mod gossip;
 mod identity;
 mod link_probe;
 mod rpc_client;
@@ -44,6 +45,7 @@ mod streams;
 mod swarm_key_file;
 mod tensor;
 
+pub use gossip::Subscription;
 pub use identity::{Identity, verify};
 pub use link_probe::LINK_PROTOCOL;
 pub use rpc_client::{CallOptions, RPC_PROTOCOL};

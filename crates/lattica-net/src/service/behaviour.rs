@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use libp2p::connection_limits::{self, ConnectionLimits};
+use libp2p::gossipsub::{AllowAllSubscriptionFilter, MaxCountSubscriptionFilter};
 use libp2p::identity::Keypair;
 use libp2p::kad::{self, store::MemoryStore, store::MemoryStoreConfig};
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
-use libp2p::{StreamProtocol, autonat, dcutr, identify, mdns, ping, relay};
+use libp2p::{StreamProtocol, autonat, dcutr, gossipsub, identify, mdns, ping, relay, upnp};
 
 use super::shared::Shared;
 use super::streams;
@@ -21,6 +22,15 @@ const PROTOCOL_VERSION: &str = "lattica/2.0.0";
 const DHT_RECORDS: usize = 16 * 1024;
 /// Largest value of a DHT record.
 pub(crate) const DHT_VALUE_MAX_BYTES: usize = 64 * 1024;
+
+/// Topics that one peer may listen to, and that it may name at once.
+const TOPICS_OF_A_PEER: usize = 256;
+
+/// Gossip that remembers a bounded number of topics of each peer.
+type Gossip = gossipsub::Behaviour<
+    gossipsub::IdentityTransform,
+    MaxCountSubscriptionFilter<AllowAllSubscriptionFilter>,
+>;
 
 /// The order matters: limits refuse before anybody else spends something on a connection.
 #[derive(NetworkBehaviour)]
@@ -35,6 +45,8 @@ pub(crate) struct Behaviour {
     pub(crate) ping: ping::Behaviour,
     pub(crate) kad: kad::Behaviour<MemoryStore>,
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
+    pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
+    pub(crate) gossip: Toggle<Gossip>,
     pub(crate) streams: streams::Behaviour,
 }
 
@@ -83,6 +95,8 @@ impl Behaviour {
             ping: ping::Behaviour::new(ping::Config::new()),
             kad: kad(keypair, config),
             mdns: mdns.into(),
+            upnp: config.upnp.then(upnp::tokio::Behaviour::default).into(),
+            gossip: if config.gossip { Some(gossip(keypair)?) } else { None }.into(),
             streams: streams::Behaviour::new(shared),
         })
     }
@@ -122,4 +136,35 @@ fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<MemoryStore> {
     let mut kad = kad::Behaviour::with_config(peer, MemoryStore::with_config(peer, store), settings);
     kad.set_mode(Some(if config.dht_server { kad::Mode::Server } else { kad::Mode::Client }));
     kad
+}
+
+/// How a peer's standing in a topic is counted: what was rejected counts, how much it delivers does not (topics are quiet).
+pub(crate) fn topic_score() -> gossipsub::TopicScoreParams {
+    gossipsub::TopicScoreParams {
+        mesh_message_deliveries_weight: 0.0,
+        mesh_failure_penalty_weight: 0.0,
+        ..gossipsub::TopicScoreParams::default()
+    }
+}
+
+fn gossip(keypair: &Keypair) -> Result<Gossip, Box<dyn std::error::Error + Send + Sync>> {
+    let settings = gossipsub::ConfigBuilder::default()
+        .validation_mode(gossipsub::ValidationMode::Strict)
+        // Nothing is passed on before it was judged here.
+        .validate_messages()
+        .build()?;
+    let filter = MaxCountSubscriptionFilter {
+        filter: AllowAllSubscriptionFilter {},
+        max_subscribed_topics: TOPICS_OF_A_PEER,
+        max_subscriptions_per_request: TOPICS_OF_A_PEER,
+    };
+    let signed = gossipsub::MessageAuthenticity::Signed(keypair.clone());
+    let mut gossip = Gossip::new_with_subscription_filter(signed, settings, filter)?;
+    // Many honest nodes may sit behind one address.
+    let score = gossipsub::PeerScoreParams {
+        ip_colocation_factor_weight: 0.0,
+        ..gossipsub::PeerScoreParams::default()
+    };
+    gossip.with_peer_score(score, gossipsub::PeerScoreThresholds::default())?;
+    Ok(gossip)
 }

@@ -7,26 +7,31 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use libp2p::core::{ConnectedPoint, Multiaddr, multiaddr::Protocol};
+use libp2p::gossipsub::{MessageId, TopicHash};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, SwarmEvent};
-use libp2p::{PeerId as LibPeerId, Swarm, autonat, dcutr, identify, mdns, ping, relay};
+use libp2p::{PeerId as LibPeerId, Swarm, autonat, dcutr, identify, mdns, ping, relay, upnp};
 use swarm_wire::PeerId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::behaviour::{Behaviour, BehaviourEvent, kad_protocol};
+use super::gossip::Validator;
 use super::shared::Shared;
 use super::{libp2p_peer, wire_peer};
 use crate::addr::is_plausible;
-use crate::error::{DhtError, DialError};
+use crate::error::{DhtError, DialError, GossipError};
 use crate::event::NetEvent;
+use crate::gossip::{Announcement, Verdict};
 
 mod dht;
 mod dial;
+mod gossip;
 mod upkeep;
 
 use dht::Queries;
 use dial::Dials;
 pub(crate) use dial::root_cause;
+use gossip::Topics;
 use upkeep::Upkeep;
 
 /// How often bootstrap peers and relays are looked after.
@@ -48,6 +53,19 @@ pub(crate) enum Command {
     Disconnect { peer: PeerId },
     /// Tell the addresses that this node listens on.
     ListenAddrs { reply: oneshot::Sender<Vec<Multiaddr>> },
+    /// Listen to a topic.
+    Subscribe {
+        topic: TopicHash,
+        validate: Validator,
+        announcements: mpsc::Sender<Announcement>,
+        reply: Reply<(), GossipError>,
+    },
+    /// A listener is gone.
+    Unsubscribe { topic: TopicHash },
+    /// Announce something to a topic.
+    Publish { topic: TopicHash, data: Vec<u8>, reply: Reply<(), GossipError> },
+    /// A message was judged.
+    Judged { message_id: MessageId, propagation_source: LibPeerId, verdict: Verdict },
     /// Announce a key.
     Provide { key: Vec<u8>, reply: Reply<(), DhtError> },
     /// Take an announcement back.
@@ -67,13 +85,14 @@ pub(crate) struct Driver {
     commands: mpsc::Receiver<Command>,
     dials: Dials,
     queries: Queries,
+    topics: Topics,
     upkeep: Upkeep,
     /// Where each connection leads, for judging the addresses that its peer claims.
     remotes: HashMap<ConnectionId, Multiaddr>,
     /// Connections that this end dialled.
     dialled: HashSet<ConnectionId>,
     /// Peers that we dialled because mDNS saw them; they may belong to another network.
-    from_mdns: HashMap<LibPeerId, ()>,
+    from_mdns: HashSet<LibPeerId>,
 }
 
 impl Driver {
@@ -89,10 +108,11 @@ impl Driver {
             commands,
             dials: Dials::default(),
             queries: Queries::default(),
+            topics: Topics::default(),
             upkeep,
             remotes: HashMap::new(),
             dialled: HashSet::new(),
-            from_mdns: HashMap::new(),
+            from_mdns: HashSet::new(),
         }
     }
 
@@ -140,6 +160,14 @@ impl Driver {
             Command::ListenAddrs { reply } => {
                 let _ = reply.send(self.listen_addrs());
             }
+            Command::Subscribe { topic, validate, announcements, reply } => {
+                self.subscribe(topic, validate, announcements, reply);
+            }
+            Command::Unsubscribe { topic } => self.unsubscribe(&topic),
+            Command::Publish { topic, data, reply } => self.publish(topic, data, reply),
+            Command::Judged { message_id, propagation_source, verdict } => {
+                self.judged(&message_id, &propagation_source, verdict);
+            }
             Command::Provide { key, reply } => self.provide(key, reply),
             Command::StopProviding { key } => self.swarm.behaviour_mut().kad.stop_providing(&key.into()),
             Command::Providers { key, reply } => self.providers(key, reply),
@@ -184,6 +212,9 @@ impl Driver {
                 }
             }
             SwarmEvent::OutgoingConnectionError { peer_id, connection_id, error } => {
+                if let Some(peer) = peer_id.filter(|peer| !self.swarm.is_connected(peer)) {
+                    self.from_mdns.remove(&peer);
+                }
                 self.handle_dial_error(connection_id, peer_id, &error);
             }
             SwarmEvent::NewListenAddr { address, listener_id } => {
@@ -220,6 +251,10 @@ impl Driver {
                 self.handle_ping(peer, rtt)
             }
             BehaviourEvent::Kad(event) => self.handle_kad_event(event),
+            BehaviourEvent::Gossip(event) => self.handle_gossip(event),
+            BehaviourEvent::Upnp(upnp::Event::GatewayNotFound | upnp::Event::NonRoutableGateway) => {
+                tracing::info!("no router here opens ports (UPnP)");
+            }
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, address) in found {
                     self.handle_mdns(peer, &address);
@@ -249,7 +284,9 @@ impl Driver {
     fn handle_identify(&mut self, peer_id: LibPeerId, connection_id: ConnectionId, info: &identify::Info) {
         let Ok(peer) = wire_peer(&peer_id) else { return };
         let in_our_network = info.protocols.contains(&kad_protocol(&self.shared.config.network));
-        if !in_our_network && self.from_mdns.remove(&peer_id).is_some() {
+        // Known from here on, whatever it is: it makes room for the next one that mDNS sees.
+        let from_mdns = self.from_mdns.remove(&peer_id);
+        if !in_our_network && from_mdns {
             tracing::debug!(%peer_id, "closing: mDNS found it, but it belongs to another network");
             let _ = self.swarm.disconnect_peer_id(peer_id);
             return;
@@ -308,7 +345,7 @@ impl Driver {
             .addresses(vec![address])
             .build();
         if self.swarm.dial(options).is_ok() {
-            self.from_mdns.insert(peer_id, ());
+            self.from_mdns.insert(peer_id);
         }
     }
 }

@@ -144,10 +144,10 @@ pub(crate) async fn write_frames<W: AsyncWrite + Unpin>(
     while frames.recv_many(&mut ready, 64).await > 0 {
         for frame in &ready {
             buffer.extend_from_slice(&frame.header);
-            if frame.body.len() <= COPY_MAX_BYTES {
+            let copied = frame.body.len() <= COPY_MAX_BYTES;
+            if copied {
                 buffer.extend_from_slice(&frame.body);
             }
-            let copied = frame.body.len() <= COPY_MAX_BYTES;
             if !copied || buffer.len() >= WRITE_BUFFER_BYTES {
                 write_all(&mut writer, &buffer).await?;
                 buffer.clear();

@@ -6,7 +6,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt};
@@ -86,7 +86,7 @@ impl Gate {
             return Err(Refusal::NotAllowed);
         }
         let Some(key) = &self.access.key else { return Ok(()) };
-        let mut stream = outbound(muxer).await?;
+        let mut stream = substream(muxer, StreamMuxerExt::poll_outbound_unpin).await?;
         let nonce = fresh();
         drive(muxer, send(&mut stream, &hello(&nonce))).await?;
         let mut verdict = [0; 1];
@@ -95,15 +95,17 @@ impl Gate {
         Verdict::check(verdict[0])?;
         let mut answer = [0; 2 * FIELD_BYTES];
         drive(muxer, read(&mut stream, &mut answer)).await?;
-        let (listener_nonce, proof) = halves(&answer);
+        let ([listener_nonce, proof], []) = answer.as_chunks::<FIELD_BYTES>() else {
+            unreachable!("the answer is two fields long")
+        };
         let session = Session {
             network: &self.network,
             dialler: &self.local,
             listener: peer,
             dialler_nonce: &nonce,
-            listener_nonce: &listener_nonce,
+            listener_nonce,
         };
-        if !key.verify(Role::Listener, &session, &proof) {
+        if !key.verify(Role::Listener, &session, proof) {
             last_words(muxer, &mut stream, Verdict::WrongKey).await;
             return Err(Refusal::WrongKey);
         }
@@ -123,7 +125,7 @@ impl Gate {
         let Some(key) = &self.access.key else {
             return if allowed { Ok(()) } else { Err(Refusal::NotAllowed) };
         };
-        let mut stream = inbound(muxer).await?;
+        let mut stream = substream(muxer, StreamMuxerExt::poll_inbound_unpin).await?;
         let mut first = [0; HELLO_BYTES];
         drive(muxer, read(&mut stream, &mut first)).await?;
         let dialler_nonce = read_hello(&first)?;
@@ -160,13 +162,6 @@ fn fresh() -> Nonce {
     rand::rng().random()
 }
 
-fn halves(bytes: &[u8; 2 * FIELD_BYTES]) -> (Nonce, [u8; FIELD_BYTES]) {
-    let (mut first, mut second) = ([0; FIELD_BYTES], [0; FIELD_BYTES]);
-    first.copy_from_slice(&bytes[..FIELD_BYTES]);
-    second.copy_from_slice(&bytes[FIELD_BYTES..]);
-    (first, second)
-}
-
 async fn send(stream: &mut SubstreamBox, bytes: &[u8]) -> Result<(), Refusal> {
     let sent = async {
         stream.write_all(bytes).await?;
@@ -192,26 +187,18 @@ async fn last_words(muxer: &mut StreamMuxerBox, stream: &mut SubstreamBox, verdi
     let _ = tokio::time::timeout(LAST_WORDS, telling).await;
 }
 
-async fn outbound(muxer: &mut StreamMuxerBox) -> Result<SubstreamBox, Refusal> {
+/// A stream of `muxer`, from `poll`.
+async fn substream(
+    muxer: &mut StreamMuxerBox,
+    poll: impl Fn(&mut StreamMuxerBox, &mut Context<'_>) -> Poll<std::io::Result<SubstreamBox>>,
+) -> Result<SubstreamBox, Refusal> {
     poll_fn(|cx| {
         while let Poll::Ready(event) = muxer.poll_unpin(cx) {
             if event.is_err() {
-                return Poll::Ready(Err(Refusal::NoProof));
+                return Poll::Ready(Err(Refusal::Broken));
             }
         }
-        muxer.poll_outbound_unpin(cx).map_err(|_| Refusal::NoProof)
-    })
-    .await
-}
-
-async fn inbound(muxer: &mut StreamMuxerBox) -> Result<SubstreamBox, Refusal> {
-    poll_fn(|cx| {
-        while let Poll::Ready(event) = muxer.poll_unpin(cx) {
-            if event.is_err() {
-                return Poll::Ready(Err(Refusal::NoProof));
-            }
-        }
-        muxer.poll_inbound_unpin(cx).map_err(|_| Refusal::NoProof)
+        poll(muxer, cx).map_err(|_| Refusal::Broken)
     })
     .await
 }
@@ -229,7 +216,7 @@ async fn drive<T>(
         }
         // What arrived before the end can still be read.
         match work.as_mut().poll(cx) {
-            Poll::Pending if broken => Poll::Ready(Err(Refusal::NoProof)),
+            Poll::Pending if broken => Poll::Ready(Err(Refusal::Broken)),
             polled => polled,
         }
     })

@@ -19,22 +19,33 @@ pub const LINK_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/link/1.0
 /// A redundant connection whose last call is older than this gives its RPC streams up.
 const RELEASE_AFTER_MS: u64 = 2000;
 
+/// Probe intervals after which another stream for probes is tried.
+const TRY_AGAIN_AFTER: u32 = 5;
+
 /// Probes a connection until it is gone.
 pub(crate) async fn measure(shared: Arc<Shared>, connection: Arc<Connection>) {
     let probing = async {
-        match probe(&shared, &connection).await {
-            // The peer does not speak the protocol (its ping is measured instead), or the stream ended while the
-            // connection stands: watch on without probes.
-            Ok(Life::Unmeasured) => loop {
+        loop {
+            // Without a stream the peer could fall silent unnoticed, so another one is tried after a while.
+            let pause = match probe(&shared, &connection).await {
+                Ok(Life::Silent) => {
+                    tracing::info!(peer = %connection.peer.short(), "connection closed: the peer fell silent");
+                    connection.fail();
+                    let _ = shared.command(Command::Close { id: connection.id }).await;
+                    return;
+                }
+                // Its ping is measured instead.
+                Ok(Life::Unsupported) => u32::MAX,
+                Ok(Life::Unmeasured) => TRY_AGAIN_AFTER,
+                Err(error) => {
+                    tracing::debug!(peer = %connection.peer.short(), %error, "link probes ended");
+                    TRY_AGAIN_AFTER
+                }
+            };
+            for _ in 0..pause {
                 tokio::time::sleep(shared.config.liveness.probe_interval).await;
                 tidy(&shared, &connection);
-            },
-            Ok(Life::Silent) => {
-                tracing::info!(peer = %connection.peer.short(), "connection closed: the peer fell silent");
-                connection.fail();
-                let _ = shared.command(Command::Close { id: connection.id }).await;
             }
-            Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "link probes ended"),
         }
     };
     tokio::select! {
@@ -46,6 +57,9 @@ pub(crate) async fn measure(shared: Arc<Shared>, connection: Arc<Connection>) {
 
 enum Life {
     Silent,
+    /// The peer does not speak the protocol.
+    Unsupported,
+    /// No stream, or not any more, while the connection stands.
     Unmeasured,
 }
 
@@ -53,7 +67,8 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
     let mut stream = match connection.open(LINK_PROTOCOL).await {
         Ok(stream) => stream,
         Err(OpenError::Io(error)) => return Err(error),
-        Err(OpenError::Unsupported | OpenError::Timeout | OpenError::Lost) => return Ok(Life::Unmeasured),
+        Err(OpenError::Unsupported) => return Ok(Life::Unsupported),
+        Err(OpenError::Timeout | OpenError::Lost) => return Ok(Life::Unmeasured),
     };
     stream.ignore_for_keep_alive();
     let (reader, mut writer) = stream.split();

@@ -29,7 +29,7 @@ pub fn load_swarm_key(path: &Path) -> Result<SwarmKey, SwarmKeyFileError> {
     text.parse().map_err(|source| SwarmKeyFileError::Malformed { path: path.display().to_string(), source })
 }
 
-/// Makes a key from the operating system's randomness and writes it to a new file with mode 0600.
+/// Makes a random key (from the thread's ChaCha generator, which the operating system seeds) and writes it to a new file with mode 0600.
 ///
 /// # Errors
 /// When the file exists already (a key is never overwritten) or cannot be written.

@@ -5,6 +5,7 @@
 mod calls;
 mod death;
 mod discovery;
+mod gossip;
 mod hostile;
 mod private;
 mod stock;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use lattica_net::{CallError, Node};
+use lattica_net::{CallError, CallOptions, Node};
 use prost::Message;
 use swarm_wire::generated::parallax::v1 as pb;
 use swarm_wire::{DecodeError, PeerId};
@@ -216,9 +216,12 @@ async fn beat(
     timeout: Duration,
 ) -> Result<pb::HeartbeatReply, SwarmError> {
     let body = wire::heartbeat(options.incarnation, report).encode_to_vec();
-    let call = node.call(&options.head, HEARTBEAT, body.into(), timeout.max(Duration::from_secs(1)));
-    let reply =
-        call.await.map_err(|source: CallError| SwarmError::Call { head: options.head.clone(), source })?;
+    // Reports replace each other: a head that restarted may be told twice.
+    let again = CallOptions { idempotent: true, ..CallOptions::new(timeout.max(Duration::from_secs(1))) };
+    let reply = node
+        .call_with(&options.head, HEARTBEAT, body.into(), &again)
+        .await
+        .map_err(|source: CallError| SwarmError::Call { head: options.head.clone(), source })?;
     pb::HeartbeatReply::decode(&reply[..]).map_err(|e| SwarmError::Malformed {
         head: options.head.clone(),
         source: DecodeError::message("HeartbeatReply", &e),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use lattica_net::{NetEvent, Node, Status};
+use lattica_net::{DhtError, NetEvent, Node, Status};
 use prost::Message;
 use swarm_wire::generated::parallax::v1 as pb;
 use swarm_wire::{DecodeError, PeerId};
@@ -19,7 +19,7 @@ use crate::{Coordinator, Incarnation, JoinError, NodeId, NodeProfile, PlanView, 
 const TICK: Duration = Duration::from_millis(50);
 /// Link measurements are taken over this often (in ticks).
 const RTT_TICKS: u32 = 20;
-/// The head announces itself in the DHT again this often, and this often while nobody is there to be told.
+/// The head announces itself in the DHT again this often, and this often after an announcement that was not answered in time.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(60);
 const ANNOUNCE_RETRY: Duration = Duration::from_secs(2);
 
@@ -329,6 +329,7 @@ async fn announce_forever(inner: Arc<Inner>) {
     loop {
         let pause = match inner.node.provide(&key).await {
             Ok(()) => ANNOUNCE_EVERY,
+            Err(DhtError::ShutDown) => return,
             Err(error) => {
                 tracing::debug!(%error, "the head could not announce itself yet");
                 ANNOUNCE_RETRY

@@ -27,7 +27,7 @@ const WAITING_MAX: usize = 4096;
 pub(super) struct Queries {
     running: HashMap<QueryId, Query>,
     /// Keys that were announced while nobody was there to hear it.
-    waiting_keys: Vec<RecordKey>,
+    waiting_keys: HashSet<RecordKey>,
 }
 
 enum Query {
@@ -58,8 +58,9 @@ impl Driver {
         let alone = self.dht_is_empty();
         match self.swarm.behaviour_mut().kad.start_providing(key.clone()) {
             Ok(_) if alone => {
+                // Those who announce again and again wait once.
                 if self.queries.waiting_keys.len() < WAITING_MAX {
-                    self.queries.waiting_keys.push(key);
+                    self.queries.waiting_keys.insert(key);
                 }
                 let _ = reply.send(Ok(()));
             }

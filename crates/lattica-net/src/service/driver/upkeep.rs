@@ -20,15 +20,15 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Answers of a peer that left are kept this long for its return; numbers of its calls are remembered all the same.
 const ANSWERS_KEPT: Duration = Duration::from_secs(30);
-/// Relays whose addresses are kept.
-const RELAYS_MAX: usize = 32;
+/// Addresses that are kept of each relay.
+const RELAY_ADDRESSES_MAX: usize = 4;
 
 /// See the module.
 pub(super) struct Upkeep {
     bootstrap: Vec<Contact>,
     relays: RelayPlan<LibPeerId>,
     /// Where each relay is dialled.
-    relay_addresses: HashMap<LibPeerId, Multiaddr>,
+    relay_addresses: HashMap<LibPeerId, Vec<Multiaddr>>,
     /// The listeners that stand for our slots.
     listeners: HashMap<ListenerId, LibPeerId>,
     dht_joined: bool,
@@ -63,12 +63,23 @@ impl Upkeep {
         upkeep
     }
 
-    /// A relay is known. The first address that was named for it counts.
+    /// A relay is known at an address.
     pub(super) fn handle_relay(&mut self, relay: LibPeerId, address: Multiaddr) {
-        if self.relay_addresses.len() < RELAYS_MAX {
-            self.relay_addresses.entry(relay).or_insert(address);
-            self.relays.add(relay);
+        if self.relays.add(relay) {
+            let known = self.relay_addresses.entry(relay).or_default();
+            if !known.contains(&address) && known.len() < RELAY_ADDRESSES_MAX {
+                known.push(address);
+            }
         }
+    }
+
+    /// The address of a relay for the next try; the one after it is first the next time.
+    fn relay_address(&mut self, relay: &LibPeerId) -> Option<Multiaddr> {
+        let known = self.relay_addresses.get_mut(relay)?;
+        let address = known.first().cloned();
+        let n = 1.min(known.len());
+        known.rotate_left(n);
+        address
     }
 
     pub(super) fn handle_established(&mut self, peer: LibPeerId) {
@@ -118,14 +129,14 @@ impl Driver {
             contact.failed(now);
         }
         let shared = Arc::clone(&self.shared);
-        self.upkeep.relays.measure(|relay| {
+        let rtt = |relay: &LibPeerId| {
             let state = shared.table().known_state(&wire_peer(relay).ok()?)?;
             let rtt_ms = state.link().estimate(now, false)?.rtt_ms;
             Duration::try_from_secs_f64(rtt_ms / 1e3).ok()
-        });
-        while let Some(relay) = self.upkeep.relays.next(now) {
-            let Some(address) = self.upkeep.relay_addresses.get(&relay) else { break };
-            let slot = address.clone().with(Protocol::P2p(relay)).with(Protocol::P2pCircuit);
+        };
+        while let Some(relay) = self.upkeep.relays.next(now, rtt) {
+            let Some(address) = self.upkeep.relay_address(&relay) else { break };
+            let slot = address.with(Protocol::P2p(relay)).with(Protocol::P2pCircuit);
             match self.swarm.listen_on(slot) {
                 Ok(listener) => {
                     self.upkeep.listeners.insert(listener, relay);

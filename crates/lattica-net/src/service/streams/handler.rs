@@ -54,7 +54,11 @@ impl Handler {
             Acceptor::Application(handler) => {
                 let handler = Arc::clone(handler);
                 shared.application.clone().spawn(async move {
-                    let Ok(_running) = Arc::clone(&connection.running).acquire_owned().await else { return };
+                    let running = tokio::select! {
+                        running = Arc::clone(&connection.running).acquire_owned() => running,
+                        () = connection.closed.cancelled() => return,
+                    };
+                    let Ok(_running) = running else { return };
                     let peer = connection.peer.clone();
                     handler(peer, Stream::new(shared, connection, stream)).await;
                     drop(place);
@@ -133,10 +137,27 @@ pub(crate) struct Accept(Arc<Acceptors>);
 
 impl UpgradeInfo for Accept {
     type Info = StreamProtocol;
-    type InfoIter = Vec<StreamProtocol>;
+    type InfoIter = Protocols;
 
-    fn protocol_info(&self) -> Vec<StreamProtocol> {
-        self.0.protocols.clone()
+    fn protocol_info(&self) -> Protocols {
+        Protocols { acceptors: Arc::clone(&self.0), next: 0 }
+    }
+}
+
+/// The names of what is accepted. The swarm asks for them after each turn of each connection, so they are not copied as a
+/// whole.
+pub(crate) struct Protocols {
+    acceptors: Arc<Acceptors>,
+    next: usize,
+}
+
+impl Iterator for Protocols {
+    type Item = StreamProtocol;
+
+    fn next(&mut self) -> Option<StreamProtocol> {
+        let protocol = self.acceptors.protocols.get(self.next)?.clone();
+        self.next += 1;
+        Some(protocol)
     }
 }
 
