@@ -312,7 +312,7 @@ fn only_who_sends_what_is_wrong_is_told_to_be_wrong() {
     for _ in 0..10 {
         let Some(late) = slow.next_deadline() else { break };
         slow.handle_timeout(late);
-        dropped = dropped.or(drops(&mut slow, late));
+        dropped = dropped.or_else(|| drops(&mut slow, late));
     }
     assert_eq!(dropped, Some(false));
     let mut lied_to = member(8);

@@ -164,7 +164,7 @@ impl Driver {
                 self.subscribe(topic, validate, announcements, reply);
             }
             Command::Unsubscribe { topic } => self.unsubscribe(&topic),
-            Command::Publish { topic, data, reply } => self.publish(topic, data, reply),
+            Command::Publish { topic, data, reply } => self.publish(&topic, data, reply),
             Command::Judged { message_id, propagation_source, verdict } => {
                 self.judged(&message_id, &propagation_source, verdict);
             }

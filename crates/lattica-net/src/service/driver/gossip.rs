@@ -75,7 +75,7 @@ impl Driver {
         }
     }
 
-    pub(super) fn publish(&mut self, topic: TopicHash, data: Vec<u8>, reply: Reply<(), GossipError>) {
+    pub(super) fn publish(&mut self, topic: &TopicHash, data: Vec<u8>, reply: Reply<(), GossipError>) {
         let refused = |reason: String| GossipError::Refused { topic: topic.to_string(), reason };
         let result = match self.swarm.behaviour_mut().gossip.as_mut() {
             None => Err(GossipError::Off),
