@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use parallax_kernels::attention::{KvPages, RowRef, Scoring, page_len, paged_attention};
+use parallax_kernels::attention::{KvFormat, KvPages, Paging, RowRef, Scoring, append_kv, paged_attention};
 use parallax_kernels::linear::{PackedWeight, linear, linear_multi};
 use parallax_kernels::{WeightKind, activation, logprob, matmul, norm, pool};
 
@@ -135,18 +135,20 @@ fn small(c: &mut Criterion) {
         b.iter(|| logprob::token_logprobs(black_box(&logits), VOCAB, &[7; 16], &mut out));
     });
     group.bench_function("pool_run_2", |b| b.iter(|| pool::run(2, |i| _ = black_box(i))));
-    for (name, rows, first) in [("attention_prefill_512", 512, 0), ("attention_decode_at_512", 1, 511)] {
-        let pages = 512 / 16;
-        let store = noise(pages * page_len(16, 3, 64), 4);
-        let tables = [(0..pages as u32).collect::<Vec<_>>()];
-        let kv =
-            KvPages { k: &store, v: &store, page_tokens: 16, tables: &tables, n_kv_heads: 3, head_dim: 64 };
-        let rows: Vec<RowRef> = (first..first + rows).map(|p| RowRef { seq: 0, n_keys: p + 1 }).collect();
-        let q = noise(rows.len() * HIDDEN, 5);
-        let mut out = vec![0.0; q.len()];
-        group.bench_function(name, |b| {
-            b.iter(|| paged_attention(black_box(&q), 9, &rows, &kv, &Scoring::scaled(0.125), &mut out));
-        });
+    for format in KvFormat::ALL {
+        let mut kv = KvPages::new(format, 512 / 16, 16, 3, 64).expect("a store of these sizes");
+        let tables = [(0..512 / 16).collect::<Vec<u32>>()];
+        let all: Vec<RowRef> = (1..=512).map(|n_keys| RowRef { seq: 0, n_keys }).collect();
+        let (k, v) = (noise(512 * 3 * 64, 4), noise(512 * 3 * 64, 6));
+        append_kv(&mut kv, &Paging { rows: &all, tables: &tables }, &k, &v).expect("the rows fit the store");
+        for (name, rows) in [("prefill_512", &all[..]), ("decode_at_512", &all[511..])] {
+            let paging = Paging { rows, tables: &tables };
+            let q = noise(rows.len() * HIDDEN, 5);
+            let mut out = vec![0.0; q.len()];
+            group.bench_function(format!("attention_{name}_{format}"), |b| {
+                b.iter(|| paged_attention(black_box(&q), 9, &paging, &kv, &Scoring::scaled(0.125), &mut out));
+            });
+        }
     }
 }
 

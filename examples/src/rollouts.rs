@@ -17,7 +17,8 @@ use parallax_engine::local::LocalStage;
 use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use parallax_model::{
-    Adapter, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, LoadOptions, Stage, Tokenizer, WeightDtype,
+    Adapter, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, KvFormat, LoadOptions, Stage, Tokenizer,
+    WeightDtype,
 };
 use swarm_wire::PolicyVersion;
 use veri_verify::service::Auditor;
@@ -78,6 +79,8 @@ pub fn load_options(checkpoint: &Checkpoint, dtype: WeightDtype, cache_tokens: u
         device: DeviceKind::Cpu,
         kv_page_tokens: PAGE_TOKENS,
         kv_pages: cache_tokens.div_ceil(PAGE_TOKENS).max(1),
+        // What auditors recompute must not be rounded.
+        kv_format: KvFormat::F32,
     }
 }
 

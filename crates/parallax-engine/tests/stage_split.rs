@@ -10,7 +10,7 @@ use parallax_engine::local::Pipeline;
 use parallax_engine::{
     Completion, DraftModel, Engine, EngineConfig, PromptLookup, Request, SamplingParams, StageRunner, score,
 };
-use parallax_model::{Checkpoint, DeviceKind, LoadOptions, WeightDtype};
+use parallax_model::{Checkpoint, KvFormat, LoadOptions, WeightDtype};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -80,8 +80,7 @@ fn checkpoint() -> (TempDir, Checkpoint) {
 }
 
 fn pipeline(checkpoint: &Checkpoint, dtype: WeightDtype, n_stages: usize, kv_pages: usize) -> Pipeline {
-    let options =
-        LoadOptions { layers: 0..LAYERS, dtype, device: DeviceKind::Cpu, kv_page_tokens: 16, kv_pages };
+    let options = LoadOptions { dtype, kv_pages, ..LoadOptions::whole(checkpoint) };
     Pipeline::load(checkpoint, &options, n_stages, |_| {}).unwrap()
 }
 
@@ -158,7 +157,7 @@ fn an_impossible_cut_is_refused_by_name() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 
-    /// Chunks, page size, neighbours, preemptions (a cache that is too small for all), cache hits, guesses and
+    /// Whatever the cache's format, chunks, page size, neighbours, preemptions (a cache that is too small for all), cache hits, guesses and
     /// the cut into stages change no bit.
     #[test]
     fn neighbours_change_no_bit(
@@ -168,6 +167,7 @@ proptest! {
         page_tokens in prop_oneof![Just(16usize), Just(32), Just(48)],
         n_stages in 1usize..4,
         speculation in 0usize..3,
+        kv_format in prop_oneof![Just(KvFormat::F32), Just(KvFormat::Bf16), Just(KvFormat::Q8)],
     ) {
         let (_dir, checkpoint) = checkpoint();
         // Prompts begin alike, so that later ones find pages of earlier ones.
@@ -176,7 +176,13 @@ proptest! {
             .enumerate()
             .map(|(i, (p, n))| Request { prompt: request(0, *p, *n).prompt, ..request(i, *p, *n) })
             .collect();
-        let mut whole = pipeline(&checkpoint, WeightDtype::Q8_0, 1, 24);
+        let options = LoadOptions {
+            dtype: WeightDtype::Q8_0,
+            kv_pages: 24,
+            kv_format,
+            ..LoadOptions::whole(&checkpoint)
+        };
+        let mut whole = Pipeline::load(&checkpoint, &options, 1, |_| {}).unwrap();
         let uncached = EngineConfig { prefix_cache: false, ..EngineConfig::default() };
         let alone: Vec<_> = requests
             .iter()
@@ -186,8 +192,7 @@ proptest! {
             kv_page_tokens: page_tokens,
             // Room for the longest alone.
             kv_pages: kv_pages.max(81usize.div_ceil(page_tokens)),
-            dtype: WeightDtype::Q8_0,
-            ..LoadOptions::whole(&checkpoint)
+            ..options
         };
         let mut runner = Pipeline::load(&checkpoint, &options, n_stages, |_| {}).unwrap();
         let config = EngineConfig { step_tokens, running_sequences: 5, ..EngineConfig::default() };

@@ -1,56 +1,23 @@
 //! Causal grouped-query attention: over a paged key-value store (inference) and over packed sequences (training).
 //!
 //! Both run the same core, which sees one row's keys in order from position 0 and nothing else, so prefill, decode,
-//! chunking, batching and training give a row the same bits. Keys are stored transposed within a page: sixteen keys are
-//! the lanes of a score, and no score needs a horizontal sum.
+//! chunking, batching and training give a row the same bits.
 
 mod backward;
 mod core;
 pub mod latent;
+mod store;
 
 use std::cell::RefCell;
 
 pub use self::backward::causal_attention_backward;
-use self::core::{Geometry, Queries, attend};
+use self::core::{Queries, attend};
+pub use self::store::{KvFormat, KvPages, Paging};
 use crate::dispatch;
 use crate::error::{KernelError, check_len, rows_of};
 use crate::parallel::{Shared, share, task_count};
 use crate::pool;
 use crate::simd::LANES;
-
-/// One layer's key-value pages. Page layout is private to this module; see [`page_len`] for its size.
-#[derive(Debug, Clone, Copy)]
-pub struct KvPages<'a> {
-    /// Keys: a whole number of pages.
-    pub k: &'a [f32],
-    /// Values: as many pages.
-    pub v: &'a [f32],
-    /// Tokens per page; a multiple of 16.
-    pub page_tokens: usize,
-    /// Pages of each sequence, in order of position.
-    pub tables: &'a [Vec<u32>],
-    /// Key-value heads (K).
-    pub n_kv_heads: usize,
-    /// Elements per head (D).
-    pub head_dim: usize,
-}
-
-/// [`KvPages`] to be written.
-#[derive(Debug)]
-pub struct KvPagesMut<'a> {
-    /// Keys: a whole number of pages.
-    pub k: &'a mut [f32],
-    /// Values: as many pages.
-    pub v: &'a mut [f32],
-    /// Tokens per page; a multiple of 16.
-    pub page_tokens: usize,
-    /// Pages of each sequence, in order of position.
-    pub tables: &'a [Vec<u32>],
-    /// Key-value heads (K).
-    pub n_kv_heads: usize,
-    /// Elements per head (D).
-    pub head_dim: usize,
-}
 
 /// A row of a batch: which sequence it extends, and how many of that sequence's keys it sees, its own included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,46 +61,12 @@ impl Scoring<'_> {
     }
 }
 
-/// Elements that one page takes in the key store, and as many in the value store.
-pub fn page_len(page_tokens: usize, n_kv_heads: usize, head_dim: usize) -> usize {
-    n_kv_heads * page_tokens * head_dim.next_multiple_of(LANES)
-}
-
 /// Stores `k` and `v` [T, K, D]: row `t` at position `rows[t].n_keys - 1` of its sequence.
 ///
 /// # Errors
 /// When the lengths do not fit together or a row leaves its sequence's pages.
-pub fn append_kv(kv: &mut KvPagesMut<'_>, rows: &[RowRef], k: &[f32], v: &[f32]) -> Result<(), KernelError> {
-    let op = "append_kv";
-    let view = KvPages {
-        k: &*kv.k,
-        v: &*kv.v,
-        page_tokens: kv.page_tokens,
-        tables: kv.tables,
-        n_kv_heads: kv.n_kv_heads,
-        head_dim: kv.head_dim,
-    };
-    let geometry = Geometry::check(op, &view, rows)?;
-    let width = kv.n_kv_heads * kv.head_dim;
-    check_len(op, "k", rows.len() * width, k.len())?;
-    check_len(op, "v", rows.len() * width, v.len())?;
-    let (tables, heads) = (kv.tables, kv.n_kv_heads);
-    let (k_store, v_store) = (Shared::new(kv.k), Shared::new(kv.v));
-    let tasks = task_count(heads, rows.len() * kv.head_dim * 4);
-    pool::run(tasks, |task| {
-        for head in share(heads, tasks, task) {
-            for (t, row) in rows.iter().enumerate() {
-                let position = row.n_keys - 1;
-                let page = tables[row.seq][position / geometry.page_tokens] as usize;
-                let region = geometry.head_region(page, head);
-                let new = t * width + head * geometry.head_dim..t * width + (head + 1) * geometry.head_dim;
-                // SAFETY: a head's region in any page is touched by the one task that owns the head.
-                let (keys, values) = unsafe { (k_store.slice(region.clone()), v_store.slice(region)) };
-                geometry.store(keys, values, position % geometry.page_tokens, &k[new.clone()], &v[new]);
-            }
-        }
-    });
-    Ok(())
+pub fn append_kv(kv: &mut KvPages, paging: &Paging<'_>, k: &[f32], v: &[f32]) -> Result<(), KernelError> {
+    kv.append("append_kv", paging, k, Some(v))
 }
 
 /// Attention of `q` [T, Q, D] over the pages, into `out` [T, Q, D]. Query head `h` reads key-value head `h / (Q / K)`.
@@ -143,12 +76,12 @@ pub fn append_kv(kv: &mut KvPagesMut<'_>, rows: &[RowRef], k: &[f32], v: &[f32])
 pub fn paged_attention(
     q: &[f32],
     n_heads: usize,
-    rows: &[RowRef],
-    kv: &KvPages<'_>,
+    paging: &Paging<'_>,
+    kv: &KvPages,
     scoring: &Scoring<'_>,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
-    attention("paged_attention", q, n_heads, rows, kv, scoring, out, None)
+    attention("paged_attention", q, n_heads, paging, kv, scoring, out, None)
 }
 
 /// Attention within packed sequences: sequence `i` is rows `cu_seqlens[i]..cu_seqlens[i + 1]` of `q` [T, Q, D], `k` and
@@ -181,23 +114,19 @@ pub fn causal_attention_forward(
         tables.push((n_pages..n_pages + pages).collect::<Vec<u32>>());
         n_pages += pages;
     }
-    let len = n_pages as usize * page_len(LANES, n_kv_heads, head_dim);
-    let (mut keys, mut values) = STORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    keys.resize(len, 0.0);
-    values.resize(len, 0.0);
-    let (page_tokens, tables) = (LANES, tables.as_slice());
-    let mut store = KvPagesMut { k: &mut keys, v: &mut values, page_tokens, tables, n_kv_heads, head_dim };
-    let result = append_kv(&mut store, &rows, k, v).and_then(|()| {
-        let store = KvPages { k: &keys, v: &values, page_tokens, tables, n_kv_heads, head_dim };
-        attention(op, q, n_heads, &rows, &store, scoring, out, Some(lse))
-    });
-    STORES.with(|s| *s.borrow_mut() = (keys, values));
+    let old = STORE.with(|s| s.borrow_mut().take());
+    let mut store = KvPages::reusing(old, n_pages as usize, LANES, n_kv_heads, head_dim)?;
+    let paging = Paging { rows: &rows, tables: &tables };
+    let result = store
+        .append(op, &paging, k, Some(v))
+        .and_then(|()| attention(op, q, n_heads, &paging, &store, scoring, out, Some(lse)));
+    STORE.with(|s| *s.borrow_mut() = Some(store));
     result
 }
 
 thread_local! {
     /// Keys and values of the sequences of a training batch, in page layout.
-    static STORES: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    static STORE: RefCell<Option<KvPages>> = const { RefCell::new(None) };
 }
 
 fn check_sequences(op: &'static str, cu_seqlens: &[u32], total: usize) -> Result<(), KernelError> {
@@ -226,16 +155,17 @@ fn attention(
     op: &'static str,
     q: &[f32],
     n_heads: usize,
-    rows: &[RowRef],
-    kv: &KvPages<'_>,
+    paging: &Paging<'_>,
+    kv: &KvPages,
     scoring: &Scoring<'_>,
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) -> Result<(), KernelError> {
-    let geometry = Geometry::check(op, kv, rows)?;
-    let group = group_size(op, n_heads, kv.n_kv_heads)?;
+    kv.check(op, paging)?;
+    let (rows, n_kv_heads, head_dim) = (paging.rows, kv.geometry.n_kv_heads, kv.geometry.head_dim);
+    let group = group_size(op, n_heads, n_kv_heads)?;
     scoring.check(op, n_heads)?;
-    let width = n_heads * kv.head_dim;
+    let width = n_heads * head_dim;
     check_len(op, "q", rows.len() * width, q.len())?;
     check_len(op, "out", rows.len() * width, out.len())?;
     if let Some(lse) = &lse {
@@ -243,17 +173,17 @@ fn attention(
     }
     let blocks = blocks_of_rows(rows);
     let keys: usize = rows.iter().map(|r| r.n_keys - scoring.first_key(r.n_keys)).sum();
-    let items = blocks.len() * kv.n_kv_heads;
-    let tasks = task_count(items, keys * group * kv.head_dim * 2 / blocks.len().max(1));
+    let items = blocks.len() * n_kv_heads;
+    let tasks = task_count(items, keys * group * head_dim * 2 / blocks.len().max(1));
     let (out, lse) = (Shared::new(out), lse.map(Shared::new));
     let isa = dispatch::current();
     pool::run(tasks, |task| {
         for item in share(items, tasks, task) {
             // Later blocks of a long prompt see more keys; alternating their order evens out the shares.
-            let (block, head) = (item / kv.n_kv_heads, item % kv.n_kv_heads);
+            let (block, head) = (item / n_kv_heads, item % n_kv_heads);
             let range = blocks[block].clone();
-            let queries = Queries { q, rows, range, n_heads, head, group, scoring };
-            attend(isa, kv, geometry, &queries, &out, lse.as_ref());
+            let queries = Queries { q, paging, range, n_heads, head, group, scoring };
+            attend(isa, kv, &queries, &out, lse.as_ref());
         }
     });
     Ok(())

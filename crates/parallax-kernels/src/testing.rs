@@ -2,6 +2,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use half::bf16;
+
+use crate::attention::KvFormat;
 use crate::dispatch::{Level, available, with_level};
 use crate::pool;
 
@@ -14,6 +17,23 @@ pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
             ((state >> 40) as f32) / (1u32 << 23) as f32 - 1.0
         })
         .collect()
+}
+
+/// Rows of `d` elements as a store of `format` gives them back, in plain arithmetic.
+pub(crate) fn rounded(format: KvFormat, values: &[f32], d: usize) -> Vec<f32> {
+    match format {
+        KvFormat::F32 => values.to_vec(),
+        KvFormat::Bf16 => values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
+        KvFormat::Q8 => values.chunks(d).flat_map(|row| row.chunks(32)).flat_map(eight_bits).collect(),
+    }
+}
+
+fn eight_bits(block: &[f32]) -> Vec<f32> {
+    let largest = block.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+    let near = bf16::from_f32(largest);
+    let scale = if near.to_f32() < largest { bf16::from_bits(near.to_bits() + 1) } else { near }.to_f32();
+    let code = |v: f32| if scale == 0.0 { 0 } else { (v / scale).round_ties_even() as i32 };
+    block.iter().map(|v| code(*v) as f32 * scale).collect()
 }
 
 /// Bit patterns, so that -0 and NaN are told apart.

@@ -79,7 +79,7 @@ impl KnownModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::WeightDtype;
+    use crate::options::{KvFormat, WeightDtype};
 
     #[test]
     fn parameter_counts_are_the_published_ones() {
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn memory_counts_weights_and_keys() {
         let config = find("HuggingFaceTB/SmolLM2-135M").unwrap().config();
-        assert_eq!(config.kv_bytes(1), 30 * 2 * 3 * 64 * 4);
+        assert_eq!(config.kv_bytes(1, KvFormat::F32), 30 * 2 * 3 * 64 * 4);
         let bytes = |dtype| config.stage_bytes(&(0..30), dtype);
         let q8 = bytes(WeightDtype::Q8_0);
         assert!((142_000_000..144_000_000).contains(&q8), "{q8}");

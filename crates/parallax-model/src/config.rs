@@ -26,7 +26,11 @@ pub use layer::{
 };
 pub use rope::{Rope, RopeScaling};
 
-use crate::{arch, error::ConfigError, options::WeightDtype};
+use crate::{
+    arch,
+    error::ConfigError,
+    options::{KvFormat, WeightDtype},
+};
 use fields::{Fields, invalid};
 
 /// Families with a forward pass here. What is special about each is in `arch/`.
@@ -299,14 +303,14 @@ impl ModelConfig {
             + tables * self.table_bytes(dtype)
     }
 
-    /// Key-value bytes of `tokens` tokens in all layers, as f32.
-    pub fn kv_bytes(&self, tokens: u64) -> u64 {
-        self.layers.iter().map(LayerConfig::stored_per_token).sum::<usize>() as u64 * 4 * tokens
+    /// Key-value bytes of `tokens` tokens in all layers.
+    pub fn kv_bytes(&self, tokens: u64, format: KvFormat) -> u64 {
+        self.layers.iter().map(|l| l.stored_bytes_per_token(format)).sum::<usize>() as u64 * tokens
     }
 
-    /// Key-value bytes of one token in the layer that stores most, as f32.
-    pub fn kv_bytes_per_token_layer(&self) -> u64 {
-        self.layers.iter().map(LayerConfig::stored_per_token).max().unwrap_or(0) as u64 * 4
+    /// Key-value bytes of one token in the layer that stores most.
+    pub fn kv_bytes_per_token_layer(&self, format: KvFormat) -> u64 {
+        self.layers.iter().map(|l| l.stored_bytes_per_token(format)).max().unwrap_or(0) as u64
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{fmt, ops::Range, str::FromStr};
 
 use parallax_kernels::WeightKind;
+pub use parallax_kernels::attention::KvFormat;
 
 use crate::checkpoint::Checkpoint;
 
@@ -162,10 +163,12 @@ pub struct LoadOptions {
     pub kv_page_tokens: usize,
     /// Pages in the store, shared by all sequences.
     pub kv_pages: usize,
+    /// How the store keeps numbers; other devices than the CPU have f32 only.
+    pub kv_format: KvFormat,
 }
 
 impl LoadOptions {
-    /// The whole model, native weights, on the CPU, with room for one sequence of up to 2048 tokens.
+    /// The whole model, native weights, an f32 store, on the CPU, with room for one sequence of up to 2048 tokens.
     pub fn whole(checkpoint: &Checkpoint) -> Self {
         Self {
             layers: 0..checkpoint.config().n_layers,
@@ -173,6 +176,7 @@ impl LoadOptions {
             device: DeviceKind::Cpu,
             kv_page_tokens: 16,
             kv_pages: checkpoint.config().max_context.min(2048).div_ceil(16),
+            kv_format: KvFormat::F32,
         }
     }
 }

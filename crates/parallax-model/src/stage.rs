@@ -19,7 +19,7 @@ use crate::{
         delta::StateStore,
         head,
     },
-    options::LoadOptions,
+    options::{KvFormat, LoadOptions},
 };
 
 /// Which rows of a sequence need the output head.
@@ -155,6 +155,15 @@ impl Stage {
             route,
             keep_dense: false,
         };
+        if route == Route::Composed && options.kv_format != KvFormat::F32 {
+            return Err(LoadError::Device {
+                device: options.device.to_string(),
+                reason: format!(
+                    "a key-value store in {} exists on the CPU only; leave it at f32",
+                    options.kv_format
+                ),
+            });
+        }
         let mut rotations = Rotations::new(&config, options.kv_pages * options.kv_page_tokens);
         let layers = range.clone().map(|i| loader.layer(i, &mut rotations)).collect::<Result<Vec<_>, _>>()?;
         let embedding = (range.start == 0).then(|| loader.table(load::EMBEDDING)).transpose()?;
@@ -170,7 +179,7 @@ impl Stage {
         let (held, pages, page_tokens) =
             (&config.layers[range.clone()], options.kv_pages, options.kv_page_tokens);
         let store = match route {
-            Route::Kernels => KvStore::new(held, pages, page_tokens),
+            Route::Kernels => KvStore::new(held, pages, page_tokens, options.kv_format),
             Route::Composed => KvStore::tensors(held, pages, page_tokens, &device),
         };
         let store = Arc::new(store);
@@ -252,6 +261,11 @@ impl Stage {
         self.states.release(id);
     }
 
+    /// Bytes of the key-value store once every page has been written.
+    pub fn kv_bytes(&self) -> u64 {
+        self.store.bytes() as u64
+    }
+
     /// Tokens that fit into the key-value store.
     pub fn kv_capacity_tokens(&self) -> usize {
         self.options.kv_pages * self.options.kv_page_tokens
@@ -269,7 +283,7 @@ impl Stage {
                 reason: format!("page {page} of a store of {n_pages} was to be copied"),
             });
         }
-        self.store.copy_page(from as usize, to as usize, n_pages);
+        self.store.copy_page(from as usize, to as usize);
         Ok(())
     }
 
@@ -453,17 +467,17 @@ fn values(x: Tensor<2>) -> Vec<f32> {
     x.into_data().try_to_vec().expect("activations are f32")
 }
 
-/// Largest key-value store of one layer, in values: what can be addressed with room to spare.
-const MAX_STORE_VALUES: usize = 1 << 36;
+/// Largest key-value store of one layer: what can be addressed with room to spare.
+const MAX_STORE_BYTES: usize = 1 << 39;
 
 fn check_store(options: &LoadOptions, config: &ModelConfig) -> Result<(), LoadError> {
     let size = |what, value, reason: &str| Err(LoadError::Size { what, value, reason: reason.to_owned() });
     if !(1..=4096).contains(&options.kv_page_tokens) || !options.kv_page_tokens.is_multiple_of(16) {
         return size("kv_page_tokens", options.kv_page_tokens, "it must be a multiple of 16, at most 4096");
     }
-    let per_token = config.layers.iter().map(LayerConfig::stored_per_token).max().unwrap_or(0) / 2;
-    let values = options.kv_pages.saturating_mul(options.kv_page_tokens).saturating_mul(per_token);
-    if options.kv_pages == 0 || options.kv_pages > u32::MAX as usize || values > MAX_STORE_VALUES {
+    let per_token = usize::try_from(config.kv_bytes_per_token_layer(options.kv_format)).unwrap_or(usize::MAX);
+    let bytes = options.kv_pages.saturating_mul(options.kv_page_tokens).saturating_mul(per_token);
+    if options.kv_pages == 0 || options.kv_pages > u32::MAX as usize || bytes > MAX_STORE_BYTES {
         return size("kv_pages", options.kv_pages, "the store would be empty or larger than any memory");
     }
     Ok(())

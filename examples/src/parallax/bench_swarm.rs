@@ -12,7 +12,7 @@ use parallax_engine::local::Pipeline;
 use parallax_engine::service::head::Head;
 use parallax_engine::service::membership::{self, ServeOptions};
 use parallax_engine::{Completion, EngineConfig, EngineHandle, FinishReason, Request};
-use parallax_model::{Checkpoint, DeviceKind, LoadOptions, WeightDtype};
+use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions, WeightDtype};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -181,6 +181,7 @@ fn single_process(args: &BenchSwarmArgs, checkpoint: &Checkpoint) -> anyhow::Res
         device: DeviceKind::Cpu,
         kv_page_tokens: PAGE_TOKENS,
         kv_pages: pages(args.streams),
+        kv_format: KvFormat::F32,
     };
     let pipeline = Pipeline::load(checkpoint, &options, 1, |_| ())?;
     Ok(EngineHandle::start(
@@ -207,6 +208,7 @@ async fn swarm(
         pinned: None,
         kv_pages: pages(args.streams),
         kv_page_tokens: PAGE_TOKENS,
+        kv_format: KvFormat::F32,
         step_timeout: Duration::from_secs(60),
     };
     let (head, runner) = membership::serve(&node, None, Arc::clone(checkpoint), options).await?;

@@ -5,7 +5,7 @@ use std::io::{BufRead as _, IsTerminal as _, Write as _};
 use anyhow::{Context as _, bail};
 use clap::Args;
 use parallax_engine::{EngineConfig, EngineHandle, Event, FinishReason, Request, SamplingParams};
-use parallax_model::{ChatMessage, ChatTemplate, DeviceKind, Tokenizer, WeightDtype};
+use parallax_model::{ChatMessage, ChatTemplate, DeviceKind, KvFormat, Tokenizer, WeightDtype};
 use serde_json::{Value, json};
 
 use super::model::ModelArgs;
@@ -94,7 +94,8 @@ impl Partner {
             return Ok(Self::Remote { client: reqwest::Client::new(), url, api_key: args.api_key.clone() });
         }
         let model = args.model.clone().context("give --model or --url")?;
-        let model = ModelArgs { model, dtype: args.dtype, device: DeviceKind::Cpu, threads: None, stages: 1 };
+        let (dtype, kv) = (args.dtype, KvFormat::F32);
+        let model = ModelArgs { model, dtype, kv, device: DeviceKind::Cpu, threads: None, stages: 1 };
         let checkpoint = model.open()?;
         let template = checkpoint
             .chat_template()?

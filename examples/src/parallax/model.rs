@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use parallax_engine::local::Pipeline;
-use parallax_model::{Checkpoint, DeviceKind, LoadOptions, WeightDtype};
+use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions, WeightDtype};
 
 /// Tokens of a cache page.
 const PAGE_TOKENS: usize = 16;
@@ -21,6 +21,9 @@ pub struct ModelArgs {
     /// Weights in memory: native keeps what the file has
     #[arg(long, default_value = "native", value_name = "f32|bf16|q8_0|q4_0|native")]
     pub dtype: WeightDtype,
+    /// Keys and values in memory; q8 takes a quarter of f32 and moves logits a little
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]
+    pub kv: KvFormat,
     /// Where to compute: cpu, cuda or wgpu (the latter two when compiled in)
     #[arg(long, default_value = "cpu")]
     pub device: DeviceKind,
@@ -46,7 +49,8 @@ pub struct LoadedModel {
 impl ModelArgs {
     /// A model as it is, whole.
     pub fn of(model: &str, device: DeviceKind) -> Self {
-        Self { model: model.to_owned(), dtype: WeightDtype::Native, device, threads: None, stages: 1 }
+        let (dtype, kv) = (WeightDtype::Native, KvFormat::F32);
+        Self { model: model.to_owned(), dtype, kv, device, threads: None, stages: 1 }
     }
 
     /// Opens the checkpoint; reads no weights yet.
@@ -79,6 +83,7 @@ impl ModelArgs {
             device: self.device,
             kv_page_tokens: PAGE_TOKENS,
             kv_pages: cache_tokens.div_ceil(PAGE_TOKENS).max(1),
+            kv_format: self.kv,
         };
         let style = ProgressStyle::with_template("loading {msg} [{bar:30}] {pos}/{len} stages, {elapsed}")
             .context("progress bar template")?;

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use parallax_model::{
-    Family, WeightDtype,
+    Family, KvFormat, WeightDtype,
     catalogue::{self, KnownModel},
 };
 use serde::Serialize;
@@ -86,6 +86,6 @@ fn row(known: &KnownModel) -> Row {
             q8_0: gb(WeightDtype::Q8_0),
             q4_0: gb(WeightDtype::Q4_0),
         },
-        kv_mb_per_1k_tokens: config.kv_bytes(1024) as f64 / 1e6,
+        kv_mb_per_1k_tokens: config.kv_bytes(1024, KvFormat::F32) as f64 / 1e6,
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use parallax_engine::service::weights::model_profile;
-use parallax_model::{Checkpoint, ModelConfig, WeightDtype, catalogue};
+use parallax_model::{Checkpoint, KvFormat, ModelConfig, WeightDtype, catalogue};
 use parallax_sched::profile::roofline;
 use parallax_sched::{Algorithm, ModelProfile, NodeId, NodeProfile, PlanOptions, RttMatrix, plan};
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,9 @@ pub struct PlanArgs {
     /// Weights in memory; native is what the file has, and bf16 for a name out of `parallax models`
     #[arg(long, default_value = "native")]
     dtype: WeightDtype,
+    /// Keys and values in memory
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]
+    kv: KvFormat,
     /// Cached positions that every stage must have room for
     #[arg(long, default_value_t = 2048)]
     context_tokens: u64,
@@ -101,7 +104,7 @@ pub fn run(args: PlanArgs) -> anyhow::Result<()> {
         );
     }
     let algorithm: Algorithm = args.algorithm.parse()?;
-    let model = profile(&args.model, args.dtype)?;
+    let model = profile(&args.model, args.dtype, args.kv)?;
     let text = std::fs::read_to_string(&args.cluster).with_context(|| args.cluster.display().to_string())?;
     let cluster: Cluster = serde_json::from_str(&text).with_context(|| args.cluster.display().to_string())?;
     let nodes = cluster.nodes.iter().map(|n| node(n, &model)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -149,20 +152,25 @@ pub fn run(args: PlanArgs) -> anyhow::Result<()> {
     })
 }
 
-fn profile(model: &str, dtype: WeightDtype) -> anyhow::Result<ModelProfile> {
+fn profile(model: &str, dtype: WeightDtype, kv: KvFormat) -> anyhow::Result<ModelProfile> {
     let path = Path::new(model);
     if path.extension().is_some_and(|e| e == "json") && path.is_file() {
         let text = std::fs::read_to_string(path).with_context(|| model.to_owned())?;
         return serde_json::from_str(&text).with_context(|| format!("{model} is not a model profile"));
     }
     if let Some(known) = catalogue::find(model) {
-        return known_profile(known.name, &known.config(), dtype);
+        return known_profile(known.name, &known.config(), dtype, kv);
     }
     let checkpoint = Checkpoint::resolve(model)?;
-    Ok(model_profile(model, &checkpoint, dtype))
+    Ok(model_profile(model, &checkpoint, dtype, kv))
 }
 
-fn known_profile(name: &str, config: &ModelConfig, dtype: WeightDtype) -> anyhow::Result<ModelProfile> {
+fn known_profile(
+    name: &str,
+    config: &ModelConfig,
+    dtype: WeightDtype,
+    kv: KvFormat,
+) -> anyhow::Result<ModelProfile> {
     let table = config.table_bytes(dtype);
     Ok(ModelProfile {
         name: name.to_owned(),
@@ -171,8 +179,7 @@ fn known_profile(name: &str, config: &ModelConfig, dtype: WeightDtype) -> anyhow
         embedding_bytes: table,
         head_bytes: table,
         tied: config.tied_embeddings,
-        // Keys and values as f32, which is what the engine keeps.
-        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(),
+        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(kv),
         layer_flops: 2.0 * config.layer_parameters() as f64,
         hidden: u32::try_from(config.hidden)?,
     })

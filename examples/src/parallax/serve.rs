@@ -13,7 +13,7 @@ use parallax_engine::EngineHandle;
 use parallax_engine::http::{self, HttpState, Readiness};
 use parallax_engine::service::head::Head;
 use parallax_engine::service::membership::{self, ServeOptions};
-use parallax_model::{Checkpoint, DeviceKind, WeightDtype};
+use parallax_model::{Checkpoint, DeviceKind, KvFormat, WeightDtype};
 use serde_json::json;
 use swarm_wire::PolicyVersion;
 
@@ -46,6 +46,9 @@ pub struct ServeArgs {
     /// Weights in memory, on every stage
     #[arg(long, default_value = "native", value_name = "f32|bf16|q8_0|q4_0|native")]
     dtype: WeightDtype,
+    /// Keys and values in memory, on every stage; q8 takes a quarter of f32 and moves logits a little
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]
+    kv: KvFormat,
     /// Where the head computes its own layers: cpu, cuda or wgpu
     #[arg(long, default_value = "cpu")]
     device: DeviceKind,
@@ -153,6 +156,7 @@ async fn start_head(
         pinned: args.node.layers,
         kv_pages: context.div_ceil(PAGE_TOKENS).max(1),
         kv_page_tokens: PAGE_TOKENS,
+        kv_format: args.kv,
         step_timeout: Duration::from_secs(args.step_timeout_s.max(1)),
     };
     let (head, runner) =

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lattica_net::{Node, StreamError};
-use parallax_model::{Checkpoint, DeviceKind, LoadOptions, WeightDtype};
+use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions, WeightDtype};
 use parallax_sched::service::MembershipServer;
 use parallax_sched::{
     Coordinator, CoordinatorConfig, JoinError, NodeId, NodeProfile, PlanError, PlanOptions, profile::roofline,
@@ -46,6 +46,8 @@ pub struct ServeOptions {
     pub kv_pages: usize,
     /// Positions per page.
     pub kv_page_tokens: usize,
+    /// How every stage keeps keys and values.
+    pub kv_format: KvFormat,
     /// How long one step may take.
     pub step_timeout: Duration,
 }
@@ -100,7 +102,7 @@ pub async fn serve(
     checkpoint: Arc<Checkpoint>,
     options: ServeOptions,
 ) -> Result<(Head, PipelineRunner), ServeError> {
-    let model = weights::model_profile(&options.model, &checkpoint, options.dtype);
+    let model = weights::model_profile(&options.model, &checkpoint, options.dtype, options.kv_format);
     let files = weights::published_files(&checkpoint);
     let weights_root = match (files.first().and_then(|f| f.parent()), exchange) {
         (Some(dir), Some(exchange)) => exchange.publish(dir, &files).await?.to_bytes().into(),
@@ -136,6 +138,7 @@ pub async fn serve(
         head_bytes: if model.tied { 0 } else { model.head_bytes },
         kv_bytes_per_token_layer: model.kv_bytes_per_token_layer,
         weight_dtype: options.dtype.to_string(),
+        kv_format: options.kv_format.to_string(),
         weights_root,
         context_tokens,
         head_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -189,6 +192,7 @@ pub async fn serve(
                 device: options.device,
                 kv_page_tokens: options.kv_page_tokens,
                 kv_pages: options.kv_pages,
+                kv_format: options.kv_format,
             };
             load_stage(&checkpoint, &load)
         };

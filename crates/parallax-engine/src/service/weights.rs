@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use lattica_bitswap::{Blocks, FetchError, Manifest, PublishError};
-use parallax_model::{Checkpoint, WeightDtype};
+use parallax_model::{Checkpoint, KvFormat, WeightDtype};
 use parallax_sched::ModelProfile;
 use swarm_wire::generated::parallax::v1::FileSpans;
 use swarm_wire::limits::NAME_MAX_BYTES;
@@ -121,7 +121,12 @@ impl WeightExchange for Blocks {
 }
 
 /// What a model's parts weigh when loaded as `dtype`: what the planner needs.
-pub fn model_profile(name: &str, checkpoint: &Checkpoint, dtype: WeightDtype) -> ModelProfile {
+pub fn model_profile(
+    name: &str,
+    checkpoint: &Checkpoint,
+    dtype: WeightDtype,
+    kv_format: KvFormat,
+) -> ModelProfile {
     let config = checkpoint.config();
     let n_layers = config.n_layers;
     let stored =
@@ -143,7 +148,7 @@ pub fn model_profile(name: &str, checkpoint: &Checkpoint, dtype: WeightDtype) ->
         embedding_bytes: table_bytes,
         head_bytes: table_bytes,
         tied: config.tied_embeddings,
-        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(),
+        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(kv_format),
         layer_flops: 2.0 * config.layer_parameters() as f64,
         hidden: u32::try_from(config.hidden).unwrap_or(u32::MAX),
     }

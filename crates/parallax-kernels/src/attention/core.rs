@@ -6,86 +6,18 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{KvPages, RowRef, Scoring, page_len};
+use super::store::{Element, Geometry, Pair, with_pair};
+use super::{KvPages, Paging, Scoring};
 use crate::dispatch::simd_kernel;
-use crate::error::{KernelError, check_len, rows_of};
 use crate::math;
 use crate::parallel::Shared;
-use crate::simd::{LANES, Line, Simd, exp, flat, read, tanh, write};
-
-/// How pages are laid out: per head, keys [D, page tokens] and values [page tokens, D rounded up to lanes].
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Geometry {
-    pub page_tokens: usize,
-    pub head_dim: usize,
-    /// D rounded up to whole vectors.
-    padded: usize,
-    n_kv_heads: usize,
-}
-
-impl Geometry {
-    /// Checks the store and every row's place in it.
-    pub(super) fn check(op: &'static str, kv: &KvPages<'_>, rows: &[RowRef]) -> Result<Self, KernelError> {
-        if kv.page_tokens == 0 || !kv.page_tokens.is_multiple_of(LANES) {
-            let rule = "must be a positive multiple of 16";
-            return Err(KernelError::BadDimension { op, what: "page tokens", got: kv.page_tokens, rule });
-        }
-        let n_pages =
-            rows_of(op, "key pages", kv.k.len(), page_len(kv.page_tokens, kv.n_kv_heads, kv.head_dim))?;
-        check_len(op, "value pages", kv.k.len(), kv.v.len())?;
-        for table in kv.tables {
-            if let Some(&page) = table.iter().find(|&&page| page as usize >= n_pages) {
-                return Err(KernelError::OutOfRange { op, what: "page", limit: n_pages, got: page as usize });
-            }
-        }
-        for row in rows {
-            let Some(table) = kv.tables.get(row.seq) else {
-                return Err(KernelError::OutOfRange {
-                    op,
-                    what: "sequence",
-                    limit: kv.tables.len(),
-                    got: row.seq,
-                });
-            };
-            let covered = table.len() * kv.page_tokens;
-            if row.n_keys == 0 || row.n_keys > covered {
-                return Err(KernelError::OutOfRange {
-                    op,
-                    what: "position of a row",
-                    limit: covered,
-                    got: row.n_keys.wrapping_sub(1),
-                });
-            }
-        }
-        Ok(Self {
-            page_tokens: kv.page_tokens,
-            head_dim: kv.head_dim,
-            padded: kv.head_dim.next_multiple_of(LANES),
-            n_kv_heads: kv.n_kv_heads,
-        })
-    }
-
-    /// Where a head's keys (and values) lie.
-    pub(super) fn head_region(&self, page: usize, head: usize) -> Range<usize> {
-        let len = self.page_tokens * self.padded;
-        let start = (page * self.n_kv_heads + head) * len;
-        start..start + len
-    }
-
-    /// Stores one token's key and value in a head's region.
-    pub(super) fn store(&self, keys: &mut [f32], values: &mut [f32], slot: usize, k: &[f32], v: &[f32]) {
-        for (d, &k) in k.iter().enumerate() {
-            keys[d * self.page_tokens + slot] = k;
-        }
-        values[slot * self.padded..][..self.head_dim].copy_from_slice(v);
-    }
-}
+use crate::simd::{LANES, Line, Simd, exp, flat, tanh, write};
 
 /// The queries of one block of rows that read one key-value head.
 pub(super) struct Queries<'a> {
     /// [T, Q, D]
     pub q: &'a [f32],
-    pub rows: &'a [RowRef],
+    pub paging: &'a Paging<'a>,
     /// The block; all of one sequence.
     pub range: Range<usize>,
     pub n_heads: usize,
@@ -103,7 +35,12 @@ impl Queries<'_> {
 
     /// Keys seen by query `i`.
     fn n_keys(&self, i: usize) -> usize {
-        self.rows[self.range.start + i / self.group].n_keys
+        self.paging.rows[self.range.start + i / self.group].n_keys
+    }
+
+    /// Pages of the sequence.
+    fn pages(&self) -> &[u32] {
+        &self.paging.tables[self.paging.rows[self.range.start].seq]
     }
 
     /// Index of query `i` in [T, Q].
@@ -120,36 +57,47 @@ simd_kernel! {
     /// Writes the outputs of `queries`, which no other task may write, and their log-sum-exps.
     pub(super) fn attend(
         s;
-        kv: &KvPages<'_>,
-        geometry: Geometry,
+        kv: &KvPages,
         queries: &Queries<'_>,
         out: &Shared<'_, f32>,
         lse: Option<&Shared<'_, f32>>,
     ) {
-        let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-        let mut first = 0;
-        while first < queries.len() {
-            let left = queries.len() - first;
-            first += if S::TILE >= 24 && left >= 12 {
-                tile::<S, 12>(s, kv, geometry, queries, first, &mut scratch, out, lse)
-            } else if left >= 6 {
-                tile::<S, 6>(s, kv, geometry, queries, first, &mut scratch, out, lse)
-            } else if left >= 3 {
-                tile::<S, 3>(s, kv, geometry, queries, first, &mut scratch, out, lse)
-            } else {
-                tile::<S, 1>(s, kv, geometry, queries, first, &mut scratch, out, lse)
-            };
-        }
-        SCORES.with(|s| *s.borrow_mut() = scratch);
+        with_pair!(&kv.data, pair => tiles(s, pair, kv.geometry, queries, out, lse));
     }
+}
+
+#[inline(always)]
+fn tiles<S: Simd, E: Element>(
+    s: S,
+    kv: &Pair<E>,
+    geometry: Geometry,
+    queries: &Queries<'_>,
+    out: &Shared<'_, f32>,
+    lse: Option<&Shared<'_, f32>>,
+) {
+    let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
+    let mut first = 0;
+    while first < queries.len() {
+        let left = queries.len() - first;
+        first += if S::TILE >= 24 && left >= 12 {
+            tile::<S, E, 12>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+        } else if left >= 6 {
+            tile::<S, E, 6>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+        } else if left >= 3 {
+            tile::<S, E, 3>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+        } else {
+            tile::<S, E, 1>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+        };
+    }
+    SCORES.with(|s| *s.borrow_mut() = scratch);
 }
 
 /// `N` queries from `first` on; returns `N`.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
-fn tile<S: Simd, const N: usize>(
+fn tile<S: Simd, E: Element, const N: usize>(
     s: S,
-    kv: &KvPages<'_>,
+    kv: &Pair<E>,
     geometry: Geometry,
     queries: &Queries<'_>,
     first: usize,
@@ -164,7 +112,7 @@ fn tile<S: Simd, const N: usize>(
     let base = starts.iter().fold(usize::MAX, |lo, &n| lo.min(n)) / LANES;
     let (lines, skipped) = (most.div_ceil(LANES) - base, base * LANES);
     scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
-    let pages = kv.tables[queries.rows[queries.range.start].seq].as_slice();
+    let pages = queries.pages();
     let dim = geometry.head_dim;
     let q: [&[f32]; N] = std::array::from_fn(|i| &queries.q[queries.index(first + i) * dim..][..dim]);
 
@@ -199,33 +147,43 @@ simd_kernel! {
     /// Writes the outputs [.., R] of `queries` over latent rows, which no other task may write.
     pub(super) fn attend_latent(
         s;
-        kv: &KvPages<'_>,
-        geometry: Geometry,
+        kv: &KvPages,
         queries: &Queries<'_>,
         value_width: usize,
         out: &Shared<'_, f32>,
     ) {
-        let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-        let mut first = 0;
-        while first < queries.len() {
-            let left = queries.len() - first;
-            first += if left >= 4 {
-                latent_tile::<S, 4>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
-            } else {
-                latent_tile::<S, 1>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
-            };
-        }
-        SCORES.with(|s| *s.borrow_mut() = scratch);
+        with_pair!(&kv.data, pair => latent_tiles(s, pair, kv.geometry, queries, value_width, out));
     }
+}
+
+#[inline(always)]
+fn latent_tiles<S: Simd, E: Element>(
+    s: S,
+    kv: &Pair<E>,
+    geometry: Geometry,
+    queries: &Queries<'_>,
+    value_width: usize,
+    out: &Shared<'_, f32>,
+) {
+    let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
+    let mut first = 0;
+    while first < queries.len() {
+        first += if queries.len() - first >= 4 {
+            latent_tile::<S, E, 4>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
+        } else {
+            latent_tile::<S, E, 1>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
+        };
+    }
+    SCORES.with(|s| *s.borrow_mut() = scratch);
 }
 
 /// `N` queries from `first` on; returns `N`.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
 #[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
-fn latent_tile<S: Simd, const N: usize>(
+fn latent_tile<S: Simd, E: Element, const N: usize>(
     s: S,
-    kv: &KvPages<'_>,
+    kv: &Pair<E>,
     geometry: Geometry,
     queries: &Queries<'_>,
     first: usize,
@@ -237,7 +195,7 @@ fn latent_tile<S: Simd, const N: usize>(
     let (fewest, most) = n_keys.iter().fold((usize::MAX, 0), |(lo, hi), &n| (lo.min(n), hi.max(n)));
     let lines = most.div_ceil(LANES);
     scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
-    let pages = kv.tables[queries.rows[queries.range.start].seq].as_slice();
+    let pages = queries.pages();
     let dim = geometry.head_dim;
     let q: [&[f32]; N] = std::array::from_fn(|i| &queries.q[queries.index(first + i) * dim..][..dim]);
     scores(s, kv, geometry, 0, pages, q, queries.scoring, 0, &mut scratch[..lines * N]);
@@ -253,15 +211,16 @@ fn latent_tile<S: Simd, const N: usize>(
         unsafe { out.slice(start..start + value_width) }
     });
     let lines_per_page = geometry.page_tokens / LANES;
-    let line_of = |d: usize, line: usize| {
-        let region = geometry.head_region(pages[line / lines_per_page] as usize, 0);
-        &kv.k[region].as_chunks::<LANES>().0[d * lines_per_page + line % lines_per_page]
+    let values = |d: usize, line: usize| {
+        let region = kv.keys.region(geometry, pages[line / lines_per_page], 0);
+        let line = line % lines_per_page;
+        region.key(s, geometry, d, line, region.key_scale(s, geometry, d, line))
     };
     for d in 0..value_width {
         // Lanes are keys. Lines that all queries see whole are read once for all of them.
         let mut acc = [s.splat(0.0); N];
         for line in 0..fewest / LANES {
-            let value = s.load(line_of(d, line));
+            let value = values(d, line);
             for i in 0..N {
                 acc[i] = s.fma(s.load(&p[i][line].0), value, acc[i]);
             }
@@ -269,7 +228,8 @@ fn latent_tile<S: Simd, const N: usize>(
         for i in 0..N {
             for line in fewest / LANES..n_keys[i].div_ceil(LANES) {
                 // A key that the query must not see counts as zero, whatever lies there.
-                let mut value = *line_of(d, line);
+                let mut value = [0.0; LANES];
+                s.store(values(d, line), &mut value);
                 value[(n_keys[i] - line * LANES).min(LANES)..].fill(0.0);
                 acc[i] = s.fma(s.load(&p[i][line].0), s.load(&value), acc[i]);
             }
@@ -281,10 +241,11 @@ fn latent_tile<S: Simd, const N: usize>(
 
 /// Scores of `N` queries with the keys of `pages` from line `base` on, lines of sixteen keys per query.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
-fn scores<S: Simd, const N: usize>(
+fn scores<S: Simd, E: Element, const N: usize>(
     s: S,
-    kv: &KvPages<'_>,
+    kv: &Pair<E>,
     geometry: Geometry,
     head: usize,
     pages: &[u32],
@@ -298,14 +259,16 @@ fn scores<S: Simd, const N: usize>(
     let dim = geometry.head_dim;
     let q: [&[f32]; N] = std::array::from_fn(|i| &q[i][..dim]);
     for line in 0..lines {
-        let region = geometry.head_region(pages[(base + line) / lines_per_page] as usize, head);
-        let keys = kv.k[region].as_chunks::<LANES>().0;
+        let region = kv.keys.region(geometry, pages[(base + line) / lines_per_page], head);
         let first = (base + line) % lines_per_page;
         let mut acc = [s.splat(0.0); N];
-        for d in 0..dim {
-            let key = s.load(&keys[d * lines_per_page + first]);
-            for i in 0..N {
-                acc[i] = s.fma(s.splat(q[i][d]), key, acc[i]);
+        for span in (0..dim).step_by(E::SPAN) {
+            let scale = region.key_scale(s, geometry, span, first);
+            for d in span..span.saturating_add(E::SPAN).min(dim) {
+                let key = region.key(s, geometry, d, first, scale);
+                for i in 0..N {
+                    acc[i] = s.fma(s.splat(q[i][d]), key, acc[i]);
+                }
             }
         }
         for i in 0..N {
@@ -351,9 +314,9 @@ fn softmax<S: Simd>(s: S, scores: &mut [Line], seen: Range<usize>, sink: Option<
 /// query must not see cannot touch its sum, not even with a NaN.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
-fn weighted<S: Simd, const N: usize>(
+fn weighted<S: Simd, E: Element, const N: usize>(
     s: S,
-    kv: &KvPages<'_>,
+    kv: &Pair<E>,
     geometry: Geometry,
     head: usize,
     pages: &[u32],
@@ -367,8 +330,9 @@ fn weighted<S: Simd, const N: usize>(
     let mut acc = [s.splat(0.0); N];
     let alone = |i: usize, keys: Range<usize>, mut acc: S::F| {
         for key in keys {
-            let values = &kv.v[geometry.head_region(pages[key / tokens] as usize, head)];
-            let value = read(s, &values[key % tokens * geometry.padded..], column, 0.0);
+            let (region, slot) = (kv.values.region(geometry, pages[key / tokens], head), key % tokens);
+            let row = &region.cells[slot * geometry.padded..];
+            let value = region.value(s, geometry, row, slot, column);
             acc = s.fma(s.splat(p[i][key - skipped]), value, acc);
         }
         acc
@@ -380,12 +344,12 @@ fn weighted<S: Simd, const N: usize>(
     }
     let mut key = from;
     while key < to {
-        let (page, slot) = (pages[key / tokens] as usize, key % tokens);
+        let (region, slot) = (kv.values.region(geometry, pages[key / tokens], head), key % tokens);
         let here = (tokens - slot).min(to - key);
-        let values = &kv.v[geometry.head_region(page, head)][slot * geometry.padded..];
+        let rows = region.cells[slot * geometry.padded..].chunks_exact(geometry.padded);
         let p: [&[f32]; N] = std::array::from_fn(|i| &p[i][key - skipped..][..here]);
-        for (j, value) in values.chunks_exact(geometry.padded).take(here).enumerate() {
-            let value = read(s, value, column, 0.0);
+        for (j, row) in rows.take(here).enumerate() {
+            let value = region.value(s, geometry, row, slot + j, column);
             for i in 0..N {
                 acc[i] = s.fma(s.splat(p[i][j]), value, acc[i]);
             }

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::reference::attention::{Shape, causal};
-use crate::testing::{assert_close, assert_gradient, bits, noise, same_at_every_level, with_threads};
+use crate::testing::{
+    assert_close, assert_gradient, bits, noise, rounded, same_at_every_level, with_threads,
+};
 
 const SHAPES: [Shape; 4] = [
     Shape { n_heads: 9, n_kv_heads: 3, head_dim: 64 },
@@ -71,6 +73,13 @@ impl Batch {
         }
     }
 
+    /// The same with keys and values as a store of `format` gives them back.
+    fn rounded(&self, format: KvFormat) -> Self {
+        let round = |v: &[f32]| rounded(format, v, self.shape.head_dim);
+        let (k, v, sinks) = (round(&self.k), round(&self.v), self.sinks.clone());
+        Self { k, v, sinks, q: self.q.clone(), cu_seqlens: self.cu_seqlens.clone(), ..*self }
+    }
+
     fn forward(&self) -> (Vec<f32>, Vec<f32>) {
         let Shape { n_heads, n_kv_heads, head_dim } = self.shape;
         let (mut out, mut lse) = (vec![0.0; self.q.len()], vec![0.0; self.q.len() / head_dim]);
@@ -92,7 +101,7 @@ impl Batch {
     }
 
     /// The same rows through a paged store whose pages lie scattered, fed in steps of `chunk` rows per sequence.
-    fn paged(&self, page_tokens: usize, chunk: usize) -> Vec<f32> {
+    fn paged(&self, format: KvFormat, page_tokens: usize, chunk: usize) -> Vec<f32> {
         let Shape { n_heads, n_kv_heads, head_dim } = self.shape;
         let (wide, narrow) = (n_heads * head_dim, n_kv_heads * head_dim);
         let lengths: Vec<usize> = self.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
@@ -111,9 +120,9 @@ impl Batch {
         for page in tables.iter_mut().flatten() {
             *page = next - 1 - *page;
         }
-        let store = next as usize * page_len(page_tokens, n_kv_heads, head_dim);
+        let mut kv = KvPages::new(format, next as usize, page_tokens, n_kv_heads, head_dim).unwrap();
         // Unused slots hold NaN: nothing may look at them.
-        let (mut keys, mut values) = (vec![f32::NAN; store], vec![f32::NAN; store]);
+        kv.poison();
         let mut out = vec![0.0; self.q.len()];
         let longest = lengths.iter().copied().max().unwrap_or(0);
         for from in (0..longest).step_by(chunk) {
@@ -128,13 +137,10 @@ impl Batch {
             let take = |v: &[f32], width: usize| -> Vec<f32> {
                 index.iter().flat_map(|&t| v[t * width..(t + 1) * width].to_vec()).collect()
             };
-            let tables = tables.as_slice();
-            let mut kv =
-                KvPagesMut { k: &mut keys, v: &mut values, page_tokens, tables, n_kv_heads, head_dim };
-            append_kv(&mut kv, &rows, &take(&self.k, narrow), &take(&self.v, narrow)).unwrap();
-            let kv = KvPages { k: &keys, v: &values, page_tokens, tables, n_kv_heads, head_dim };
+            let paging = Paging { rows: &rows, tables: &tables };
+            append_kv(&mut kv, &paging, &take(&self.k, narrow), &take(&self.v, narrow)).unwrap();
             let mut part = vec![0.0; rows.len() * wide];
-            paged_attention(&take(&self.q, wide), n_heads, &rows, &kv, &self.scoring(), &mut part).unwrap();
+            paged_attention(&take(&self.q, wide), n_heads, &paging, &kv, &self.scoring(), &mut part).unwrap();
             for (row, &t) in part.chunks_exact(wide).zip(&index) {
                 out[t * wide..(t + 1) * wide].copy_from_slice(row);
             }
@@ -163,14 +169,17 @@ proptest::proptest! {
         (n_kv_heads, group, head_dim) in (1usize..4, 1usize..8, 1usize..40),
         lengths in proptest::collection::vec(0u32..50, 1..4),
         window in proptest::option::of(1usize..60), capped: bool, sinks: bool,
-        lines_per_page in 1usize..4, chunk in 1usize..60,
+        lines_per_page in 1usize..4, chunk in 1usize..60, format in 0..KvFormat::ALL.len(),
     ) {
+        let format = KvFormat::ALL[format];
         let shape = Shape { n_heads: n_kv_heads * group, n_kv_heads, head_dim };
-        let batch = Batch::new(shape, &lengths, Kind { window, capped, sinks });
+        let exact = Batch::new(shape, &lengths, Kind { window, capped, sinks });
+        let batch = exact.rounded(format);
         let out = same_at_every_level(|| batch.forward().0);
         let expected = causal(&batch.q, &batch.k, &batch.v, shape, &batch.cu_seqlens, &batch.scoring());
         assert_close(&out, &expected, 2e-6);
-        proptest::prop_assert_eq!(bits(&batch.paged(16 * lines_per_page, chunk)), bits(&out));
+        let paged = same_at_every_level(|| exact.paged(format, 16 * lines_per_page, chunk));
+        proptest::prop_assert_eq!(bits(&paged), bits(&out), "{}", format);
     }
 }
 
@@ -180,11 +189,13 @@ fn paging_chunking_and_threads_do_not_change_a_bit() {
         let batch = Batch::new(shape, &[70, 3, 33], kind);
         let expected = bits(&batch.forward().0);
         for (page_tokens, chunk) in [(16, 1), (16, 70), (32, 7), (48, 20)] {
-            assert_eq!(
-                bits(&batch.paged(page_tokens, chunk)),
-                expected,
-                "{kind:?}: pages {page_tokens}, chunk {chunk}"
-            );
+            for format in KvFormat::ALL {
+                assert_eq!(
+                    bits(&batch.paged(format, page_tokens, chunk)),
+                    bits(&batch.rounded(format).forward().0),
+                    "{kind:?}: {format}, pages {page_tokens}, chunk {chunk}"
+                );
+            }
         }
         for threads in [1, 3] {
             assert_eq!(with_threads(threads, || bits(&batch.forward().0)), expected);
@@ -264,19 +275,19 @@ fn backward_is_the_derivative() {
 
 #[test]
 fn rows_outside_their_pages_are_refused() {
-    let store = vec![0.0; 2 * page_len(16, 1, 4)];
+    let kv = KvPages::new(KvFormat::F32, 2, 16, 1, 4).unwrap();
     let tables = [vec![0u32, 1], vec![2]];
-    let kv = |tables| KvPages { k: &store, v: &store, page_tokens: 16, tables, n_kv_heads: 1, head_dim: 4 };
     let mut out = [0.0; 4];
-    let mut attend = |row: RowRef, kv: &KvPages<'_>| {
-        paged_attention(&[0.0; 4], 1, &[row], kv, &Scoring::scaled(1.0), &mut out)
+    let mut attend = |row: RowRef, tables: &[Vec<u32>]| {
+        let paging = Paging { rows: &[row], tables };
+        paged_attention(&[0.0; 4], 1, &paging, &kv, &Scoring::scaled(1.0), &mut out)
     };
-    assert!(attend(RowRef { seq: 0, n_keys: 32 }, &kv(&tables[..1])).is_ok());
-    assert!(attend(RowRef { seq: 0, n_keys: 33 }, &kv(&tables[..1])).is_err());
-    assert!(attend(RowRef { seq: 0, n_keys: 0 }, &kv(&tables[..1])).is_err());
-    assert!(attend(RowRef { seq: 1, n_keys: 1 }, &kv(&tables[..1])).is_err());
-    assert!(attend(RowRef { seq: 0, n_keys: 1 }, &kv(&tables)).is_err(), "page 2 does not exist");
-    let odd = KvPages { page_tokens: 8, ..kv(&tables[..1]) };
-    assert!(attend(RowRef { seq: 0, n_keys: 1 }, &odd).is_err());
+    assert!(attend(RowRef { seq: 0, n_keys: 32 }, &tables[..1]).is_ok());
+    assert!(attend(RowRef { seq: 0, n_keys: 33 }, &tables[..1]).is_err());
+    assert!(attend(RowRef { seq: 0, n_keys: 0 }, &tables[..1]).is_err());
+    assert!(attend(RowRef { seq: 1, n_keys: 1 }, &tables[..1]).is_err());
+    assert!(attend(RowRef { seq: 0, n_keys: 1 }, &tables).is_err(), "page 2 does not exist");
+    assert!(KvPages::new(KvFormat::F32, 1, 8, 1, 4).is_err());
+    assert!(KvPages::new(KvFormat::F32, 1, 16, 0, 4).is_err());
     assert!(check_sequences("test", &[0, 3, 2], 2).is_err());
 }

@@ -7,6 +7,7 @@
 pub use parallax_kernels::activation::Activation;
 
 use super::{DeltaNet, Experts, Latent, Rope};
+use crate::options::KvFormat;
 
 /// One decoder layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -244,11 +245,11 @@ impl LayerConfig {
         mixer || matches!(self.mlp, Mlp::Experts(_))
     }
 
-    /// Values that the layer stores per token: keys and values.
-    pub(crate) fn stored_per_token(&self) -> usize {
+    /// Bytes that the layer stores per token: keys and values.
+    pub(crate) fn stored_bytes_per_token(&self, format: KvFormat) -> usize {
         match &self.mixer {
-            Mixer::Attention(a) => 2 * a.kv_width(),
-            Mixer::Latent(a) => a.stored(),
+            Mixer::Attention(a) => 2 * a.n_kv_heads * format.row_bytes(a.head_dim),
+            Mixer::Latent(a) => format.row_bytes(a.stored()),
             Mixer::Delta(_) => 0,
         }
     }

@@ -9,8 +9,8 @@ use std::{
 use burn::tensor::{Device, Tensor};
 use parallax_kernels::{
     attention::{
-        KvPages, KvPagesMut, RowRef, Scoring, append_kv, causal_attention_backward, causal_attention_forward,
-        latent::latent_page_len, page_len, paged_attention,
+        KvFormat, KvPages, Paging, RowRef, Scoring, append_kv, causal_attention_backward,
+        causal_attention_forward, latent::LatentPages, paged_attention,
     },
     rope::{RopeTable, rope_apply, rope_apply_inverse},
 };
@@ -22,6 +22,7 @@ use super::{
 };
 use crate::config::{LayerConfig, Mixer};
 
+const SIZES: &str = "the store's sizes were checked with the load options";
 const SHAPES: &str = "the batch was checked against the store before the first layer";
 
 /// The attention of a layer without its linear weights; sinks are weights, but of the scores.
@@ -82,11 +83,11 @@ impl Geometry {
 #[expect(clippy::large_enum_variant, reason = "one per layer")]
 enum LayerStore {
     /// For the kernels.
-    Memory { k: Vec<f32>, v: Vec<f32> },
+    Pages(KvPages),
     /// For other devices: [pages · page tokens, K·D] each.
     Tensors { k: Tensor<2>, v: Tensor<2> },
     /// Latent rows, for the kernels.
-    Latents(Vec<f32>),
+    Latents(LatentPages),
     /// The layer keeps a state per sequence instead.
     Nothing,
 }
@@ -99,15 +100,16 @@ pub(crate) struct KvStore {
 }
 
 impl KvStore {
-    /// Zeroed pages; the operating system hands out the memory when a page is first written.
-    pub(crate) fn new(layers: &[LayerConfig], n_pages: usize, page_tokens: usize) -> Self {
+    /// Zeroed pages of sizes that were checked; the operating system hands out the memory when a page is first written.
+    pub(crate) fn new(layers: &[LayerConfig], n_pages: usize, page_tokens: usize, format: KvFormat) -> Self {
         let layer = |layer: &LayerConfig| match &layer.mixer {
             Mixer::Attention(a) => {
-                let n = n_pages * page_len(page_tokens, a.n_kv_heads, a.head_dim);
-                Mutex::new(LayerStore::Memory { k: vec![0.0; n], v: vec![0.0; n] })
+                let pages = KvPages::new(format, n_pages, page_tokens, a.n_kv_heads, a.head_dim);
+                Mutex::new(LayerStore::Pages(pages.expect(SIZES)))
             }
             Mixer::Latent(a) => {
-                Mutex::new(LayerStore::Latents(vec![0.0; n_pages * latent_page_len(page_tokens, a.stored())]))
+                let pages = LatentPages::new(format, n_pages, page_tokens, a.stored());
+                Mutex::new(LayerStore::Latents(pages.expect(SIZES)))
             }
             Mixer::Delta(_) => Mutex::new(LayerStore::Nothing),
         };
@@ -133,16 +135,11 @@ impl KvStore {
         Self { page_tokens, layers: layers.iter().map(layer).collect() }
     }
 
-    /// Copies the keys and values of a page, one of `n_pages`, into another, in every layer.
-    pub(crate) fn copy_page(&self, from: usize, to: usize, n_pages: usize) {
+    /// Copies the keys and values of a page of the store into another, in every layer.
+    pub(crate) fn copy_page(&self, from: usize, to: usize) {
         for layer in &self.layers {
             match &mut *layer.lock().unwrap_or_else(PoisonError::into_inner) {
-                LayerStore::Memory { k, v } => {
-                    for values in [k, v] {
-                        let len = values.len() / n_pages;
-                        values.copy_within(from * len..(from + 1) * len, to * len);
-                    }
-                }
+                LayerStore::Pages(pages) => pages.copy_page(from, to).expect(SHAPES),
                 LayerStore::Tensors { k, v } => {
                     let rows = |page: usize| page * self.page_tokens..(page + 1) * self.page_tokens;
                     for values in [k, v] {
@@ -151,30 +148,40 @@ impl KvStore {
                         *values = values.clone().slice_assign([rows(to), 0..width], page);
                     }
                 }
-                LayerStore::Latents(rows) => {
-                    let len = rows.len() / n_pages;
-                    rows.copy_within(from * len..(from + 1) * len, to * len);
-                }
+                LayerStore::Latents(pages) => pages.copy_page(from, to).expect(SHAPES),
                 LayerStore::Nothing => {}
             }
         }
     }
 
-    fn with_memory<R>(&self, layer: usize, f: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
+    /// Bytes when all pages are written.
+    pub(crate) fn bytes(&self) -> usize {
+        let bytes = |layer: &Mutex<LayerStore>| match &*layer.lock().unwrap_or_else(PoisonError::into_inner) {
+            LayerStore::Pages(pages) => pages.bytes(),
+            LayerStore::Latents(pages) => pages.bytes(),
+            LayerStore::Tensors { k, v } => {
+                4 * [k, v].iter().map(|t| t.dims().iter().product::<usize>()).sum::<usize>()
+            }
+            LayerStore::Nothing => 0,
+        };
+        self.layers.iter().map(bytes).sum()
+    }
+
+    fn with_pages<R>(&self, layer: usize, f: impl FnOnce(&mut KvPages) -> R) -> R {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
-            LayerStore::Memory { k, v } => f(k, v),
+            LayerStore::Pages(pages) => f(pages),
             LayerStore::Tensors { .. } | LayerStore::Latents(_) | LayerStore::Nothing => {
                 unreachable!("a stage on the kernels' route makes a store in memory for attention")
             }
         }
     }
 
-    pub(crate) fn with_latents<R>(&self, layer: usize, f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
+    pub(crate) fn with_latents<R>(&self, layer: usize, f: impl FnOnce(&mut LatentPages) -> R) -> R {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Latents(latents) => f(latents),
-            LayerStore::Memory { .. } | LayerStore::Tensors { .. } | LayerStore::Nothing => {
+            LayerStore::Pages(_) | LayerStore::Tensors { .. } | LayerStore::Nothing => {
                 unreachable!("a store has latent rows where the layer's attention is latent")
             }
         }
@@ -183,8 +190,8 @@ impl KvStore {
     /// One layer of latent rows.
     #[cfg(test)]
     pub(crate) fn latents(page_tokens: usize, n_pages: usize, width: usize) -> Self {
-        let rows = vec![0.0; n_pages * latent_page_len(page_tokens, width)];
-        Self { page_tokens, layers: vec![Mutex::new(LayerStore::Latents(rows))] }
+        let pages = LatentPages::new(KvFormat::F32, n_pages, page_tokens, width).expect(SIZES);
+        Self { page_tokens, layers: vec![Mutex::new(LayerStore::Latents(pages))] }
     }
 
     pub(crate) fn with_tensors<R>(
@@ -195,7 +202,7 @@ impl KvStore {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Tensors { k, v } => f(k, v),
-            LayerStore::Memory { .. } | LayerStore::Latents(_) | LayerStore::Nothing => {
+            LayerStore::Pages(_) | LayerStore::Latents(_) | LayerStore::Nothing => {
                 unreachable!("a stage on the composed route makes a store of tensors")
             }
         }
@@ -230,13 +237,10 @@ impl CpuOp for PagedAttention {
         let g = &self.geometry;
         let [q, k, v] = g.rotated(inputs[0], &self.rows.positions);
         let mut out = vec![0.0; q.len()];
-        self.store.with_memory(self.layer, |keys, values| {
-            let (tables, page_tokens) = (self.rows.tables.as_slice(), self.store.page_tokens);
-            let (n_kv_heads, head_dim) = (g.n_kv_heads, g.head_dim);
-            let mut pages = KvPagesMut { k: keys, v: values, page_tokens, tables, n_kv_heads, head_dim };
-            append_kv(&mut pages, &self.rows.rows, &k, &v).expect(SHAPES);
-            let pages = KvPages { k: keys, v: values, page_tokens, tables, n_kv_heads, head_dim };
-            paged_attention(&q, g.n_heads, &self.rows.rows, &pages, &g.scoring(), &mut out).expect(SHAPES);
+        self.store.with_pages(self.layer, |pages| {
+            let paging = Paging { rows: &self.rows.rows, tables: &self.rows.tables };
+            append_kv(pages, &paging, &k, &v).expect(SHAPES);
+            paged_attention(&q, g.n_heads, &paging, pages, &g.scoring(), &mut out).expect(SHAPES);
         });
         Output::matrix(out, g.n_heads * g.head_dim)
     }

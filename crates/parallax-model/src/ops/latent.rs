@@ -7,7 +7,10 @@
 use std::sync::Arc;
 
 use parallax_kernels::{
-    attention::latent::{LatentPages, append_latent, latent_attention},
+    attention::{
+        Paging,
+        latent::{append_latent, latent_attention},
+    },
     norm::rms_norm,
     rope::rope_apply,
 };
@@ -121,12 +124,11 @@ impl CpuOp for LatentAttention {
         let (w, rows) = (&self.weights, &self.rows);
         let q = w.queries(inputs[0], &rows.positions);
         let new = w.latents(inputs[1], &rows.positions);
-        let (page_tokens, tables, width) = (self.store.page_tokens, rows.tables.as_slice(), w.width());
         let mut mixed = vec![0.0; rows.positions.len() * w.n_heads * w.rank];
         self.store.with_latents(self.layer, |latents| {
-            append_latent(latents, page_tokens, tables, &rows.rows, width, &new).expect(SHAPES);
-            let pages = LatentPages { latents, page_tokens, tables, width };
-            latent_attention(&q, w.n_heads, w.rank, &rows.rows, &pages, w.scale, &mut mixed).expect(SHAPES);
+            let paging = Paging { rows: &rows.rows, tables: &rows.tables };
+            append_latent(latents, &paging, &new).expect(SHAPES);
+            latent_attention(&q, w.n_heads, w.rank, &paging, latents, w.scale, &mut mixed).expect(SHAPES);
         });
         Output::matrix(w.values(&mixed), w.n_heads * w.value_dim)
     }

@@ -1,7 +1,11 @@
 //! A stage against itself cut, batched and chunked differently, against the composed path, and bad batches.
 
 use super::*;
-use crate::{config::Family, options::WeightDtype, testing};
+use crate::{
+    config::{Family, Mixer},
+    options::WeightDtype,
+    testing,
+};
 
 fn options(checkpoint: &Checkpoint, layers: Range<usize>) -> LoadOptions {
     LoadOptions { layers, dtype: WeightDtype::F32, kv_pages: 24, ..LoadOptions::whole(checkpoint) }
@@ -22,10 +26,17 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[test]
 fn cuts_batches_and_chunks_do_not_change_a_bit() {
     for family in testing::trainable() {
-        for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Q8_0, WeightDtype::Q4_0] {
+        for (dtype, kv_format) in [
+            (WeightDtype::F32, KvFormat::F32),
+            (WeightDtype::Bf16, KvFormat::Bf16),
+            (WeightDtype::Q8_0, KvFormat::Q8),
+            (WeightDtype::Q4_0, KvFormat::F32),
+            (WeightDtype::F32, KvFormat::Q8),
+        ] {
             let (_dir, checkpoint) = testing::checkpoint(family);
             let load = |layers| {
-                Stage::load(&checkpoint, &LoadOptions { dtype, ..options(&checkpoint, layers) }).unwrap()
+                let options = LoadOptions { dtype, kv_format, ..options(&checkpoint, layers) };
+                Stage::load(&checkpoint, &options).unwrap()
             };
             let tokens = testing::tokens(37, 0);
             let mut whole = load(0..4);
@@ -88,6 +99,44 @@ fn kernels_agree_with_the_composed_path() {
     }
 }
 
+/// Logits of a prompt and of a decode step on a copied page, and the store's bytes.
+fn logits_with(checkpoint: &Checkpoint, kv_format: KvFormat) -> (Vec<f32>, u64) {
+    let options = LoadOptions { kv_format, ..options(checkpoint, 0..4) };
+    let mut stage = Stage::load(checkpoint, &options).unwrap();
+    let mut logits = stage
+        .forward(&one(0, 60, &[3, 1, 2, 5]), StageInput::Tokens(&testing::tokens(60, 0)))
+        .unwrap()
+        .logits;
+    stage.copy_page(5, 9).unwrap();
+    logits.extend(stage.forward(&one(60, 1, &[3, 1, 2, 9]), StageInput::Tokens(&[7])).unwrap().logits);
+    (logits, stage.kv_bytes())
+}
+
+#[test]
+fn a_rounded_store_stays_near_the_exact_one_and_is_as_small_as_it_says() {
+    for family in testing::trainable() {
+        let (_dir, checkpoint) = testing::checkpoint(family);
+        let (exact, _) = logits_with(&checkpoint, KvFormat::F32);
+        let rms = |v: &[f32]| (v.iter().map(|v| v * v).sum::<f32>() / v.len() as f32).sqrt();
+        for kv_format in [KvFormat::Bf16, KvFormat::Q8] {
+            let (logits, bytes) = logits_with(&checkpoint, kv_format);
+            let error: Vec<f32> = logits.iter().zip(&exact).map(|(a, b)| a - b).collect();
+            let relative = rms(&error) / rms(&exact);
+            println!("{family:?} {kv_format}: {relative:.1e}");
+            assert!(relative < 1e-2 && relative > 0.0, "{family:?} {kv_format}: {relative}");
+            // 24 pages of 16 tokens; heads are padded to whole lines of sixteen.
+            let per_token = |layer: &LayerConfig| match &layer.mixer {
+                Mixer::Attention(a) => {
+                    2 * a.n_kv_heads * kv_format.row_bytes(a.head_dim.next_multiple_of(16))
+                }
+                _ => 0,
+            };
+            let expected = checkpoint.config().layers.iter().map(per_token).sum::<usize>() * 24 * 16;
+            assert_eq!(bytes, expected as u64, "{family:?} {kv_format}");
+        }
+    }
+}
+
 #[test]
 fn wanted_rows_pick_the_logits() {
     let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
@@ -132,6 +181,9 @@ fn bad_load_options_are_refused() {
     assert!(
         refuse(LoadOptions { kv_page_tokens: 20, ..options(&checkpoint, 0..4) }).contains("multiple of 16")
     );
+    let rounded = LoadOptions { kv_format: KvFormat::Q8, ..options(&checkpoint, 0..4) };
+    let refused = Stage::load_on(&checkpoint, &rounded, Device::flex(), Route::Composed).unwrap_err();
+    assert!(refused.to_string().contains("leave it at f32"));
     assert!(refuse(LoadOptions { kv_pages: 0, ..options(&checkpoint, 0..4) }).contains("kv_pages"));
 }
 

@@ -41,6 +41,9 @@ pub struct ModelDescription {
     /// Sent by the head, for the member's log.
     #[prost(string, tag = "13")]
     pub head_version: ::prost::alloc::string::String,
+    /// How every stage keeps keys and values: "f32" (or empty), "bf16", "q8".
+    #[prost(string, tag = "14")]
+    pub kv_format: ::prost::alloc::string::String,
 }
 /// Measured at the member.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lattica_net::{Node, StreamError};
-use parallax_model::{Checkpoint, DeviceKind, LoadOptions};
+use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions};
 use parallax_sched::profile::roofline;
 use parallax_sched::service::{JoinOptions as SchedJoin, MemberClient, SwarmError, find_head};
 use parallax_sched::{MemberState, NodeId, NodeProfile, Report, wire};
@@ -327,6 +327,10 @@ impl Member<'_> {
             device: self.options.device,
             kv_page_tokens: assignment.kv_page_tokens as usize,
             kv_pages: assignment.kv_pages as usize,
+            kv_format: match self.model.kv_format.as_str() {
+                "" => KvFormat::F32,
+                name => name.parse().map_err(failed)?,
+            },
         };
         let loaded = tokio::task::spawn_blocking(move || load_stage(&checkpoint, &options)).await;
         loaded.map_err(|e| failed(e.to_string()))?.map_err(failed)
