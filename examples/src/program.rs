@@ -32,6 +32,23 @@ pub fn sentence(error: &anyhow::Error) -> String {
     text
 }
 
+/// Waits until the program is asked to stop: by ctrl-c, or by a service manager (SIGTERM).
+///
+/// # Errors
+/// When the operating system does not let us listen for it.
+pub async fn asked_to_stop() -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            interrupted = tokio::signal::ctrl_c() => interrupted,
+            _ = terminated.recv() => Ok(()),
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
+}
+
 /// A line for people.
 #[expect(clippy::print_stderr, reason = "programs talk to people on stderr")]
 pub fn say(line: &str) {

@@ -6,15 +6,19 @@ mod bench;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use lattica_net::{Access, Identity, Node, NodeConfig, create_swarm_key, load_swarm_key};
+use lattica_net::{Access, Identity, NetEvent, Node, NodeConfig, create_swarm_key, load_swarm_key};
 use serde_json::json;
 use swarm_examples::program;
 use swarm_wire::PeerId;
 
-/// Runs a node until ctrl-c, or measures two of them.
+/// How long calls that run may take when the node is asked to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Runs a node until ctrl-c or SIGTERM, or measures two of them.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -64,6 +68,9 @@ struct NodeArgs {
     /// Look for peers on the local network.
     #[arg(long)]
     mdns: bool,
+    /// Ask the router for a port (UPnP).
+    #[arg(long)]
+    upnp: bool,
     /// Key file; made when it does not exist. Without it the node has a new identity each time.
     #[arg(long, value_name = "FILE")]
     identity: Option<PathBuf>,
@@ -101,6 +108,7 @@ async fn run(args: NodeArgs) -> anyhow::Result<()> {
             allow: (!args.allow.is_empty()).then(|| args.allow.into_iter().collect()),
         },
         mdns: args.mdns,
+        upnp: args.upnp,
         relay_server: args.relay,
         ..NodeConfig::default()
     };
@@ -116,19 +124,22 @@ async fn run(args: NodeArgs) -> anyhow::Result<()> {
         }
         println!("stop with ctrl-c");
     }
+    let mut stop = std::pin::pin!(program::asked_to_stop());
     loop {
         tokio::select! {
-            result = tokio::signal::ctrl_c() => {
+            result = &mut stop => {
                 result.context("waiting for ctrl-c")?;
                 break;
             }
             event = events.recv() => match event {
+                Ok(NetEvent::Reachable(address)) => program::say(&format!("reachable at {address}")),
+                Ok(NetEvent::RelayReserved(relay)) => program::say(&format!("reachable through relay {relay}")),
                 Ok(event) => tracing::info!(?event),
                 Err(tokio::sync::broadcast::error::RecvError::Lagged(n)) => tracing::info!(n, "events skipped"),
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
             },
         }
     }
-    node.shutdown().await;
+    node.drain(DRAIN).await;
     Ok(())
 }
