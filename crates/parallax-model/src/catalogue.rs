@@ -13,19 +13,8 @@ use crate::config::{Family, ModelConfig};
 #[derive(Debug)]
 struct Row {
     family: Family,
-    n_layers: u32,
-    /// H.
-    hidden: u32,
-    /// F.
-    ffn: u32,
-    /// Q.
-    n_heads: u32,
-    /// K.
-    n_kv_heads: u32,
-    /// D.
-    head_dim: u32,
-    /// V.
-    vocab: u32,
+    /// Layers, H, F, Q, K, D, V.
+    shape: [u32; 7],
     tied: bool,
     max_context: u32,
     /// Further fields of config.json on which sizes depend: a JSON object.
@@ -63,10 +52,11 @@ impl KnownModel {
     /// Never: the tests read every row.
     pub fn config(&self) -> ModelConfig {
         let row = self.row;
+        let [n_layers, hidden, ffn, n_heads, n_kv_heads, head_dim, vocab] = row.shape;
         let mut json = json!({
-            "architectures": [row.family.hf_class()], "num_hidden_layers": row.n_layers, "hidden_size": row.hidden,
-            "intermediate_size": row.ffn, "num_attention_heads": row.n_heads,
-            "num_key_value_heads": row.n_kv_heads, "head_dim": row.head_dim, "vocab_size": row.vocab,
+            "architectures": [row.family.hf_class()], "num_hidden_layers": n_layers, "hidden_size": hidden,
+            "intermediate_size": ffn, "num_attention_heads": n_heads,
+            "num_key_value_heads": n_kv_heads, "head_dim": head_dim, "vocab_size": vocab,
             "tie_word_embeddings": row.tied, "max_position_embeddings": row.max_context,
         });
         let more: serde_json::Map<String, serde_json::Value> =
@@ -119,6 +109,18 @@ mod tests {
             ("microsoft/phi-4", 14659.5),
             ("microsoft/Phi-4-mini-instruct", 3836.0),
             ("zai-org/GLM-4-9B-0414", 9400.3),
+            ("mistralai/Mixtral-8x7B-v0.1", 46_702.8),
+            ("mistralai/Mixtral-8x22B-v0.1", 140_620.6),
+            ("Qwen/Qwen3-30B-A3B", 30_532.1),
+            ("Qwen/Qwen3-235B-A22B", 235_093.6),
+            ("Qwen/Qwen3-Coder-480B-A35B-Instruct", 480_154.9),
+            ("openai/gpt-oss-20b", 20_914.8),
+            ("openai/gpt-oss-120b", 116_829.2),
+            ("deepseek-ai/DeepSeek-V2-Lite", 15_706.5),
+            ("deepseek-ai/DeepSeek-V2", 235_741.4),
+            ("deepseek-ai/DeepSeek-V3", 671_026.4),
+            ("moonshotai/Kimi-K2-Instruct", 1_026_408.2),
+            ("MiniMaxAI/MiniMax-M2", 228_689.8),
         ] {
             let got = find(name).unwrap().config().parameters() as f64 / 1e6;
             assert!((got / millions - 1.0).abs() < 1e-3, "{name}: {got:.1} million, published {millions}");

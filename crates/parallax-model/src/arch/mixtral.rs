@@ -13,12 +13,17 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::Mixtral,
     name: "mixtral",
     classes: &["MixtralForCausalLM"],
-    // llama.cpp stores Mixtral as "llama" with experts; those files are not read.
+    // llama.cpp stores Mixtral as "llama" with experts: see `config/from_gguf.rs`.
     gguf: None,
     describe,
     gguf_fields: no_more_fields,
-    gguf_names: &[],
-    gguf_pairs: false,
+    gguf_names: &[
+        ("ffn_gate_inp", "block_sparse_moe.gate"),
+        ("ffn_gate_exps", "block_sparse_moe.experts.w1"),
+        ("ffn_up_exps", "block_sparse_moe.experts.w3"),
+        ("ffn_down_exps", "block_sparse_moe.experts.w2"),
+    ],
+    gguf_pairs: true,
 };
 
 fn describe(f: &Fields<'_>) -> Result<ModelConfig, ConfigError> {

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::fields::invalid;
+use super::{Family, fields::invalid};
 use crate::{
     arch,
     error::ConfigError,
@@ -38,7 +38,9 @@ const FLOATS: [(&str, &str); 4] = [
 pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError> {
     let missing = |field: &str| ConfigError::Missing { field: field.to_owned() };
     let name = file.string("general.architecture").ok_or_else(|| missing("general.architecture"))?;
-    let architecture = arch::by_gguf_name(name)?;
+    // Mixtral goes under Llama's name; what tells it apart are its experts.
+    let mixtral = name == "llama" && file.unsigned("llama.expert_count").is_some_and(|n| n > 0);
+    let architecture = if mixtral { arch::of(Family::Mixtral) } else { arch::by_gguf_name(name)? };
     let key = |field: &str| format!("{name}.{field}");
     let mut map = Map::new();
     for (from, to) in SIZES {
@@ -73,6 +75,9 @@ pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError>
         eos.extend(file.unsigned(name).filter(|i| !eos.contains(i)));
     }
     map.insert("eos_token_id".to_owned(), eos.into());
+    if file.has_tensor("blk.0.attn_q.bias") {
+        map.insert("attention_bias".to_owned(), true.into());
+    }
     (architecture.gguf_fields)(file, &mut map);
     Ok(map)
 }
