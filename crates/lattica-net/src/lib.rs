@@ -36,7 +36,7 @@
 //! (nobody unproved gets in), `service/shared` (what all tasks see), `service/connection`, `service/stream`,
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
 //! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`,
-//! `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`. On the wire: docs/WIRE.md.
+//! `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`. On the wire: docs/WIRE.md.
 
 pub mod access;
 pub mod addr;

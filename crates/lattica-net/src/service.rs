@@ -35,6 +35,7 @@ mod gate;
 mod gossip;
 mod identity;
 mod link_probe;
+mod private_file;
 mod rpc_client;
 mod rpc_server;
 mod served;

@@ -1,7 +1,7 @@
 //! Who a node is: an Ed25519 key, kept in a file that only its owner can read, and statements signed with it.
 
 use std::fmt;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use libp2p::identity::{Keypair, ed25519};
@@ -10,6 +10,7 @@ use swarm_wire::limits::{MESSAGE_MAX_BYTES, NAME_MAX_BYTES};
 use swarm_wire::signed::signed_bytes;
 use swarm_wire::{DecodeError, PeerId};
 
+use super::private_file::{self, Opened};
 use crate::error::IdentityError;
 
 /// A node's key pair. Cloning shares the key.
@@ -43,15 +44,14 @@ impl Identity {
     /// When the file is not a key, can be read by others, or cannot be read or written.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
         let io = |source| IdentityError::Io { path: path.display().to_string(), source };
-        match std::fs::File::open(path) {
-            Ok(mut file) => {
-                let metadata = file.metadata().map_err(io)?;
-                refuse_open_mode(path, &metadata)?;
-                if metadata.len() != 32 {
-                    return Err(IdentityError::Malformed {
-                        path: path.display().to_string(),
-                        got_bytes: metadata.len(),
-                    });
+        match private_file::open(path) {
+            Ok(Opened::TooOpen(mode)) => {
+                Err(IdentityError::TooOpen { path: path.display().to_string(), mode })
+            }
+            Ok(Opened::Private(mut file)) => {
+                let got_bytes = file.metadata().map_err(io)?.len();
+                if got_bytes != 32 {
+                    return Err(IdentityError::Malformed { path: path.display().to_string(), got_bytes });
                 }
                 let mut seed = [0; 32];
                 file.read_exact(&mut seed).map_err(io)?;
@@ -59,19 +59,8 @@ impl Identity {
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let identity = Self::generate();
-                if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-                    std::fs::create_dir_all(folder).map_err(io)?;
-                }
-                let mut options = std::fs::OpenOptions::new();
-                options.write(true).create_new(true);
-                #[cfg(unix)]
-                std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-                match options.open(path) {
-                    Ok(mut file) => {
-                        file.write_all(&identity.secret_seed()).map_err(io)?;
-                        file.sync_all().map_err(io)?;
-                        Ok(identity)
-                    }
+                match private_file::create(path, &identity.secret_seed()) {
+                    Ok(()) => Ok(identity),
                     // Another process made it between our two looks: its key counts.
                     Err(error) if error.kind() == ErrorKind::AlreadyExists => Self::load_or_create(path),
                     Err(error) => Err(io(error)),
@@ -115,20 +104,6 @@ impl Identity {
     pub(crate) fn libp2p_keypair(&self) -> Keypair {
         Keypair::from(self.keypair.clone())
     }
-}
-
-#[cfg(unix)]
-fn refuse_open_mode(path: &Path, metadata: &std::fs::Metadata) -> Result<(), IdentityError> {
-    let mode = std::os::unix::fs::MetadataExt::mode(metadata) & 0o777;
-    if mode & 0o077 != 0 {
-        return Err(IdentityError::TooOpen { path: path.display().to_string(), mode });
-    }
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn refuse_open_mode(_: &Path, _: &std::fs::Metadata) -> Result<(), IdentityError> {
-    Ok(())
 }
 
 /// Checks a statement's signature and returns who signed it. The caller still compares the domain with the one it wants.

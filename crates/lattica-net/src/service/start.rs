@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -22,7 +22,7 @@ use super::gate::Gate;
 use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::rpc_client::RPC_PROTOCOL;
-use super::shared::{Acceptor, Shared};
+use super::shared::{Acceptor, Shared, lock};
 use crate::addr::is_relayed;
 use crate::config::NodeConfig;
 use crate::error::StartError;
@@ -74,13 +74,22 @@ pub(super) async fn start(
     let (ready, started) = oneshot::channel();
     let (end, ended) = watch::channel(());
     let node = Arc::clone(&shared);
+    // Kept outside of the thread's closure: a runtime must not be dropped here, where another one runs.
+    let runtime = Arc::new(Mutex::new(Some(runtime)));
+    let given = Arc::clone(&runtime);
     std::thread::Builder::new()
         .name("lattica-swarm".to_owned())
         .spawn(move || {
+            let Some(runtime) = lock(&given).take() else { return };
             run(runtime, &keypair, &node, queue, &listen, &external, ready);
             drop(end);
         })
-        .map_err(setup("the swarm thread"))?;
+        .map_err(|error| {
+            if let Some(runtime) = lock(&runtime).take() {
+                runtime.shutdown_background();
+            }
+            setup("the swarm thread")(error)
+        })?;
     match started.await {
         Ok(result) => result.map(|()| (shared, ended)),
         Err(_) => Err(StartError::Setup { what: "the swarm", reason: "its thread ended".to_owned() }),

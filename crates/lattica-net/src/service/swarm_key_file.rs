@@ -1,10 +1,10 @@
 //! Swarm keys in files that only their owner can read: one line of 64 hexadecimal digits.
 
-use std::io::Write;
 use std::path::Path;
 
 use rand::RngExt as _;
 
+use super::private_file::{self, Opened};
 use crate::access::SwarmKey;
 use crate::error::SwarmKeyFileError;
 
@@ -14,15 +14,12 @@ use crate::error::SwarmKeyFileError;
 /// When the file is not a key, can be read by others, or cannot be read.
 pub fn load_swarm_key(path: &Path) -> Result<SwarmKey, SwarmKeyFileError> {
     let io = |source| SwarmKeyFileError::Io { path: path.display().to_string(), source };
-    let file = std::fs::File::open(path).map_err(io)?;
-    #[cfg(unix)]
-    {
-        let metadata = file.metadata().map_err(io)?;
-        let mode = std::os::unix::fs::MetadataExt::mode(&metadata) & 0o777;
-        if mode & 0o077 != 0 {
+    let file = match private_file::open(path).map_err(io)? {
+        Opened::Private(file) => file,
+        Opened::TooOpen(mode) => {
             return Err(SwarmKeyFileError::TooOpen { path: path.display().to_string(), mode });
         }
-    }
+    };
     let mut text = String::new();
     // A key file that is longer than this is something else, whatever else it is.
     std::io::Read::read_to_string(&mut std::io::Read::take(file, 1024), &mut text).map_err(io)?;
@@ -36,13 +33,7 @@ pub fn load_swarm_key(path: &Path) -> Result<SwarmKey, SwarmKeyFileError> {
 pub fn create_swarm_key(path: &Path) -> Result<SwarmKey, SwarmKeyFileError> {
     let io = |source| SwarmKeyFileError::Io { path: path.display().to_string(), source };
     let key = SwarmKey::from_bytes(rand::rng().random());
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(path).map_err(io)?;
-    file.write_all(format!("{}\n", key.to_text()).as_bytes()).map_err(io)?;
-    file.sync_all().map_err(io)?;
+    private_file::create(path, format!("{}\n", key.to_text()).as_bytes()).map_err(io)?;
     Ok(key)
 }
 
