@@ -264,8 +264,10 @@ fn scores<S: Simd, E: Element, const N: usize>(
         let mut acc = [s.splat(0.0); N];
         for span in (0..dim).step_by(E::SPAN) {
             let scale = region.key_scale(s, geometry, span, first);
-            for d in span..span.saturating_add(E::SPAN).min(dim) {
-                let key = region.key(s, geometry, d, first, scale);
+            let len = E::SPAN.min(dim - span);
+            let q: [&[f32]; N] = std::array::from_fn(|i| &q[i][span..][..len]);
+            for d in 0..len {
+                let key = region.key(s, geometry, span + d, first, scale);
                 for i in 0..N {
                     acc[i] = s.fma(s.splat(q[i][d]), key, acc[i]);
                 }
