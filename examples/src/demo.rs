@@ -34,8 +34,17 @@ const CHAT: Duration = Duration::from_secs(45);
 pub enum Mode {
     /// Sample with the newest weights, train, publish, and again.
     Sequential,
-    /// Sample and train at the same time (not in this version).
+    /// Sample and train at the same time.
     Async,
+}
+
+impl From<Mode> for echo_trainer::run::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Sequential => Self::Sequential,
+            Mode::Async => Self::Async,
+        }
+    }
 }
 
 /// What the demo runs.
@@ -59,9 +68,9 @@ pub struct DemoArgs {
     /// How rollouts and training alternate
     #[arg(long, value_enum, default_value = "sequential")]
     mode: Mode,
-    /// Versions that a rollout may lag behind; 0 in sequential mode
-    #[arg(long, default_value_t = 0)]
-    staleness: u64,
+    /// Versions that a rollout may lag behind [default: 0, in asynchronous mode 2]
+    #[arg(long)]
+    staleness: Option<u64>,
     /// Seed of the run
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -99,14 +108,18 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
 
 impl DemoArgs {
     fn check(&self) -> anyhow::Result<()> {
-        if self.mode == Mode::Async {
-            bail!("--mode async is not in this version; use --mode sequential");
+        match self.mode {
+            Mode::Sequential => ensure!(
+                self.staleness() == 0,
+                "--staleness {} needs --mode async: the sequential mode trains on nothing older than its weights",
+                self.staleness()
+            ),
+            Mode::Async => ensure!(
+                (1..=64).contains(&self.staleness()),
+                "--staleness must be 1 to 64 with --mode async, not {}: with 0 nobody could sample while the learner learns",
+                self.staleness()
+            ),
         }
-        ensure!(
-            self.staleness == 0,
-            "--staleness {} needs --mode async, which is not in this version",
-            self.staleness
-        );
         ensure!((1..=32).contains(&self.workers), "--workers must be 1 to 32, not {}", self.workers);
         ensure!(
             !self.cheater || self.workers > 1,
@@ -115,6 +128,10 @@ impl DemoArgs {
         ensure!(self.minutes > 0.0 && self.minutes <= 600.0, "--minutes must be above 0 and at most 600");
         ensure!(self.eval_tasks > 0, "--eval-tasks must be at least 1");
         Ok(())
+    }
+
+    fn staleness(&self) -> u64 {
+        self.staleness.unwrap_or(if self.mode == Mode::Async { 2 } else { 0 })
     }
 
     fn steps(&self) -> u64 {
@@ -174,6 +191,8 @@ async fn demo(args: &DemoArgs) -> anyhow::Result<Report> {
         ("--audit-fraction", "0.02".to_owned()),
         ("--audit-first", "4".to_owned()),
         ("--seed", args.seed.to_string()),
+        ("--mode", (if args.mode == Mode::Async { "async" } else { "sequential" }).to_owned()),
+        ("--staleness", args.staleness().to_string()),
         ("--steps", args.steps().to_string()),
         ("--seconds", format!("{:.0}", args.minutes * 60.0)),
         ("--eval-tasks", args.eval_tasks.to_string()),

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use echo_rollout::Task;
 use echo_rollout::environment::by_name;
-use echo_rollout::service::{PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig};
+use echo_rollout::service::{
+    Committer, InFlight, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig,
+};
 use echo_rollout::text::{Text, TextError, until_stop};
 use echo_trainer::RunConfig;
 use echo_trainer::service::evaluation::BoxFuture;
@@ -208,9 +210,11 @@ pub struct WorkerOptions {
     pub leases: u32,
     /// Positions of the key-value cache.
     pub cache_tokens: usize,
+    /// What becomes of samples in the making when a newer policy is here.
+    pub in_flight: InFlight,
 }
 
-/// Loads the model, dials the trainer and makes a worker that is ready to run, commitments included.
+/// Loads the model, dials the trainer and makes a worker that is ready to run, commitments included unless samples switch policies.
 ///
 /// # Errors
 /// A trainer that cannot be reached, weights that cannot be read, an unknown environment.
@@ -225,14 +229,22 @@ pub async fn start_worker(
     let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
     let id = checkpoint.id()?;
     let n_layers = u32::try_from(checkpoint.config().n_layers)?;
-    let committer = VeriCommitter::new(&node.identity().secret_seed(), id.clone(), n_layers);
+    // A commitment is about one policy, which samples that switch are not.
+    let commits = options.in_flight != InFlight::Switch;
+    let committer = commits.then(|| -> Arc<dyn Committer> {
+        Arc::new(VeriCommitter::new(&node.identity().secret_seed(), id.clone(), n_layers))
+    });
     Ok(Worker::new(
         node,
         engine,
         Arc::from(by_name(&options.environment)?),
         Arc::new(ModelText::open(checkpoint)?),
         source,
-        Some(Arc::new(committer)),
-        WorkerConfig { max_leases: options.leases, ..WorkerConfig::new(trainer, id) },
+        committer,
+        WorkerConfig {
+            max_leases: options.leases,
+            in_flight: options.in_flight,
+            ..WorkerConfig::new(trainer, id)
+        },
     ))
 }

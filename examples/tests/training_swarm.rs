@@ -1,5 +1,6 @@
 //! A learner and rollout workers as separate programs, as on two machines: `training-swarm --config` and `rollout-fleet`
-//! with the address that it prints. Stopped after two steps, the run goes on with the third.
+//! with the address that it prints. Stopped after two steps, the run goes on with the third. In the asynchronous mode they learn
+//! as well.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::io::{BufRead as _, BufReader, Lines};
@@ -36,12 +37,12 @@ impl Drop for Program {
     }
 }
 
-/// Runs learner and workers up to `steps`; all lines of the learner.
-fn run(dir: &Path, steps: u64) -> Vec<Value> {
+/// Runs learner and workers with these settings; all lines of the learner.
+fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
     let config = dir.join("run.toml");
     let settings = format!(
         "dir = \"{0}/run\"\nthreads = 1\n[node]\nidentity = \"{0}/learner.key\"\nnetwork = \"training-swarm-test\"\n\
-         [run]\nseed = 7\nworkers = 2\neval_tasks = 4\n[run.trainer]\nsteps = {steps}\ngroups_per_step = 3\ngroup_size = 4\n",
+         [run]\nseed = 7\nworkers = 2\n{run}\n[run.trainer]\n{trainer}\n",
         dir.display()
     );
     std::fs::write(&config, settings).unwrap();
@@ -60,6 +61,8 @@ fn run(dir: &Path, steps: u64) -> Vec<Value> {
         "2",
         "--cache-tokens",
         "1024",
+        "--in-flight",
+        in_flight,
         "--json",
     ];
     let mut fleet = Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet);
@@ -75,11 +78,12 @@ fn run(dir: &Path, steps: u64) -> Vec<Value> {
 #[test]
 fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
     let dir = tempfile::tempdir().unwrap();
+    let steps_up_to = |n: u64| format!("steps = {n}\ngroups_per_step = 3\ngroup_size = 4");
     let steps = |lines: &[Value]| -> Vec<u64> {
         let steps = lines.iter().filter(|l| l["event"] == "step");
         steps.map(|l| l["version"].as_u64().unwrap()).collect()
     };
-    let first = run(dir.path(), 2);
+    let first = run(dir.path(), "eval_tasks = 4", &steps_up_to(2), "finish");
     assert_eq!(steps(&first), [1, 2]);
     for step in first.iter().filter(|l| l["event"] == "step") {
         assert_eq!(
@@ -96,7 +100,7 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
     }
     assert!(dir.path().join("run/adapter.safetensors").is_file());
 
-    let second = run(dir.path(), 3);
+    let second = run(dir.path(), "eval_tasks = 4", &steps_up_to(3), "finish");
     assert_eq!(second[0]["version"], 2, "it goes on with the weights of its checkpoint: {}", second[0]);
     assert_eq!(second[0]["eval"], summary["eval_after"], "the same weights, the same answers");
     assert_eq!(steps(&second), [3]);
@@ -105,4 +109,37 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
         (&summary["versions"], &summary["trajectories"]["consumed"]),
         (&3.into(), &(3 * 3 * 4).into())
     );
+}
+
+/// Rollouts that run ahead are counted once and never too old, whatever becomes of those that a new policy finds unfinished.
+fn asynchronous(steps: u64, in_flight: &str) -> Vec<Value> {
+    let dir = tempfile::tempdir().unwrap();
+    let trainer = format!("steps = {steps}\ngroups_per_step = 16\ngroup_size = 8\nmax_staleness = 2");
+    let lines = run(dir.path(), "mode = \"async\"\neval_tasks = 50", &trainer, in_flight);
+    let summary = lines.last().unwrap();
+    assert_eq!((&summary["versions"], &summary["staleness"]["budget"]), (&steps.into(), &2.into()));
+    assert_eq!(summary["trajectories"]["consumed"], steps * 16 * 8, "{summary}");
+    for nothing in ["lost", "duplicated", "rejected"] {
+        assert_eq!(summary["trajectories"][nothing], 0, "{summary}");
+    }
+    let oldest = summary["staleness"]["max"].as_u64().unwrap();
+    assert!((1..=2).contains(&oldest), "rollouts run ahead of the learner within the budget: {summary}");
+    lines.into_iter().filter(|l| l["event"] == "step").collect()
+}
+
+#[test]
+fn the_asynchronous_mode_learns_within_its_staleness_budget() {
+    let steps = asynchronous(24, "finish");
+    assert!(steps.iter().all(|s| s["staleness_max"].as_u64().unwrap() <= 2), "{steps:?}");
+    let reward =
+        |part: &[Value]| part.iter().map(|s| s["reward"].as_f64().unwrap()).sum::<f64>() / part.len() as f64;
+    let (first, last) = (reward(&steps[..4]), reward(&steps[20..]));
+    assert!(last > first + 0.1, "mean reward {first} of the first steps, {last} of the last");
+}
+
+#[test]
+fn samples_that_a_new_policy_finds_unfinished_switch_to_it_or_are_broken_off() {
+    for in_flight in ["switch", "abort"] {
+        assert_eq!(asynchronous(6, in_flight).len(), 6);
+    }
 }

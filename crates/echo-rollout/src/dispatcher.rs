@@ -189,6 +189,11 @@ impl Dispatcher {
         self.groups.len()
     }
 
+    /// Samples that nobody works on.
+    pub fn n_pending(&self) -> usize {
+        self.pending.len()
+    }
+
     /// A trajectory may be trained on once every audit drawn on it or on an earlier one of its worker has passed.
     fn slot_released(&self, slot: &Slot) -> bool {
         let Some(filled) = &slot.filled else { return false };

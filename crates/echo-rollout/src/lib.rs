@@ -19,10 +19,11 @@
 //!
 //! Map: [`environment`] (tasks and verifiers), [`text`] (tasks to tokens), [`lease`], [`rollout`] (one sample),
 //! [`group`] (the samples of a prompt), [`dispatcher`] (who makes what; exactly once), [`staleness`], [`sync`] (the
-//! sequential mode), [`snapshot`] (signed policies), [`admission`] (what may be trained on), [`wire`] (bytes to types),
-//! [`config`]; with feature `service`: workers and the trainer's collector on a lattica-net node.
+//! sequential mode), [`asynchronous`] (rollouts ahead of the learner), [`snapshot`] (signed policies), [`admission`] (what
+//! may be trained on), [`wire`] (bytes to types), [`config`]; with feature `service`: workers and the trainer's collector on a lattica-net node.
 
 pub mod admission;
+pub mod asynchronous;
 pub mod config;
 pub mod dispatcher;
 pub mod environment;

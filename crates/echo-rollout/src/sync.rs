@@ -77,6 +77,8 @@ pub struct View {
     pub open_groups: usize,
     /// Of these, the ones that the learner can have.
     pub ready_groups: usize,
+    /// Samples that nobody works on.
+    pub pending: usize,
 }
 
 impl View {
@@ -88,6 +90,7 @@ impl View {
             up_to_date: active.iter().filter(|(_, v)| *v == Some(dispatcher.version())).count(),
             open_groups: dispatcher.n_open_groups(),
             ready_groups: dispatcher.ready_groups().len(),
+            pending: dispatcher.n_pending(),
         }
     }
 }

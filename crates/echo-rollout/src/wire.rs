@@ -14,6 +14,7 @@ use crate::lease::{GroupId, Lease, LeaseId, SamplingSpec};
 use crate::rollout::{Finish, MAX_TOKENS, Sample, Step, Trajectory};
 use crate::snapshot::{Artefact, Payload, SnapshotManifest};
 
+#[cfg(feature = "collector")]
 pub(crate) use journal::audit_outcome;
 pub use journal::{Entry, decode_entry, encode_entry, encode_settings};
 

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use echo_rollout::asynchronous::{AsyncConfig, Impossible};
 use echo_rollout::environment::by_name;
 use echo_rollout::lease::SamplingSpec;
 use echo_rollout::staleness::StalenessBound;
@@ -21,7 +22,7 @@ pub enum Mode {
     /// Sample with the newest weights, train, publish, and again.
     #[default]
     Sequential,
-    /// Sample and train at the same time. Refused: not in this version.
+    /// Sample and train at the same time; rollouts may lag behind by `trainer.max_staleness` versions.
     Async,
 }
 
@@ -35,6 +36,8 @@ pub struct RunConfig {
     pub environment: String,
     /// How rollouts and training alternate.
     pub mode: Mode,
+    /// Asynchronous mode: a version is published after so many steps.
+    pub publish_every: u64,
     /// Workers to wait for before the first lease; the run starts with fewer when they do not come in time.
     pub workers: usize,
     /// Seconds to wait for them.
@@ -61,6 +64,7 @@ impl Default for RunConfig {
             seed: 1,
             environment: "arithmetic".to_owned(),
             mode: Mode::Sequential,
+            publish_every: 1,
             workers: 1,
             workers_timeout_s: 60,
             ack_timeout_ms: 10_000,
@@ -78,13 +82,11 @@ impl Default for RunConfig {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunFault {
-    /// A mode of a later version.
-    #[error("mode = \"async\" is not in this version: use mode = \"sequential\"")]
-    Async,
+    /// An asynchronous run that could not go on.
+    #[error("mode = \"async\": {0} (trainer.max_staleness, publish_every)")]
+    Impossible(#[from] Impossible),
     /// Old rollouts in a mode that takes none.
-    #[error(
-        "trainer.max_staleness = {max_staleness} needs the asynchronous mode, which is not in this version: set it to 0"
-    )]
+    #[error("trainer.max_staleness = {max_staleness} needs mode = \"async\": set that, or set it to 0")]
     Staleness {
         /// The budget.
         max_staleness: u64,
@@ -162,9 +164,14 @@ impl RunConfig {
     pub fn validate(&self) -> Result<(), RunFaults> {
         let mut faults = Vec::new();
         if self.mode == Mode::Async {
-            faults.push(RunFault::Async);
+            // The trainer names a step without groups itself.
+            let impossible = self.asynchronous().validate().err();
+            faults.extend(impossible.filter(|i| *i != Impossible::NoGroups).map(RunFault::Impossible));
         } else if self.trainer.max_staleness > 0 {
             faults.push(RunFault::Staleness { max_staleness: self.trainer.max_staleness });
+        } else if self.publish_every != 1 {
+            let (setting, allowed) = ("publish_every".to_owned(), "1 in the sequential mode".to_owned());
+            faults.push(RunFault::OutOfRange { setting, value: self.publish_every.to_string(), allowed });
         }
         if let Err(error) = by_name(&self.environment) {
             faults.push(RunFault::Environment { name: self.environment.clone(), reason: error.to_string() });
@@ -207,6 +214,16 @@ impl RunConfig {
         if faults.is_empty() { Ok(()) } else { Err(RunFaults(faults)) }
     }
 
+    /// How rollouts run ahead of the learner in the asynchronous mode.
+    pub fn asynchronous(&self) -> AsyncConfig {
+        AsyncConfig {
+            groups_per_step: u32::try_from(self.trainer.groups_per_step).unwrap_or(u32::MAX),
+            budget: StalenessBound(self.trainer.max_staleness),
+            publish_every: self.publish_every,
+            steps: self.trainer.steps,
+        }
+    }
+
     /// How leases are given out. `audit_secret` decides which trajectories are audited; workers must not know it.
     pub fn dispatch(&self, audit_secret: u64) -> DispatchConfig {
         let saturated = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -247,7 +264,7 @@ mod tests {
         config.trainer.lora_rank = 0;
         let text = config.validate().unwrap_err().to_string();
         for named in [
-            "async",
+            "lets nobody sample",
             "chess",
             "workers",
             "audit_fraction",
@@ -262,6 +279,10 @@ mod tests {
         let mut stale = RunConfig::default();
         stale.trainer.max_staleness = 2;
         assert!(stale.validate().unwrap_err().to_string().contains("max_staleness = 2"));
+        stale.mode = Mode::Async;
+        stale.validate().unwrap();
+        stale.publish_every = 4;
+        assert!(stale.validate().unwrap_err().to_string().contains("stand still"));
         let mut long = RunConfig::default();
         long.trainer.max_completion_tokens = u32::MAX;
         assert!(long.validate().unwrap_err().to_string().contains("max_tokens"));

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser;
-use echo_rollout::service::{Worker, WorkerStats};
+use clap::{Parser, ValueEnum};
+use echo_rollout::service::{InFlight, Worker, WorkerStats};
 use lattica_net::{Identity, Node, NodeConfig};
 use parallax_model::Checkpoint;
 use serde::{Deserialize, Serialize};
@@ -54,9 +54,35 @@ struct Args {
     /// Positions of the key-value cache of one worker
     #[arg(long, default_value_t = 4096)]
     cache_tokens: usize,
+    /// What becomes of samples in the making when a newer policy is here. `switch` makes no commitments, so a trainer that
+    /// audits refuses its samples
+    #[arg(long, value_enum, default_value = "finish")]
+    in_flight: InFlightArg,
     /// Print what happens as JSON lines
     #[arg(long)]
     json: bool,
+}
+
+/// As a flag and in a file.
+#[derive(Debug, Clone, Copy, ValueEnum, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum InFlightArg {
+    /// Finish them with the old one.
+    Finish,
+    /// Go on with the new one; each token carries the version that sampled it.
+    Switch,
+    /// Break them off and give their leases back.
+    Abort,
+}
+
+impl From<InFlightArg> for InFlight {
+    fn from(arg: InFlightArg) -> Self {
+        match arg {
+            InFlightArg::Finish => Self::Finish,
+            InFlightArg::Switch => Self::Switch,
+            InFlightArg::Abort => Self::Abort,
+        }
+    }
 }
 
 impl Default for Args {
@@ -158,6 +184,7 @@ async fn worker(args: &Args, checkpoint: &Checkpoint, index: usize) -> anyhow::R
             .with_context(|| format!("--dtype {}", args.dtype))?,
         leases: args.leases,
         cache_tokens: args.cache_tokens,
+        in_flight: args.in_flight.into(),
     };
     Ok((node.clone(), start_worker(node, checkpoint, &options).await?))
 }

@@ -9,8 +9,8 @@ use swarm_examples::training::{bench, losses, pretrain, run};
 /// Train with rollouts from many machines (--config); pre-train tiny models, check losses, measure the training step.
 ///
 /// Report of a run (--json): one line per event, {"event":"ready",peer,addrs}, {"event":"eval",version,eval,eval_greedy},
-/// {"event":"step",version,reward,loss,ratio_deviation_max,grad_norm,staleness_max,update_bytes,completion_tokens,rollouts_s,
-/// train_s,step_s}, {"event":"convicted",peer,audits}; the last line is the summary, in the fields of demo-swarm's report.
+/// {"event":"step",version,reward,loss,ratio_deviation_max,grad_norm,staleness_max,staleness_mean,ahead,update_bytes,
+/// completion_tokens,rollouts_s,train_s,step_s}, {"event":"convicted",peer,audits}; the last line is the summary, in the fields of demo-swarm's report.
 #[derive(Debug, Parser)]
 #[command(
     version,

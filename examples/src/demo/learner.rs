@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use echo_trainer::{RunConfig, TrainerConfig};
 use swarm_wire::PeerId;
 
+use super::Mode;
 use super::process::say;
 use super::role::NodeArgs;
 use crate::training::run::learn;
@@ -38,6 +39,12 @@ pub struct LearnerArgs {
     /// Seed of sampling and of the adapter's first values.
     #[arg(long)]
     seed: u64,
+    /// How rollouts and training alternate.
+    #[arg(long, value_enum, default_value = "sequential")]
+    mode: Mode,
+    /// Versions that a rollout may lag behind.
+    #[arg(long, default_value_t = 0)]
+    staleness: u64,
     /// Learner steps.
     #[arg(long)]
     steps: u64,
@@ -57,11 +64,13 @@ pub struct LearnerArgs {
 /// # Errors
 /// No workers, a broken invariant, a full disk, a model that cannot be trained.
 pub async fn run(args: LearnerArgs) -> anyhow::Result<()> {
-    let mut trainer = TrainerConfig { steps: args.steps, ..TrainerConfig::default() };
+    let mut trainer =
+        TrainerConfig { steps: args.steps, max_staleness: args.staleness, ..TrainerConfig::default() };
     trainer.optim.learning_rate = args.learning_rate.unwrap_or(trainer.optim.learning_rate);
     let config = RunConfig {
         seed: args.seed,
         environment: args.env,
+        mode: args.mode.into(),
         workers: args.workers,
         auditors: vec![args.auditor],
         audit_fraction: args.audit_fraction,

@@ -1,6 +1,6 @@
 //! A worker's role: sample what the learner leases. A cheater loads other weights than it says.
 
-use echo_rollout::service::WorkerError;
+use echo_rollout::service::{InFlight, WorkerError};
 use parallax_model::{Checkpoint, WeightDtype};
 use serde_json::json;
 
@@ -40,6 +40,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         dtype: args.dtype,
         leases: 64,
         cache_tokens: 8192,
+        in_flight: InFlight::default(),
     };
     let worker = start_worker(node.clone(), &checkpoint, &options).await?;
     let stats = worker.stats();

@@ -1,4 +1,4 @@
-//! The dispatcher against crashes, lost and repeated messages, late and corrupt answers and cheaters, in virtual time.
+//! The dispatcher, alone and under the asynchronous coordinator, against crashes, lost and repeated messages, late and corrupt answers and cheaters, in virtual time.
 //!
 //! The learner keeps its own set of what it trained on, as a checkpoint would; exactly once is judged from that set and
 //! not from the dispatcher's counters.
@@ -9,13 +9,18 @@ use swarm_sim::{Context, Fault, LinkConfig, Node, NodeId, Seed, World};
 use swarm_wire::{PeerId, PolicyVersion, RunId};
 
 use super::*;
+use crate::asynchronous::{AsyncAction, AsyncConfig, AsyncCoordinator, Learner};
 use crate::config::AuditPolicy;
 use crate::lease::Lease;
 use crate::rollout::tests::sample;
+use crate::staleness::StalenessBound;
+use crate::sync::View;
 use crate::wire::{Entry, decode_entry, encode_entry};
 
 const TRAINER: NodeId = NodeId(0);
 const GROUPS: u64 = 12;
+/// How long a step of the asynchronous learner takes.
+const TRAIN_MS: u64 = 40;
 
 #[derive(Debug, Clone)]
 enum Message {
@@ -24,6 +29,7 @@ enum Message {
     Ask { active: PolicyVersion },
     Leases { leases: Vec<Lease>, version: PolicyVersion },
     Submit { trajectory: Box<Trajectory> },
+    GiveBack { lease: LeaseId },
     Answer { lease: LeaseId },
 }
 
@@ -49,10 +55,20 @@ struct Disk {
 }
 
 struct Trainer {
+    config: DispatchConfig,
     disk: Disk,
     dispatcher: Dispatcher,
     peers: BTreeMap<NodeId, PeerId>,
     batch: Vec<Group>,
+    /// `None` in the sequential mode.
+    coordinator: Option<AsyncCoordinator>,
+    /// The version that is being published.
+    sending: Option<PolicyVersion>,
+}
+
+/// Six steps of two groups.
+fn async_config(budget: StalenessBound) -> AsyncConfig {
+    AsyncConfig { groups_per_step: 2, budget, publish_every: 1, steps: 6 }
 }
 
 impl Trainer {
@@ -64,8 +80,8 @@ impl Trainer {
         outcome
     }
 
-    fn replay(journal: &[Vec<u8>]) -> Dispatcher {
-        let mut dispatcher = Dispatcher::new(config()).unwrap();
+    fn replay(&self, journal: &[Vec<u8>]) -> Dispatcher {
+        let mut dispatcher = Dispatcher::new(self.config.clone()).unwrap();
         for entry in journal {
             let Entry::Command(now_ms, command) = decode_entry(entry).unwrap() else { continue };
             dispatcher.handle(now_ms, command);
@@ -80,9 +96,8 @@ impl Trainer {
         }
     }
 
-    /// Trains on the batch: the checkpoint is written in one piece, the command that says so may be lost in a crash.
-    fn train(&mut self, context: &mut Context<'_, Message>) {
-        let now = context.now_us();
+    /// Trains on the batch: the checkpoint is written in one piece.
+    fn checkpoint(&mut self) {
         let step = self.disk.steps;
         for group in self.batch.drain(..) {
             assert_eq!(group.trajectories.len(), 3);
@@ -90,23 +105,78 @@ impl Trainer {
                 let place = (group.id, t.lease().sample_index);
                 assert!(self.disk.trained.insert(t.id(), place).is_none(), "{} trained twice", t.id());
                 self.disk.lies_trained += u64::from(&t.commitment()[..] == b"lie");
+                let fresh = |v: PolicyVersion| v.0 <= step && step - v.0 <= self.config.staleness.0;
+                assert!(t.steps().iter().all(|s| fresh(s.version)), "{} is too old for step {step}", t.id());
             }
         }
         self.disk.steps = step + 1;
+    }
+
+    /// The command that says so may be lost in a crash.
+    fn train(&mut self, context: &mut Context<'_, Message>) {
+        let now = context.now_us();
+        let step = self.disk.steps;
+        self.checkpoint();
         self.handle(now, Command::Commit { step });
         self.handle(now, Command::SetVersion(PolicyVersion(step + 1)));
         self.open(now);
+    }
+
+    /// The four loops, as far as they get now.
+    fn drive(&mut self, context: &mut Context<'_, Message>) {
+        let Some(mut coordinator) = self.coordinator.take() else { return };
+        let now = context.now_us();
+        if let Learner::Trains { since_ms } = coordinator.learner()
+            && now / 1000 >= since_ms + TRAIN_MS
+        {
+            self.checkpoint();
+            coordinator.handle_trained(now / 1000).unwrap();
+        } else if let Some(version) = self.sending.filter(|_| context.random().chance(0.5)) {
+            self.handle(now, Command::SetVersion(version));
+            coordinator.handle_published().unwrap();
+            self.sending = None;
+        }
+        while let Some(action) = coordinator.poll(&View::of(&self.dispatcher)) {
+            match action {
+                AsyncAction::OpenGroups { up_to } => _ = self.handle(now, Command::OpenGroups { up_to }),
+                AsyncAction::Train { step, groups } => {
+                    assert_eq!(step, self.disk.steps);
+                    if let Outcome::Groups(taken) = self.handle(now, Command::Take { step, groups }) {
+                        if taken.is_empty() {
+                            break;
+                        }
+                        self.batch = taken;
+                    }
+                    let ready = self.dispatcher.ready_groups().len();
+                    coordinator.handle_training(now / 1000, ready).unwrap();
+                }
+                // A crash may come between the checkpoint and this.
+                AsyncAction::Commit { .. } if context.random().chance(0.5) => break,
+                AsyncAction::Commit { step } => {
+                    self.handle(now, Command::Commit { step });
+                    coordinator.handle_committed(now / 1000).unwrap();
+                }
+                AsyncAction::Publish(version) => {
+                    coordinator.handle_publishing(version).unwrap();
+                    self.sending = Some(version);
+                }
+            }
+        }
+        self.coordinator = Some(coordinator);
     }
 }
 
 impl Trainer {
     fn on_start(&mut self, context: &mut Context<'_, Message>) {
-        if self.disk.journal.is_empty() {
-            self.open(0);
-        } else {
-            self.dispatcher = Self::replay(&self.disk.journal);
-            let steps = self.disk.steps;
+        let steps = self.disk.steps;
+        if !self.disk.journal.is_empty() {
+            self.dispatcher = self.replay(&self.disk.journal);
             self.handle(context.now_us(), Command::Recover { steps });
+        }
+        if self.coordinator.is_some() {
+            let config = async_config(self.config.staleness);
+            self.coordinator = Some(AsyncCoordinator::new(config, steps, context.now_us() / 1000).unwrap());
+        } else {
             self.handle(context.now_us(), Command::SetVersion(PolicyVersion(steps)));
             self.open(context.now_us());
         }
@@ -125,7 +195,9 @@ impl Trainer {
             };
             self.handle(now, Command::Verdict { lease, verdict });
         }
-        if !self.batch.is_empty() {
+        if self.coordinator.is_some() {
+            self.drive(context);
+        } else if !self.batch.is_empty() {
             self.train(context);
         } else if self.dispatcher.ready_groups().len() == 3 {
             let step = self.disk.steps;
@@ -158,6 +230,9 @@ impl Trainer {
                 self.handle(now, Command::Submit { trajectory: *trajectory });
                 context.send(from, Message::Answer { lease }, 10);
             }
+            Message::GiveBack { lease } => {
+                _ = self.handle(now, Command::Fail { worker, lease, aborted: true })
+            }
             other => panic!("{other:?} at the trainer"),
         }
     }
@@ -171,6 +246,9 @@ struct Rollouts {
     unanswered: BTreeMap<LeaseId, Trajectory>,
     lies: bool,
     corrupts: f64,
+    /// How often a newer policy breaks a sample off, or goes on with it.
+    aborts: f64,
+    switches: f64,
 }
 
 impl Rollouts {
@@ -179,8 +257,15 @@ impl Rollouts {
             Message::Leases { leases, version } => {
                 self.active = self.active.max(version);
                 for lease in leases {
+                    if context.random().chance(self.aborts) {
+                        context.send(TRAINER, Message::GiveBack { lease: lease.id }, 10);
+                        continue;
+                    }
                     let mut made = sample(lease, self.peer.as_ref().unwrap());
                     made.steps.iter_mut().for_each(|s| s.version = lease.version);
+                    if context.random().chance(self.switches) {
+                        made.steps[1..].iter_mut().for_each(|s| s.version = self.active);
+                    }
                     if self.lies {
                         made.commitment = b"lie"[..].into();
                     }
@@ -244,14 +329,22 @@ impl Node for Role {
     fn on_crash(&mut self) {
         match self {
             // The dispatcher is rebuilt from the journal; a batch in training is lost.
-            Self::Trainer(trainer) => trainer.batch.clear(),
+            Self::Trainer(trainer) => {
+                trainer.batch.clear();
+                trainer.sending = None;
+            }
             Self::Worker(worker) => worker.unanswered.clear(),
         }
     }
 }
 
-/// Four workers, the last of which lies when `cheater` is set; a random schedule of faults; then peace until the end.
-fn run(seed: u64, cheater: bool) -> World<Role> {
+/// Four workers, the last of which lies when `cheater` is set; a random schedule of faults; then peace until the end. With a
+/// staleness budget, the coordinator of the asynchronous mode drives the same dispatcher.
+fn run(seed: u64, cheater: bool, budget: Option<u64>) -> World<Role> {
+    let mut config = config();
+    if let Some(budget) = budget {
+        (config.staleness, config.groups_per_step) = (StalenessBound(budget), 2);
+    }
     let link = LinkConfig {
         latency_us: 2000,
         jitter_us: 3000,
@@ -262,9 +355,13 @@ fn run(seed: u64, cheater: bool) -> World<Role> {
     };
     let mut world = World::new(seed, link);
     let peer = |i: usize| PeerId::from_ed25519(&[i as u8; 32]);
+    let coordinator = budget.map(|b| AsyncCoordinator::new(async_config(StalenessBound(b)), 0, 0).unwrap());
     let trainer = Trainer {
+        dispatcher: Dispatcher::new(config.clone()).unwrap(),
+        config,
+        coordinator,
+        sending: None,
         disk: Disk::default(),
-        dispatcher: Dispatcher::new(config()).unwrap(),
         peers: (1..=4).map(|i| (NodeId(i), peer(i))).collect(),
         batch: Vec::new(),
     };
@@ -272,7 +369,10 @@ fn run(seed: u64, cheater: bool) -> World<Role> {
     for i in 1..=4 {
         let lies = cheater && i == 4;
         let corrupts = if i == 3 { 0.3 } else { 0.0 };
-        world.add(Role::Worker(Rollouts { peer: Some(peer(i)), lies, corrupts, ..Rollouts::default() }));
+        let (aborts, switches) = if budget.is_some() { (0.05, 0.3) } else { (0.0, 0.0) };
+        let worker =
+            Rollouts { peer: Some(peer(i)), lies, corrupts, aborts, switches, ..Rollouts::default() };
+        world.add(Role::Worker(worker));
     }
     let mut faults = Seed(seed).stream("faults", 0);
     for _ in 0..8 {
@@ -289,7 +389,12 @@ fn run(seed: u64, cheater: bool) -> World<Role> {
     world.run_until(700_000);
     (0..5).for_each(|i| world.fault_at(700_000, Fault::Restart(NodeId(i))));
     world.fault_at(700_000, Fault::Heal);
-    world.run_until(6_000_000);
+    // A little longer than until all is trained on, so that what comes late is met as well.
+    let done = |world: &World<Role>| self::trainer(world).disk.trained.len() as u64 == GROUPS * 3;
+    while !done(&world) && world.now_us() < 6_000_000 {
+        world.run_until(world.now_us() + 100_000);
+    }
+    world.run_until(world.now_us() + 300_000);
     world
 }
 
@@ -300,55 +405,101 @@ fn trainer(world: &World<Role>) -> &Trainer {
     }
 }
 
+/// What many schedules came to.
+#[derive(Default)]
+struct Sums {
+    reasons: [u64; DropReason::ALL.len()],
+    duplicates: u64,
+    late: u64,
+    staleness_max: u64,
+}
+
+impl Sums {
+    /// Plays the schedules of `seeds` and judges each: every sample is trained on exactly once, no lie is, and no token
+    /// older than the budget.
+    fn of(seeds: impl Iterator<Item = u64>, budget: impl Fn(u64) -> Option<u64>) -> Self {
+        let mut sums = Self::default();
+        for seed in seeds {
+            let budget = budget(seed);
+            let world = run(seed, seed % 2 == 0, budget);
+            let trainer = trainer(&world);
+            let counts = trainer.dispatcher.counts();
+            let samples: BTreeSet<_> = trainer.disk.trained.values().collect();
+            assert_eq!(
+                trainer.disk.trained.len(),
+                samples.len(),
+                "seed {seed}: a sample was trained on twice"
+            );
+            assert_eq!(samples.len() as u64, GROUPS * 3, "seed {seed}: {counts:?}");
+            assert_eq!(counts.consumed, GROUPS * 3, "seed {seed}: {counts:?}");
+            assert_eq!((counts.lost, counts.duplicated, counts.open), (0, 0, 0), "seed {seed}: {counts:?}");
+            assert_eq!(trainer.disk.lies_trained, 0, "seed {seed}: a lie reached the learner");
+            assert_eq!(counts.consumed_of_convicted, 0);
+            assert!(counts.staleness_max <= budget.unwrap_or(0), "seed {seed}: {counts:?}");
+            sums.reasons.iter_mut().zip(counts.dropped).for_each(|(sum, n)| *sum += n);
+            sums.duplicates += counts.duplicates_refused;
+            sums.late += counts.late_refused;
+            sums.staleness_max = sums.staleness_max.max(counts.staleness_max);
+        }
+        sums
+    }
+
+    fn dropped(&self, reason: DropReason) -> u64 {
+        self.reasons[reason.index()]
+    }
+}
+
 #[test]
 fn a_thousand_fault_schedules_train_every_sample_exactly_once() {
-    let (mut reasons, mut duplicates, mut late) = ([0; DropReason::ALL.len()], 0, 0);
-    for seed in 0..1000 {
-        let world = run(seed, seed % 2 == 0);
-        let trainer = trainer(&world);
-        let counts = trainer.dispatcher.counts();
-        let samples: BTreeSet<_> = trainer.disk.trained.values().collect();
-        assert_eq!(trainer.disk.trained.len(), samples.len(), "seed {seed}: a sample was trained on twice");
-        assert_eq!(samples.len() as u64, GROUPS * 3, "seed {seed}: {counts:?}");
-        assert_eq!(counts.consumed, GROUPS * 3, "seed {seed}: {counts:?}");
-        assert_eq!((counts.lost, counts.duplicated, counts.open), (0, 0, 0), "seed {seed}: {counts:?}");
-        assert_eq!(trainer.disk.lies_trained, 0, "seed {seed}: a lie reached the learner");
-        assert_eq!(counts.consumed_of_convicted, 0);
-        assert_eq!(counts.staleness_max, 0);
-        reasons.iter_mut().zip(counts.dropped).for_each(|(sum, n)| *sum += n);
-        duplicates += counts.duplicates_refused;
-        late += counts.late_refused;
-    }
+    let sums = Sums::of(0..1000, |_| None);
     // The schedules did exercise what they are about.
     for reason in [DropReason::Expired, DropReason::Disconnected, DropReason::Rejected, DropReason::Convicted]
     {
-        assert!(reasons[reason.index()] > 100, "{reason:?}: {reasons:?}");
+        assert!(sums.dropped(reason) > 100, "{reason:?}: {:?}", sums.reasons);
     }
-    assert!(
-        reasons[DropReason::Unproven.index()] > 100 && duplicates > 1000 && late > 100,
-        "{duplicates} {late}"
-    );
+    assert!(sums.dropped(DropReason::Unproven) > 100 && sums.duplicates > 1000 && sums.late > 100);
+    assert_eq!(sums.staleness_max, 0);
+}
+
+#[test]
+fn ten_thousand_fault_schedules_of_the_asynchronous_mode_train_nothing_twice_or_too_old() {
+    let half = |odd: u64| Sums::of((0..5000_u64).map(move |i| 2 * i + odd), |seed| Some(1 + seed / 2 % 3));
+    let (even, odd) = std::thread::scope(|scope| {
+        let odd = scope.spawn(move || half(1));
+        (half(0), odd.join().unwrap())
+    });
+    for reason in
+        DropReason::ALL.into_iter().filter(|r| *r != DropReason::Failed && *r != DropReason::Abandoned)
+    {
+        let dropped = even.dropped(reason) + odd.dropped(reason);
+        assert!(dropped > 100, "{reason:?}: {:?} {:?}", even.reasons, odd.reasons);
+    }
+    assert!(even.duplicates > 1000 && even.late > 100);
+    assert!(odd.staleness_max > 1, "rollouts do run ahead");
 }
 
 #[test]
 fn the_same_seed_gives_the_same_digest() {
-    assert_eq!(run(42, true).digest(), run(42, true).digest());
-    assert_ne!(run(42, true).digest(), run(43, true).digest());
+    assert_eq!(run(42, true, Some(2)).digest(), run(42, true, Some(2)).digest());
+    assert_ne!(run(42, true, None).digest(), run(43, true, None).digest());
 }
 
 #[test]
 fn a_replayed_journal_is_the_same_dispatcher_at_every_prefix() {
-    let world = run(11, true);
-    let journal = &trainer(&world).disk.journal;
-    assert!(journal.len() > 500, "{}", journal.len());
-    let mut live = Dispatcher::new(config()).unwrap();
-    for (i, entry) in journal.iter().enumerate() {
-        let Entry::Command(now_ms, command) = decode_entry(entry).unwrap() else { continue };
-        live.handle(now_ms, command);
-        live.check_invariants().unwrap();
-        if i % 97 == 0 {
-            assert_eq!(Trainer::replay(&journal[..=i]), live, "prefix {i}");
+    for budget in [None, Some(2)] {
+        let world = run(11, true, budget);
+        let trainer = trainer(&world);
+        let journal = &trainer.disk.journal;
+        assert!(journal.len() > 300, "{}", journal.len());
+        let mut live = Dispatcher::new(trainer.config.clone()).unwrap();
+        for (i, entry) in journal.iter().enumerate() {
+            let Entry::Command(now_ms, command) = decode_entry(entry).unwrap() else { continue };
+            live.handle(now_ms, command);
+            live.check_invariants().unwrap();
+            if i % 97 == 0 {
+                assert_eq!(trainer.replay(&journal[..=i]), live, "prefix {i}");
+            }
         }
+        assert_eq!(live, trainer.dispatcher);
     }
-    assert_eq!(live, trainer(&world).dispatcher);
 }

@@ -17,6 +17,8 @@
 //! # }
 //! ```
 
+mod asynchronous;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use echo_rollout::admission::{All, Regrade, Shape};
+use echo_rollout::asynchronous::{Impossible, NotAsked};
 use echo_rollout::environment::{Environment, UnknownEnvironment, by_name};
 use echo_rollout::service::{Collector, CollectorConfig, CollectorError};
 use echo_rollout::snapshot::SignedSnapshot;
@@ -33,6 +36,7 @@ use lattica_bitswap::{Blocks, PublishError};
 use lattica_net::Node;
 use serde::Serialize;
 use swarm_wire::{PeerId, PolicyVersion};
+use tokio::task::JoinHandle;
 
 use super::checkpoint_dir::{self, CheckpointDirError};
 use super::evaluation::{Evaluation, EvaluationError, Sampler, evaluate};
@@ -40,7 +44,7 @@ use super::publisher::{Publisher, Update};
 use crate::checkpoint::CheckpointError;
 use crate::error::{AddError, StepError};
 use crate::metrics::StepReport;
-use crate::run::{RunConfig, RunFaults};
+use crate::run::{Mode, RunConfig, RunFaults};
 use crate::trainer::{Group, Trainer};
 
 /// The journal of leases and trajectories, in the run's directory.
@@ -102,11 +106,15 @@ pub struct StepEvent {
     pub grad_norm: f64,
     /// Age of its oldest rollout, in versions.
     pub staleness_max: u64,
+    /// Mean age of its rollouts.
+    pub staleness_mean: f64,
+    /// Batches that were open beyond the one in training: the part of the budget that is in use.
+    pub ahead: u64,
     /// Bytes of the published update.
     pub update_bytes: u64,
     /// Sampled tokens that it trained on.
     pub completion_tokens: usize,
-    /// Seconds until its rollouts were there.
+    /// Seconds that the learner waited for its rollouts.
     pub rollouts_s: f64,
     /// Seconds of training, writing and publishing.
     pub train_s: f64,
@@ -192,6 +200,12 @@ pub enum LearnerError {
     /// Leases and trajectories.
     #[error(transparent)]
     Collector(#[from] CollectorError),
+    /// Settings with which an asynchronous run could not go on.
+    #[error(transparent)]
+    Impossible(#[from] Impossible),
+    /// The loops of an asynchronous run were mixed up: a bug.
+    #[error(transparent)]
+    Order(#[from] NotAsked),
     /// A group that the dispatcher gave and the trainer does not take: a bug.
     #[error(transparent)]
     Add(#[from] AddError),
@@ -235,7 +249,60 @@ pub struct Learner<P> {
     environment: Arc<dyn Environment>,
     base_model_id: String,
     full_bytes: u64,
-    update_bytes: u64,
+    /// The newest weights over the base model; `None` before the first step.
+    adapter: Option<(PolicyVersion, Bytes)>,
+}
+
+/// A step that is on disk.
+struct Learned {
+    report: StepReport,
+    adapter: Bytes,
+    completion_tokens: usize,
+}
+
+/// What the loops of both modes keep count of.
+struct Loops<T> {
+    tell: T,
+    /// No step begins after this.
+    until: Instant,
+    training: Duration,
+    convicted: BTreeSet<PeerId>,
+}
+
+impl<T: FnMut(LearnerEvent)> Loops<T> {
+    fn new(tell: T) -> Self {
+        Self { tell, until: Instant::now(), training: Duration::ZERO, convicted: BTreeSet::new() }
+    }
+
+    /// Tells of each convicted worker once.
+    fn tell_convicted(&mut self, collector: &Collector) {
+        for (peer, audits) in collector.convicted() {
+            if self.convicted.insert(peer.clone()) {
+                (self.tell)(LearnerEvent::Convicted { peer, audits });
+            }
+        }
+    }
+
+    /// Tells of a step that ran `ahead` batches ahead; times of its rollouts, its training, and the whole.
+    fn tell_step(&mut self, learned: &Learned, ahead: u64, [rollouts, train, step]: [Duration; 3]) {
+        self.training += train;
+        let report = &learned.report;
+        (self.tell)(LearnerEvent::Step(StepEvent {
+            version: report.version,
+            reward: report.reward_mean,
+            loss: report.loss.loss,
+            ratio_deviation_max: report.loss.ratio_deviation_max,
+            grad_norm: report.grad_norm,
+            staleness_max: report.staleness_max,
+            staleness_mean: report.staleness_mean,
+            ahead,
+            update_bytes: learned.adapter.len() as u64,
+            completion_tokens: learned.completion_tokens,
+            rollouts_s: rollouts.as_secs_f64(),
+            train_s: train.as_secs_f64(),
+            step_s: step.as_secs_f64(),
+        }));
+    }
 }
 
 impl<P> std::fmt::Debug for Learner<P> {
@@ -272,6 +339,10 @@ impl<P: Update + Send + 'static> Learner<P> {
         let regrade = Regrade { environment: environment.clone(), text: parts.text.clone() };
         let admission = Arc::new(All(vec![Box::new(shape), Box::new(regrade)]));
         let (node, steps) = (parts.node.clone(), trainer.version().0);
+        let adapter = match trainer.version() {
+            PolicyVersion(0) => None,
+            version => Some((version, Bytes::from(trainer.policy().update_bytes()?))),
+        };
         let journal = Some(dir.join(JOURNAL));
         let collector = Collector::start(node, collector_config, admission, journal, steps).await?;
         Ok(Self {
@@ -285,7 +356,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             environment,
             base_model_id: parts.base_model_id,
             full_bytes: parts.full_bytes,
-            update_bytes: 0,
+            adapter,
         })
     }
 
@@ -309,10 +380,24 @@ impl<P: Update + Send + 'static> Learner<P> {
         if self.collector.wait_for_workers(self.config.workers, patience).await == 0 {
             return Err(LearnerError::NoWorkers { seconds: self.config.workers_timeout_s });
         }
-        let mut snapshot = self.snapshot().await?;
-        self.collector.publish(&snapshot).await?;
+        self.collector.publish(&self.snapshot().await?).await?;
         tell(LearnerEvent::Eval(self.evaluate().await?));
+        let mut loops =
+            Loops { until: started + Duration::from_secs(self.config.seconds), ..Loops::new(tell) };
+        let loop_started = Instant::now();
+        match self.config.mode {
+            Mode::Sequential => self.alternate(&mut loops).await?,
+            Mode::Async => self.adapter = asynchronous::run(self, &mut loops).await?,
+        }
+        let loop_s = loop_started.elapsed().as_secs_f64();
+        self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
+        self.collector.publish(&self.snapshot().await?).await?;
+        (loops.tell)(LearnerEvent::Eval(self.evaluate().await?));
+        Ok(self.summary(loops.training.as_secs_f64() / loop_s.max(1e-9)))
+    }
 
+    /// The sequential mode: sample, learn, publish, and again.
+    async fn alternate(&mut self, loops: &mut Loops<impl FnMut(LearnerEvent)>) -> Result<(), LearnerError> {
         let round = SequentialConfig {
             groups_per_step: u32::try_from(self.config.trainer.groups_per_step).unwrap_or(u32::MAX),
             min_workers: 1,
@@ -320,46 +405,21 @@ impl<P: Update + Send + 'static> Learner<P> {
         };
         let first = self.version();
         let mut sync = SequentialSync::new(round, first, first.0);
-        let (mut training, mut convicted) = (Duration::ZERO, BTreeSet::new());
-        let loop_started = Instant::now();
         for _ in first.0..self.config.trainer.steps {
-            if started.elapsed() > Duration::from_secs(self.config.seconds) {
+            if Instant::now() > loops.until {
                 break;
             }
-            let step_started = Instant::now();
-            let groups = self.collector.round(&mut sync, &snapshot).await?;
-            let rollouts_s = step_started.elapsed().as_secs_f64();
-            for (peer, audits) in self.collector.convicted() {
-                if convicted.insert(peer.clone()) {
-                    tell(LearnerEvent::Convicted { peer, audits });
-                }
-            }
-            let completions = groups.iter().flat_map(|g| &g.trajectories).map(|t| t.completion().len());
-            let completion_tokens = completions.sum();
-            let train_started = Instant::now();
-            let report = self.train(&groups).await?;
-            training += train_started.elapsed();
-            snapshot = self.snapshot().await?;
+            let began = Instant::now();
+            let groups = self.collector.round(&mut sync, &self.snapshot().await?).await?;
+            let rollouts = began.elapsed();
+            loops.tell_convicted(&self.collector);
+            let learning = Instant::now();
+            let learned = self.learn(&groups).await.expect("a training step does not panic")?;
             self.collector.commit(&mut sync).await?;
-            tell(LearnerEvent::Step(StepEvent {
-                version: report.version,
-                reward: report.reward_mean,
-                loss: report.loss.loss,
-                ratio_deviation_max: report.loss.ratio_deviation_max,
-                grad_norm: report.grad_norm,
-                staleness_max: report.staleness_max,
-                update_bytes: self.update_bytes,
-                completion_tokens,
-                rollouts_s,
-                train_s: train_started.elapsed().as_secs_f64(),
-                step_s: step_started.elapsed().as_secs_f64(),
-            }));
+            self.adapter = Some((learned.report.version, learned.adapter.clone()));
+            loops.tell_step(&learned, 0, [rollouts, learning.elapsed(), began.elapsed()]);
         }
-        let loop_s = loop_started.elapsed().as_secs_f64();
-        self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
-        self.collector.publish(&snapshot).await?;
-        tell(LearnerEvent::Eval(self.evaluate().await?));
-        Ok(self.summary(training.as_secs_f64() / loop_s.max(1e-9)))
+        Ok(())
     }
 
     /// Tells workers and auditors that the run is over, waits for their goodbyes for at most `grace`, and closes the
@@ -373,41 +433,41 @@ impl<P: Update + Send + 'static> Learner<P> {
         self.trainer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Publishes the present weights and installs them in the learner's own engine.
-    async fn snapshot(&mut self) -> Result<SignedSnapshot, LearnerError> {
-        let version = self.version();
-        if version.0 == 0 {
-            return Ok(self.publisher.base());
+    /// The present weights, signed.
+    async fn snapshot(&self) -> Result<SignedSnapshot, LearnerError> {
+        match &self.adapter {
+            None => Ok(self.publisher.base()),
+            Some((version, bytes)) => Ok(self.publisher.adapter(*version, bytes.clone()).await?),
         }
-        let bytes = self.trainer().policy().update_bytes()?;
-        self.update_bytes = bytes.len() as u64;
-        checkpoint_dir::write(&self.dir.join(ADAPTER), &bytes)?;
-        let snapshot = self.publisher.adapter(version, Bytes::from(bytes.clone())).await?;
-        let installed = self.sampler.install(version, Some(bytes)).await;
-        installed.map_err(|reason| LearnerError::Install { version, reason })?;
-        Ok(snapshot)
     }
 
-    /// One step, and its checkpoint with the leases that it consumed; off the runtime's threads.
-    async fn train(&self, groups: &[echo_rollout::Group]) -> Result<StepReport, LearnerError> {
+    /// One step, its checkpoint with the leases that it consumed, and its adapter; off the runtime's threads.
+    fn learn(&self, groups: &[echo_rollout::Group]) -> JoinHandle<Result<Learned, LearnerError>> {
+        let completions = groups.iter().flat_map(|g| &g.trajectories).map(|t| t.completion().len());
+        let completion_tokens = completions.sum();
         let groups: Vec<Group> = groups.iter().map(Group::from).collect();
         let (trainer, dir) = (Arc::clone(&self.trainer), self.dir.clone());
         let (run, base_model_id) = (self.config.run(), self.base_model_id.clone());
-        let step = move || {
+        tokio::task::spawn_blocking(move || {
             let mut trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
             for group in groups {
                 trainer.add_group(group)?;
             }
             let report = trainer.train_step()?;
             checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
-            Ok(report)
-        };
-        tokio::task::spawn_blocking(step).await.expect("a training step does not panic")
+            let adapter = trainer.policy().update_bytes()?;
+            checkpoint_dir::write(&dir.join(ADAPTER), &adapter)?;
+            Ok(Learned { report, adapter: adapter.into(), completion_tokens })
+        })
     }
 
+    /// Measures the present weights with the learner's own engine.
     async fn evaluate(&self) -> Result<Evaluation, LearnerError> {
-        let max_tokens = self.config.trainer.max_completion_tokens;
-        let (version, n_tasks) = (self.version(), self.config.eval_tasks);
+        let version = self.adapter.as_ref().map_or(PolicyVersion(0), |(version, _)| *version);
+        let adapter = self.adapter.as_ref().map(|(_, bytes)| bytes.to_vec());
+        let installed = self.sampler.install(version, adapter).await;
+        installed.map_err(|reason| LearnerError::Install { version, reason })?;
+        let (n_tasks, max_tokens) = (self.config.eval_tasks, self.config.trainer.max_completion_tokens);
         let environment = &*self.environment;
         Ok(evaluate(&*self.sampler, &*self.text, environment, version, n_tasks, max_tokens).await?)
     }
@@ -433,7 +493,7 @@ impl<P: Update + Send + 'static> Learner<P> {
                 mean: counts.staleness_mean,
             },
             poisoned_trained: counts.consumed_of_convicted,
-            update_bytes: self.update_bytes,
+            update_bytes: self.adapter.as_ref().map_or(0, |(_, bytes)| bytes.len() as u64),
             full_bytes: self.full_bytes,
             adapter: (versions > 0).then(|| self.dir.join(ADAPTER)),
         }
