@@ -1,9 +1,10 @@
 //! What a trajectory must pass before it may be trained on. Versions and leases are the dispatcher's business; audits
 //! come later and can still take a trajectory out.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::environment::{Environment, Reward, Task, Turn};
 use crate::rollout::{Finish, Step, Trajectory};
@@ -118,13 +119,18 @@ impl Admission for Shape {
     }
 }
 
+/// Tasks that [`Regrade`] remembers: the samples of a group come close together, and share theirs.
+const REMEMBERED_TASKS: usize = 64;
+
+/// A task with its rendered prompt.
+type Rendered = Arc<(Task, Vec<u32>)>;
+
 /// Judges again on the trainer's side: prompt, ending and reward must be what the task and the verifier say.
-#[derive(Clone)]
 pub struct Regrade {
-    /// The run's environment.
-    pub environment: Arc<dyn Environment>,
-    /// The model's tokenizer.
-    pub text: Arc<dyn Text>,
+    environment: Arc<dyn Environment>,
+    text: Arc<dyn Text>,
+    /// The newest last.
+    tasks: Mutex<VecDeque<Rendered>>,
 }
 
 impl fmt::Debug for Regrade {
@@ -135,13 +141,13 @@ impl fmt::Debug for Regrade {
 
 impl Admission for Regrade {
     fn admit(&self, t: &Trajectory) -> Result<(), Rejection> {
-        let unjudged = |e: &dyn fmt::Display| Rejection::Unjudged { reason: e.to_string() };
         let seed = t.lease().task_seed;
-        let task = self.environment.task(seed);
-        if self.text.prompt(&task).map_err(|e| unjudged(&e))? != t.prompt() {
+        let rendered = self.rendered(seed)?;
+        let (task, prompt) = &*rendered;
+        if prompt != t.prompt() {
             return Err(Rejection::Prompt { seed });
         }
-        let graded = self.replay(&task, t)?;
+        let graded = self.replay(task, t)?;
         let claimed = t.reward().value();
         if graded.value().to_bits() != claimed.to_bits() {
             return Err(Rejection::Grade { claimed, graded: graded.value() });
@@ -151,6 +157,28 @@ impl Admission for Regrade {
 }
 
 impl Regrade {
+    /// Judges by the run's environment and the model's tokenizer.
+    pub fn new(environment: Arc<dyn Environment>, text: Arc<dyn Text>) -> Self {
+        Self { environment, text, tasks: Mutex::default() }
+    }
+
+    fn rendered(&self, seed: u64) -> Result<Rendered, Rejection> {
+        let unjudged = |e: &dyn fmt::Display| Rejection::Unjudged { reason: e.to_string() };
+        let tasks = || self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = tasks().iter().find(|known| known.0.seed == seed) {
+            return Ok(Arc::clone(known));
+        }
+        let task = self.environment.task(seed).map_err(|e| unjudged(&e))?;
+        let prompt = self.text.prompt(&task).map_err(|e| unjudged(&e))?;
+        let rendered = Arc::new((task, prompt));
+        let mut tasks = tasks();
+        tasks.push_back(Arc::clone(&rendered));
+        if tasks.len() > REMEMBERED_TASKS {
+            tasks.pop_front();
+        }
+        Ok(rendered)
+    }
+
     /// Plays the transcript again: every turn ends where it says, the environment answers what is written, and the
     /// reward is the one returned.
     fn replay(&self, task: &Task, t: &Trajectory) -> Result<Reward, Rejection> {
@@ -220,8 +248,10 @@ impl Admission for All {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
-    use crate::environment::{Arithmetic, Calculator};
+    use crate::environment::{Arithmetic, Calculator, Episode, RewardError, one_turn};
     use crate::lease::tests::lease;
     use crate::rollout::tests::sample;
     use crate::rollout::{Sample, Step};
@@ -251,12 +281,12 @@ pub(crate) mod tests {
     }
 
     fn regrade() -> Regrade {
-        Regrade { environment: Arc::new(Arithmetic::default()), text: Arc::new(ByteText) }
+        Regrade::new(Arc::new(Arithmetic::default()), Arc::new(ByteText))
     }
 
     fn answer(said: &str, reward: f32) -> Sample {
         let lease = lease(0);
-        let task = Arithmetic::default().task(lease.task_seed);
+        let task = Arithmetic::default().task(lease.task_seed).unwrap();
         let said = said.replace("ANSWER", &task.answer);
         let mut s = sample(lease, &PeerId::from_ed25519(&[2; 32]));
         s.prompt = ByteText.prompt(&task).unwrap();
@@ -278,6 +308,50 @@ pub(crate) mod tests {
         assert!(matches!(judge(answer("ANSWER\0", 0.0)), Err(Rejection::Grade { .. })));
     }
 
+    /// Arithmetic that counts how often a task is made.
+    struct Counted(AtomicUsize);
+
+    impl Environment for Counted {
+        fn name(&self) -> &str {
+            "arithmetic"
+        }
+
+        fn task(&self, seed: u64) -> Result<Task, RewardError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            if seed == 13 {
+                return Err(RewardError::NoTask { environment: "arithmetic".to_owned(), tries: 1 });
+            }
+            Arithmetic::default().task(seed)
+        }
+
+        fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
+            one_turn(self, task)
+        }
+
+        fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
+            Arithmetic::default().verify(task, completion)
+        }
+    }
+
+    #[test]
+    fn the_task_of_a_group_is_made_once_and_what_cannot_be_made_is_not_judged() {
+        let environment = Arc::new(Counted(AtomicUsize::new(0)));
+        let regrade = Regrade::new(environment.clone(), Arc::new(ByteText));
+        let judge = |sample| regrade.admit(&Trajectory::new(sample).unwrap());
+        for _ in 0..8 {
+            assert_eq!(judge(answer("ANSWER\0", 1.0)), Ok(()));
+        }
+        assert_eq!(environment.0.load(Ordering::Relaxed), 1);
+        for seed in 100..100 + REMEMBERED_TASKS as u64 {
+            assert!(regrade.rendered(seed).is_ok());
+        }
+        assert_eq!(judge(answer("ANSWER\0", 1.0)), Ok(()));
+        assert_eq!(environment.0.load(Ordering::Relaxed), 2 + REMEMBERED_TASKS, "only the newest are kept");
+        let mut none = answer("ANSWER\0", 1.0);
+        none.lease.task_seed = 13;
+        assert!(matches!(judge(none), Err(Rejection::Unjudged { .. })));
+    }
+
     #[test]
     fn another_prompt_or_ending_is_refused() {
         let mut other = answer("ANSWER\0", 1.0);
@@ -294,7 +368,7 @@ pub(crate) mod tests {
     fn calls(turns: &[&str]) -> (Regrade, Sample) {
         let environment = Arc::new(Calculator::default());
         let mut s = answer("x", 0.0);
-        let task = environment.task(s.lease.task_seed);
+        let task = environment.task(s.lease.task_seed).unwrap();
         s.lease.sampling.max_tokens = 400;
         s.environment = "calculator".to_owned();
         s.prompt = ByteText.prompt(&task).unwrap();
@@ -316,21 +390,23 @@ pub(crate) mod tests {
             }
         }
         drop(episode);
-        (Regrade { environment, text: Arc::new(ByteText) }, s)
+        (Regrade::new(environment, Arc::new(ByteText)), s)
     }
 
     #[test]
     fn a_transcript_of_several_turns_is_played_again() {
-        let judge = |(regrade, sample): (Regrade, Sample)| regrade.admit(&Trajectory::new(sample).unwrap());
+        let judge = |regrade: &Regrade, sample| regrade.admit(&Trajectory::new(sample).unwrap());
         let turns = ["<calc>1+1</calc>", "hm <calc>(2</calc>", "ANSWER"];
-        assert_eq!(judge(calls(&turns)), Ok(()));
-        assert_eq!(judge(calls(&["ANSWER"])), Ok(()));
+        for good in [&turns[..], &["ANSWER"]] {
+            let (regrade, sample) = calls(good);
+            assert_eq!(judge(&regrade, sample), Ok(()));
+        }
         let (regrade, good) = calls(&turns);
         let tool = good.steps.iter().position(|s| !s.trainable).unwrap();
         let changed = |change: &dyn Fn(&mut Sample)| {
             let mut sample = good.clone();
             change(&mut sample);
-            judge((regrade.clone(), sample))
+            judge(&regrade, sample)
         };
         let other_words = changed(&|s| s.steps[tool + 1].token = u32::from(b'9'));
         assert_eq!(other_words, Err(Rejection::Observation { position: tool }));

@@ -47,7 +47,10 @@ pub trait Environment: Send + Sync {
     }
 
     /// The task of `seed`.
-    fn task(&self, seed: u64) -> Task;
+    ///
+    /// # Errors
+    /// When there is none: the settings admit no problem, or the program that makes them does not answer.
+    fn task(&self, seed: u64) -> Result<Task, RewardError>;
 
     /// Between which values its rewards lie.
     fn reward_range(&self) -> RangeInclusive<f32> {
@@ -57,6 +60,11 @@ pub trait Environment: Send + Sync {
     /// How often the policy speaks at most in one episode.
     fn turns(&self) -> usize {
         1
+    }
+
+    /// How many questions it answers at once; more wait for their turn.
+    fn concurrency(&self) -> usize {
+        usize::MAX
     }
 
     /// A fresh run of `task`. Environments of one turn implement [`Environment::verify`] and return [`one_turn`] here.
@@ -128,6 +136,14 @@ impl fmt::Debug for dyn Environment {
     }
 }
 
+/// Most candidates that a generator draws for one problem; one in a few is good where the settings admit any.
+const MAX_CANDIDATES: usize = 10_000;
+
+/// After [`MAX_CANDIDATES`] candidates without a problem.
+fn no_task(environment: &str) -> RewardError {
+    RewardError::NoTask { environment: environment.to_owned(), tries: MAX_CANDIDATES }
+}
+
 /// One task: what the user says, and what the verifier compares with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
@@ -185,7 +201,7 @@ impl Reward {
     }
 }
 
-/// Why there is no reward.
+/// Why there is no task or no reward.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RewardError {
@@ -212,6 +228,22 @@ pub enum RewardError {
     TooManyComponents {
         /// How many came.
         got: usize,
+    },
+    /// No problem fits the settings.
+    #[error("{environment} found no problem in {tries} draws; loosen its settings")]
+    NoTask {
+        /// The environment.
+        environment: String,
+        /// How many candidates were drawn.
+        tries: usize,
+    },
+    /// A task of another environment or other settings.
+    #[error("the task of seed {seed} is none of {environment}'s")]
+    OtherTask {
+        /// The environment.
+        environment: String,
+        /// Names the task.
+        seed: u64,
     },
     /// The verifier could not judge, for example because a tool timed out.
     #[error("the verifier of {environment} could not judge: {reason}")]
@@ -271,8 +303,8 @@ mod tests {
             let environment = by_name(name).unwrap();
             assert_eq!(environment.name(), name);
             for seed in [0, 1, 77, held_out_seed(3)] {
-                let task = environment.task(seed);
-                assert_eq!(environment.task(seed), task);
+                let task = environment.task(seed).unwrap();
+                assert_eq!(environment.task(seed).unwrap(), task);
                 assert!(!task.prompt.is_empty());
                 let reward = environment.verify(&task, "7").unwrap();
                 assert!(environment.reward_range().contains(&reward.value()), "{name}");

@@ -19,11 +19,4 @@ impl Group {
     pub fn rewards(&self) -> Vec<f32> {
         self.trajectories.iter().map(|t| t.reward().value()).collect()
     }
-
-    /// Whether all rewards are equal, so that the group says nothing about which sample is better.
-    pub fn is_flat(&self) -> bool {
-        let mut rewards = self.trajectories.iter().map(|t| t.reward().value());
-        let first = rewards.next();
-        rewards.all(|r| Some(r) == first)
-    }
 }

@@ -12,7 +12,7 @@
 //! dispatcher.handle(1, Command::Acknowledge { worker: worker.clone(), version: PolicyVersion(0) });
 //! let Outcome::Leased(leases) = dispatcher.handle(2, Command::Lease { worker, max: 8 }) else { panic!() };
 //! assert_eq!(leases.len(), 2);
-//! assert!(Arithmetic::default().task(leases[0].task_seed).prompt.starts_with("What is"));
+//! assert!(Arithmetic::default().task(leases[0].task_seed)?.prompt.starts_with("What is"));
 //! dispatcher.check_invariants()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```

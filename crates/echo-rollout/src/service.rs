@@ -26,13 +26,13 @@ use swarm_wire::prost::Message;
 use swarm_wire::{DecodeError, PeerId};
 
 #[cfg(feature = "service")]
-pub use auditor::{AuditorConfig, AuditorError, Replay, run_auditor};
+pub use auditor::{Audited, AuditorConfig, AuditorError, Replay, run_auditor};
 pub use collector::{Collector, CollectorConfig, CollectorError};
 #[cfg(feature = "service")]
 pub use external::{External, ExternalConfig, ExternalError};
 pub use journal::{Journal, JournalError};
 #[cfg(feature = "service")]
-pub use referee::{Referee, RefereeError};
+pub use referee::{Referee, RefereeError, Referees};
 #[cfg(feature = "service")]
 pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
 #[cfg(feature = "service")]

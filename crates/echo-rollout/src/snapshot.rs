@@ -2,10 +2,9 @@
 //!
 //! A worker reports a version only after the payload's hash matched the manifest, so that a version tag never lies.
 
-use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::prost::Message;
-use swarm_wire::signed::signed_bytes;
+use swarm_wire::signed::{Signer, verify};
 use swarm_wire::{Cid, DecodeError, PeerId, PolicyVersion, RunId};
 
 use crate::wire;
@@ -92,15 +91,8 @@ impl SnapshotManifest {
     }
 
     /// Signs it with the trainer's node key.
-    pub fn sign(self, key: &SigningKey) -> SignedSnapshot {
-        let payload = wire::snapshot_to_proto(&self).encode_to_vec();
-        let signature = key.sign(&signed_bytes(SNAPSHOT_DOMAIN, &payload));
-        let signed = Signed {
-            domain: SNAPSHOT_DOMAIN.to_owned(),
-            payload: payload.into(),
-            public_key: key.verifying_key().to_bytes().to_vec().into(),
-            signature: signature.to_bytes().to_vec().into(),
-        };
+    pub fn sign(self, trainer: &impl Signer) -> SignedSnapshot {
+        let signed = trainer.signed(SNAPSHOT_DOMAIN, &wire::snapshot_to_proto(&self).encode_to_vec());
         SignedSnapshot { manifest: self, signed }
     }
 }
@@ -118,7 +110,7 @@ impl SignedSnapshot {
     /// # Errors
     /// When the domain, the key, the signature or a field is wrong.
     pub fn verify(signed: Signed, trainer: &PeerId) -> Result<Self, DecodeError> {
-        if signer(&signed, SNAPSHOT_DOMAIN)? != *trainer {
+        if verify(&signed, SNAPSHOT_DOMAIN)? != *trainer {
             return Err(DecodeError::invalid("snapshot signer", "not the trainer"));
         }
         let manifest = wire::decode_snapshot(&signed.payload)?;
@@ -139,24 +131,10 @@ impl SignedSnapshot {
     }
 }
 
-/// Who signed a statement of `domain`.
-///
-/// # Errors
-/// When the domain is another one, or key or signature are no good.
-pub fn signer(signed: &Signed, domain: &'static str) -> Result<PeerId, DecodeError> {
-    let bad = || DecodeError::BadSignature { domain: domain.to_owned() };
-    if signed.domain != domain {
-        return Err(DecodeError::invalid("signature domain", &signed.domain));
-    }
-    let key: [u8; 32] = signed.public_key[..].try_into().map_err(|_| bad())?;
-    let signature = Signature::from_slice(&signed.signature).map_err(|_| bad())?;
-    let verifying = VerifyingKey::from_bytes(&key).map_err(|_| bad())?;
-    verifying.verify_strict(&signed_bytes(domain, &signed.payload), &signature).map_err(|_| bad())?;
-    Ok(PeerId::from_ed25519(&key))
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use ed25519_dalek::SigningKey;
+
     use super::*;
 
     pub(crate) fn manifest(key: &SigningKey, version: u64, payload: &[u8]) -> SnapshotManifest {

@@ -65,12 +65,12 @@ pub struct AdvantageConfig {
     /// What is taken off.
     #[serde(default)]
     pub baseline: Baseline,
-    /// Divisor of the centred reward.
+    /// Divisor of the centred reward; [`AdvantageScale::None`] with [`Baseline::None`], where nothing is centred.
     pub scale: AdvantageScale,
     /// The rule for a group of one.
     #[serde(default)]
     pub group_of_one: GroupOfOne,
-    /// With [`Baseline::None`]: how much less a reward counts for each trainable token before it.
+    /// How much less a reward counts for each trainable token before it. Anything but 1 needs [`Baseline::None`].
     #[serde(default = "one")]
     pub discount: f64,
     /// Brings all trainable tokens of the batch to mean 0 and variance 1; the number is added to the variance. verl:
@@ -132,6 +132,12 @@ impl AdvantageConfig {
                 fault("epsilon", epsilon)
             }
             _ if !(0.0..=1.0).contains(&self.discount) => fault("discount", self.discount),
+            scale if self.baseline == Baseline::None && scale != AdvantageScale::None => {
+                Err(AdvantageError::Scale)
+            }
+            _ if self.baseline != Baseline::None && self.discount != 1.0 => {
+                Err(AdvantageError::Discount { discount: self.discount })
+            }
             _ => match self.whiten {
                 Some(epsilon) if !(epsilon >= 0.0 && epsilon.is_finite()) => fault("whiten", epsilon),
                 _ => Ok(()),
@@ -163,6 +169,17 @@ pub struct Episode<'a> {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AdvantageError {
+    /// A scale for rewards that are not centred.
+    #[error(
+        "without a baseline nothing is centred that could be scaled: set scale to none, or choose a baseline"
+    )]
+    Scale,
+    /// A discount with a baseline, which is one number for the whole answer.
+    #[error("discount {discount} needs baseline = \"none\"; with a baseline it must be 1")]
+    Discount {
+        /// The discount.
+        discount: f64,
+    },
     /// A setting out of range.
     #[error("advantage setting {setting} = {value} is out of range")]
     Setting {
@@ -199,8 +216,9 @@ pub enum AdvantageError {
 /// One number for each reward of a group; [`AdvantageScale::BatchStd`] takes the group for the batch.
 ///
 /// # Errors
-/// When the group is empty or a reward is not finite.
+/// When a setting is out of range, the group is empty or a reward is not finite.
 pub fn group_advantages(rewards: &[f64], config: &AdvantageConfig) -> Result<Vec<f64>, AdvantageError> {
+    config.validate()?;
     let batch = match config.scale {
         AdvantageScale::BatchStd { .. } => deviation(rewards),
         _ => 0.0,
@@ -213,14 +231,14 @@ fn centred(rewards: &[f64], batch_std: f64, config: &AdvantageConfig) -> Result<
         return Err(AdvantageError::NotFinite { index, reward });
     }
     let Some(&first) = rewards.first() else { return Err(AdvantageError::Empty) };
+    if config.baseline == Baseline::None {
+        return Ok(rewards.to_vec());
+    }
     let scale = match config.scale {
         AdvantageScale::None => 1.0,
         AdvantageScale::Std { epsilon } => deviation(rewards) + epsilon,
         AdvantageScale::BatchStd { epsilon } => batch_std + epsilon,
     };
-    if config.baseline == Baseline::None {
-        return Ok(rewards.iter().map(|r| r / if scale == 0.0 { 1.0 } else { scale }).collect());
-    }
     if rewards.len() == 1 {
         return Ok(vec![match config.group_of_one {
             GroupOfOne::Zero => 0.0,
@@ -432,6 +450,20 @@ mod tests {
         assert!(advantages(&batch, &wrong).unwrap_err().to_string().contains("discount"));
         let short = Episode { costs: &[0.1], ..batch[0] };
         assert_eq!(advantages(&[short], &config), Err(AdvantageError::Costs { index: 0, got: 1, needed: 2 }));
+    }
+
+    #[test]
+    fn settings_without_an_effect_are_refused() {
+        let scaled = AdvantageConfig {
+            scale: AdvantageConfig::grpo().scale,
+            ..AdvantageConfig::reinforce_plus_plus(1.0)
+        };
+        assert_eq!(scaled.validate(), Err(AdvantageError::Scale));
+        assert_eq!(group_advantages(&[1.0, 0.0], &scaled), Err(AdvantageError::Scale));
+        let discounted = AdvantageConfig { discount: 0.9, ..AdvantageConfig::grpo() };
+        assert_eq!(discounted.validate(), Err(AdvantageError::Discount { discount: 0.9 }));
+        let plain = AdvantageConfig::reinforce_plus_plus(0.9);
+        assert_eq!(group_advantages(&[1.0, 0.0], &plain).unwrap(), [1.0, 0.0]);
     }
 
     proptest! {

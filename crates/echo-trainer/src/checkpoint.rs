@@ -101,12 +101,11 @@ fn tensors_error(reason: impl std::fmt::Display) -> CheckpointError {
 }
 
 impl TrainerCheckpoint {
-    /// Joins a manifest's text with its payload.
+    /// Joins a manifest with its payload.
     ///
     /// # Errors
     /// When the format is another one or the payload is not the one that was written.
-    pub fn decode(manifest: &[u8], payload: Vec<u8>) -> Result<Self, CheckpointError> {
-        let manifest: CheckpointManifest = serde_json::from_slice(manifest)?;
+    pub fn decode(manifest: CheckpointManifest, payload: Vec<u8>) -> Result<Self, CheckpointError> {
         if manifest.format != FORMAT {
             return Err(CheckpointError::Format { got: manifest.format });
         }
@@ -233,8 +232,8 @@ mod tests {
     #[test]
     fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
         let (mut whole, checkpoint) = saved();
-        let manifest = checkpoint.manifest_json().unwrap();
-        let back = TrainerCheckpoint::decode(&manifest, checkpoint.payload.clone()).unwrap();
+        let manifest = serde_json::from_slice(&checkpoint.manifest_json().unwrap()).unwrap();
+        let back = TrainerCheckpoint::decode(manifest, checkpoint.payload.clone()).unwrap();
         assert_eq!(back, checkpoint);
         let mut resumed = Trainer::resume(Bigram::new(4), &back, RunId(7), "base").unwrap();
         for _ in 0..4 {
@@ -253,15 +252,16 @@ mod tests {
         let resume = |run, base| Trainer::resume(Bigram::new(4), &checkpoint, RunId(run), base).map(|_| ());
         assert!(matches!(resume(8, "base"), Err(CheckpointError::Mismatch { what: "run", .. })));
         assert!(matches!(resume(7, "other"), Err(CheckpointError::Mismatch { what: "base model", .. })));
-        let manifest = checkpoint.manifest_json().unwrap();
         for at in [0, 20, checkpoint.payload.len() - 1] {
             let mut payload = checkpoint.payload.clone();
             payload[at] ^= 1;
             assert!(matches!(
-                TrainerCheckpoint::decode(&manifest, payload),
+                TrainerCheckpoint::decode(checkpoint.manifest.clone(), payload),
                 Err(CheckpointError::Payload { .. })
             ));
         }
-        assert!(TrainerCheckpoint::decode(&manifest[..40], checkpoint.payload.clone()).is_err());
+        let other = CheckpointManifest { format: FORMAT + 1, ..checkpoint.manifest.clone() };
+        let refused = TrainerCheckpoint::decode(other, checkpoint.payload.clone());
+        assert!(matches!(refused, Err(CheckpointError::Format { .. })));
     }
 }

@@ -4,7 +4,7 @@
 //! the share of wrong answers: a policy that is right already has nothing to learn by reinforcement, so the last part of
 //! pre-training imitates a sloppy teacher, whose mistakes are listed in [`TeacherConfig`].
 
-use echo_rollout::environment::{Environment, Task};
+use echo_rollout::environment::{Environment, RewardError, Task};
 use parallax_model::tokenizer::Tokenizer;
 use parallax_model::{ChatMessage, ChatTemplate};
 use serde::{Deserialize, Serialize};
@@ -54,11 +54,12 @@ pub const SMALL_TALK: &[(&str, &str)] = &[
     ("Goodbye", "Goodbye!"),
 ];
 
-/// A stream of numbers keyed by (seed, step, row): SplitMix64 over a mixed counter.
+/// A stream of numbers keyed by (seed, step, row): SplitMix64 over a mixed counter. Not
+/// [`echo_rollout::environment::draws::Draws`]: the bytes of the embedded tiny model follow from these numbers.
 #[derive(Debug, Clone)]
-pub struct Draws(u64);
+pub struct LineDraws(u64);
 
-impl Draws {
+impl LineDraws {
     /// The stream of one row of one step.
     pub fn new(seed: u64, step: u64, row: u64) -> Self {
         let mut draws = Self(seed);
@@ -98,18 +99,24 @@ pub fn taught_answer(task: &Task, sloppy: bool, config: &TeacherConfig, draw: f6
     if small { right.saturating_sub(1) } else { right + 10 }.to_string()
 }
 
-/// Why a line could not be turned into tokens.
+/// Why there is no line of tokens.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot turn a chat line into tokens: {reason}")]
+#[error("cannot make a chat line: {reason}")]
 #[non_exhaustive]
 pub struct DataError {
-    /// The tokenizer's or the template's own words.
+    /// The environment's, the tokenizer's or the template's own words.
     pub reason: String,
 }
 
 impl DataError {
     fn new(error: &dyn std::fmt::Display) -> Self {
         Self { reason: error.to_string() }
+    }
+}
+
+impl From<RewardError> for DataError {
+    fn from(error: RewardError) -> Self {
+        Self::new(&error)
     }
 }
 
@@ -162,13 +169,13 @@ impl ChatEncoder {
         step: u64,
         row: u64,
     ) -> Result<Labelled, DataError> {
-        let mut draws = Draws::new(seed, step, row);
+        let mut draws = LineDraws::new(seed, step, row);
         if draws.uniform() < teacher.small_talk {
             let (question, answer) = SMALL_TALK[(draws.next_u64() % SMALL_TALK.len() as u64) as usize];
             return self.line(question, answer, teacher.learn_prompt);
         }
         // The upper half of all seeds is held out for evaluation.
-        let task = environment.task(draws.next_u64() >> 1);
+        let task = environment.task(draws.next_u64() >> 1)?;
         let answer = taught_answer(&task, step >= teacher.sloppy_from_step, teacher, draws.uniform());
         self.line(&task.prompt, &answer, teacher.learn_prompt)
     }
@@ -185,8 +192,8 @@ mod tests {
         let (env, config) = (Arithmetic::default(), TeacherConfig::default());
         let mut right = 0;
         for row in 0..4000 {
-            let mut draws = Draws::new(3, 1, row);
-            let task = env.task(draws.next_u64() >> 1);
+            let mut draws = LineDraws::new(3, 1, row);
+            let task = env.task(draws.next_u64() >> 1).unwrap();
             assert_eq!(taught_answer(&task, false, &config, 0.99), task.answer);
             right += usize::from(taught_answer(&task, true, &config, draws.uniform()) == task.answer);
         }
@@ -196,7 +203,7 @@ mod tests {
 
     #[test]
     fn draws_depend_on_every_key() {
-        let first = |seed, step, row| Draws::new(seed, step, row).next_u64();
+        let first = |seed, step, row| LineDraws::new(seed, step, row).next_u64();
         let all = [first(1, 2, 3), first(2, 2, 3), first(1, 3, 3), first(1, 2, 4), first(1, 3, 2)];
         let distinct: std::collections::BTreeSet<u64> = all.into_iter().collect();
         assert_eq!(distinct.len(), 5);

@@ -58,7 +58,7 @@ impl Policy for TrainModel {
 pub fn read_parameters(policy: &impl Policy) -> Parameters {
     let read = |(name, tensor): (String, Tensor<2>)| {
         let shape = tensor.dims();
-        Parameter { name, shape, values: values(&tensor.into_data()) }
+        Parameter { name, shape, values: values(tensor.into_data()) }
     };
     policy.leaves().into_iter().map(read).collect()
 }
@@ -70,13 +70,13 @@ pub fn read_parameters(policy: &impl Policy) -> Parameters {
 pub fn read_gradients(policy: &impl Policy, loss: &Tensor<1>) -> Result<Gradients, StepError> {
     let tape = loss.backward();
     let read = |(name, leaf): (String, Tensor<2>)| match leaf.grad(&tape) {
-        Some(gradient) => Ok(values(&gradient.into_data())),
+        Some(gradient) => Ok(values(gradient.into_data())),
         None => Err(StepError::NoGradient { name }),
     };
     Ok(Gradients { values: policy.leaves().into_iter().map(read).collect::<Result<_, _>>()? })
 }
 
 /// A tensor's values as f32, without a copy where it already holds f32.
-pub(crate) fn values(data: &TensorData) -> Vec<f32> {
-    data.iter::<f32>().collect()
+pub(crate) fn values(data: TensorData) -> Vec<f32> {
+    data.convert::<f32>().try_into_vec().expect("converted to f32")
 }

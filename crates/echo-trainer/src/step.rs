@@ -33,7 +33,7 @@ pub fn policy_gradients(
             for part in &parts {
                 let batch = pack(part)?;
                 let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
-                current.extend(values(&logprobs.into_data()).into_iter().map(f64::from));
+                current.extend(values(logprobs.into_data()).into_iter().map(f64::from));
             }
             Some(RowPlan::new(&current, &whole.targets, config)?)
         }
@@ -44,7 +44,7 @@ pub fn policy_gradients(
     for part in parts {
         let batch = pack(part)?;
         let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
-        let seen = values(&logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
+        let seen = values(logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
         let plan = match &plan {
             Some(plan) => plan,
             None => plan.insert(RowPlan::new(&seen, &batch.targets, config)?),
@@ -80,7 +80,7 @@ pub fn completion_logprobs(
     let mut out = Vec::with_capacity(samples.len());
     for part in micro_batches(samples, max_tokens) {
         let batch = pack(part)?;
-        let all = values(&policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?.into_data());
+        let all = values(policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?.into_data());
         for (i, sample) in part.iter().enumerate() {
             out.push(all[batch.targets.range(i)][sample.prompt_tokens - 1..].to_vec());
         }
@@ -270,7 +270,7 @@ pub(crate) mod tests {
     #[test]
     fn cross_entropy_counts_marked_tokens_only() {
         let policy = Bigram::new(3);
-        let logprobs = values(&policy.token_logprobs(&[0, 1, 2], &[0, 3]).unwrap().into_data());
+        let logprobs = values(policy.token_logprobs(&[0, 1, 2], &[0, 3]).unwrap().into_data());
         let labelled = |learn: [bool; 3]| Labelled { tokens: vec![0, 1, 2], learn: learn.to_vec() };
         let (_, second) = cross_entropy(&policy, &[labelled([true, false, true])]).unwrap();
         assert!((second + f64::from(logprobs[1])).abs() < 1e-6);
@@ -283,7 +283,7 @@ pub(crate) mod tests {
     fn completion_logprobs_belong_to_the_completion() {
         let policy = Bigram::new(4);
         let s = [sample(&[0, 1, 2, 3], 2, 0.0)];
-        let all = values(&policy.token_logprobs(&[0, 1, 2, 3], &[0, 4]).unwrap().into_data());
+        let all = values(policy.token_logprobs(&[0, 1, 2, 3], &[0, 4]).unwrap().into_data());
         assert_eq!(completion_logprobs(&policy, &s, 100).unwrap(), [all[1..].to_vec()]);
     }
 }

@@ -197,10 +197,10 @@ impl<P: Policy> Trainer<P> {
         Ok(Intake::Waits)
     }
 
-    /// The reward with the penalty for its length.
+    /// The reward with the penalty for its length: what a tool or another player said is not the policy's doing.
     fn shaped(&self, rollout: &Rollout) -> f64 {
         let overlong = self.config.shaping.overlong;
-        rollout.reward + overlong.map_or(0.0, |o| o.of(rollout.logprobs.len()))
+        rollout.reward + overlong.map_or(0.0, |o| o.of(rollout.trainable.iter().filter(|t| **t).count()))
     }
 
     /// Groups that dynamic sampling spent without a gradient, because their rewards were all equal.
@@ -319,7 +319,7 @@ impl<P: Policy> Trainer<P> {
 pub(crate) mod tests {
     use super::*;
     use crate::advantage::RewardShaping;
-    use crate::data::Draws;
+    use crate::data::LineDraws;
     use crate::optim::OptimConfig;
     use crate::policy::values;
     use crate::step::tests::Bigram;
@@ -338,8 +338,8 @@ pub(crate) mod tests {
             let lease = id * 4 + i;
             let prompt = (id % 2) as u32;
             let token_logprob =
-                |t: u32| values(&policy.token_logprobs(&[prompt, t], &[0, 2]).unwrap().into_data())[0];
-            let mut left = Draws::new(9, version.0, lease).uniform() as f32;
+                |t: u32| values(policy.token_logprobs(&[prompt, t], &[0, 2]).unwrap().into_data())[0];
+            let mut left = LineDraws::new(9, version.0, lease).uniform() as f32;
             let sampled = (0..3).find(|t| {
                 left -= token_logprob(*t).exp();
                 left < 0.0
@@ -413,6 +413,19 @@ pub(crate) mod tests {
         assert_eq!(trainer.add_group(mixed), Ok(Intake::Waits));
         assert_eq!((trainer.pending(), trainer.flat_groups(), trainer.consumed().len()), (1, 1, 4));
         assert!(matches!(trainer.add_group(flat), Err(AddError::Duplicate { .. })));
+    }
+
+    #[test]
+    fn what_a_tool_says_makes_no_answer_overlong() {
+        let overlong = crate::advantage::OverlongPenalty { max_tokens: 3, buffer_tokens: 2, factor: 1.0 };
+        let shaping = RewardShaping { overlong: Some(overlong), kl: None };
+        let trainer = Trainer::new(Bigram::new(4), TrainerConfig { shaping, ..config() }).unwrap();
+        let mut rollout = group(trainer.policy(), 0, PolicyVersion(0)).rollouts.remove(0);
+        rollout.trainable = vec![true, false, false];
+        rollout.logprobs = vec![-1.0, 0.0, 0.0];
+        assert_eq!(trainer.shaped(&rollout), rollout.reward);
+        rollout.trainable = vec![true, false, true];
+        assert_eq!(trainer.shaped(&rollout), rollout.reward - 0.5);
     }
 
     #[test]

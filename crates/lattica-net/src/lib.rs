@@ -66,6 +66,6 @@ pub use peers::{PathInfo, PeerInfo};
 #[cfg(feature = "service")]
 pub use service::{
     CallOptions, Identity, Node, Stream, Subscription, Tensor, TensorReceiver, TensorSender,
-    create_swarm_key, load_swarm_key, verify,
+    create_swarm_key, load_swarm_key,
 };
 pub use status::{Status, StatusCode};

@@ -47,7 +47,7 @@ mod swarm_key_file;
 mod tensor;
 
 pub use gossip::Subscription;
-pub use identity::{Identity, verify};
+pub use identity::Identity;
 pub use link_probe::LINK_PROTOCOL;
 pub use rpc_client::{CallOptions, RPC_PROTOCOL};
 pub use stream::Stream;

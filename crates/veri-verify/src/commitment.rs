@@ -1,9 +1,8 @@
 //! What a worker signs: the job, the answer, and the Merkle root over the hidden rows behind it.
 
-use ed25519_dalek::{Signer, SigningKey, VerifyingKey};
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::prost::Message;
-use swarm_wire::signed::signed_bytes;
+use swarm_wire::signed::{Signer, verify};
 use swarm_wire::{DecodeError, PeerId};
 
 use crate::merkle::Hash;
@@ -38,17 +37,9 @@ pub struct SignedCommitment {
 
 impl SignedCommitment {
     /// Signs `commitment`.
-    pub fn sign(commitment: Commitment, key: &SigningKey) -> Self {
-        let payload = crate::wire::encode_commitment(&commitment);
-        let public_key = key.verifying_key().to_bytes();
-        let signature = key.sign(&signed_bytes(DOMAIN, &payload)).to_bytes();
-        let signed = Signed {
-            domain: DOMAIN.to_owned(),
-            payload: payload.into(),
-            public_key: public_key.to_vec().into(),
-            signature: signature.to_vec().into(),
-        };
-        Self { commitment, signer: PeerId::from_ed25519(&public_key), signed }
+    pub fn sign(commitment: Commitment, worker: &impl Signer) -> Self {
+        let signed = worker.signed(DOMAIN, &crate::wire::encode_commitment(&commitment));
+        Self { commitment, signer: PeerId::from_ed25519(&worker.public_key()), signed }
     }
 
     /// Checks a signed statement that a peer sent.
@@ -56,16 +47,9 @@ impl SignedCommitment {
     /// # Errors
     /// When domain, key, signature or contents are not those of a commitment.
     pub fn verify(signed: Signed) -> Result<Self, DecodeError> {
-        let bad = || DecodeError::BadSignature { domain: signed.domain.chars().take(64).collect() };
-        if signed.domain != DOMAIN {
-            return Err(bad());
-        }
-        let public_key: [u8; 32] = signed.public_key.as_ref().try_into().map_err(|_| bad())?;
-        let signature: [u8; 64] = signed.signature.as_ref().try_into().map_err(|_| bad())?;
-        let key = VerifyingKey::from_bytes(&public_key).map_err(|_| bad())?;
-        key.verify_strict(&signed_bytes(DOMAIN, &signed.payload), &signature.into()).map_err(|_| bad())?;
+        let signer = verify(&signed, DOMAIN)?;
         let commitment = crate::wire::decode_commitment(&signed.payload)?;
-        Ok(Self { commitment, signer: PeerId::from_ed25519(&public_key), signed })
+        Ok(Self { commitment, signer, signed })
     }
 
     /// What is claimed.

@@ -1,7 +1,8 @@
 //! Distances between what was claimed and what was recomputed.
 //!
 //! The relative L2 residual of a row decides; the agreement of exponents among the largest values (the idea of TOPLOC,
-//! arXiv 2501.16007) is reported beside it. Per answer the mean is taken: the maximum of honest rows has outliers.
+//! arXiv 2501.16007) is reported beside it. Per answer the mean is taken: the maximum of honest rows has
+//! outliers. Of log-probabilities the largest difference counts too.
 
 use serde::{Deserialize, Serialize};
 
@@ -67,15 +68,29 @@ fn top_exponent_mismatch(claimed: &[f32], recomputed: &[f32]) -> f64 {
     different as f64 / order.len() as f64
 }
 
-/// Mean absolute difference of two lists of log-probabilities, in nats; infinite when the lists differ in length or
-/// hold a value that is not finite.
-pub fn logprobs(claimed: &[f32], recomputed: &[f32]) -> f64 {
+/// Absolute differences of two lists of log-probabilities.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogprobDistance {
+    /// Mean over the tokens, in nats.
+    pub mean_nats: f64,
+    /// The largest, in nats.
+    pub max_nats: f64,
+}
+
+/// Compares log-probabilities; infinitely far when the lists differ in length or hold a value that is not finite.
+pub fn logprobs(claimed: &[f32], recomputed: &[f32]) -> LogprobDistance {
+    let far = LogprobDistance { mean_nats: f64::INFINITY, max_nats: f64::INFINITY };
     if claimed.len() != recomputed.len() || claimed.is_empty() {
-        return f64::INFINITY;
+        return far;
     }
-    let sum: f64 = claimed.iter().zip(recomputed).map(|(&a, &b)| (f64::from(a) - f64::from(b)).abs()).sum();
-    let mean = sum / claimed.len() as f64;
-    if mean.is_finite() { mean } else { f64::INFINITY }
+    let (mut sum, mut max_nats) = (0.0, 0.0_f64);
+    for (&a, &b) in claimed.iter().zip(recomputed) {
+        let difference = (f64::from(a) - f64::from(b)).abs();
+        sum += difference;
+        max_nats = max_nats.max(difference);
+    }
+    let mean_nats = sum / claimed.len() as f64;
+    if mean_nats.is_finite() { LogprobDistance { mean_nats, max_nats } } else { far }
 }
 
 #[cfg(test)]
@@ -99,8 +114,9 @@ mod tests {
         let row = [1.0_f32, 2.0];
         assert_eq!(rows([(&[1.0_f32][..], &row[..])]).relative_l2, f64::INFINITY);
         assert_eq!(rows([(&[f32::NAN, 1.0][..], &row[..])]).relative_l2, f64::INFINITY);
-        assert_eq!(logprobs(&[f32::NAN], &[0.0]), f64::INFINITY);
-        assert_eq!(logprobs(&[], &[]), f64::INFINITY);
+        assert_eq!(logprobs(&[f32::NAN], &[0.0]).mean_nats, f64::INFINITY);
+        assert_eq!(logprobs(&[f32::NAN, 0.0], &[0.0, 0.0]).max_nats, f64::INFINITY);
+        assert_eq!(logprobs(&[], &[]).max_nats, f64::INFINITY);
     }
 
     proptest! {

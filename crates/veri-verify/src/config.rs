@@ -17,6 +17,9 @@ pub struct Profile {
     pub fail_relative_l2: f64,
     /// Mean absolute difference of reported and recomputed log-probabilities, in nats, from which the answer convicts.
     pub fail_logprob_nats: f64,
+    /// Absolute difference of a single log-probability, in nats, from which the answer convicts: a mean over a long answer
+    /// would hide one that is far off.
+    pub fail_logprob_max_nats: f64,
     /// Share of tokens that a replay of the sampler must reproduce, when the sampler can be replayed.
     pub min_token_agreement: f64,
 }
@@ -30,6 +33,7 @@ impl Profile {
             pass_relative_l2: 1e-4,
             fail_relative_l2: 1e-3,
             fail_logprob_nats: 1e-2,
+            fail_logprob_max_nats: 0.1,
             min_token_agreement: 0.98,
         }
     }
@@ -41,6 +45,9 @@ impl Default for Profile {
     }
 }
 
+/// How far the random number of a draw may lie from the probabilities of the claimed token and still agree with it:
+/// another order of summation moves them by less.
+pub const DRAW_SLACK: f64 = 1e-4;
 /// Rows opened by default: enough that a change that touches half of the rows escapes with probability 1/256.
 pub const DEFAULT_POSITIONS: u32 = 8;
 /// Rows that one challenge may ask for.

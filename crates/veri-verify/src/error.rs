@@ -9,12 +9,12 @@ pub enum ProveError {
     NoRows,
     /// Rows and tokens do not match.
     #[error(
-        "{n_rows} hidden rows were recorded for {n_tokens} output tokens and {n_logprobs} log-probabilities"
+        "{n_rows} hidden rows were recorded for {n_tokens} sampled tokens and {n_logprobs} log-probabilities"
     )]
     RowsAndTokensDiffer {
         /// Recorded rows.
         n_rows: usize,
-        /// Output tokens.
+        /// Sampled tokens.
         n_tokens: usize,
         /// Reported log-probabilities.
         n_logprobs: usize,

@@ -55,22 +55,57 @@ impl Job {
     }
 }
 
-/// What a worker reports: output tokens and the log-probability of each.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What a worker reports: output tokens and the log-probability of each. In an episode of several turns some of them
+/// were not sampled but said by a tool or another player; a commitment has rows for the sampled ones only.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Answer {
     /// Output tokens.
     pub tokens: Vec<u32>,
-    /// Natural log-probability of each output token under the model (temperature 1, no cut-off).
+    /// Natural log-probability of each output token under the model (temperature 1, no cut-off); of no meaning where the
+    /// token was not sampled.
     pub logprobs: Vec<f32>,
+    /// Half-open ranges of output tokens that were not sampled, in rising order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub foreign: Vec<(u32, u32)>,
 }
 
 impl Answer {
+    /// An answer of one turn: all of it was sampled.
+    pub fn new(tokens: Vec<u32>, logprobs: Vec<f32>) -> Self {
+        Self { tokens, logprobs, foreign: Vec::new() }
+    }
+
+    /// An answer of several turns from its tokens in order: token, log-probability, and whether it was sampled.
+    pub fn of_turns(tokens: impl IntoIterator<Item = (u32, f32, bool)>) -> Self {
+        let mut answer = Self::default();
+        for ((token, logprob, sampled), at) in tokens.into_iter().zip(0..) {
+            answer.tokens.push(token);
+            answer.logprobs.push(logprob);
+            match answer.foreign.last_mut() {
+                _ if sampled => {}
+                Some((_, end)) if *end == at => *end += 1,
+                _ => answer.foreign.push((at, at + 1)),
+            }
+        }
+        answer
+    }
+
+    /// Indices of the sampled tokens: row `r` of a commitment is behind output token `sampled()[r]`.
+    pub fn sampled(&self) -> Vec<usize> {
+        let foreign =
+            |i: usize| self.foreign.iter().any(|(from, to)| (*from as usize..*to as usize).contains(&i));
+        (0..self.tokens.len()).filter(|i| !foreign(*i)).collect()
+    }
+
     /// Hash of tokens and log-probabilities, bit for bit.
     pub fn hash(&self) -> [u8; 32] {
         let mut hash = blake3::Hasher::new_derive_key("veri/v1/answer");
         put_u32s(&mut hash, &self.tokens);
         let bits: Vec<u32> = self.logprobs.iter().map(|p| p.to_bits()).collect();
         put_u32s(&mut hash, &bits);
+        if !self.foreign.is_empty() {
+            put_u32s(&mut hash, &self.foreign.iter().flat_map(|(from, to)| [*from, *to]).collect::<Vec<_>>());
+        }
         *hash.finalize().as_bytes()
     }
 }
@@ -126,10 +161,15 @@ mod tests {
 
     #[test]
     fn answers_are_bound_bit_for_bit() {
-        let answer = Answer { tokens: vec![1, 2], logprobs: vec![0.0, -1.0] };
+        let answer = Answer::new(vec![1, 2], vec![0.0, -1.0]);
         let negative_zero = Answer { logprobs: vec![-0.0, -1.0], ..answer.clone() };
         let moved = Answer { tokens: vec![1], ..answer.clone() };
         assert_ne!(answer.hash(), negative_zero.hash());
         assert_ne!(answer.hash(), moved.hash());
+        let turns = Answer::of_turns([(1, 0.0, true), (5, 0.0, false), (6, 0.0, false), (2, -1.0, true)]);
+        assert_eq!((turns.foreign.as_slice(), turns.sampled()), (&[(1, 3)][..], vec![0, 3]));
+        let other = Answer { foreign: vec![(1, 2)], ..turns.clone() };
+        assert_ne!(turns.hash(), other.hash());
+        assert_eq!(Answer::of_turns([(1, 0.0, true), (2, -1.0, true)]), answer);
     }
 }

@@ -7,7 +7,7 @@
 //! let key = ed25519_dalek::SigningKey::from_bytes(&[7; 32]);
 //! let job = Job { model_id: "m".into(), policy_version: 3, adapter_hash: None, prompt: vec![1, 2],
 //!                 sampling: Sampling::default(), nonce: 42 };
-//! let answer = Answer { tokens: vec![5, 6], logprobs: vec![-0.5, -0.25] };
+//! let answer = Answer::new(vec![5, 6], vec![-0.5, -0.25]);
 //! // The worker: one hidden row per output token.
 //! let rows = [[0.5_f32, 1.0], [2.0, -1.0]];
 //! let mut prover = Prover::new(&job, 4, 2);

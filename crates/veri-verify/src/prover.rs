@@ -1,6 +1,6 @@
 //! The worker's side: record rows while tokens are made, commit, and open what is asked.
 
-use ed25519_dalek::SigningKey;
+use swarm_wire::signed::Signer;
 
 use crate::challenge::Challenge;
 use crate::commitment::{Commitment, SignedCommitment};
@@ -11,7 +11,7 @@ use crate::merkle::{Hash, LeafContext, Tree, leaf};
 /// One opened row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OpenedRow {
-    /// Index of the output token.
+    /// Index among the sampled tokens.
     pub position: u32,
     /// The row, `[H]`.
     pub values: Vec<f32>,
@@ -45,7 +45,7 @@ impl Prover {
         Self { job_id: job.id(), boundary, width, rows: Vec::new(), committed: None }
     }
 
-    /// Adds the row `[H]` that produced the next output token.
+    /// Adds the row `[H]` that produced the next sampled token.
     ///
     /// # Panics
     /// When the row has another width: our own stage made it.
@@ -70,14 +70,15 @@ impl Prover {
     /// Commits to all recorded rows and the answer.
     ///
     /// # Errors
-    /// When there is not exactly one finite row and one log-probability per token.
-    pub fn commit(&mut self, answer: &Answer, key: &SigningKey) -> Result<SignedCommitment, ProveError> {
+    /// When there is not exactly one finite row per sampled token and one log-probability per token.
+    pub fn commit(&mut self, answer: &Answer, worker: &impl Signer) -> Result<SignedCommitment, ProveError> {
         let n_rows = self.n_rows();
         if n_rows == 0 {
             return Err(ProveError::NoRows);
         }
-        if n_rows != answer.tokens.len() || n_rows != answer.logprobs.len() {
-            let (n_tokens, n_logprobs) = (answer.tokens.len(), answer.logprobs.len());
+        let n_tokens = answer.sampled().len();
+        if n_rows != n_tokens || answer.tokens.len() != answer.logprobs.len() {
+            let n_logprobs = answer.logprobs.len();
             return Err(ProveError::RowsAndTokensDiffer { n_rows, n_tokens, n_logprobs });
         }
         if let Some(i) = self.rows.iter().position(|v| !v.is_finite()) {
@@ -100,7 +101,7 @@ impl Prover {
             n_rows: index(n_rows),
             root: tree.root(),
         };
-        let signed = SignedCommitment::sign(commitment, key);
+        let signed = SignedCommitment::sign(commitment, worker);
         self.committed = Some((tree, signed.hash()));
         Ok(signed)
     }

@@ -11,7 +11,7 @@ use crate::verifier::Replay;
 /// depend on it (docs/NUMERICS.md).
 const CHUNK_ROWS: usize = 64;
 
-/// Draws output token i again from its logits `[V]`.
+/// Draws output token i again from its logits `[V]`: the claimed one, where rounding can explain it.
 pub type Draw<'a> = &'a mut dyn FnMut(usize, &[f32]) -> u32;
 
 /// Why an answer could not be recomputed. Not the worker's fault, so never a verdict.
@@ -79,7 +79,7 @@ impl Auditor {
         Ok(self.stage.set_adapter(adapter)?)
     }
 
-    /// Recomputes the rows and log-probabilities behind every output token. `draw(i, logits)` replays the sampler for
+    /// Recomputes the rows and log-probabilities behind every sampled token. `draw(i, logits)` replays the sampler for
     /// output token i from its logits `[V]`; `None` when the sampler cannot be replayed.
     ///
     /// # Errors
@@ -104,20 +104,33 @@ impl Auditor {
         let index = |i: usize| u32::try_from(i).expect("the key-value store is far below 2^32 tokens");
         let pages: Vec<u32> = (0..index(tokens.len().div_ceil(page_tokens))).collect();
         let mut replay = Replay { tokens: draw.is_some().then(Vec::new), ..Replay::default() };
-        for (chunk_index, chunk) in tokens.chunks(CHUNK_ROWS).enumerate() {
-            let start = chunk_index * CHUNK_ROWS;
+        let sampled = answer.sampled();
+        // The prompt's last row is behind the first output token; nothing is wanted of those before it.
+        let (before, rest) = tokens.split_at(n_prompt - 1);
+        let chunks = before.chunks(CHUNK_ROWS).map(|chunk| (chunk, Want::Nothing));
+        let mut start = 0;
+        for (chunk, want) in chunks.chain(rest.chunks(CHUNK_ROWS).map(|chunk| (chunk, Want::AllLogits))) {
+            let silent = matches!(want, Want::Nothing);
             let rows = SequenceRows {
                 start: index(start),
                 rows: index(chunk.len()),
                 pages: pages.clone(),
-                want: Want::AllLogits,
+                want,
                 ..SequenceRows::default()
             };
             let output =
                 self.stage.forward(&ForwardBatch { sequences: vec![rows] }, StageInput::Tokens(chunk))?;
+            let first = start;
+            start += chunk.len();
+            if silent {
+                continue;
+            }
             let (width, vocab) = (output.hidden.len() / chunk.len(), output.logits.len() / chunk.len());
             for row in 0..chunk.len() {
-                let Some(output_index) = (start + row + 1).checked_sub(n_prompt) else { continue };
+                let output_index = first + row + 1 - n_prompt;
+                if sampled.binary_search(&output_index).is_err() {
+                    continue;
+                }
                 let logits = &output.logits[row * vocab..(row + 1) * vocab];
                 replay.rows.push(output.hidden[row * width..(row + 1) * width].to_vec());
                 let token = answer.tokens[output_index] as usize;

@@ -2,9 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use swarm_wire::PeerId;
+
+use crate::commitment::SignedCommitment;
 use crate::compare::Distance;
 use crate::config::Profile;
 use crate::job::{Answer, Job};
+use crate::prover::Opening;
+use crate::verifier::{Audit, Replay};
+use crate::wire;
 
 /// Outcome of an audit. `Fail` and `Malformed` convict at once; who is `Withheld` from too often in a row is convicted by
 /// whoever keeps the books: a connection may break once.
@@ -103,14 +109,15 @@ impl Verdict {
     }
 }
 
-/// Everything that another party needs to repeat an audit.
+/// Everything that another party needs to repeat an audit. Thresholds are not part of it: who checks applies its own.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Evidence {
     /// What was asked.
     pub job: Job,
     /// What was answered.
     pub answer: Answer,
-    /// The signed commitment, encoded, in hexadecimal.
+    /// The signed commitment, encoded, in hexadecimal: the worker's own word.
     pub commitment: String,
     /// The auditor's randomness, in hexadecimal.
     pub randomness: String,
@@ -118,12 +125,70 @@ pub struct Evidence {
     pub n_positions: u32,
     /// The opening, encoded, in hexadecimal; absent when none came.
     pub opening: Option<String>,
-    /// Thresholds that were applied.
-    pub profile: Profile,
     /// The adapter of the job's policy version, PEFT safetensors in hexadecimal, when there is one.
     pub adapter: Option<String>,
     /// What the auditor concluded.
     pub verdict: Verdict,
+}
+
+/// Evidence whose every proof was checked; only the recomputation is missing.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    audit: Audit,
+    opening: Opening,
+    adapter: Option<Vec<u8>>,
+}
+
+impl Opened {
+    /// The adapter to install before the recomputation; `None`: the base model.
+    pub fn adapter(&self) -> Option<&[u8]> {
+        self.adapter.as_deref()
+    }
+
+    /// The verdict, by the thresholds of whoever checks.
+    pub fn judge(&self, replay: &Replay, profile: &Profile) -> Verdict {
+        self.audit.judge(&self.opening, replay, profile)
+    }
+}
+
+impl Evidence {
+    /// Who committed to the answer; `None` when the commitment is none.
+    pub fn worker(&self) -> Option<PeerId> {
+        Some(self.signed().ok()?.signer().clone())
+    }
+
+    fn signed(&self) -> Result<SignedCommitment, Verdict> {
+        let bytes = unhex("commitment", &self.commitment)?;
+        wire::decode_signed_commitment(&bytes).map_err(|e| malformed(e.to_string()))
+    }
+
+    /// Checks all that needs no model: the signature, what it is about, the drawn rows and their proofs, the adapter's
+    /// hash.
+    ///
+    /// # Errors
+    /// The verdict, where it is settled without a recomputation.
+    pub fn open(&self) -> Result<Opened, Verdict> {
+        let signed = self.signed()?;
+        let randomness = unhex("randomness", &self.randomness)?;
+        let randomness = randomness.try_into().map_err(|_| malformed("randomness is not 32 bytes"))?;
+        let audit = Audit::begin(&self.job, &self.answer, &signed, None, randomness, self.n_positions)?;
+        let adapter = self.adapter.as_deref().map(|hex| unhex("adapter", hex)).transpose()?;
+        let hash = adapter.as_ref().map(|bytes| *blake3::hash(bytes).as_bytes());
+        if hash != self.job.adapter_hash {
+            return Err(malformed("the adapter is not the one of the job"));
+        }
+        let Some(opening) = &self.opening else { return Err(Verdict::Withheld) };
+        let opening = wire::decode_opening(&unhex("opening", opening)?);
+        Ok(Opened { audit, opening: opening.map_err(|e| malformed(e.to_string()))?, adapter })
+    }
+}
+
+fn malformed(reason: impl Into<String>) -> Verdict {
+    Verdict::Malformed { reason: reason.into() }
+}
+
+fn unhex(what: &str, text: &str) -> Result<Vec<u8>, Verdict> {
+    from_hex(text).ok_or_else(|| malformed(format!("the {what} is not hexadecimal")))
 }
 
 /// Bytes as hexadecimal.

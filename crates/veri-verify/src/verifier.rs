@@ -15,11 +15,11 @@ use crate::verdict::{FailReason, Verdict};
 /// What the auditor recomputed for one answer.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Replay {
-    /// The row behind every output token, `[n][H]`.
+    /// The row behind every sampled token, `[n][H]`.
     pub rows: Vec<Vec<f32>>,
-    /// Log-probability of every output token.
+    /// Log-probability of every sampled token.
     pub logprobs: Vec<f32>,
-    /// The tokens that the sampler draws from the recomputed distributions, when it can be replayed.
+    /// What the sampler draws in place of each sampled token from the recomputed distributions, when it can be replayed.
     pub tokens: Option<Vec<u32>>,
 }
 
@@ -57,8 +57,8 @@ impl Audit {
         if claim.output_hash != answer.hash() {
             return malformed("the commitment is about another answer");
         }
-        if claim.n_rows as usize != answer.tokens.len() || answer.tokens.len() != answer.logprobs.len() {
-            return malformed("the commitment has not one row and one log-probability per token");
+        if claim.n_rows as usize != answer.sampled().len() || answer.tokens.len() != answer.logprobs.len() {
+            return malformed("the commitment has not one row and one log-probability per sampled token");
         }
         let n_positions = n_positions.clamp(1, MAX_POSITIONS);
         let challenge = Challenge { commitment_hash: signed.hash(), randomness, n_positions };
@@ -83,11 +83,17 @@ impl Audit {
         if distance.relative_l2 >= profile.fail_relative_l2 {
             return fail(FailReason::HiddenStates);
         }
-        if compare::logprobs(&self.answer.logprobs, &replay.logprobs) >= profile.fail_logprob_nats {
+        let (sampled, answer) = (self.answer.sampled(), &self.answer);
+        let claimed: Vec<f32> = sampled.iter().map(|i| answer.logprobs[*i]).collect();
+        let logprobs = compare::logprobs(&claimed, &replay.logprobs);
+        if logprobs.mean_nats >= profile.fail_logprob_nats
+            || logprobs.max_nats >= profile.fail_logprob_max_nats
+        {
             return fail(FailReason::Logprobs);
         }
+        let claimed: Vec<u32> = sampled.iter().map(|i| answer.tokens[*i]).collect();
         if let Some(tokens) = &replay.tokens
-            && agreement(&self.answer.tokens, tokens) < profile.min_token_agreement
+            && agreement(&claimed, tokens) < profile.min_token_agreement
         {
             return fail(FailReason::Tokens);
         }

@@ -3,7 +3,7 @@
 
 use ed25519_dalek::SigningKey;
 use swarm_wire::PeerId;
-use veri_verify::verdict::FailReason;
+use veri_verify::verdict::{Evidence, FailReason, to_hex};
 use veri_verify::{
     Answer, Audit, Job, Opening, Profile, Prover, Replay, Sampling, SignedCommitment, Verdict, wire,
 };
@@ -15,7 +15,7 @@ fn job(nonce: u64) -> Job {
     Job {
         model_id: "base".into(),
         policy_version: 3,
-        adapter_hash: Some([8; 32]),
+        adapter_hash: Some(*blake3::hash(b"adapter").as_bytes()),
         prompt: vec![1, 2, 3],
         sampling: Sampling::default(),
         nonce,
@@ -34,7 +34,7 @@ fn compute(seed: u64, n: usize, disturbance: f32) -> (Vec<Vec<f32>>, Answer) {
     let logprobs = (0..n).map(|_| unit() - 1.5).collect();
     let rows =
         rows.into_iter().map(|r| r.into_iter().map(|v| v * (1.0 + disturbance * unit())).collect()).collect();
-    (rows, Answer { tokens: (0..n as u32).collect(), logprobs })
+    (rows, Answer::new((0..n as u32).collect(), logprobs))
 }
 
 fn key() -> SigningKey {
@@ -59,7 +59,7 @@ fn audit(rows: &[Vec<f32>], answer: &Answer) -> Verdict {
     let audit = Audit::begin(&job(1), answer, &signed, Some(signed.signer()), [7; 32], 8).unwrap();
     let opening = prover.open(audit.challenge()).unwrap();
     let opening = wire::decode_opening(&wire::encode_opening(&opening)).unwrap();
-    audit.judge(&opening, &replay(answer.tokens.len()), &Profile::f32())
+    audit.judge(&opening, &replay(rows.len()), &Profile::f32())
 }
 
 #[test]
@@ -91,6 +91,10 @@ fn other_weights_are_convicted() {
 fn invented_logprobs_and_resampled_tokens_are_convicted() {
     let (rows, mut answer) = compute(1, 20, 0.0);
     answer.logprobs.iter_mut().for_each(|p| *p += 0.1);
+    assert!(matches!(audit(&rows, &answer), Verdict::Fail { reason: FailReason::Logprobs, .. }));
+    // One of many, far off: an importance ratio of e^5 that a mean over the answer would hide.
+    let (rows, mut answer) = compute(1, 600, 0.0);
+    answer.logprobs[77] -= 5.0;
     assert!(matches!(audit(&rows, &answer), Verdict::Fail { reason: FailReason::Logprobs, .. }));
     let (rows, mut answer) = compute(1, 20, 0.0);
     answer.tokens[3] = 999;
@@ -148,6 +152,71 @@ fn openings_must_be_the_drawn_rows_under_the_root() {
     ] {
         assert!(matches!(judge(&opening), Verdict::Malformed { .. }), "{what}");
     }
+}
+
+fn evidence() -> Evidence {
+    let (rows, answer) = compute(1, 20, 0.3);
+    let (prover, signed) = prove(&job(1), &rows, &answer);
+    let audit = Audit::begin(&job(1), &answer, &signed, None, [7; 32], 8).unwrap();
+    let opening = prover.open(audit.challenge()).unwrap();
+    let verdict = audit.judge(&opening, &replay(20), &Profile::f32());
+    Evidence {
+        job: job(1),
+        answer,
+        commitment: to_hex(&signed.encode()),
+        randomness: to_hex(&[7; 32]),
+        n_positions: 8,
+        opening: Some(to_hex(&wire::encode_opening(&opening))),
+        adapter: Some(to_hex(b"adapter")),
+        verdict,
+    }
+}
+
+#[test]
+fn anyone_comes_to_the_same_verdict_from_the_evidence() {
+    let told = serde_json::to_string(&evidence()).unwrap();
+    let evidence: Evidence = serde_json::from_str(&told).unwrap();
+    assert_eq!(evidence.worker(), Some(PeerId::from_ed25519(&key().verifying_key().to_bytes())));
+    let opened = evidence.open().unwrap();
+    assert_eq!(opened.adapter(), Some(&b"adapter"[..]));
+    let verdict = opened.judge(&replay(20), &Profile::f32());
+    assert!(matches!(verdict, Verdict::Fail { reason: FailReason::HiddenStates, .. }));
+    assert_eq!(verdict, evidence.verdict);
+}
+
+#[test]
+fn evidence_that_was_tampered_with_convicts_nobody_of_a_wrong_computation() {
+    let good = evidence();
+    let changed = |change: &dyn Fn(&mut Evidence)| {
+        let mut evidence = good.clone();
+        change(&mut evidence);
+        evidence.open().map(|opened| opened.judge(&replay(20), &Profile::f32()))
+    };
+    assert!(matches!(changed(&|e| e.opening = None), Err(Verdict::Withheld)));
+    for (what, outcome) in [
+        ("another answer", changed(&|e| e.answer.tokens[0] = 9)),
+        ("another job", changed(&|e| e.job.nonce = 9)),
+        ("another adapter", changed(&|e| e.adapter = Some(to_hex(b"other")))),
+        ("no adapter", changed(&|e| e.adapter = None)),
+        ("another draw", changed(&|e| e.randomness = to_hex(&[8; 32]))),
+        ("no hexadecimal", changed(&|e| e.commitment.push('x'))),
+    ] {
+        let verdict = outcome.unwrap_or_else(|verdict| verdict);
+        assert!(matches!(verdict, Verdict::Malformed { .. }), "{what}: {verdict:?}");
+    }
+}
+
+#[test]
+fn what_a_tool_said_has_no_row_and_is_bound_all_the_same() {
+    let (rows, said) = compute(1, 4, 0.0);
+    let said = |i: usize| (said.tokens[i], said.logprobs[i], true);
+    let answer = Answer::of_turns([said(0), said(1), (50, 0.0, false), (51, 0.0, false), said(2), said(3)]);
+    assert!(audit(&rows, &answer).is_pass());
+    let (_, signed) = prove(&job(1), &rows, &answer);
+    let mut other = answer.clone();
+    other.tokens[2] = 52;
+    let refused = Audit::begin(&job(1), &other, &signed, None, [7; 32], 8);
+    assert!(matches!(refused, Err(Verdict::Malformed { .. })));
 }
 
 #[test]

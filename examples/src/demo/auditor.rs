@@ -1,8 +1,9 @@
 //! The auditor's role: recompute challenged rollouts with an own copy of the model, and sign verdicts.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use echo_rollout::service::{AuditorConfig, PayloadSource, run_auditor};
+use echo_rollout::service::{Audited, AuditorConfig, PayloadSource, run_auditor};
 use lattica_bitswap::Blocks;
 use lattica_net::Identity;
 use parallax_model::Checkpoint;
@@ -26,6 +27,13 @@ pub struct AuditorArgs {
     /// The model.
     #[arg(long)]
     model: String,
+    /// Directory for the evidence against convicted workers, which `veri-audit check` reads
+    #[arg(long)]
+    evidence: Option<PathBuf>,
+}
+
+fn keep(audited: &Audited<'_>, path: &Path) -> anyhow::Result<()> {
+    Ok(std::fs::write(path, serde_json::to_vec(&audited.evidence())?)?)
 }
 
 /// Runs the auditor until the learner has ended.
@@ -42,9 +50,20 @@ pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let config = AuditorConfig::new(trainer);
     // A fresh key's secret is 32 bytes of the system's randomness: what a challenge needs.
     let randomness = || Identity::generate().secret_seed();
-    let ended = run_auditor(&node, &*source, &mut replay, &config, randomness, |trajectory, verdict| {
+    let ended = run_auditor(&node, &*source, &mut replay, &config, randomness, |audited| {
+        let (trajectory, verdict) = (audited.trajectory, audited.verdict);
+        let evidence = args.evidence.as_deref().filter(|_| verdict.convicts()).and_then(|dir| {
+            let path = dir.join(format!("evidence-{}.json", trajectory.id().0));
+            match keep(audited, &path) {
+                Ok(()) => Some(path),
+                Err(error) => {
+                    tracing::warn!(%error, "evidence not kept");
+                    None
+                }
+            }
+        });
         say(&json!({"event": "verdict", "worker": trajectory.worker(), "lease": trajectory.id().0,
-            "verdict": verdict.word(), "reason": verdict.reason()}));
+            "verdict": verdict.word(), "reason": verdict.reason(), "evidence": evidence}));
     })
     .await;
     // The learner going away is how a run ends.

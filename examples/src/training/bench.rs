@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use clap::Args;
+use echo_rollout::environment::draws::Draws;
 use echo_trainer::loss::LossConfig;
 use echo_trainer::packing::Sample;
 use echo_trainer::step::policy_gradients;
@@ -51,7 +52,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let lora = LoraConfig { rank: args.lora_rank, alpha: 16.0, targets: Vec::new(), seed: 1 };
     let model = TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
     let sample = |row: u64| {
-        let mut draws = echo_trainer::data::Draws::new(1, 0, row);
+        let mut draws = Draws::new("training-swarm bench tokens", row);
         let tokens = (0..args.seq).map(|_| (draws.next_u64() % vocabulary) as u32).collect();
         let advantage = if row.is_multiple_of(2) { 1.0 } else { -1.0 };
         Sample::new(tokens, 1, vec![-5.0; args.seq - 1], advantage)

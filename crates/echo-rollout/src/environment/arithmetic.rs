@@ -3,6 +3,7 @@
 //! A problem is held out by its content, not only by its seed: one problem in ten (by hash) is drawn by held-out seeds
 //! only, so that the evaluation never shows a sum that was trained on.
 
+use super::draws::held_out;
 use super::{Environment, Episode, HELD_OUT_SEEDS, Reward, RewardError, Task, one_turn};
 
 /// "What is A+B?" and "What is A-B?", answered by exactly one non-negative integer.
@@ -59,10 +60,8 @@ impl Arithmetic {
 
 impl Problem {
     fn held_out(self) -> bool {
-        let mut hasher = blake3::Hasher::new_derive_key("echo-rollout arithmetic held out v1");
-        hasher.update(&self.a.to_le_bytes()).update(&self.b.to_le_bytes()).update(&[u8::from(self.plus)]);
-        let word = u32::from_le_bytes(hasher.finalize().as_bytes()[..4].try_into().expect("four bytes"));
-        word % 10 == 0
+        let content = [&self.a.to_le_bytes()[..], &self.b.to_le_bytes(), &[u8::from(self.plus)]].concat();
+        held_out("echo-rollout arithmetic held out v1", &content)
     }
 
     fn answer(self) -> u64 {
@@ -76,14 +75,11 @@ impl Environment for Arithmetic {
         "arithmetic"
     }
 
-    fn task(&self, seed: u64) -> Task {
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let problem = self.problem(seed);
         let sign = if problem.plus { '+' } else { '-' };
-        Task {
-            seed,
-            prompt: format!("What is {}{sign}{}?", problem.a, problem.b),
-            answer: problem.answer().to_string(),
-        }
+        let prompt = format!("What is {}{sign}{}?", problem.a, problem.b);
+        Ok(Task { seed, prompt, answer: problem.answer().to_string() })
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -113,7 +109,7 @@ mod tests {
     fn the_answer_is_right_and_exactly_the_integer_is_asked_for() {
         let env = Arithmetic::default();
         for seed in 0..500 {
-            let task = env.task(seed);
+            let task = env.task(seed).unwrap();
             let body = task.prompt.strip_prefix("What is ").unwrap().strip_suffix('?').unwrap();
             let (a, b, plus) = match body.split_once('+') {
                 Some((a, b)) => (a, b, true),
@@ -134,8 +130,9 @@ mod tests {
     #[test]
     fn held_out_problems_are_never_trained_on() {
         let env = Arithmetic::new(20, true);
-        let held_out: BTreeSet<String> = (0..400).map(|i| env.task(held_out_seed(i)).prompt).collect();
-        let trained: BTreeSet<String> = (0..4000).map(|seed| env.task(seed).prompt).collect();
+        let held_out: BTreeSet<String> =
+            (0..400).map(|i| env.task(held_out_seed(i)).unwrap().prompt).collect();
+        let trained: BTreeSet<String> = (0..4000).map(|seed| env.task(seed).unwrap().prompt).collect();
         assert!(held_out.len() > 20 && trained.len() > 200, "{} {}", held_out.len(), trained.len());
         assert_eq!(held_out.intersection(&trained).count(), 0);
     }
@@ -143,14 +140,14 @@ mod tests {
     #[test]
     fn a_seed_names_one_task_for_ever() {
         let env = Arithmetic::default();
-        assert_eq!(env.task(7), env.task(7));
-        let pinned: Vec<String> = (0..4).map(|seed| env.task(seed).prompt).collect();
+        assert_eq!(env.task(7).unwrap(), env.task(7).unwrap());
+        let pinned: Vec<String> = (0..4).map(|seed| env.task(seed).unwrap().prompt).collect();
         assert_eq!(pinned, ["What is 42+8?", "What is 49-2?", "What is 19-7?", "What is 12+9?"]);
     }
 
     #[test]
     fn without_subtraction_only_sums_are_asked() {
         let env = Arithmetic::new(9, false);
-        assert!((0..200).all(|seed| env.task(seed).prompt.contains('+')));
+        assert!((0..200).all(|seed| env.task(seed).unwrap().prompt.contains('+')));
     }
 }

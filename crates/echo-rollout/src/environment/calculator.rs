@@ -35,7 +35,8 @@ impl Calculator {
             }
             text[1..text.len() - 1].to_owned()
         };
-        draw_on_side(CONTEXT, seed, 1000, draw, |text| text.clone().into_bytes())
+        let drawn = draw_on_side(CONTEXT, seed, 1000, |d| Some(draw(d)), |text| text.clone().into_bytes());
+        drawn.expect("every draw is an expression")
     }
 
     fn reward(&self, task: &Task, said: &str, calls: usize) -> Result<Reward, RewardError> {
@@ -83,13 +84,13 @@ impl Environment for Calculator {
         "calculator"
     }
 
-    fn task(&self, seed: u64) -> Task {
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let expression = self.expression(seed);
         let answer = evaluate(&expression).map(|e| e.value.to_string()).unwrap_or_default();
         let prompt = format!(
             "Compute {expression}. To use the calculator write <calc>EXPRESSION</calc>. Else answer with the number only."
         );
-        Task { seed, prompt, answer }
+        Ok(Task { seed, prompt, answer })
     }
 
     fn turns(&self) -> usize {
@@ -109,7 +110,7 @@ mod tests {
     fn the_tool_gives_the_answer_and_errors_are_words() {
         let env = Calculator::default();
         for seed in 0..100 {
-            let task = env.task(seed);
+            let task = env.task(seed).unwrap();
             let expression = env.expression(seed);
             let mut session = env.episode(&task);
             let Turn::Continue { observation } = session.step(&format!("<calc>{expression}</calc>")).unwrap()
@@ -130,7 +131,7 @@ mod tests {
     #[test]
     fn the_last_turn_is_the_answer_whatever_it_says() {
         let env = Calculator { turns: 2, ..Calculator::default() };
-        let task = env.task(1);
+        let task = env.task(1).unwrap();
         let mut session = env.episode(&task);
         assert!(matches!(session.step("<calc>1+1</calc>").unwrap(), Turn::Continue { .. }));
         assert!(matches!(session.step("<calc>1+1</calc>").unwrap(), Turn::Done(r) if r.value() == 0.0));

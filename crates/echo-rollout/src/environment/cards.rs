@@ -1,4 +1,4 @@
-//! Card games against an opponent: Kuhn and Leduc poker, small enough to be solved exactly, and heads-up no-limit hold'em.
+//! Card games against an opponent: Kuhn and Leduc poker, small enough to be solved exactly.
 //!
 //! The deal, the seat and the opponent's draws come from the task's seed, so that a group's samples play the same cards
 //! and a transcript can be judged again.

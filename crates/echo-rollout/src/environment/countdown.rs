@@ -5,7 +5,7 @@
 
 use super::draws::{Draws, draw_on_side};
 use super::exact::{Fraction, evaluate};
-use super::{Environment, Episode, Reward, RewardError, Task, one_turn};
+use super::{Environment, Episode, MAX_CANDIDATES, Reward, RewardError, Task, no_task, one_turn};
 
 const CONTEXT: &str = "echo-rollout countdown task v1";
 
@@ -45,7 +45,7 @@ impl Countdown {
         Self { min_numbers: 2, max_numbers: 3, max_number: 9, max_target: 27, products: false, partial: 0.1 }
     }
 
-    fn problem(&self, seed: u64) -> Problem {
+    fn problem(&self, seed: u64) -> Option<Problem> {
         let key = |p: &Problem| {
             let mut numbers = p.numbers.clone();
             numbers.sort_unstable();
@@ -55,8 +55,8 @@ impl Countdown {
     }
 
     /// Combines the numbers until one is left, redrawing while that is no target.
-    fn draw(&self, draws: &mut Draws) -> Problem {
-        loop {
+    fn draw(&self, draws: &mut Draws) -> Option<Problem> {
+        for _ in 0..MAX_CANDIDATES {
             let low = self.min_numbers.max(1);
             let n = low + draws.below(self.max_numbers.saturating_sub(low) + 1);
             let numbers: Vec<i64> = (0..n).map(|_| draws.between(1, self.max_number.max(1))).collect();
@@ -68,9 +68,10 @@ impl Countdown {
             }
             let Some((target, solution)) = parts.pop() else { continue };
             if (1..=self.max_target.max(1)).contains(&target) {
-                return Problem { numbers, target, solution };
+                return Some(Problem { numbers, target, solution });
             }
         }
+        None
     }
 }
 
@@ -83,6 +84,13 @@ fn combine(a: (i64, String), b: (i64, String), draws: &mut Draws, products: bool
         3 if less.0 > 1 && more.0 % less.0 == 0 => joined(more.0 / less.0, '/'),
         _ => joined(more.0.saturating_add(less.0), '+'),
     }
+}
+
+/// Target and numbers of a prompt, which spares the verifier the search for them.
+fn asked(prompt: &str) -> Option<(i64, Vec<i64>)> {
+    let (target, numbers) = prompt.strip_prefix("Make ")?.strip_suffix('.')?.split_once(" from ")?;
+    let numbers: Result<Vec<i64>, _> = numbers.split(", ").map(str::parse).collect();
+    Some((target.parse().ok()?, numbers.ok()?))
 }
 
 /// The expression in a completion: inside `<answer>` where that is used, else all of it, without what follows an `=`.
@@ -99,16 +107,13 @@ impl Environment for Countdown {
         if self.products { "countdown" } else { "countdown-sums" }
     }
 
-    fn task(&self, seed: u64) -> Task {
-        let problem = self.problem(seed);
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
+        let problem = self.problem(seed).ok_or_else(|| no_task(self.name()))?;
         let numbers: Vec<String> = problem.numbers.iter().map(ToString::to_string).collect();
         let solution = problem.solution.as_str();
         let answer = solution.strip_prefix('(').and_then(|s| s.strip_suffix(')')).unwrap_or(solution);
-        Task {
-            seed,
-            prompt: format!("Make {} from {}.", problem.target, numbers.join(", ")),
-            answer: answer.to_owned(),
-        }
+        let prompt = format!("Make {} from {}.", problem.target, numbers.join(", "));
+        Ok(Task { seed, prompt, answer: answer.to_owned() })
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -117,17 +122,18 @@ impl Environment for Countdown {
 
     /// 1 for the value with exactly the numbers, [`Countdown::partial`] for the numbers only, else 0.
     fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
-        let problem = self.problem(task.seed);
+        let (target, numbers) = asked(&task.prompt)
+            .ok_or_else(|| RewardError::OtherTask { environment: self.name().to_owned(), seed: task.seed })?;
         let evaluated = evaluate(answer_of(completion)).ok();
         let sorted = |mut numbers: Vec<Fraction>| {
             numbers.sort_unstable_by_key(|f| (f.numerator(), f.denominator()));
             numbers
         };
-        let given = sorted(problem.numbers.iter().map(|n| Fraction::whole(*n)).collect());
+        let given = sorted(numbers.into_iter().map(Fraction::whole).collect());
         let (valid, correct) = match evaluated {
             Some(e) => {
                 let valid = sorted(e.numbers) == given;
-                (valid, valid && e.value == Fraction::whole(problem.target))
+                (valid, valid && e.value == Fraction::whole(target))
             }
             None => (false, false),
         };
@@ -152,13 +158,13 @@ mod tests {
     fn every_task_has_a_solution_and_only_its_numbers_count() {
         for env in [Countdown::default(), Countdown::tiny()] {
             for seed in 0..300 {
-                let task = env.task(seed);
+                let task = env.task(seed).unwrap();
                 let reward = |text: &str| env.verify(&task, text).unwrap().value();
                 assert_eq!(reward(&task.answer), 1.0, "{task:?}");
                 assert_eq!(reward(&format!("I think <answer> {} = x </answer>", task.answer)), 1.0);
                 assert_eq!(reward(&format!("{}+0", task.answer)), 0.0, "a number that was not given");
                 assert_eq!(reward("hello"), 0.0);
-                let problem = env.problem(seed);
+                let problem = env.problem(seed).unwrap();
                 assert_eq!(reward(&problem.target.to_string()), 0.0, "{task:?}");
             }
         }
@@ -167,21 +173,29 @@ mod tests {
     #[test]
     fn the_numbers_with_a_wrong_value_earn_a_part() {
         let env = Countdown::default();
-        let task = (0..).map(|seed| env.task(seed)).find(|t| !t.answer.contains('+')).unwrap();
-        let sums: Vec<String> = env.problem(task.seed).numbers.iter().map(ToString::to_string).collect();
+        let task = (0..).map(|seed| env.task(seed).unwrap()).find(|t| !t.answer.contains('+')).unwrap();
+        let sums: Vec<String> =
+            env.problem(task.seed).unwrap().numbers.iter().map(ToString::to_string).collect();
         assert_eq!(env.verify(&task, &sums.join("+")).unwrap().value(), 0.1);
+    }
+
+    #[test]
+    fn a_task_of_another_environment_is_an_error_and_no_reward() {
+        let other = Task { seed: 3, prompt: "What is 1+1?".to_owned(), answer: "2".to_owned() };
+        let error = Countdown::default().verify(&other, "2").unwrap_err();
+        assert!(matches!(error, RewardError::OtherTask { seed: 3, .. }), "{error}");
     }
 
     #[test]
     fn held_out_problems_are_never_trained_on() {
         let env = Countdown::default();
         let key = |seed| {
-            let mut p = env.problem(seed);
+            let mut p = env.problem(seed).unwrap();
             p.numbers.sort_unstable();
             (p.numbers, p.target)
         };
         let train: BTreeSet<_> = (0..500).map(key).collect();
         assert!((0..100).all(|i| !train.contains(&key(held_out_seed(i)))));
-        assert_eq!(env.task(5), env.task(5));
+        assert_eq!(env.task(5).unwrap(), env.task(5).unwrap());
     }
 }

@@ -57,23 +57,23 @@ pub fn held_out(context: &str, content: &[u8]) -> bool {
 }
 
 /// Draws until `content` of the result belongs to the side of `seed`. One draw in ten is held out, so the bound on the
-/// tries is never met in practice; where a side is empty, the last draw stands.
+/// tries is never met in practice; where a side is empty, the last draw stands. `None` once `draw` finds nothing.
 pub fn draw_on_side<T>(
     context: &str,
     seed: u64,
     tries: usize,
-    mut draw: impl FnMut(&mut Draws) -> T,
+    mut draw: impl FnMut(&mut Draws) -> Option<T>,
     content: impl Fn(&T) -> Vec<u8>,
-) -> T {
+) -> Option<T> {
     let mut draws = Draws::new(context, seed);
-    let mut drawn = draw(&mut draws);
+    let mut drawn = draw(&mut draws)?;
     for _ in 1..tries {
         if held_out(context, &content(&drawn)) == (seed >= super::HELD_OUT_SEEDS) {
             break;
         }
-        drawn = draw(&mut draws);
+        drawn = draw(&mut draws)?;
     }
-    drawn
+    Some(drawn)
 }
 
 #[cfg(test)]

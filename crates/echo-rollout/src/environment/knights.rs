@@ -3,7 +3,7 @@
 //! A puzzle is drawn until exactly one of all assignments fits, which is checked by trying every one.
 
 use super::draws::{Draws, draw_on_side};
-use super::{Environment, Episode, Reward, RewardError, Task, one_turn};
+use super::{Environment, Episode, MAX_CANDIDATES, Reward, RewardError, Task, no_task, one_turn};
 
 const CONTEXT: &str = "echo-rollout knights task v1";
 const NAMES: [&str; 6] = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"];
@@ -99,18 +99,19 @@ impl Knights {
         low..=self.max_people.clamp(low, NAMES.len())
     }
 
-    fn draw(&self, draws: &mut Draws) -> Puzzle {
+    fn draw(&self, draws: &mut Draws) -> Option<Puzzle> {
         let range = self.people();
-        loop {
+        for _ in 0..MAX_CANDIDATES {
             let n = range.start() + draws.below(range.end() - range.start() + 1);
             let claims: Vec<Claim> = (0..n).map(|_| Claim::draw(draws, n, 1)).collect();
             if let [solution] = worlds(&claims)[..] {
-                return Puzzle { claims, solution };
+                return Some(Puzzle { claims, solution });
             }
         }
+        None
     }
 
-    fn puzzle(&self, seed: u64) -> Puzzle {
+    fn puzzle(&self, seed: u64) -> Option<Puzzle> {
         draw_on_side(CONTEXT, seed, 1000, |d| self.draw(d), |p| format!("{:?}", p.claims).into_bytes())
     }
 }
@@ -142,8 +143,8 @@ impl Environment for Knights {
         "knights"
     }
 
-    fn task(&self, seed: u64) -> Task {
-        let puzzle = self.puzzle(seed);
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
+        let puzzle = self.puzzle(seed).ok_or_else(|| no_task(self.name()))?;
         let n = puzzle.claims.len();
         let lines: Vec<String> = puzzle
             .claims
@@ -153,7 +154,7 @@ impl Environment for Knights {
             .collect();
         let kind = |i: usize| if puzzle.solution >> i & 1 == 1 { "knight" } else { "knave" };
         let answer: Vec<String> = (0..n).map(|i| format!("{}: {}", NAMES[i], kind(i))).collect();
-        Task {
+        Ok(Task {
             seed,
             prompt: format!(
                 "Knights always tell the truth, knaves always lie. {} Who is what? Answer as {}: knight or knave for each.",
@@ -161,7 +162,7 @@ impl Environment for Knights {
                 NAMES[0]
             ),
             answer: answer.join(", "),
-        }
+        })
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -170,10 +171,13 @@ impl Environment for Knights {
 
     /// 1 when everybody's kind is right, else [`Knights::partial`] times the share that is.
     fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
-        let puzzle = self.puzzle(task.seed);
-        let n = puzzle.claims.len();
-        let right =
-            (0..n).filter(|i| said_of(completion, NAMES[*i]) == Some(puzzle.solution >> i & 1 == 1)).count();
+        let kinds: Vec<&str> = task.answer.split(", ").collect();
+        let n = kinds.len();
+        let right = kinds.iter().zip(NAMES).filter(|(kind, name)| {
+            let said = said_of(completion, name);
+            said.is_some() && said == said_of(kind, name)
+        });
+        let right = right.count();
         let share = right as f32 / n as f32;
         let value = if right == n { 1.0 } else { self.partial * share };
         let parts = vec![("correct".to_owned(), f32::from(right == n)), ("share".to_owned(), share)];
@@ -190,7 +194,7 @@ mod tests {
     fn the_solution_is_unique_and_is_what_is_accepted() {
         let env = Knights { max_people: 6, ..Knights::default() };
         for seed in (0..200).chain((0..50).map(held_out_seed)) {
-            let (task, puzzle) = (env.task(seed), env.puzzle(seed));
+            let (task, puzzle) = (env.task(seed).unwrap(), env.puzzle(seed).unwrap());
             // Again by brute force, written another way: a speaker's claim is as true as the speaker.
             let n = puzzle.claims.len();
             let mut fitting = Vec::new();

@@ -158,11 +158,12 @@ impl Environment for Maths {
         "maths"
     }
 
-    fn task(&self, seed: u64) -> Task {
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let side = if seed >= HELD_OUT_SEEDS { &self.held_out } else { &self.train };
         let (question, answer) = &side[((seed & (HELD_OUT_SEEDS - 1)) % side.len() as u64) as usize];
         let space = if self.instruction.is_empty() { "" } else { "\n" };
-        Task { seed, prompt: format!("{question}{space}{}", self.instruction), answer: answer.clone() }
+        let prompt = format!("{question}{space}{}", self.instruction);
+        Ok(Task { seed, prompt, answer: answer.clone() })
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -208,7 +209,9 @@ mod tests {
     #[test]
     fn answers_are_judged_by_value() {
         let maths = Maths::parse(FILE, BrokenLines::Skip).unwrap();
-        let all = (0..8).map(|seed| maths.task(seed)).chain((0..8).map(|i| maths.task(held_out_seed(i))));
+        let all = (0..8)
+            .map(|seed| maths.task(seed).unwrap())
+            .chain((0..8).map(|i| maths.task(held_out_seed(i)).unwrap()));
         let mut seen = std::collections::BTreeSet::new();
         for task in all {
             seen.insert(task.answer.clone());

@@ -8,8 +8,10 @@ pub use level::{Level, LevelError, Move};
 pub use solver::{Solution, solve};
 
 use super::draws::{Draws, draw_on_side};
-use super::{Environment, Episode, Reward, RewardError, Task, Turn};
+use super::{Environment, Episode, MAX_CANDIDATES, Reward, RewardError, Task, Turn, no_task};
 
+/// What a prompt says after the picture.
+const RULES: &str = "\nPush each $ onto a dot. You are @, # is wall. ";
 const CONTEXT: &str = "echo-rollout sokoban task v1";
 /// Most positions that the search visits for one level.
 pub const MAX_STATES: usize = 200_000;
@@ -59,16 +61,17 @@ impl Sokoban {
         Self { turns, moves_per_turn: 1, ..Self::default() }
     }
 
-    fn draw(&self, draws: &mut Draws) -> (Level, Solution) {
-        loop {
+    fn draw(&self, draws: &mut Draws) -> Option<(Level, Solution)> {
+        for _ in 0..MAX_CANDIDATES {
             let level = self.candidate(draws);
             if let Some(solution) = level.and_then(|level| solve(&level, MAX_STATES).map(|s| (level, s)))
                 && solution.1.pushes >= self.min_pushes.max(1)
                 && solution.1.moves.len() <= self.max_moves
             {
-                return solution;
+                return Some(solution);
             }
         }
+        None
     }
 
     /// A room with random walls, goals, boxes and a player; it may be unsolvable.
@@ -93,8 +96,12 @@ impl Sokoban {
         Some(level)
     }
 
-    fn level(&self, seed: u64) -> (Level, Solution) {
+    fn level(&self, seed: u64) -> Option<(Level, Solution)> {
         draw_on_side(CONTEXT, seed, 200, |d| self.draw(d), |(level, _)| level.to_string().into_bytes())
+    }
+
+    fn other_task(&self, seed: u64) -> RewardError {
+        RewardError::OtherTask { environment: self.name().to_owned(), seed }
     }
 
     fn reward(&self, level: &Level) -> Result<Reward, RewardError> {
@@ -115,27 +122,31 @@ fn moves(text: &str) -> Option<Vec<Move>> {
 
 struct Play<'a> {
     rules: &'a Sokoban,
-    level: Level,
+    /// `None` when the task is not one of ours.
+    level: Option<Level>,
+    seed: u64,
     turn: usize,
 }
 
 impl Episode for Play<'_> {
     fn step(&mut self, said: &str) -> Result<Turn, RewardError> {
         self.turn += 1;
+        let level = self.level.as_mut().ok_or_else(|| self.rules.other_task(self.seed))?;
         for step in moves(said).unwrap_or_default().into_iter().take(self.rules.moves_per_turn.max(1)) {
-            self.level.step(step);
-            if self.level.solved() {
+            level.step(step);
+            if level.solved() {
                 break;
             }
         }
-        if self.level.solved() || self.turn >= self.rules.turns.max(1) {
-            return Ok(Turn::Done(self.rules.reward(&self.level)?));
+        if level.solved() || self.turn >= self.rules.turns.max(1) {
+            return Ok(Turn::Done(self.rules.reward(level)?));
         }
-        Ok(Turn::Continue { observation: self.level.to_string() })
+        Ok(Turn::Continue { observation: level.to_string() })
     }
 
     fn cut(&mut self) -> Result<Reward, RewardError> {
-        self.rules.reward(&self.level)
+        let level = self.level.as_ref().ok_or_else(|| self.rules.other_task(self.seed))?;
+        self.rules.reward(level)
     }
 }
 
@@ -144,15 +155,12 @@ impl Environment for Sokoban {
         if self.turns > 1 { "sokoban-steps" } else { "sokoban" }
     }
 
-    fn task(&self, seed: u64) -> Task {
-        let (level, solution) = self.level(seed);
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
+        let (level, solution) = self.level(seed).ok_or_else(|| no_task(self.name()))?;
         let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
         let answer: String = solution.moves.iter().map(|m| m.letter()).collect();
-        Task {
-            seed,
-            prompt: format!("{level}\nPush each $ onto a dot. You are @, # is wall. {ask}: U, D, L or R."),
-            answer,
-        }
+        let prompt = format!("{level}{RULES}{ask}: U, D, L or R.");
+        Ok(Task { seed, prompt, answer })
     }
 
     fn turns(&self) -> usize {
@@ -160,7 +168,9 @@ impl Environment for Sokoban {
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
-        Box::new(Play { rules: self, level: self.level(task.seed).0, turn: 0 })
+        // The picture in the prompt spares the search for the level.
+        let level = task.prompt.split_once(RULES).and_then(|(level, _)| level.parse().ok());
+        Box::new(Play { rules: self, level, seed: task.seed, turn: 0 })
     }
 }
 
@@ -173,7 +183,7 @@ mod tests {
     fn every_level_is_solved_by_its_own_answer_and_not_before() {
         for env in [Sokoban::default(), Sokoban { boxes: 2, width: 7, max_moves: 30, ..Sokoban::default() }] {
             for seed in (0..6).chain((0..2).map(held_out_seed)) {
-                let task = env.task(seed);
+                let task = env.task(seed).unwrap();
                 let play = |said: &str| match env.episode(&task).step(said).unwrap() {
                     Turn::Done(reward) => reward.value(),
                     Turn::Continue { .. } => unreachable!("one turn"),
@@ -187,9 +197,19 @@ mod tests {
     }
 
     #[test]
+    fn settings_that_admit_no_level_are_an_error() {
+        let full = Sokoban { walls: 1.0, ..Sokoban::default() };
+        let error = full.task(1).unwrap_err();
+        assert!(matches!(error, RewardError::NoTask { .. }), "{error}");
+        let other = Task { seed: 4, prompt: "Hello".to_owned(), answer: String::new() };
+        let error = full.episode(&other).step("U").unwrap_err();
+        assert!(matches!(error, RewardError::OtherTask { seed: 4, .. }), "{error}");
+    }
+
+    #[test]
     fn move_by_move_reaches_the_same_end() {
         let env = Sokoban::interactive(20);
-        let task = env.task(3);
+        let task = env.task(3).unwrap();
         let mut play = env.episode(&task);
         let mut last = None;
         for letter in task.answer.chars() {

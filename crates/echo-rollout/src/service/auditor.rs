@@ -9,7 +9,9 @@ use bytes::Bytes;
 use lattica_net::{CallError, Node, Status, StatusCode};
 use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::prost::Message;
-use swarm_wire::{DecodeError, PeerId, PolicyVersion};
+use swarm_wire::signed::Signer as _;
+use swarm_wire::{DecodeError, PeerId};
+use veri_verify::verdict::{Evidence, to_hex};
 use veri_verify::{Answer, Audit, Job, Profile, Verdict, wire as veri_wire};
 
 use super::snapshot_watcher::PayloadSource;
@@ -48,14 +50,14 @@ impl AuditorConfig {
 
 /// Recomputes an answer with the auditor's own copy of the model.
 pub trait Replay: Send {
-    /// Final-norm rows and log-probabilities behind every token of `answer`, under the policy `version` whose adapter is
-    /// given (`None`: the base model). Calls for one version come together, so keep the adapter installed.
+    /// Final-norm rows, log-probabilities and draws behind every sampled token of `answer`, under the policy whose adapter
+    /// is given (`None`: the base model); its hash is the job's. Calls for one adapter come together, so keep it
+    /// installed.
     ///
     /// # Errors
     /// When it cannot be recomputed here; no verdict is given then.
     fn replay(
         &mut self,
-        version: PolicyVersion,
         adapter: Option<&[u8]>,
         job: &Job,
         answer: &Answer,
@@ -76,6 +78,34 @@ pub enum AuditorError {
     },
 }
 
+/// One finished audit.
+#[derive(Debug)]
+pub struct Audited<'a> {
+    /// What was audited.
+    pub trajectory: &'a Trajectory,
+    /// What came out.
+    pub verdict: &'a Verdict,
+    finding: &'a Finding,
+    adapter: Option<&'a [u8]>,
+}
+
+impl Audited<'_> {
+    /// What anybody needs to repeat the audit, the adapter included.
+    pub fn evidence(&self) -> Evidence {
+        let Finding { job, answer, randomness, n_positions, opening, verdict } = self.finding;
+        Evidence {
+            job: job.clone(),
+            answer: answer.clone(),
+            commitment: to_hex(self.trajectory.commitment()),
+            randomness: to_hex(randomness),
+            n_positions: *n_positions,
+            opening: opening.as_deref().map(to_hex),
+            adapter: self.adapter.map(to_hex),
+            verdict: verdict.clone(),
+        }
+    }
+}
+
 /// Audits until the run is finished. `on_verdict` sees each one; `randomness` gives fresh unpredictable bytes. Dropping
 /// the future stops the auditor; what it had taken is given out again.
 ///
@@ -87,10 +117,11 @@ pub async fn run_auditor(
     replay: &mut dyn Replay,
     config: &AuditorConfig,
     mut randomness: impl FnMut() -> [u8; 32],
-    mut on_verdict: impl FnMut(&Trajectory, &Verdict),
+    mut on_verdict: impl FnMut(&Audited<'_>),
 ) -> Result<(), AuditorError> {
     let mut last_answer = Instant::now();
-    let mut adapter: Option<(PolicyVersion, Option<Bytes>)> = None;
+    // By hash: another run's version of the same number is another adapter.
+    let mut adapter: Option<([u8; 32], Bytes)> = None;
     loop {
         let question = proto::AuditRequest { max_jobs: 16 };
         let timeout = config.call_timeout.max(LONG_POLL * 2);
@@ -122,21 +153,25 @@ pub async fn run_auditor(
                     continue;
                 }
             };
-            let version = claim.snapshot.manifest().version;
-            if adapter.as_ref().is_none_or(|(installed, _)| *installed != version) {
+            let wanted = claim.snapshot.manifest().payload.artefact().map(|artefact| artefact.hash);
+            if let Some(hash) = wanted
+                && adapter.as_ref().is_none_or(|(fetched, _)| *fetched != hash)
+            {
                 match payload(source, &claim.snapshot, &config.trainer).await {
-                    Ok(bytes) => adapter = Some((version, bytes)),
+                    Ok(bytes) => adapter = Some((hash, bytes)),
                     Err(reason) => {
+                        let version = claim.snapshot.manifest().version;
                         tracing::warn!(%version, reason, "snapshot not available to the auditor");
                         continue;
                     }
                 }
             }
-            let bytes = adapter.as_ref().and_then(|(_, bytes)| bytes.as_deref());
-            let verdict = audit(node, replay, config, &claim, bytes, randomness()).await;
-            let Some(verdict) = verdict else { continue };
-            on_verdict(&claim.trajectory, &verdict);
-            report(node, config, &claim.trajectory, &verdict).await;
+            let bytes = wanted.and(adapter.as_ref()).map(|(_, bytes)| &bytes[..]);
+            let finding = audit(node, replay, config, &claim, bytes, randomness()).await;
+            let Some(finding) = finding else { continue };
+            let (trajectory, verdict) = (&claim.trajectory, &finding.verdict);
+            on_verdict(&Audited { trajectory, verdict, finding: &finding, adapter: bytes });
+            report(node, config, trajectory, verdict).await;
         }
     }
 }
@@ -153,8 +188,9 @@ fn claim(job: proto::AuditJob, trainer: &PeerId) -> Result<Claim, DecodeError> {
     let worker = PeerId::from_bytes(&job.worker)?;
     let trajectory = wire::trajectory(job.trajectory.ok_or_else(|| absent("trajectory"))?, &worker)?;
     let snapshot = SignedSnapshot::verify(job.snapshot.ok_or_else(|| absent("snapshot"))?, trainer)?;
-    if snapshot.manifest().version != trajectory.lease().version {
-        return Err(DecodeError::invalid("snapshot version", snapshot.manifest().version));
+    let (manifest, lease) = (snapshot.manifest(), trajectory.lease());
+    if (manifest.run, manifest.version) != (lease.run, lease.version) {
+        return Err(DecodeError::invalid("snapshot", format!("{} of {}", manifest.version, manifest.run)));
     }
     let base_model_id = wire::name("base model id", job.base_model_id)?;
     Ok(Claim { trajectory, snapshot, base_model_id })
@@ -164,17 +200,26 @@ async fn payload(
     source: &dyn PayloadSource,
     snapshot: &SignedSnapshot,
     trainer: &PeerId,
-) -> Result<Option<Bytes>, String> {
+) -> Result<Bytes, String> {
     let manifest = snapshot.manifest();
-    if manifest.payload.artefact().is_none() {
-        return Ok(None);
-    }
     let bytes = source.fetch(manifest, trainer).await?;
     manifest.check_payload(&bytes).map_err(|e| e.to_string())?;
-    Ok(Some(bytes))
+    Ok(bytes)
 }
 
-/// A verdict, or nothing when it was our own fault that there is none.
+/// What an audit came to, and from what.
+#[derive(Debug)]
+struct Finding {
+    job: Job,
+    answer: Answer,
+    randomness: [u8; 32],
+    n_positions: u32,
+    /// As the worker sent it.
+    opening: Option<Bytes>,
+    verdict: Verdict,
+}
+
+/// A finding, or nothing when it was our own fault that there is none.
 async fn audit(
     node: &Node,
     replay: &mut dyn Replay,
@@ -182,38 +227,51 @@ async fn audit(
     claim: &Claim,
     adapter: Option<&[u8]>,
     randomness: [u8; 32],
-) -> Option<Verdict> {
+) -> Option<Finding> {
     let t = &claim.trajectory;
     let adapter_hash = claim.snapshot.manifest().payload.artefact().map(|a| a.hash);
     let job = veri::job(&claim.base_model_id, t.lease(), adapter_hash, t.prompt());
-    let answer = Answer { tokens: t.completion(), logprobs: t.logprobs() };
+    let answer = Answer::of_turns(t.steps().iter().map(|s| (s.token, s.logprob, s.trainable)));
+    let n_positions = config.positions;
+    let mut finding =
+        Finding { job, answer, randomness, n_positions, opening: None, verdict: Verdict::Withheld };
+    let found = |mut finding: Finding, verdict| {
+        finding.verdict = verdict;
+        Some(finding)
+    };
     let signed = match veri_wire::decode_signed_commitment(t.commitment()) {
         Ok(signed) => signed,
-        Err(error) => return Some(Verdict::Malformed { reason: error.to_string() }),
+        Err(error) => return found(finding, Verdict::Malformed { reason: error.to_string() }),
     };
-    let begun = Audit::begin(&job, &answer, &signed, Some(t.worker()), randomness, config.positions);
-    let audit = match begun {
+    let (job, answer) = (&finding.job, &finding.answer);
+    let audit = match Audit::begin(job, answer, &signed, Some(t.worker()), randomness, n_positions) {
         Ok(audit) => audit,
-        Err(verdict) => return Some(verdict),
+        Err(verdict) => return found(finding, verdict),
     };
     let challenge = veri_wire::encode_challenge(audit.challenge()).into();
     let question = proto::OpenRequest { lease: t.id().0, challenge };
     let reply: Result<proto::OpenReply, _> =
         ask(node, &config.trainer, AUDIT_OPEN, &question, config.call_timeout).await;
     let opening = match reply {
-        Ok(reply) => match veri_wire::decode_opening(&reply.opening) {
-            Ok(opening) => opening,
-            Err(error) => return Some(Verdict::Malformed { reason: error.to_string() }),
-        },
-        Err(AskError::Call(CallError::Remote { .. })) => return Some(Verdict::Withheld),
+        Ok(reply) => {
+            let opening = veri_wire::decode_opening(&reply.opening);
+            finding.opening = Some(reply.opening);
+            match opening {
+                Ok(opening) => opening,
+                Err(error) => return found(finding, Verdict::Malformed { reason: error.to_string() }),
+            }
+        }
+        Err(AskError::Call(CallError::Remote { .. })) => return found(finding, Verdict::Withheld),
         Err(error) => {
             tracing::warn!(%error, "challenge not passed on");
             return None;
         }
     };
-    let version = t.lease().version;
-    match off_runtime(|| replay.replay(version, adapter, &job, &answer)) {
-        Ok(replayed) => Some(audit.judge(&opening, &replayed, &config.profile)),
+    match off_runtime(|| replay.replay(adapter, &finding.job, &finding.answer)) {
+        Ok(replayed) => {
+            let verdict = audit.judge(&opening, &replayed, &config.profile);
+            found(finding, verdict)
+        }
         Err(reason) => {
             tracing::warn!(reason, lease = %t.id(), "cannot recompute");
             None

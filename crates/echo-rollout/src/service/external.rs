@@ -1,17 +1,19 @@
 //! An environment in another program, in any language: JSON lines over its standard input and output.
 //!
-//! One request and one answer a line. `{"op":"hello"}` is answered with `{"name","version","low","high","turns"}`;
-//! `{"op":"task","seed":7}` with `{"prompt","answer"}`; `{"op":"play","seed":7,"said":["...", ...]}`, which names every
-//! turn so far, with `{"observation":"..."}` or `{"reward":0.5,"components":{"correct":1}}`; `{"op":"cut",...}`, as play,
-//! with a reward. The program keeps no state between lines, so that it can be killed and started again at any time: one
-//! that is late, exits or answers nonsense costs a lease, not the worker.
+//! One request and one answer a line; every request has a number, `"id"`, which its answer repeats. `{"op":"hello"}` is
+//! answered with `{"name","version","low","high","turns"}`; `{"op":"task","seed":7}` with `{"prompt","answer"}`;
+//! `{"op":"play","seed":7,"said":["...", ...]}`, which names every turn so far, with `{"observation":"..."}` or
+//! `{"reward":0.5,"components":{"correct":1}}`; `{"op":"cut",...}`, as play, with a reward. The program keeps no state
+//! between lines, so that it can be killed and started again at any time: one that is late, exits or answers nonsense
+//! costs a lease, not the worker. A stray line (a debug print, say) has the wrong number or none and ends the program, so
+//! that no answer is ever taken for another question's.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::ops::RangeInclusive;
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -105,6 +107,14 @@ fn full() -> f32 {
     1.0
 }
 
+/// An answer with the number of its question.
+#[derive(Debug, Deserialize)]
+struct Numbered<A> {
+    id: u64,
+    #[serde(flatten)]
+    answer: A,
+}
+
 #[derive(Debug, Deserialize)]
 struct TaskAnswer {
     prompt: String,
@@ -120,11 +130,14 @@ struct TurnAnswer {
     components: BTreeMap<String, f32>,
 }
 
-/// The running program; killed when dropped.
+/// The running program; killed when dropped. Its pipes belong to a thread, which ends with it, so that neither a program
+/// that does not read nor one that does not write holds anybody up for longer than the time limit.
 struct Running {
     child: Child,
-    input: ChildStdin,
-    lines: Receiver<String>,
+    questions: SyncSender<String>,
+    answers: Receiver<String>,
+    /// Questions so far.
+    asked: u64,
 }
 
 impl Drop for Running {
@@ -154,7 +167,7 @@ impl External {
     /// When it cannot be started or does not introduce itself.
     pub fn start(config: ExternalConfig) -> Result<Self, ExternalError> {
         let running = Mutex::new(None);
-        let hello: Hello = ask(&config, &running, &json!({ "op": "hello" }))?;
+        let hello: Hello = ask(&config, &running, json!({ "op": "hello" }))?;
         if !(hello.low <= hello.high && hello.low.is_finite() && hello.high.is_finite()) || hello.turns == 0 {
             return Err(ExternalError::Answer {
                 program: config.program,
@@ -165,18 +178,20 @@ impl External {
         Ok(Self { config, hello, running })
     }
 
+    fn failed(&self, reason: impl fmt::Display) -> RewardError {
+        RewardError::Verifier { environment: self.hello.name.clone(), reason: reason.to_string() }
+    }
+
     fn turn(&self, op: &str, seed: u64, said: &[String]) -> Result<Turn, RewardError> {
-        let failed = |reason: String| RewardError::Verifier { environment: self.hello.name.clone(), reason };
         let question = json!({ "op": op, "seed": seed, "said": said });
-        let answer: TurnAnswer =
-            ask(&self.config, &self.running, &question).map_err(|e| failed(e.to_string()))?;
+        let answer: TurnAnswer = ask(&self.config, &self.running, question).map_err(|e| self.failed(e))?;
         match (answer.reward, answer.observation) {
             (Some(reward), None) => {
                 let components = answer.components.into_iter().collect();
                 Ok(Turn::Done(Reward::new(reward, components, &self.reward_range())?))
             }
             (None, Some(observation)) if op == "play" => Ok(Turn::Continue { observation }),
-            _ => Err(failed("an answer needs either a reward or an observation".to_owned())),
+            _ => Err(self.failed("an answer needs either a reward or an observation")),
         }
     }
 }
@@ -185,7 +200,7 @@ impl External {
 fn ask<A: DeserializeOwned>(
     config: &ExternalConfig,
     running: &Mutex<Option<Running>>,
-    question: &Value,
+    mut question: Value,
 ) -> Result<A, ExternalError> {
     let program = || config.program.clone();
     let mut slot = running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -194,22 +209,27 @@ fn ask<A: DeserializeOwned>(
         Some(process) => process,
         None => start(config)?,
     };
-    let sent = writeln!(process.input, "{question}").and_then(|()| process.input.flush());
-    sent.map_err(|_| ExternalError::Ended { program: program() })?;
-    let line = process.lines.recv_timeout(config.time_limit).map_err(|error| match error {
+    process.asked += 1;
+    question["id"] = json!(process.asked);
+    process.questions.send(question.to_string()).map_err(|_| ExternalError::Ended { program: program() })?;
+    let line = process.answers.recv_timeout(config.time_limit).map_err(|error| match error {
         RecvTimeoutError::Disconnected => ExternalError::Ended { program: program() },
         RecvTimeoutError::Timeout => {
             let limit_ms = u64::try_from(config.time_limit.as_millis()).unwrap_or(u64::MAX);
             ExternalError::TimedOut { program: program(), limit_ms }
         }
     })?;
-    let answer = serde_json::from_str(&line).map_err(|e| ExternalError::Answer {
+    let wrong = |reason: String| ExternalError::Answer {
         program: program(),
-        answer: line.chars().take(80).collect(),
-        reason: e.to_string(),
-    })?;
+        answer: line.trim_end().chars().take(80).collect(),
+        reason,
+    };
+    let answer: Numbered<A> = serde_json::from_str(&line).map_err(|e| wrong(e.to_string()))?;
+    if answer.id != process.asked {
+        return Err(wrong(format!("question {} needs an answer with this \"id\"", process.asked)));
+    }
     *slot = Some(process);
-    Ok(answer)
+    Ok(answer.answer)
 }
 
 fn start(config: &ExternalConfig) -> Result<Running, ExternalError> {
@@ -220,20 +240,29 @@ fn start(config: &ExternalConfig) -> Result<Running, ExternalError> {
     let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(failed(std::io::Error::other("no pipes")));
     };
-    let (send, lines) = sync_channel(1);
-    let read = move || {
-        let mut output = BufReader::new(output);
-        loop {
-            let mut line = Vec::new();
-            let read = output.by_ref().take(MAX_ANSWER_BYTES).read_until(b'\n', &mut line);
-            let whole = read.is_ok() && line.ends_with(b"\n");
-            if !whole || send.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
-                return;
-            }
+    let (questions, next) = sync_channel(1);
+    let (send, answers) = sync_channel(1);
+    let talk = move || converse(input, output, &next, &send);
+    std::thread::Builder::new().name("external".to_owned()).spawn(talk).map_err(failed)?;
+    Ok(Running { child, questions, answers, asked: 0 })
+}
+
+/// One line out, one line in, until either side ends.
+fn converse(mut input: ChildStdin, output: ChildStdout, next: &Receiver<String>, send: &SyncSender<String>) {
+    let mut output = BufReader::new(output);
+    for question in next {
+        match writeln!(input, "{question}").and_then(|()| input.flush()) {
+            // A program may end after its last words; they are still read.
+            Err(e) if e.kind() != ErrorKind::BrokenPipe => return,
+            _ => {}
         }
-    };
-    std::thread::Builder::new().name("external".to_owned()).spawn(read).map_err(failed)?;
-    Ok(Running { child, input, lines })
+        let mut line = Vec::new();
+        let read = output.by_ref().take(MAX_ANSWER_BYTES).read_until(b'\n', &mut line);
+        let whole = read.is_ok() && line.ends_with(b"\n");
+        if !whole || send.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+            return;
+        }
+    }
 }
 
 struct Play<'a> {
@@ -251,10 +280,7 @@ impl Episode for Play<'_> {
     fn cut(&mut self) -> Result<Reward, RewardError> {
         match self.external.turn("cut", self.seed, &self.said)? {
             Turn::Done(reward) => Ok(reward),
-            Turn::Continue { .. } => Err(RewardError::Verifier {
-                environment: self.external.hello.name.clone(),
-                reason: "a cut episode needs a reward".to_owned(),
-            }),
+            Turn::Continue { .. } => Err(self.external.failed("a cut episode needs a reward")),
         }
     }
 }
@@ -268,16 +294,10 @@ impl Environment for External {
         self.hello.version
     }
 
-    /// A program that cannot make the task leaves its prompt empty, which no worker samples from.
-    fn task(&self, seed: u64) -> Task {
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let question = json!({ "op": "task", "seed": seed });
-        match ask::<TaskAnswer>(&self.config, &self.running, &question) {
-            Ok(task) => Task { seed, prompt: task.prompt, answer: task.answer },
-            Err(error) => {
-                tracing::warn!(%error, seed, "no task");
-                Task { seed, prompt: String::new(), answer: String::new() }
-            }
-        }
+        let answer: TaskAnswer = ask(&self.config, &self.running, question).map_err(|e| self.failed(e))?;
+        Ok(Task { seed, prompt: answer.prompt, answer: answer.answer })
     }
 
     fn reward_range(&self) -> RangeInclusive<f32> {
@@ -286,6 +306,11 @@ impl Environment for External {
 
     fn turns(&self) -> usize {
         self.hello.turns as usize
+    }
+
+    /// One program answers one question at a time.
+    fn concurrency(&self) -> usize {
+        1
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -297,10 +322,11 @@ impl Environment for External {
 mod tests {
     use super::*;
 
-    /// A shell program that answers each line by a `case`.
+    /// A shell program that answers each line by a `case`; `$id` is the question's number.
     fn program(cases: &str, limit: Duration) -> Result<External, ExternalError> {
-        let hello = r#"*hello*) echo '{"name":"shell","turns":2,"high":2.0}';;"#;
-        let script = format!("while read -r line; do case \"$line\" in {hello} {cases} esac; done");
+        let hello = r#"*hello*) say '"name":"shell","turns":2,"high":2.0';;"#;
+        let number = r#"id=${line#*\"id\":}; id=${id%%[,\}]*}; say() { echo "{\"id\":$id,$1}"; }"#;
+        let script = format!("while read -r line; do {number}; case \"$line\" in {hello} {cases} esac; done");
         External::start(ExternalConfig { time_limit: limit, ..ExternalConfig::new("sh", &["-c", &script]) })
     }
 
@@ -308,14 +334,14 @@ mod tests {
 
     #[test]
     fn a_program_makes_tasks_and_judges_turns() {
-        let cases = r#"*task*) echo '{"prompt":"Say yes.","answer":"yes"}';;
-            *'["no","yes"]'*) echo '{"reward":1.5,"components":{"late":1}}';;
-            *'"op":"cut"'*) echo '{"reward":0.5}';;
-            *'["no"]'*) echo '{"observation":"Again."}';;
-            *) echo '{"reward":7}';;"#;
+        let cases = r#"*task*) say '"prompt":"Say yes.","answer":"yes"';;
+            *'["no","yes"]'*) say '"reward":1.5,"components":{"late":1}';;
+            *'"op":"cut"'*) say '"reward":0.5';;
+            *'["no"]'*) say '"observation":"Again."';;
+            *) say '"reward":7';;"#;
         let external = program(cases, PATIENT).unwrap();
         assert_eq!((external.name(), external.turns(), external.reward_range()), ("shell", 2, 0.0..=2.0));
-        let task = external.task(9);
+        let task = external.task(9).unwrap();
         assert_eq!((task.prompt.as_str(), task.answer.as_str(), task.seed), ("Say yes.", "yes", 9));
         let mut episode = external.episode(&task);
         assert_eq!(episode.step("no").unwrap(), Turn::Continue { observation: "Again.".to_owned() });
@@ -327,8 +353,7 @@ mod tests {
 
     #[test]
     fn a_program_that_crashes_hangs_or_babbles_is_started_again() {
-        let cases =
-            r#"*crash*) exit 3;; *hang*) sleep 1000;; *babble*) echo 'not json';; *) echo '{"reward":1}';;"#;
+        let cases = r#"*crash*) exit 3;; *hang*) exec sleep 1000;; *babble*) echo 'not json';; *) say '"reward":1';;"#;
         let external = program(cases, Duration::from_millis(800)).unwrap();
         let task = Task { seed: 1, prompt: "?".to_owned(), answer: String::new() };
         let say = |said: &str| external.episode(&task).step(said);
@@ -337,6 +362,36 @@ mod tests {
             assert!(error.contains(reason), "{error}");
             assert!(matches!(say("fine").unwrap(), Turn::Done(r) if r.value() == 1.0), "after {said}");
         }
+    }
+
+    #[test]
+    fn an_answer_too_many_is_never_taken_for_the_next_question() {
+        let cases = r#"*print*) say '"reward":0'; say '"reward":1';; *) say '"reward":0.5';;"#;
+        let external = program(cases, PATIENT).unwrap();
+        let task = Task { seed: 1, prompt: "?".to_owned(), answer: String::new() };
+        let say = |said: &str| external.episode(&task).step(said);
+        assert!(matches!(say("print").unwrap(), Turn::Done(r) if r.value() == 0.0));
+        let error = say("fine").unwrap_err().to_string();
+        assert!(error.contains("question 3"), "{error}");
+        assert!(matches!(say("fine").unwrap(), Turn::Done(r) if r.value() == 0.5), "started anew");
+    }
+
+    #[test]
+    fn a_program_that_does_not_read_is_killed() {
+        let cases = r#"*) exec sleep 1000;;"#;
+        let external = program(cases, Duration::from_millis(300)).unwrap();
+        let task = Task { seed: 1, prompt: "?".to_owned(), answer: String::new() };
+        // More than a pipe holds, so that the write itself waits.
+        let long = "x".repeat(4 << 20);
+        let error = external.episode(&task).step(&long).unwrap_err().to_string();
+        assert!(error.contains("was killed"), "{error}");
+    }
+
+    #[test]
+    fn a_task_that_the_program_cannot_make_is_an_error() {
+        let external = program("*task*) exit 1;;", PATIENT).unwrap();
+        let error = external.task(4).unwrap_err().to_string();
+        assert!(error.contains("ended before it answered"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Workers' commitments and auditors' jobs in the terms of veri-verify: both sides build the same job from a lease.
 
 use bytes::Bytes;
-use ed25519_dalek::SigningKey;
+use lattica_net::Identity;
 use veri_verify::{Answer, Job, Prover, Sampling, wire as veri_wire};
 
 use super::worker::{CommitError, Committer, Opener, Work};
@@ -22,7 +22,7 @@ pub fn job(model_id: &str, lease: &Lease, adapter_hash: Option<[u8; 32]>, prompt
 
 /// Commits to the final-norm rows of a worker's own engine.
 pub struct VeriCommitter {
-    key: SigningKey,
+    identity: Identity,
     model_id: String,
     n_layers: u32,
 }
@@ -34,9 +34,9 @@ impl std::fmt::Debug for VeriCommitter {
 }
 
 impl VeriCommitter {
-    /// `seed` is the node's secret seed, so that the commitment's signer is the peer; `n_layers` is the model's depth.
-    pub fn new(seed: &[u8; 32], model_id: String, n_layers: u32) -> Self {
-        Self { key: SigningKey::from_bytes(seed), model_id, n_layers }
+    /// `identity` is the node's, so that the commitment's signer is the peer; `n_layers` is the model's depth.
+    pub fn new(identity: Identity, model_id: String, n_layers: u32) -> Self {
+        Self { identity, model_id, n_layers }
     }
 }
 
@@ -46,8 +46,9 @@ impl Committer for VeriCommitter {
         let width = work.rows.first().map_or(0, |row| row.len());
         let mut prover = Prover::new(&job, self.n_layers, width);
         work.rows.iter().for_each(|row| prover.record(row));
-        let answer = Answer { tokens: work.tokens.to_vec(), logprobs: work.logprobs.to_vec() };
-        let signed = prover.commit(&answer, &self.key).map_err(|e| CommitError { reason: e.to_string() })?;
+        let answer = Answer::of_turns(work.steps.iter().map(|s| (s.token, s.logprob, s.trainable)));
+        let signed =
+            prover.commit(&answer, &self.identity).map_err(|e| CommitError { reason: e.to_string() })?;
         Ok((signed.encode().into(), Box::new(prover)))
     }
 }

@@ -19,10 +19,12 @@ use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::{PeerId, RunId};
 use tokio::sync::watch;
 
+use super::referee::Referees;
 use super::snapshot_watcher::{PayloadSource, SnapshotWatcher};
 use super::{AskError, LEASE, LONG_POLL, OPEN, REGISTER, ask};
 use crate::environment::Environment;
 use crate::lease::Lease;
+use crate::rollout::Step;
 use crate::text::Text;
 use openings::Openings;
 use shift::{End, Shift};
@@ -92,11 +94,9 @@ pub struct Work<'a> {
     pub lease: &'a Lease,
     /// The rendered prompt.
     pub prompt: &'a [u32],
-    /// Sampled tokens: `[T]`.
-    pub tokens: &'a [u32],
-    /// Their log-probabilities as submitted: `[T]`.
-    pub logprobs: &'a [f32],
-    /// The final-norm row `[H]` that produced each token: `[T]`.
+    /// The completion as it is submitted: sampled tokens, and what the environment said between turns.
+    pub steps: &'a [Step],
+    /// The final-norm row `[H]` that produced each sampled token.
     pub rows: &'a [Vec<f32>],
     /// Hash of the installed adapter; `None` for the base model.
     pub adapter_hash: Option<[u8; 32]>,
@@ -178,7 +178,7 @@ pub enum WorkerError {
 pub struct Worker {
     node: Node,
     engine: EngineHandle,
-    environment: Arc<dyn Environment>,
+    referees: Arc<Referees>,
     text: Arc<dyn Text>,
     source: Arc<dyn PayloadSource>,
     committer: Option<Arc<dyn Committer>>,
@@ -211,10 +211,11 @@ impl Worker {
         let openings = Arc::new(Mutex::new(Openings::new(config.openings, config.openings_bytes)));
         let stats = watch::Sender::new(WorkerStats::default());
         let last_answer = Instant::now();
+        let referees = Arc::new(Referees::new(environment, config.episode_timeout));
         Self {
             node,
             engine,
-            environment,
+            referees,
             text,
             source,
             committer,
@@ -285,8 +286,8 @@ impl Worker {
             let request = proto::RegisterRequest {
                 incarnation: self.incarnation,
                 base_model_id: self.config.base_model_id.clone(),
-                environment: self.environment.name().to_owned(),
-                environment_version: self.environment.version(),
+                environment: self.referees.environment().name().to_owned(),
+                environment_version: self.referees.environment().version(),
             };
             let reply: Result<proto::RegisterReply, _> = self.ask(REGISTER, &request).await;
             match self.judge(reply)? {

@@ -19,7 +19,7 @@ pub struct OverlongPenalty {
 }
 
 impl OverlongPenalty {
-    /// What is added to the reward of an answer of `tokens`: 0 or negative.
+    /// What is added to the reward of an answer with `tokens` of the policy's own: 0 or negative.
     pub fn of(&self, tokens: usize) -> f64 {
         let free = f64::from(self.max_tokens) - f64::from(self.buffer_tokens);
         let over = (tokens as f64 - free).max(0.0) / f64::from(self.buffer_tokens);

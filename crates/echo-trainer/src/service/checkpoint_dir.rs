@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{CheckpointError, TrainerCheckpoint};
+use crate::checkpoint::{CheckpointError, CheckpointManifest, TrainerCheckpoint};
 
 /// The file that names the current payload.
 pub const MANIFEST: &str = "checkpoint.json";
@@ -30,13 +30,13 @@ pub enum CheckpointDirError {
     Checkpoint(#[from] CheckpointError),
 }
 
-fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointDirError {
+pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointDirError {
     let path = path.to_owned();
     move |source| CheckpointDirError::Io { what, path, source }
 }
 
-fn payload_name(checkpoint: &TrainerCheckpoint) -> String {
-    format!("checkpoint-{}.safetensors", checkpoint.manifest.version.0)
+fn payload_name(manifest: &CheckpointManifest) -> String {
+    format!("checkpoint-{}.safetensors", manifest.version.0)
 }
 
 /// Writes `checkpoint` into `dir`: payload, then manifest, each as a temporary file that is synced and renamed; then
@@ -46,7 +46,7 @@ fn payload_name(checkpoint: &TrainerCheckpoint) -> String {
 /// When the disk refuses; the previous checkpoint is still whole then.
 pub fn save(dir: &Path, checkpoint: &TrainerCheckpoint) -> Result<(), CheckpointDirError> {
     create(dir)?;
-    let name = payload_name(checkpoint);
+    let name = payload_name(&checkpoint.manifest);
     write(&dir.join(&name), &checkpoint.payload)?;
     write(&dir.join(MANIFEST), &checkpoint.manifest_json()?)?;
     let entries = fs::read_dir(dir).map_err(io_error("listing", dir))?;
@@ -71,11 +71,10 @@ pub fn load(dir: &Path) -> Result<Option<TrainerCheckpoint>, CheckpointDirError>
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(io_error("reading", &path)(e)),
     };
-    let parsed: crate::checkpoint::CheckpointManifest =
-        serde_json::from_slice(&manifest).map_err(CheckpointError::from)?;
-    let path = dir.join(format!("checkpoint-{}.safetensors", parsed.version.0));
+    let manifest: CheckpointManifest = serde_json::from_slice(&manifest).map_err(CheckpointError::from)?;
+    let path = dir.join(payload_name(&manifest));
     let payload = fs::read(&path).map_err(io_error("reading", &path))?;
-    Ok(Some(TrainerCheckpoint::decode(&manifest, payload)?))
+    Ok(Some(TrainerCheckpoint::decode(manifest, payload)?))
 }
 
 /// Makes the directory if it is not there, and finds out whether it can be written.

@@ -77,7 +77,8 @@ pub async fn evaluate(
     n_tasks: u64,
     max_tokens: u32,
 ) -> Result<Evaluation, EvaluationError> {
-    let tasks: Vec<_> = (0..n_tasks).map(|index| environment.task(held_out_seed(index))).collect();
+    let tasks: Vec<_> =
+        (0..n_tasks).map(|index| environment.task(held_out_seed(index))).collect::<Result<_, _>>()?;
     let mut means = [0.0_f64; 2];
     for (mean, temperature) in means.iter_mut().zip([1.0, 0.0]) {
         let mut answers = Vec::with_capacity(tasks.len());

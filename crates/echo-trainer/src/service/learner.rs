@@ -336,7 +336,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             rewards: environment.reward_range(),
             commitment: config.is_audited(),
         };
-        let regrade = Regrade { environment: environment.clone(), text: parts.text.clone() };
+        let regrade = Regrade::new(environment.clone(), parts.text.clone());
         let admission = Arc::new(All(vec![Box::new(shape), Box::new(regrade)]));
         let (node, steps) = (parts.node.clone(), trainer.version().0);
         let adapter = match trainer.version() {
@@ -454,9 +454,9 @@ impl<P: Update + Send + 'static> Learner<P> {
                 trainer.add_group(group)?;
             }
             let report = trainer.train_step()?;
-            checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
             let adapter = trainer.policy().update_bytes()?;
             checkpoint_dir::write(&dir.join(ADAPTER), &adapter)?;
+            checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
             Ok(Learned { report, adapter: adapter.into(), completion_tokens })
         })
     }

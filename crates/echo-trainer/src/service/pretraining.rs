@@ -3,9 +3,7 @@
 //! Single-threaded in its decisions and seeded throughout: the same configuration gives the same bytes on machines whose
 //! kernels add in the same order.
 
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use echo_rollout::environment::{Arithmetic, Environment, held_out_seed};
@@ -15,6 +13,7 @@ use parallax_model::{ChatTemplate, ModelConfig};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::Serialize;
 
+use super::checkpoint_dir::{self, CheckpointDirError};
 use crate::config::PretrainConfig;
 use crate::data::{ChatEncoder, DataError};
 use crate::error::StepError;
@@ -74,13 +73,8 @@ pub enum PretrainError {
     #[error(transparent)]
     Step(#[from] StepError),
     /// The disk.
-    #[error("writing {}: {source}", path.display())]
-    Io {
-        /// Which file.
-        path: PathBuf,
-        /// The reason.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Disk(#[from] CheckpointDirError),
 }
 
 fn model_error(error: impl std::fmt::Display) -> PretrainError {
@@ -120,7 +114,7 @@ pub fn pretrain(
 ) -> Result<PretrainReport, PretrainError> {
     let started = Instant::now();
     // First: a directory that cannot be written should not cost a training run.
-    writable(out).map_err(|source| PretrainError::Io { path: out.to_owned(), source })?;
+    checkpoint_dir::create(out)?;
     let shape = model_config(config)?;
     let encoder = tiny_encoder()?;
     let environment = Arithmetic::new(config.max_operand, true);
@@ -137,7 +131,10 @@ pub fn pretrain(
     };
     let held_out: Vec<Labelled> = (0..HELD_OUT)
         .map(|i| environment.task(held_out_seed(i)))
-        .map(|task| encoder.line(&task.prompt, &task.answer, false))
+        .map(|task| {
+            let task = task.map_err(DataError::from)?;
+            encoder.line(&task.prompt, &task.answer, false)
+        })
         .collect::<Result<_, _>>()?;
 
     let mut report = PretrainReport {
@@ -168,14 +165,6 @@ pub fn pretrain(
     Ok(report)
 }
 
-/// Makes the directory, and a file in it for a moment.
-fn writable(dir: &Path) -> io::Result<()> {
-    fs::create_dir_all(dir)?;
-    let probe = dir.join(".writable");
-    fs::write(&probe, [])?;
-    fs::remove_file(probe)
-}
-
 /// Mean probability that a sampled answer is exactly the marked one.
 ///
 /// # Errors
@@ -188,7 +177,7 @@ pub fn expected_reward(policy: &impl Policy, lines: &[Labelled]) -> Result<f64, 
         for line in part {
             ends.push(ends[ends.len() - 1] + line.tokens.len() as u32);
         }
-        let logprobs = values(&policy.token_logprobs(&tokens, &ends)?.into_data());
+        let logprobs = values(policy.token_logprobs(&tokens, &ends)?.into_data());
         let mut rows = logprobs.iter();
         for line in part {
             let marked = line.learn[1..].iter().zip(rows.by_ref()).filter(|(learn, _)| **learn);
@@ -200,13 +189,11 @@ pub fn expected_reward(policy: &impl Policy, lines: &[Labelled]) -> Result<f64, 
 
 /// Rewrites f32 weights as bf16 (round to nearest even), which halves the file.
 fn narrow_weights(path: &Path) -> Result<(), PretrainError> {
-    let io = |source| PretrainError::Io { path: path.to_owned(), source };
-    let bytes = fs::read(path).map_err(io)?;
+    let bytes = std::fs::read(path).map_err(checkpoint_dir::io_error("reading", path))?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(model_error)?;
     let narrow = |data: &[u8]| -> Vec<u8> {
-        let words = data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let round = |w: u32| ((w + 0x7fff + ((w >> 16) & 1)) >> 16) as u16;
-        words.flat_map(|w| round(w).to_le_bytes()).collect()
+        let values = data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect()
     };
     let parts: Vec<(String, Vec<usize>, Vec<u8>)> =
         tensors.iter().map(|(name, t)| (name.to_owned(), t.shape().to_vec(), narrow(t.data()))).collect();
@@ -215,6 +202,5 @@ fn narrow_weights(path: &Path) -> Result<(), PretrainError> {
         views.push((name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), data).map_err(model_error)?));
     }
     let narrowed = serialize(views, None).map_err(model_error)?;
-    let temporary = path.with_extension("tmp");
-    fs::write(&temporary, narrowed).and_then(|()| fs::rename(&temporary, path)).map_err(io)
+    Ok(checkpoint_dir::write(path, &narrowed)?)
 }

@@ -2,9 +2,8 @@
 
 use bytes::Bytes;
 use echo_rollout::snapshot::{Artefact, Payload, SignedSnapshot, SnapshotManifest};
-use ed25519_dalek::SigningKey;
 use lattica_bitswap::{Blocks, PublishError};
-use lattica_net::Node;
+use lattica_net::{Identity, Node};
 use parallax_model::train::TrainModel;
 use swarm_wire::{PeerId, PolicyVersion, RunId};
 
@@ -34,7 +33,7 @@ pub struct Publisher {
     run: RunId,
     base_model_id: String,
     trainer: PeerId,
-    key: SigningKey,
+    identity: Identity,
     blocks: Blocks,
 }
 
@@ -45,7 +44,7 @@ impl Publisher {
             run,
             base_model_id: base_model_id.into(),
             trainer: node.peer_id(),
-            key: SigningKey::from_bytes(&node.identity().secret_seed()),
+            identity: node.identity().clone(),
             blocks,
         }
     }
@@ -80,6 +79,6 @@ impl Publisher {
             base_model_id: self.base_model_id.clone(),
             created_by: self.trainer.clone(),
         };
-        manifest.sign(&self.key)
+        manifest.sign(&self.identity)
     }
 }

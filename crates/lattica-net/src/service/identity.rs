@@ -5,10 +5,8 @@ use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use libp2p::identity::{Keypair, ed25519};
-use swarm_wire::generated::swarm::v1::Signed;
-use swarm_wire::limits::{MESSAGE_MAX_BYTES, NAME_MAX_BYTES};
-use swarm_wire::signed::signed_bytes;
-use swarm_wire::{DecodeError, PeerId};
+use swarm_wire::PeerId;
+use swarm_wire::signed::Signer;
 
 use super::private_file::{self, Opened};
 use crate::error::IdentityError;
@@ -75,30 +73,9 @@ impl Identity {
         PeerId::from_ed25519(&self.public_key())
     }
 
-    /// The public key.
-    pub fn public_key(&self) -> [u8; 32] {
-        self.keypair.public().to_bytes()
-    }
-
     /// The 32 secret bytes from which the key grows, for other Ed25519 libraries. Keep them secret.
     pub fn secret_seed(&self) -> [u8; 32] {
         self.keypair.secret().as_ref().try_into().expect("an Ed25519 secret is 32 bytes")
-    }
-
-    /// Signs `payload` for `domain`.
-    pub fn sign(&self, domain: &str, payload: &[u8]) -> [u8; 64] {
-        let signature = self.keypair.sign(&signed_bytes(domain, payload));
-        signature.try_into().expect("an Ed25519 signature is 64 bytes")
-    }
-
-    /// A statement ready to be sent.
-    pub fn signed(&self, domain: &str, payload: &[u8]) -> Signed {
-        Signed {
-            domain: domain.to_owned(),
-            payload: payload.to_vec().into(),
-            public_key: self.public_key().to_vec().into(),
-            signature: self.sign(domain, payload).to_vec().into(),
-        }
     }
 
     pub(crate) fn libp2p_keypair(&self) -> Keypair {
@@ -106,34 +83,14 @@ impl Identity {
     }
 }
 
-/// Checks a statement's signature and returns who signed it. The caller still compares the domain with the one it wants.
-///
-/// # Errors
-/// When key or signature have the wrong length, sizes are out of bounds, or the signature does not match.
-pub fn verify(statement: &Signed) -> Result<PeerId, DecodeError> {
-    if statement.domain.len() > NAME_MAX_BYTES {
-        return Err(DecodeError::TooLarge {
-            what: "signature domain",
-            limit_bytes: NAME_MAX_BYTES,
-            got_bytes: statement.domain.len(),
-        });
+impl Signer for Identity {
+    fn public_key(&self) -> [u8; 32] {
+        self.keypair.public().to_bytes()
     }
-    if statement.payload.len() > MESSAGE_MAX_BYTES {
-        return Err(DecodeError::TooLarge {
-            what: "signed payload",
-            limit_bytes: MESSAGE_MAX_BYTES,
-            got_bytes: statement.payload.len(),
-        });
+
+    fn signature(&self, bytes: &[u8]) -> [u8; 64] {
+        self.keypair.sign(bytes).try_into().expect("an Ed25519 signature is 64 bytes")
     }
-    let public_key: [u8; 32] = statement.public_key.as_ref().try_into().map_err(|_| {
-        DecodeError::invalid("public key", format!("{} bytes instead of 32", statement.public_key.len()))
-    })?;
-    let key = ed25519::PublicKey::try_from_bytes(&public_key)
-        .map_err(|error| DecodeError::invalid("public key", error))?;
-    if !key.verify(&signed_bytes(&statement.domain, &statement.payload), &statement.signature) {
-        return Err(DecodeError::BadSignature { domain: statement.domain.clone() });
-    }
-    Ok(PeerId::from_ed25519(&public_key))
 }
 
 #[cfg(test)]
@@ -141,22 +98,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statements_verify_and_any_change_is_noticed() {
+    fn statements_verify() {
         let identity = Identity::from_seed([7; 32]);
         let statement = identity.signed("test/v1", b"payload");
-        assert_eq!(verify(&statement), Ok(identity.peer_id()));
-        let mut other_domain = statement.clone();
-        other_domain.domain = "test/v2".to_owned();
-        let mut other_payload = statement.clone();
-        other_payload.payload = b"Payload".to_vec().into();
-        let mut other_signer = statement.clone();
-        other_signer.public_key = Identity::from_seed([8; 32]).public_key().to_vec().into();
-        for changed in [other_domain, other_payload, other_signer] {
-            assert!(matches!(verify(&changed), Err(DecodeError::BadSignature { .. })));
-        }
-        let mut short_key = statement;
-        short_key.public_key = vec![1; 31].into();
-        assert!(matches!(verify(&short_key), Err(DecodeError::Invalid { .. })));
+        assert_eq!(swarm_wire::signed::verify(&statement, "test/v1"), Ok(identity.peer_id()));
     }
 
     #[test]

@@ -12,15 +12,10 @@ pub struct RegisterRequest {
     #[prost(uint32, tag = "4")]
     pub environment_version: u32,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegisterReply {
     #[prost(uint64, tag = "1")]
     pub run: u64,
-    /// A SnapshotManifest.
-    #[prost(message, optional, tag = "2")]
-    pub snapshot: ::core::option::Option<super::super::swarm::v1::Signed>,
-    #[prost(uint32, tag = "3")]
-    pub lease_ttl_ms: u32,
 }
 /// echo/lease: worker -> trainer. Also the heartbeat.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

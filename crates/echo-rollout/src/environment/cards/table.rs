@@ -177,13 +177,13 @@ impl<G: Game> Environment for Table<G> {
     }
 
     /// The answer is not part of a game: it is empty.
-    fn task(&self, seed: u64) -> Task {
+    fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let prompt = match self.advance(G::start(), seed) {
             Stop::Act(game) => describe(&game, Self::seat(seed)),
             // The opponent may have folded before the policy could act; nothing is left to say.
             Stop::End(_) => "The hand is over.".to_owned(),
         };
-        Task { seed, prompt, answer: String::new() }
+        Ok(Task { seed, prompt, answer: String::new() })
     }
 
     fn reward_range(&self) -> RangeInclusive<f32> {
@@ -210,7 +210,7 @@ mod tests {
     fn played<G: Game>(table: &Table<G>, me: &Profile, hands: u64) -> f64 {
         let mut total = 0.0;
         for seed in 0..hands {
-            let task = table.task(seed);
+            let task = table.task(seed).unwrap();
             let mut position = table.advance(G::start(), seed);
             let mut hand = table.episode(&task);
             let mut draws = Draws::new("test", seed);
@@ -245,7 +245,7 @@ mod tests {
     #[test]
     fn words_that_are_no_action_pass_and_are_counted() {
         let table = Table::new(Opponent::<Kuhn>::Always(1));
-        let task = table.task(0);
+        let task = table.task(0).unwrap();
         assert!(task.prompt.starts_with("Cards "), "{}", task.prompt);
         let mut hand = table.episode(&task);
         let Turn::Continue { observation } = hand.step("hmm").unwrap() else { panic!("the opponent bets") };
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn a_cut_hand_is_passed_to_its_end() {
         let table = Table::new(Opponent::<Leduc>::Always(1));
-        let task = table.task(2);
+        let task = table.task(2).unwrap();
         let reward = table.episode(&task).cut().unwrap();
         assert!(table.reward_range().contains(&reward.value()));
     }

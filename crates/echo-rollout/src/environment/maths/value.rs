@@ -9,8 +9,9 @@ use super::super::exact::{ExactError, Fraction};
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Value(BTreeMap<(u64, i8), Fraction>);
 
-/// Largest number under a root.
-const MAX_RADICAND: i128 = 1_000_000_000_000;
+/// Largest number under a root: taking squares out costs up to the root of this many divisions for every product, and
+/// an answer that somebody sent may hold many products.
+const MAX_RADICAND: i128 = 1_000_000;
 const MAX_TERMS: usize = 32;
 
 impl Value {
@@ -140,6 +141,11 @@ mod tests {
         assert!(root(2).plus(&root(3)).unwrap().as_fraction().is_none());
         assert_eq!(whole(2).power(-2).unwrap().as_fraction(), Fraction::new(1, 4).ok());
         assert!(whole(-4).root().is_err());
+        assert_eq!(
+            whole(1_000_003).root(),
+            Err(ExactError::Overflow),
+            "its root would take a million divisions"
+        );
         assert_eq!(whole(1).over(&whole(0)), Err(ExactError::DivisionByZero));
     }
 }

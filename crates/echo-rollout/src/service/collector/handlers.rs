@@ -19,7 +19,6 @@ use crate::service::journal::JournalError;
 use crate::service::{
     AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, LEASE, LONG_POLL, OPEN, REGISTER, SUBMIT, VERDICT_DOMAIN, encode,
 };
-use crate::snapshot::signer;
 use crate::wire::{self, MAX_OPENING_BYTES, MAX_SUBMISSION, audit_outcome, message};
 
 /// Audits are handed out until an answer is this long: an auditor reads no message of more than 4 MiB.
@@ -76,9 +75,7 @@ async fn register(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Byte
         let command = Command::Register { worker, incarnation: m.incarnation };
         carried_out(inner.execute(vec![command], false).await)?;
     }
-    let run = config.dispatch.run.0;
-    let snapshot = inner.state().snapshots.last_key_value().map(|(_, s)| s.signed().clone());
-    Ok(encode(&proto::RegisterReply { run, snapshot, lease_ttl_ms: config.dispatch.lease_ttl_ms }))
+    Ok(encode(&proto::RegisterReply { run: config.dispatch.run.0 }))
 }
 
 /// Answers as soon as there is a newer snapshot or something to make, or after a while with nothing.
@@ -338,7 +335,7 @@ async fn audit_open(inner: Arc<Inner>, auditor: PeerId, body: Bytes) -> Result<B
 async fn audit_verdict(inner: Arc<Inner>, auditor: PeerId, body: Bytes) -> Result<Bytes, Status> {
     check_auditor(&inner, &auditor)?;
     let signed: Signed = message("verdict", &body).map_err(Status::invalid_argument)?;
-    if signer(&signed, VERDICT_DOMAIN).map_err(Status::invalid_argument)? != auditor {
+    if swarm_wire::signed::verify(&signed, VERDICT_DOMAIN).map_err(Status::invalid_argument)? != auditor {
         return Err(Status::permission_denied("the verdict is signed by another peer"));
     }
     let m: proto::AuditVerdict = message("verdict", &signed.payload).map_err(Status::invalid_argument)?;

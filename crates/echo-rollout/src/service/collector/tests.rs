@@ -8,8 +8,10 @@ use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use lattica_bitswap::{Blocks, MemoryStore};
 use lattica_net::{Identity, NodeConfig};
+use parallax_engine::sampler::Place;
 use parallax_engine::{
-    Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor,
+    Batch, EngineConfig, EngineHandle, LogSoftmax, SamplingParams, StageError, StageOutput, StageRunner,
+    StageShape, Tensor,
 };
 use swarm_wire::{LayerRange, RunId};
 use veri_verify::{Answer, Job};
@@ -21,8 +23,8 @@ use crate::config::AuditPolicy;
 use crate::environment::Arithmetic;
 use crate::lease::{DropReason, SamplingSpec};
 use crate::service::{
-    AuditorConfig, BoxFuture, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig, WorkerError,
-    run_auditor,
+    Audited, AuditorConfig, BoxFuture, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig,
+    WorkerError, run_auditor,
 };
 use crate::snapshot::{Artefact, Payload, SnapshotManifest};
 use crate::sync::SequentialConfig;
@@ -93,7 +95,6 @@ struct Recompute;
 impl Replay for Recompute {
     fn replay(
         &mut self,
-        _: PolicyVersion,
         adapter: Option<&[u8]>,
         job: &Job,
         answer: &Answer,
@@ -103,7 +104,15 @@ impl Replay for Recompute {
         let rows: Vec<Vec<f32>> = before.take(answer.tokens.len()).map(|t| row(*t, weights)).collect();
         let scored = rows.iter().zip(&answer.tokens);
         let logprobs = scored.map(|(row, t)| log_softmax(&logits(row))[*t as usize]).collect();
-        Ok(veri_verify::Replay { rows, logprobs, tokens: None })
+        let sampler = parallax_engine::Sampler::new(log_softmax);
+        let (seed, temperature) = (job.sampling.seed, job.sampling.temperature);
+        let params = SamplingParams { seed, temperature, ..SamplingParams::default() };
+        let draw = |(row, i): (&Vec<f32>, usize)| {
+            let place = Place { position: (job.prompt.len() + i) as u64, generated: i, history: None };
+            sampler.sample(&logits(row), &params, place, None).unwrap().id
+        };
+        let tokens = Some(rows.iter().zip(0..).map(draw).collect());
+        Ok(veri_verify::Replay { rows, logprobs, tokens })
     }
 }
 
@@ -170,7 +179,7 @@ fn admission() -> Arc<dyn Admission> {
         rewards: 0.0..=1.0,
         commitment: true,
     };
-    let regrade = Regrade { environment: Arc::new(Arithmetic::default()), text: Arc::new(ByteText) };
+    let regrade = Regrade::new(Arc::new(Arithmetic::default()), Arc::new(ByteText));
     Arc::new(All(vec![Box::new(shape), Box::new(regrade)]))
 }
 
@@ -183,7 +192,7 @@ fn worker_with(node: &Node, trainer: &PeerId, seed: u8, error: f32, adapters: Ar
     let engine =
         EngineHandle::start(Box::new(Model { base: error, weights: error }), EngineConfig::default())
             .unwrap();
-    let committer = VeriCommitter::new(&[seed; 32], "three lines".to_owned(), 1);
+    let committer = VeriCommitter::new(Identity::from_seed([seed; 32]), "three lines".to_owned(), 1);
     Worker::new(
         node.clone(),
         engine,
@@ -214,14 +223,19 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     let liar_run = tokio::spawn(worker(&liar, &id, 3, 0.5, false).run());
     let verdicts = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&verdicts);
+    let proof = Arc::new(Mutex::new(None));
+    let kept = Arc::clone(&proof);
     let audits = tokio::spawn(async move {
         let mut n = 0u8;
         let fresh = move || {
             n = n.wrapping_add(1);
             [n; 32]
         };
-        let on_verdict = |_: &crate::Trajectory, _: &veri_verify::Verdict| {
+        let on_verdict = |audited: &Audited<'_>| {
             counted.fetch_add(1, Ordering::Relaxed);
+            if matches!(audited.verdict, veri_verify::Verdict::Fail { .. }) {
+                *kept.lock().unwrap() = Some(audited.evidence());
+            }
         };
         let config = AuditorConfig::new(id);
         run_auditor(&auditor, &Adapters::default(), &mut Recompute, &config, fresh, on_verdict).await
@@ -251,6 +265,11 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     assert_eq!((counts.lost, counts.duplicated, counts.consumed_of_convicted), (0, 0, 0));
     assert!(counts.dropped_for(DropReason::Convicted) > 0);
     assert!(verdicts.load(Ordering::Relaxed) > 5);
+    let evidence = proof.lock().unwrap().take().unwrap();
+    assert_eq!(evidence.worker(), Some(liar.peer_id()));
+    let opened = evidence.open().unwrap();
+    let again = Recompute.replay(opened.adapter(), &evidence.job, &evidence.answer).unwrap();
+    assert_eq!(opened.judge(&again, &veri_verify::Profile::f32()), evidence.verdict, "anyone finds the same");
     collector.check().unwrap();
     // The worker counts an answer a moment after the trainer has counted the trajectory.
     let counted = stats.wait_for(|s| s.accepted >= 60);

@@ -2,17 +2,16 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use parallax_engine::{EngineHandle, FinishReason, Request, SamplingParams};
 use swarm_wire::PeerId;
 
 use super::{Committer, Opener, Work};
-use crate::environment::{Environment, Task, Turn};
+use crate::environment::{Task, Turn};
 use crate::lease::Lease;
 use crate::rollout::{Finish, Sample, Step, Trajectory};
-use crate::service::referee::Referee;
+use crate::service::referee::Referees;
 use crate::text::Text;
 
 /// A trajectory, and what can open its commitment.
@@ -35,20 +34,15 @@ impl GivenBack {
 /// Makes one trajectory, or says why the lease is given back.
 pub(super) async fn sample(
     engine: EngineHandle,
-    environment: Arc<dyn Environment>,
+    referees: Arc<Referees>,
     text: Arc<dyn Text>,
     committer: Option<Arc<dyn Committer>>,
     (lease, adapter_hash, worker): (Lease, Option<[u8; 32]>, PeerId),
-    timeout: Duration,
 ) -> Result<Made, GivenBack> {
     let back = |e: &dyn fmt::Display| GivenBack::failed(e);
-    if committer.is_some() && environment.turns() > 1 {
-        return Err(back(&"commitments cover a single turn; take a run without audits for this environment"));
-    }
-    let name = environment.name().to_owned();
-    let task = environment.task(lease.task_seed);
+    let name = referees.environment().name().to_owned();
+    let (task, mut referee) = referees.start(lease.task_seed).await.map_err(|e| back(&e))?;
     let prompt = text.prompt(&task).map_err(|e| back(&e))?;
-    let mut referee = Referee::start(environment, task.clone(), timeout).map_err(|e| back(&e))?;
     let mut play = Play { engine, text, task, lease, steps: Vec::new(), rows: Vec::new() };
     let (reward, finish) = loop {
         let turn = play.turn(&prompt, committer.is_some()).await.map_err(|e| back(&e))?;
@@ -73,11 +67,7 @@ pub(super) async fn sample(
     let (commitment, opener) = match committer {
         None => (Bytes::new(), None),
         Some(committer) => {
-            let tokens: Vec<u32> = steps.iter().map(|s| s.token).collect();
-            let logprobs: Vec<f32> = steps.iter().map(|s| s.logprob).collect();
-            let (lease, prompt) = (&lease, &prompt[..]);
-            let work =
-                Work { lease, prompt, tokens: &tokens, logprobs: &logprobs, rows: &rows, adapter_hash };
+            let work = Work { lease: &lease, prompt: &prompt, steps: &steps, rows: &rows, adapter_hash };
             let (commitment, opener) = committer.commit(&work).map_err(|e| back(&e))?;
             (commitment, Some(opener))
         }

@@ -224,11 +224,10 @@ impl<'a> Shift<'a> {
         let w = &*self.worker;
         let task = self.samples.spawn(sample(
             w.engine.clone(),
-            w.environment.clone(),
+            std::sync::Arc::clone(&w.referees),
             w.text.clone(),
             w.committer.clone(),
             (lease, self.watcher.adapter_hash(), w.node.peer_id()),
-            w.config.episode_timeout,
         ));
         self.leases.insert(task.id(), lease.id);
     }
