@@ -1,6 +1,6 @@
 //! A rollout worker: register, keep the policy current, sample what is leased, submit until it is acknowledged.
 //!
-//! Asking, fetching, sampling and submitting go on at the same time ([`shift`]): a finished sample is submitted at once
+//! Asking, fetching, sampling and submitting go on at the same time (`worker/shift.rs`): a finished sample is submitted at once
 //! and its place is taken by another. Dropping the future of [`Worker::run`] stops the worker at once; its leases expire
 //! and go to others.
 

@@ -70,7 +70,7 @@ impl fmt::Display for KvFormat {
 /// pages, in order of position, are `tables[rows[t].seq]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Paging<'a> {
-    /// Rows of the batch. [T]
+    /// Rows of the batch. `[T]`
     pub rows: &'a [RowRef],
     /// Pages of each sequence.
     pub tables: &'a [Vec<u32>],
