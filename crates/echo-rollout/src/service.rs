@@ -59,7 +59,7 @@ pub const AUDIT_VERDICT: &str = "echo/audit/verdict";
 /// Domain of signed verdicts.
 pub const VERDICT_DOMAIN: &str = "echo/v1/verdict";
 
-/// How long the trainer keeps a question for work open before it answers that there is none.
+/// How long a trainer keeps a question for work open before it answers that there is none, unless configured otherwise.
 pub const LONG_POLL: Duration = Duration::from_millis(1500);
 
 /// A future of a trait object.

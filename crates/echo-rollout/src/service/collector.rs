@@ -37,6 +37,7 @@ use lattica_net::{NetEvent, Node};
 use swarm_wire::{PeerId, PolicyVersion};
 use tokio::sync::{broadcast, watch};
 
+use super::LONG_POLL;
 use super::journal::{Journal, JournalError};
 use crate::admission::Admission;
 use crate::config::{DispatchConfig, InvalidConfig};
@@ -70,6 +71,8 @@ pub struct CollectorConfig {
     pub max_audit_tries: u32,
     /// How long a worker has to open a commitment. Default: 5 s.
     pub open_timeout: Duration,
+    /// How long a question for work is kept open before it is answered with nothing. Default: [`LONG_POLL`].
+    pub long_poll: Duration,
 }
 
 impl CollectorConfig {
@@ -89,6 +92,7 @@ impl CollectorConfig {
             audit_timeout: Duration::from_secs(15),
             max_audit_tries: 3,
             open_timeout: Duration::from_secs(5),
+            long_poll: LONG_POLL,
         }
     }
 
@@ -271,13 +275,14 @@ impl Collector {
     /// When the version goes back or the journal refuses.
     pub async fn publish(&self, snapshot: &SignedSnapshot) -> Result<(), CollectorError> {
         let version = snapshot.manifest().version;
-        {
-            let mut state = self.inner.state();
-            let keep = version.0.saturating_sub(self.inner.config.dispatch.staleness.0 + SPARE_SNAPSHOTS);
-            state.snapshots.retain(|v, _| v.0 >= keep);
-            state.snapshots.insert(version, snapshot.clone());
-        }
-        self.command(Command::SetVersion(version)).await.map(|_| ())
+        self.command(Command::SetVersion(version)).await?;
+        let mut state = self.inner.state();
+        let keep = version.0.saturating_sub(self.inner.config.dispatch.staleness.0 + SPARE_SNAPSHOTS);
+        state.snapshots.retain(|v, _| v.0 >= keep);
+        state.snapshots.insert(version, snapshot.clone());
+        drop(state);
+        self.inner.changed.send_modify(|n| *n += 1);
+        Ok(())
     }
 
     /// One round of the sequential mode up to complete, audited groups, which the learner then has. Dropping the future

@@ -17,7 +17,7 @@ use crate::lease::{Lease, LeaseId};
 use crate::rollout::Trajectory;
 use crate::service::journal::JournalError;
 use crate::service::{
-    AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, LEASE, LONG_POLL, OPEN, REGISTER, SUBMIT, VERDICT_DOMAIN, encode,
+    AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, LEASE, OPEN, REGISTER, SUBMIT, VERDICT_DOMAIN, encode,
 };
 use crate::wire::{self, MAX_OPENING_BYTES, MAX_SUBMISSION, audit_outcome, message};
 
@@ -78,14 +78,15 @@ async fn register(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Byte
     Ok(encode(&proto::RegisterReply { run: config.dispatch.run.0 }))
 }
 
-/// Answers as soon as there is a newer snapshot or something to make, or after a while with nothing.
+/// Answers as soon as there is a newer snapshot or something to make; with nothing after a while, or when the worker has
+/// asked again with a newer version.
 async fn lease(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes, Status> {
     let m: proto::LeaseRequest = message("lease request", &body).map_err(Status::invalid_argument)?;
-    let until = tokio::time::Instant::now() + LONG_POLL;
+    let until = tokio::time::Instant::now() + inner.config.long_poll;
     let mut changed = inner.changed.subscribe();
     loop {
-        let Found { snapshot, finished, commands } = look(&inner, &worker, &m)?;
-        let news = snapshot.is_some() || finished || m.leaving;
+        let Found { snapshot, finished, outdated, commands } = look(&inner, &worker, &m)?;
+        let news = snapshot.is_some() || finished || outdated || m.leaving;
         let mut leases: Vec<Lease> = Vec::new();
         if !commands.is_empty() {
             for outcome in inner.execute(commands, false).await.map_err(Status::internal)? {
@@ -110,6 +111,8 @@ struct Found {
     snapshot: Option<Signed>,
     /// The run is over.
     finished: bool,
+    /// It has told of a newer version since it asked.
+    outdated: bool,
     /// What its question changes: nothing when there is nothing to make for it.
     commands: Vec<Command>,
 }
@@ -121,32 +124,35 @@ fn look(inner: &Inner, worker: &PeerId, m: &proto::LeaseRequest) -> Result<Found
         return Err(Status::unavailable("the run has ended"));
     }
     admitted(&state, worker, m.incarnation)?;
-    let mut commands = Vec::new();
+    let mut found = Found { snapshot: None, finished: state.finished, outdated: false, commands: Vec::new() };
     if m.leaving {
         if !dispatcher.is_gone(worker) {
-            commands.push(Command::Disconnect { worker: worker.clone() });
+            found.commands.push(Command::Disconnect { worker: worker.clone() });
         }
-        return Ok(Found { snapshot: None, finished: state.finished, commands });
+        return Ok(found);
     }
     let active = m.active_version.map(PolicyVersion);
+    if dispatcher.active_version(worker) > active {
+        return Ok(Found { outdated: true, ..found });
+    }
     if let Some(version) = active.filter(|v| dispatcher.active_version(worker) != Some(*v)) {
         if version > dispatcher.version() {
             return Err(refused(Refusal::UnknownVersion));
         }
-        commands.push(Command::Acknowledge { worker: worker.clone(), version });
+        found.commands.push(Command::Acknowledge { worker: worker.clone(), version });
     }
     if state.finished {
-        return Ok(Found { snapshot: None, finished: true, commands });
+        return Ok(found);
     }
     let known = active.max(m.known_version.map(PolicyVersion));
     let newest = state.snapshots.last_key_value().filter(|(version, _)| known != Some(**version));
-    let snapshot = newest.map(|(_, snapshot)| snapshot.signed().clone());
+    found.snapshot = newest.map(|(_, snapshot)| snapshot.signed().clone());
     // An acknowledgement makes a difference to what it may have; both are carried out together.
-    let may = !commands.is_empty() || dispatcher.can_lease(inner.now_ms(), worker);
+    let may = !found.commands.is_empty() || dispatcher.can_lease(inner.now_ms(), worker);
     if m.max_leases > 0 && active.is_some() && may {
-        commands.push(Command::Lease { worker: worker.clone(), max: m.max_leases });
+        found.commands.push(Command::Lease { worker: worker.clone(), max: m.max_leases });
     }
-    Ok(Found { snapshot, finished: false, commands })
+    Ok(found)
 }
 
 /// Only the last start of a worker that is registered and not convicted has a say.
@@ -263,7 +269,7 @@ fn check_auditor(inner: &Inner, peer: &PeerId) -> Result<(), Status> {
 async fn audit_next(inner: Arc<Inner>, auditor: PeerId, body: Bytes) -> Result<Bytes, Status> {
     check_auditor(&inner, &auditor)?;
     let m: proto::AuditRequest = message("audit request", &body).map_err(Status::invalid_argument)?;
-    let until = tokio::time::Instant::now() + LONG_POLL;
+    let until = tokio::time::Instant::now() + inner.config.long_poll;
     let mut changed = inner.changed.subscribe();
     inner.state().auditors.insert(auditor.clone());
     loop {

@@ -200,7 +200,11 @@ fn worker_with(node: &Node, trainer: &PeerId, seed: u8, error: f32, adapters: Ar
         Arc::new(ByteText),
         adapters,
         Some(Arc::new(committer)),
-        WorkerConfig { max_leases: 3, ..WorkerConfig::new(trainer.clone(), "three lines".to_owned()) },
+        WorkerConfig {
+            max_leases: 3,
+            call_timeout: Duration::from_secs(600),
+            ..WorkerConfig::new(trainer.clone(), "three lines".to_owned())
+        },
     )
 }
 
@@ -280,6 +284,31 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     for node in [trainer, honest, liar] {
         node.shutdown().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_is_acknowledged_as_soon_as_it_is_installed() {
+    let trainer = node(91).await;
+    let rollouts = connected(92, &trainer).await;
+    // Whoever waits for an open question to run out waits longer than this test.
+    let settings = CollectorConfig { long_poll: Duration::from_secs(300), ..config(vec![]) };
+    let collector = Collector::start(trainer.clone(), settings, admission(), None, 0).await.unwrap();
+    let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 92, 0.0, false).run());
+    let mut sync = SequentialSync::new(
+        SequentialConfig { ack_timeout_ms: 600_000, ..round_config() },
+        PolicyVersion(0),
+        0,
+    );
+    for version in 0..4 {
+        let snapshot = snapshot(91, version);
+        let round = collector.round(&mut sync, &snapshot);
+        let groups = tokio::time::timeout(Duration::from_secs(60), round).await.unwrap().unwrap();
+        assert!(groups.iter().flat_map(|g| &g.trajectories).all(|t| t.steps()[0].version.0 == version));
+        collector.commit(&mut sync).await.unwrap();
+    }
+    run.abort();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -49,7 +49,10 @@ pub(super) struct Shift<'a> {
     made: proto::SubmitRequest,
     /// On its way, until it is answered.
     sent: Option<proto::SubmitRequest>,
+    /// The open question and for how many leases there was room.
     asking: Option<(Reply<proto::LeaseReply>, u32)>,
+    /// Questions with room that say an older version. The trainer answers them when it hears of the newer one.
+    outdated: JoinSet<Result<proto::LeaseReply, AskError>>,
     submitting: Option<Reply<proto::SubmitReply>>,
     /// Pause before the next question.
     pause: Duration,
@@ -59,6 +62,7 @@ pub(super) struct Shift<'a> {
 enum Event {
     Sampled(Result<(Id, Result<Made, GivenBack>), JoinError>),
     Leased(Result<proto::LeaseReply, AskError>),
+    LeasedBefore(Result<proto::LeaseReply, AskError>),
     Submitted(Result<proto::SubmitReply, AskError>),
     Fetched(Result<Staged, SnapshotError>),
 }
@@ -82,6 +86,7 @@ impl<'a> Shift<'a> {
             made: proto::SubmitRequest::default(),
             sent: None,
             asking: None,
+            outdated: JoinSet::new(),
             submitting: None,
             pause: Duration::ZERO,
         }
@@ -103,6 +108,7 @@ impl<'a> Shift<'a> {
                 Some(done) = self.samples.join_next_with_id() => Event::Sampled(done),
                 fetched = of(fetching) => Event::Fetched(fetched),
                 reply = of(self.submitting.as_mut()) => Event::Submitted(reply),
+                Some(Ok(reply)) = self.outdated.join_next() => Event::LeasedBefore(reply),
                 reply = of(self.asking.as_mut().map(|(reply, _)| reply)) => Event::Leased(reply),
             };
             let end = match event {
@@ -118,7 +124,11 @@ impl<'a> Shift<'a> {
                     None
                 }
                 Event::Submitted(reply) => self.submitted(reply)?,
-                Event::Leased(reply) => self.leased(reply)?,
+                Event::Leased(reply) => {
+                    self.asking = None;
+                    self.leased(reply)?
+                }
+                Event::LeasedBefore(reply) => self.leased(reply)?,
             };
             match end {
                 None => {}
@@ -191,7 +201,6 @@ impl<'a> Shift<'a> {
     }
 
     fn leased(&mut self, reply: Result<proto::LeaseReply, AskError>) -> Result<Option<End>, WorkerError> {
-        self.asking = None;
         let unknown = is_unknown(&reply);
         let Some(reply) = self.worker.judge(reply)? else {
             self.pause = self.worker.config.retry_pause;
@@ -348,8 +357,10 @@ impl<'a> Shift<'a> {
                 self.pause = self.worker.config.retry_pause;
             }
         }
-        // An open question without room says the old version.
-        self.asking = self.asking.take().filter(|(_, max)| *max > 0);
+        // The open question says the old version.
+        if let Some((reply, _)) = self.asking.take().filter(|(_, max)| *max > 0) {
+            self.outdated.spawn(reply);
+        }
     }
 }
 
