@@ -15,8 +15,11 @@ pub struct SessionConfig {
     pub max_wants_per_peer: usize,
     /// Presences asked of one peer at a time.
     pub presence_window: usize,
-    /// Peers, beyond the known holders, that are asked for presences.
+    /// Peers, beyond the known holders, that are asked for presences when much is missing.
     pub max_candidates: usize,
+    /// More of them are asked while presences asked for, over all blocks and peers, stay below this: for few blocks
+    /// everybody is asked at once, so that one holder among many is found in one round trip.
+    pub max_presences: usize,
     /// A peer that delivers nothing for this long is asked no more for a while; grows with the measured latency.
     pub min_timeout: Duration,
     /// Upper bound of that time.
@@ -38,6 +41,7 @@ impl Default for SessionConfig {
             max_wants_per_peer: 1024,
             presence_window: 256,
             max_candidates: 8,
+            max_presences: 512,
             min_timeout: Duration::from_secs(3),
             max_timeout: Duration::from_secs(30),
             max_stalls: 3,

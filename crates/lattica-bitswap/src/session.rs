@@ -122,7 +122,8 @@ impl Session {
 
     /// A peer that may have something: asked for presences first. Ignored when enough such peers are asked already.
     pub fn add_candidate(&mut self, peer: &PeerId, now: Duration) {
-        if self.n_candidates < self.config.max_candidates && !self.peers.contains_key(peer) {
+        let enough = self.config.max_candidates.max(self.config.max_presences / self.slots.len().max(1));
+        if self.n_candidates < enough && !self.peers.contains_key(peer) {
             self.n_candidates += 1;
             self.add(peer, Knows::Unknown, now);
         }

@@ -166,12 +166,21 @@ fn equal_holders_share_the_work() {
 
 #[test]
 fn one_holder_among_many_candidates_is_found_in_two_round_trips() {
-    let mut peers: Vec<_> =
-        (0..7).map(|_| (Behaviour { latency_ms: 20, ..Behaviour::default() }, false)).collect();
-    peers.push((all(1, 20), false));
-    let result = run(1, &peers, SessionConfig::default());
-    assert_eq!(result.outlook, Outlook::Done);
-    assert!(result.took <= MS * (2 * 20 + 10), "{:?}", result.took);
+    for holder in [0, 31, 63] {
+        let mut peers: Vec<_> =
+            (0..64).map(|_| (Behaviour { latency_ms: 20, ..Behaviour::default() }, false)).collect();
+        peers[holder] = (all(1, 20), false);
+        let result = run(1, &peers, SessionConfig::default());
+        assert_eq!(result.outlook, Outlook::Done);
+        assert!(result.took <= MS * (2 * 20 + 10), "{:?}", result.took);
+    }
+}
+
+#[test]
+fn presences_of_many_blocks_are_asked_of_few_peers() {
+    let mut session = Session::new(SessionConfig::default(), &wanted(1000));
+    (0..64).for_each(|i| session.add_candidate(&peer(i), Duration::ZERO));
+    assert_eq!(session.asked_peers(), SessionConfig::default().max_candidates);
 }
 
 #[test]
