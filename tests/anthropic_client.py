@@ -6,7 +6,7 @@ import anthropic
 
 client = anthropic.Anthropic(base_url=sys.argv[1], api_key="secret", max_retries=0)
 out = {}
-ask = dict(model="toy", max_tokens=12, temperature=0, system="be kind",
+ask = dict(model="toy", max_tokens=12, extra_body={"temperature": 0}, system="be kind",
            messages=[{"role": "user", "content": "hello there"}])
 whole = client.messages.create(**ask)
 out["whole"] = [whole.type, whole.role, whole.content[0].type, whole.stop_reason, whole.usage.output_tokens]
@@ -28,8 +28,8 @@ turns = ask["messages"] + [
     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]},
 ]
 out["tools"] = client.messages.create(**{**ask, "messages": turns, "tools": [tool]}).stop_reason
-out["parameters"] = client.messages.create(**{**ask, "temperature": 0.9, "top_p": 0.5, "top_k": 4,
-                                              "metadata": {"user_id": "u"}}).stop_reason
+sampled = {"temperature": 0.9, "top_p": 0.5, "top_k": 4}
+out["parameters"] = client.messages.create(**{**ask, "extra_body": sampled, "metadata": {"user_id": "u"}}).stop_reason
 
 
 def failure(call):
@@ -40,7 +40,7 @@ def failure(call):
     return "no failure"
 
 
-out["too_hot"] = failure(lambda: client.messages.create(**{**ask, "temperature": 1.5}))
+out["too_hot"] = failure(lambda: client.messages.create(**{**ask, "extra_body": {"temperature": 1.5}}))
 out["no_model"] = failure(lambda: client.messages.create(**{**ask, "model": "other"}))
 stranger = anthropic.Anthropic(base_url=sys.argv[1], api_key="wrong", max_retries=0)
 out["stranger"] = failure(lambda: stranger.messages.create(**ask))

@@ -90,8 +90,8 @@ out["response"] = [response.status, response.incomplete_details.reason, len(resp
                    response.usage.output_tokens]
 with client.responses.stream(model="toy", input="hello", instructions="be kind", max_output_tokens=6,
                              temperature=0) as events:
-    kinds = [event.type for event in events]
-    out["response_stream"] = [kinds[0], kinds[-1], events.get_final_response().output_text == response.output_text]
+    seen = list(events)
+    out["response_stream"] = [seen[0].type, seen[-1].type, seen[-1].response.output_text == response.output_text]
 
 
 def failure(call):

@@ -1,7 +1,8 @@
-//! The official `openai` Python client against our server: a small random model, real HTTP on a free loopback port.
+//! The official `openai` and `anthropic` Python clients against our server: a small random model, real HTTP on a free
+//! loopback port. What the clients do is in the scripts beside this file.
 //!
-//! Without `python3` or the package it says so and passes: the build needs no Python. `OPENAI_PYTHON` names another
-//! interpreter, for instance one of a virtual environment with `pip install openai`.
+//! Without `python3` or the packages it says so and passes: the build needs no Python. `OPENAI_PYTHON` names another
+//! interpreter, for instance one of a virtual environment with `pip install openai anthropic`.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::io::Write as _;
@@ -16,43 +17,6 @@ use parallax_model::{ChatTemplate, Checkpoint, LoadOptions, ModelConfig, Tokeniz
 use serde_json::{Value, json};
 
 const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?";
-
-const SCRIPT: &str = r#"
-import json, sys, openai
-url = sys.argv[1]
-client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0)
-out = {}
-out["models"] = [m.id for m in client.models.list()]
-ask = dict(model="toy", messages=[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}],
-           max_tokens=24, temperature=0.8, seed=11)
-whole = client.chat.completions.create(**ask)
-out["text"] = whole.choices[0].message.content
-out["role"] = whole.choices[0].message.role
-out["finish"] = whole.choices[0].finish_reason
-out["usage"] = [whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens]
-again = client.chat.completions.create(**ask)
-out["same_seed_same_text"] = again.choices[0].message.content == out["text"]
-pieces, finish, usage = [], None, None
-for chunk in client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **ask):
-    if chunk.usage:
-        usage = [chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.total_tokens]
-    for choice in chunk.choices:
-        pieces.append(choice.delta.content or "")
-        finish = choice.finish_reason or finish
-out["streamed"] = ["".join(pieces), finish, usage]
-out["completion"] = client.completions.create(model="toy", prompt="hello", max_tokens=5).choices[0].finish_reason
-def failure(call):
-    try:
-        call()
-    except openai.APIStatusError as e:
-        return [type(e).__name__, e.status_code, e.body["message"]]
-    return "no failure"
-out["too_hot"] = failure(lambda: client.chat.completions.create(**{**ask, "temperature": 9}))
-out["too_long"] = failure(lambda: client.completions.create(model="toy", prompt="a" * 300, max_tokens=1))
-stranger = openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0)
-out["stranger"] = failure(lambda: stranger.models.list())
-print(json.dumps(out))
-"#;
 
 fn config() -> ModelConfig {
     let config = json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32,
@@ -72,21 +36,23 @@ fn tokenizer() -> Tokenizer {
     Tokenizer::from_json(file.to_string().as_bytes()).unwrap()
 }
 
-/// An interpreter that can import the client.
-fn python() -> Option<String> {
+/// An interpreter that can import a package.
+fn python(package: &str) -> Option<String> {
     let python = std::env::var("OPENAI_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found = Command::new(&python).args(["-c", "import openai"]).stderr(Stdio::null()).status();
-    found.is_ok_and(|status| status.success()).then_some(python)
+    let import = format!("import {package}");
+    let found = Command::new(&python).args(["-c", &import]).stderr(Stdio::null()).status();
+    if found.is_ok_and(|status| status.success()) {
+        return Some(python);
+    }
+    eprintln!(
+        "skipped: needs python3 with the package {package} (pip install {package}, or set OPENAI_PYTHON)"
+    );
+    None
 }
 
-#[test]
-fn the_openai_client_is_served() {
-    let Some(python) = python() else {
-        eprintln!(
-            "skipped: needs python3 with the package openai (pip install openai, or set OPENAI_PYTHON)"
-        );
-        return;
-    };
+/// What the script of a client prints about a server of its own; nothing without the client.
+fn served(package: &str, script: &str) -> Option<Value> {
+    let python = python(package)?;
     let dir = tempfile::tempdir().unwrap();
     TrainModel::new_random(&config(), 5).unwrap().save_checkpoint(dir.path()).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
@@ -112,22 +78,70 @@ fn the_openai_client_is_served() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    client.stdin.take().unwrap().write_all(SCRIPT.as_bytes()).unwrap();
+    client.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
     let output = client.wait_with_output().unwrap();
     assert!(output.status.success(), "the client's script failed; its traceback is above");
-    let got: Value = serde_json::from_slice(&output.stdout).unwrap();
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
 
-    assert_eq!(got["models"], json!(["toy"]));
+fn check_failure(got: &Value, kind: &str, status: u16, words: &str) {
+    assert_eq!((&got[0], &got[1]), (&json!(kind), &json!(status)), "{got}");
+    assert!(got.to_string().contains(words), "{got}");
+}
+
+#[test]
+fn the_openai_client_is_served() {
+    let Some(got) = served("openai", include_str!("openai_client.py")) else { return };
+    assert_eq!((&got["models"], &got["model"]), (&json!(["toy"]), &json!("toy")));
     assert_eq!((&got["role"], &got["finish"]), (&json!("assistant"), &json!("length")));
     assert_eq!(got["text"].as_str().unwrap().chars().count(), 24);
     let prompt_tokens = "be kind. hello there. ".len();
     assert_eq!(got["usage"], json!([prompt_tokens, 24, prompt_tokens + 24]));
-    assert_eq!(got["same_seed_same_text"], json!(true));
-    assert_eq!(got["streamed"], json!([got["text"], "length", got["usage"]]));
-    assert_eq!(got["completion"], json!("length"));
-    assert_eq!(got["too_hot"][0], json!("BadRequestError"));
-    assert!(got["too_hot"][2].as_str().unwrap().contains("temperature"), "{}", got["too_hot"]);
-    assert_eq!(got["too_long"][1], json!(400));
-    assert!(got["too_long"][2].as_str().unwrap().contains("300 tokens"), "{}", got["too_long"]);
-    assert_eq!(got["stranger"][0], json!("AuthenticationError"));
+    assert_eq!((&got["same_seed_same_text"], &got["other_seed_other_text"]), (&json!(true), &json!(true)));
+    assert_eq!(got["streamed"], json!([[got["text"]], ["length"], got["usage"]]));
+
+    let matrix = got["matrix"].as_object().unwrap();
+    assert_eq!(matrix.len(), 15);
+    for (name, answer) in matrix {
+        assert_eq!(
+            (&answer["same_streamed"], &answer["same_logprobs"]),
+            (&json!(true), &json!(true)),
+            "{name}: {answer}"
+        );
+        let choices = if name == "n" { 3 } else { 1 };
+        assert_eq!(answer["texts"].as_array().unwrap().len(), choices, "{name}");
+        assert_eq!(answer["logprobs"], json!(if name == "logprobs" { 24 } else { 0 }), "{name}");
+    }
+    assert_eq!(matrix["bias"]["texts"][0], "d".repeat(24));
+    assert_eq!(matrix["max_completion_tokens"]["texts"][0].as_str().unwrap().chars().count(), 5);
+    let stopped = matrix["stop"]["texts"][0].as_str().unwrap();
+    assert!(!stopped.contains(['e', 'a']), "{stopped}");
+    assert_eq!(got["alternatives"], json!(vec![4; 24]));
+
+    assert_eq!(got["completions"], json!([["hello", "length", 10], ["there", "length", 10]]));
+    assert_eq!(got["completion_stream"], json!(5));
+    assert_eq!(got["response"], json!(["incomplete", "max_output_tokens", 6, 6]));
+    assert_eq!(got["response_stream"], json!(["response.created", "response.incomplete", true]));
+
+    check_failure(&got["too_hot"], "BadRequestError", 400, "temperature");
+    check_failure(&got["too_long"], "BadRequestError", 400, "300 tokens");
+    check_failure(&got["no_model"], "NotFoundError", 404, "gpt-9");
+    check_failure(&got["stranger"], "AuthenticationError", 401, "API key");
+}
+
+#[test]
+fn the_anthropic_client_is_served() {
+    let Some(got) = served("anthropic", include_str!("anthropic_client.py")) else { return };
+    assert_eq!(got["whole"], json!(["message", "assistant", "text", "max_tokens", 12]));
+    assert_eq!((&got["same_streamed"], &got["final"]), (&json!(true), &json!([true, "max_tokens", 12])));
+    let events: Vec<&str> = got["events"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert_eq!((events[0], events[events.len() - 1]), ("message_start", "message_stop"));
+    assert_eq!(got["counted"], json!(true));
+    assert_eq!(got["stopped"], json!(["stop_sequence", true, true]));
+    for name in ["prefilled", "tools", "parameters"] {
+        assert_eq!(got[name], json!("max_tokens"), "{name}");
+    }
+    check_failure(&got["too_hot"], "BadRequestError", 400, "temperature");
+    check_failure(&got["no_model"], "NotFoundError", 404, "other");
+    check_failure(&got["stranger"], "AuthenticationError", 401, "API key");
 }
