@@ -37,6 +37,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 /// An interpreter that can import a package.
+#[expect(clippy::print_stderr, reason = "a test that is left out says so")]
 fn python(package: &str) -> Option<String> {
     let python = std::env::var("OPENAI_PYTHON").unwrap_or_else(|_| "python3".into());
     let import = format!("import {package}");

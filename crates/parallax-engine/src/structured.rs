@@ -4,6 +4,8 @@
 //! A grammar is compiled once per request; every answer follows a copy of the compiled state. White space between the
 //! elements of JSON is limited, because a model that may write spaces for ever sometimes does.
 
+mod formats;
+
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -261,13 +263,14 @@ impl ConstraintState for Watching {
     }
 }
 
-/// The schema with limits on white space, unless it sets some itself.
+/// The schema with exact formats and limits on white space, unless it sets some itself.
 fn with_space(schema: &Value) -> Value {
     let mut schema = match schema {
         // `true` allows everything.
         Value::Bool(true) => json!({}),
         schema => schema.clone(),
     };
+    formats::sharpen(&mut schema);
     if let Some(fields) = schema.as_object_mut() {
         fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": JSON_SPACE}));
     }
@@ -400,6 +403,37 @@ mod tests {
             let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
             assert!((3..=12).contains(&value["n"].as_i64().unwrap()), "{value}");
             assert!(value["kind"] == "a" || value["kind"] == "b");
+        }
+    }
+
+    #[test]
+    fn days_and_seconds_exist() {
+        let grammars = bytes();
+        let allows = |format: &str, text: &str| {
+            let schema = json!({"type": ["string", "null"], "format": format});
+            let mut state = grammars.compile(&GrammarSpec::JsonSchema(schema)).unwrap().start();
+            let said = format!("\"{text}\"");
+            said.bytes().all(|byte| {
+                let mut logits = vec![0.0; 257];
+                state.mask(&mut logits).unwrap();
+                logits[usize::from(byte)] == 0.0 && state.accept(u32::from(byte)).is_ok()
+            })
+        };
+        for (format, yes, no) in [
+            ("date", ["2024-02-29", "2000-02-29", "1999-12-31"], ["2023-02-29", "1900-02-29", "2024-02-30"]),
+            (
+                "time",
+                ["23:59:59Z", "00:00:00.5+01:00", "12:30:09-23:59"],
+                ["23:59:60Z", "24:00:00Z", "1:00:00Z"],
+            ),
+            (
+                "date-time",
+                ["2024-02-29T00:00:00Z", "2023-02-28t23:59:59.25-01:00", "2023-11-30T12:00:00Z"],
+                ["2023-02-29T00:00:00Z", "2024-06-30T23:59:60Z", "2023-11-31T12:00:00Z"],
+            ),
+        ] {
+            assert!(yes.iter().all(|text| allows(format, text)), "{format}");
+            assert!(!no.iter().any(|text| allows(format, text)), "{format}");
         }
     }
 

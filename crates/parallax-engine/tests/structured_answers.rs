@@ -1,100 +1,139 @@
-//! A thousand structured answers of a model that knows nothing: each is valid under its schema, says an independent
-//! validator.
+//! A thousand structured answers of a small model that knows nothing of their schemas, each under a schema of its own that
+//! a seed draws: all are valid, says an independent validator.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
-#![cfg(feature = "structured")]
+#![cfg(all(feature = "structured", feature = "local", feature = "service"))]
 
-use parallax_engine::constraint::Constraint;
+use std::collections::BTreeSet;
+
+use parallax_engine::local::LocalStage;
 use parallax_engine::structured::{GrammarSpec, Grammars};
-use serde_json::{Value, json};
+use parallax_engine::{EngineConfig, EngineHandle, FinishReason, Request, SamplingParams};
+use parallax_model::{Checkpoint, LoadOptions};
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Map, Value, json};
 
-/// Schemas with bounded answers: a random model never ends a list or a text that may go on for ever.
-fn schemas() -> Vec<Value> {
-    let text = json!({"type": "string", "maxLength": 12});
-    vec![
-        json!({"type": "object", "additionalProperties": false, "required": ["name", "age"],
-               "properties": {"name": text, "age": {"type": "integer", "minimum": 0, "maximum": 120}}}),
-        json!({"type": "array", "minItems": 1, "maxItems": 4, "items": {"enum": ["red", "green", "blue", 7, null, true]}}),
-        json!({"type": "object", "additionalProperties": false, "required": ["point", "tags"], "properties": {
-               "point": {"type": "object", "additionalProperties": false, "required": ["x", "y"],
-                         "properties": {"x": {"type": "number", "minimum": -5, "maximum": 5}, "y": {"type": "number", "minimum": -1, "maximum": 1}}},
-               "tags": {"type": "array", "maxItems": 3, "items": {"type": "string", "pattern": "^[a-z]{2,5}$"}},
-               "note": text}}),
-        json!({"anyOf": [{"type": "object", "additionalProperties": false, "required": ["kind", "radius"],
-                          "properties": {"kind": {"const": "circle"}, "radius": {"type": "integer", "minimum": 1, "maximum": 99}}},
-                         {"type": "object", "additionalProperties": false, "required": ["kind", "sides"],
-                          "properties": {"kind": {"const": "polygon"}, "sides": {"type": "integer", "minimum": 3, "maximum": 12}}}]}),
-        json!({"$defs": {"leaf": {"type": "object", "additionalProperties": false, "required": ["v"], "properties": {"v": {"type": "boolean"}}}},
-               "type": "object", "additionalProperties": false, "required": ["left", "right"],
-               "properties": {"left": {"$ref": "#/$defs/leaf"}, "right": {"anyOf": [{"$ref": "#/$defs/leaf"}, {"type": "null"}]}}}),
-        json!({"type": "object", "additionalProperties": false, "required": ["day", "id"], "properties": {
-               "day": {"type": "string", "format": "date"}, "id": {"type": "string", "format": "uuid"},
-               "state": {"type": ["string", "null"], "enum": ["on", "off", null]}}}),
-    ]
+const ANSWERS: u64 = 1000;
+/// Answers in the making at the same time.
+const TOGETHER: u64 = 50;
+
+/// A schema whose answers are bounded: a model that knows nothing never ends a list or a text that may go on for ever.
+fn schema(random: &mut ChaCha8Rng, depth: usize) -> Value {
+    let kinds = if depth == 0 { 9 } else { 13 };
+    match random.random_range(0..kinds) {
+        0 => json!({"type": "boolean"}),
+        1 => {
+            let least = random.random_range(-500..500);
+            json!({"type": "integer", "minimum": least, "maximum": least + random.random_range(0..900)})
+        }
+        2 => {
+            let least = f64::from(random.random_range(-40..40)) / 4.0;
+            json!({"type": "number", "minimum": least, "maximum": least + 2.5})
+        }
+        3 => {
+            let least = random.random_range(0..4);
+            json!({"type": "string", "minLength": least, "maxLength": least + random.random_range(0..8)})
+        }
+        4 => {
+            let pattern = ["^[a-z]{2,5}$", "^(north|south)-[0-9]{1,3}$", "^[A-F0-9]{4}(:[A-F0-9]{4}){0,2}$"];
+            json!({"type": "string", "pattern": pattern.choose(random)})
+        }
+        5 => {
+            let formats = ["date", "time", "uuid", "ipv4"];
+            json!({"type": "string", "format": formats.choose(random)})
+        }
+        6 => {
+            let all = [json!("red"), json!("blé \"ok\""), json!(7), json!(null), json!(true), json!(-2.5)];
+            json!({"enum": &all[..random.random_range(1..=all.len())]})
+        }
+        7 => {
+            let texts = ["circle", "a\nb", "日本"];
+            json!({"const": texts.choose(random)})
+        }
+        8 => json!({"type": ["integer", "null"], "minimum": 0, "maximum": 9}),
+        9 => {
+            let most = random.random_range(0..3);
+            let least = random.random_range(0..=most);
+            json!({"type": "array", "minItems": least, "maxItems": most, "items": schema(random, depth - 1)})
+        }
+        10 => json!({"anyOf": [schema(random, depth - 1), schema(random, depth - 1)]}),
+        _ => object(random, depth),
+    }
 }
 
-/// Tokens of one byte, some of several, and an end token: like a real vocabulary they cut the text anywhere.
-fn vocabulary() -> Vec<(Vec<u8>, bool)> {
-    let mut tokens: Vec<(Vec<u8>, bool)> = (0..=u8::MAX).map(|b| (vec![b], false)).collect();
-    for word in
-        ["{\"", "\":", "\",\"", "\"}", "true", "false", "null", "circle", "poly", "12", " ", "é", "},", "]}"]
-    {
-        tokens.push((word.as_bytes().to_vec(), false));
-    }
-    tokens.push((b"<end>".to_vec(), true));
-    tokens
-}
-
-/// Draws among the allowed tokens with logits that are a hash of seed and position.
-fn answer(grammar: &dyn Constraint, vocabulary: &[(Vec<u8>, bool)], seed: u64) -> Vec<u8> {
-    let end = vocabulary.len() - 1;
-    let (mut state, mut text) = (grammar.start(), Vec::new());
-    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    while !state.is_complete() {
-        let mut logits = vec![0.0f32; vocabulary.len()];
-        for logit in &mut logits {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            *logit = (random >> 40) as f32;
-        }
-        state.mask(&mut logits).unwrap();
-        let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
-        state.accept(u32::try_from(best).unwrap()).unwrap();
-        if best != end {
-            text.extend_from_slice(&vocabulary[best].0);
-        }
-        assert!(text.len() < 4000, "an answer that does not end: {}", String::from_utf8_lossy(&text));
-    }
-    text
+fn object(random: &mut ChaCha8Rng, depth: usize) -> Value {
+    let names = ["name", "größe", "point x"];
+    let used = &names[..random.random_range(1..=1 + depth)];
+    let properties: Map<String, Value> =
+        used.iter().map(|name| ((*name).to_owned(), schema(random, depth - 1))).collect();
+    let required: Vec<&&str> = used.iter().filter(|_| random.random_bool(0.6)).collect();
+    json!({"type": "object", "additionalProperties": false, "properties": properties, "required": required})
 }
 
 #[test]
 fn a_thousand_of_a_thousand_answers_are_valid() {
-    let vocabulary = vocabulary();
-    let end = u32::try_from(vocabulary.len() - 1).unwrap();
-    let grammars = Grammars::new(vocabulary.clone(), vec![end]).unwrap();
-    let schemas: Vec<_> = schemas()
-        .into_iter()
-        .map(|schema| {
-            let grammar = grammars.compile(&GrammarSpec::JsonSchema(schema.clone())).unwrap();
+    let checkpoint = Checkpoint::tiny().unwrap();
+    let options = LoadOptions { kv_pages: 2048, ..LoadOptions::whole(&checkpoint) };
+    let stage = LocalStage::load(&checkpoint, &options).unwrap();
+    let engine = EngineHandle::start(Box::new(stage), EngineConfig::default()).unwrap();
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let vocabulary = tokenizer.token_table().unwrap();
+    let ends = checkpoint.config().eos.clone();
+    let grammars =
+        Grammars::new(vocabulary.into_iter().map(|t| (t.bytes, t.special)).collect(), ends.clone()).unwrap();
+    let prompt = tokenizer.encode("<bos><user>any<assistant>", false).unwrap();
+
+    let (mut valid, mut different, mut shapes) = (0, BTreeSet::new(), BTreeSet::new());
+    for batch in 0..ANSWERS / TOGETHER {
+        let asked: Vec<_> = (batch * TOGETHER..(batch + 1) * TOGETHER)
+            .map(|seed| {
+                let mut schema = object(&mut ChaCha8Rng::seed_from_u64(seed), 2);
+                // The tiny model has a short context, which white space alone would fill.
+                schema["x-guidance"] = json!({"whitespace_pattern": "[ \\n]?"});
+                let constraint = grammars
+                    .compile(&GrammarSpec::JsonSchema(schema.clone()))
+                    .unwrap_or_else(|e| panic!("schema {seed}: {e}: {schema}"));
+                let sampling = SamplingParams {
+                    temperature: 1.5,
+                    seed,
+                    max_tokens: 500,
+                    stop_ids: ends.clone(),
+                    ..SamplingParams::default()
+                };
+                let request = Request {
+                    prompt: prompt.clone(),
+                    sampling,
+                    constraint: Some(constraint),
+                    ..Request::default()
+                };
+                (seed, schema, engine.submit(request).unwrap())
+            })
+            .collect();
+        for (seed, schema, mut stream) in asked {
+            let mut completion = parallax_engine::Completion::default();
+            while let Some(event) = stream.next_blocking() {
+                completion.take(event);
+            }
+            assert_eq!(completion.reason, FinishReason::Stop, "answer {seed} to {schema}");
+            let text = tokenizer.decode(&completion.token_ids()).unwrap();
+            let value: Value = serde_json::from_str(&text)
+                .unwrap_or_else(|e| panic!("answer {seed} is no JSON: {e}: {text}"));
             let validator = jsonschema::options().should_validate_formats(true).build(&schema).unwrap();
-            (grammar, validator, std::collections::BTreeSet::new())
-        })
-        .collect();
-    let mut schemas = schemas;
-    let n_schemas = schemas.len();
-    let mut valid = 0;
-    for seed in 0..1000 {
-        let (grammar, validator, different) = &mut schemas[seed % n_schemas];
-        let text = answer(grammar.as_ref(), &vocabulary, seed as u64);
-        let value: Value = serde_json::from_slice(&text)
-            .unwrap_or_else(|e| panic!("answer {seed} is no JSON: {e}: {}", String::from_utf8_lossy(&text)));
-        let faults: Vec<String> = validator.iter_errors(&value).map(|e| e.to_string()).collect();
-        assert!(faults.is_empty(), "answer {seed}: {value}: {faults:?}");
-        different.insert(text);
-        valid += 1;
+            let faults: Vec<String> = validator.iter_errors(&value).map(|e| e.to_string()).collect();
+            assert!(faults.is_empty(), "answer {seed}: {value} under {schema}: {faults:?}");
+            different.insert(text);
+            shapes.insert(schema.to_string());
+            valid += 1;
+        }
     }
-    assert_eq!(valid, 1000);
-    // The answers are not one and the same.
-    assert!(schemas.iter().all(|(_, _, different)| different.len() >= 5));
+    println!("{valid} of {ANSWERS} answers are valid, under {} schemas", shapes.len());
+    assert_eq!(valid, ANSWERS);
+    // They are not one and the same.
+    assert!(
+        shapes.len() > 800 && different.len() > 800,
+        "{} schemas, {} answers",
+        shapes.len(),
+        different.len()
+    );
 }
