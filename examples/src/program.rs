@@ -1,8 +1,12 @@
 //! A program's frame: logging to stderr, one sentence on failure, the report as the last line of stdout.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
+
+/// How long requests and calls in flight may take once a program is asked to stop.
+pub const DRAIN: Duration = Duration::from_secs(10);
 
 /// Installs logging (`RUST_LOG`, by default warnings) and runs `main`; a failure becomes one sentence on stderr and a
 /// non-zero exit.
@@ -47,6 +51,21 @@ pub async fn asked_to_stop() -> std::io::Result<()> {
     }
     #[cfg(not(unix))]
     tokio::signal::ctrl_c().await
+}
+
+/// Waits until the program is asked to stop and says what happens then; asked again, the program ends at once.
+pub async fn stopping() {
+    if let Err(error) = asked_to_stop().await {
+        // Nobody can ask: the program runs until it is killed.
+        tracing::warn!(%error, "signals cannot be listened for");
+        return std::future::pending().await;
+    }
+    say(&format!("stopping: what is in flight has {} s; once more to stop now", DRAIN.as_secs()));
+    tokio::spawn(async {
+        if asked_to_stop().await.is_ok() {
+            std::process::exit(130);
+        }
+    });
 }
 
 /// A line for people.

@@ -33,7 +33,9 @@ mod server;
 mod tokens;
 mod tools;
 
+use std::future::IntoFuture as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request as HttpRequest, State};
@@ -103,10 +105,16 @@ impl std::fmt::Debug for HttpState {
 
 type Shared = Arc<Server>;
 
+/// How long the last bytes of answers may take to leave, and connections to close, once all answers have ended.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 /// The routes, to be merged with others or served by [`serve`].
 pub fn router(state: HttpState) -> Router {
-    let limit = state.limits.body_bytes;
-    let server = Arc::new(Server::new(state));
+    routes(&Arc::new(Server::new(state)))
+}
+
+fn routes(server: &Shared) -> Router {
+    let limit = server.state.limits.body_bytes;
     let counted = Router::new()
         .route("/v1/chat/completions", post(chat::respond))
         .route("/v1/completions", post(completions::respond))
@@ -115,12 +123,12 @@ pub fn router(state: HttpState) -> Router {
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route_layer(middleware::from_fn_with_state(server.clone(), limited));
+        .route_layer(middleware::from_fn_with_state(Arc::clone(server), limited));
     let known = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/cluster/status", get(cluster_status))
-        .route_layer(middleware::from_fn_with_state(server.clone(), authorized));
+        .route_layer(middleware::from_fn_with_state(Arc::clone(server), authorized));
     Router::new()
         .merge(counted)
         .merge(known)
@@ -135,7 +143,7 @@ pub fn router(state: HttpState) -> Router {
         .layer(DefaultBodyLimit::max(limit))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a bug").into_response()))
         .layer(middleware::from_fn(in_the_shape_of_the_api))
-        .with_state(server)
+        .with_state(Arc::clone(server))
 }
 
 /// Serves until the listener fails or the future is dropped (dropping it is safe: requests in flight are aborted).
@@ -144,6 +152,38 @@ pub fn router(state: HttpState) -> Router {
 /// When accepting connections fails.
 pub async fn serve(listener: tokio::net::TcpListener, state: HttpState) -> std::io::Result<()> {
     axum::serve(listener, router(state)).await
+}
+
+/// As [`serve`], with `more` routes beside these, until `stop`: then new requests get 503, those in flight have `patience`
+/// to end, and the connections are closed.
+///
+/// # Errors
+/// When accepting connections fails.
+pub async fn serve_until(
+    listener: tokio::net::TcpListener,
+    state: HttpState,
+    more: Router,
+    stop: impl Future<Output = ()>,
+    patience: Duration,
+) -> std::io::Result<()> {
+    let server = Arc::new(Server::new(state));
+    let (close, closed) = tokio::sync::oneshot::channel::<()>();
+    let last = async move {
+        // An error means that the other end is gone, which is as good.
+        let _ = closed.await;
+    };
+    let serving = axum::serve(listener, routes(&server).merge(more)).with_graceful_shutdown(last);
+    let mut serving = std::pin::pin!(serving.into_future());
+    tokio::select! {
+        served = &mut serving => return served,
+        () = stop => {}
+    }
+    tokio::select! {
+        served = &mut serving => return served,
+        _ = tokio::time::timeout(patience, server.gate.close()) => {}
+    }
+    drop(close);
+    tokio::time::timeout(GOODBYE, serving).await.unwrap_or(Ok(()))
 }
 
 /// Which key a request came with; without keys all clients are one.

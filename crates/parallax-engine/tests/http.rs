@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parallax_engine::http::{HttpLimits, Readiness};
 use serde_json::{Value, json};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 #[path = "support/alphabet.rs"]
 mod alphabet;
 
-use alphabet::{LETTERS, Setup, chat, post, send, start, with};
+use alphabet::{LETTERS, Setup, chat, post, send, start, start_until, with};
 
 #[tokio::test]
 async fn a_chat_answer_has_text_reason_and_counts() {
@@ -355,6 +356,55 @@ async fn every_error_under_a_route_of_anthropic_has_its_shape() {
         assert_eq!((answer.status, answer.json()["type"].as_str()), (status, Some("error")), "{path}");
     }
     assert_eq!(send(address, "GET", "/v1/completions", "", b"").await.json()["error"]["code"], 405);
+}
+
+/// A server whose model waits at the letter x until the test lets it go on, and an answer that has got there.
+struct Stopping {
+    address: std::net::SocketAddr,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+    answer: tokio::task::JoinHandle<alphabet::Answer>,
+    go_on: std::sync::mpsc::Sender<()>,
+}
+
+/// Asks the server to stop while it answers.
+async fn stop_while_it_answers(patience: Duration) -> Stopping {
+    let (arrived, mut arrival) = tokio::sync::mpsc::unbounded_channel();
+    let (go_on, goes_on) = std::sync::mpsc::channel();
+    let at_x = move || {
+        let _ = arrived.send(());
+        let _ = goes_on.recv();
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let setup = Setup { at_x: Some(Box::new(at_x)), ..Setup::default() };
+    let (address, server) = start_until(setup, async { stopped.await.unwrap() }, patience).await;
+    let answer = tokio::spawn(async move { post(address, "/v1/chat/completions", &chat("uvw")).await });
+    arrival.recv().await.unwrap();
+    stop.send(()).unwrap();
+    Stopping { address, server, answer, go_on }
+}
+
+#[tokio::test]
+async fn a_server_that_stops_finishes_what_it_began_and_lets_nobody_in() {
+    let Stopping { address, server, answer, go_on } = stop_while_it_answers(Duration::from_secs(3600)).await;
+    while send(address, "GET", "/health", "", b"").await.status == 200 {}
+    for path in ["/v1/chat/completions", "/v1/messages", "/tokenize"] {
+        let refused = post(address, path, &chat("a")).await;
+        assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{path}");
+        assert!(refused.body.contains("being stopped"), "{}", refused.body);
+    }
+    assert!(!server.is_finished());
+    go_on.send(()).unwrap();
+    let answer = answer.await.unwrap();
+    assert_eq!((answer.status, &answer.json()["choices"][0]["message"]["content"]), (200, &json!("xyz")));
+    server.await.unwrap().unwrap();
+    assert!(tokio::net::TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+#[tokio::test]
+async fn a_server_that_stops_does_not_wait_for_ever() {
+    let Stopping { server, answer, go_on, .. } = stop_while_it_answers(Duration::ZERO).await;
+    server.await.unwrap().unwrap();
+    drop((answer, go_on));
 }
 
 #[cfg(feature = "structured")]

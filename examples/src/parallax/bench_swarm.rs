@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use lattica_bitswap::Blocks;
 use lattica_net::{Identity, Node, NodeConfig};
 use parallax_engine::local::Pipeline;
 use parallax_engine::service::head::Head;
@@ -211,7 +212,7 @@ async fn swarm(
         kv_format: KvFormat::F32,
         step_timeout: Duration::from_secs(60),
     };
-    let (head, runner) = membership::serve(&node, None, Arc::clone(checkpoint), options).await?;
+    let (head, runner) = membership::serve(&node, None::<&Blocks>, Arc::clone(checkpoint), options).await?;
     let engine = EngineHandle::start(
         Box::new(runner),
         EngineConfig { prefix_cache: false, ..EngineConfig::default() },

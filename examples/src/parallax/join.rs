@@ -6,7 +6,7 @@ use clap::Args;
 use parallax_engine::service::membership::{self, JoinOptions, MemberNews};
 use parallax_model::DeviceKind;
 
-use super::swarm_node::{SwarmNodeArgs, asked_to_end};
+use super::swarm_node::SwarmNodeArgs;
 use crate::program;
 
 /// Take part in a swarm: get some layers of its model, load only those, and compute them for everybody.
@@ -30,7 +30,7 @@ pub struct JoinArgs {
     patience_s: u64,
 }
 
-/// Runs the command: until ctrl-c.
+/// Runs the command: until ctrl-c or SIGTERM, which tells the head first; a second one ends it at once.
 ///
 /// # Errors
 /// No head of that swarm, another model than the local copy, weights that cannot be had or loaded.
@@ -39,7 +39,7 @@ pub fn run(args: JoinArgs) -> anyhow::Result<()> {
 }
 
 async fn join(args: JoinArgs) -> anyhow::Result<()> {
-    let (node, exchange) = args.node.start().await?;
+    let (node, blocks) = args.node.start().await?;
     let options = JoinOptions {
         swarm: args.node.swarm.clone(),
         bootstrap: args.node.bootstrap.clone(),
@@ -74,10 +74,8 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
         };
         program::say(&line);
     };
-    let outcome = tokio::select! {
-        outcome = membership::join(&node, exchange.as_deref(), &options, tell) => outcome,
-        () = asked_to_end() => Ok(()),
-    };
-    node.shutdown().await;
+    let outcome = membership::join(&node, Some(&blocks), &options, program::stopping(), tell).await;
+    // Others may be fetching weights from here.
+    node.drain(program::DRAIN).await;
     Ok(outcome?)
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
+use axum::Router;
 use clap::Args;
 use parallax_engine::EngineHandle;
 use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpLimits, HttpState};
@@ -62,6 +63,9 @@ pub struct ListenArgs {
     /// Largest request body
     #[arg(long, default_value_t = DEFAULT_BODY_LIMIT_BYTES, value_name = "BYTES")]
     pub max_body_bytes: usize,
+    /// Name under which clients ask for the model [default: the last part of --model, without .gguf]
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
     /// Let clients put requests before those of others, with a `priority` below 0
     #[arg(long)]
     pub urgent_requests: bool,
@@ -91,6 +95,16 @@ impl ListenArgs {
         Ok((listener, address))
     }
 
+    /// The name under which `model` is listed.
+    ///
+    /// # Errors
+    /// An empty name.
+    pub fn served_name(&self, model: &str) -> anyhow::Result<String> {
+        let name = self.served_model_name.clone().unwrap_or_else(|| model_name(model));
+        ensure!(!name.trim().is_empty(), "--served-model-name must not be empty");
+        Ok(name)
+    }
+
     /// As the server takes them.
     ///
     /// # Errors
@@ -117,7 +131,8 @@ struct Report {
     load_ms: f64,
 }
 
-/// Runs the command until ctrl-c.
+/// Runs the command until ctrl-c or SIGTERM: then requests in flight finish within [`program::DRAIN`], new ones get 503,
+/// and a second one ends it at once.
 ///
 /// # Errors
 /// A model that cannot be loaded, a port that cannot be opened.
@@ -131,7 +146,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             bail!("--context must be at least 1");
         }
         let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
-        let name = model_name(&args.model.model);
+        let name = args.listen.served_name(&args.model.model)?;
         let engine = args.engine.start(&name, &checkpoint, Box::new(pipeline), args.model.device)?;
         let context_tokens = engine.limits().context_tokens;
         let state = HttpState { limits, ..http_state(engine, &checkpoint, name)? };
@@ -145,10 +160,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         if args.json {
             program::report(&report)?;
         }
-        tokio::select! {
-            served = http::serve(listener, state) => served.context("serving HTTP"),
-            stop = tokio::signal::ctrl_c() => stop.context("waiting for ctrl-c"),
-        }
+        let served =
+            http::serve_until(listener, state, Router::new(), program::stopping(), program::DRAIN).await;
+        served.context("serving HTTP")
     })
 }
 
@@ -168,8 +182,30 @@ pub fn http_state(
     })
 }
 
-/// The name under which a model is listed: the last part of its path, without `.gguf`.
+/// The last part of what was given as model, without `.gguf`: where it lies on this machine is nobody's business.
 pub fn model_name(model: &str) -> String {
-    let name = model.trim_end_matches('/').rsplit('/').next().unwrap_or(model);
-    name.strip_suffix(".gguf").unwrap_or(name).to_owned()
+    let whole = std::fs::canonicalize(model).ok();
+    let path = whole.as_deref().unwrap_or_else(|| std::path::Path::new(model));
+    let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
+    name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_known_by_its_own_name() {
+        let here = std::env::current_dir().unwrap();
+        let here = here.file_name().unwrap().to_str().unwrap();
+        for (model, name) in [
+            ("tiny", "tiny"),
+            ("org/Some-Model-1.5B", "Some-Model-1.5B"),
+            ("/models/a.b/smollm2.Q4_1.gguf", "smollm2.Q4_1"),
+            ("models/llama/", "llama"),
+            (".", here),
+        ] {
+            assert_eq!(model_name(model), name, "{model}");
+        }
+    }
 }

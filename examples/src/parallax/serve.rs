@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use axum::Json;
 use axum::routing::get;
 use clap::Args;
+use lattica_bitswap::Blocks;
 use parallax_engine::EngineHandle;
 use parallax_engine::http::{self, HttpState, Readiness};
 use parallax_engine::service::head::Head;
@@ -18,8 +19,8 @@ use serde_json::json;
 use swarm_wire::PolicyVersion;
 
 use super::engine::EngineArgs;
-use super::run::{ListenArgs, http_state};
-use super::swarm_node::{Exchange, SwarmNodeArgs, asked_to_end};
+use super::run::{ListenArgs, http_state, model_name};
+use super::swarm_node::SwarmNodeArgs;
 use crate::program;
 
 /// Positions of a cache page.
@@ -85,14 +86,14 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let limits = args.listen.limits()?;
     let (listener, address) = args.listen.bind().await?;
     let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
-    let (node, exchange) = args.node.start().await?;
-    let (head, engine) = start_head(&args, &node, &exchange, &checkpoint).await?;
+    let (node, blocks) = args.node.start().await?;
+    let (head, engine) = start_head(&args, &node, &blocks, &checkpoint).await?;
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
     let state = HttpState {
         limits,
         readiness: Some(readiness),
         cluster: Some(head.status_source()),
-        ..http_state(engine, &checkpoint, args.model.clone())?
+        ..http_state(engine, &checkpoint, args.listen.served_name(&args.model)?)?
     };
     let status = head.status_source();
     let swarm = axum::Router::new().route("/swarm/status", get(move || async move { Json(status()) }));
@@ -108,11 +109,10 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         program::report(&json!({"url": url, "peer": node.peer_id(), "addrs": node.listen_addrs().await}))?;
     }
     tokio::select! {
-        done = axum::serve(listener, http::router(state).merge(swarm)) => done?,
+        served = http::serve_until(listener, state, swarm, program::stopping(), program::DRAIN) => served?,
         () = tell_readiness(&head) => {}
-        () = asked_to_end() => {}
     }
-    node.shutdown().await;
+    node.drain(program::DRAIN).await;
     Ok(())
 }
 
@@ -142,13 +142,13 @@ fn adapted(pipeline: Readiness, adapter: Option<&Path>, engine: &EngineHandle) -
 async fn start_head(
     args: &ServeArgs,
     node: &lattica_net::Node,
-    exchange: &Exchange,
+    blocks: &Blocks,
     checkpoint: &Arc<Checkpoint>,
 ) -> anyhow::Result<(Head, EngineHandle)> {
     let context = args.context_tokens.unwrap_or_else(|| checkpoint.config().max_context.min(8192));
     let options = ServeOptions {
         swarm: args.node.swarm.clone(),
-        model: args.model.clone(),
+        model: model_name(&args.model),
         dtype: args.dtype,
         device: args.device,
         take_layers: !args.no_layers,
@@ -159,9 +159,8 @@ async fn start_head(
         kv_format: args.kv,
         step_timeout: Duration::from_secs(args.step_timeout_s.max(1)),
     };
-    let (head, runner) =
-        membership::serve(node, exchange.as_deref(), Arc::clone(checkpoint), options).await?;
-    let engine = args.engine.start(&args.model, checkpoint, Box::new(runner), args.device)?;
+    let (head, runner) = membership::serve(node, Some(blocks), Arc::clone(checkpoint), options).await?;
+    let engine = args.engine.start(&model_name(&args.model), checkpoint, Box::new(runner), args.device)?;
     Ok((head, engine))
 }
 

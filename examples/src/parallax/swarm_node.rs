@@ -8,14 +8,10 @@ use anyhow::Context as _;
 use clap::Args;
 use lattica_bitswap::{Blocks, FsStore, StoreError};
 use lattica_net::{Access, Identity, Liveness, Node, NodeConfig, load_swarm_key};
-use parallax_engine::service::weights::WeightExchange;
 use swarm_wire::LayerRange;
 
 /// Processes of one machine that share a cache directory; each has a block store of its own in it.
 const MAX_STORES: usize = 64;
-
-/// The exchange of weights with peers; none when every machine has its own copy.
-pub type Exchange = Option<Arc<dyn WeightExchange>>;
 
 /// How this machine takes part in the network.
 #[derive(Debug, Clone, Args)]
@@ -55,7 +51,7 @@ impl SwarmNodeArgs {
     ///
     /// # Errors
     /// A taken port, a malformed address, a cache directory that cannot be written.
-    pub async fn start(&self) -> anyhow::Result<(Node, Exchange)> {
+    pub async fn start(&self) -> anyhow::Result<(Node, Blocks)> {
         if let Some(threads) = self.threads {
             anyhow::ensure!(threads > 0, "--threads must be at least 1");
             parallax_kernels::pool::set_threads(threads);
@@ -82,9 +78,8 @@ impl SwarmNodeArgs {
             ..NodeConfig::default()
         };
         let node = Node::start(identity, config).await?;
-        let exchange: Arc<dyn WeightExchange> =
-            Arc::new(Blocks::start(node.clone(), Arc::new(self.store()?)));
-        Ok((node, Some(exchange)))
+        let blocks = Blocks::start(node.clone(), Arc::new(self.store()?));
+        Ok((node, blocks))
     }
 
     /// The first store that no other process of this machine has open.
@@ -129,16 +124,4 @@ impl SwarmNodeArgs {
         anyhow::ensure!(gb.is_finite() && gb > 0.0, "--memory-gb must be above 0");
         Ok((gb * 1e9) as u64)
     }
-}
-
-/// Waits for ctrl-c or, where there is one, the signal that asks to end.
-pub async fn asked_to_end() {
-    let interrupted = tokio::signal::ctrl_c();
-    #[cfg(unix)]
-    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-        tokio::select! { _ = interrupted => {}, _ = terminate.recv() => {} }
-        return;
-    }
-    // A system without signals ends the process itself.
-    let _ = interrupted.await;
 }

@@ -2,6 +2,7 @@
 //!
 //! Keys are compared by their hashes, in constant time. Every key has a rate of its own; without keys all clients share one.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -74,7 +75,8 @@ pub(super) struct Gate {
     buckets: Mutex<Vec<Bucket>>,
     per_minute: Option<u32>,
     seats: Arc<Semaphore>,
-    concurrent_requests: usize,
+    concurrent_requests: u32,
+    closed: AtomicBool,
     opened: Instant,
 }
 
@@ -82,13 +84,16 @@ impl Gate {
     pub(super) fn new(limits: &HttpLimits) -> Self {
         let keys: Vec<_> = limits.api_keys.iter().map(|key| blake3::hash(key.as_bytes())).collect();
         let full = Bucket { level: f64::from(limits.requests_per_minute.unwrap_or(0)), at: Duration::ZERO };
-        let concurrent_requests = limits.concurrent_requests.clamp(1, Semaphore::MAX_PERMITS);
+        let most = Semaphore::MAX_PERMITS.min(u32::MAX as usize);
+        let concurrent_requests =
+            u32::try_from(limits.concurrent_requests.clamp(1, most)).expect("it was cut to 32 bits");
         Self {
             buckets: Mutex::new(vec![full; keys.len().max(1)]),
             keys,
             per_minute: limits.requests_per_minute,
-            seats: Arc::new(Semaphore::new(concurrent_requests)),
+            seats: Arc::new(Semaphore::new(concurrent_requests as usize)),
             concurrent_requests,
+            closed: AtomicBool::new(false),
             opened: Instant::now(),
         }
     }
@@ -123,8 +128,9 @@ impl Gate {
     /// A seat for one request, to be held until its answer has ended.
     ///
     /// # Errors
-    /// 429 when all are taken.
+    /// 503 when the gate is closed, 429 when all are taken.
     pub(super) fn seat(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        self.check_open()?;
         Arc::clone(&self.seats).try_acquire_owned().map_err(|_| {
             let n = self.concurrent_requests;
             ApiError::busy(
@@ -132,6 +138,22 @@ impl Gate {
                 Duration::from_secs(1),
             )
         })
+    }
+
+    /// # Errors
+    /// 503 when the gate is closed.
+    pub(super) fn check_open(&self) -> Result<(), ApiError> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(ApiError::unavailable("this server is being stopped: ask another one, or later"));
+        }
+        Ok(())
+    }
+
+    /// Lets nobody in any more and waits until everybody is out. Dropping the future leaves the gate closed.
+    pub(super) async fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        // The semaphore is never closed: this ends with all seats.
+        let _ = self.seats.acquire_many(self.concurrent_requests).await;
     }
 }
 
@@ -177,8 +199,23 @@ mod tests {
     fn seats_come_back() {
         let gate = Gate::new(&HttpLimits { concurrent_requests: 1, ..HttpLimits::default() });
         let seat = gate.seat().unwrap();
-        assert!(gate.seat().is_err());
+        assert_eq!(gate.seat().unwrap_err().status(), 429);
         drop(seat);
         assert!(gate.seat().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_closed_gate_waits_for_those_inside() {
+        let gate = Gate::new(&HttpLimits { concurrent_requests: 2, ..HttpLimits::default() });
+        let seat = gate.seat().unwrap();
+        let mut closing = Box::pin(gate.close());
+        assert!(futures::poll!(&mut closing).is_pending());
+        assert_eq!(
+            (gate.seat().unwrap_err().status(), gate.check_open().is_err()),
+            (503.try_into().unwrap(), true)
+        );
+        drop(seat);
+        closing.await;
+        assert_eq!(gate.seat().unwrap_err().status(), 503);
     }
 }

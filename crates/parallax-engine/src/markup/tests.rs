@@ -161,30 +161,24 @@ fn templates_tell_their_dialect() {
     }
 }
 
+const DIALECTS: [Dialect; 7] = [
+    Dialect::Hermes,
+    Dialect::Llama3,
+    Dialect::Mistral,
+    Dialect::DeepSeek,
+    Dialect::Kimi,
+    Dialect::Glm,
+    Dialect::Harmony,
+];
+
 fn dialects() -> impl Strategy<Value = Dialect> {
-    prop::sample::select(vec![
-        Dialect::Hermes,
-        Dialect::Llama3,
-        Dialect::Mistral,
-        Dialect::DeepSeek,
-        Dialect::Kimi,
-        Dialect::Glm,
-        Dialect::Harmony,
-    ])
+    prop::sample::select(DIALECTS.to_vec())
 }
 
 /// Texts made of markers, calls and noise, so that the machine meets its own vocabulary in every order.
 fn texts() -> impl Strategy<Value = String> {
     let mut words: Vec<String> = examples().into_iter().map(|(_, said, _)| said.to_owned()).collect();
-    for dialect in [
-        Dialect::Hermes,
-        Dialect::Llama3,
-        Dialect::Mistral,
-        Dialect::DeepSeek,
-        Dialect::Kimi,
-        Dialect::Glm,
-        Dialect::Harmony,
-    ] {
+    for dialect in DIALECTS {
         words.extend(dialect.markers().iter().map(|m| (*m).to_owned()));
     }
     for noise in

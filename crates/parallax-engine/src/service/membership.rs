@@ -98,7 +98,7 @@ pub fn incarnation_now() -> u64 {
 /// When the checkpoint cannot be read or published, or the options make no sense.
 pub async fn serve(
     node: &Node,
-    exchange: Option<&dyn WeightExchange>,
+    exchange: Option<&impl WeightExchange>,
     checkpoint: Arc<Checkpoint>,
     options: ServeOptions,
 ) -> Result<(Head, PipelineRunner), ServeError> {

@@ -6,18 +6,18 @@
 //! the copy is filled again (blocks that arrived before are not fetched twice).
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{Seek, SeekFrom, Write};
+use std::fs;
+use std::io::SeekFrom;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use lattica_bitswap::{Blocks, FetchError, Manifest, PublishError};
 use parallax_model::{Checkpoint, KvFormat, WeightDtype};
 use parallax_sched::ModelProfile;
 use swarm_wire::generated::parallax::v1::FileSpans;
 use swarm_wire::limits::NAME_MAX_BYTES;
 use swarm_wire::{Cid, DecodeError, LayerRange, PeerId};
+use tokio::io::{AsyncSeekExt as _, AsyncWriteExt as _};
 
 /// Files of one checkpoint; more are refused.
 const MAX_FILES: usize = 1024;
@@ -63,60 +63,58 @@ pub enum WeightsError {
 /// Where published files go to and come from: a block exchange with peers, or a toy in a test.
 pub trait WeightExchange: Send + Sync {
     /// Publishes files by reference; returns the root of their manifest, with one entry per file name.
-    fn publish<'a>(&'a self, dir: &'a Path, files: &'a [PathBuf])
-    -> BoxFuture<'a, Result<Cid, PublishError>>;
+    fn publish(
+        &self,
+        dir: &Path,
+        files: &[PathBuf],
+    ) -> impl Future<Output = Result<Cid, PublishError>> + Send;
 
     /// The manifest of a root, from here or from these peers.
-    fn manifest<'a>(
-        &'a self,
-        root: &'a Cid,
-        from: &'a [PeerId],
-    ) -> BoxFuture<'a, Result<Manifest, FetchError>>;
+    fn manifest(
+        &self,
+        root: &Cid,
+        from: &[PeerId],
+    ) -> impl Future<Output = Result<Manifest, FetchError>> + Send;
 
     /// Gets the blocks of these spans (offset, length) and checks them; tells `progress` bytes done and in all.
-    fn fetch<'a>(
-        &'a self,
-        root: &'a Cid,
-        spans: &'a [(u64, u64)],
-        from: &'a [PeerId],
-        progress: Box<dyn FnMut(u64, u64) + Send + 'a>,
-    ) -> BoxFuture<'a, Result<(), FetchError>>;
+    fn fetch(
+        &self,
+        root: &Cid,
+        spans: &[(u64, u64)],
+        from: &[PeerId],
+        progress: impl FnMut(u64, u64) + Send,
+    ) -> impl Future<Output = Result<(), FetchError>> + Send;
 
     /// Bytes that were fetched or published before.
-    fn read<'a>(&'a self, root: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>>;
+    fn read(
+        &self,
+        root: &Cid,
+        offset: u64,
+        len: u64,
+    ) -> impl Future<Output = Result<Bytes, FetchError>> + Send;
 }
 
 impl WeightExchange for Blocks {
-    fn publish<'a>(
-        &'a self,
-        dir: &'a Path,
-        files: &'a [PathBuf],
-    ) -> BoxFuture<'a, Result<Cid, PublishError>> {
-        Box::pin(self.publish_files(dir, files))
+    async fn publish(&self, dir: &Path, files: &[PathBuf]) -> Result<Cid, PublishError> {
+        self.publish_files(dir, files).await
     }
 
-    fn manifest<'a>(
-        &'a self,
-        root: &'a Cid,
-        from: &'a [PeerId],
-    ) -> BoxFuture<'a, Result<Manifest, FetchError>> {
-        Box::pin(self.fetch_manifest(root, from))
+    async fn manifest(&self, root: &Cid, from: &[PeerId]) -> Result<Manifest, FetchError> {
+        self.fetch_manifest(root, from).await
     }
 
-    fn fetch<'a>(
-        &'a self,
-        root: &'a Cid,
-        spans: &'a [(u64, u64)],
-        from: &'a [PeerId],
-        mut progress: Box<dyn FnMut(u64, u64) + Send + 'a>,
-    ) -> BoxFuture<'a, Result<(), FetchError>> {
-        Box::pin(async move {
-            self.fetch_spans(root, spans, from, |p| progress(p.done_bytes, p.total_bytes)).await.map(|_| ())
-        })
+    async fn fetch(
+        &self,
+        root: &Cid,
+        spans: &[(u64, u64)],
+        from: &[PeerId],
+        mut progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<(), FetchError> {
+        self.fetch_spans(root, spans, from, |p| progress(p.done_bytes, p.total_bytes)).await.map(|_| ())
     }
 
-    fn read<'a>(&'a self, root: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>> {
-        Box::pin(self.read_span(root, offset, len))
+    async fn read(&self, root: &Cid, offset: u64, len: u64) -> Result<Bytes, FetchError> {
+        self.read_span(root, offset, len).await
     }
 }
 
@@ -298,7 +296,7 @@ const COMPLETE: &str = ".complete";
 /// # Errors
 /// When the list makes no sense, nobody has the bytes, or the disk refuses.
 pub async fn fetch(
-    exchange: &dyn WeightExchange,
+    exchange: &impl WeightExchange,
     root: &Cid,
     files: &[FileSpans],
     layers: LayerRange,
@@ -313,35 +311,38 @@ pub async fn fetch(
     let manifest = exchange.manifest(root, from).await?;
     let places = wanted.places(&manifest)?;
     let spans: Vec<(u64, u64)> = merged(places.iter().map(|&(_, _, at, len)| (at, len)).collect());
-    exchange.fetch(root, &spans, from, Box::new(progress)).await?;
+    exchange.fetch(root, &spans, from, progress).await?;
 
     let dir = sparse_dir(cache_dir, root, layers);
     let disk = |path: &Path| {
         let path = path.to_owned();
         move |source| WeightsError::Disk { path, source }
     };
-    fs::create_dir_all(&dir).map_err(disk(&dir))?;
+    tokio::fs::create_dir_all(&dir).await.map_err(disk(&dir))?;
     for (name, file_bytes, _) in &wanted.files {
         let path = dir.join(name);
-        let mut file = File::create(&path).map_err(disk(&path))?;
-        file.set_len(*file_bytes).map_err(disk(&path))?;
+        let mut file = tokio::fs::File::create(&path).await.map_err(disk(&path))?;
+        file.set_len(*file_bytes).await.map_err(disk(&path))?;
         for &(_, at, source_at, len) in places.iter().filter(|place| place.0 == name) {
-            file.seek(SeekFrom::Start(at)).map_err(disk(&path))?;
+            file.seek(SeekFrom::Start(at)).await.map_err(disk(&path))?;
             let mut done = 0;
             while done < len {
                 let n = COPY_BYTES.min(len - done);
                 let bytes = exchange.read(root, source_at + done, n).await?;
-                file.write_all(&bytes).map_err(disk(&path))?;
+                file.write_all(&bytes).await.map_err(disk(&path))?;
                 done += n;
             }
         }
-        file.sync_all().map_err(disk(&path))?;
+        // What `write_all` still holds must not fail unseen.
+        file.flush().await.map_err(disk(&path))?;
+        file.sync_all().await.map_err(disk(&path))?;
     }
     let gguf =
         wanted.files.iter().find(|(name, ..)| name.ends_with(".gguf")).map_or("", |(name, ..)| name.as_str());
     let complete = dir.join(COMPLETE);
     let partial = dir.join(".complete.partial");
-    fs::write(&partial, gguf).and_then(|()| fs::rename(&partial, &complete)).map_err(disk(&complete))?;
+    tokio::fs::write(&partial, gguf).await.map_err(disk(&partial))?;
+    tokio::fs::rename(&partial, &complete).await.map_err(disk(&complete))?;
     Ok(if gguf.is_empty() { dir } else { dir.join(gguf) })
 }
 
@@ -412,35 +413,29 @@ mod tests {
     }
 
     impl WeightExchange for Toy {
-        fn publish<'a>(&'a self, _: &'a Path, _: &'a [PathBuf]) -> BoxFuture<'a, Result<Cid, PublishError>> {
-            Box::pin(async { Ok(self.root()) })
+        async fn publish(&self, _: &Path, _: &[PathBuf]) -> Result<Cid, PublishError> {
+            Ok(self.root())
         }
 
-        fn manifest<'a>(
-            &'a self,
-            _: &'a Cid,
-            _: &'a [PeerId],
-        ) -> BoxFuture<'a, Result<Manifest, FetchError>> {
-            Box::pin(async { Ok(self.manifest.clone()) })
+        async fn manifest(&self, _: &Cid, _: &[PeerId]) -> Result<Manifest, FetchError> {
+            Ok(self.manifest.clone())
         }
 
-        fn fetch<'a>(
-            &'a self,
-            _: &'a Cid,
-            spans: &'a [(u64, u64)],
-            _: &'a [PeerId],
-            mut progress: Box<dyn FnMut(u64, u64) + Send + 'a>,
-        ) -> BoxFuture<'a, Result<(), FetchError>> {
+        async fn fetch(
+            &self,
+            _: &Cid,
+            spans: &[(u64, u64)],
+            _: &[PeerId],
+            mut progress: impl FnMut(u64, u64) + Send,
+        ) -> Result<(), FetchError> {
             self.fetched.lock().unwrap().extend_from_slice(spans);
             progress(1, 1);
-            Box::pin(async { Ok(()) })
+            Ok(())
         }
 
-        fn read<'a>(&'a self, _: &'a Cid, offset: u64, len: u64) -> BoxFuture<'a, Result<Bytes, FetchError>> {
+        async fn read(&self, _: &Cid, offset: u64, len: u64) -> Result<Bytes, FetchError> {
             let range = offset as usize..(offset + len) as usize;
-            let bytes = Bytes::copy_from_slice(&self.bytes[range]);
-            let broken = self.broken;
-            Box::pin(async move { if broken { Err(FetchError::Closed) } else { Ok(bytes) } })
+            if self.broken { Err(FetchError::Closed) } else { Ok(Bytes::copy_from_slice(&self.bytes[range])) }
         }
     }
 

@@ -4,8 +4,9 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use parallax_engine::http::{HttpLimits, HttpState, Readiness, router};
+use parallax_engine::http::{HttpLimits, HttpState, Readiness, router, serve_until};
 use parallax_engine::{
     Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor,
 };
@@ -21,7 +22,12 @@ pub const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz.";
 pub struct Alphabet {
     /// Fail at the letter x.
     pub fails_at_x: bool,
+    /// Called at the letter x.
+    pub at_x: Option<AtX>,
 }
+
+/// What happens at the letter x.
+pub type AtX = Box<dyn Fn() + Send>;
 
 impl StageRunner for Alphabet {
     fn shape(&self) -> StageShape {
@@ -44,6 +50,9 @@ impl StageRunner for Alphabet {
             if self.fails_at_x && ids[row] == 23 {
                 let (peer, layers, reason) = ("Qm7".into(), "3..6".into(), "connection lost".into());
                 return Err(StageError::Lost { peer, layers, reason });
+            }
+            if let Some(at_x) = self.at_x.as_ref().filter(|_| ids[row] == 23) {
+                at_x();
             }
             let next = (ids[row] as usize + 1).min(LETTERS.len() - 1);
             logits.extend((0..LETTERS.len()).map(|i| if i == next { 20.0 } else { 0.0 }));
@@ -79,6 +88,8 @@ pub fn tokenizer() -> Tokenizer {
 pub struct Setup {
     /// The model fails at the letter x.
     pub fails_at_x: bool,
+    /// Called at the letter x.
+    pub at_x: Option<AtX>,
     /// Who may come in, and how much.
     pub limits: HttpLimits,
     /// When.
@@ -89,7 +100,25 @@ pub struct Setup {
 
 /// A server on a free port; ends with the runtime.
 pub async fn start(setup: Setup) -> SocketAddr {
-    let runner = Box::new(Alphabet { fails_at_x: setup.fails_at_x });
+    let (listener, state) = open(setup).await;
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, router(state)).await });
+    address
+}
+
+/// A server that ends after `stop` and at most `patience`.
+pub async fn start_until(
+    setup: Setup,
+    stop: impl Future<Output = ()> + Send + 'static,
+    patience: Duration,
+) -> (SocketAddr, tokio::task::JoinHandle<std::io::Result<()>>) {
+    let (listener, state) = open(setup).await;
+    let address = listener.local_addr().unwrap();
+    (address, tokio::spawn(serve_until(listener, state, axum::Router::new(), stop, patience)))
+}
+
+async fn open(setup: Setup) -> (TcpListener, HttpState) {
+    let runner = Box::new(Alphabet { fails_at_x: setup.fails_at_x, at_x: setup.at_x });
     let template = setup.template.unwrap_or("{{ messages[-1].content }}");
     let engine = EngineHandle::start(runner, EngineConfig::default()).unwrap();
     let state = HttpState {
@@ -99,10 +128,7 @@ pub async fn start(setup: Setup) -> SocketAddr {
         readiness: setup.readiness,
         ..HttpState::new(engine, tokenizer(), "alphabet")
     };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, router(state)).await });
-    address
+    (TcpListener::bind("127.0.0.1:0").await.unwrap(), state)
 }
 
 /// An answer as it came over the wire.

@@ -6,17 +6,12 @@ mod bench;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use lattica_net::{Access, Identity, NetEvent, Node, NodeConfig, create_swarm_key, load_swarm_key};
 use serde_json::json;
 use swarm_examples::program;
 use swarm_wire::PeerId;
-
-/// How long calls that run may take when the node is asked to stop.
-const DRAIN: Duration = Duration::from_secs(10);
 
 /// Runs a node until ctrl-c or SIGTERM, or measures two of them.
 #[derive(Debug, Parser)]
@@ -124,13 +119,10 @@ async fn run(args: NodeArgs) -> anyhow::Result<()> {
         }
         println!("stop with ctrl-c");
     }
-    let mut stop = std::pin::pin!(program::asked_to_stop());
+    let mut stop = std::pin::pin!(program::stopping());
     loop {
         tokio::select! {
-            result = &mut stop => {
-                result.context("waiting for ctrl-c")?;
-                break;
-            }
+            () = &mut stop => break,
             event = events.recv() => match event {
                 Ok(NetEvent::Reachable(address)) => program::say(&format!("reachable at {address}")),
                 Ok(NetEvent::RelayReserved(relay)) => program::say(&format!("reachable through relay {relay}")),
@@ -140,6 +132,6 @@ async fn run(args: NodeArgs) -> anyhow::Result<()> {
             },
         }
     }
-    node.drain(DRAIN).await;
+    node.drain(program::DRAIN).await;
     Ok(())
 }

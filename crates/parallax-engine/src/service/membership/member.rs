@@ -11,6 +11,7 @@ use parallax_sched::service::{JoinOptions as SchedJoin, MemberClient, SwarmError
 use parallax_sched::{MemberState, NodeId, NodeProfile, Report, wire};
 use swarm_wire::generated::parallax::v1 as pb;
 use swarm_wire::{DecodeError, LayerRange, PeerId, PolicyVersion};
+use tokio::task::JoinHandle;
 
 use super::{bandwidth_gbps, incarnation_now, load_stage};
 use crate::service::stage_server::{StageServer, StageServerError};
@@ -119,20 +120,26 @@ pub enum MemberError {
     Stream(#[from] StreamError),
 }
 
-/// Takes part until dropped; tells `news` what happens. Returns only on an error that starting again would not repair
-/// by itself.
+/// Takes part until `stop`, then says goodbye to the head, which goes on without this member at once; tells `news` what
+/// happens. Dropping the future ends it without goodbye.
 ///
 /// # Errors
 /// When there is no head, the local copy is another model, or weights cannot be had or loaded.
 pub async fn join(
     node: &Node,
-    exchange: Option<&dyn WeightExchange>,
+    exchange: Option<&impl WeightExchange>,
     options: &JoinOptions,
+    stop: impl Future<Output = ()>,
     mut news: impl FnMut(MemberNews) + Send,
 ) -> Result<(), MemberError> {
     let stage = StageServer::start(node)?;
+    let mut stop = std::pin::pin!(stop);
     loop {
-        let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
+        let found = find_head(node, &options.swarm, &options.bootstrap, options.patience);
+        let (head, model) = tokio::select! {
+            found = found => found?,
+            () = &mut stop => return Ok(()),
+        };
         news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
         let own_copy = own_copy(options, &model).await?;
         let head_addrs =
@@ -146,8 +153,17 @@ pub async fn join(
             device: options.device.to_string(),
         };
         let client = MemberClient::join(node, client).await?;
-        let mut member = Member { exchange, options, model, own_copy, stage: &stage, client, spare: None };
-        member.run(&mut news).await?;
+        let (spare, loading) = (None, None);
+        let mut member = Member { exchange, options, model, own_copy, stage: &stage, client, spare, loading };
+        let followed = tokio::select! {
+            followed = member.run(&mut news) => Some(followed),
+            () = &mut stop => None,
+        };
+        let Some(followed) = followed else {
+            member.client.leave().await;
+            return Ok(());
+        };
+        followed?;
         // The head serves another model now: look at it afresh.
     }
 }
@@ -190,8 +206,10 @@ async fn own_copy(
     }
 }
 
-struct Member<'a> {
-    exchange: Option<&'a dyn WeightExchange>,
+type Loading = JoinHandle<Result<Box<dyn StageRunner>, String>>;
+
+struct Member<'a, X> {
+    exchange: Option<&'a X>,
     options: &'a JoinOptions,
     model: pb::ModelDescription,
     own_copy: Option<Arc<Checkpoint>>,
@@ -199,9 +217,12 @@ struct Member<'a> {
     client: MemberClient,
     /// The stage of the last assignment: the next one often has the same layers.
     spare: Option<Box<dyn StageRunner>>,
+    /// A load that goes on though its assignment is over: it cannot be stopped, and two at once would take the memory of
+    /// two.
+    loading: Option<Loading>,
 }
 
-impl Member<'_> {
+impl<X: WeightExchange> Member<'_, X> {
     /// Follows assignments until the head serves another model.
     async fn run(&mut self, news: &mut (impl FnMut(MemberNews) + Send)) -> Result<(), MemberError> {
         let mut assignments = self.client.assignments();
@@ -281,6 +302,13 @@ impl Member<'_> {
             let shape = runner.shape();
             shape.layers == layers && (shape.page_tokens, shape.n_pages) == pages
         };
+        if let Some(loading) = &mut self.loading {
+            let loaded = loading.await;
+            self.loading = None;
+            if let Ok(Ok(runner)) = loaded {
+                self.spare = Some(runner);
+            }
+        }
         let spare = self.spare.take().filter(|runner| fits(runner.as_ref()));
         let runner = match spare {
             Some(mut runner) => {
@@ -332,7 +360,9 @@ impl Member<'_> {
                 name => name.parse().map_err(failed)?,
             },
         };
-        let loaded = tokio::task::spawn_blocking(move || load_stage(&checkpoint, &options)).await;
+        let load = tokio::task::spawn_blocking(move || load_stage(&checkpoint, &options));
+        let loaded = self.loading.insert(load).await;
+        self.loading = None;
         loaded.map_err(|e| failed(e.to_string()))?.map_err(failed)
     }
 
