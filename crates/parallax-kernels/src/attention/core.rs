@@ -330,19 +330,16 @@ fn weighted<S: Simd, E: Element, const N: usize>(
 ) -> [S::F; N] {
     let tokens = geometry.page_tokens;
     let mut acc = [s.splat(0.0); N];
-    let alone = |i: usize, keys: Range<usize>, mut acc: S::F| {
-        for key in keys {
-            let (region, slot) = (kv.values.region(geometry, pages[key / tokens], head), key % tokens);
-            let row = &region.cells[slot * geometry.padded..];
-            let value = region.value(s, geometry, row, slot, column);
-            acc = s.fma(s.splat(p[i][key - skipped]), value, acc);
-        }
-        acc
-    };
     let from = starts.iter().fold(0, |hi, &n| hi.max(n));
     let to = n_keys.iter().fold(usize::MAX, |lo, &n| lo.min(n)).max(from);
     for i in 0..N {
-        acc[i] = alone(i, starts[i]..from.min(n_keys[i]), acc[i]);
+        for key in starts[i]..from.min(n_keys[i]) {
+            acc[i] = s.fma(
+                s.splat(p[i][key - skipped]),
+                value_of(s, kv, geometry, head, pages, key, column),
+                acc[i],
+            );
+        }
     }
     let mut key = from;
     while key < to {
@@ -359,7 +356,29 @@ fn weighted<S: Simd, E: Element, const N: usize>(
         key += here;
     }
     for i in 0..N {
-        acc[i] = alone(i, to..n_keys[i], acc[i]);
+        for key in to..n_keys[i] {
+            acc[i] = s.fma(
+                s.splat(p[i][key - skipped]),
+                value_of(s, kv, geometry, head, pages, key, column),
+                acc[i],
+            );
+        }
     }
     acc
+}
+
+/// Sixteen columns of the value of one key.
+#[inline(always)]
+fn value_of<S: Simd, E: Element>(
+    s: S,
+    kv: &Pair<E>,
+    geometry: Geometry,
+    head: usize,
+    pages: &[u32],
+    key: usize,
+    column: usize,
+) -> S::F {
+    let (page, slot) = (pages[key / geometry.page_tokens], key % geometry.page_tokens);
+    let region = kv.values.region(geometry, page, head);
+    region.value(s, geometry, &region.cells[slot * geometry.padded..], slot, column)
 }

@@ -105,8 +105,8 @@ impl<C: Codes, const SCALES: usize, const MINS: usize> SuperTile<C, SCALES, MINS
         } else {
             let mins = [s.widen_i8(&self.mins[2 * b]), s.widen_i8(&self.mins[2 * b + 1])];
             for r in 0..R {
-                let [first, last] = x[r].halves.map(|sum| s.splat(sum));
-                total[r] = s.fma(mins[1], last, s.mul(mins[0], first));
+                let [first, last] = x[r].halves;
+                total[r] = s.fma(mins[1], s.splat(last), s.mul(mins[0], s.splat(first)));
             }
         }
         total

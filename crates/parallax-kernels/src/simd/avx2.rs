@@ -31,6 +31,23 @@ macro_rules! halves {
     ($f:ident($($a:expr),*)) => { simd!([$f($($a[0]),*), $f($($a[1]),*)]) };
 }
 
+/// Evaluates an expression for each half of a vector. `array::map` would leave calls in the inner loops: what it calls
+/// is compiled without the features.
+macro_rules! each {
+    ($v:ident => $e:expr) => {
+        [
+            {
+                let $v = $v[0];
+                $e
+            },
+            {
+                let $v = $v[1];
+                $e
+            },
+        ]
+    };
+}
+
 impl Avx2 {
     #[inline(always)]
     fn load_u16(self, v: &[u16; LANES]) -> [__m128i; 2] {
@@ -113,7 +130,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn pow2(self, n: Self::F) -> Self::F {
-        simd!(n.map(|n| {
+        simd!(each!(n => {
             let biased = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
         }))
@@ -126,7 +143,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn widen_bf16(self, v: &[u16; LANES]) -> Self::F {
         let v = self.load_u16(v);
-        simd!(v.map(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))))
+        simd!(each!(v => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))))
     }
     #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
@@ -150,7 +167,7 @@ impl Simd for Avx2 {
     fn max_abs_bits(self, v: Self::F, so_far: u32) -> u32 {
         simd!({
             let mask = _mm256_set1_epi32(0x7fff_ffff);
-            let bits = v.map(|v| _mm256_and_si256(_mm256_castps_si256(v), mask));
+            let bits = each!(v => _mm256_and_si256(_mm256_castps_si256(v), mask));
             let m8 = _mm256_max_epu32(bits[0], bits[1]);
             let m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256::<1>(m8));
             let m2 = _mm_max_epu32(m4, _mm_shuffle_epi32::<0b1110>(m4));
@@ -161,7 +178,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn store_i8(self, v: Self::F, to: &mut [i8; LANES]) -> i32 {
         let q = simd!({
-            let q = v.map(|v| _mm256_cvtps_epi32(v));
+            let q = each!(v => _mm256_cvtps_epi32(v));
             // Packing works within 128-bit halves; the permutation restores the order.
             let q16 = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[0], q[1]));
             _mm_packs_epi16(_mm256_castsi256_si128(q16), _mm256_extracti128_si256::<1>(q16))
@@ -213,7 +230,7 @@ impl Simd for Avx2 {
         let v = self.bytes(v);
         simd!({
             let high = _mm256_set1_epi16(i16::MIN >> 7);
-            (v.map(|v| _mm256_slli_epi16::<8>(v)), v.map(|v| _mm256_and_si256(v, high)))
+            (each!(v => _mm256_slli_epi16::<8>(v)), each!(v => _mm256_and_si256(v, high)))
         })
     }
     #[inline(always)]
@@ -247,7 +264,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn acc_total(self, acc: Self::Acc) -> Self::I {
-        simd!(acc.map(|acc| _mm256_madd_epi16(acc, _mm256_set1_epi16(1))))
+        simd!(each!(acc => _mm256_madd_epi16(acc, _mm256_set1_epi16(1))))
     }
     #[inline(always)]
     fn bytes(self, v: &[u8; 4 * LANES]) -> Self::N {
@@ -260,9 +277,9 @@ impl Simd for Avx2 {
             let mask = _mm256_set1_epi8(mask.cast_signed());
             let count = _mm_cvtsi32_si128(shift.abs());
             if shift >= 0 {
-                v.map(|v| _mm256_and_si256(_mm256_sll_epi16(v, count), mask))
+                each!(v => _mm256_and_si256(_mm256_sll_epi16(v, count), mask))
             } else {
-                v.map(|v| _mm256_and_si256(_mm256_srl_epi16(v, count), mask))
+                each!(v => _mm256_and_si256(_mm256_srl_epi16(v, count), mask))
             }
         })
     }
@@ -275,7 +292,7 @@ impl Simd for Avx2 {
         let table = memory!(_mm_loadu_si128(table.as_ptr().cast()));
         simd!({
             let table = _mm256_broadcastsi128_si256(table);
-            v.map(|v| _mm256_shuffle_epi8(table, v))
+            each!(v => _mm256_shuffle_epi8(table, v))
         })
     }
     #[inline(always)]
