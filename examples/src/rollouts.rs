@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use echo_rollout::Task;
-use echo_rollout::environment::by_name;
+use echo_rollout::environment::{Environment, by_name};
 use echo_rollout::service::{
-    Committer, InFlight, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig,
+    Committer, External, ExternalConfig, InFlight, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig,
 };
 use echo_rollout::text::{Text, TextError, until_stop};
 use echo_trainer::RunConfig;
@@ -62,6 +62,29 @@ impl Text for ModelText {
         let messages = [ChatMessage::new("user", task.prompt.as_str())];
         let prompt = template.render(&messages, true).map_err(|e| failed(e.to_string()))?;
         self.tokenizer.encode(&prompt, false).map_err(|e| failed(e.to_string()))
+    }
+
+    /// What the environment says is a user message, whatever the template makes of it.
+    fn observation(&self, task: &Task, said: &str) -> Result<Vec<u32>, TextError> {
+        let failed = |reason: String| TextError { seed: task.seed, reason };
+        let Some(template) = &self.template else {
+            return Err(failed("several turns need a model with a chat template".to_owned()));
+        };
+        // The policy's own words are not rendered again: only what follows them in the template is taken.
+        let words = "[the words of the assistant]";
+        let turns = [("user", task.prompt.as_str()), ("assistant", words), ("user", said)];
+        let messages = turns.map(|(role, content)| ChatMessage::new(role, content));
+        let chat = template.render(&messages, true).map_err(|e| failed(e.to_string()))?;
+        let parts: Vec<&str> = chat.split(words).collect();
+        let [_, after] = parts[..] else {
+            return Err(failed("the chat template does not show an assistant's words once".to_owned()));
+        };
+        let mut tokens = self.tokenizer.encode(after, false).map_err(|e| failed(e.to_string()))?;
+        // The policy has said the end of its turn itself.
+        if tokens.first().is_some_and(|first| self.stop_ids.contains(first)) {
+            tokens.remove(0);
+        }
+        Ok(tokens)
     }
 
     /// Tokens that are no text give an empty answer, which no verifier takes for a right one.
@@ -207,6 +230,16 @@ pub fn memory_blocks() -> Arc<dyn BlockStore> {
     Arc::new(MemoryStore::new())
 }
 
+/// The environment called `name`, or the one in another program when one is given: the program, then its arguments.
+///
+/// # Errors
+/// An unknown name; a program that cannot be started or does not introduce itself.
+pub fn environment(name: &str, program: &[String]) -> anyhow::Result<Arc<dyn Environment>> {
+    let Some((program, arguments)) = program.split_first() else { return Ok(Arc::from(by_name(name)?)) };
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    Ok(Arc::new(External::start(ExternalConfig::new(program, &arguments))?))
+}
+
 /// Loads the model, with an adapter to train and once more to evaluate, and makes a learner that answers workers.
 ///
 /// # Errors
@@ -226,6 +259,7 @@ pub async fn start_learner(
         seed: config.seed,
     };
     let parts = Parts {
+        environment: environment(&config.environment, &config.environment_program)?,
         node,
         blocks,
         policy: TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?,
@@ -245,6 +279,8 @@ pub struct WorkerOptions {
     pub trainer: String,
     /// The trainer's environment.
     pub environment: String,
+    /// The program that is the environment, with its arguments; empty for a built-in one.
+    pub environment_program: Vec<String>,
     /// Weights in memory; a trainer that audits expects f32.
     pub dtype: WeightDtype,
     /// Samples made at once.
@@ -278,7 +314,7 @@ pub async fn start_worker(
     Ok(Worker::new(
         node,
         engine,
-        Arc::from(by_name(&options.environment)?),
+        environment(&options.environment, &options.environment_program)?,
         Arc::new(ModelText::open(checkpoint)?),
         source,
         committer,
@@ -337,6 +373,21 @@ mod tests {
         let replay = auditor.replay(None, &job, &chosen).unwrap();
         assert_eq!(replay.logprobs, chosen.logprobs);
         assert!(agreeing(&replay, &chosen) * 10 < chosen.tokens.len() * 9, "{replay:?}");
+    }
+
+    #[test]
+    fn a_transcript_of_turns_is_what_the_template_makes_of_it() {
+        let text = ModelText::open(&Checkpoint::resolve("tiny").unwrap()).unwrap();
+        let task = Task { seed: 1, prompt: "What is 2+3?".to_owned(), answer: "5".to_owned() };
+        let said = text.tokenizer.encode("<calc>2+3</calc><eos>", false).unwrap();
+        let heard = text.observation(&task, "5").unwrap();
+        let transcript = [text.prompt(&task).unwrap(), said, heard].concat();
+        let messages = [("user", "What is 2+3?"), ("assistant", "<calc>2+3</calc>"), ("user", "5")]
+            .map(|(role, content)| ChatMessage::new(role, content));
+        let chat = text.template.as_ref().unwrap().render(&messages, true).unwrap();
+        assert_eq!(transcript, text.tokenizer.encode(&chat, false).unwrap());
+        let echo = text.observation(&task, "[the words of the assistant]").unwrap_err();
+        assert!(echo.to_string().contains("once"), "{echo}");
     }
 
     #[test]

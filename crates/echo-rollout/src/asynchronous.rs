@@ -13,7 +13,7 @@
 use swarm_wire::PolicyVersion;
 
 use crate::staleness::StalenessBound;
-use crate::sync::View;
+use crate::sync::{Action, View};
 
 /// Share of a step's time that the learner may wait before more rollouts are opened.
 const IDLE_SHARE: u64 = 20;
@@ -79,32 +79,6 @@ impl AsyncConfig {
         }
         Ok(())
     }
-}
-
-/// What the driver is to do next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AsyncAction {
-    /// Lease: open groups.
-    OpenGroups {
-        /// How many are to be open, those with the learner included.
-        up_to: u32,
-    },
-    /// Learn: take groups for this step; when there are any, call [`AsyncCoordinator::handle_training`] and train on them,
-    /// then [`AsyncCoordinator::handle_trained`].
-    Train {
-        /// The step.
-        step: u64,
-        /// How many groups.
-        groups: u32,
-    },
-    /// Learn: commit the step, then call [`AsyncCoordinator::handle_committed`].
-    Commit {
-        /// The step.
-        step: u64,
-    },
-    /// Publish: call [`AsyncCoordinator::handle_publishing`], publish this version, tell the dispatcher, then call
-    /// [`AsyncCoordinator::handle_published`].
-    Publish(PolicyVersion),
 }
 
 /// A report that does not fit: a bug of the driver.
@@ -212,27 +186,27 @@ impl AsyncCoordinator {
     }
 
     /// What to do now; `None` while others have to act.
-    pub fn poll(&mut self, view: &View) -> Option<AsyncAction> {
+    pub fn poll(&mut self, view: &View) -> Option<Action> {
         let batch = self.config.groups_per_step;
         if let Learner::Trained = self.learner {
-            return Some(AsyncAction::Commit { step: self.step });
+            return Some(Action::Commit { step: self.step });
         }
         // Step n trains version n and makes version n + 1, so `step` counts the versions that exist.
         let due = self.published.map_or(0, |v| v.0 + self.config.publish_every);
         if self.publishing.is_none() && !self.is_done() && self.step >= due {
-            return Some(AsyncAction::Publish(PolicyVersion(self.step)));
+            return Some(Action::Publish(PolicyVersion(self.step)));
         }
         let left = self.config.steps.saturating_sub(self.step);
         let batches = u32::try_from((self.ahead + 1).min(left)).unwrap_or(u32::MAX);
         let up_to = batches.saturating_mul(batch);
         if view.open_groups < up_to as usize {
-            return Some(AsyncAction::OpenGroups { up_to });
+            return Some(Action::OpenGroups { up_to });
         }
         if let Learner::Waits { .. } = self.learner
             && !self.is_done()
         {
             if view.ready_groups >= batch as usize {
-                return Some(AsyncAction::Train { step: self.step, groups: batch });
+                return Some(Action::Train { step: self.step, groups: batch });
             }
             self.starved |= view.pending == 0;
         }
@@ -330,7 +304,7 @@ mod tests {
 
     fn coordinator() -> AsyncCoordinator {
         let mut c = AsyncCoordinator::new(config(), 0, 0).unwrap();
-        assert_eq!(c.poll(&View::default()), Some(AsyncAction::Publish(PolicyVersion(0))));
+        assert_eq!(c.poll(&View::default()), Some(Action::Publish(PolicyVersion(0))));
         c.handle_publishing(PolicyVersion(0)).unwrap();
         c.handle_published().unwrap();
         c
@@ -339,17 +313,17 @@ mod tests {
     /// One step that was waited for, with what was pending meanwhile and what was ready after its batch was taken.
     fn step(c: &mut AsyncCoordinator, now_ms: &mut u64, waited_ms: u64, pending: usize, ready: usize) {
         let open = View { open_groups: 400, pending, ..View::default() };
-        while let Some(AsyncAction::Publish(version)) = c.poll(&open) {
+        while let Some(Action::Publish(version)) = c.poll(&open) {
             c.handle_publishing(version).unwrap();
             c.handle_published().unwrap();
         }
         *now_ms += waited_ms;
         let full = View { ready_groups: 4, ..open };
-        assert_eq!(c.poll(&full), Some(AsyncAction::Train { step: c.step(), groups: 4 }));
+        assert_eq!(c.poll(&full), Some(Action::Train { step: c.step(), groups: 4 }));
         c.handle_training(*now_ms, ready).unwrap();
         *now_ms += 100;
         c.handle_trained(*now_ms).unwrap();
-        assert_eq!(c.poll(&full), Some(AsyncAction::Commit { step: c.step() }));
+        assert_eq!(c.poll(&full), Some(Action::Commit { step: c.step() }));
         c.handle_committed(*now_ms).unwrap();
     }
 
@@ -367,24 +341,20 @@ mod tests {
     #[test]
     fn loops_go_on_side_by_side() {
         let mut c = coordinator();
-        assert_eq!(c.poll(&View::default()), Some(AsyncAction::OpenGroups { up_to: 4 }));
+        assert_eq!(c.poll(&View::default()), Some(Action::OpenGroups { up_to: 4 }));
         let ready = View { open_groups: 4, ready_groups: 4, ..View::default() };
-        assert_eq!(c.poll(&ready), Some(AsyncAction::Train { step: 0, groups: 4 }));
+        assert_eq!(c.poll(&ready), Some(Action::Train { step: 0, groups: 4 }));
         c.handle_training(10, 0).unwrap();
         c.ahead = 1;
         // While it trains, more is opened.
-        assert_eq!(c.poll(&ready), Some(AsyncAction::OpenGroups { up_to: 8 }));
+        assert_eq!(c.poll(&ready), Some(Action::OpenGroups { up_to: 8 }));
         let open = View { open_groups: 8, ready_groups: 4, ..View::default() };
         assert_eq!(c.poll(&open), None, "one batch at a time");
         c.handle_trained(20).unwrap();
         c.handle_committed(20).unwrap();
-        assert_eq!(c.poll(&open), Some(AsyncAction::Publish(PolicyVersion(1))));
+        assert_eq!(c.poll(&open), Some(Action::Publish(PolicyVersion(1))));
         c.handle_publishing(PolicyVersion(1)).unwrap();
-        assert_eq!(
-            c.poll(&open),
-            Some(AsyncAction::Train { step: 1, groups: 4 }),
-            "while a version goes out"
-        );
+        assert_eq!(c.poll(&open), Some(Action::Train { step: 1, groups: 4 }), "while a version goes out");
     }
 
     #[test]
@@ -415,7 +385,7 @@ mod tests {
         c.handle_publishing(PolicyVersion(0)).unwrap();
         c.handle_published().unwrap();
         c.ahead = 3;
-        assert_eq!(c.poll(&View::default()), Some(AsyncAction::OpenGroups { up_to: 8 }));
+        assert_eq!(c.poll(&View::default()), Some(Action::OpenGroups { up_to: 8 }));
         c.handle_training(0, 0).unwrap();
         c.stop();
         assert!(!c.is_done(), "what was begun is made");

@@ -22,6 +22,7 @@ use std::ops::RangeInclusive;
 
 pub use arithmetic::Arithmetic;
 pub use calculator::Calculator;
+use cards::{Kuhn, Leduc, Opponent, Table};
 pub use countdown::Countdown;
 pub use knights::Knights;
 pub use maths::Maths;
@@ -135,6 +136,9 @@ impl fmt::Debug for dyn Environment {
         write!(f, "Environment({} {})", self.name(), self.version())
     }
 }
+
+/// Turns of `sokoban-steps`.
+const SOKOBAN_TURNS: usize = 24;
 
 /// Most candidates that a generator draws for one problem; one in a few is good where the settings admit any.
 const MAX_CANDIDATES: usize = 10_000;
@@ -255,25 +259,31 @@ pub enum RewardError {
     },
 }
 
-/// The environment of one turn called `name`, with its default settings; what binaries use for `--env NAME`. Those of
-/// several turns ([`calculator`], [`cards`]) are made by hand.
+/// The environment called `name`, with its default settings; what binaries use for `--env NAME`. Card games are played
+/// against somebody who takes every legal action alike.
 ///
 /// # Errors
 /// When there is none of that name; the message lists those that exist.
 pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
     match name {
         "arithmetic" => Ok(Box::new(Arithmetic::default())),
+        "calculator" => Ok(Box::new(Calculator::default())),
         "countdown" => Ok(Box::new(Countdown::default())),
         "countdown-sums" => Ok(Box::new(Countdown::tiny())),
         "knights" => Ok(Box::new(Knights::default())),
+        "kuhn" => Ok(Box::new(Table::<Kuhn>::new(Opponent::Uniform))),
+        "leduc" => Ok(Box::new(Table::<Leduc>::new(Opponent::Uniform))),
         "sokoban" => Ok(Box::new(Sokoban::default())),
+        "sokoban-steps" => Ok(Box::new(Sokoban::interactive(SOKOBAN_TURNS))),
         other => Err(UnknownEnvironment { name: other.to_owned() }),
     }
 }
 
 /// There is no environment of that name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no environment {name}; known: arithmetic, countdown, countdown-sums, knights, sokoban")]
+#[error(
+    "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, knights, kuhn, leduc, sokoban, sokoban-steps"
+)]
 pub struct UnknownEnvironment {
     /// The name that was asked for.
     pub name: String,

@@ -39,7 +39,7 @@ pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
 pub use veri::VeriCommitter;
 #[cfg(feature = "service")]
 pub use worker::{
-    CommitError, Committer, InFlight, Opener, Work, Worker, WorkerConfig, WorkerError, WorkerStats,
+    CommitError, Committer, InFlight, Opener, Stopper, Work, Worker, WorkerConfig, WorkerError, WorkerStats,
 };
 
 /// Worker to trainer: I am here.

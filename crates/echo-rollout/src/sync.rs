@@ -42,24 +42,26 @@ pub enum Phase {
     Commit,
 }
 
-/// What the driver is to do next.
+/// What the driver of either mode is to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Publish this version, tell the dispatcher, then call [`SequentialSync::handle_published`].
+    /// Publish this version, tell the dispatcher, then report it with `handle_published`; the asynchronous mode also wants to
+    /// hear that it has begun ([`crate::asynchronous::AsyncCoordinator::handle_publishing`]).
     Publish(PolicyVersion),
-    /// Wait no longer for workers that are late, open groups, then call [`SequentialSync::handle_opened`].
+    /// Open groups. In the sequential mode: wait no longer for workers that are late, and report with `handle_opened`.
     OpenGroups {
-        /// How many are to be open.
+        /// How many are to be open, those with the learner included.
         up_to: u32,
     },
-    /// Take groups for this step and train on them, then call [`SequentialSync::handle_trained`].
+    /// Take groups for this step; when there are any, train on them, then report with `handle_trained`. The asynchronous
+    /// mode also wants to hear that it has begun ([`crate::asynchronous::AsyncCoordinator::handle_training`]).
     Train {
         /// The step.
         step: u64,
         /// How many groups.
         groups: u32,
     },
-    /// Commit the step, then call [`SequentialSync::handle_committed`].
+    /// Commit the step, then report with `handle_committed`.
     Commit {
         /// The step.
         step: u64,
@@ -123,16 +125,6 @@ impl SequentialSync {
     /// Where the round stands.
     pub fn phase(&self) -> Phase {
         self.phase
-    }
-
-    /// The version of the round.
-    pub fn version(&self) -> PolicyVersion {
-        self.version
-    }
-
-    /// The step of the round.
-    pub fn step(&self) -> u64 {
-        self.step
     }
 
     /// What to do now; `None` while others have to act.

@@ -34,6 +34,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// What is trained on, for example `arithmetic`.
     pub environment: String,
+    /// A program that is the environment, with its arguments; empty for the built-in one called `environment`.
+    pub environment_program: Vec<String>,
     /// How rollouts and training alternate.
     pub mode: Mode,
     /// Asynchronous mode: a version is published after so many steps.
@@ -63,6 +65,7 @@ impl Default for RunConfig {
         Self {
             seed: 1,
             environment: "arithmetic".to_owned(),
+            environment_program: Vec::new(),
             mode: Mode::Sequential,
             publish_every: 1,
             workers: 1,
@@ -173,7 +176,9 @@ impl RunConfig {
             let (setting, allowed) = ("publish_every".to_owned(), "1 in the sequential mode".to_owned());
             faults.push(RunFault::OutOfRange { setting, value: self.publish_every.to_string(), allowed });
         }
-        if let Err(error) = by_name(&self.environment) {
+        if self.environment_program.is_empty()
+            && let Err(error) = by_name(&self.environment)
+        {
             faults.push(RunFault::Environment { name: self.environment.clone(), reason: error.to_string() });
         }
         for (setting, value) in [
@@ -252,6 +257,13 @@ mod tests {
     #[test]
     fn everything_that_is_wrong_is_named_at_once() {
         RunConfig::default().validate().unwrap();
+        let program = vec!["python3".to_owned(), "chess.py".to_owned()];
+        let elsewhere = RunConfig {
+            environment: "chess".to_owned(),
+            environment_program: program,
+            ..RunConfig::default()
+        };
+        elsewhere.validate().unwrap();
         let mut config = RunConfig {
             mode: Mode::Async,
             environment: "chess".to_owned(),

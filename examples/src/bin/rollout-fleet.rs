@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
-use echo_rollout::service::{InFlight, Worker, WorkerStats};
+use echo_rollout::service::{InFlight, Stopper, Worker, WorkerStats};
 use lattica_net::{Identity, Node, NodeConfig};
 use parallax_model::Checkpoint;
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,10 @@ struct Args {
     /// The trainer's environment
     #[arg(long, default_value = "arithmetic")]
     env: String,
+    /// A program that is the environment instead, and its arguments (`--env-program python3 game.py`); the trainer has
+    /// the same one
+    #[arg(long, num_args = 1.., allow_hyphen_values = true, value_name = "PROGRAM")]
+    env_program: Vec<String>,
     /// How many workers, each with its own copy of the model
     #[arg(long, default_value_t = 1)]
     workers: usize,
@@ -105,6 +109,9 @@ struct Stats {
     stats: WorkerStats,
 }
 
+/// How long workers that were asked to stop have for what they have begun.
+const DRAIN: std::time::Duration = std::time::Duration::from_secs(30);
+
 fn main() -> ExitCode {
     program::run(|| {
         let mut args = Args::parse();
@@ -122,17 +129,20 @@ fn main() -> ExitCode {
 async fn fleet(args: &Args) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let (mut running, mut stats, mut peers) = (tokio::task::JoinSet::new(), Vec::new(), Vec::new());
-    let mut nodes = Vec::new();
+    let (mut nodes, mut stoppers) = (Vec::new(), Vec::new());
     for index in 0..args.workers {
         let (node, worker) = worker(args, &checkpoint, index).await?;
         peers.push(node.peer_id().to_string());
         nodes.push(node);
         stats.push(worker.stats());
+        stoppers.push(worker.stopper());
         running.spawn(worker.run());
     }
     program::say(&format!("{} workers sample for {}", args.workers, args.trainer));
     let mut tick = tokio::time::interval(std::time::Duration::from_secs(2));
     let (mut ended, mut finished) = (Vec::new(), false);
+    let mut drained_by = None;
+    let mut signal = Box::pin(program::asked_to_stop());
     let line = |ended: &[String]| {
         let workers =
             peers.iter().zip(&stats).map(|(peer, s)| Stats { peer: peer.clone(), stats: *s.borrow() });
@@ -143,16 +153,24 @@ async fn fleet(args: &Args) -> anyhow::Result<()> {
             done = running.join_next() => match done {
                 Some(Ok(Ok(()))) => {
                     finished = true;
-                    ended.push("the run is finished".to_owned());
+                    ended.push(if drained_by.is_some() { "asked to stop" } else { "the run is finished" }.to_owned());
                 }
                 Some(done) => ended.extend(done?.err().map(|e| e.to_string())),
                 None => break,
             },
             _ = tick.tick() => if args.json { program::report(&line(&ended))? },
-            _ = tokio::signal::ctrl_c() => {
+            asked = &mut signal => {
+                asked?;
                 finished = true;
-                break;
+                if drained_by.is_some() {
+                    break;
+                }
+                program::say("finishing what is begun; ask again to stop at once");
+                stoppers.iter().for_each(Stopper::stop);
+                signal.set(program::asked_to_stop());
+                drained_by = Some(tokio::time::Instant::now() + DRAIN);
             }
+            () = until(drained_by) => break,
         }
     }
     if args.json {
@@ -168,6 +186,13 @@ async fn fleet(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+async fn until(time: Option<tokio::time::Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn worker(args: &Args, checkpoint: &Checkpoint, index: usize) -> anyhow::Result<(Node, Worker)> {
     let identity = match &args.keys {
         Some(dir) => Identity::load_or_create(&dir.join(format!("worker-{index}.key")))?,
@@ -177,6 +202,7 @@ async fn worker(args: &Args, checkpoint: &Checkpoint, index: usize) -> anyhow::R
     let options = WorkerOptions {
         trainer: args.trainer.clone(),
         environment: args.env.clone(),
+        environment_program: args.env_program.clone(),
         dtype: args
             .dtype
             .parse()

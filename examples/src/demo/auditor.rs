@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use echo_rollout::service::{Audited, AuditorConfig, PayloadSource, run_auditor};
 use lattica_bitswap::Blocks;
-use lattica_net::Identity;
 use parallax_model::Checkpoint;
+use rand::RngExt as _;
 use serde_json::json;
 
 use super::process::say;
@@ -48,8 +48,7 @@ pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), memory_blocks()));
     say(&json!({"event": "ready", "peer": node.peer_id()}));
     let config = AuditorConfig::new(trainer);
-    // A fresh key's secret is 32 bytes of the system's randomness: what a challenge needs.
-    let randomness = || Identity::generate().secret_seed();
+    let randomness = || rand::rng().random();
     let ended = run_auditor(&node, &*source, &mut replay, &config, randomness, |audited| {
         let (trajectory, verdict) = (audited.trajectory, audited.verdict);
         let evidence = args.evidence.as_deref().filter(|_| verdict.convicts()).and_then(|dir| {

@@ -37,6 +37,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let options = WorkerOptions {
         trainer: args.trainer.clone(),
         environment: args.env.clone(),
+        environment_program: Vec::new(),
         dtype: args.dtype,
         leases: 64,
         cache_tokens: 8192,

@@ -6,15 +6,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use swarm_sim::{Context, Fault, LinkConfig, Node, NodeId, Seed, World};
-use swarm_wire::{PeerId, PolicyVersion, RunId};
+use swarm_wire::{PeerId, PolicyVersion};
 
+use super::tests::config;
 use super::*;
-use crate::asynchronous::{AsyncAction, AsyncConfig, AsyncCoordinator, Learner};
-use crate::config::AuditPolicy;
+use crate::asynchronous::{AsyncConfig, AsyncCoordinator, Learner};
 use crate::lease::Lease;
 use crate::rollout::tests::sample;
 use crate::staleness::StalenessBound;
-use crate::sync::View;
+use crate::sync::{Action, View};
 use crate::wire::{Entry, decode_entry, encode_entry};
 
 const TRAINER: NodeId = NodeId(0);
@@ -31,18 +31,6 @@ enum Message {
     Submit { trajectory: Box<Trajectory> },
     GiveBack { lease: LeaseId },
     Answer { lease: LeaseId },
-}
-
-fn config() -> DispatchConfig {
-    DispatchConfig {
-        group_size: 3,
-        groups_per_step: 3,
-        lease_ttl_ms: 120,
-        max_leases_per_worker: 4,
-        max_attempts: 1000,
-        audit: AuditPolicy { fraction: 0.3, first: 2, seed: 5 },
-        ..DispatchConfig::new(RunId(1))
-    }
 }
 
 /// What survives a crash of the trainer: the journal and the checkpoint.
@@ -138,8 +126,8 @@ impl Trainer {
         }
         while let Some(action) = coordinator.poll(&View::of(&self.dispatcher)) {
             match action {
-                AsyncAction::OpenGroups { up_to } => _ = self.handle(now, Command::OpenGroups { up_to }),
-                AsyncAction::Train { step, groups } => {
+                Action::OpenGroups { up_to } => _ = self.handle(now, Command::OpenGroups { up_to }),
+                Action::Train { step, groups } => {
                     assert_eq!(step, self.disk.steps);
                     if let Outcome::Groups(taken) = self.handle(now, Command::Take { step, groups }) {
                         if taken.is_empty() {
@@ -151,12 +139,12 @@ impl Trainer {
                     coordinator.handle_training(now / 1000, ready).unwrap();
                 }
                 // A crash may come between the checkpoint and this.
-                AsyncAction::Commit { .. } if context.random().chance(0.5) => break,
-                AsyncAction::Commit { step } => {
+                Action::Commit { .. } if context.random().chance(0.5) => break,
+                Action::Commit { step } => {
                     self.handle(now, Command::Commit { step });
                     coordinator.handle_committed(now / 1000).unwrap();
                 }
-                AsyncAction::Publish(version) => {
+                Action::Publish(version) => {
                     coordinator.handle_publishing(version).unwrap();
                     self.sending = Some(version);
                 }

@@ -9,7 +9,7 @@ use crate::lease::Lease;
 use crate::rollout::tests::sample;
 use crate::staleness::StalenessBound;
 
-fn config() -> DispatchConfig {
+pub(super) fn config() -> DispatchConfig {
     DispatchConfig {
         group_size: 3,
         groups_per_step: 3,

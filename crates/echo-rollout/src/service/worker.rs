@@ -1,8 +1,8 @@
 //! A rollout worker: register, keep the policy current, sample what is leased, submit until it is acknowledged.
 //!
 //! Asking, fetching, sampling and submitting go on at the same time (`worker/shift.rs`): a finished sample is submitted at once
-//! and its place is taken by another. Dropping the future of [`Worker::run`] stops the worker at once; its leases expire
-//! and go to others.
+//! and its place is taken by another. [`Stopper::stop`] lets a worker finish what it has begun and say goodbye; dropping the
+//! future of [`Worker::run`] stops it at once, and its leases expire and go to others.
 
 mod openings;
 mod sample;
@@ -186,7 +186,19 @@ pub struct Worker {
     incarnation: u64,
     openings: Arc<Mutex<Openings>>,
     stats: watch::Sender<WorkerStats>,
+    stop: watch::Sender<bool>,
     last_answer: Instant,
+}
+
+/// Ends a worker from outside.
+#[derive(Debug, Clone)]
+pub struct Stopper(watch::Sender<bool>);
+
+impl Stopper {
+    /// The worker begins no further sample, delivers those in the making, says goodbye and ends.
+    pub fn stop(&self) {
+        self.0.send_replace(true);
+    }
 }
 
 impl fmt::Debug for Worker {
@@ -223,6 +235,7 @@ impl Worker {
             incarnation,
             openings,
             stats,
+            stop: watch::Sender::new(false),
             last_answer,
         }
     }
@@ -232,15 +245,24 @@ impl Worker {
         self.stats.subscribe()
     }
 
-    /// Works until the run is finished.
+    /// Ends the worker from outside, gently.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.stop.clone())
+    }
+
+    /// Works until the run is finished or the worker's [`Stopper`] is used.
     ///
     /// # Errors
     /// The trainer refuses the worker or stays silent: see [`WorkerError`].
     pub async fn run(mut self) -> Result<(), WorkerError> {
         self.answer_challenges();
         let mut last: Option<SnapshotWatcher> = None;
+        let mut stop = self.stop.subscribe();
         loop {
-            let run = self.register().await?;
+            let run = tokio::select! {
+                run = self.register() => run?,
+                _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            };
             let watcher = last.take().filter(|watcher| watcher.run() == run).unwrap_or_else(|| {
                 // Numbers of leases begin anew.
                 openings::lock(&self.openings).clear();

@@ -9,7 +9,8 @@
 //! use echo_trainer::RunConfig;
 //! use echo_trainer::service::{Learner, Parts};
 //!
-//! let parts = Parts { node, blocks, policy, sampler, text, base_model_id: "…".into(), vocabulary: 512, full_bytes: 0 };
+//! let environment = std::sync::Arc::from(echo_rollout::environment::by_name("arithmetic")?);
+//! let parts = Parts { node, blocks, policy, sampler, text, environment, base_model_id: "…".into(), vocabulary: 512, full_bytes: 0 };
 //! let mut learner = Learner::start(RunConfig::default(), parts, "run".as_ref()).await?;
 //! let summary = learner.run(|event| println!("{event:?}")).await?;
 //! println!("{} versions", summary.versions);
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use echo_rollout::admission::{All, Regrade, Shape};
 use echo_rollout::asynchronous::{Impossible, NotAsked};
-use echo_rollout::environment::{Environment, UnknownEnvironment, by_name};
+use echo_rollout::environment::Environment;
 use echo_rollout::service::{Collector, CollectorConfig, CollectorError};
 use echo_rollout::snapshot::SignedSnapshot;
 use echo_rollout::sync::{SequentialConfig, SequentialSync};
@@ -35,6 +36,7 @@ use echo_rollout::text::Text;
 use lattica_bitswap::{Blocks, PublishError};
 use lattica_net::Node;
 use serde::Serialize;
+use swarm_wire::signed::Signer;
 use swarm_wire::{PeerId, PolicyVersion};
 use tokio::task::JoinHandle;
 
@@ -65,6 +67,8 @@ pub struct Parts<P> {
     pub sampler: Arc<dyn Sampler>,
     /// Tokenizer and chat template.
     pub text: Arc<dyn Text>,
+    /// What is trained on: the one that the settings name.
+    pub environment: Arc<dyn Environment>,
     /// Identity of the base checkpoint; workers with another one are refused.
     pub base_model_id: String,
     /// Tokens that the model has.
@@ -180,9 +184,6 @@ pub enum LearnerError {
     /// Settings.
     #[error(transparent)]
     Config(#[from] RunFaults),
-    /// No such environment.
-    #[error(transparent)]
-    Environment(#[from] UnknownEnvironment),
     /// The settings are not those of the checkpoint in the directory.
     #[error("{} holds a run with other trainer settings; restore them, or name another directory", path.display())]
     OtherSettings {
@@ -318,20 +319,20 @@ impl<P: Update + Send + 'static> Learner<P> {
     /// Settings out of range, another run in `dir`, a directory that cannot be written.
     pub async fn start(config: RunConfig, parts: Parts<P>, dir: &Path) -> Result<Self, LearnerError> {
         config.validate()?;
-        let environment: Arc<dyn Environment> = Arc::from(by_name(&config.environment)?);
+        let environment = parts.environment;
         let trainer = open_trainer(&config, parts.policy, &parts.base_model_id, dir)?;
-        let secret = audit_secret(&parts.node.identity().secret_seed(), config.seed);
+        let secret = audit_secret(parts.node.identity(), config.seed);
         let collector_config = CollectorConfig {
             auditors: config.auditors.clone(),
             ..CollectorConfig::new(
                 config.dispatch(secret),
                 parts.base_model_id.clone(),
-                config.environment.clone(),
+                environment.name().to_owned(),
                 environment.version(),
             )
         };
         let shape = Shape {
-            environment: config.environment.clone(),
+            environment: environment.name().to_owned(),
             vocabulary: parts.vocabulary,
             rewards: environment.reward_range(),
             commitment: config.is_audited(),
@@ -501,11 +502,13 @@ impl<P: Update + Send + 'static> Learner<P> {
 }
 
 /// Decides which trajectories are audited: known to the owner of the node's key alone, and the same after a restart, so that
-/// the journal's commands mean the same.
-fn audit_secret(node: &[u8; 32], run: u64) -> u64 {
-    let mut hasher = blake3::Hasher::new_derive_key("echo-trainer audit draw v1");
-    hasher.update(node).update(&run.to_le_bytes());
-    u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("eight bytes"))
+/// the journal's commands mean the same. It is taken from a signature that is never sent: Ed25519 gives the same one each
+/// time, and nobody else can make it.
+fn audit_secret(node: &impl Signer, run: u64) -> u64 {
+    const PURPOSE: &str = "echo-trainer audit draw v1";
+    let signature = node.signature(&[PURPOSE.as_bytes(), &run.to_le_bytes()].concat());
+    let secret = blake3::derive_key(PURPOSE, &signature);
+    u64::from_le_bytes(secret[..8].try_into().expect("eight bytes"))
 }
 
 /// The trainer of the checkpoint in `dir`, or a new one. More steps than before may be asked for; nothing else changes.
@@ -529,12 +532,15 @@ fn open_trainer<P: Update>(
 
 #[cfg(test)]
 mod tests {
+    use lattica_net::Identity;
+
     use super::*;
 
     #[test]
     fn the_audit_draw_is_the_learners_own_and_stays_the_same() {
-        assert_eq!(audit_secret(&[1; 32], 7), audit_secret(&[1; 32], 7));
-        assert_ne!(audit_secret(&[1; 32], 7), audit_secret(&[2; 32], 7), "another learner draws differently");
-        assert_ne!(audit_secret(&[1; 32], 7), audit_secret(&[1; 32], 8));
+        let [one, other] = [1, 2].map(|seed| Identity::from_seed([seed; 32]));
+        assert_eq!(audit_secret(&one, 7), audit_secret(&one.clone(), 7));
+        assert_ne!(audit_secret(&one, 7), audit_secret(&other, 7), "another learner draws differently");
+        assert_ne!(audit_secret(&one, 7), audit_secret(&one, 8));
     }
 }

@@ -73,8 +73,7 @@ impl Identity {
         PeerId::from_ed25519(&self.public_key())
     }
 
-    /// The 32 secret bytes from which the key grows, for other Ed25519 libraries. Keep them secret.
-    pub fn secret_seed(&self) -> [u8; 32] {
+    fn secret_seed(&self) -> [u8; 32] {
         self.keypair.secret().as_ref().try_into().expect("an Ed25519 secret is 32 bytes")
     }
 

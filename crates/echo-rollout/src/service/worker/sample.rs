@@ -21,7 +21,7 @@ pub(super) type Made = (Trajectory, Option<Box<dyn Opener>>);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct GivenBack {
     pub(super) reason: String,
-    /// Another policy was installed meanwhile: nobody's fault.
+    /// Another policy was installed meanwhile, or the worker was asked to stop: nobody's fault.
     pub(super) aborted: bool,
 }
 

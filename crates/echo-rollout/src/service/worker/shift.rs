@@ -7,6 +7,7 @@ use std::time::Duration;
 use swarm_wire::PolicyVersion;
 use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::generated::swarm::v1::Signed;
+use tokio::sync::watch;
 use tokio::task::{Id, JoinError, JoinSet};
 
 use lattica_net::StatusCode;
@@ -22,7 +23,7 @@ use crate::service::{AskError, BoxFuture, LEASE, LONG_POLL, SUBMIT, ask};
 pub(super) enum End {
     /// The trainer does not know this worker any more. The watcher is here unless a snapshot was on its way.
     Register(Option<SnapshotWatcher>),
-    /// The run is over.
+    /// The run is over, or the worker was asked to stop and has delivered everything.
     Finished,
 }
 
@@ -56,6 +57,9 @@ pub(super) struct Shift<'a> {
     submitting: Option<Reply<proto::SubmitReply>>,
     /// Pause before the next question.
     pause: Duration,
+    stop: watch::Receiver<bool>,
+    /// Nothing is begun any more.
+    stopping: bool,
 }
 
 /// What happened.
@@ -65,6 +69,7 @@ enum Event {
     LeasedBefore(Result<proto::LeaseReply, AskError>),
     Submitted(Result<proto::SubmitReply, AskError>),
     Fetched(Result<Staged, SnapshotError>),
+    Stop,
 }
 
 /// The value of a future that may not be there.
@@ -77,6 +82,7 @@ async fn of<T>(future: Option<&mut BoxFuture<'static, T>>) -> T {
 
 impl<'a> Shift<'a> {
     pub(super) fn new(worker: &'a mut Worker, watcher: SnapshotWatcher) -> Self {
+        let stop = worker.stop.subscribe();
         Self {
             worker,
             watcher,
@@ -89,6 +95,8 @@ impl<'a> Shift<'a> {
             outdated: JoinSet::new(),
             submitting: None,
             pause: Duration::ZERO,
+            stop,
+            stopping: false,
         }
     }
 
@@ -98,6 +106,9 @@ impl<'a> Shift<'a> {
             self.install().await;
             self.ask_for_more();
             self.submit();
+            if self.stopping && self.has_delivered() {
+                return Ok(End::Finished);
+            }
             let fetching = match &mut self.staging {
                 Staging::Fetching(fetch, _) => Some(fetch),
                 Staging::Nothing | Staging::Draining(_) => None,
@@ -110,6 +121,7 @@ impl<'a> Shift<'a> {
                 reply = of(self.submitting.as_mut()) => Event::Submitted(reply),
                 Some(Ok(reply)) = self.outdated.join_next() => Event::LeasedBefore(reply),
                 reply = of(self.asking.as_mut().map(|(reply, _)| reply)) => Event::Leased(reply),
+                _ = self.stop.wait_for(|stop| *stop), if !self.stopping => Event::Stop,
             };
             let end = match event {
                 Event::Sampled(done) => {
@@ -129,6 +141,10 @@ impl<'a> Shift<'a> {
                     self.leased(reply)?
                 }
                 Event::LeasedBefore(reply) => self.leased(reply)?,
+                Event::Stop => {
+                    self.stopping = true;
+                    None
+                }
             };
             match end {
                 None => {}
@@ -139,6 +155,12 @@ impl<'a> Shift<'a> {
                 Some(End::Finished) => return Ok(End::Finished),
             }
         }
+    }
+
+    /// Whether nothing is in the making, on its way or perhaps just being leased.
+    fn has_delivered(&self) -> bool {
+        let may_lease = self.asking.as_ref().is_some_and(|(_, room)| *room > 0) || !self.outdated.is_empty();
+        self.samples.is_empty() && self.sent.is_none() && !may_lease
     }
 
     /// The newest version that this worker has or is about to have.
@@ -153,6 +175,9 @@ impl<'a> Shift<'a> {
     /// Keeps one question open, so that news come at once. A question without room for leases is asked again as soon as
     /// there is room; one with room is never taken back, because its answer may hold leases.
     fn ask_for_more(&mut self) {
+        if self.stopping {
+            return;
+        }
         let draining = matches!(self.staging, Staging::Draining(_));
         let busy = u32::try_from(self.samples.len()).unwrap_or(u32::MAX);
         let room = if draining { 0 } else { self.worker.config.max_leases.saturating_sub(busy) };
@@ -215,6 +240,10 @@ impl<'a> Shift<'a> {
         for lease in reply.leases.into_iter().take(self.worker.config.max_leases as usize) {
             let id = LeaseId(lease.id);
             match Lease::try_from(lease) {
+                Ok(lease) if self.stopping => {
+                    let reason = "this worker was asked to stop".to_owned();
+                    self.give_back(lease.id, GivenBack { reason, aborted: true });
+                }
                 Ok(lease) => self.begin(lease),
                 Err(error) => self.give_back(id, GivenBack::failed(error)),
             }

@@ -5,7 +5,8 @@ use std::future::pending;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use echo_rollout::asynchronous::{AsyncAction, AsyncCoordinator};
+use echo_rollout::asynchronous::AsyncCoordinator;
+use echo_rollout::sync::Action;
 use swarm_wire::PolicyVersion;
 use tokio::task::JoinHandle;
 
@@ -44,8 +45,8 @@ pub(super) async fn run<P: Update + Send + 'static>(
         }
         while let Some(action) = coordinator.poll(&collector.view()) {
             match action {
-                AsyncAction::OpenGroups { up_to } => collector.open_groups(up_to).await?,
-                AsyncAction::Train { step, groups } => {
+                Action::OpenGroups { up_to } => collector.open_groups(up_to).await?,
+                Action::Train { step, groups } => {
                     let batch = collector.take(step, groups).await?;
                     if batch.is_empty() {
                         break;
@@ -54,7 +55,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     let handle = learner.learn(&batch);
                     training = Some(Training { handle, began: Instant::now(), waited: waiting.elapsed() });
                 }
-                AsyncAction::Commit { step } => {
+                Action::Commit { step } => {
                     collector.commit_step(step).await?;
                     coordinator.handle_committed(collector.now_ms())?;
                     if let Some((learned, times)) = trained.take() {
@@ -62,7 +63,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     }
                     waiting = Instant::now();
                 }
-                AsyncAction::Publish(version) => {
+                Action::Publish(version) => {
                     coordinator.handle_publishing(version)?;
                     let weights = newest.clone();
                     publishing = Some(Box::pin(async move {

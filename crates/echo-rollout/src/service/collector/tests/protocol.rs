@@ -38,6 +38,35 @@ async fn a_round_that_is_dropped_anywhere_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_asked_to_stop_delivers_what_it_has_begun_and_holds_nothing() {
+    let trainer = node(56).await;
+    let rollouts = connected(57, &trainer).await;
+    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let worker = worker(&rollouts, &trainer.peer_id(), 57, 0.0, false);
+    let (stopper, mut stats) = (worker.stopper(), worker.stats());
+    let run = tokio::spawn(worker.run());
+    assert_eq!(collector.wait_for_workers(1, Duration::from_secs(20)).await, 1);
+    collector.publish(&snapshot(56, 0)).await.unwrap();
+    collector.open_groups(400).await.unwrap();
+    stats.wait_for(|s| s.accepted > 0).await.unwrap();
+    stopper.stop();
+    run.await.unwrap().unwrap();
+    let stats = *stats.borrow();
+    assert_eq!(stats.sampled, stats.accepted, "everything that was begun is delivered: {stats:?}");
+    let counts = collector.counts();
+    assert_eq!(counts.leased, stats.accepted + stats.failed, "no lease is left to expire: {counts:?}");
+    assert_eq!(collector.inner.state().dispatcher.next_deadline_ms(), None);
+    assert!(stats.accepted < 1600, "it did not work to the end");
+    assert_eq!(collector.view().workers, 0, "it said goodbye");
+    // One that knows no trainer yet ends as well.
+    let lost = super::worker(&rollouts, &PeerId::from_ed25519(&[9; 32]), 57, 0.0, false);
+    lost.stopper().stop();
+    lost.run().await.unwrap();
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_the_run_is_finished_workers_and_auditors_hear_it_and_end() {
     let trainer = node(61).await;
     let rollouts = connected(62, &trainer).await;
