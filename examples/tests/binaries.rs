@@ -37,7 +37,7 @@ fn every_binary_and_command_explains_itself() {
         (DEMO_SWARM, &[]),
         (LATTICA_NODE, &["bench"]),
         (ROLLOUT_FLEET, &[]),
-        (TRAINING_SWARM, &["losses", "bench", "pretrain"]),
+        (TRAINING_SWARM, &["losses", "bench", "pretrain", "sft", "dpo"]),
     ];
     for (binary, subcommands) in commands {
         for subcommand in subcommands.iter().map(|s| vec![*s, "--help"]).chain([vec!["--help"]]) {
@@ -45,6 +45,24 @@ fn every_binary_and_command_explains_itself() {
             let help = String::from_utf8(output.stdout).unwrap();
             assert!(output.status.success() && help.contains("Usage:"), "{binary} {subcommand:?}: {help}");
         }
+    }
+}
+
+#[test]
+fn the_example_settings_fine_tune_the_tiny_model() {
+    let out = tempfile::tempdir().unwrap();
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    for command in ["sft", "dpo"] {
+        let config = format!("examples/configs/{command}.toml");
+        let out = out.path().join(command);
+        let args = [command, "--config", &config, "--out", out.to_str().unwrap(), "--json"];
+        let output = Command::new(TRAINING_SWARM).args(args).current_dir(root).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let loss = |name: &str| report[name].as_f64().unwrap();
+        assert!(loss("loss_after") < 0.2 * loss("loss_before"), "{report}");
+        assert_eq!(report["broken_lines"], 0);
+        assert!(out.join("adapter_config.json").is_file() && out.join("adapter_model.safetensors").is_file());
     }
 }
 

@@ -1,11 +1,13 @@
-//! Settings of a training run and of pre-training, with the defaults that the demo uses.
+//! Settings of a training run, of fine-tuning and of pre-training, with the defaults that the demo uses.
 
 use serde::{Deserialize, Serialize};
 
 use crate::advantage::{AdvantageConfig, RewardShaping};
 use crate::data::TeacherConfig;
+use crate::dataset::OnBroken;
 use crate::loss::LossConfig;
 use crate::optim::{OptimConfig, Schedule};
+use crate::preference::{PreferenceConfig, PreferenceError};
 
 /// One reinforcement-learning run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -87,6 +89,9 @@ pub enum ConfigError {
     /// Credit or reward shaping.
     #[error(transparent)]
     Advantage(#[from] crate::advantage::AdvantageError),
+    /// The preference loss.
+    #[error(transparent)]
+    Preference(#[from] PreferenceError),
     /// The optimiser.
     #[error(transparent)]
     Optim(#[from] crate::optim::OptimError),
@@ -181,6 +186,84 @@ impl Default for PretrainConfig {
     }
 }
 
+/// Supervised fine-tuning, or preference optimisation. `examples/configs/sft.toml` and `dpo.toml` are two.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FinetuneConfig {
+    /// Seeds the order of the examples and the adapter's first values.
+    pub seed: u64,
+    /// Updates; 0: as many as `epochs` needs.
+    pub steps: u64,
+    /// Passes over the data, where `steps` is 0.
+    pub epochs: u64,
+    /// Examples of one update.
+    pub batch: usize,
+    /// Most tokens of one example, prompt included; a longer one counts as broken.
+    pub max_tokens: usize,
+    /// Most tokens of one micro-batch; bounds memory.
+    pub micro_batch_tokens: usize,
+    /// What to do about lines that cannot be used.
+    pub on_broken: OnBroken,
+    /// Supervised: learn the prompts' tokens too.
+    pub learn_prompt: bool,
+    /// Train all weights instead of an adapter.
+    pub full: bool,
+    /// Inner width of the adapter.
+    pub lora_rank: usize,
+    /// Numerator of the adapter's scale.
+    pub lora_alpha: f32,
+    /// Which projections it is put on, for example `q_proj`; empty: all linear ones.
+    pub lora_targets: Vec<String>,
+    /// Preferences: the loss.
+    pub preference: PreferenceConfig,
+    /// The optimiser.
+    pub optim: OptimConfig,
+}
+
+impl Default for FinetuneConfig {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            steps: 0,
+            epochs: 1,
+            batch: 16,
+            max_tokens: 1024,
+            micro_batch_tokens: 8192,
+            on_broken: OnBroken::default(),
+            learn_prompt: false,
+            full: false,
+            lora_rank: 8,
+            lora_alpha: 16.0,
+            lora_targets: Vec::new(),
+            preference: PreferenceConfig::dpo(0.1),
+            optim: OptimConfig::default(),
+        }
+    }
+}
+
+impl FinetuneConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// Names the first setting that is out of range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let passes = usize::try_from(self.steps.max(self.epochs)).unwrap_or(usize::MAX);
+        for (setting, least, value) in [
+            ("epochs", 1, passes),
+            ("batch", 1, self.batch),
+            ("max_tokens", 2, self.max_tokens),
+            ("micro_batch_tokens", 2, self.micro_batch_tokens),
+            ("lora_rank", 1, self.lora_rank),
+        ] {
+            if value < least {
+                return Err(ConfigError::TooSmall { setting, least, value });
+            }
+        }
+        self.preference.validate()?;
+        Ok(self.optim.validate()?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,5 +275,11 @@ mod tests {
         assert!(none.validate().unwrap_err().to_string().contains("groups_per_step"));
         let full = TrainerConfig { max_pending_groups: 3, ..TrainerConfig::default() };
         assert!(full.validate().unwrap_err().to_string().contains("max_pending_groups"));
+        FinetuneConfig::default().validate().unwrap();
+        let never = FinetuneConfig { epochs: 0, ..FinetuneConfig::default() };
+        assert!(never.validate().unwrap_err().to_string().contains("epochs"));
+        FinetuneConfig { steps: 3, ..never }.validate().unwrap();
+        let loose = FinetuneConfig { preference: PreferenceConfig::dpo(0.0), ..FinetuneConfig::default() };
+        assert!(loose.validate().unwrap_err().to_string().contains("beta"));
     }
 }

@@ -124,24 +124,34 @@ impl From<RewardError> for DataError {
 #[derive(Debug)]
 pub struct ChatEncoder {
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: Option<ChatTemplate>,
     eos: u32,
 }
 
 impl ChatEncoder {
-    /// Uses a checkpoint's own tokenizer and template; `eos` ends each answer.
-    pub fn new(tokenizer: Tokenizer, template: ChatTemplate, eos: u32) -> Self {
+    /// Uses a checkpoint's own tokenizer and template; `eos` ends each answer. Without a template a single message is plain
+    /// text, as workers have it.
+    pub fn new(tokenizer: Tokenizer, template: Option<ChatTemplate>, eos: u32) -> Self {
         Self { tokenizer, template, eos }
     }
 
-    /// The tokens of a user message, ready for the answer.
+    /// The tokens of `messages`, ready for the answer.
     ///
     /// # Errors
-    /// When the template or the tokenizer refuses it.
-    pub fn prompt(&self, question: &str) -> Result<Vec<u32>, DataError> {
-        let messages = [ChatMessage { role: "user".to_owned(), content: question.to_owned() }];
-        let text = self.template.render(&messages, true).map_err(|e| DataError::new(&e))?;
-        self.tokenizer.encode(&text, false).map_err(|e| DataError::new(&e))
+    /// When the template or the tokenizer refuses them, or there is no template for several.
+    pub fn prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, DataError> {
+        let tokens = match (&self.template, messages) {
+            (Some(template), _) => {
+                let text = template.render(messages, true).map_err(|e| DataError::new(&e))?;
+                self.tokenizer.encode(&text, false)
+            }
+            (None, [only]) => self.tokenizer.encode(&only.content, true),
+            (None, _) => {
+                let reason = "several messages need a model with a chat template".to_owned();
+                return Err(DataError { reason });
+            }
+        };
+        tokens.map_err(|e| DataError::new(&e))
     }
 
     /// A question with its answer; the answer and its end are learnt.
@@ -149,7 +159,20 @@ impl ChatEncoder {
     /// # Errors
     /// As [`ChatEncoder::prompt`].
     pub fn line(&self, question: &str, answer: &str, learn_prompt: bool) -> Result<Labelled, DataError> {
-        let mut tokens = self.prompt(question)?;
+        self.dialogue(&[ChatMessage::new("user", question)], answer, learn_prompt)
+    }
+
+    /// Messages with the answer to them; the answer and its end are learnt.
+    ///
+    /// # Errors
+    /// As [`ChatEncoder::prompt`].
+    pub fn dialogue(
+        &self,
+        messages: &[ChatMessage],
+        answer: &str,
+        learn_prompt: bool,
+    ) -> Result<Labelled, DataError> {
+        let mut tokens = self.prompt(messages)?;
         let prompt_tokens = tokens.len();
         tokens.extend(self.tokenizer.encode(answer, false).map_err(|e| DataError::new(&e))?);
         tokens.push(self.eos);

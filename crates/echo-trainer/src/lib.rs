@@ -25,7 +25,7 @@
 //! [`preference`] (pairs: DPO, reward models), [`packing`] (rollouts to one
 //! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
-//! bit for bit), [`pretrain`] and [`data`] (learning from text), [`vocabulary`] (the tiny model's tokenizer),
+//! bit for bit), [`pretrain`] and [`data`] (learning from text), [`dataset`] (JSON lines), [`vocabulary`] (the tiny model's tokenizer),
 //! [`config`], [`run`] (a whole run's settings), [`metrics`], [`error`]; with feature `service`: checkpoints on disk, the
 //! learner of a swarm, publication over bitswap.
 
@@ -33,6 +33,7 @@ pub mod advantage;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod dataset;
 pub mod error;
 pub mod lease_set;
 pub mod loss;
@@ -50,7 +51,7 @@ pub mod step;
 pub mod trainer;
 pub mod vocabulary;
 
-pub use config::{PretrainConfig, TrainerConfig};
+pub use config::{FinetuneConfig, PretrainConfig, TrainerConfig};
 pub use error::{AddError, StepError};
 pub use loss::{LossConfig, LossKind};
 pub use run::RunConfig;

@@ -151,16 +151,17 @@ pub fn pack(samples: &[Sample]) -> Result<PackedBatch, PackError> {
     Ok(batch)
 }
 
-/// Cuts `samples` into runs of at most `max_tokens` tokens each (a longer sample stands alone), keeping their order.
-pub fn micro_batches(samples: &[Sample], max_tokens: usize) -> Vec<&[Sample]> {
+/// Cuts `samples`, of so many `tokens` each, into runs of at most `max_tokens` (a longer one stands alone), keeping their
+/// order.
+pub fn micro_batches<T>(samples: &[T], tokens: impl Fn(&T) -> usize, max_tokens: usize) -> Vec<&[T]> {
     let mut out = Vec::new();
-    let (mut start, mut tokens) = (0, 0);
+    let (mut start, mut sum) = (0, 0);
     for (i, sample) in samples.iter().enumerate() {
-        if i > start && tokens + sample.tokens.len() > max_tokens {
+        if i > start && sum + tokens(sample) > max_tokens {
             out.push(&samples[start..i]);
-            (start, tokens) = (i, 0);
+            (start, sum) = (i, 0);
         }
-        tokens += sample.tokens.len();
+        sum += tokens(sample);
     }
     if start < samples.len() {
         out.push(&samples[start..]);
@@ -215,7 +216,7 @@ mod tests {
             lengths in proptest::collection::vec(2_usize..40, 0..30), max in 1_usize..100,
         ) {
             let samples: Vec<Sample> = lengths.iter().map(|n| sample(&vec![7; *n], 1, *n as f64)).collect();
-            let cuts = micro_batches(&samples, max);
+            let cuts = micro_batches(&samples, |s| s.tokens.len(), max);
             prop_assert_eq!(&cuts.concat(), &samples);
             for cut in cuts {
                 let tokens: usize = cut.iter().map(|s| s.tokens.len()).sum();

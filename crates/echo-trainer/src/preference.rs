@@ -1,12 +1,16 @@
 //! Losses over pairs of a chosen and a rejected answer: direct preference optimisation, and pairwise reward models.
 //!
-//! As with policy losses, f64 with the derivative written out is the specification and the Burn version trains. Sources:
+//! Training on pairs is in [`train`]. As with policy losses, f64 with the derivative written out is the specification and the Burn version trains. Sources:
 //! DPO (arXiv 2305.18290), label smoothing (cDPO), IPO (arXiv 2310.12036), hinge (SLiC, arXiv 2305.10425); the reward
 //! model is Bradley-Terry's with Llama 2's margin (arXiv 2307.09288) and TRL's centring term.
+
+mod train;
 
 use burn::tensor::activation::log_sigmoid;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
+
+pub use train::{Pair, PairReport, PairTrainer};
 
 /// What is done with a pair's margin `h`: how much more the policy prefers the chosen answer than the reference does.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

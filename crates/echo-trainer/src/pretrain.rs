@@ -12,6 +12,7 @@ pub struct TextTrainer<P> {
     policy: P,
     masters: Parameters,
     optimiser: AdamW,
+    micro_batch_tokens: usize,
 }
 
 /// What one step did.
@@ -26,14 +27,15 @@ pub struct TextReport {
 }
 
 impl<P: Policy> TextTrainer<P> {
-    /// Starts from the policy's present values.
+    /// Starts from the policy's present values. A batch is cut into parts of at most `micro_batch_tokens`, which bounds
+    /// memory.
     ///
     /// # Errors
     /// When an optimiser setting is out of range.
-    pub fn new(policy: P, optim: OptimConfig) -> Result<Self, StepError> {
+    pub fn new(policy: P, optim: OptimConfig, micro_batch_tokens: usize) -> Result<Self, StepError> {
         let masters = read_parameters(&policy);
         let optimiser = AdamW::new(optim, &masters)?;
-        Ok(Self { policy, masters, optimiser })
+        Ok(Self { policy, masters, optimiser, micro_batch_tokens })
     }
 
     /// One update on `batch`.
@@ -41,7 +43,7 @@ impl<P: Policy> TextTrainer<P> {
     /// # Errors
     /// When the model refuses the batch or a gradient is not finite; nothing has changed then.
     pub fn step(&mut self, batch: &[Labelled]) -> Result<TextReport, StepError> {
-        let (mut gradients, loss) = cross_entropy_gradients(&self.policy, batch)?;
+        let (mut gradients, loss) = cross_entropy_gradients(&self.policy, batch, self.micro_batch_tokens)?;
         let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
         self.policy.assign(&self.masters)?;
         Ok(TextReport { loss, grad_norm: update.grad_norm, learning_rate: update.learning_rate })
@@ -52,7 +54,7 @@ impl<P: Policy> TextTrainer<P> {
     /// # Errors
     /// When the model refuses the batch.
     pub fn loss(&self, batch: &[Labelled]) -> Result<f64, StepError> {
-        Ok(cross_entropy(&self.policy, batch)?.1)
+        cross_entropy(&self.policy, batch, self.micro_batch_tokens)
     }
 
     /// Updates so far.
@@ -79,7 +81,7 @@ mod tests {
     #[test]
     fn a_repeated_line_is_learnt() {
         let optim = OptimConfig { learning_rate: 0.1, ..OptimConfig::default() };
-        let mut trainer = TextTrainer::new(Bigram::new(5), optim).unwrap();
+        let mut trainer = TextTrainer::new(Bigram::new(5), optim, 8).unwrap();
         let line = Labelled { tokens: vec![0, 3, 1, 4], learn: vec![false, true, true, true] };
         let before = trainer.loss(std::slice::from_ref(&line)).unwrap();
         for _ in 0..60 {

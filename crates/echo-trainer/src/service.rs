@@ -1,8 +1,9 @@
-//! The shell around the core: checkpoints on disk, pre-training to a model directory, the learner of a swarm, publication
+//! The shell around the core: checkpoints on disk, pre-training and fine-tuning to a directory, the learner of a swarm, publication
 //! over bitswap.
 
 pub mod checkpoint_dir;
 pub mod evaluation;
+pub mod finetuning;
 pub mod learner;
 pub mod pretraining;
 pub mod publisher;

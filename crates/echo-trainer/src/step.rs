@@ -4,7 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::error::StepError;
 use crate::loss::plan::{RowPlan, needs_current};
-use crate::loss::{LossConfig, PolicyTargets, reference, tensor};
+use crate::loss::{LossConfig, reference, tensor};
 use crate::metrics::LossMetrics;
 use crate::packing::{PackError, Sample, micro_batches, pack};
 use crate::parameters::Gradients;
@@ -22,7 +22,7 @@ pub fn policy_gradients(
     config: &LossConfig,
     max_tokens: usize,
 ) -> Result<(Gradients, LossMetrics), StepError> {
-    let parts = micro_batches(samples, max_tokens);
+    let parts = micro_batches(samples, |s| s.tokens.len(), max_tokens);
     let whole = pack(samples)?;
     let total = whole.targets.mask.iter().filter(|m| **m).count().max(1) as f64;
     let mut plan = match (needs_current(&whole.targets, config), parts.len()) {
@@ -78,7 +78,7 @@ pub fn completion_logprobs(
     max_tokens: usize,
 ) -> Result<Vec<Vec<f32>>, StepError> {
     let mut out = Vec::with_capacity(samples.len());
-    for part in micro_batches(samples, max_tokens) {
+    for part in micro_batches(samples, |s| s.tokens.len(), max_tokens) {
         let batch = pack(part)?;
         let all = values(policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?.into_data());
         for (i, sample) in part.iter().enumerate() {
@@ -97,52 +97,99 @@ pub struct Labelled {
     pub learn: Vec<bool>,
 }
 
-/// Gradients of the mean cross entropy over the marked tokens of `sequences`, and that mean in nats.
+impl Labelled {
+    /// How many tokens count.
+    pub fn learnt(&self) -> usize {
+        self.learn.iter().skip(1).filter(|learn| **learn).count()
+    }
+}
+
+/// Gradients of the mean cross entropy over the marked tokens of `sequences`, and that mean in nats. Cut into
+/// micro-batches of at most `max_tokens` tokens, which changes memory and last bits, not the meaning.
 ///
 /// # Errors
 /// When marks do not fit, no token is marked, or the model refuses.
 pub fn cross_entropy_gradients(
     policy: &impl Policy,
     sequences: &[Labelled],
+    max_tokens: usize,
 ) -> Result<(Gradients, f64), StepError> {
-    let (loss, figure) = cross_entropy(policy, sequences)?;
-    Ok((read_gradients(policy, &loss)?, figure))
+    let marked = marked(sequences)?;
+    let (mut gradients, mut mean) = (None, 0.0);
+    for part in micro_batches(sequences, |s| s.tokens.len(), max_tokens) {
+        let (loss, figure) = part_of_cross_entropy(policy, part, marked)?;
+        accumulate(&mut gradients, read_gradients(policy, &loss)?);
+        mean += figure;
+    }
+    Ok((gradients.expect("marked tokens are in a part"), mean))
 }
 
-/// The mean cross entropy over the marked tokens, as a differentiable scalar and as a number.
+/// The mean cross entropy over the marked tokens, in nats.
 ///
 /// # Errors
 /// As [`cross_entropy_gradients`].
-pub fn cross_entropy(policy: &impl Policy, sequences: &[Labelled]) -> Result<(Tensor<1>, f64), StepError> {
-    let mut tokens = Vec::new();
-    let mut cu_seqlens = vec![0_u32];
-    let mut targets = PolicyTargets::default();
+pub fn cross_entropy(
+    policy: &impl Policy,
+    sequences: &[Labelled],
+    max_tokens: usize,
+) -> Result<f64, StepError> {
+    let marked = marked(sequences)?;
+    micro_batches(sequences, |s| s.tokens.len(), max_tokens)
+        .into_iter()
+        .map(|part| Ok(part_of_cross_entropy(policy, part, marked)?.1))
+        .sum()
+}
+
+/// How many tokens are marked, at least one.
+fn marked(sequences: &[Labelled]) -> Result<usize, StepError> {
     for (index, s) in sequences.iter().enumerate() {
         if s.tokens.len() < 2 || s.learn.len() != s.tokens.len() {
             return Err(
                 PackError::Empty { index, tokens: s.tokens.len(), prompt_tokens: s.learn.len() }.into()
             );
         }
-        tokens.extend_from_slice(&s.tokens);
-        let end = u32::try_from(tokens.len()).map_err(|_| PackError::TooLarge { tokens: tokens.len() })?;
-        cu_seqlens.push(end);
-        targets.mask.extend_from_slice(&s.learn[1..]);
     }
-    let marked = targets.mask.iter().filter(|m| **m).count();
-    if marked == 0 {
-        return Err(PackError::Empty { index: 0, tokens: tokens.len(), prompt_tokens: tokens.len() }.into());
+    match sequences.iter().map(Labelled::learnt).sum() {
+        0 => {
+            let tokens = sequences.iter().map(|s| s.tokens.len()).sum();
+            Err(PackError::Empty { index: 0, tokens, prompt_tokens: tokens }.into())
+        }
+        marked => Ok(marked),
     }
-    let logprobs = policy.token_logprobs(&tokens, &cu_seqlens)?;
+}
+
+/// What `sequences` add to a mean over `marked` tokens, as a differentiable scalar and as a number.
+fn part_of_cross_entropy(
+    policy: &impl Policy,
+    sequences: &[Labelled],
+    marked: usize,
+) -> Result<(Tensor<1>, f64), StepError> {
+    let logprobs = labelled_logprobs(policy, sequences)?;
     let share = 1.0 / marked as f32;
-    let weights: Vec<f32> = targets.mask.iter().map(|m| if *m { -share } else { 0.0 }).collect();
-    let rows = weights.len();
-    let weights = Tensor::<1>::from_data(TensorData::new(weights, [rows]), &logprobs.device());
+    let rows = sequences.iter().flat_map(|s| &s.learn[1..]);
+    let weights: Vec<f32> = rows.map(|learn| if *learn { -share } else { 0.0 }).collect();
+    let n = weights.len();
+    let weights = Tensor::<1>::from_data(TensorData::new(weights, [n]), &logprobs.device());
     let loss = (logprobs * weights).sum();
     let figure = loss.clone().into_data().iter::<f64>().sum();
     Ok((loss, figure))
 }
 
-fn accumulate(sum: &mut Option<Gradients>, part: Gradients) {
+/// Log-probabilities of all tokens but the first of each sequence, one after the other.
+pub(crate) fn labelled_logprobs<'a>(
+    policy: &impl Policy,
+    sequences: impl IntoIterator<Item = &'a Labelled>,
+) -> Result<Tensor<1>, StepError> {
+    let (mut tokens, mut cu_seqlens) = (Vec::new(), vec![0_u32]);
+    for s in sequences {
+        tokens.extend_from_slice(&s.tokens);
+        let end = u32::try_from(tokens.len()).map_err(|_| PackError::TooLarge { tokens: tokens.len() })?;
+        cu_seqlens.push(end);
+    }
+    policy.token_logprobs(&tokens, &cu_seqlens)
+}
+
+pub(crate) fn accumulate(sum: &mut Option<Gradients>, part: Gradients) {
     match sum {
         Some(sum) => sum.add(&part),
         None => *sum = Some(part),
@@ -272,11 +319,19 @@ pub(crate) mod tests {
         let policy = Bigram::new(3);
         let logprobs = values(policy.token_logprobs(&[0, 1, 2], &[0, 3]).unwrap().into_data());
         let labelled = |learn: [bool; 3]| Labelled { tokens: vec![0, 1, 2], learn: learn.to_vec() };
-        let (_, second) = cross_entropy(&policy, &[labelled([true, false, true])]).unwrap();
+        let second = cross_entropy(&policy, &[labelled([true, false, true])], 100).unwrap();
         assert!((second + f64::from(logprobs[1])).abs() < 1e-6);
-        let (_, both) = cross_entropy(&policy, &[labelled([false, true, true])]).unwrap();
+        let both = cross_entropy(&policy, &[labelled([false, true, true])], 100).unwrap();
         assert!((both + f64::from(logprobs[0] + logprobs[1]) / 2.0).abs() < 1e-6);
-        assert!(cross_entropy(&policy, &[labelled([true, false, false])]).is_err());
+        assert!(cross_entropy(&policy, &[labelled([true, false, false])], 100).is_err());
+        // Cut up, one part without a mark: the same mean and gradients.
+        let three = [[true, false, true], [false, false, false], [false, true, true]].map(labelled);
+        let (whole, mean) = cross_entropy_gradients(&policy, &three, 100).unwrap();
+        let (parts, same) = cross_entropy_gradients(&policy, &three, 3).unwrap();
+        assert!((mean - same).abs() < 1e-6 && (mean - (2.0 * both + second) / 3.0).abs() < 1e-6);
+        for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
     }
 
     #[test]

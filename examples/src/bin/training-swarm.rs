@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use swarm_examples::program;
-use swarm_examples::training::{bench, losses, pretrain, run};
+use swarm_examples::training::{bench, finetune, losses, pretrain, run};
 
-/// Train with rollouts from many machines (--config); pre-train tiny models, check losses, measure the training step.
+/// Train with rollouts from many machines (--config); pre-train and fine-tune on one, check losses, measure the training step.
 ///
 /// Report of a run (--json): one line per event, {"event":"ready",peer,addrs}, {"event":"eval",version,eval,eval_greedy},
 /// {"event":"step",version,reward,loss,ratio_deviation_max,grad_norm,staleness_max,staleness_mean,ahead,update_bytes,
@@ -16,7 +16,7 @@ use swarm_examples::training::{bench, losses, pretrain, run};
     version,
     args_conflicts_with_subcommands = true,
     after_help = "Start here:\n  training-swarm --config examples/configs/training-swarm.toml\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
-                  examples/configs/pretrain-tiny.toml --out tiny\n\nEvery command that takes --json prints one JSON object \
+                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n\nEvery command that takes --json prints one JSON object \
                   as the last line of stdout; all else goes to stderr."
 )]
 struct Cli {
@@ -30,6 +30,10 @@ struct Cli {
 enum Command {
     Losses(losses::LossesArgs),
     Pretrain(pretrain::PretrainArgs),
+    /// Fine-tune on right answers
+    Sft(finetune::FinetuneArgs),
+    /// Fine-tune on preferences (direct preference optimisation)
+    Dpo(finetune::FinetuneArgs),
     Bench(bench::BenchArgs),
 }
 
@@ -38,6 +42,8 @@ fn main() -> ExitCode {
     program::run(|| match cli.command {
         Some(Command::Losses(args)) => losses::run(&args),
         Some(Command::Pretrain(args)) => pretrain::run(&args),
+        Some(Command::Sft(args)) => finetune::sft(&args),
+        Some(Command::Dpo(args)) => finetune::dpo(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         None => run::run(&cli.run),
     })

@@ -100,7 +100,7 @@ fn model_config(config: &PretrainConfig) -> Result<ModelConfig, PretrainError> {
 pub fn tiny_encoder() -> Result<ChatEncoder, PretrainError> {
     let tokenizer = Tokenizer::from_json(vocabulary::tokenizer_json().as_bytes()).map_err(model_error)?;
     let template = ChatTemplate::new(vocabulary::CHAT_TEMPLATE, "<bos>", "<eos>").map_err(model_error)?;
-    Ok(ChatEncoder::new(tokenizer, template, vocabulary::EOS))
+    Ok(ChatEncoder::new(tokenizer, Some(template), vocabulary::EOS))
 }
 
 /// Pre-trains and writes a model directory to `out`.
@@ -122,7 +122,7 @@ pub fn pretrain(
     model.set_text_file("tokenizer.json", vocabulary::tokenizer_json().into_bytes());
     let settings = vocabulary::tokenizer_config_json(config.max_context);
     model.set_text_file("tokenizer_config.json", settings.into_bytes());
-    let mut trainer = TextTrainer::new(model, config.optim)?;
+    let mut trainer = TextTrainer::new(model, config.optim, usize::MAX)?;
 
     let batch = |step: u64| -> Result<Vec<Labelled>, DataError> {
         (0..config.batch)

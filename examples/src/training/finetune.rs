@@ -1,0 +1,113 @@
+//! `training-swarm sft` and `training-swarm dpo`: fine-tunes a model on JSON lines.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use echo_trainer::FinetuneConfig;
+use echo_trainer::service::finetuning::{self, FinetuneError, FinetuneReport, Job, Progress};
+use parallax_model::{Adapter, Checkpoint};
+use serde::Deserialize;
+
+use crate::program;
+
+/// Updates between two lines of progress.
+const SAY_EVERY: u64 = 10;
+
+/// Options of both commands.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Report: {\"steps\",\"loss_before\",\"loss_after\",\"seconds\",\"examples\",\"tokens\",\"broken_lines\",\"broken\":[{\"line\",\"reason\"}]}, with \
+                  dpo \"accuracy_after\" and \"margin_after\" as well; the losses are means over the first 256 examples, in nats per learnt token or \
+                  of the preference loss."
+)]
+pub struct FinetuneArgs {
+    /// Settings, for example examples/configs/sft.toml or examples/configs/dpo.toml
+    #[arg(long)]
+    config: PathBuf,
+    /// Directory for the adapter (as PEFT writes it), or for the model when all weights are trained
+    #[arg(long)]
+    out: PathBuf,
+    /// Print the report on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+/// The file: what is trained on what, and how.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache.
+    model: String,
+    /// JSON lines.
+    data: PathBuf,
+    /// Directory or file of an adapter to go on with.
+    adapter: Option<PathBuf>,
+    /// Threads of the CPU kernels; 0: all cores.
+    #[serde(default)]
+    threads: usize,
+    #[serde(default)]
+    train: FinetuneConfig,
+}
+
+/// Fine-tunes on right answers.
+///
+/// # Errors
+/// A missing or malformed file, settings out of range, data that cannot be used, a full disk.
+pub fn sft(args: &FinetuneArgs) -> anyhow::Result<()> {
+    run(args, finetuning::sft)
+}
+
+/// Fine-tunes on preferences.
+///
+/// # Errors
+/// As [`sft`].
+pub fn dpo(args: &FinetuneArgs) -> anyhow::Result<()> {
+    run(args, finetuning::dpo)
+}
+
+fn run(
+    args: &FinetuneArgs,
+    train: impl Fn(&Job<'_>, fn(Progress)) -> Result<FinetuneReport, FinetuneError>,
+) -> anyhow::Result<()> {
+    let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
+    let text = String::from_utf8(read(&args.config)?)?;
+    let settings: Settings =
+        toml::from_str(&text).with_context(|| format!("settings in {}", args.config.display()))?;
+    let lines = read(&settings.data)?;
+    let adapter = settings.adapter.as_deref().map(Adapter::load).transpose()?;
+    let checkpoint = Checkpoint::resolve(&settings.model)?;
+    if settings.threads > 0 {
+        parallax_kernels::pool::set_threads(settings.threads);
+    }
+    let job = Job {
+        config: &settings.train,
+        checkpoint: &checkpoint,
+        adapter: adapter.as_ref(),
+        lines: &lines,
+        out: &args.out,
+    };
+    let report = train(&job, |p: Progress| {
+        if p.step.is_multiple_of(SAY_EVERY) || p.step == p.steps {
+            program::say(&format!(
+                "step {:5} of {}  loss {:.4}  {:.0} s",
+                p.step, p.steps, p.loss, p.seconds
+            ));
+        }
+    })
+    .with_context(|| format!("with {}", settings.data.display()))?;
+    for fault in &report.broken {
+        program::say(&format!("left out: line {}: {}", fault.line, fault.reason));
+    }
+    program::say(&format!(
+        "{} examples ({} lines left out), {} steps, loss {:.4} -> {:.4}, {:.0} s: {}",
+        report.examples,
+        report.broken_lines,
+        report.steps,
+        report.loss_before,
+        report.loss_after,
+        report.seconds,
+        args.out.display()
+    ));
+    if args.json { program::report(&report) } else { Ok(()) }
+}
