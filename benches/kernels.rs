@@ -6,6 +6,7 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use parallax_kernels::attention::{KvFormat, KvPages, Paging, RowRef, Scoring, append_kv, paged_attention};
 use parallax_kernels::linear::{PackedWeight, linear, linear_multi};
+use parallax_kernels::reference::noise;
 use parallax_kernels::{WeightKind, activation, logprob, matmul, norm, pool};
 
 const HIDDEN: usize = 576;
@@ -13,17 +14,6 @@ const FFN: usize = 1536;
 const KV: usize = 192;
 const VOCAB: usize = 49152;
 const LAYERS: usize = 30;
-
-/// Numbers in -1..1 from a multiplicative congruential generator.
-fn noise(n: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2).wrapping_add(1);
-    (0..n)
-        .map(|_| {
-            state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect()
-}
 
 struct Layer {
     qkv: [PackedWeight; 3],
@@ -41,7 +31,7 @@ struct Model {
 impl Model {
     fn new(kind: WeightKind) -> Self {
         let pack = |n: usize, k: usize| {
-            PackedWeight::pack_f32(kind, &noise(n * k, (n + k) as u32), n, k).expect("shapes fit")
+            PackedWeight::pack_f32(kind, &noise(n * k, (n + k) as u64), n, k).expect("shapes fit")
         };
         let layer = || Layer {
             qkv: [pack(HIDDEN, HIDDEN), pack(KV, HIDDEN), pack(KV, HIDDEN)],

@@ -1,4 +1,4 @@
-//! What the tests share: seeded noise, comparisons, and the levels of this machine.
+//! What the tests share: comparisons, and the levels of this machine.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,17 +7,7 @@ use half::bf16;
 use crate::attention::KvFormat;
 use crate::dispatch::{Level, available, with_level};
 use crate::pool;
-
-/// Numbers in -1..1, the same for the same seed.
-pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((state >> 40) as f32) / (1u32 << 23) as f32 - 1.0
-        })
-        .collect()
-}
+pub(crate) use crate::reference::noise;
 
 /// Rows of `d` elements as a store of `format` gives them back, in plain arithmetic.
 pub(crate) fn rounded(format: KvFormat, values: &[f32], d: usize) -> Vec<f32> {

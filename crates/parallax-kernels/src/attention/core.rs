@@ -49,6 +49,21 @@ impl Queries<'_> {
     }
 }
 
+/// Queries, what they read and where their outputs go.
+struct Task<'a, E: Element> {
+    kv: &'a Pair<E>,
+    geometry: Geometry,
+    queries: &'a Queries<'a>,
+    out: &'a Shared<'a, f32>,
+}
+
+impl<E: Element> Task<'_, E> {
+    /// Elements [D] of query `i`.
+    fn query(&self, i: usize) -> &[f32] {
+        &self.queries.q[self.queries.index(i) * self.geometry.head_dim..][..self.geometry.head_dim]
+    }
+}
+
 thread_local! {
     static SCORES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
@@ -62,31 +77,24 @@ simd_kernel! {
         out: &Shared<'_, f32>,
         lse: Option<&Shared<'_, f32>>,
     ) {
-        with_pair!(&kv.data, pair => tiles(s, pair, kv.geometry, queries, out, lse));
+        with_pair!(&kv.data, pair => tiles(s, &Task { kv: pair, geometry: kv.geometry, queries, out }, lse));
     }
 }
 
 #[inline(always)]
-fn tiles<S: Simd, E: Element>(
-    s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    queries: &Queries<'_>,
-    out: &Shared<'_, f32>,
-    lse: Option<&Shared<'_, f32>>,
-) {
+fn tiles<S: Simd, E: Element>(s: S, task: &Task<'_, E>, lse: Option<&Shared<'_, f32>>) {
     let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    let mut first = 0;
-    while first < queries.len() {
-        let left = queries.len() - first;
+    let (mut first, n) = (0, task.queries.len());
+    while first < n {
+        let left = n - first;
         first += if S::TILE >= 24 && left >= 12 {
-            tile::<S, E, 12>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+            tile::<S, E, 12>(s, task, first, &mut scratch, lse)
         } else if left >= 6 {
-            tile::<S, E, 6>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+            tile::<S, E, 6>(s, task, first, &mut scratch, lse)
         } else if left >= 3 {
-            tile::<S, E, 3>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+            tile::<S, E, 3>(s, task, first, &mut scratch, lse)
         } else {
-            tile::<S, E, 1>(s, kv, geometry, queries, first, &mut scratch, out, lse)
+            tile::<S, E, 1>(s, task, first, &mut scratch, lse)
         };
     }
     SCORES.with(|s| *s.borrow_mut() = scratch);
@@ -94,17 +102,14 @@ fn tiles<S: Simd, E: Element>(
 
 /// `N` queries from `first` on; returns `N`.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
 fn tile<S: Simd, E: Element, const N: usize>(
     s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    queries: &Queries<'_>,
+    task: &Task<'_, E>,
     first: usize,
     scratch: &mut Vec<Line>,
-    out: &Shared<'_, f32>,
     lse: Option<&Shared<'_, f32>>,
 ) -> usize {
+    let Task { kv, geometry, queries, out } = *task;
     let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
     let starts = n_keys.map(|n| queries.scoring.first_key(n));
     let most = n_keys.iter().fold(0, |hi, &n| hi.max(n));
@@ -114,7 +119,7 @@ fn tile<S: Simd, E: Element, const N: usize>(
     scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
     let pages = queries.pages();
     let dim = geometry.head_dim;
-    let q: [&[f32]; N] = std::array::from_fn(|i| &queries.q[queries.index(first + i) * dim..][..dim]);
+    let q: [&[f32]; N] = std::array::from_fn(|i| task.query(first + i));
 
     scores(s, kv, geometry, queries.head, pages, q, queries.scoring, base, &mut scratch[..lines * N]);
     let mut inverse = [0.0f32; N];
@@ -152,26 +157,21 @@ simd_kernel! {
         value_width: usize,
         out: &Shared<'_, f32>,
     ) {
-        with_pair!(&kv.data, pair => latent_tiles(s, pair, kv.geometry, queries, value_width, out));
+        with_pair!(&kv.data, pair => {
+            latent_tiles(s, &Task { kv: pair, geometry: kv.geometry, queries, out }, value_width);
+        });
     }
 }
 
 #[inline(always)]
-fn latent_tiles<S: Simd, E: Element>(
-    s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    queries: &Queries<'_>,
-    value_width: usize,
-    out: &Shared<'_, f32>,
-) {
+fn latent_tiles<S: Simd, E: Element>(s: S, task: &Task<'_, E>, value_width: usize) {
     let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    let mut first = 0;
-    while first < queries.len() {
-        first += if queries.len() - first >= 4 {
-            latent_tile::<S, E, 4>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
+    let (mut first, n) = (0, task.queries.len());
+    while first < n {
+        first += if n - first >= 4 {
+            latent_tile::<S, E, 4>(s, task, first, value_width, &mut scratch)
         } else {
-            latent_tile::<S, E, 1>(s, kv, geometry, queries, first, value_width, &mut scratch, out)
+            latent_tile::<S, E, 1>(s, task, first, value_width, &mut scratch)
         };
     }
     SCORES.with(|s| *s.borrow_mut() = scratch);
@@ -179,25 +179,21 @@ fn latent_tiles<S: Simd, E: Element>(
 
 /// `N` queries from `first` on; returns `N`.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
 #[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
 fn latent_tile<S: Simd, E: Element, const N: usize>(
     s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    queries: &Queries<'_>,
+    task: &Task<'_, E>,
     first: usize,
     value_width: usize,
     scratch: &mut Vec<Line>,
-    out: &Shared<'_, f32>,
 ) -> usize {
+    let Task { kv, geometry, queries, out } = *task;
     let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
     let (fewest, most) = n_keys.iter().fold((usize::MAX, 0), |(lo, hi), &n| (lo.min(n), hi.max(n)));
     let lines = most.div_ceil(LANES);
     scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
     let pages = queries.pages();
-    let dim = geometry.head_dim;
-    let q: [&[f32]; N] = std::array::from_fn(|i| &queries.q[queries.index(first + i) * dim..][..dim]);
+    let q: [&[f32]; N] = std::array::from_fn(|i| task.query(first + i));
     scores(s, kv, geometry, 0, pages, q, queries.scoring, 0, &mut scratch[..lines * N]);
     let mut inverse = [0.0f32; N];
     for i in 0..N {

@@ -276,7 +276,7 @@ impl CpuOp for SigmoidGate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::noise;
+    use parallax_kernels::reference::noise;
 
     fn weights() -> DeltaWeights {
         let shape = DeltaShape { n_key_heads: 2, n_heads: 4, key_dim: 8, value_dim: 6 };

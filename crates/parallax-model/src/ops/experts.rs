@@ -151,7 +151,8 @@ mod tests {
     use parallax_kernels::{PackedWeight, WeightKind};
 
     use super::*;
-    use crate::{config::Activation, ops::noise};
+    use crate::config::Activation;
+    use parallax_kernels::reference::noise;
 
     const HIDDEN: usize = 32;
     const FFN: usize = 64;

@@ -147,7 +147,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::ops::noise;
+    use parallax_kernels::reference::noise;
 
     const HEADS: usize = 3;
     const NOPE: usize = 8;
