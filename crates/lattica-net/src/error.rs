@@ -396,3 +396,15 @@ pub enum DhtError {
     #[error("the node was shut down")]
     ShutDown,
 }
+
+/// Why no frame could be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// The stream broke or ended in the middle of a frame.
+    #[error("stream broke: {0}")]
+    Io(#[from] std::io::Error),
+    /// The peer sent something else.
+    #[error(transparent)]
+    Malformed(#[from] DecodeError),
+}

@@ -57,8 +57,8 @@ pub mod service;
 pub use access::{Access, SwarmKey};
 pub use config::{Limits, Liveness, NodeConfig};
 pub use error::{
-    CallError, ConfigError, DhtError, DialError, GossipError, IdentityError, StartError, StreamError,
-    SwarmKeyFileError,
+    CallError, ConfigError, DhtError, DialError, FrameError, GossipError, IdentityError, StartError,
+    StreamError, SwarmKeyFileError,
 };
 pub use event::NetEvent;
 pub use links::LinkEstimate;
@@ -66,6 +66,6 @@ pub use peers::{PathInfo, PeerInfo};
 #[cfg(feature = "service")]
 pub use service::{
     CallOptions, Identity, Node, Stream, Subscription, Tensor, TensorReceiver, TensorSender,
-    create_swarm_key, load_swarm_key,
+    create_swarm_key, load_swarm_key, read_bytes, read_frame,
 };
 pub use status::{Status, StatusCode};

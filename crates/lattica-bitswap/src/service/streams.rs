@@ -3,11 +3,10 @@
 use std::sync::Weak;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use lattica_net::{Node, Stream};
+use lattica_net::{FrameError, Node, Stream, read_frame};
+use swarm_wire::PeerId;
 use swarm_wire::limits::BITSWAP_MESSAGE_MAX_BYTES;
-use swarm_wire::{DecodeError, PeerId, frame};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -22,8 +21,6 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const READ_BUFFER_BYTES: usize = 64 * 1024;
 /// Shorter messages are decoded at once.
 const DECODE_INLINE_BYTES: usize = 16 * 1024;
-/// Memory for a frame grows in these steps, so that it follows the bytes that came, not those that were announced.
-const READ_STEP_BYTES: usize = 256 * 1024;
 
 /// Takes in what a peer sends, until its stream or the exchange ends.
 pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
@@ -37,53 +34,15 @@ pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream)
                 Err(_) => return,
             },
             Ok(None) => return,
-            Err(ReadError::Malformed(error)) => Err(error),
-            Err(ReadError::Broken) => return,
+            Err(FrameError::Malformed(error)) => Err(error),
+            Err(_) => return,
         };
         let Some(exchange) = exchange.upgrade() else { return };
         match message {
             Ok(message) => exchange.handle_message(&peer, message).await,
-            Err(error) => {
-                exchange.peer_lied(&peer, &error.to_string());
-                return;
-            }
+            Err(error) => return exchange.peer_lied(&peer, &error.to_string()),
         }
     }
-}
-
-/// Why no frame came.
-pub(super) enum ReadError {
-    Malformed(DecodeError),
-    Broken,
-}
-
-/// One frame's payload; `None` at a clean end. The length is checked before anything is allocated.
-pub(super) async fn read_frame(
-    reader: &mut (impl AsyncRead + Unpin),
-    what: &'static str,
-    limit_bytes: usize,
-) -> Result<Option<Bytes>, ReadError> {
-    let mut prefix = [0u8; frame::LENGTH_MAX_BYTES];
-    let mut filled = 0;
-    let length = loop {
-        match reader.read(&mut prefix[filled..=filled]).await {
-            Ok(0) if filled == 0 => return Ok(None),
-            Ok(0) | Err(_) => return Err(ReadError::Broken),
-            Ok(_) => filled += 1,
-        }
-        match frame::decode_length(what, &prefix[..filled], limit_bytes) {
-            Ok(Some((length, _))) => break length,
-            Ok(None) => {}
-            Err(error) => return Err(ReadError::Malformed(error)),
-        }
-    };
-    let mut bytes = BytesMut::new();
-    while bytes.len() < length {
-        let from = bytes.len();
-        bytes.resize(length.min(from + READ_STEP_BYTES), 0);
-        reader.read_exact(&mut bytes[from..]).await.map_err(|_| ReadError::Broken)?;
-    }
-    Ok(Some(bytes.freeze()))
 }
 
 /// Sends what is queued for `peer`. Ends when there is nothing for long, or the peer cannot be reached.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::io::BufReader;
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::transport::timeout::TransportTimeout;
 use libp2p::core::transport::{ListenerId, Transport as _};
@@ -33,6 +34,8 @@ const COMMAND_QUEUE: usize = 256;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Listeners have this long to report their addresses.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Read at once from a TCP socket. Memory that no data has passed through costs nothing.
+const TCP_READ_BYTES: usize = 64 * 1024;
 /// Incoming streams of a connection whose protocol is not agreed upon yet.
 const NEGOTIATING_STREAMS: usize = 128;
 
@@ -139,6 +142,8 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         noise::Config::new(keypair).map_err(|error| setup("the encryption of TCP", error.to_string()))?;
 
     let tcp = tcp::tokio::Transport::new(tcp::Config::new().nodelay(true))
+        // The encryption reads 8 KiB at a time, which is a system call for each.
+        .map(|stream, _| BufReader::with_capacity(TCP_READ_BYTES, stream))
         .upgrade(Version::V1Lazy)
         .authenticate(noise.clone())
         .multiplex(yamux::Config::default())

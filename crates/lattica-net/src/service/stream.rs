@@ -1,16 +1,21 @@
-//! [`Stream`]: bytes both ways between the application and a peer.
+//! [`Stream`]: bytes both ways between the application and a peer; and frames from it.
 
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use swarm_wire::PeerId;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::{Bytes, BytesMut};
+use swarm_wire::{PeerId, frame};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use super::connection::Connection;
 use super::shared::Shared;
+use crate::error::FrameError;
+
+/// Memory for what was announced grows in these steps, so that it follows the bytes that came.
+const READ_STEP_BYTES: usize = 256 * 1024;
 
 /// A stream of bytes to a peer, both ways. Shut it down (`AsyncWriteExt::shutdown`) to tell the peer that nothing follows;
 /// dropping it ends both directions. When the connection is lost, reads end or fail at once.
@@ -74,4 +79,44 @@ impl AsyncWrite for Stream {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
     }
+}
+
+/// One frame's payload: a varint length and that many bytes; `None` at a clean end. Not safe to drop half way: the stream is
+/// then out of step. Reads single bytes, so give it a buffered reader.
+///
+/// # Errors
+/// When the stream breaks, or the length is malformed or above `limit_bytes`; nothing is allocated before.
+pub async fn read_frame(
+    reader: &mut (impl AsyncRead + Unpin),
+    what: &'static str,
+    limit_bytes: usize,
+) -> Result<Option<Bytes>, FrameError> {
+    let mut prefix = [0u8; frame::LENGTH_MAX_BYTES];
+    let mut n = 0;
+    loop {
+        match reader.read(&mut prefix[n..=n]).await? {
+            0 if n == 0 => return Ok(None),
+            0 => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+            _ => n += 1,
+        }
+        if let Some((length, _)) = frame::decode_length(what, &prefix[..n], limit_bytes)? {
+            return Ok(Some(read_bytes(reader, length).await?));
+        }
+    }
+}
+
+/// The next `n_bytes`. As [`read_frame`] otherwise.
+///
+/// # Errors
+/// When the stream breaks or ends before.
+pub async fn read_bytes(reader: &mut (impl AsyncRead + Unpin), n_bytes: usize) -> std::io::Result<Bytes> {
+    let mut bytes = BytesMut::with_capacity(n_bytes.min(READ_STEP_BYTES));
+    let mut limited = reader.take(n_bytes as u64);
+    while bytes.len() < n_bytes {
+        bytes.reserve((n_bytes - bytes.len()).min(READ_STEP_BYTES));
+        if limited.read_buf(&mut bytes).await? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(bytes.freeze())
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use lattica_net::Stream;
+use lattica_net::{FrameError, Stream, read_frame};
 use swarm_wire::PeerId;
 use tokio::io::{AsyncRead, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
@@ -12,7 +12,6 @@ use tokio::time::timeout;
 use super::{Link, Member, OUTGOING_MAX, Outgoing};
 use crate::Block;
 use crate::service::exchange::Exchange;
-use crate::service::streams::{ReadError, read_frame};
 use crate::session::Arrival;
 use crate::spread::SpreadMessage;
 use crate::spread::wire::{FRAME_MAX_BYTES, Frame, PROTOCOL};
@@ -144,7 +143,7 @@ impl Member {
     }
 }
 
-async fn read(reader: &mut (impl AsyncRead + Unpin), n_chunks: u32) -> Result<Option<Frame>, ReadError> {
+async fn read(reader: &mut (impl AsyncRead + Unpin), n_chunks: u32) -> Result<Option<Frame>, FrameError> {
     read_limited(reader, n_chunks, FRAME_MAX_BYTES).await
 }
 
@@ -152,9 +151,9 @@ async fn read_limited(
     reader: &mut (impl AsyncRead + Unpin),
     n_chunks: u32,
     limit_bytes: usize,
-) -> Result<Option<Frame>, ReadError> {
+) -> Result<Option<Frame>, FrameError> {
     match read_frame(reader, "spread frame", limit_bytes).await? {
-        Some(payload) => Frame::decode(payload, n_chunks).map(Some).map_err(ReadError::Malformed),
+        Some(payload) => Ok(Some(Frame::decode(payload, n_chunks)?)),
         None => Ok(None),
     }
 }
@@ -166,11 +165,11 @@ async fn take_in(member: &Weak<Member>, peer: &PeerId, generation: u64, mut read
     loop {
         let frame = match read(&mut reader, n_chunks).await {
             Ok(Some(frame)) => frame,
-            Ok(None) | Err(ReadError::Broken) => return,
-            Err(ReadError::Malformed(error)) => {
+            Err(FrameError::Malformed(error)) => {
                 tracing::warn!(peer = %peer.short(), %error, "neighbour breaks the protocol");
                 return;
             }
+            Ok(None) | Err(_) => return,
         };
         let Some(member) = member.upgrade().filter(|m| m.is_current(peer, generation)) else { return };
         match frame {

@@ -1,12 +1,13 @@
 //! Frames between stages: varint length, one `StageFrame`, then the tensor (or adapter) bytes that it announces.
 //! Specified in docs/WIRE.md. Everything is checked against a limit before it is allocated.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+pub use lattica_net::FrameError;
 use prost::Message;
 use swarm_wire::generated::parallax::v1::{StageFrame, stage_frame};
 use swarm_wire::limits::{MESSAGE_MAX_BYTES, TENSOR_MAX_BYTES};
 use swarm_wire::{DecodeError, TensorHeader, frame};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The stream protocol between stages.
 pub const STAGE_PROTOCOL: &str = "/parallax/stage/1";
@@ -83,37 +84,14 @@ impl ReceivedFrame {
     }
 }
 
-/// Why no frame could be read.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FrameError {
-    /// The stream broke or ended in the middle of a frame.
-    #[error("stream broke: {0}")]
-    Io(#[from] std::io::Error),
-    /// The peer sent something else.
-    #[error(transparent)]
-    Malformed(#[from] DecodeError),
-}
-
 /// Reads the next frame; `None` when the sender finished. Not safe to drop half way: the stream is then out of step.
 ///
 /// # Errors
 /// When the stream broke or the bytes are not a frame within the limits.
 pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Option<ReceivedFrame>, FrameError> {
-    let mut prefix = [0u8; frame::LENGTH_MAX_BYTES];
-    let mut n = 0;
-    let length = loop {
-        match reader.read_u8().await {
-            Ok(byte) => prefix[n] = byte,
-            Err(error) if n == 0 && error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
-            Err(error) => return Err(error.into()),
-        }
-        n += 1;
-        if let Some((length, _)) = frame::decode_length("stage frame", &prefix[..n], MESSAGE_MAX_BYTES)? {
-            break length;
-        }
+    let Some(message) = lattica_net::read_frame(reader, "stage frame", MESSAGE_MAX_BYTES).await? else {
+        return Ok(None);
     };
-    let message = read_exactly(reader, length).await?;
     let message = StageFrame::decode(message).map_err(|e| DecodeError::message("StageFrame", &e))?;
     let kind = message.kind.ok_or_else(|| DecodeError::invalid("stage frame kind", "none"))?;
     let tail_bytes = message.tensor_bytes as usize;
@@ -124,19 +102,7 @@ pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Option<R
             DecodeError::TooLarge { what: "stage frame tensor", limit_bytes, got_bytes: tail_bytes }.into()
         );
     }
-    Ok(Some(ReceivedFrame { kind, tail: read_exactly(reader, tail_bytes).await? }))
-}
-
-/// Grows the buffer as bytes arrive, so that an announced length alone costs nothing.
-async fn read_exactly<R: AsyncRead + Unpin>(reader: &mut R, n_bytes: usize) -> std::io::Result<Bytes> {
-    let mut bytes = BytesMut::with_capacity(n_bytes.min(1 << 20));
-    let mut limited = reader.take(n_bytes as u64);
-    while bytes.len() < n_bytes {
-        if limited.read_buf(&mut bytes).await? == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-    }
-    Ok(bytes.freeze())
+    Ok(Some(ReceivedFrame { kind, tail: lattica_net::read_bytes(reader, tail_bytes).await? }))
 }
 
 #[cfg(test)]
