@@ -9,6 +9,15 @@ use swarm_wire::{Cid, DecodeError, cid};
 
 use crate::{Block, HashKind, ManifestError};
 
+/// Whence an artefact can be made with fewer bytes; see [`crate::delta`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Update {
+    /// Root of the version before.
+    pub parent: Cid,
+    /// Root of the delta between them.
+    pub delta: Cid,
+}
+
 /// A named part of an artefact: a file, or a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -40,6 +49,7 @@ pub struct Manifest {
     /// Where each block starts; one more element than `blocks`.
     starts: Vec<u64>,
     hash: HashKind,
+    update: Option<Update>,
 }
 
 impl Manifest {
@@ -96,7 +106,7 @@ impl Manifest {
                 return Err(ManifestError::EntryOutside { name, entry, offset, length, total_bytes });
             }
         }
-        Ok(Self { name, kind, total_bytes, entries, blocks, starts, hash })
+        Ok(Self { name, kind, total_bytes, entries, blocks, starts, hash, update: None })
     }
 
     /// Reads a manifest from the bytes of its block.
@@ -132,12 +142,22 @@ impl Manifest {
                 length,
             })
             .collect();
+        let update = message.update.map(|u| -> Result<_, DecodeError> {
+            Ok(Update { parent: cid::decode(&u.parent)?, delta: cid::decode(&u.delta)? })
+        });
         let entries = message
             .entries
             .into_iter()
             .map(|e| Entry { name: e.name, offset: e.offset, length: e.length })
             .collect();
-        Self::checked(message.name, message.kind, message.total_bytes, hash, entries, blocks)
+        let manifest = Self::checked(message.name, message.kind, message.total_bytes, hash, entries, blocks)?;
+        Ok(manifest.with_update(update.transpose()?))
+    }
+
+    /// The same, made from another version. It is another artefact: its root differs, its blocks do not.
+    #[must_use]
+    pub fn with_update(self, update: Option<Update>) -> Self {
+        Self { update, ..self }
     }
 
     /// The manifest as a block; its CID is the artefact's root.
@@ -161,6 +181,10 @@ impl Manifest {
             hash_code: self.hash.code() as u32,
             digests: digests.into(),
             block_bytes: self.blocks.iter().map(|b| b.length).collect(),
+            update: self.update.map(|u| proto::ManifestUpdate {
+                parent: u.parent.to_bytes().into(),
+                delta: u.delta.to_bytes().into(),
+            }),
         };
         let bytes = message.encode_to_vec();
         let got_bytes = bytes.len();
@@ -169,6 +193,11 @@ impl Manifest {
             got_bytes,
             limit_bytes: BLOCK_MAX_BYTES,
         })
+    }
+
+    /// What it can be made from.
+    pub fn update(&self) -> Option<Update> {
+        self.update
     }
 
     /// What the artefact is called.
@@ -251,6 +280,9 @@ mod tests {
             let manifest = sample(total, leaf);
             let block = manifest.to_block().unwrap();
             prop_assert_eq!(&Manifest::decode(block.bytes()).unwrap(), &manifest);
+            let update = Update { parent: *block.cid(), delta: cid::raw(cid::HASH_BLAKE3, &[1; 32]) };
+            let next = manifest.clone().with_update(Some(update));
+            prop_assert_eq!(&Manifest::decode(next.to_block().unwrap().bytes()).unwrap(), &next);
             let offset = (from * total as f64) as u64;
             let length = (size * (total as u64 - offset) as f64) as u64;
             let range = manifest.blocks_of_span(offset, length).unwrap();
@@ -308,6 +340,7 @@ mod tests {
         assert!(encode(&|m| m.block_bytes[0] = u32::MAX).is_err());
         assert!(encode(&|m| m.hash_code = 0).is_err());
         assert!(encode(&|m| m.digests = Bytes::new()).is_err());
+        assert!(encode(&|m| m.update = Some(proto::ManifestUpdate::default())).is_err());
         assert!(encode(&|m| m.name = "x".repeat(300)).is_err());
     }
 }

@@ -20,13 +20,23 @@ pub fn publish_bytes(
     leaf_bytes: usize,
     bytes: &Bytes,
 ) -> Result<Cid, PublishError> {
-    let mut blocks = Vec::new();
-    for block in chunker::chunk(hash, bytes, leaf_bytes) {
-        store.put(&block)?;
-        blocks.push(BlockRef { cid: *block.cid(), length: block.len() as u32 });
-    }
+    let blocks = put_leaves(store, hash, bytes, leaf_bytes)?;
     let entries = vec![Entry { name: name.to_owned(), offset: 0, length: bytes.len() as u64 }];
     publish_manifest(store, &Manifest::new(name, kind, hash, entries, blocks)?)
+}
+
+/// Cuts `bytes` into leaves and stores them.
+pub(crate) fn put_leaves(
+    store: &dyn BlockStore,
+    hash: HashKind,
+    bytes: &Bytes,
+    leaf_bytes: usize,
+) -> Result<Vec<BlockRef>, PublishError> {
+    let leaf = |block: crate::Block| {
+        store.put(&block)?;
+        Ok(BlockRef { cid: *block.cid(), length: block.len() as u32 })
+    };
+    chunker::chunk(hash, bytes, leaf_bytes).map(leaf).collect()
 }
 
 /// Stores the manifest of an artefact whose blocks are stored already, flushes the store, and returns the root.

@@ -23,7 +23,9 @@ use tokio::runtime::Handle;
 use crate::ledger::Account;
 use crate::session::Wanted;
 use crate::wire::PROTOCOL;
-use crate::{BlockStore, ExchangeConfig, FetchError, HashKind, Manifest, PublishError, publish};
+use crate::{
+    BlockStore, ExchangeConfig, FetchError, HashKind, Manifest, PublishError, Update, publish, update,
+};
 
 /// The length that a manifest is thought to have until it comes.
 const MANIFEST_GUESS_BYTES: u32 = 64 * 1024;
@@ -105,6 +107,29 @@ impl Blocks {
         Ok(root)
     }
 
+    /// As [`Blocks::publish_bytes`], as the version after `parent`: whoever has that one fetches only what differs. What is
+    /// returned is another root than that of the same bytes without a parent.
+    ///
+    /// # Errors
+    /// When the store refuses or the artefact is too large.
+    pub async fn publish_update(
+        &self,
+        name: &str,
+        kind: &str,
+        bytes: Bytes,
+        parent: &Cid,
+    ) -> Result<Cid, PublishError> {
+        let (name, kind, parent) = (name.to_owned(), kind.to_owned(), *parent);
+        let leaf_bytes = self.exchange.config.leaf_bytes;
+        let root = self
+            .publishing(move |store| {
+                update::publish_update(store, (&name, &kind), leaf_bytes, &bytes, &parent)
+            })
+            .await?;
+        self.exchange.announce(root);
+        Ok(root)
+    }
+
     /// Publishes one file as an artefact, without copying it when the store can refer to files.
     ///
     /// # Errors
@@ -148,7 +173,8 @@ impl Blocks {
     }
 
     /// Gets a whole artefact into the store. `from` are peers that have it; without any, the DHT and the connected peers
-    /// are asked. What is stored already is not fetched again. Dropping the future stops the fetch and keeps what came.
+    /// are asked. What is stored already is not fetched again, and what can be made from the version before is, when that is
+    /// stored. Dropping the future stops the fetch and keeps what came.
     ///
     /// # Errors
     /// When it is no artefact, no peer delivers what is missing, or the store refuses, for example because the disk is full.
@@ -159,6 +185,7 @@ impl Blocks {
         progress: impl FnMut(Progress) + Send,
     ) -> Result<Manifest, FetchError> {
         let manifest = self.fetch_manifest(root, from).await?;
+        self.fetch_update(&manifest, from).await?;
         let all = [(0, manifest.total_bytes())];
         self.fetch_blocks(root, &manifest, &all, from, progress).await?;
         self.exchange.announce(*root);
@@ -216,6 +243,33 @@ impl Blocks {
     pub async fn write_entry_to(&self, root: &Cid, entry: &str, path: &Path) -> Result<(), FetchError> {
         let (root, entry, path) = (*root, entry.to_owned(), path.to_owned());
         self.exchange.blocking(move |store| files::write_file(store, &root, Some(&entry), &path)).await?
+    }
+
+    /// Makes what can be made from the version before. A delta that does not come or does not fit costs time only.
+    async fn fetch_update(&self, manifest: &Manifest, from: &[PeerId]) -> Result<(), FetchError> {
+        let Some(Update { delta: root, .. }) = manifest.update() else { return Ok(()) };
+        let whole = manifest.clone();
+        let saved = self.exchange.blocking(move |store| update::patchable_bytes(store, &whole)).await??;
+        if saved == 0 {
+            return Ok(());
+        }
+        if let Err(error) = self.fetch_delta(&root, saved, from).await {
+            tracing::info!(%root, %error, "no delta; the blocks are fetched whole");
+        }
+        let whole = manifest.clone();
+        let made = self.exchange.blocking(move |store| update::apply_update(store, &whole)).await??;
+        tracing::debug!(%root, made, saved, "blocks made from the version before");
+        Ok(())
+    }
+
+    /// Gets a delta that may save `saved` bytes.
+    async fn fetch_delta(&self, root: &Cid, saved: u64, from: &[PeerId]) -> Result<(), FetchError> {
+        let delta = self.fetch_manifest(root, from).await?;
+        // Patches longer than what they replace are none.
+        if delta.total_bytes() < saved {
+            self.fetch_blocks(root, &delta, &[(0, delta.total_bytes())], from, |_| ()).await?;
+        }
+        Ok(())
     }
 
     async fn fetch_blocks(

@@ -308,3 +308,58 @@ async fn garbage_and_oversized_frames_do_no_harm() {
     receiver.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
     assert_eq!(receiver.read(&root).await.unwrap(), bytes);
 }
+
+/// `bytes` with about one in a hundred of its 16-bit words changed a little, as weights are by a step of training.
+fn stepped(bytes: &[u8]) -> Bytes {
+    let random = content(bytes.len() / 2, 77);
+    let word = |(word, random): (&[u8], &u8)| {
+        let value = u16::from_le_bytes([word[0], word[1]]);
+        let changed = match random {
+            0 | 1 => value.wrapping_add(1),
+            2 => value.wrapping_sub(2),
+            _ => value,
+        };
+        changed.to_le_bytes()
+    };
+    bytes.chunks_exact(2).zip(&random).flat_map(word).collect::<Vec<u8>>().into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_the_version_before_gets_the_next_one_with_few_bytes() {
+    let (a, _, publisher) = memory_peer().await;
+    let (b, _, receiver) = memory_peer().await;
+    let (c, _, newcomer) = memory_peer().await;
+    connect(&b, &a).await;
+    connect(&c, &a).await;
+    let old = content(6 * MIB, 5);
+    let new = stepped(&old);
+    let n_changed = old.chunks(2).zip(new.chunks(2)).filter(|(a, b)| a != b).count();
+    assert!((0.009..0.015).contains(&(n_changed as f64 / (3 * MIB) as f64)), "{n_changed}");
+    let parent = publisher.publish_bytes("weights", "weights", old).await.unwrap();
+    receiver.fetch(&parent, &[a.peer_id()], |_| ()).await.unwrap();
+    let before = served_bytes(&publisher, &b.peer_id());
+    let root = publisher.publish_update("weights", "weights", new.clone(), &parent).await.unwrap();
+    receiver.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
+    assert_eq!(receiver.read(&root).await.unwrap(), new);
+    let share = (served_bytes(&publisher, &b.peer_id()) - before) as f64 / new.len() as f64;
+    assert!(share < 0.03, "{share} of the bytes");
+    // Who does not have the old version gets the new one whole.
+    newcomer.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
+    assert_eq!(newcomer.read(&root).await.unwrap(), new);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delta_that_does_not_come_costs_nothing_but_its_bytes() {
+    let (a, store, publisher) = memory_peer().await;
+    let (b, _, receiver) = memory_peer().await;
+    connect(&b, &a).await;
+    let old = content(2 * MIB, 6);
+    let new = stepped(&old);
+    let parent = publisher.publish_bytes("weights", "weights", old).await.unwrap();
+    receiver.fetch(&parent, &[a.peer_id()], |_| ()).await.unwrap();
+    let root = publisher.publish_update("weights", "weights", new.clone(), &parent).await.unwrap();
+    let manifest = Manifest::decode(store.get(&root).unwrap().unwrap().bytes()).unwrap();
+    store.remove(&manifest.update().unwrap().delta);
+    receiver.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
+    assert_eq!(receiver.read(&root).await.unwrap(), new);
+}

@@ -33,6 +33,29 @@ pub struct Manifest {
     /// The length of each block in bytes; they sum to total_bytes.
     #[prost(uint32, repeated, tag = "7")]
     pub block_bytes: ::prost::alloc::vec::Vec<u32>,
+    /// Made from another version: absent when there is none.
+    #[prost(message, optional, tag = "8")]
+    pub update: ::core::option::Option<ManifestUpdate>,
+}
+/// How whoever has the version before gets this one with fewer bytes.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ManifestUpdate {
+    /// CID of the version before.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub parent: ::prost::bytes::Bytes,
+    /// CID of the delta between them: the root of an artefact of the kind "delta".
+    #[prost(bytes = "bytes", tag = "2")]
+    pub delta: ::prost::bytes::Bytes,
+}
+/// The first block of a delta. Each further block is a patch.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeltaIndex {
+    /// CID of the version before.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub parent: ::prost::bytes::Bytes,
+    /// Which blocks of the new version are patched, each as the number of blocks since the one before it that are not.
+    #[prost(uint32, repeated, tag = "2")]
+    pub gaps: ::prost::alloc::vec::Vec<u32>,
 }
 /// A named part of the artefact's bytes: a file or a tensor.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
