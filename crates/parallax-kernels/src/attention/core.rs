@@ -206,17 +206,11 @@ fn latent_tile<S: Simd, E: Element, const N: usize>(
         // SAFETY: one task owns a query, hence its output.
         unsafe { out.slice(start..start + value_width) }
     });
-    let lines_per_page = geometry.page_tokens / LANES;
-    let values = |d: usize, line: usize| {
-        let region = kv.keys.region(geometry, pages[line / lines_per_page], 0);
-        let line = line % lines_per_page;
-        region.key(s, geometry, d, line, region.key_scale(s, geometry, d, line))
-    };
     for d in 0..value_width {
         // Lanes are keys. Lines that all queries see whole are read once for all of them.
         let mut acc = [s.splat(0.0); N];
         for line in 0..fewest / LANES {
-            let value = values(d, line);
+            let value = latent_of(s, kv, geometry, pages, d, line);
             for i in 0..N {
                 acc[i] = s.fma(s.load(&p[i][line].0), value, acc[i]);
             }
@@ -225,7 +219,7 @@ fn latent_tile<S: Simd, E: Element, const N: usize>(
             for line in fewest / LANES..n_keys[i].div_ceil(LANES) {
                 // A key that the query must not see counts as zero, whatever lies there.
                 let mut value = [0.0; LANES];
-                s.store(values(d, line), &mut value);
+                s.store(latent_of(s, kv, geometry, pages, d, line), &mut value);
                 value[(n_keys[i] - line * LANES).min(LANES)..].fill(0.0);
                 acc[i] = s.fma(s.load(&p[i][line].0), s.load(&value), acc[i]);
             }
@@ -233,6 +227,22 @@ fn latent_tile<S: Simd, E: Element, const N: usize>(
         }
     }
     N
+}
+
+/// Element `d` of the latent rows of a line of keys.
+#[inline(always)]
+fn latent_of<S: Simd, E: Element>(
+    s: S,
+    kv: &Pair<E>,
+    geometry: Geometry,
+    pages: &[u32],
+    d: usize,
+    line: usize,
+) -> S::F {
+    let lines_per_page = geometry.page_tokens / LANES;
+    let region = kv.keys.region(geometry, pages[line / lines_per_page], 0);
+    let line = line % lines_per_page;
+    region.key(s, geometry, d, line, region.key_scale(s, geometry, d, line))
 }
 
 /// Scores of `N` queries with the keys of `pages` from line `base` on, lines of sixteen keys per query.
@@ -295,7 +305,10 @@ fn softmax<S: Simd>(s: S, scores: &mut [Line], seen: Range<usize>, sink: Option<
     for line in &scores[..used] {
         max = s.max(max, s.load(&line.0));
     }
-    let largest = s.max_lane(sink.map_or(max, |sink| s.max(max, s.splat(sink))));
+    if let Some(sink) = sink {
+        max = s.max(max, s.splat(sink));
+    }
+    let largest = s.max_lane(max);
     let (shift, mut sum) = (s.splat(largest), s.splat(0.0));
     for line in &mut scores[..used] {
         let p = exp(s, s.sub(s.load(&line.0), shift));
@@ -303,8 +316,11 @@ fn softmax<S: Simd>(s: S, scores: &mut [Line], seen: Range<usize>, sink: Option<
         s.store(p, &mut line.0);
     }
     scores[used..].fill(Line([0.0; LANES]));
-    let sum = s.sum(sum);
-    (largest, sink.map_or(sum, |sink| sum + s.max_lane(exp(s, s.splat(sink - largest)))))
+    let mut sum = s.sum(sum);
+    if let Some(sink) = sink {
+        sum += s.max_lane(exp(s, s.splat(sink - largest)));
+    }
+    (largest, sum)
 }
 
 /// Sixteen columns of `sum over keys of p * value`, where `p` begins at key `skipped` and query `i` sees the keys
