@@ -7,6 +7,7 @@ use super::activations::ActivationBlock;
 use crate::dispatch::Isa;
 use crate::dtype::{self, BLOCK, WeightKind, check_blocks};
 use crate::error::KernelError;
+use crate::parallel::for_rows;
 use crate::simd::{LANES, Simd};
 
 /// Tiles between the one in use and the one that is asked for.
@@ -21,7 +22,7 @@ pub(super) struct PackedBlocks<T> {
 }
 
 /// Sixteen outputs by one block of the format. What a tile must do: hold blocks, and multiply.
-pub(super) trait Tile: Copy {
+pub(super) trait Tile: Copy + Send + Sync {
     const KIND: WeightKind;
     const ZERO: Self;
     /// Activation blocks that a tile multiplies.
@@ -68,7 +69,8 @@ impl<T: Tile> PackedBlocks<T> {
         let mut packed = Self::empty(n, k, per_row);
         if k > 0 {
             for (o, row) in w.chunks_exact(k).enumerate() {
-                packed.set_row(o, per_row, &dtype::quantize(T::KIND, row)?);
+                let panel = &mut packed.tiles[o / LANES * per_row..][..per_row];
+                set_row(panel, o % LANES, &dtype::quantize(T::KIND, row)?);
             }
         }
         Ok(packed)
@@ -78,24 +80,20 @@ impl<T: Tile> PackedBlocks<T> {
     pub(super) fn from_bytes(raw: &[u8], n: usize, k: usize) -> Result<Self, KernelError> {
         let (per_row, block_bytes) = check_blocks(T::KIND, raw.len(), n, k)?;
         let mut packed = Self::empty(n, k, per_row);
-        if per_row > 0 {
-            for (o, row) in raw.chunks_exact(per_row * block_bytes).enumerate() {
-                packed.set_row(o, per_row, row);
+        let row_bytes = per_row * block_bytes;
+        for_rows(&mut packed.tiles, per_row, LANES * row_bytes, |panels, tiles| {
+            for (panel, tiles) in panels.zip(tiles.chunks_exact_mut(per_row)) {
+                let rows = raw[panel * LANES * row_bytes..].chunks_exact(row_bytes);
+                for (lane, row) in rows.take(LANES).enumerate() {
+                    set_row(tiles, lane, row);
+                }
             }
-        }
+        });
         Ok(packed)
     }
 
     fn empty(n: usize, k: usize, per_row: usize) -> Self {
         Self { tiles: vec![T::ZERO; n.div_ceil(LANES) * per_row], n, k }
-    }
-
-    fn set_row(&mut self, o: usize, per_row: usize, raw: &[u8]) {
-        let panel = o / LANES * per_row;
-        let blocks = raw.chunks_exact(T::KIND.block().1);
-        for (tile, raw) in self.tiles[panel..panel + per_row].iter_mut().zip(blocks) {
-            tile.set(o % LANES, raw);
-        }
     }
 
     /// Tiles of a panel.
@@ -137,6 +135,13 @@ impl<T: Tile> PackedBlocks<T> {
         out: &Output<'_>,
     ) {
         (T::KERNEL)(isa, x, self.per_row(), &self.tiles, rows, panels, out);
+    }
+}
+
+/// Puts a row of blocks into an output, still zero, of a panel.
+fn set_row<T: Tile>(panel: &mut [T], lane: usize, raw: &[u8]) {
+    for (tile, raw) in panel.iter_mut().zip(raw.chunks_exact(T::KIND.block().1)) {
+        tile.set(lane, raw);
     }
 }
 

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use super::Output;
 use crate::dispatch::{Isa, simd_kernel};
 use crate::dtype::WeightKind;
+use crate::parallel::for_rows;
 use crate::simd::{LANES, Line, Simd};
 
 /// A dense weight: `lines[panel * k + i]` holds input `i` of the panel's sixteen outputs.
@@ -36,7 +37,7 @@ pub(crate) struct Panels<'a, L> {
 }
 
 /// Sixteen outputs' weights for one input.
-pub(super) trait DenseLine: Copy {
+pub(super) trait DenseLine: Copy + Send {
     type Element: Copy;
     const KIND: WeightKind;
     const ZERO: Self;
@@ -114,14 +115,17 @@ half_line! { F16Line, f16, F16, widen_f16, dense_f16 }
 
 impl<L: DenseLine> PackedDense<L> {
     /// Packs the weight whose element `o * k + i` is `element(o * k + i)`.
-    pub(super) fn pack(n: usize, k: usize, element: impl Fn(usize) -> L::Element) -> Self {
+    pub(super) fn pack(n: usize, k: usize, element: impl Fn(usize) -> L::Element + Sync) -> Self {
         let mut lines = vec![L::ZERO; n.div_ceil(LANES) * k];
-        for o in 0..n {
-            let panel = o / LANES * k;
-            for (i, line) in lines[panel..panel + k].iter_mut().enumerate() {
-                line.set(o % LANES, element(o * k + i));
+        for_rows(&mut lines, k, LANES * k, |panels, lines| {
+            for (panel, lines) in panels.zip(lines.chunks_exact_mut(k)) {
+                for o in panel * LANES..n.min((panel + 1) * LANES) {
+                    for (i, line) in lines.iter_mut().enumerate() {
+                        line.set(o % LANES, element(o * k + i));
+                    }
+                }
             }
-        }
+        });
         Self { lines, n, k }
     }
 
