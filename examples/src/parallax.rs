@@ -10,6 +10,7 @@ pub mod bench_swarm;
 pub mod chat;
 pub mod engine;
 pub mod generate;
+pub mod hub;
 pub mod join;
 pub mod model;
 pub mod models;

@@ -6,6 +6,8 @@
 mod engine_thread;
 #[cfg(feature = "swarm")]
 pub mod head;
+#[cfg(feature = "hub")]
+pub mod hub;
 #[cfg(all(feature = "local", feature = "swarm"))]
 pub mod membership;
 #[cfg(feature = "swarm")]

@@ -125,6 +125,24 @@ fn prompts_do_not_stop_answers_that_are_being_written() {
 }
 
 #[test]
+fn an_abort_frees_the_pages_before_the_next_step() {
+    let mut model = ToyModel::new(256, 4);
+    let mut engine = engine(&model, 64, 8);
+    let ids: Vec<_> = (0..3).map(|i| engine.add(Request::greedy(vec![i; 40], 100)).unwrap()).collect();
+    for _ in 0..10 {
+        engine.step(&mut model);
+    }
+    let used = engine.metrics().pages_used;
+    assert!(used >= 3 * 40 / 4, "{used}");
+    for (left, id) in ids.iter().enumerate().rev() {
+        engine.abort(*id).unwrap();
+        let now = engine.metrics().pages_used;
+        assert!(now <= used * left / 3 + 1, "{now} of {used} pages with {left} requests left");
+    }
+    assert_eq!(engine.metrics().pages_used, 0);
+}
+
+#[test]
 fn the_queue_is_bounded() {
     let model = ToyModel::new(16, 4);
     let config = EngineConfig { queued_requests: 2, ..EngineConfig::default() };

@@ -41,7 +41,7 @@ pub enum ConfigError {
 pub enum OpenError {
     /// Neither a file, a directory, `tiny` nor a repository in the local cache.
     #[error(
-        "no model {model:?}: it is neither `tiny`, a GGUF file, a directory with config.json, nor a repository in the local hub cache ({cache}); give a path, or fetch it first"
+        "no model {model:?}: it is neither `tiny`, a GGUF file, a directory with config.json, nor a repository in the local hub cache ({cache}); give a path, or fetch it with `parallax fetch`"
     )]
     NotFound {
         /// What was asked for.

@@ -20,7 +20,7 @@
 //! # Map
 //! - [`config`]: a model's layers as data, from config.json or GGUF metadata; `arch/`: what is special about each
 //!   architecture, one short file each; [`catalogue`]: known checkpoints
-//! - `checkpoint`: one checkpoint, whatever its container; `weights/`: GGUF, safetensors, names
+//! - `checkpoint`: one checkpoint, whatever its container; [`hub`]: names of models elsewhere and the cache of what was fetched; `weights/`: GGUF, safetensors, names
 //! - [`tokenizer`], [`chat_template`]: text <-> tokens, messages -> prompt
 //! - `layer`: runs any layer that the configuration describes; `ops/`: the hot operations as Burn extension ops, and composed of Burn's own
 //! - `load`: weights packed for the kernels; `stage`: what one node holds; `train`: the same layers with gradients
@@ -44,6 +44,7 @@ pub mod config;
 mod device;
 mod error;
 mod files;
+pub mod hub;
 #[cfg(feature = "cpu")]
 mod layer;
 #[cfg(feature = "cpu")]

@@ -46,7 +46,7 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
         memory_bytes: args.node.memory_bytes()?,
         device: args.device,
         pinned: args.node.layers,
-        model: args.model,
+        model: args.model.as_deref().map(super::hub::obtain).transpose()?,
         cache_dir: args.node.cache_dir()?,
         patience: Duration::from_secs(args.patience_s),
     };

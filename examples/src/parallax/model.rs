@@ -8,14 +8,16 @@ use indicatif::{ProgressBar, ProgressStyle};
 use parallax_engine::local::Pipeline;
 use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions, WeightDtype};
 
+use super::hub;
+
 /// Tokens of a cache page.
 const PAGE_TOKENS: usize = 16;
 
 /// The model and how to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or a repository in the local hub
-    /// cache
+    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or ORG/NAME[@REVISION] on Hugging
+    /// Face or the hub that HF_ENDPOINT names
     #[arg(long)]
     pub model: String,
     /// Weights in memory: native keeps what the file has
@@ -64,7 +66,7 @@ impl ModelArgs {
         if let Some(threads) = self.threads {
             parallax_kernels::pool::set_threads(threads);
         }
-        Ok(Checkpoint::resolve(&self.model)?)
+        Ok(Checkpoint::resolve(&hub::obtain(&self.model)?)?)
     }
 
     /// Loads the weights with a cache for `cache_tokens` positions, a progress bar on stderr meanwhile.

@@ -161,7 +161,7 @@ fn profile(model: &str, dtype: WeightDtype, kv: KvFormat) -> anyhow::Result<Mode
     if let Some(known) = catalogue::find(model) {
         return known_profile(known.name, &known.config(), dtype, kv);
     }
-    let checkpoint = Checkpoint::resolve(model)?;
+    let checkpoint = Checkpoint::resolve(&super::hub::obtain(model)?)?;
     Ok(model_profile(model, &checkpoint, dtype, kv))
 }
 

@@ -185,6 +185,8 @@ pub fn http_state(
 /// The last part of what was given as model, without `.gguf`: where it lies on this machine is nobody's business.
 pub fn model_name(model: &str) -> String {
     let whole = std::fs::canonicalize(model).ok();
+    // A revision is no part of the name.
+    let model = if whole.is_none() { model.split('@').next().unwrap_or(model) } else { model };
     let path = whole.as_deref().unwrap_or_else(|| std::path::Path::new(model));
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
@@ -200,7 +202,7 @@ mod tests {
         let here = here.file_name().unwrap().to_str().unwrap();
         for (model, name) in [
             ("tiny", "tiny"),
-            ("org/Some-Model-1.5B", "Some-Model-1.5B"),
+            ("org/Some-Model-1.5B@v2", "Some-Model-1.5B"),
             ("/models/a.b/smollm2.Q4_1.gguf", "smollm2.Q4_1"),
             ("models/llama/", "llama"),
             (".", here),

@@ -19,6 +19,7 @@ use serde_json::json;
 use swarm_wire::PolicyVersion;
 
 use super::engine::EngineArgs;
+use super::hub;
 use super::run::{ListenArgs, http_state, model_name};
 use super::swarm_node::SwarmNodeArgs;
 use crate::program;
@@ -38,8 +39,8 @@ const ADAPTER_RETRY: Duration = Duration::from_millis(300);
                         --swarm home --bootstrap ADDRESS_THAT_SERVE_PRINTED"
 )]
 pub struct ServeArgs {
-    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or a repository in the local hub
-    /// cache
+    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or ORG/NAME[@REVISION] on Hugging
+    /// Face or the hub that HF_ENDPOINT names
     #[arg(long)]
     model: String,
     #[command(flatten)]
@@ -85,7 +86,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
 async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let limits = args.listen.limits()?;
     let (listener, address) = args.listen.bind().await?;
-    let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
+    let checkpoint = Arc::new(Checkpoint::resolve(&hub::obtain(&args.model)?)?);
     let (node, blocks) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &blocks, &checkpoint).await?;
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;

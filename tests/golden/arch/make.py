@@ -164,4 +164,5 @@ def main():
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
-main()
+if __name__ == "__main__":
+    main()

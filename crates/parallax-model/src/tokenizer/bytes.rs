@@ -48,9 +48,11 @@ impl Tokenizer {
         let mut table = vec![TokenBytes::default(); length];
         for (text, id) in vocabulary {
             let bytes = match (added.get(&id), spelling) {
-                (Some(_), _) | (None, Spelling::Plain) => text.into_bytes(),
+                (Some(true), _) | (_, Spelling::Plain) => text.into_bytes(),
+                (Some(false), Spelling::ByteLevel) => text.into_bytes(),
                 (None, Spelling::ByteLevel) => byte_level(&text, &characters),
-                (None, Spelling::Metaspace) => metaspace(&text),
+                // The decoder does not ask where a token comes from.
+                (_, Spelling::Metaspace) => metaspace(&text),
             };
             table[id as usize] = TokenBytes { bytes, special: added.get(&id) == Some(&true) };
         }

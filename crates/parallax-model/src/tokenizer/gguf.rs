@@ -1,9 +1,11 @@
 //! The tokenizer inside a GGUF file, rebuilt as the tokenizer.json it was converted from.
 //!
 //! GGUF keeps vocabulary, token kinds and merges, but of the pre-tokenizer only a name (`tokenizer.ggml.pre`);
-//! the splitting rules behind each name are the ones that the model families publish.
+//! the splitting rules behind each name are the ones that the model families publish. Vocabularies of SentencePiece
+//! (`llama`) have scores instead of merges: the pair that makes the token of the highest score is joined first, so the
+//! scores say the order of the merges.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use serde_json::{Value, json};
 
@@ -21,16 +23,25 @@ pub(crate) struct GgufVocabulary {
     pre: String,
     tokens: Vec<String>,
     kinds: Vec<i64>,
+    scores: Vec<f32>,
     merges: Vec<String>,
     bos: Option<u32>,
     eos: Option<u32>,
     add_bos: bool,
+    /// SentencePiece: a text begins as if after a space.
+    add_space_prefix: bool,
     template: Option<String>,
 }
 
 /// `tokenizer.ggml.token_type`: control and user-defined tokens are matched whole, before splitting.
+const NORMAL: i64 = 1;
+const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
+/// `tokenizer.ggml.model` of vocabularies with scores.
+const SENTENCEPIECE: &str = "llama";
+/// What SentencePiece writes for a space.
+const SPACE: &str = "\u{2581}";
 
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -53,15 +64,18 @@ impl GgufVocabulary {
         let strings = |key: &str| {
             file.strings(key).unwrap_or_default().into_iter().map(str::to_owned).collect::<Vec<_>>()
         };
+        let model = text("tokenizer.ggml.model");
         Self {
-            model: text("tokenizer.ggml.model"),
+            add_bos: file.bool("tokenizer.ggml.add_bos_token").unwrap_or(model == SENTENCEPIECE),
+            add_space_prefix: file.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true),
+            model,
             pre: text("tokenizer.ggml.pre"),
             tokens: strings("tokenizer.ggml.tokens"),
             kinds: file.integers("tokenizer.ggml.token_type").unwrap_or_default(),
+            scores: file.floats("tokenizer.ggml.scores").unwrap_or_default(),
             merges: strings("tokenizer.ggml.merges"),
             bos: id("tokenizer.ggml.bos_token_id"),
             eos: id("tokenizer.ggml.eos_token_id"),
-            add_bos: file.bool("tokenizer.ggml.add_bos_token").unwrap_or(false),
             template: file.string("tokenizer.chat_template").map(str::to_owned),
         }
     }
@@ -97,22 +111,32 @@ impl GgufVocabulary {
             (model, pre) => Err(TokenizerError::Unsupported {
                 model: model.to_owned(),
                 pre: pre.to_owned(),
-                supported: "gpt2 with smollm, gpt-2, llama-bpe, qwen2".to_owned(),
+                supported: "llama; gpt2 with smollm, gpt-2, llama-bpe, qwen2".to_owned(),
             }),
         }
     }
 
-    pub(crate) fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
-        let (normalizer, pre_tokenizer, ignore_merges) = self.splitting()?;
-        let added: Vec<Value> = (0..self.tokens.len().min(self.kinds.len()))
+    /// Tokens that are matched whole. SentencePiece's own are matched behind the normaliser, which writes their spaces.
+    fn added(&self) -> Vec<Value> {
+        (0..self.tokens.len().min(self.kinds.len()))
             .filter(|i| matches!(self.kinds[*i], CONTROL | USER_DEFINED))
             .map(|i| {
+                let normalized = self.model == SENTENCEPIECE && self.kinds[i] == USER_DEFINED;
                 json!({"id": i, "content": self.tokens[i], "single_word": false, "lstrip": false,
-                    "rstrip": false, "normalized": false, "special": self.kinds[i] == CONTROL})
+                    "rstrip": false, "normalized": normalized, "special": self.kinds[i] == CONTROL})
             })
-            .collect();
-        let vocab: serde_json::Map<String, Value> =
-            self.tokens.iter().enumerate().map(|(i, t)| (t.clone(), Value::from(i))).collect();
+            .collect()
+    }
+
+    fn vocab(&self) -> serde_json::Map<String, Value> {
+        self.tokens.iter().enumerate().map(|(i, t)| (t.clone(), Value::from(i))).collect()
+    }
+
+    pub(crate) fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        if self.model == SENTENCEPIECE {
+            return self.built(self.sentencepiece()?);
+        }
+        let (normalizer, pre_tokenizer, ignore_merges) = self.splitting()?;
         let merges: Vec<Value> = self
             .merges
             .iter()
@@ -120,16 +144,72 @@ impl GgufVocabulary {
             .collect::<Option<_>>()
             .ok_or_else(|| TokenizerError::Invalid("a merge in the GGUF file is no pair".to_owned()))?;
         let definition = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(),
             "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": null,
             "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges},
+                "ignore_merges": ignore_merges, "vocab": self.vocab(), "merges": merges},
         });
+        self.built(definition)
+    }
+
+    fn built(&self, definition: Value) -> Result<Tokenizer, TokenizerError> {
         let inner: tokenizers::Tokenizer = serde_json::from_value(definition)
             .map_err(|e| TokenizerError::Invalid(format!("GGUF vocabulary: {e}")))?;
         Ok(Tokenizer { inner: Arc::new(inner), bos: self.bos.filter(|_| self.add_bos) })
+    }
+}
+
+impl GgufVocabulary {
+    /// A definition that joins as SentencePiece does.
+    fn sentencepiece(&self) -> Result<Value, TokenizerError> {
+        if self.scores.len() != self.tokens.len() || self.kinds.len() != self.tokens.len() {
+            let counts = (self.tokens.len(), self.scores.len(), self.kinds.len());
+            let why =
+                format!("the GGUF file has {} tokens, {} scores and {} kinds", counts.0, counts.1, counts.2);
+            return Err(TokenizerError::Invalid(why));
+        }
+        let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
+        let text = json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "});
+        let mut normalizers = vec![space];
+        let mut decoders = vec![text, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+        if self.add_space_prefix {
+            normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
+            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        let unknown = self.kinds.iter().position(|kind| *kind == UNKNOWN).map(|i| &self.tokens[i]);
+        Ok(json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(),
+            "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": null,
+            "post_processor": null, "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {"type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+                "vocab": self.vocab(), "merges": self.merges_by_score()},
+        }))
+    }
+
+    /// Every way to make a token of two, the best tokens first.
+    fn merges_by_score(&self) -> Vec<[&str; 2]> {
+        let joins = |id: usize| self.kinds[id] == NORMAL;
+        let ids: HashMap<&str, usize> = self
+            .tokens
+            .iter()
+            .enumerate()
+            .filter(|(id, _)| joins(*id))
+            .map(|(id, t)| (t.as_str(), id))
+            .collect();
+        let mut merges = Vec::new();
+        for (id, token) in self.tokens.iter().enumerate().filter(|(id, _)| joins(*id)) {
+            for (at, _) in token.char_indices().skip(1) {
+                let (left, right) = token.split_at(at);
+                if let (Some(a), Some(b)) = (ids.get(left), ids.get(right)) {
+                    merges.push((self.scores[id], id, *a, *b));
+                }
+            }
+        }
+        merges.sort_by(|x, y| y.0.total_cmp(&x.0).then_with(|| (x.1, x.2, x.3).cmp(&(y.1, y.2, y.3))));
+        merges.into_iter().map(|(_, _, a, b)| [self.tokens[a].as_str(), self.tokens[b].as_str()]).collect()
     }
 }
 
@@ -154,10 +234,12 @@ fn byte_vocabulary(model: &str, pre: &str) -> GgufVocabulary {
         pre: pre.to_owned(),
         tokens,
         kinds,
+        scores: Vec::new(),
         merges: Vec::new(),
         bos: Some(256),
         eos: Some(256),
         add_bos: true,
+        add_space_prefix: true,
         template: None,
     }
 }
@@ -192,7 +274,46 @@ mod tests {
 
     #[test]
     fn unknown_splitting_is_named() {
+        let error = byte_vocabulary("t5", "default").tokenizer().unwrap_err().to_string();
+        assert!(error.contains("t5") && error.contains("smollm"), "{error}");
         let error = byte_vocabulary("llama", "default").tokenizer().unwrap_err().to_string();
-        assert!(error.contains("llama") && error.contains("smollm"), "{error}");
+        assert!(error.contains("257 tokens, 0 scores"), "{error}");
+    }
+
+    #[test]
+    fn scores_join_as_sentencepiece_does() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/golden-sentencepiece.json");
+        let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        for v in golden["vocabularies"].as_array().unwrap() {
+            let vocabulary = GgufVocabulary {
+                model: SENTENCEPIECE.to_owned(),
+                pre: "default".to_owned(),
+                tokens: serde_json::from_value(v["tokens"].clone()).unwrap(),
+                kinds: serde_json::from_value(v["kinds"].clone()).unwrap(),
+                scores: serde_json::from_value(v["scores"].clone()).unwrap(),
+                merges: Vec::new(),
+                bos: Some(1),
+                eos: Some(2),
+                add_bos: true,
+                add_space_prefix: v["add_space_prefix"] == true,
+                template: None,
+            };
+            let tokenizer = vocabulary.tokenizer().unwrap();
+            let table = tokenizer.token_table().unwrap();
+            for case in v["cases"].as_array().unwrap() {
+                let text = case["text"].as_str().unwrap();
+                let ids = tokenizer.encode(text, false).unwrap();
+                assert_eq!(serde_json::to_value(&ids).unwrap(), case["ids"], "{}: {text:?}", v["name"]);
+                assert_eq!(tokenizer.decode(&ids).unwrap(), case["decoded"], "{}: {text:?}", v["name"]);
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| table[*id as usize].bytes.clone()).collect();
+                let prefix = if vocabulary.add_space_prefix && !text.is_empty() { " " } else { "" };
+                assert_eq!(String::from_utf8(bytes).unwrap(), format!("{prefix}{text}"));
+                let mut stream = tokenizer.stream();
+                let mut pieces: String = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
+                pieces += &stream.finish().unwrap();
+                assert_eq!(pieces, text, "{}", v["name"]);
+            }
+            assert_eq!(tokenizer.encode("a", true).unwrap()[0], 1);
+        }
     }
 }

@@ -32,8 +32,9 @@ impl StreamDecoder {
         self.window.push(id);
         let text = self.tokenizer.decode(&self.window)?;
         let pending = self.window.len() - self.context;
-        // A character that is not complete yet decodes to one replacement character at the end.
-        match text.strip_suffix(char::REPLACEMENT_CHARACTER).filter(|_| pending < MAX_PENDING_TOKENS) {
+        // A character that is not complete yet decodes to replacement characters at the end: one, or one for each byte.
+        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        match Some(complete).filter(|c| c.len() < text.len() && pending < MAX_PENDING_TOKENS) {
             Some(complete) => {
                 let new = complete.get(self.given_bytes..).unwrap_or_default().to_owned();
                 self.given_bytes += new.len();

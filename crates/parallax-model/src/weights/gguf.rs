@@ -298,6 +298,19 @@ impl GgufFile {
         }
     }
 
+    /// The numbers of an array.
+    pub fn floats(&self, key: &str) -> Option<Vec<f32>> {
+        match self.get(key)? {
+            MetaValue::Array(items) => Some(
+                items
+                    .iter()
+                    .filter_map(|v| if let MetaValue::Float(v) = v { Some(*v as f32) } else { None })
+                    .collect(),
+            ),
+            _ => None,
+        }
+    }
+
     /// The integers of an array.
     pub fn integers(&self, key: &str) -> Option<Vec<i64>> {
         match self.get(key)? {

@@ -1,0 +1,177 @@
+//! Names of models on a hub of Hugging Face's kind, and where its clients keep what they have fetched.
+//!
+//! The cache is the one that Hugging Face's own tools use: `models--ORG--NAME/{blobs,refs,snapshots}`. Fetching is not
+//! done here; `parallax-engine` does it behind its feature `hub`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// `ORG/NAME`, with a revision after `@` (a branch, a tag or a commit; `main` without one), and with one GGUF file of it
+/// after another `/`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HubName {
+    /// `ORG/NAME`.
+    pub repository: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// One GGUF file of a repository that has several.
+    pub file: Option<String>,
+}
+
+/// Why a text names nothing on a hub.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no model on a hub: those are written ORG/NAME, ORG/NAME@REVISION or ORG/NAME/FILE.gguf")]
+pub struct NotAHubName(pub String);
+
+/// Letters, digits and `-_.`, and nothing that leaves a directory: it becomes part of paths and addresses.
+pub fn is_plain(part: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    !part.is_empty() && part.len() <= 200 && part.chars().all(allowed) && !part.starts_with('.')
+}
+
+impl FromStr for HubName {
+    type Err = NotAHubName;
+
+    fn from_str(text: &str) -> Result<Self, NotAHubName> {
+        let (path, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let parts: Vec<&str> = path.split('/').collect();
+        let plain = parts.iter().copied().chain(revision.split('/')).all(is_plain);
+        let file = match parts[..] {
+            [_, _] if plain => None,
+            [_, _, file] if plain && file.ends_with(".gguf") => Some(file.to_owned()),
+            _ => return Err(NotAHubName(text.to_owned())),
+        };
+        Ok(Self { repository: format!("{}/{}", parts[0], parts[1]), revision: revision.to_owned(), file })
+    }
+}
+
+impl fmt::Display for HubName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.repository)?;
+        if let Some(file) = &self.file {
+            write!(f, "/{file}")?;
+        }
+        if self.revision != "main" {
+            write!(f, "@{}", self.revision)?;
+        }
+        Ok(())
+    }
+}
+
+/// The cache directory of the user: `HF_HUB_CACHE`, else below `HF_HOME`, else below the home directory.
+pub fn cache_dir() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set("HF_HUB_CACHE")
+        .or_else(|| set("HF_HOME").map(|p| p.join("hub")))
+        .or_else(|| set("HOME").map(|p| p.join(".cache/huggingface/hub")))
+}
+
+impl HubName {
+    /// The folder of the repository in a cache.
+    pub fn folder(&self, cache: &Path) -> PathBuf {
+        cache.join(format!("models--{}", self.repository.replace('/', "--")))
+    }
+
+    /// What was fetched before: the directory of a snapshot, or a GGUF file in it. The snapshot is the one that the
+    /// revision names; where the cache does not say what `main` is, the last by name.
+    pub fn cached(&self, cache: &Path) -> Option<PathBuf> {
+        let folder = self.folder(cache);
+        let snapshots = folder.join("snapshots");
+        let commit = std::fs::read_to_string(folder.join("refs").join(&self.revision)).ok();
+        let named = commit.as_deref().map_or(self.revision.as_str(), str::trim);
+        if let Some(found) = is_plain(named).then(|| self.model_in(&snapshots.join(named))).flatten() {
+            return Some(found);
+        }
+        if self.revision != "main" || commit.is_some() {
+            return None;
+        }
+        let mut all: Vec<PathBuf> =
+            std::fs::read_dir(snapshots).ok()?.filter_map(|entry| entry.ok().map(|e| e.path())).collect();
+        all.sort();
+        all.iter().rev().find_map(|snapshot| self.model_in(snapshot))
+    }
+
+    /// What of a snapshot can be opened.
+    fn model_in(&self, snapshot: &Path) -> Option<PathBuf> {
+        match &self.file {
+            Some(file) => Some(snapshot.join(file)).filter(|path| path.is_file()),
+            None if snapshot.join("config.json").is_file() => Some(snapshot.to_owned()),
+            None => only_gguf(snapshot),
+        }
+    }
+}
+
+/// The GGUF file of a directory that has exactly one.
+pub(crate) fn only_gguf(dir: &Path) -> Option<PathBuf> {
+    let mut found = std::fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .filter(|p| p.extension().is_some_and(|e| e == "gguf"));
+    let first = found.next()?;
+    found.next().is_none().then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_and_written() {
+        for (text, repository, revision, file) in [
+            ("a/b", "a/b", "main", None),
+            ("Org-1/Model_2.5@v1.0", "Org-1/Model_2.5", "v1.0", None),
+            ("a/b@refs/pr/7", "a/b", "refs/pr/7", None),
+            ("a/b/c.Q4_K_M.gguf@abc", "a/b", "abc", Some("c.Q4_K_M.gguf")),
+        ] {
+            let name: HubName = text.parse().unwrap();
+            assert_eq!((name.repository.as_str(), name.revision.as_str()), (repository, revision));
+            assert_eq!((name.file.as_deref(), name.to_string().as_str()), (file, text));
+        }
+        for text in [
+            "",
+            "a",
+            "a/",
+            "/b",
+            "../b",
+            "a/..",
+            "a/b/c",
+            "a/b@",
+            "a/b@../x",
+            "a/b@.x",
+            "a b/c",
+            "a/b/../c.gguf",
+            "a/b#c",
+        ] {
+            assert!(text.parse::<HubName>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_found_by_its_revision() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("models--a--b");
+        let cached = |name: &str| {
+            name.parse::<HubName>()
+                .unwrap()
+                .cached(dir.path())
+                .map(|p| p.strip_prefix(&folder).unwrap().to_owned())
+        };
+        assert_eq!(cached("a/b"), None);
+        for commit in ["111", "222"] {
+            std::fs::create_dir_all(folder.join("snapshots").join(commit)).unwrap();
+            std::fs::write(folder.join("snapshots").join(commit).join("config.json"), "{}").unwrap();
+        }
+        std::fs::create_dir_all(folder.join("snapshots/333")).unwrap();
+        assert_eq!(cached("a/b"), Some("snapshots/222".into()), "333 holds nothing");
+        assert_eq!(cached("a/b@111"), Some("snapshots/111".into()));
+        assert_eq!(cached("a/b@dev"), None);
+        std::fs::create_dir_all(folder.join("refs")).unwrap();
+        std::fs::write(folder.join("refs/main"), "111\n").unwrap();
+        assert_eq!(cached("a/b"), Some("snapshots/111".into()));
+        std::fs::write(folder.join("snapshots/333/x.gguf"), "").unwrap();
+        assert_eq!(cached("a/b@333"), Some("snapshots/333/x.gguf".into()));
+        assert_eq!(cached("a/b/x.gguf@333"), Some("snapshots/333/x.gguf".into()));
+        assert_eq!(cached("a/b/y.gguf@333"), None);
+    }
+}
