@@ -5,3 +5,4 @@ pub mod finetune;
 pub mod losses;
 pub mod pretrain;
 pub mod run;
+pub mod simulate;

@@ -35,7 +35,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "echo-rollout",
         core: &["swarm-wire"],
-        features: &["lattica-net", "lattica-bitswap", "parallax-engine", "veri-verify"],
+        features: &["swarm-sim", "lattica-net", "lattica-bitswap", "parallax-engine", "veri-verify"],
     },
     Layer {
         name: "echo-trainer",

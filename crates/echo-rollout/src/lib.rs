@@ -19,19 +19,23 @@
 //!
 //! Map: [`environment`] (tasks and verifiers), [`text`] (tasks to tokens), [`lease`], [`rollout`] (one sample),
 //! [`group`] (the samples of a prompt), [`dispatcher`] (who makes what; exactly once), [`staleness`], [`sync`] (the
-//! sequential mode), [`asynchronous`] (rollouts ahead of the learner), [`snapshot`] (signed policies), [`admission`] (what
-//! may be trained on), [`wire`] (bytes to types), [`config`]; with feature `service`: workers and the trainer's collector on a lattica-net node.
+//! sequential mode), [`asynchronous`] (rollouts ahead of the learner), [`fleet`] (which workers, at what
+//! price), [`snapshot`] (signed policies), [`admission`] (what
+//! may be trained on), [`wire`] (bytes to types), [`config`]; with feature `sim`: the whole loop in virtual time; with feature `service`: workers and the trainer's collector on a lattica-net node.
 
 pub mod admission;
 pub mod asynchronous;
 pub mod config;
 pub mod dispatcher;
 pub mod environment;
+pub mod fleet;
 pub mod group;
 pub mod lease;
 pub mod rollout;
 #[cfg(feature = "collector")]
 pub mod service;
+#[cfg(feature = "sim")]
+pub mod simulation;
 pub mod snapshot;
 pub mod staleness;
 pub mod sync;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use swarm_examples::program;
-use swarm_examples::training::{bench, finetune, losses, pretrain, run};
+use swarm_examples::training::{bench, finetune, losses, pretrain, run, simulate};
 
 /// Train with rollouts from many machines (--config); pre-train and fine-tune on one, check losses, measure the training step.
 ///
@@ -16,7 +16,7 @@ use swarm_examples::training::{bench, finetune, losses, pretrain, run};
     version,
     args_conflicts_with_subcommands = true,
     after_help = "Start here:\n  training-swarm --config examples/configs/training-swarm.toml\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
-                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n\nEvery command that takes --json prints one JSON object \
+                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n\nEvery command that takes --json prints one JSON object \
                   as the last line of stdout; all else goes to stderr."
 )]
 struct Cli {
@@ -35,6 +35,7 @@ enum Command {
     /// Fine-tune on preferences (direct preference optimisation)
     Dpo(finetune::FinetuneArgs),
     Bench(bench::BenchArgs),
+    Simulate(simulate::SimulateArgs),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Some(Command::Sft(args)) => finetune::sft(&args),
         Some(Command::Dpo(args)) => finetune::dpo(&args),
         Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Simulate(args)) => simulate::run(&args),
         None => run::run(&cli.run),
     })
 }

@@ -1,0 +1,204 @@
+//! The cheapest workers that are fast enough together: a covering knapsack, solved exactly by branch and bound.
+
+use serde::{Deserialize, Serialize};
+
+/// Nodes of the search; dozens of kinds need a few thousand.
+const MAX_NODES: u32 = 500_000;
+
+/// Workers of one kind, as the search sees them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Offer {
+    /// Price of one, not negative.
+    pub price: f64,
+    /// Throughput of one.
+    pub rate: f64,
+    /// How many there are.
+    pub available: u32,
+}
+
+/// What is taken.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// How many of each offer, in their order.
+    pub counts: Vec<u32>,
+    /// Of all of them.
+    pub price: f64,
+    /// Of all of them.
+    pub rate: f64,
+    /// Whether nothing is cheaper; false when the search gave up after too many nodes.
+    pub exact: bool,
+}
+
+/// The cheapest counts whose rates add up to `needed`; none where all offers together do not.
+pub fn cheapest(offers: &[Offer], needed: f64) -> Option<Choice> {
+    let usable = |i: &usize| offers[*i].rate > 0.0 && offers[*i].available > 0;
+    let mut order: Vec<usize> = (0..offers.len()).filter(usable).collect();
+    let per_rate = |i: usize| offers[i].price / offers[i].rate;
+    order.sort_by(|a, b| per_rate(*a).total_cmp(&per_rate(*b)).then(a.cmp(b)));
+    let sorted: Vec<Offer> = order.iter().map(|i| offers[*i]).collect();
+    let whole: f64 = sorted.iter().map(|o| o.rate * f64::from(o.available)).sum();
+    if whole < needed {
+        return None;
+    }
+    let mut search = Search { offers: &sorted, best: None, nodes: 0 };
+    let mut counts = vec![0; sorted.len()];
+    search.visit(0, needed, 0.0, &mut counts);
+    let exact = search.nodes < MAX_NODES;
+    // All of everything is enough, so something was found unless the very first descent was too long.
+    let (_, found) = search.best?;
+    let mut counts = vec![0; offers.len()];
+    order.iter().zip(&found).for_each(|(i, n)| counts[*i] = *n);
+    let sum = |of: fn(&Offer) -> f64| offers.iter().zip(&counts).map(|(o, n)| of(o) * f64::from(*n)).sum();
+    Some(Choice { price: sum(|o| o.price), rate: sum(|o| o.rate), counts, exact })
+}
+
+struct Search<'a> {
+    /// Cheapest per throughput first.
+    offers: &'a [Offer],
+    best: Option<(f64, Vec<u32>)>,
+    nodes: u32,
+}
+
+impl Search<'_> {
+    /// Tries counts of the offers from `at` on, most first.
+    fn visit(&mut self, at: usize, missing: f64, price: f64, counts: &mut Vec<u32>) {
+        self.nodes += 1;
+        if missing <= 0.0 {
+            if self.best.as_ref().is_none_or(|(best, _)| price < *best) {
+                self.best = Some((price, counts.clone()));
+            }
+            return;
+        }
+        let Some(least) = self.least(at, missing) else { return };
+        if self.nodes >= MAX_NODES || self.best.as_ref().is_some_and(|(best, _)| price + least >= *best) {
+            return;
+        }
+        let offer = self.offers[at];
+        let most = ((missing / offer.rate).ceil() as u32).min(offer.available);
+        for n in (0..=most).rev() {
+            counts[at] = n;
+            let n = f64::from(n);
+            self.visit(at + 1, missing - n * offer.rate, price + n * offer.price, counts);
+        }
+        counts[at] = 0;
+    }
+
+    /// What the missing throughput costs at least: parts of workers could be had. None where it cannot be had.
+    fn least(&self, at: usize, mut missing: f64) -> Option<f64> {
+        let mut price = 0.0;
+        for offer in &self.offers[at..] {
+            let n = (missing / offer.rate).min(f64::from(offer.available));
+            price += n * offer.price;
+            missing -= n * offer.rate;
+            if missing <= 1e-12 {
+                return Some(price);
+            }
+        }
+        None
+    }
+}
+
+/// How many of `rate` make up for `missing`.
+pub fn more(missing: f64, rate: f64) -> u32 {
+    if missing <= 0.0 { 0 } else { (missing / rate).ceil() as u32 }
+}
+
+/// Keeps a fleet until changing it is worth it: workers that come and go cost more than a few per cent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Hysteresis {
+    /// A cheaper fleet must save more than this share of the price.
+    pub min_saving: f64,
+    /// The learner is to be busy for this share of the time.
+    pub target_utilisation: f64,
+    /// Windows in a row below it before the fleet is changed.
+    pub patience: u32,
+    /// Windows in a row that were below it.
+    #[serde(skip)]
+    below: u32,
+}
+
+impl Default for Hysteresis {
+    fn default() -> Self {
+        Self { min_saving: 0.03, target_utilisation: 0.95, patience: 3, below: 0 }
+    }
+}
+
+impl Hysteresis {
+    /// Whether to go from a fleet of price `current`, which kept the learner busy for `utilisation` of the last window, to
+    /// one of price `best`.
+    pub fn changes(&mut self, current: f64, utilisation: f64, best: f64) -> bool {
+        self.below = if utilisation < self.target_utilisation { self.below + 1 } else { 0 };
+        let change = best < current * (1.0 - self.min_saving) || self.below >= self.patience;
+        if change {
+            self.below = 0;
+        }
+        change
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Every combination.
+    fn brute_force(offers: &[Offer], needed: f64) -> Option<f64> {
+        let Some((first, rest)) = offers.split_first() else { return (needed <= 0.0).then_some(0.0) };
+        let with = |n: u32| {
+            let n = f64::from(n);
+            Some(n * first.price + brute_force(rest, needed - n * first.rate)?)
+        };
+        (0..=first.available).filter_map(with).min_by(f64::total_cmp)
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_cheaper(
+            offers in proptest::collection::vec((0_u32..200, 0_u32..60, 0_u32..5), 0..5), needed in 0_u32..300,
+        ) {
+            let offer = |(price, rate, available): &(u32, u32, u32)| Offer {
+                price: f64::from(*price), rate: f64::from(*rate), available: *available,
+            };
+            let offers: Vec<Offer> = offers.iter().map(offer).collect();
+            let needed = f64::from(needed);
+            let got = cheapest(&offers, needed);
+            prop_assert_eq!(got.as_ref().map(|c| c.price), brute_force(&offers, needed));
+            if let Some(choice) = got {
+                prop_assert!(choice.exact && choice.rate >= needed);
+                prop_assert!(choice.counts.iter().zip(&offers).all(|(n, o)| *n <= o.available));
+            }
+        }
+
+        #[test]
+        fn a_kept_fleet_is_changed_once_and_not_back(price in 1_u32..1000, better in 1_u32..1000) {
+            let (price, better) = (f64::from(price), f64::from(better));
+            let mut hysteresis = Hysteresis::default();
+            let changed = hysteresis.changes(price, 1.0, better);
+            prop_assert_eq!(changed, better < 0.97 * price);
+            let now = if changed { better } else { price };
+            prop_assert!(!hysteresis.changes(now, 1.0, now.max(price.min(better))));
+        }
+    }
+
+    #[test]
+    fn a_few_hundred_workers_of_many_kinds_are_still_exact() {
+        let offer = |i: u32| Offer {
+            price: 0.2 + 0.013 * f64::from(i * 7 % 24),
+            rate: 0.05 + 0.011 * f64::from(i * 5 % 24),
+            available: 10,
+        };
+        let offers: Vec<Offer> = (0..24).map(offer).collect();
+        let choice = cheapest(&offers, 9.0).unwrap();
+        assert!(choice.exact && choice.rate >= 9.0, "{choice:?}");
+    }
+
+    #[test]
+    fn a_fleet_that_leaves_the_learner_idle_is_changed_after_some_patience() {
+        let mut hysteresis = Hysteresis::default();
+        let changes: Vec<bool> =
+            [0.5, 0.5, 1.0, 0.5, 0.5, 0.5, 0.5].map(|u| hysteresis.changes(1.0, u, 1.2)).to_vec();
+        assert_eq!(changes, [false, false, false, false, false, true, false]);
+    }
+}
