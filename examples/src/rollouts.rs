@@ -7,7 +7,7 @@ use std::sync::Arc;
 use echo_rollout::Task;
 use echo_rollout::environment::{Environment, by_name};
 use echo_rollout::service::{
-    Committer, External, ExternalConfig, InFlight, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig,
+    Committer, External, ExternalConfig, InFlight, Replay, Spreads, VeriCommitter, Worker, WorkerConfig,
 };
 use echo_rollout::text::{Text, TextError, until_stop};
 use echo_trainer::RunConfig;
@@ -301,7 +301,7 @@ pub async fn start_worker(
     options: &WorkerOptions,
 ) -> anyhow::Result<Worker> {
     let trainer = node.dial(&options.trainer).await?;
-    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), memory_blocks()));
+    let source = Arc::new(Spreads::new(Blocks::start(node.clone(), memory_blocks())));
     let stage = LocalStage::load(checkpoint, &load_options(checkpoint, options.dtype, options.cache_tokens))?;
     let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
     let id = checkpoint.id()?;

@@ -8,6 +8,8 @@ pub mod collector;
 pub mod external;
 pub mod journal;
 #[cfg(feature = "service")]
+pub mod payload_source;
+#[cfg(feature = "service")]
 pub mod referee;
 #[cfg(feature = "service")]
 pub mod snapshot_watcher;
@@ -32,9 +34,11 @@ pub use collector::{Collector, CollectorConfig, CollectorError};
 pub use external::{External, ExternalConfig, ExternalError};
 pub use journal::{Journal, JournalError};
 #[cfg(feature = "service")]
+pub use payload_source::{PayloadSource, Spreads};
+#[cfg(feature = "service")]
 pub use referee::{Referee, RefereeError, Referees};
 #[cfg(feature = "service")]
-pub use snapshot_watcher::{PayloadSource, SnapshotError, SnapshotWatcher};
+pub use snapshot_watcher::{SnapshotError, SnapshotWatcher};
 #[cfg(feature = "service")]
 pub use veri::VeriCommitter;
 #[cfg(feature = "service")]

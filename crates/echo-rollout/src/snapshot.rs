@@ -59,6 +59,8 @@ pub struct Artefact {
     pub hash: [u8; 32],
     /// Their number.
     pub bytes: u64,
+    /// The trainer spreads it: workers get most of it from each other.
+    pub spread: bool,
 }
 
 /// Fetched bytes that are not what the trainer signed.
@@ -144,7 +146,12 @@ pub(crate) mod tests {
             run: RunId(4),
             version: PolicyVersion(version),
             parent: version.checked_sub(1).map(PolicyVersion),
-            payload: Payload::Lora(Artefact { root, hash, bytes: payload.len() as u64 }),
+            payload: Payload::Lora(Artefact {
+                root,
+                hash,
+                bytes: payload.len() as u64,
+                spread: version % 2 == 1,
+            }),
             base_model_id: "tiny".to_owned(),
             created_by: PeerId::from_ed25519(&key.verifying_key().to_bytes()),
         }

@@ -65,6 +65,7 @@ pub(crate) fn snapshot_to_proto(manifest: &SnapshotManifest) -> proto::SnapshotM
         root: artefact.map(|a| a.root.to_bytes()).unwrap_or_default().into(),
         payload_hash: artefact.map(|a| a.hash.to_vec()).unwrap_or_default().into(),
         payload_bytes: artefact.map_or(0, |a| a.bytes),
+        spread: artefact.is_some_and(|a| a.spread),
         created_by: manifest.created_by.as_bytes().to_vec().into(),
     }
 }
@@ -75,7 +76,7 @@ pub(crate) fn decode_snapshot(bytes: &[u8]) -> Result<SnapshotManifest, DecodeEr
         let root: Cid = swarm_wire::cid::decode(&m.root)?;
         let hash = m.payload_hash[..].try_into();
         let hash = hash.map_err(|_| DecodeError::invalid("payload hash length", m.payload_hash.len()))?;
-        Ok(Artefact { root, hash, bytes: m.payload_bytes })
+        Ok(Artefact { root, hash, bytes: m.payload_bytes, spread: m.spread })
     };
     let payload = match m.kind() {
         proto::SnapshotKind::Base if m.root.is_empty() && m.payload_hash.is_empty() => Payload::Base,

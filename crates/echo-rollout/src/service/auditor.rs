@@ -14,7 +14,7 @@ use swarm_wire::{DecodeError, PeerId};
 use veri_verify::verdict::{Evidence, to_hex};
 use veri_verify::{Answer, Audit, Job, Profile, Verdict, wire as veri_wire};
 
-use super::snapshot_watcher::PayloadSource;
+use super::payload_source::PayloadSource;
 use super::{AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, AskError, LONG_POLL, VERDICT_DOMAIN, ask, veri};
 use crate::rollout::Trajectory;
 use crate::snapshot::SignedSnapshot;

@@ -3,45 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use lattica_bitswap::Blocks;
 use parallax_engine::{EngineHandle, StageError};
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::{DecodeError, PeerId, PolicyVersion, RunId};
 
 use super::BoxFuture;
+use super::payload_source::PayloadSource;
 use crate::snapshot::{Payload, PayloadMismatch, SignedSnapshot, SnapshotManifest};
-
-/// Where a snapshot's bytes come from. The bytes are checked by the caller.
-pub trait PayloadSource: Send + Sync {
-    /// Fetches the payload of `manifest`; the trainer has it, others may.
-    fn fetch<'a>(
-        &'a self,
-        manifest: &'a SnapshotManifest,
-        trainer: &'a PeerId,
-    ) -> BoxFuture<'a, Result<Bytes, String>>;
-}
-
-/// Over Bitswap, block by block, from the trainer and from whoever else has been found to have them.
-impl PayloadSource for Blocks {
-    fn fetch<'a>(
-        &'a self,
-        manifest: &'a SnapshotManifest,
-        trainer: &'a PeerId,
-    ) -> BoxFuture<'a, Result<Bytes, String>> {
-        Box::pin(async move {
-            let Some(artefact) = manifest.payload.artefact() else { return Ok(Bytes::new()) };
-            let from = std::slice::from_ref(trainer);
-            let blocks = self.fetch_manifest(&artefact.root, from).await.map_err(|e| e.to_string())?;
-            if blocks.total_bytes() != artefact.bytes {
-                let (got, signed) = (blocks.total_bytes(), artefact.bytes);
-                return Err(format!("the artefact has {got} bytes but the trainer signed {signed}"));
-            }
-            Self::fetch(self, &artefact.root, from, |_| ()).await.map_err(|e| e.to_string())?;
-            self.read(&artefact.root).await.map_err(|e| e.to_string())
-        })
-    }
-}
 
 /// Why a snapshot was not installed. The weights from before stay, under their own version.
 #[derive(Debug, thiserror::Error)]

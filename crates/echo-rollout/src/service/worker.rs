@@ -19,8 +19,9 @@ use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::{PeerId, RunId};
 use tokio::sync::watch;
 
+use super::payload_source::PayloadSource;
 use super::referee::Referees;
-use super::snapshot_watcher::{PayloadSource, SnapshotWatcher};
+use super::snapshot_watcher::SnapshotWatcher;
 use super::{AskError, LEASE, LONG_POLL, OPEN, REGISTER, ask};
 use crate::environment::Environment;
 use crate::lease::Lease;

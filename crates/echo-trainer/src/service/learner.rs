@@ -434,11 +434,17 @@ impl<P: Update + Send + 'static> Learner<P> {
         self.trainer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn workers(&self) -> Vec<PeerId> {
+        self.collector.workers().into_iter().map(|worker| worker.peer).collect()
+    }
+
     /// The present weights, signed.
     async fn snapshot(&self) -> Result<SignedSnapshot, LearnerError> {
         match &self.adapter {
             None => Ok(self.publisher.base()),
-            Some((version, bytes)) => Ok(self.publisher.adapter(*version, bytes.clone()).await?),
+            Some((version, bytes)) => {
+                Ok(self.publisher.adapter(*version, bytes.clone(), &self.workers()).await?)
+            }
         }
     }
 

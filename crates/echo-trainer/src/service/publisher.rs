@@ -1,11 +1,16 @@
-//! Policy versions on their way out: bytes become blocks, and a manifest that names them is signed.
+//! Policy versions on their way out: bytes become blocks, a manifest that names them is signed, and what is large for the
+//! links is spread, so that workers get it from each other.
+
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use echo_rollout::snapshot::{Artefact, Payload, SignedSnapshot, SnapshotManifest};
-use lattica_bitswap::{Blocks, PublishError};
-use lattica_net::{Identity, Node};
+use lattica_bitswap::spread::Fleet;
+use lattica_bitswap::{Blocks, PublishError, SpreadConfig, Spreading};
+use lattica_net::{LinkEstimate, Node};
 use parallax_model::train::TrainModel;
-use swarm_wire::{PeerId, PolicyVersion, RunId};
+use swarm_wire::{Cid, PeerId, PolicyVersion, RunId};
+use tokio::sync::Mutex;
 
 use crate::error::StepError;
 use crate::policy::Policy;
@@ -27,26 +32,28 @@ impl Update for TrainModel {
     }
 }
 
+/// What a link is taken for before it has been measured: 100 Mbit/s, and 50 ms from a chunk asked for to its first byte.
+const BYTES_PER_S: f64 = 12.5e6;
+const HOP_S: f64 = 0.05;
+/// Versions that are spread at a time: the newest, and the one that slower workers may still be at.
+const KEPT: usize = 2;
+
 /// Publishes and signs the versions of one run.
 #[derive(Debug)]
 pub struct Publisher {
     run: RunId,
     base_model_id: String,
-    trainer: PeerId,
-    identity: Identity,
+    node: Node,
     blocks: Blocks,
+    /// The newest last, each with our part in its spread if it is spread.
+    published: Mutex<VecDeque<(Cid, Option<Spreading>)>>,
 }
 
 impl Publisher {
     /// Signs with the node's key; the blocks are served by `blocks`.
     pub fn new(run: RunId, base_model_id: impl Into<String>, node: &Node, blocks: Blocks) -> Self {
-        Self {
-            run,
-            base_model_id: base_model_id.into(),
-            trainer: node.peer_id(),
-            identity: node.identity().clone(),
-            blocks,
-        }
+        let (node, base_model_id) = (node.clone(), base_model_id.into());
+        Self { run, base_model_id, node, blocks, published: Mutex::default() }
     }
 
     /// Version 0: the base checkpoint as it is.
@@ -54,7 +61,8 @@ impl Publisher {
         self.sign(PolicyVersion(0), Payload::Base)
     }
 
-    /// Publishes an adapter as `version`.
+    /// Publishes an adapter as `version` for `workers`, and spreads it when that is faster than a copy for each of them. One
+    /// that was published already is signed again as it was. Dropping the future leaves stored blocks stored.
     ///
     /// # Errors
     /// When the blocks cannot be stored.
@@ -62,12 +70,32 @@ impl Publisher {
         &self,
         version: PolicyVersion,
         bytes: Bytes,
+        workers: &[PeerId],
     ) -> Result<SignedSnapshot, PublishError> {
         let hash = *blake3::hash(&bytes).as_bytes();
         let length = bytes.len() as u64;
         let name = format!("adapter-{version}.safetensors");
         let root = self.blocks.publish_bytes(&name, "adapter", bytes).await?;
-        Ok(self.sign(version, Payload::Lora(Artefact { root, hash, bytes: length })))
+        let mut published = self.published.lock().await;
+        let known = published.iter().find(|(known, _)| *known == root).map(|(_, part)| part.is_some());
+        let spread = if let Some(spread) = known {
+            spread
+        } else {
+            let links: Vec<_> = workers.iter().map(|worker| self.node.link(worker)).collect();
+            let part = if fleet(length, &links).pays_to_spread() { self.spread(&root).await } else { None };
+            let spread = part.is_some();
+            published.push_back((root, part));
+            let excess = published.len().saturating_sub(KEPT);
+            published.drain(..excess);
+            spread
+        };
+        Ok(self.sign(version, Payload::Lora(Artefact { root, hash, bytes: length, spread })))
+    }
+
+    /// Begins to spread; workers fetch block by block when that cannot be.
+    async fn spread(&self, root: &Cid) -> Option<Spreading> {
+        let part = self.blocks.spread(root, None, SpreadConfig::default()).await;
+        part.inspect_err(|error| tracing::warn!(%root, %error, "the snapshot is not spread")).ok()
     }
 
     fn sign(&self, version: PolicyVersion, payload: Payload) -> SignedSnapshot {
@@ -77,8 +105,60 @@ impl Publisher {
             parent: version.0.checked_sub(1).map(PolicyVersion),
             payload,
             base_model_id: self.base_model_id.clone(),
-            created_by: self.trainer.clone(),
+            created_by: self.node.peer_id(),
         };
-        manifest.sign(&self.identity)
+        manifest.sign(self.node.identity())
+    }
+}
+
+/// Workers behind these links, who are to get `bytes`. What was not measured is taken for usual.
+fn fleet(bytes: u64, links: &[Option<LinkEstimate>]) -> Fleet {
+    let rate = |measured: Option<f64>| measured.unwrap_or(BYTES_PER_S);
+    let each = |of: fn(&LinkEstimate) -> Option<f64>| links.iter().map(move |l| l.as_ref().and_then(of));
+    let source_uplink = each(|l| l.goodput_out_bytes_per_s).flatten().max_by(f64::total_cmp);
+    let n_links = links.len().max(1) as f64;
+    Fleet {
+        bytes,
+        chunk_bytes: bytes.min(lattica_bitswap::chunker::LEAF_BYTES as u64),
+        source_uplink: rate(source_uplink),
+        uplinks: each(|l| l.goodput_in_bytes_per_s).map(rate).collect(),
+        downlinks: each(|l| l.goodput_out_bytes_per_s).map(rate).collect(),
+        hop_s: links.iter().map(|l| l.as_ref().map_or(HOP_S, |l| l.rtt_ms / 1e3)).sum::<f64>() / n_links,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn link(bytes_per_s: f64) -> Option<LinkEstimate> {
+        Some(LinkEstimate {
+            rtt_ms: 20.0,
+            rtt_min_ms: 20.0,
+            rtt_p95_ms: 20.0,
+            jitter_ms: 0.0,
+            loss: 0.0,
+            goodput_bytes_per_s: Some(bytes_per_s),
+            goodput_in_bytes_per_s: Some(bytes_per_s),
+            goodput_out_bytes_per_s: Some(bytes_per_s),
+            age: Duration::ZERO,
+            n_samples: 9,
+            relayed: false,
+        })
+    }
+
+    #[test]
+    fn what_is_large_for_the_links_is_spread() {
+        let unknown = [const { None }; 8];
+        assert!(!fleet(269_000, &unknown).pays_to_spread(), "an adapter of the demo's model");
+        assert!(fleet(5_000_000, &unknown).pays_to_spread(), "one of a model of 135 M parameters");
+        assert!(!fleet(5_000_000, &[]).pays_to_spread() && !fleet(1 << 34, &[None]).pays_to_spread());
+        let fast: Vec<_> = (0..8).map(|_| link(500e6)).collect();
+        assert!(!fleet(5_000_000, &fast).pays_to_spread(), "over before members have found each other");
+        assert!(fleet(16_000_000_000, &fast).pays_to_spread());
+        let slow: Vec<_> = (0..8).map(|_| link(0.5e6)).collect();
+        assert!(fleet(269_000, &slow).pays_to_spread());
     }
 }

@@ -57,6 +57,9 @@ const MESH_DEGREE: u32 = 8;
 /// How much longer than its pipeline a mesh takes: members find each other's chunks by chance. From the simulation in
 /// the tests, rounded up.
 const MESH_SLACK: f64 = 1.15;
+/// Seconds until the members of a mesh have found each other: they look for neighbours once a second, and until then hear
+/// from the source alone.
+const MESH_SETUP_S: f64 = 1.0;
 /// The widest tree that is considered.
 const MAX_ARITY: u32 = 4;
 
@@ -68,6 +71,14 @@ impl Fleet {
         let slowest = self.downlinks.iter().copied().fold(f64::INFINITY, f64::min);
         let together = self.source_uplink + self.uplinks.iter().sum::<f64>();
         (bytes / self.source_uplink).max(bytes / slowest).max(bytes * self.uplinks.len() as f64 / together)
+    }
+
+    /// Whether it pays that receivers pass on to each other: a mesh is done before each of them has had a copy of its own
+    /// from the source, its members' search for each other included.
+    pub fn pays_to_spread(&self) -> bool {
+        let order: Vec<u32> = (0..self.uplinks.len() as u32).collect();
+        let mesh = self.expected_s(Shape::Mesh { degree: MESH_DEGREE }, &order) + MESH_SETUP_S;
+        self.uplinks.len() > 1 && mesh < self.expected_s(Shape::Star, &order)
     }
 
     fn n_chunks(&self) -> f64 {
@@ -197,6 +208,18 @@ mod tests {
         // A thousand of them: neither.
         let many = fleet(1000, 256 << 20, 2.5e6, 0.05).plan(1);
         assert!(matches!(many.shape, Shape::Mesh { .. }), "{:?}", many.shape);
+    }
+
+    #[test]
+    fn an_adapter_for_a_few_is_no_mesh_and_weights_for_many_are() {
+        // 269 kB for three workers at 100 Mbit/s, and for the one that there is.
+        assert!(!fleet(3, 269_000, 12.5e6, 0.001).pays_to_spread());
+        assert!(!fleet(1, 16_000_000_000, 12.5e6, 0.05).pays_to_spread());
+        assert!(!fleet(0, 1 << 30, 12.5e6, 0.05).pays_to_spread());
+        // The same adapter for 200 of them, 5 MB for eight, 16 GB for two.
+        assert!(fleet(200, 269_000, 12.5e6, 0.05).pays_to_spread());
+        assert!(fleet(8, 5_000_000, 12.5e6, 0.05).pays_to_spread());
+        assert!(fleet(2, 16_000_000_000, 37.5e6, 0.05).pays_to_spread());
     }
 
     #[test]

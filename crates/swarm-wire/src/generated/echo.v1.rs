@@ -435,6 +435,9 @@ pub struct SnapshotManifest {
     /// Peer id of the trainer.
     #[prost(bytes = "bytes", tag = "9")]
     pub created_by: ::prost::bytes::Bytes,
+    /// The trainer spreads the artefact (/lattica/spread/1.0.0): it comes from other workers, too.
+    #[prost(bool, tag = "10")]
+    pub spread: bool,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -146,7 +146,11 @@ fn snapshot(seed: u8, version: u64) -> SignedSnapshot {
     let key = SigningKey::from_bytes(&[seed; 32]);
     let hash = *blake3::hash(&[version as u8]).as_bytes();
     let root = swarm_wire::cid::raw(swarm_wire::cid::HASH_BLAKE3, &hash);
-    let payload = if version == 0 { Payload::Base } else { Payload::Lora(Artefact { root, hash, bytes: 1 }) };
+    let payload = if version == 0 {
+        Payload::Base
+    } else {
+        Payload::Lora(Artefact { root, hash, bytes: 1, spread: false })
+    };
     let manifest = SnapshotManifest {
         run: RunId(7),
         version: PolicyVersion(version),
@@ -384,7 +388,8 @@ async fn snapshots_come_over_bitswap_and_only_as_they_were_signed() {
     let copy = Blocks::start(rollouts.clone(), Arc::new(MemoryStore::new()));
     let adapter = Bytes::from(vec![5; 300_000]);
     let root = source.publish_bytes("adapter", "lora", adapter.clone()).await.unwrap();
-    let artefact = Artefact { root, hash: *blake3::hash(&adapter).as_bytes(), bytes: adapter.len() as u64 };
+    let hash = *blake3::hash(&adapter).as_bytes();
+    let artefact = Artefact { root, hash, bytes: adapter.len() as u64, spread: false };
     let manifest =
         SnapshotManifest { payload: Payload::Lora(artefact.clone()), ..snapshot(41, 1).manifest().clone() };
     let fetched = PayloadSource::fetch(&copy, &manifest, &trainer.peer_id()).await.unwrap();

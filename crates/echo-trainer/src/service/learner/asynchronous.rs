@@ -69,7 +69,9 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     publishing = Some(Box::pin(async move {
                         let snapshot = match weights {
                             None => learner.publisher.base(),
-                            Some((version, bytes)) => learner.publisher.adapter(version, bytes).await?,
+                            Some((version, bytes)) => {
+                                learner.publisher.adapter(version, bytes, &learner.workers()).await?
+                            }
                         };
                         Ok(collector.publish(&snapshot).await?)
                     }));
