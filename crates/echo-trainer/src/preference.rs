@@ -1,6 +1,6 @@
 //! Losses over pairs of a chosen and a rejected answer: direct preference optimisation, and pairwise reward models.
 //!
-//! Training on pairs is in [`train`]. As with policy losses, f64 with the derivative written out is the specification and the Burn version trains. Sources:
+//! As with policy losses, f64 with the derivative written out is the specification and the Burn version trains. Sources:
 //! DPO (arXiv 2305.18290), label smoothing (cDPO), IPO (arXiv 2310.12036), hinge (SLiC, arXiv 2305.10425); the reward
 //! model is Bradley-Terry's with Llama 2's margin (arXiv 2307.09288) and TRL's centring term.
 

@@ -16,7 +16,7 @@ const PAGE_TOKENS: usize = 16;
 /// The model and how to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or ORG/NAME[@REVISION] on Hugging
+    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or `ORG/NAME[@REVISION]` on Hugging
     /// Face or the hub that HF_ENDPOINT names
     #[arg(long)]
     pub model: String,

@@ -39,7 +39,7 @@ const ADAPTER_RETRY: Duration = Duration::from_millis(300);
                         --swarm home --bootstrap ADDRESS_THAT_SERVE_PRINTED"
 )]
 pub struct ServeArgs {
-    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or ORG/NAME[@REVISION] on Hugging
+    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or `ORG/NAME[@REVISION]` on Hugging
     /// Face or the hub that HF_ENDPOINT names
     #[arg(long)]
     model: String,
