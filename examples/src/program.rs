@@ -1,9 +1,12 @@
 //! A program's frame: logging to stderr, one sentence on failure, the report as the last line of stdout.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// How long requests and calls in flight may take once a program is asked to stop.
 pub const DRAIN: Duration = Duration::from_secs(10);
@@ -21,6 +24,15 @@ pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Reads settings in TOML.
+///
+/// # Errors
+/// A missing file, text that is no TOML, settings that are missing, unknown or of another kind.
+pub fn settings<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    toml::from_str(&text).with_context(|| format!("settings in {}", path.display()))
 }
 
 /// An error and its causes; a cause that the text before it says already is left out.

@@ -53,17 +53,6 @@ pub struct Checkpoint {
     id: OnceLock<String>,
 }
 
-/// Small files that belong to an HF checkpoint.
-const COMPANIONS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-];
-
 /// A tensor of a checkpoint whose language model is nested beside other towers, under its plain name.
 fn language_model_name(name: &str) -> Option<String> {
     for (nested, plain) in [
@@ -163,7 +152,8 @@ impl Checkpoint {
             index,
             dir,
         )?;
-        opened.companions = COMPANIONS.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
+        opened.companions =
+            crate::hub::COMPANIONS.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
         Ok(opened)
     }
 

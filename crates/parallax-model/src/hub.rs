@@ -7,6 +7,17 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+/// Small files that belong to a checkpoint in Hugging Face's layout; it may lack some.
+pub const COMPANIONS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+];
+
 /// `ORG/NAME`, with a revision after `@` (a branch, a tag or a commit; `main` without one), and with one GGUF file of it
 /// after another `/`.
 #[derive(Clone, Debug, PartialEq, Eq)]

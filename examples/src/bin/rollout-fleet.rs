@@ -116,9 +116,7 @@ fn main() -> ExitCode {
     program::run(|| {
         let mut args = Args::parse();
         if let Some(path) = &args.config {
-            let text =
-                std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-            args = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+            args = program::settings(path)?;
         }
         anyhow::ensure!(!args.trainer.is_empty(), "no trainer named; give --trainer ADDR/p2p/PEER_ID");
         anyhow::ensure!(args.workers > 0, "--workers must be at least 1");

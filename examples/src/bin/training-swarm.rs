@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use swarm_examples::program;
-use swarm_examples::training::{bench, finetune, losses, pretrain, run, simulate};
+use swarm_examples::training::{MakeArgs, bench, finetune, losses, pretrain, run, simulate};
 
 /// Train with rollouts from many machines (--config); pre-train and fine-tune on one, check losses, measure the training step.
 ///
@@ -29,11 +29,18 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Losses(losses::LossesArgs),
-    Pretrain(pretrain::PretrainArgs),
+    /// Make a tiny chat model from random weights
+    #[command(
+        after_help = "Report: {\"steps\",\"loss_before\",\"loss_after\",\"seconds\",\"held_out_reward\",\"parameters\",\"tokens\"}; losses in nats \
+                      per answer token, held_out_reward the mean probability of exactly the right answer."
+    )]
+    Pretrain(MakeArgs),
     /// Fine-tune on right answers
-    Sft(finetune::FinetuneArgs),
+    #[command(after_help = finetune::REPORT)]
+    Sft(MakeArgs),
     /// Fine-tune on preferences (direct preference optimisation)
-    Dpo(finetune::FinetuneArgs),
+    #[command(after_help = finetune::REPORT)]
+    Dpo(MakeArgs),
     Bench(bench::BenchArgs),
     Simulate(simulate::SimulateArgs),
 }

@@ -3,35 +3,21 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use clap::Args;
 use echo_trainer::FinetuneConfig;
 use echo_trainer::service::finetuning::{self, FinetuneError, FinetuneReport, Job, Progress};
 use parallax_model::{Adapter, Checkpoint};
 use serde::Deserialize;
 
+use super::MakeArgs;
 use crate::program;
+
+/// What both commands print with `--json`.
+pub const REPORT: &str = "Report: {\"steps\",\"loss_before\",\"loss_after\",\"seconds\",\"examples\",\"tokens\",\"broken_lines\",\"broken\":[{\"line\",\"reason\"}]}, with \
+                          dpo \"accuracy_after\" and \"margin_after\" as well; the losses are means over the first 256 examples, in nats per learnt token or \
+                          of the preference loss.";
 
 /// Updates between two lines of progress.
 const SAY_EVERY: u64 = 10;
-
-/// Options of both commands.
-#[derive(Debug, Clone, Args)]
-#[command(
-    after_help = "Report: {\"steps\",\"loss_before\",\"loss_after\",\"seconds\",\"examples\",\"tokens\",\"broken_lines\",\"broken\":[{\"line\",\"reason\"}]}, with \
-                  dpo \"accuracy_after\" and \"margin_after\" as well; the losses are means over the first 256 examples, in nats per learnt token or \
-                  of the preference loss."
-)]
-pub struct FinetuneArgs {
-    /// Settings, for example examples/configs/sft.toml or examples/configs/dpo.toml
-    #[arg(long)]
-    config: PathBuf,
-    /// Directory for the adapter (as PEFT writes it), or for the model when all weights are trained
-    #[arg(long)]
-    out: PathBuf,
-    /// Print the report on stdout
-    #[arg(long)]
-    json: bool,
-}
 
 /// The file: what is trained on what, and how.
 #[derive(Debug, Clone, Deserialize)]
@@ -54,7 +40,7 @@ struct Settings {
 ///
 /// # Errors
 /// A missing or malformed file, settings out of range, data that cannot be used, a full disk.
-pub fn sft(args: &FinetuneArgs) -> anyhow::Result<()> {
+pub fn sft(args: &MakeArgs) -> anyhow::Result<()> {
     run(args, finetuning::sft)
 }
 
@@ -62,19 +48,17 @@ pub fn sft(args: &FinetuneArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`sft`].
-pub fn dpo(args: &FinetuneArgs) -> anyhow::Result<()> {
+pub fn dpo(args: &MakeArgs) -> anyhow::Result<()> {
     run(args, finetuning::dpo)
 }
 
 fn run(
-    args: &FinetuneArgs,
+    args: &MakeArgs,
     train: impl Fn(&Job<'_>, fn(Progress)) -> Result<FinetuneReport, FinetuneError>,
 ) -> anyhow::Result<()> {
-    let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
-    let text = String::from_utf8(read(&args.config)?)?;
-    let settings: Settings =
-        toml::from_str(&text).with_context(|| format!("settings in {}", args.config.display()))?;
-    let lines = read(&settings.data)?;
+    let settings: Settings = program::settings(&args.config)?;
+    let lines =
+        std::fs::read(&settings.data).with_context(|| format!("reading {}", settings.data.display()))?;
     let adapter = settings.adapter.as_deref().map(Adapter::load).transpose()?;
     let checkpoint = Checkpoint::resolve(&settings.model)?;
     if settings.threads > 0 {

@@ -90,9 +90,7 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// Settings out of range (all of them at once), a port in use, no workers, a full disk.
 pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let path = args.config.as_ref().context("no run named; give --config FILE, or a command (see --help)")?;
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let settings: Settings =
-        toml::from_str(&text).with_context(|| format!("settings in {}", path.display()))?;
+    let settings: Settings = program::settings(path)?;
     if let Err(faults) = settings.run.validate() {
         bail!("settings in {}:\n{faults}", path.display());
     }

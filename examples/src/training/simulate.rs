@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use clap::Args;
 use echo_rollout::fleet::Plan;
 use echo_rollout::simulation::{Outcome, Scenario};
@@ -50,10 +49,7 @@ struct Report {
 /// # Errors
 /// A missing or malformed file, settings out of range, a swarm that gets stuck.
 pub fn run(args: &SimulateArgs) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(&args.scenario)
-        .with_context(|| format!("reading {}", args.scenario.display()))?;
-    let mut scenario: Scenario =
-        toml::from_str(&text).with_context(|| format!("in {}", args.scenario.display()))?;
+    let mut scenario: Scenario = program::settings(&args.scenario)?;
     scenario.staleness_budget = args.staleness.unwrap_or(scenario.staleness_budget);
     let plan = scenario.plan()?;
     say_plan(&scenario, &plan);

@@ -8,7 +8,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use parallax_model::hub::{HubName, is_plain};
+use parallax_model::hub::{COMPANIONS, HubName, is_plain};
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Client, Response, StatusCode};
 use serde::Deserialize;
@@ -25,17 +25,6 @@ const FRUITLESS_ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(500);
 /// Longest description of a repository.
 const MAX_LISTING_BYTES: usize = 16 << 20;
-
-/// Small files of a checkpoint, if the repository has them.
-const COMPANIONS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-];
 
 /// Why a model could not be had from a hub.
 #[derive(Debug, thiserror::Error)]
