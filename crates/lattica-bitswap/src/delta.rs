@@ -61,15 +61,17 @@ impl DeltaIndex {
 }
 
 /// The block of `parent` that a patch for block `index` of `child` starts from: the one of the same length at the same
-/// place, unless it is the same block.
+/// place and under the same hash function, unless it is the same block.
 pub fn patchable(parent: &Manifest, child: &Manifest, index: usize) -> Option<BlockRef> {
     let old = *parent.blocks().get(index)?;
     let new = child.blocks()[index];
     let same_place = parent.block_start(index) == child.block_start(index) && old.length == new.length;
-    (same_place && old.cid != new.cid).then_some(old)
+    // Under another hash the same block has another CID.
+    let comparable = old.cid.hash().code() == new.cid.hash().code();
+    (same_place && comparable && old.cid != new.cid).then_some(old)
 }
 
-/// What turns `old` into `new`, which is as long; `None` when that is hardly shorter than `new`.
+/// What turns `old` into `new`, which is as long and another; `None` when that is hardly shorter than `new`.
 ///
 /// For each word that differs: how many are the same before it, then its difference modulo 2^16, zigzag, both as varints.
 /// A last byte without a partner counts as a word.
@@ -89,7 +91,7 @@ pub fn diff(old: &[u8], new: &[u8]) -> Option<Bytes> {
         }
         same = 0;
     }
-    (old.len() == new.len()).then(|| patch.into())
+    (old.len() == new.len() && !patch.is_empty()).then(|| patch.into())
 }
 
 /// The bytes that `patch` makes of `old`: as many. Whether they are the right ones, their hash says.
@@ -180,6 +182,7 @@ mod tests {
         let (old, new) = weights(10_000, 0.9);
         assert_eq!(diff(&old, &new), None);
         assert_eq!(diff(b"abc", b"abcd"), None, "another length");
+        assert_eq!(diff(b"abc", b"abc"), None, "an empty patch is no block");
     }
 
     #[test]

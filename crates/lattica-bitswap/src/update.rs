@@ -198,6 +198,19 @@ mod tests {
     }
 
     #[test]
+    fn blocks_of_another_hash_are_no_version_before() {
+        let store = MemoryStore::new();
+        let old = Bytes::from(bytes(0));
+        let parent = publish_bytes(&store, "weights", "weights", HashKind::Sha2, LEAF, &old).unwrap();
+        let (_, same) = publish(&store, &old, &parent);
+        assert_eq!(same.update(), None);
+        let delta = parent;
+        let named = same.clone().with_update(Some(Update { parent, delta }));
+        same.blocks().iter().for_each(|block| store.remove(&block.cid));
+        assert_eq!(patchable_bytes(&store, &named).unwrap(), 0, "the same bytes under another name");
+    }
+
+    #[test]
     fn a_lying_delta_brings_nothing() {
         let store = MemoryStore::new();
         let parent =
