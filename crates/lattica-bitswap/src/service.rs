@@ -159,14 +159,19 @@ impl Blocks {
     /// # Errors
     /// When no peer delivers it or it is no manifest.
     pub async fn fetch_manifest(&self, root: &Cid, from: &[PeerId]) -> Result<Manifest, FetchError> {
-        let cid = *root;
+        self.manifest_among(root, root, from).await
+    }
+
+    /// The manifest of `cid` from those who announce that they hold `root`.
+    async fn manifest_among(&self, cid: &Cid, root: &Cid, from: &[PeerId]) -> Result<Manifest, FetchError> {
+        let (cid, root) = (*cid, *root);
         if let Some(manifest) =
             self.exchange.blocking(move |store| files::stored_manifest(store, &cid)).await??
         {
             return Ok(manifest);
         }
         let wanted = vec![Wanted { cid, length: MANIFEST_GUESS_BYTES, priority: 1 }];
-        let order = Order { root: cid, wanted, lengths: HashMap::new(), from: from.to_vec() };
+        let order = Order { root, wanted, lengths: HashMap::new(), from: from.to_vec() };
         fetch::run(&self.exchange, order, |_| ()).await?;
         let stored = self.exchange.blocking(move |store| files::stored_manifest(store, &cid)).await??;
         stored.ok_or_else(|| files::not_here(&cid, cid))
@@ -185,7 +190,7 @@ impl Blocks {
         progress: impl FnMut(Progress) + Send,
     ) -> Result<Manifest, FetchError> {
         let manifest = self.fetch_manifest(root, from).await?;
-        self.fetch_update(&manifest, from).await?;
+        self.fetch_update(root, &manifest, from).await?;
         let all = [(0, manifest.total_bytes())];
         self.fetch_blocks(root, &manifest, &all, from, progress).await?;
         self.exchange.announce(*root);
@@ -246,25 +251,32 @@ impl Blocks {
     }
 
     /// Makes what can be made from the version before. A delta that does not come or does not fit costs time only.
-    async fn fetch_update(&self, manifest: &Manifest, from: &[PeerId]) -> Result<(), FetchError> {
-        let Some(Update { delta: root, .. }) = manifest.update() else { return Ok(()) };
-        let whole = manifest.clone();
-        let saved = self.exchange.blocking(move |store| update::patchable_bytes(store, &whole)).await??;
+    async fn fetch_update(&self, root: &Cid, manifest: &Manifest, from: &[PeerId]) -> Result<(), FetchError> {
+        let Some(Update { delta, .. }) = manifest.update() else { return Ok(()) };
+        let whole = Arc::new(manifest.clone());
+        let next = Arc::clone(&whole);
+        let saved = self.exchange.blocking(move |store| update::patchable_bytes(store, &next)).await??;
         if saved == 0 {
             return Ok(());
         }
-        if let Err(error) = self.fetch_delta(&root, saved, from).await {
+        if let Err(error) = self.fetch_delta(&delta, root, saved, from).await {
             tracing::info!(%root, %error, "no delta; the blocks are fetched whole");
         }
-        let whole = manifest.clone();
         let made = self.exchange.blocking(move |store| update::apply_update(store, &whole)).await??;
         tracing::debug!(%root, made, saved, "blocks made from the version before");
         Ok(())
     }
 
-    /// Gets a delta that may save `saved` bytes.
-    async fn fetch_delta(&self, root: &Cid, saved: u64, from: &[PeerId]) -> Result<(), FetchError> {
-        let delta = self.fetch_manifest(root, from).await?;
+    /// Gets a delta that may save `saved` bytes of the artefact `root`, from whoever holds that one: a delta itself is not
+    /// announced.
+    async fn fetch_delta(
+        &self,
+        delta: &Cid,
+        root: &Cid,
+        saved: u64,
+        from: &[PeerId],
+    ) -> Result<(), FetchError> {
+        let delta = self.manifest_among(delta, root, from).await?;
         // Patches longer than what they replace are none.
         if delta.total_bytes() < saved {
             self.fetch_blocks(root, &delta, &[(0, delta.total_bytes())], from, |_| ()).await?;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use lattica_bitswap::wire::{Message, PROTOCOL, WantEntry, WantKind};
 use lattica_bitswap::{
     Block, BlockStore, Blocks, ExchangeConfig, FetchError, FsStore, HashKind, Manifest, MemoryStore,
-    Progress, StoreError,
+    Progress, SessionConfig, StoreError,
 };
 use lattica_net::{Identity, Node, NodeConfig};
 use swarm_wire::{Cid, PeerId, frame};
@@ -362,4 +362,34 @@ async fn a_delta_that_does_not_come_costs_nothing_but_its_bytes() {
     store.remove(&manifest.update().unwrap().delta);
     receiver.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
     assert_eq!(receiver.read(&root).await.unwrap(), new);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delta_is_looked_for_where_its_artefact_is_held() {
+    let (a, _, publisher) = memory_peer().await;
+    let (b, _, holder) = memory_peer().await;
+    // Who happens to be connected is not asked: only whom it is told of, and whom the DHT names.
+    let session = SessionConfig { max_candidates: 0, max_presences: 0, ..SessionConfig::default() };
+    let c = node().await;
+    let config = ExchangeConfig { session, ..impatient() };
+    let receiver = Blocks::start_with(c.clone(), Arc::new(MemoryStore::new()), config);
+    connect(&b, &a).await;
+    connect(&c, &b).await;
+    let old = content(2 * MIB, 8);
+    let new = stepped(&old);
+    let parent = publisher.publish_bytes("weights", "weights", old.clone()).await.unwrap();
+    let root = publisher.publish_update("weights", "weights", new.clone(), &parent).await.unwrap();
+    // Without the version before no delta is asked for, so that this holder has none to give.
+    holder.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
+    assert_eq!(receiver.publish_bytes("weights", "weights", old).await.unwrap(), parent);
+    let announced = async {
+        while !c.providers(&root.hash().to_bytes()).await.is_ok_and(|found| found.contains(&a.peer_id())) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), announced).await.unwrap();
+    receiver.fetch(&root, &[b.peer_id()], |_| ()).await.unwrap();
+    assert_eq!(receiver.read(&root).await.unwrap(), new);
+    let (whole, patches) = (served_bytes(&holder, &c.peer_id()), served_bytes(&publisher, &c.peer_id()));
+    assert!(whole < 10_000 && patches > 0, "{whole} bytes and {patches} of patches");
 }

@@ -18,6 +18,7 @@ const PROVIDERS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is wanted, of which artefact, from whom.
 pub(super) struct Order {
+    /// Of the artefact: its holders are looked for.
     pub(super) root: Cid,
     pub(super) wanted: Vec<Wanted>,
     /// Lengths to check arrivals against.
