@@ -1,15 +1,14 @@
 //! From one version of an artefact to the next: every block is the same, a patch of the block at its place before, or new.
 //!
 //! Which blocks are the same needs no saying: they have the same CID. A delta is an artefact of its own, kind
-//! [`KIND`]: its first block, the index, names the version before and the blocks that are patched; each further block is
-//! one patch. Weights after a small step of training differ in few of their 16-bit words, and patches replace whole words,
+//! [`KIND`]: its first block, the index, names the blocks that are patched; each further block is one patch. Weights after a small step of training differ in few of their 16-bit words, and patches replace whole words,
 //! so nothing drifts: what comes out is the block that the new manifest names, or is thrown away. The surprise: a lying
 //! delta costs time only.
 
 use bytes::Bytes;
 use swarm_wire::generated::lattica::v1::DeltaIndex as Proto;
 use swarm_wire::prost::Message;
-use swarm_wire::{Cid, DecodeError, cid, frame};
+use swarm_wire::{DecodeError, frame};
 
 use crate::{BlockRef, Manifest};
 
@@ -21,10 +20,8 @@ const WORD: usize = 2;
 const MAX_SHARE: f64 = 0.5;
 
 /// The first block of a delta.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeltaIndex {
-    /// Root of the version before.
-    pub parent: Cid,
     /// Which blocks of the new version are patches, ascending; in the order of the blocks that follow the index.
     pub patched: Vec<u32>,
 }
@@ -37,7 +34,7 @@ impl DeltaIndex {
             *next = chunk + 1;
             Some(gap)
         });
-        Proto { parent: self.parent.to_bytes().into(), gaps: gaps.collect() }.encode_to_vec().into()
+        Proto { gaps: gaps.collect() }.encode_to_vec().into()
     }
 
     /// Reads an index for a version of `n_blocks`.
@@ -56,7 +53,7 @@ impl DeltaIndex {
             patched.push(chunk as u32);
             next = chunk + 1;
         }
-        Ok(Self { parent: cid::decode(&message.parent)?, patched })
+        Ok(Self { patched })
     }
 }
 
@@ -190,10 +187,9 @@ mod tests {
         // Words 0 to 3 the same, word 4 one more, the odd byte two less.
         let (old, new) = ([7, 7, 7, 7, 7, 7, 7, 7, 1, 0, 5], [7, 7, 7, 7, 7, 7, 7, 7, 2, 0, 3]);
         assert_eq!(diff(&old, &new).unwrap()[..], [4, 2, 0, 3]);
-        let parent = cid::raw(cid::HASH_BLAKE3, &[9; 32]);
-        let index = DeltaIndex { parent, patched: vec![0, 2, 200] };
+        let index = DeltaIndex { patched: vec![0, 2, 200] };
         let encoded = index.encode();
-        assert_eq!(encoded[encoded.len() - 6..], [0x12, 4, 0, 1, 0xc5, 1]);
+        assert_eq!(encoded[..], [0x0a, 4, 0, 1, 0xc5, 1]);
         assert_eq!(DeltaIndex::decode(&encoded, 201).unwrap(), index);
         assert!(DeltaIndex::decode(&encoded, 200).is_err(), "a block that there is not");
         assert!(DeltaIndex::decode(&encoded[..encoded.len() - 1], 201).is_err());

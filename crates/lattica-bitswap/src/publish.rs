@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use swarm_wire::Cid;
 
-use crate::{BlockRef, BlockStore, Entry, HashKind, Manifest, PublishError, chunker};
+use crate::{Block, BlockRef, BlockStore, Entry, HashKind, Manifest, PublishError, StoreError, chunker};
 
 /// Stores `bytes` as an artefact with one entry, and returns its root.
 ///
@@ -20,23 +20,27 @@ pub fn publish_bytes(
     leaf_bytes: usize,
     bytes: &Bytes,
 ) -> Result<Cid, PublishError> {
-    let blocks = put_leaves(store, hash, bytes, leaf_bytes)?;
-    let entries = vec![Entry { name: name.to_owned(), offset: 0, length: bytes.len() as u64 }];
-    publish_manifest(store, &Manifest::new(name, kind, hash, entries, blocks)?)
+    publish_manifest(store, &put_leaves(store, name, kind, hash, leaf_bytes, bytes)?)
 }
 
-/// Cuts `bytes` into leaves and stores them.
+/// Cuts `bytes` into leaves, stores them, and describes them as an artefact with one entry, whose manifest is not stored.
 pub(crate) fn put_leaves(
     store: &dyn BlockStore,
+    name: &str,
+    kind: &str,
     hash: HashKind,
-    bytes: &Bytes,
     leaf_bytes: usize,
-) -> Result<Vec<BlockRef>, PublishError> {
-    let leaf = |block: crate::Block| {
-        store.put(&block)?;
-        Ok(BlockRef { cid: *block.cid(), length: block.len() as u32 })
-    };
-    chunker::chunk(hash, bytes, leaf_bytes).map(leaf).collect()
+    bytes: &Bytes,
+) -> Result<Manifest, PublishError> {
+    let leaves = chunker::chunk(hash, bytes, leaf_bytes).map(|block| put(store, &block));
+    let entries = vec![Entry { name: name.to_owned(), offset: 0, length: bytes.len() as u64 }];
+    Ok(Manifest::new(name, kind, hash, entries, leaves.collect::<Result<_, _>>()?)?)
+}
+
+/// Stores a block of an artefact.
+pub(crate) fn put(store: &dyn BlockStore, block: &Block) -> Result<BlockRef, StoreError> {
+    store.put(block)?;
+    Ok(BlockRef { cid: *block.cid(), length: block.len() as u32 })
 }
 
 /// Stores the manifest of an artefact whose blocks are stored already, flushes the store, and returns the root.

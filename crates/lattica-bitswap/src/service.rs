@@ -97,18 +97,15 @@ impl Blocks {
     /// When the store refuses or the artefact is too large.
     pub async fn publish_bytes(&self, name: &str, kind: &str, bytes: Bytes) -> Result<Cid, PublishError> {
         let (name, kind) = (name.to_owned(), kind.to_owned());
-        let leaf_bytes = self.exchange.config.leaf_bytes;
-        let root = self
-            .publishing(move |store| {
-                publish::publish_bytes(store, &name, &kind, HashKind::Blake3, leaf_bytes, &bytes)
-            })
-            .await?;
-        self.exchange.announce(root);
-        Ok(root)
+        self.publishing(move |store, leaf_bytes| {
+            publish::publish_bytes(store, &name, &kind, HashKind::Blake3, leaf_bytes, &bytes)
+        })
+        .await
     }
 
-    /// As [`Blocks::publish_bytes`], as the version after `parent`: whoever has that one fetches only what differs. What is
-    /// returned is another root than that of the same bytes without a parent.
+    /// As [`Blocks::publish_bytes`], as the version after `parent`: whoever has that one fetches only what differs. With a
+    /// delta the root is another than that of the same bytes without a parent; there is none when it would not pay, or the
+    /// parent is not stored.
     ///
     /// # Errors
     /// When the store refuses or the artefact is too large.
@@ -120,14 +117,10 @@ impl Blocks {
         parent: &Cid,
     ) -> Result<Cid, PublishError> {
         let (name, kind, parent) = (name.to_owned(), kind.to_owned(), *parent);
-        let leaf_bytes = self.exchange.config.leaf_bytes;
-        let root = self
-            .publishing(move |store| {
-                update::publish_update(store, (&name, &kind), leaf_bytes, &bytes, &parent)
-            })
-            .await?;
-        self.exchange.announce(root);
-        Ok(root)
+        self.publishing(move |store, leaf_bytes| {
+            update::publish_update(store, &name, &kind, HashKind::Blake3, leaf_bytes, &bytes, &parent)
+        })
+        .await
     }
 
     /// Publishes one file as an artefact, without copying it when the store can refer to files.
@@ -148,10 +141,7 @@ impl Blocks {
     /// When a file cannot be read, two have one name, or the store refuses.
     pub async fn publish_files(&self, dir: &Path, paths: &[PathBuf]) -> Result<Cid, PublishError> {
         let (dir, paths) = (dir.to_owned(), paths.to_vec());
-        let leaf_bytes = self.exchange.config.leaf_bytes;
-        let (root, _) = self.publishing(move |store| files::publish(store, &dir, &paths, leaf_bytes)).await?;
-        self.exchange.announce(root);
-        Ok(root)
+        self.publishing(move |store, leaf_bytes| files::publish(store, &dir, &paths, leaf_bytes)).await
     }
 
     /// The manifest of `root`: from the store, else from `from`, else from whoever has it.
@@ -313,15 +303,19 @@ impl Blocks {
         Ok(())
     }
 
-    async fn publishing<T: Send + 'static>(
+    /// Runs `work` on the store, with the length of the leaves that are published, and announces the root that it returns.
+    async fn publishing(
         &self,
-        work: impl FnOnce(&dyn BlockStore) -> Result<T, PublishError> + Send + 'static,
-    ) -> Result<T, PublishError> {
+        work: impl FnOnce(&dyn BlockStore, usize) -> Result<Cid, PublishError> + Send + 'static,
+    ) -> Result<Cid, PublishError> {
         let store = Arc::clone(&self.exchange.store);
-        match self.exchange.runtime.spawn_blocking(move || work(&*store)).await {
-            Ok(result) => result,
+        let leaf_bytes = self.exchange.config.leaf_bytes;
+        let root = match self.exchange.runtime.spawn_blocking(move || work(&*store, leaf_bytes)).await {
+            Ok(result) => result?,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        };
+        self.exchange.announce(root);
+        Ok(root)
     }
 }
 

@@ -7,8 +7,8 @@ use swarm_wire::Cid;
 
 use crate::delta::{self, DeltaIndex};
 use crate::manifest::Update;
-use crate::publish::{publish_manifest, put_leaves};
-use crate::{Block, BlockRef, BlockStore, Entry, HashKind, Manifest, PublishError, StoreError};
+use crate::publish::{publish_manifest, put, put_leaves};
+use crate::{Block, BlockStore, HashKind, Manifest, PublishError, StoreError};
 
 /// Stores `bytes` as [`crate::publish::publish_bytes`] does, and what whoever has `parent` needs to make them of it. When the
 /// parent is not stored here or has little in common with them, the new version stands for itself.
@@ -20,15 +20,14 @@ use crate::{Block, BlockRef, BlockStore, Entry, HashKind, Manifest, PublishError
 /// When `leaf_bytes` is 0 or more than a block may have.
 pub fn publish_update(
     store: &dyn BlockStore,
-    (name, kind): (&str, &str),
+    name: &str,
+    kind: &str,
+    hash: HashKind,
     leaf_bytes: usize,
     bytes: &Bytes,
     parent: &Cid,
 ) -> Result<Cid, PublishError> {
-    let hash = HashKind::Blake3;
-    let blocks = put_leaves(store, hash, bytes, leaf_bytes)?;
-    let entries = vec![Entry { name: name.to_owned(), offset: 0, length: bytes.len() as u64 }];
-    let manifest = Manifest::new(name, kind, hash, entries, blocks)?;
+    let manifest = put_leaves(store, name, kind, hash, leaf_bytes, bytes)?;
     let update = match stored(store, parent)? {
         Some(old) => publish_delta(store, (parent, &old), &manifest, bytes)?,
         None => None,
@@ -43,32 +42,28 @@ fn publish_delta(
     new: &Manifest,
     bytes: &Bytes,
 ) -> Result<Option<Update>, PublishError> {
-    let mut index = DeltaIndex { parent: *root, patched: Vec::new() };
-    let mut blocks = Vec::new();
+    let (mut index, mut patches) = (DeltaIndex::default(), Vec::new());
     for chunk in 0..new.blocks().len() {
         let Some(before) = delta::patchable(old, new, chunk) else { continue };
         let Some(before) = store.get(&before.cid)? else { continue };
         let start = new.block_start(chunk) as usize;
         let after = &bytes[start..start + new.blocks()[chunk].length as usize];
         if let Some(patch) = delta::diff(before.bytes(), after) {
-            blocks.push(put(store, patch)?);
+            patches.push(put(store, &block(patch))?);
             index.patched.push(chunk as u32);
         }
     }
-    if blocks.is_empty() {
+    if patches.is_empty() {
         return Ok(None);
     }
-    blocks.insert(0, put(store, index.encode())?);
+    let index = put(store, &block(index.encode()))?;
+    let blocks = std::iter::once(index).chain(patches).collect();
     let delta = Manifest::new(new.name(), delta::KIND, HashKind::Blake3, Vec::new(), blocks)?;
     Ok(Some(Update { parent: *root, delta: publish_manifest(store, &delta)? }))
 }
 
-fn put(store: &dyn BlockStore, bytes: Bytes) -> Result<BlockRef, PublishError> {
-    let length = bytes.len() as u32;
-    let block = Block::new(HashKind::Blake3, bytes)
-        .expect("a patch is shorter than its block, an index than a manifest");
-    store.put(&block)?;
-    Ok(BlockRef { cid: *block.cid(), length })
+fn block(bytes: Bytes) -> Block {
+    Block::new(HashKind::Blake3, bytes).expect("a patch is shorter than its block, an index than a manifest")
 }
 
 /// The bytes of `manifest` that are not stored but may come out of patches: 0 when its parent is not here, or has nothing in
@@ -104,7 +99,7 @@ pub fn apply_update(store: &dyn BlockStore, manifest: &Manifest) -> Result<usize
         None => None,
     };
     let index = index.and_then(|block| DeltaIndex::decode(block.bytes(), manifest.blocks().len()).ok());
-    let Some(index) = index.filter(|index| index.parent == update.parent) else { return Ok(0) };
+    let Some(index) = index else { return Ok(0) };
     let mut made = 0;
     for (&chunk, patch) in index.patched.iter().zip(&delta.blocks()[1..]) {
         let wanted = manifest.blocks()[chunk as usize].cid;
@@ -143,7 +138,8 @@ mod tests {
 
     fn publish(store: &MemoryStore, content: &[u8], parent: &Cid) -> (Cid, Manifest) {
         let content = Bytes::copy_from_slice(content);
-        let root = publish_update(store, ("weights", "weights"), LEAF, &content, parent).unwrap();
+        let hash = HashKind::Blake3;
+        let root = publish_update(store, "weights", "weights", hash, LEAF, &content, parent).unwrap();
         (root, stored(store, &root).unwrap().unwrap())
     }
 
@@ -221,12 +217,12 @@ mod tests {
         store.remove(&manifest.blocks()[0].cid);
         let lie = |patch: &'static [u8], index: DeltaIndex| {
             let blocks =
-                vec![put(&store, index.encode()).unwrap(), put(&store, Bytes::from_static(patch)).unwrap()];
+                [index.encode(), Bytes::from_static(patch)].map(|b| put(&store, &block(b)).unwrap()).to_vec();
             let delta = Manifest::new("lie", delta::KIND, HashKind::Blake3, Vec::new(), blocks).unwrap();
             let delta = publish_manifest(&store, &delta).unwrap();
             apply_update(&store, &manifest.clone().with_update(Some(Update { parent, delta }))).unwrap()
         };
-        let patched = |patched: &[u32]| DeltaIndex { parent, patched: patched.to_vec() };
+        let patched = |patched: &[u32]| DeltaIndex { patched: patched.to_vec() };
         let truth = delta::diff(&bytes(0)[..LEAF], &new[..LEAF]).unwrap();
         assert_eq!(lie(&[0, 4], patched(&[0])), 0, "another difference");
         assert_eq!(lie(&[0xff; 9], patched(&[0])), 0, "no patch");

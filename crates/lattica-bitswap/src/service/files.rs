@@ -17,7 +17,7 @@ pub(super) fn publish(
     dir: &Path,
     paths: &[PathBuf],
     leaf_bytes: usize,
-) -> Result<(Cid, Manifest), PublishError> {
+) -> Result<Cid, PublishError> {
     let mut entries = Vec::new();
     let mut blocks = Vec::new();
     let mut offset = 0;
@@ -30,8 +30,7 @@ pub(super) fn publish(
         offset += length;
     }
     let name = dir.file_name().map_or_else(|| "files".to_owned(), |n| n.to_string_lossy().into_owned());
-    let manifest = Manifest::new(&name, "files", HashKind::Blake3, entries, blocks)?;
-    Ok((publish_manifest(store, &manifest)?, manifest))
+    publish_manifest(store, &Manifest::new(&name, "files", HashKind::Blake3, entries, blocks)?)
 }
 
 /// Path within `dir` with forward slashes, or the last part of a path elsewhere.

@@ -50,11 +50,8 @@ pub struct ManifestUpdate {
 /// The first block of a delta. Each further block is a patch.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeltaIndex {
-    /// CID of the version before.
-    #[prost(bytes = "bytes", tag = "1")]
-    pub parent: ::prost::bytes::Bytes,
     /// Which blocks of the new version are patched, each as the number of blocks since the one before it that are not.
-    #[prost(uint32, repeated, tag = "2")]
+    #[prost(uint32, repeated, tag = "1")]
     pub gaps: ::prost::alloc::vec::Vec<u32>,
 }
 /// A named part of the artefact's bytes: a file or a tensor.
