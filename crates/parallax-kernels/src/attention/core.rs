@@ -64,6 +64,9 @@ impl<E: Element> Task<'_, E> {
     }
 }
 
+/// Keys whose values are taken for all columns before the next ones.
+const VALUE_BLOCK: usize = 128;
+
 thread_local! {
     static SCORES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
@@ -116,9 +119,9 @@ fn tile<S: Simd, E: Element, const N: usize>(
     // Scores are kept from the line of the first key that any of the queries sees.
     let base = starts.iter().fold(usize::MAX, |lo, &n| lo.min(n)) / LANES;
     let (lines, skipped) = (most.div_ceil(LANES) - base, base * LANES);
-    scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
-    let pages = queries.pages();
     let dim = geometry.head_dim;
+    scratch.resize(((lines + dim.div_ceil(LANES)) * N).max(scratch.len()), Line([0.0; LANES]));
+    let pages = queries.pages();
     let q: [&[f32]; N] = std::array::from_fn(|i| task.query(first + i));
 
     scores(s, kv, geometry, queries.head, pages, q, queries.scoring, base, &mut scratch[..lines * N]);
@@ -135,14 +138,28 @@ fn tile<S: Simd, E: Element, const N: usize>(
             entry[0] = max + math::ln(f64::from(sum)) as f32;
         }
     }
-    let p: [&[f32]; N] = std::array::from_fn(|i| flat(&scratch[i * lines..(i + 1) * lines]));
-    for column in (0..dim).step_by(LANES) {
-        let acc = weighted(s, kv, geometry, queries.head, pages, p, starts, n_keys, skipped, column);
+    let columns = dim.div_ceil(LANES);
+    let (scores, sums) = scratch.split_at_mut(lines * N);
+    let p: [&[f32]; N] = std::array::from_fn(|i| flat(&scores[i * lines..(i + 1) * lines]));
+    let sums = &mut sums[..columns * N];
+    sums.fill(Line([0.0; LANES]));
+    // A block of values is read for all its columns while it is near.
+    let mut from = base * LANES;
+    while from < most {
+        let keys = from..(from + VALUE_BLOCK).min(most);
+        let seen: [Range<usize>; N] =
+            std::array::from_fn(|i| starts[i].clamp(keys.start, keys.end)..n_keys[i].clamp(keys.start, keys.end));
+        for (column, sums) in sums.chunks_exact_mut(N).enumerate() {
+            weighted(s, kv, geometry, queries.head, pages, p, &seen, skipped, column * LANES, sums);
+        }
+        from = keys.end;
+    }
+    for (column, sums) in sums.chunks_exact(N).enumerate() {
         for i in 0..N {
             let start = queries.index(first + i) * dim;
             // SAFETY: one task owns a query, hence its output.
             let row = unsafe { out.slice(start..start + dim) };
-            write(s, row, column, s.mul(acc[i], s.splat(inverse[i])));
+            write(s, row, column * LANES, s.mul(s.load(&sums[i].0), s.splat(inverse[i])));
         }
     }
     N
@@ -323,9 +340,9 @@ fn softmax<S: Simd>(s: S, scores: &mut [Line], seen: Range<usize>, sink: Option<
     (largest, sum)
 }
 
-/// Sixteen columns of `sum over keys of p * value`, where `p` begins at key `skipped` and query `i` sees the keys
-/// `starts[i]..n_keys[i]`. The keys that all queries see are walked together, the rest by each query alone: a key that a
-/// query must not see cannot touch its sum, not even with a NaN.
+/// Adds `p * value` of the keys `seen[i]` to sixteen columns of the sum of each query, where `p` begins at key `skipped`. The
+/// keys that all queries see are walked together, the rest by each query alone: a key that a query must not see cannot
+/// touch its sum, not even with a NaN.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
 fn weighted<S: Simd, E: Element, const N: usize>(
@@ -335,17 +352,20 @@ fn weighted<S: Simd, E: Element, const N: usize>(
     head: usize,
     pages: &[u32],
     p: [&[f32]; N],
-    starts: [usize; N],
-    n_keys: [usize; N],
+    seen: &[Range<usize>; N],
     skipped: usize,
     column: usize,
-) -> [S::F; N] {
+    sums: &mut [Line],
+) {
     let tokens = geometry.page_tokens;
     let mut acc = [s.splat(0.0); N];
-    let from = starts.iter().fold(0, |hi, &n| hi.max(n));
-    let to = n_keys.iter().fold(usize::MAX, |lo, &n| lo.min(n)).max(from);
     for i in 0..N {
-        for key in starts[i]..from.min(n_keys[i]) {
+        acc[i] = s.load(&sums[i].0);
+    }
+    let from = seen.iter().fold(0, |hi, keys| hi.max(keys.start));
+    let to = seen.iter().fold(usize::MAX, |lo, keys| lo.min(keys.end)).max(from);
+    for i in 0..N {
+        for key in seen[i].start..from.min(seen[i].end) {
             acc[i] = s.fma(
                 s.splat(p[i][key - skipped]),
                 value_of(s, kv, geometry, head, pages, key, column),
@@ -368,15 +388,15 @@ fn weighted<S: Simd, E: Element, const N: usize>(
         key += here;
     }
     for i in 0..N {
-        for key in to..n_keys[i] {
+        for key in to..seen[i].end {
             acc[i] = s.fma(
                 s.splat(p[i][key - skipped]),
                 value_of(s, kv, geometry, head, pages, key, column),
                 acc[i],
             );
         }
+        s.store(acc[i], &mut sums[i].0);
     }
-    acc
 }
 
 /// Sixteen columns of the value of one key.
