@@ -1,6 +1,7 @@
 //! Developer commands, cheapest first. `cargo xtask help` lists them; `cargo xtask ci` runs what the gate runs, and more.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its user")]
 
+mod bench;
 mod ci;
 mod codegen;
 mod fetch_model;
@@ -41,6 +42,8 @@ enum Command {
         #[arg(value_enum)]
         model: fetch_model::Model,
     },
+    /// Measure our engine beside others on the same model files, in turn.
+    Bench(bench::Options),
     /// Pass all tests, as the README says: `cargo test --release --workspace`.
     Test,
     /// What the gate runs, and clippy, the cores alone and the documentation besides.
@@ -59,6 +62,7 @@ fn main() -> anyhow::Result<()> {
         Command::Codegen { check } => codegen::run(&root, check),
         Command::Layers { declared_only } => layers::run(&root, declared_only),
         Command::FetchModel { model } => fetch_model::run(&root, model),
+        Command::Bench(options) => bench::run(&root, &options),
         Command::Test => ci::test(&root),
         Command::Ci => ci::run(&root),
     }
