@@ -146,7 +146,7 @@ fn routes(server: &Shared) -> Router {
         .with_state(Arc::clone(server))
 }
 
-/// Serves until the listener fails or the future is dropped (dropping it is safe: requests in flight are aborted).
+/// Serves until the listener fails or the future is dropped; connections that are still busy then end with the runtime.
 ///
 /// # Errors
 /// When accepting connections fails.
@@ -154,8 +154,8 @@ pub async fn serve(listener: tokio::net::TcpListener, state: HttpState) -> std::
     axum::serve(listener, router(state)).await
 }
 
-/// As [`serve`], with `more` routes beside these, until `stop`: then new requests get 503, those in flight have `patience`
-/// to end, and the connections are closed.
+/// As [`serve`], with `more` routes beside these, until `stop`: then new requests get 503 and those in flight have
+/// `patience` to end. Connections that are busy even then end with the runtime.
 ///
 /// # Errors
 /// When accepting connections fails.
@@ -264,6 +264,7 @@ async fn model(State(server): State<Shared>, Path(id): Path<String>) -> Result<R
 }
 
 async fn health(State(server): State<Shared>) -> Result<Response, ApiError> {
+    server.gate.check_open()?;
     server.check_ready()?;
     Ok(Json(json!({"status": "ok"})).into_response())
 }

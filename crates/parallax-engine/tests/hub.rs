@@ -59,7 +59,9 @@ async fn listing(
     if !hub.admits(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
-    if (org.as_str(), name.as_str()) != ("org", "tiny") || !["main", "v1"].contains(&revision.as_str()) {
+    if (org.as_str(), name.as_str()) != ("org", "tiny")
+        || !["main", "v1", "refs/pr/7"].contains(&revision.as_str())
+    {
         return StatusCode::NOT_FOUND.into_response();
     }
     let siblings: Vec<Value> = [
@@ -208,6 +210,7 @@ async fn refusals_say_what_to_do() {
     let fetched = fetch(closed(), "org/tiny", None).await;
     assert!(fetched.error().contains("HF_TOKEN"), "{}", fetched.error());
     fetch(closed(), "org/tiny", Some("t0ken")).await.result.unwrap();
+    fetch(StandIn::default(), "org/tiny@refs/pr/7", None).await.result.unwrap();
     for name in ["org/other", "org/tiny@v9"] {
         let fetched = fetch(StandIn::default(), name, None).await;
         assert!(matches!(fetched.result, Err(HubError::Missing { .. })), "{}", fetched.error());

@@ -39,7 +39,7 @@ fn schema(random: &mut ChaCha8Rng, depth: usize) -> Value {
             json!({"type": "string", "pattern": pattern.choose(random)})
         }
         5 => {
-            let formats = ["date", "time", "uuid", "ipv4"];
+            let formats = ["date", "time", "date-time", "uuid", "ipv4"];
             json!({"type": "string", "format": formats.choose(random)})
         }
         6 => {
@@ -83,7 +83,7 @@ fn a_thousand_of_a_thousand_answers_are_valid() {
         Grammars::new(vocabulary.into_iter().map(|t| (t.bytes, t.special)).collect(), ends.clone()).unwrap();
     let prompt = tokenizer.encode("<bos><user>any<assistant>", false).unwrap();
 
-    let (mut valid, mut different, mut shapes) = (0, BTreeSet::new(), BTreeSet::new());
+    let (mut different, mut shapes) = (BTreeSet::new(), BTreeSet::new());
     for batch in 0..ANSWERS / TOGETHER {
         let asked: Vec<_> = (batch * TOGETHER..(batch + 1) * TOGETHER)
             .map(|seed| {
@@ -123,11 +123,9 @@ fn a_thousand_of_a_thousand_answers_are_valid() {
             assert!(faults.is_empty(), "answer {seed}: {value} under {schema}: {faults:?}");
             different.insert(text);
             shapes.insert(schema.to_string());
-            valid += 1;
         }
     }
-    println!("{valid} of {ANSWERS} answers are valid, under {} schemas", shapes.len());
-    assert_eq!(valid, ANSWERS);
+    println!("{ANSWERS} answers are valid, under {} schemas", shapes.len());
     // They are not one and the same.
     assert!(
         shapes.len() > 800 && different.len() > 800,

@@ -107,10 +107,17 @@ impl HubName {
     fn model_in(&self, snapshot: &Path) -> Option<PathBuf> {
         match &self.file {
             Some(file) => Some(snapshot.join(file)).filter(|path| path.is_file()),
-            None if snapshot.join("config.json").is_file() => Some(snapshot.to_owned()),
+            None if is_whole(snapshot) => Some(snapshot.to_owned()),
             None => only_gguf(snapshot),
         }
     }
+}
+
+/// Whether a directory has a configuration and all weights: other tools that share the cache fetch single files.
+fn is_whole(dir: &Path) -> bool {
+    let weights = || crate::weights::safetensors::shards(dir);
+    dir.join("config.json").is_file()
+        && weights().is_ok_and(|(files, _)| files.iter().all(|file| file.is_file()))
 }
 
 /// The GGUF file of a directory that has exactly one.
@@ -171,10 +178,18 @@ mod tests {
         assert_eq!(cached("a/b"), None);
         for commit in ["111", "222"] {
             std::fs::create_dir_all(folder.join("snapshots").join(commit)).unwrap();
-            std::fs::write(folder.join("snapshots").join(commit).join("config.json"), "{}").unwrap();
+            for file in ["config.json", "model.safetensors"] {
+                std::fs::write(folder.join("snapshots").join(commit).join(file), "{}").unwrap();
+            }
         }
         std::fs::create_dir_all(folder.join("snapshots/333")).unwrap();
-        assert_eq!(cached("a/b"), Some("snapshots/222".into()), "333 holds nothing");
+        std::fs::write(folder.join("snapshots/333/config.json"), "{}").unwrap();
+        assert_eq!(cached("a/b"), Some("snapshots/222".into()), "333 has no weights");
+        let index = folder.join("snapshots/222/model.safetensors.index.json");
+        std::fs::write(&index, r#"{"weight_map":{"a":"model-1.safetensors"}}"#).unwrap();
+        assert_eq!(cached("a/b"), Some("snapshots/111".into()), "222 lacks a shard");
+        std::fs::write(folder.join("snapshots/222/model-1.safetensors"), "").unwrap();
+        assert_eq!(cached("a/b"), Some("snapshots/222".into()));
         assert_eq!(cached("a/b@111"), Some("snapshots/111".into()));
         assert_eq!(cached("a/b@dev"), None);
         std::fs::create_dir_all(folder.join("refs")).unwrap();

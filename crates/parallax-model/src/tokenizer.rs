@@ -82,11 +82,6 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
-    /// Id of a token by its text.
-    pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
-    }
-
     /// A decoder for text that arrives token by token.
     pub fn stream(&self) -> StreamDecoder {
         StreamDecoder::new(self.clone())

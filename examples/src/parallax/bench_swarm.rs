@@ -104,7 +104,7 @@ pub fn run(args: BenchSwarmArgs) -> anyhow::Result<()> {
         args.rtt_ms == 0.0,
         "--rtt-ms is not possible yet: links of this command are as fast as the loopback"
     );
-    let checkpoint = Arc::new(Checkpoint::resolve(&args.model)?);
+    let checkpoint = Arc::new(super::hub::open(&args.model)?);
     let n_layers = checkpoint.config().n_layers;
     ensure!(
         (1..=n_layers).contains(&args.nodes) && args.streams >= 1,

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use parallax_engine::service::hub::{DEFAULT_ENDPOINT, Hub, HubProgress};
+use parallax_model::Checkpoint;
 use parallax_model::hub::{self, HubName};
 use serde::Serialize;
 
@@ -19,7 +20,7 @@ use crate::program;
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  parallax fetch --model HuggingFaceTB/SmolLM2-135M-Instruct\n  parallax fetch --model \
-                        ORG/NAME/FILE.gguf@main\n\nEvery --model fetches what is not here; HF_HUB_OFFLINE=1 forbids it."
+                        ORG/NAME/FILE.gguf@main\n\nEvery --model of parallax fetches what is not here; HF_HUB_OFFLINE=1 forbids it."
 )]
 pub struct FetchArgs {
     /// ORG/NAME, with @REVISION, with /FILE.gguf
@@ -62,8 +63,20 @@ pub fn obtain(model: &str) -> anyhow::Result<String> {
     if hub::cache_dir().and_then(|cache| name.cached(&cache)).is_some() {
         return Ok(model.to_owned());
     }
-    let (path, _) = fetch(&name).with_context(|| format!("{model} is not on this machine"))?;
+    let (path, _) = fetch(&name).with_context(|| {
+        format!(
+            "{model} is not on this machine (without a hub, --model takes tiny, a directory with config.json or a .gguf file)"
+        )
+    })?;
     Ok(path)
+}
+
+/// Opens a model, fetched when it is not here. Blocks.
+///
+/// # Errors
+/// As [`run`], and a model that cannot be read.
+pub fn open(model: &str) -> anyhow::Result<Checkpoint> {
+    Ok(Checkpoint::resolve(&obtain(model)?)?)
 }
 
 /// Fetches with a bar on stderr; the path and the bytes of its files.

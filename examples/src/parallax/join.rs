@@ -35,7 +35,11 @@ pub struct JoinArgs {
 /// # Errors
 /// No head of that swarm, another model than the local copy, weights that cannot be had or loaded.
 pub fn run(args: JoinArgs) -> anyhow::Result<()> {
-    tokio::runtime::Runtime::new()?.block_on(join(args))
+    let runtime = tokio::runtime::Runtime::new()?;
+    let done = runtime.block_on(join(args));
+    // Weights that are being read cannot be stopped, and nobody waits for them.
+    runtime.shutdown_background();
+    done
 }
 
 async fn join(args: JoinArgs) -> anyhow::Result<()> {

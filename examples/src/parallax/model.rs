@@ -66,7 +66,7 @@ impl ModelArgs {
         if let Some(threads) = self.threads {
             parallax_kernels::pool::set_threads(threads);
         }
-        Ok(Checkpoint::resolve(&hub::obtain(&self.model)?)?)
+        hub::open(&self.model)
     }
 
     /// Loads the weights with a cache for `cache_tokens` positions, a progress bar on stderr meanwhile.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use parallax_engine::service::weights::model_profile;
-use parallax_model::{Checkpoint, KvFormat, ModelConfig, WeightDtype, catalogue};
+use parallax_model::{KvFormat, ModelConfig, WeightDtype, catalogue};
 use parallax_sched::profile::roofline;
 use parallax_sched::{Algorithm, ModelProfile, NodeId, NodeProfile, PlanOptions, RttMatrix, plan};
 use serde::{Deserialize, Serialize};
@@ -161,7 +161,7 @@ fn profile(model: &str, dtype: WeightDtype, kv: KvFormat) -> anyhow::Result<Mode
     if let Some(known) = catalogue::find(model) {
         return known_profile(known.name, &known.config(), dtype, kv);
     }
-    let checkpoint = Checkpoint::resolve(&super::hub::obtain(model)?)?;
+    let checkpoint = super::hub::open(model)?;
     Ok(model_profile(model, &checkpoint, dtype, kv))
 }
 

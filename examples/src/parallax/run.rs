@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
@@ -138,15 +139,15 @@ struct Report {
 /// A model that cannot be loaded, a port that cannot be opened.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let limits = args.listen.limits()?;
+    let name = args.listen.served_name(&args.model.model)?;
+    if args.context == 0 {
+        bail!("--context must be at least 1");
+    }
     tokio::runtime::Runtime::new()?.block_on(async {
         // The port first: a taken port should not cost a load.
         let (listener, address) = args.listen.bind().await?;
         let checkpoint = args.model.open()?;
-        if args.context == 0 {
-            bail!("--context must be at least 1");
-        }
         let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
-        let name = args.listen.served_name(&args.model.model)?;
         let engine = args.engine.start(&name, &checkpoint, Box::new(pipeline), args.model.device)?;
         let context_tokens = engine.limits().context_tokens;
         let state = HttpState { limits, ..http_state(engine, &checkpoint, name)? };
@@ -184,11 +185,13 @@ pub fn http_state(
 
 /// The last part of what was given as model, without `.gguf`: where it lies on this machine is nobody's business.
 pub fn model_name(model: &str) -> String {
-    let whole = std::fs::canonicalize(model).ok();
     // A revision is no part of the name.
-    let model = if whole.is_none() { model.split('@').next().unwrap_or(model) } else { model };
-    let path = whole.as_deref().unwrap_or_else(|| std::path::Path::new(model));
-    let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
+    let model = if Path::new(model).exists() { model } else { model.split('@').next().unwrap_or(model) };
+    let path = Path::new(model);
+    // Only what has no name of its own, as `.`, is followed: a hub's cache links names to hashes.
+    let whole = if path.file_name().is_none() { std::fs::canonicalize(path).ok() } else { None };
+    let name = whole.as_deref().unwrap_or(path).file_name();
+    let name = name.map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
 }
 
@@ -203,11 +206,22 @@ mod tests {
         for (model, name) in [
             ("tiny", "tiny"),
             ("org/Some-Model-1.5B@v2", "Some-Model-1.5B"),
+            ("org/Some-Model-1.5B@refs/pr/7", "Some-Model-1.5B"),
             ("/models/a.b/smollm2.Q4_1.gguf", "smollm2.Q4_1"),
             ("models/llama/", "llama"),
             (".", here),
         ] {
             assert_eq!(model_name(model), name, "{model}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_is_known_by_its_own_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (blob, link) = (dir.path().join("0a1b"), dir.path().join("small@2.gguf"));
+        std::fs::write(&blob, "").unwrap();
+        std::os::unix::fs::symlink(&blob, &link).unwrap();
+        assert_eq!(model_name(link.to_str().unwrap()), "small@2");
     }
 }

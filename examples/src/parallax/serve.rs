@@ -80,13 +80,18 @@ pub struct ServeArgs {
 /// # Errors
 /// A model that cannot be read, a port in use, an address that cannot be listened on.
 pub fn run(args: ServeArgs) -> anyhow::Result<()> {
-    tokio::runtime::Runtime::new()?.block_on(serve(args))
+    let runtime = tokio::runtime::Runtime::new()?;
+    let done = runtime.block_on(serve(args));
+    // Weights that are being read cannot be stopped, and nobody waits for them.
+    runtime.shutdown_background();
+    done
 }
 
 async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let limits = args.listen.limits()?;
+    let name = args.listen.served_name(&args.model)?;
     let (listener, address) = args.listen.bind().await?;
-    let checkpoint = Arc::new(Checkpoint::resolve(&hub::obtain(&args.model)?)?);
+    let checkpoint = Arc::new(hub::open(&args.model)?);
     let (node, blocks) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &blocks, &checkpoint).await?;
     let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
@@ -94,7 +99,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         limits,
         readiness: Some(readiness),
         cluster: Some(head.status_source()),
-        ..http_state(engine, &checkpoint, args.listen.served_name(&args.model)?)?
+        ..http_state(engine, &checkpoint, name)?
     };
     let status = head.status_source();
     let swarm = axum::Router::new().route("/swarm/status", get(move || async move { Json(status()) }));

@@ -60,7 +60,7 @@ fn hash(text: &str, open: &str, close: &str) -> String {
 /// What the cluster page shows: what this engine does, and who computes if that is not this machine alone.
 pub(super) fn cluster_status(server: &Server) -> Value {
     let (engine, shape) = (server.state.engine.metrics(), server.state.engine.shape());
-    let ready = server.check_ready().is_ok();
+    let ready = server.gate.check_open().and_then(|()| server.check_ready()).is_ok();
     json!({
         "model": server.state.model_name, "layers": shape.n_layers, "ready": ready,
         "engine": {

@@ -140,7 +140,6 @@ impl Server {
     }
 
     pub(super) fn check_ready(&self) -> Result<(), ApiError> {
-        self.gate.check_open()?;
         match &self.state.readiness {
             Some(ready) => ready().map_err(ApiError::unavailable),
             None => Ok(()),

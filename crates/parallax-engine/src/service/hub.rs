@@ -1,10 +1,11 @@
 //! Models from a hub of Hugging Face's kind, over HTTP, into the cache that its own tools share. Feature `hub`.
 //!
-//! A file arrives in `blobs/ETAG.incomplete`, is resumed there after any break, and gets its name only when length and
-//! SHA-256 are those that the hub announced. The snapshot's `config.json` comes last: a snapshot that has one is whole.
+//! A file arrives in `blobs/ETAG.incomplete` and gets its name only when its length, and for weights the SHA-256, is what the
+//! hub announced. Weights are resumed after any break; a small file, which has no hash to check a beginning by, starts anew.
+//! The snapshot's `config.json` comes last.
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,8 +20,10 @@ use tokio::io::AsyncWriteExt as _;
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// How long a connection may take, and how long bytes may fail to come.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Attempts in a row that bring no byte, after which a file is given up.
+/// Fruitless attempts in a row, after which a file is given up.
 const FRUITLESS_ATTEMPTS: u32 = 5;
+/// An attempt that brings fewer bytes, and not the rest of the file, counts as fruitless.
+const FRUIT_BYTES: u64 = 64 << 10;
 /// The pause after the first of them; it doubles.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Longest description of a repository.
@@ -164,9 +167,11 @@ fn choose(name: &HubName, siblings: Vec<Sibling>) -> Result<Vec<Sibling>, HubErr
         list.into_iter().filter(|s| is_plain(&s.rfilename) && keep(&s.rfilename)).collect()
     };
     let has = |file: &str| siblings.iter().any(|s| s.rfilename == file);
+    let sharded = has("model.safetensors.index.json");
+    let is_weights = |file: &str| if sharded { is_shard(file) } else { file == "model.safetensors" };
     if name.file.is_none() && has("config.json") && siblings.iter().any(|s| is_weights(&s.rfilename)) {
         let mut files = wanted(siblings, &|file| is_weights(file) || COMPANIONS.contains(&file));
-        // The weights take long and the small files say that the snapshot is whole.
+        // What takes long first.
         files.sort_by_key(|s| (s.rfilename == "config.json", !is_weights(&s.rfilename)));
         return Ok(files);
     }
@@ -182,9 +187,10 @@ fn choose(name: &HubName, siblings: Vec<Sibling>) -> Result<Vec<Sibling>, HubErr
     Ok(chosen)
 }
 
-/// `model.safetensors`, or one of its shards `model-00001-of-00004.safetensors`.
-fn is_weights(file: &str) -> bool {
-    file.strip_suffix(".safetensors").is_some_and(|stem| stem == "model" || stem.starts_with("model-"))
+/// `model-00001-of-00004.safetensors`, or `model.safetensors-00001-of-00004.safetensors`.
+fn is_shard(file: &str) -> bool {
+    let stem = file.strip_suffix(".safetensors").and_then(|stem| stem.strip_prefix("model"));
+    stem.is_some_and(|stem| stem.strip_prefix(".safetensors").unwrap_or(stem).starts_with('-'))
 }
 
 /// Appends to a file that no other process of this machine appends to.
@@ -248,8 +254,8 @@ impl Hub {
         name: &HubName,
         mut progress: impl FnMut(HubProgress<'_>) + Send,
     ) -> Result<PathBuf, HubError> {
-        let url =
-            format!("{}/api/models/{}/revision/{}?blobs=true", self.endpoint, name.repository, name.revision);
+        let revision = name.revision.replace('/', "%2F");
+        let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.endpoint, name.repository);
         let listing: Listing = self.listing(&url).await?;
         if !is_plain(&listing.sha) {
             return Err(HubError::Malformed { url, reason: format!("{:?} is no commit", listing.sha) });
@@ -281,9 +287,7 @@ impl Hub {
             tell(file.bytes());
             before += file.bytes();
             let link = snapshot.join(&file.rfilename);
-            if !link.is_file() {
-                place(blob, &path, &link).map_err(|source| disk(&link, source))?;
-            }
+            place(blob, &path, &link).map_err(|source| disk(&link, source))?;
         }
         let reference = folder.join("refs").join(&name.revision);
         if name.revision != listing.sha {
@@ -350,6 +354,9 @@ impl Hub {
             // Another process fetched it while this one waited for it.
             return Ok(());
         }
+        if file.lfs.is_none() {
+            partial.cut(0).await.map_err(failed)?;
+        }
         let mut fruitless = 0;
         while partial.len != file.bytes() {
             if partial.len > file.bytes() {
@@ -364,7 +371,8 @@ impl Hub {
                 }
                 Err(error) => return Err(error),
             };
-            fruitless = if partial.len > before { 0 } else { fruitless + 1 };
+            let enough = (before + FRUIT_BYTES).min(file.bytes());
+            fruitless = if partial.len >= enough { 0 } else { fruitless + 1 };
             if fruitless >= FRUITLESS_ATTEMPTS {
                 let what = format!("{} of {} bytes", partial.len, file.bytes());
                 return Err(error.unwrap_or(HubError::Damaged { file: file.rfilename.clone(), what }));
@@ -441,17 +449,29 @@ fn sha256(path: &Path) -> std::io::Result<String> {
     }
 }
 
-/// Gives a blob its name in a snapshot, as Hugging Face's tools do.
+/// Gives a blob its name in a snapshot, as Hugging Face's tools do, unless it has it.
 fn place(blob: &str, path: &Path, link: &Path) -> std::io::Result<()> {
+    if link.is_file() {
+        return Ok(());
+    }
+    // A link to what is not there.
+    if link.is_symlink() {
+        std::fs::remove_file(link)?;
+    }
     #[cfg(unix)]
-    {
+    let placed = {
         let _ = path;
         std::os::unix::fs::symlink(Path::new("../../blobs").join(blob), link)
-    }
+    };
     #[cfg(not(unix))]
-    {
+    let placed = {
         let _ = blob;
         std::fs::hard_link(path, link)
+    };
+    match placed {
+        // Another process was faster.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && link.is_file() => Ok(()),
+        placed => placed,
     }
 }
 
@@ -489,6 +509,17 @@ mod tests {
                 "model.safetensors.index.json",
                 "config.json"
             ]
+        );
+        let other = [
+            "model.safetensors",
+            "model.safetensors-00001-of-00001.safetensors",
+            "model.safetensors.index.json",
+            "config.json",
+        ];
+        assert_eq!(chosen("a/b", &other).unwrap(), other[1..]);
+        assert_eq!(
+            chosen("a/b", &["model.safetensors", "config.json", "model-x.safetensors"]).unwrap().len(),
+            2
         );
         assert_eq!(chosen("a/b", &["config.json", "x.gguf"]).unwrap(), ["x.gguf"]);
         let two = ["x.Q4_0.gguf", "x.Q8_0.gguf"];

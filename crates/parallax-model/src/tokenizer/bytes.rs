@@ -48,8 +48,9 @@ impl Tokenizer {
         let mut table = vec![TokenBytes::default(); length];
         for (text, id) in vocabulary {
             let bytes = match (added.get(&id), spelling) {
-                (Some(true), _) | (_, Spelling::Plain) => text.into_bytes(),
-                (Some(false), Spelling::ByteLevel) => text.into_bytes(),
+                (Some(true), _) | (_, Spelling::Plain) | (Some(false), Spelling::ByteLevel) => {
+                    text.into_bytes()
+                }
                 (None, Spelling::ByteLevel) => byte_level(&text, &characters),
                 // The decoder does not ask where a token comes from.
                 (_, Spelling::Metaspace) => metaspace(&text),
@@ -57,16 +58,6 @@ impl Tokenizer {
             table[id as usize] = TokenBytes { bytes, special: added.get(&id) == Some(&true) };
         }
         Ok(table)
-    }
-
-    /// A token's text in the vocabulary's own spelling.
-    pub fn token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
-    }
-
-    /// Whether decoding leaves this token out: begin, end, turn markers and the like.
-    pub fn is_special(&self, id: u32) -> bool {
-        self.inner.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
     }
 
     /// Ids of all special tokens with their texts.
@@ -151,7 +142,7 @@ mod tests {
         let table = tokenizer.token_table().unwrap();
         let bytes: Vec<&[u8]> = table.iter().map(|t| t.bytes.as_slice()).collect();
         assert_eq!(bytes, [&b"a"[..], b" the", b"\n", b"<0xZZ>", b"</s>"]);
-        assert!(table[4].special && !table[1].special && tokenizer.is_special(4));
+        assert!(table[4].special && !table[1].special);
         assert_eq!(tokenizer.special_tokens(), BTreeMap::from([(4, "</s>".to_owned())]));
     }
 

@@ -33,13 +33,15 @@ pub(crate) struct GgufVocabulary {
     template: Option<String>,
 }
 
-/// `tokenizer.ggml.token_type`: control and user-defined tokens are matched whole, before splitting.
+/// Values of `tokenizer.ggml.token_type`; control and user-defined tokens are matched whole, before splitting.
 const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 /// `tokenizer.ggml.model` of vocabularies with scores.
 const SENTENCEPIECE: &str = "llama";
+/// Longest token that is made of two others: every way to cut it is looked at.
+const MAX_PIECE_BYTES: usize = 512;
 /// What SentencePiece writes for a space.
 const SPACE: &str = "\u{2581}";
 
@@ -191,7 +193,7 @@ impl GgufVocabulary {
 
     /// Every way to make a token of two, the best tokens first.
     fn merges_by_score(&self) -> Vec<[&str; 2]> {
-        let joins = |id: usize| self.kinds[id] == NORMAL;
+        let joins = |id: usize| self.kinds[id] == NORMAL && self.tokens[id].len() <= MAX_PIECE_BYTES;
         let ids: HashMap<&str, usize> = self
             .tokens
             .iter()

@@ -34,20 +34,16 @@ impl StreamDecoder {
         let pending = self.window.len() - self.context;
         // A character that is not complete yet decodes to replacement characters at the end: one, or one for each byte.
         let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
-        match Some(complete).filter(|c| c.len() < text.len() && pending < MAX_PENDING_TOKENS) {
-            Some(complete) => {
-                let new = complete.get(self.given_bytes..).unwrap_or_default().to_owned();
-                self.given_bytes += new.len();
-                Ok(new)
-            }
-            None => {
-                let new = text.get(self.given_bytes..).unwrap_or_default().to_owned();
-                self.window.drain(..self.context);
-                self.context = self.window.len();
-                self.given_bytes = self.tokenizer.decode(&self.window)?.len();
-                Ok(new)
-            }
+        if complete.len() < text.len() && pending < MAX_PENDING_TOKENS {
+            let new = complete.get(self.given_bytes..).unwrap_or_default().to_owned();
+            self.given_bytes += new.len();
+            return Ok(new);
         }
+        let new = text.get(self.given_bytes..).unwrap_or_default().to_owned();
+        self.window.drain(..self.context);
+        self.context = self.window.len();
+        self.given_bytes = self.tokenizer.decode(&self.window)?.len();
+        Ok(new)
     }
 
     /// The rest, with replacement characters for bytes that never became a character.

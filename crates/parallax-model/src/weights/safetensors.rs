@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use serde::Deserialize;
@@ -25,16 +25,28 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-#[derive(Deserialize)]
-struct ShardIndex {
+/// `model.safetensors.index.json`: which file holds which tensor.
+#[derive(Default, Deserialize)]
+pub(crate) struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
 /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 pub(crate) fn open_dir(dir: &Path) -> Result<WeightIndex, OpenError> {
+    let (files, map) = shards(dir)?;
+    let files = files.iter().map(|file| Source::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let built = index(files)?;
+    match map.weight_map.keys().find(|name| !built.tensors.contains_key(*name)) {
+        Some(name) => Err(OpenError::MissingTensor { name: name.clone(), n_tensors: built.tensors.len() }),
+        None => Ok(built),
+    }
+}
+
+/// The files of a checkpoint: those that its index names, which need not be there, or the only one.
+pub(crate) fn shards(dir: &Path) -> Result<(Vec<PathBuf>, ShardIndex), OpenError> {
     let index_path = dir.join("model.safetensors.index.json");
     if !index_path.is_file() {
-        return index([Source::open(&dir.join("model.safetensors"))?]);
+        return Ok((vec![dir.join("model.safetensors")], ShardIndex::default()));
     }
     let text = std::fs::read_to_string(&index_path)
         .map_err(|source| OpenError::Io { path: index_path.clone(), source })?;
@@ -43,22 +55,14 @@ pub(crate) fn open_dir(dir: &Path) -> Result<WeightIndex, OpenError> {
         reason: format!("not a shard index: {e}"),
     })?;
     let names: BTreeSet<&String> = map.weight_map.values().collect();
-    let mut files = Vec::new();
-    for name in names {
-        // A shard is a file beside its index, nothing else.
-        if name.contains(['/', '\\']) || name == ".." {
-            return Err(OpenError::Corrupt {
-                path: index_path,
-                reason: format!("shard name {name:?} is not a plain file name"),
-            });
-        }
-        files.push(Source::open(&dir.join(name))?);
+    // A shard is a file beside its index, nothing else.
+    if let Some(name) = names.iter().find(|name| name.contains(['/', '\\']) || name.as_str() == "..") {
+        return Err(OpenError::Corrupt {
+            path: index_path,
+            reason: format!("shard name {name:?} is not a plain file name"),
+        });
     }
-    let built = index(files)?;
-    match map.weight_map.keys().find(|name| !built.tensors.contains_key(*name)) {
-        Some(name) => Err(OpenError::MissingTensor { name: name.clone(), n_tensors: built.tensors.len() }),
-        None => Ok(built),
-    }
+    Ok((names.into_iter().map(|name| dir.join(name)).collect(), map))
 }
 
 /// Reads the headers of all files into one index.

@@ -1,4 +1,4 @@
-//! A member's life: find the head, join, and run whatever is assigned, until the future is dropped.
+//! A member's life: find the head, join, and run whatever is assigned, until it is told to stop.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -135,26 +135,10 @@ pub async fn join(
     let stage = StageServer::start(node)?;
     let mut stop = std::pin::pin!(stop);
     loop {
-        let found = find_head(node, &options.swarm, &options.bootstrap, options.patience);
-        let (head, model) = tokio::select! {
-            found = found => found?,
+        let mut member = tokio::select! {
+            member = Member::begin(node, exchange, options, &stage, &mut news) => member?,
             () = &mut stop => return Ok(()),
         };
-        news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
-        let own_copy = own_copy(options, &model).await?;
-        let head_addrs =
-            node.peers().into_iter().find(|p| p.peer == head).map(|p| p.addrs).unwrap_or_default();
-        let client = SchedJoin {
-            swarm: options.swarm.clone(),
-            head,
-            head_addrs: options.bootstrap.iter().cloned().chain(head_addrs).collect(),
-            profile: profile(node, options, &model),
-            incarnation: incarnation_now(),
-            device: options.device.to_string(),
-        };
-        let client = MemberClient::join(node, client).await?;
-        let (spare, loading) = (None, None);
-        let mut member = Member { exchange, options, model, own_copy, stage: &stage, client, spare, loading };
         let followed = tokio::select! {
             followed = member.run(&mut news) => Some(followed),
             () = &mut stop => None,
@@ -222,7 +206,32 @@ struct Member<'a, X> {
     loading: Option<Loading>,
 }
 
-impl<X: WeightExchange> Member<'_, X> {
+impl<'a, X: WeightExchange> Member<'a, X> {
+    /// Finds the head and joins it.
+    async fn begin(
+        node: &Node,
+        exchange: Option<&'a X>,
+        options: &'a JoinOptions,
+        stage: &'a StageServer,
+        news: &mut (impl FnMut(MemberNews) + Send),
+    ) -> Result<Self, MemberError> {
+        let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
+        news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
+        let own_copy = own_copy(options, &model).await?;
+        let head_addrs =
+            node.peers().into_iter().find(|p| p.peer == head).map(|p| p.addrs).unwrap_or_default();
+        let client = SchedJoin {
+            swarm: options.swarm.clone(),
+            head,
+            head_addrs: options.bootstrap.iter().cloned().chain(head_addrs).collect(),
+            profile: profile(node, options, &model),
+            incarnation: incarnation_now(),
+            device: options.device.to_string(),
+        };
+        let client = MemberClient::join(node, client).await?;
+        Ok(Self { exchange, options, model, own_copy, stage, client, spare: None, loading: None })
+    }
+
     /// Follows assignments until the head serves another model.
     async fn run(&mut self, news: &mut (impl FnMut(MemberNews) + Send)) -> Result<(), MemberError> {
         let mut assignments = self.client.assignments();
@@ -236,6 +245,10 @@ impl<X: WeightExchange> Member<'_, X> {
                     let nothing = assignment.layers_start == assignment.layers_end;
                     if !nothing && assignment.checkpoint_id != self.model.checkpoint_id {
                         self.stage.deactivate().await;
+                        if let Some(loading) = self.loading.take() {
+                            // Whatever came of it is of the model before.
+                            let _ = loading.await;
+                        }
                         return Ok(());
                     }
                     let mut changed = assignments.clone();

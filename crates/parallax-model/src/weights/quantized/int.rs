@@ -100,10 +100,10 @@ impl WeightIndex {
         Ok(to_f32(info.dtype, &bytes))
     }
 
-    /// Number of groups, from the first dimension of the scales.
-    fn groups(&self, name: &str, dimension: usize) -> Result<usize, OpenError> {
+    /// Number of groups of `k` inputs, from a dimension of the scales.
+    fn groups(&self, name: &str, dimension: usize, k: usize) -> Result<usize, OpenError> {
         let shape = &self.get(name)?.shape;
-        shape.get(dimension).copied().filter(|g| *g > 0).ok_or_else(|| OpenError::Shape {
+        shape.get(dimension).copied().filter(|g| (1..=k).contains(g)).ok_or_else(|| OpenError::Shape {
             name: name.to_owned(),
             found: shape.clone(),
             expected: vec![1],
@@ -120,7 +120,10 @@ impl WeightIndex {
     ) -> Result<StoredRows, OpenError> {
         let name = |what: &str| format!("{base}.{what}");
         let per_word = (32 / bits) as usize;
-        let groups = self.groups(&name("scales"), 0)?;
+        if !n.is_multiple_of(per_word) || !k.is_multiple_of(per_word) {
+            return Err(super::unsupported(base, "rows or columns that do not fill words of 32 bits"));
+        }
+        let groups = self.groups(&name("scales"), 0, k)?;
         let words = self.words(&name("qweight"), k / per_word * n)?;
         let zero_words = self.words(&name("qzeros"), groups * n / per_word)?;
         let scales = self.scales(&name("scales"), groups * n)?;
@@ -160,7 +163,7 @@ impl WeightIndex {
         [n, k]: [usize; 2],
     ) -> Result<StoredRows, OpenError> {
         let name = |what: &str| format!("{base}.{what}");
-        let groups = self.groups(&name("scales"), 0)?;
+        let groups = self.groups(&name("scales"), 0, k)?;
         let words = self.words(&name("qweight"), k * n / 8)?;
         let zero_words = self.words(&name("qzeros"), groups * n / 8)?;
         let scales = self.scales(&name("scales"), groups * n)?;
@@ -193,7 +196,7 @@ impl WeightIndex {
     ) -> Result<StoredRows, OpenError> {
         let name = |what: &str| format!("{base}.{what}");
         let per_word = (32 / bits) as usize;
-        let groups = self.groups(&name("weight_scale"), 1)?;
+        let groups = self.groups(&name("weight_scale"), 1, k)?;
         let words = self.words(&name("weight_packed"), n * k / per_word)?;
         let scales = self.scales(&name("weight_scale"), n * groups)?;
         let group_of = (0..k).map(|i| i / k.div_ceil(groups)).collect();

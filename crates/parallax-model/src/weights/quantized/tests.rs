@@ -129,6 +129,35 @@ fn gptq_version_two_stores_zero_points_as_they_are() {
     }
 }
 
+/// A file of zeros.
+fn zeros(tensors: &[(&str, &str, &[usize])]) -> WeightIndex {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, dtype, shape) in tensors {
+        let from = end;
+        end += 4 * shape.iter().product::<usize>();
+        header.insert((*name).to_owned(), json!({"dtype": dtype, "shape": shape, "data_offsets": [from, end]}));
+    }
+    let header = Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + end, 0);
+    safetensors::index([Source::memory("zeros", bytes)]).unwrap()
+}
+
+#[test]
+fn integers_that_do_not_fill_their_words_are_refused() {
+    // 12 outputs in one word of 8 zero points; more groups than inputs, of no outputs.
+    for (n, groups) in [(12, 1), (0, 1 << 40)] {
+        let mut index = zeros(&[
+            ("x.qweight", "I32", &[16, n]),
+            ("x.qzeros", "I32", &[groups, n / 8]),
+            ("x.scales", "F32", &[groups, n]),
+        ]);
+        derive(&mut index, &json!({"quant_method": "gptq", "bits": 4})).unwrap();
+        assert!(index.stored_rows("x.weight", 0..n).is_err(), "{n} outputs, {groups} groups");
+    }
+}
+
 #[test]
 fn awq_packed_and_mxfp4_run_as_they_are_stored() {
     let kinds = check(&open("awq", &json!({"quant_method": "awq", "bits": 4, "group_size": 32})));
