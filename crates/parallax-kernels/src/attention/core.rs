@@ -147,8 +147,9 @@ fn tile<S: Simd, E: Element, const N: usize>(
     let mut from = base * LANES;
     while from < most {
         let keys = from..(from + VALUE_BLOCK).min(most);
-        let seen: [Range<usize>; N] =
-            std::array::from_fn(|i| starts[i].clamp(keys.start, keys.end)..n_keys[i].clamp(keys.start, keys.end));
+        let seen: [Range<usize>; N] = std::array::from_fn(|i| {
+            starts[i].clamp(keys.start, keys.end)..n_keys[i].clamp(keys.start, keys.end)
+        });
         for (column, sums) in sums.chunks_exact_mut(N).enumerate() {
             weighted(s, kv, geometry, queries.head, pages, p, &seen, skipped, column * LANES, sums);
         }

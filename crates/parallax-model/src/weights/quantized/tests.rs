@@ -135,7 +135,8 @@ fn zeros(tensors: &[(&str, &str, &[usize])]) -> WeightIndex {
     for (name, dtype, shape) in tensors {
         let from = end;
         end += 4 * shape.iter().product::<usize>();
-        header.insert((*name).to_owned(), json!({"dtype": dtype, "shape": shape, "data_offsets": [from, end]}));
+        header
+            .insert((*name).to_owned(), json!({"dtype": dtype, "shape": shape, "data_offsets": [from, end]}));
     }
     let header = Value::Object(header).to_string();
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
