@@ -13,6 +13,9 @@ pub use stream::StreamDecoder;
 
 use crate::error::TokenizerError;
 
+/// Words whose tokens are remembered, by every thread for itself; each may take a kilobyte.
+const CACHED_WORDS: usize = 1024;
+
 /// A tokenizer. Clones share it.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -35,7 +38,14 @@ impl Tokenizer {
     pub fn from_json(bytes: &[u8]) -> Result<Self, TokenizerError> {
         let inner = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|e| TokenizerError::Invalid(format!("tokenizer.json: {e}")))?;
-        Ok(Self { inner: Arc::new(inner), bos: None })
+        Ok(Self::of(inner, None))
+    }
+
+    fn of(mut inner: tokenizers::Tokenizer, bos: Option<u32>) -> Self {
+        let mut model = inner.get_model().clone();
+        model.resize_cache(CACHED_WORDS);
+        inner.with_model(model);
+        Self { inner: Arc::new(inner), bos }
     }
 
     /// The definition as a tokenizer.json.

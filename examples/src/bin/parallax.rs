@@ -8,10 +8,6 @@ use swarm_examples::parallax::{
 };
 use swarm_examples::program;
 
-/// A server that runs for months: the C library's heap of each thread grows without end by fragmentation.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Run a language model, on this machine or on many.
 #[derive(Debug, Parser)]
 #[command(

@@ -5,7 +5,7 @@
 //! (`llama`) have scores instead of merges: the pair that makes the token of the highest score is joined first, so the
 //! scores say the order of the merges.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
@@ -159,7 +159,7 @@ impl GgufVocabulary {
     fn built(&self, definition: Value) -> Result<Tokenizer, TokenizerError> {
         let inner: tokenizers::Tokenizer = serde_json::from_value(definition)
             .map_err(|e| TokenizerError::Invalid(format!("GGUF vocabulary: {e}")))?;
-        Ok(Tokenizer { inner: Arc::new(inner), bos: self.bos.filter(|_| self.add_bos) })
+        Ok(Tokenizer::of(inner, self.bos.filter(|_| self.add_bos)))
     }
 }
 
