@@ -35,7 +35,7 @@ fn every_binary_and_command_explains_itself() {
             ],
         ),
         (DEMO_SWARM, &[]),
-        (LATTICA_NODE, &["bench"]),
+        (LATTICA_NODE, &["bench", "bench-spread"]),
         (ROLLOUT_FLEET, &[]),
         (TRAINING_SWARM, &["losses", "bench", "pretrain", "sft", "dpo"]),
     ];

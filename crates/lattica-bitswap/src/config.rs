@@ -89,6 +89,8 @@ pub struct ExchangeConfig {
     pub leaf_bytes: usize,
     /// A fetch that gets no new block for this long gives up; what it has is kept.
     pub give_up_after: Duration,
+    /// Bytes per second that spreads may send from here, above 0; `None`: as fast as it goes.
+    pub spread_bytes_per_s: Option<f64>,
     /// Once every asked peer has said that it lacks what is missing, wait this long for one of them to get it.
     pub dont_have_grace: Duration,
 }
@@ -100,6 +102,7 @@ impl Default for ExchangeConfig {
             serve: ServeConfig::default(),
             leaf_bytes: crate::chunker::LEAF_BYTES,
             give_up_after: Duration::from_secs(30),
+            spread_bytes_per_s: None,
             dont_have_grace: Duration::from_secs(2),
         }
     }

@@ -7,7 +7,7 @@
 //!
 //! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `ask` (what is asked of whom), `offer` (what an idle
 //! uplink offers), `super_seed` (what the source shows to whom),
-//! [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
+//! [`uplink`] (how fast), [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
 mod ask;
 pub mod bitmap;
@@ -16,6 +16,7 @@ mod neighbour;
 mod offer;
 pub mod plan;
 mod super_seed;
+pub mod uplink;
 pub mod wire;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +27,7 @@ pub use config::SpreadConfig;
 use neighbour::Neighbour;
 pub use plan::{Fleet, Plan, Shape};
 use super_seed::SuperSeed;
+pub use uplink::Uplink;
 
 use crate::session::Arrival;
 

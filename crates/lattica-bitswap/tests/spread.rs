@@ -23,11 +23,16 @@ struct Peer {
 }
 
 async fn peer_with(store: Arc<dyn BlockStore>) -> Peer {
+    peer_that_sends(store, None).await
+}
+
+async fn peer_that_sends(store: Arc<dyn BlockStore>, spread_bytes_per_s: Option<f64>) -> Peer {
     let node =
         Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
     // Long enough for tests in which somebody waits for what is still on its way.
     let dont_have_grace = Duration::from_secs(60);
-    let config = ExchangeConfig { leaf_bytes: LEAF, dont_have_grace, ..ExchangeConfig::default() };
+    let config =
+        ExchangeConfig { leaf_bytes: LEAF, dont_have_grace, spread_bytes_per_s, ..ExchangeConfig::default() };
     let blocks = Blocks::start_with(node.clone(), store, config);
     Peer { node, blocks }
 }
@@ -231,4 +236,16 @@ async fn members_that_nobody_asked_for_are_not_remembered() {
     }
     assert!(source.node.addresses(&nobody).is_empty());
     assert!(!source.node.peers().iter().any(|p| p.peer == nobody));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spread_takes_no_more_of_the_uplink_than_it_may() {
+    let rate = 8e6;
+    let source = peer_that_sends(Arc::new(MemoryStore::new()), Some(rate)).await;
+    let member = peer().await;
+    let (root, feeding) = publish(&source).await;
+    let begin = std::time::Instant::now();
+    join(&member, &source, &root).await.done(|_| ()).await.unwrap();
+    assert!(begin.elapsed() >= Duration::from_secs_f64(content().len() as f64 / rate));
+    assert_eq!(feeding.uploaded(), 64);
 }

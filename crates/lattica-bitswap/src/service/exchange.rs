@@ -14,6 +14,7 @@ use super::spreading::Member;
 use super::{files, streams};
 use crate::serve::Batch;
 use crate::session::Arrival;
+use crate::spread::Uplink;
 use crate::wire::{Message, WantEntry};
 use crate::{Block, BlockStore, ExchangeConfig, FetchError, Ledger, Server, Session};
 
@@ -52,6 +53,7 @@ pub(super) struct State {
     pub(super) next_fetch: u64,
     writers: HashMap<PeerId, mpsc::Sender<Outgoing>>,
     recent: VecDeque<(PeerId, Cid)>,
+    pub(super) uplink: Option<Uplink>,
 }
 
 pub(super) struct Exchange {
@@ -78,6 +80,7 @@ impl Exchange {
             next_fetch: 0,
             writers: HashMap::new(),
             recent: VecDeque::new(),
+            uplink: config.spread_bytes_per_s.map(Uplink::new),
         };
         Arc::new(Self {
             node,

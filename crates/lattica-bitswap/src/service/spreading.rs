@@ -118,6 +118,11 @@ impl Spreading {
         self.member.lock().spread.uploaded()
     }
 
+    /// Chunks that came although they were here already.
+    pub fn duplicates(&self) -> u64 {
+        self.member.lock().spread.duplicates()
+    }
+
     /// Peers that this member exchanges chunks with.
     pub fn neighbours(&self) -> Vec<PeerId> {
         self.member.lock().spread.neighbours().cloned().collect()
@@ -302,8 +307,7 @@ impl Member {
                     }
                 }
                 Action::Upload { to, chunk } => {
-                    let queued = links.get(&to).map(|l| l.queue.try_send(Outgoing::Chunk(chunk)));
-                    if !matches!(queued, Some(Ok(()))) {
+                    if !links.get(&to).is_some_and(|link| self.upload(&link.queue, chunk)) {
                         links.remove(&to);
                         spread.remove_neighbour(&to, now);
                     }
@@ -325,6 +329,23 @@ impl Member {
         drop(state);
         let mut exchange = self.exchange.lock();
         liars.iter().for_each(|peer| exchange.ledger.wrong(peer));
+    }
+
+    /// Queues a chunk for a neighbour, when it is its turn on the uplink; `false` when the neighbour does not read.
+    fn upload(&self, queue: &mpsc::Sender<Outgoing>, chunk: u32) -> bool {
+        let n_bytes = self.manifest.blocks()[chunk as usize].length;
+        let now = self.now();
+        let due = self.exchange.lock().uplink.as_mut().map(|uplink| uplink.reserve(n_bytes, now));
+        let Some(due) = due else { return queue.try_send(Outgoing::Chunk(chunk)).is_ok() };
+        let queue = queue.downgrade();
+        self.exchange.runtime.spawn(async move {
+            sleep_until(Instant::now() + due.saturating_sub(now)).await;
+            // A neighbour that is gone by then is owed nothing.
+            if let Some(queue) = queue.upgrade() {
+                let _ = queue.send(Outgoing::Chunk(chunk)).await;
+            }
+        });
+        true
     }
 
     /// Up to a frame's worth of other members, those that take part now first.

@@ -1,8 +1,9 @@
 //! `lattica-node`: one node of the network, as bootstrap peer, relay and DHT server; `lattica-node bench` measures two of
-//! them on this machine.
+//! them on this machine, `lattica-node bench-spread` many.
 #![expect(clippy::print_stdout, reason = "a command line tool reports there")]
 
 mod bench;
+mod bench_spread;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,7 +14,7 @@ use serde_json::json;
 use swarm_examples::program;
 use swarm_wire::PeerId;
 
-/// Runs a node until ctrl-c or SIGTERM, or measures two of them.
+/// Runs a node until ctrl-c or SIGTERM, or measures some of them.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -27,6 +28,8 @@ struct Cli {
 enum Command {
     /// Two nodes on loopback: calls, a stream and blocks.
     Bench(bench::BenchArgs),
+    /// One artefact from one node to many, with slow uplinks, deaths and liars.
+    BenchSpread(bench_spread::BenchSpreadArgs),
     /// Makes the key of a private swarm; copy the file to every member.
     SwarmKey {
         /// The new file; one that exists is left alone.
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         tokio::runtime::Runtime::new()?.block_on(async {
             match cli.command {
                 Some(Command::Bench(args)) => bench::run(&args).await,
+                Some(Command::BenchSpread(args)) => bench_spread::run(&args).await,
                 Some(Command::SwarmKey { file }) => Ok(create_swarm_key(&file).map(|_| ())?),
                 None => run(cli.node).await,
             }
