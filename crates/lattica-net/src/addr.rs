@@ -62,6 +62,19 @@ pub fn is_plausible(claimed: &str, seen_at: &str) -> bool {
         }
 }
 
+/// Which of its own addresses a node tells: the most promising, and loopback ones only where there are no others (several
+/// nodes of one machine). Who hears of them judges by [`is_plausible`].
+pub fn worth_telling(mut addresses: Vec<String>, limit: usize) -> Vec<String> {
+    let is_loopback = |address: &String| scope(address) == Some(Scope::Loopback);
+    if !addresses.iter().all(is_loopback) {
+        addresses.retain(|address| !is_loopback(address));
+    }
+    addresses.sort_by(|a, b| rank(a).cmp(&rank(b)).then_with(|| a.cmp(b)));
+    addresses.dedup();
+    addresses.truncate(limit);
+    addresses
+}
+
 /// Dialling order, the smallest first: direct before relayed, near before far, QUIC (fewer round trips) before TCP.
 pub fn rank(address: &str) -> (bool, Option<Scope>, bool) {
     (is_relayed(address), scope(address), !address.contains("/quic-v1"))
@@ -70,6 +83,18 @@ pub fn rank(address: &str) -> (bool, Option<Scope>, bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loopback_is_told_only_where_there_is_nothing_else() {
+        let told = |addresses: &[&str], limit| {
+            worth_telling(addresses.iter().map(|a| (*a).to_owned()).collect(), limit)
+        };
+        let (near, far, nearer) =
+            ("/ip4/10.0.0.2/tcp/1", "/ip4/9.9.9.9/udp/1/quic-v1", "/ip4/127.0.0.1/tcp/1");
+        assert_eq!(told(&[nearer, far, near, far], 9), [near, far]);
+        assert_eq!(told(&[nearer], 9), [nearer]);
+        assert_eq!(told(&[far, near], 1), [near]);
+    }
 
     #[test]
     fn the_nearest_direct_quic_address_is_dialled_first() {

@@ -1,5 +1,6 @@
 //! What a node is told at its start. Every limit has a unit, a default and a reason here and nowhere else.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use swarm_wire::limits::{NAME_MAX_BYTES, RPC_BODY_MAX_BYTES};
@@ -42,6 +43,12 @@ pub struct NodeConfig {
     pub hole_punching: bool,
     /// Ask peers whether our addresses can be reached, and answer such questions (AutoNAT v2). Default: on.
     pub autonat: bool,
+    /// How often one peer is asked for news: links that others measured, and where peers can be reached. Default: 5 s.
+    pub news_interval: Duration,
+    /// While fewer peers are connected, the node connects to others that it heard of. Default: 4.
+    pub keep_peers: usize,
+    /// Where peers are remembered over a restart. Default: nowhere.
+    pub peers_file: Option<PathBuf>,
     /// Bounds on what peers may make us hold.
     pub limits: Limits,
     /// When a silent connection counts as dead.
@@ -68,6 +75,9 @@ impl Default for NodeConfig {
             relay_server: false,
             hole_punching: true,
             autonat: true,
+            news_interval: Duration::from_secs(5),
+            keep_peers: 4,
+            peers_file: None,
             limits: Limits::default(),
             liveness: Liveness::default(),
             io_threads: 2,
@@ -208,6 +218,12 @@ impl NodeConfig {
         if !(1..=64).contains(&self.io_threads) {
             return bad("io_threads", self.io_threads.to_string(), "1 to 64");
         }
+        if !(Duration::from_millis(10)..=Duration::from_secs(3600)).contains(&self.news_interval) {
+            return bad("news_interval", format!("{:?}", self.news_interval), "10 ms to 1 h");
+        }
+        if self.keep_peers > 64 {
+            return bad("keep_peers", self.keep_peers.to_string(), "0 to 64");
+        }
         self.limits.validate()?;
         self.liveness.validate()
     }
@@ -302,6 +318,8 @@ mod tests {
             NodeConfig { bootstrap: vec!["/ip4/127.0.0.1/tcp/1".to_owned()], ..good() },
             NodeConfig { io_threads: 0, ..good() },
             NodeConfig { relay_slots: 0, ..good() },
+            NodeConfig { news_interval: Duration::ZERO, ..good() },
+            NodeConfig { keep_peers: 65, ..good() },
             NodeConfig { relays: vec!["/ip4/127.0.0.1/tcp/1/p2p/x".to_owned(); 33], ..good() },
             NodeConfig { limits: Limits { calls_per_peer: 0, ..limits() }, ..good() },
             NodeConfig { limits: Limits { body_bytes: RPC_BODY_MAX_BYTES + 1, ..limits() }, ..good() },

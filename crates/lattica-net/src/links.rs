@@ -1,8 +1,11 @@
 //! What a link is like: round trips, lost probes and goodput, with the age of the knowledge. Pure: time is an argument.
+//! [`map`] is the same for pairs of other nodes, by what they say or by [`coordinate`]s.
 //!
 //! Probes travel on a reliable stream, so "loss" here is the share of probes that stayed unanswered for longer than the
 //! probe timeout, not of packets.
 
+pub mod coordinate;
+pub mod map;
 pub mod probe;
 
 use std::collections::VecDeque;

@@ -22,6 +22,7 @@ use crate::config::NodeConfig;
 use crate::error::{CallError, DhtError, DialError, StartError, StreamError};
 use crate::event::NetEvent;
 use crate::links::LinkEstimate;
+use crate::links::map::PairEstimate;
 use crate::peers::{PathInfo, PeerInfo};
 use crate::status::Status;
 use crate::wire::method_is_valid;
@@ -35,6 +36,8 @@ mod gate;
 mod gossip;
 mod identity;
 mod link_probe;
+mod news;
+mod peers_file;
 mod private_file;
 mod rpc_client;
 mod rpc_server;
@@ -372,6 +375,19 @@ impl Node {
             (table.known_state(peer)?, table.connected(peer).is_some_and(|r| r.0))
         };
         state.link().estimate(self.shared().now(), relayed)
+    }
+
+    /// What is known about the link from `a` to `b`, whoever they are: measured where this node is one of them, else heard
+    /// from them, else predicted from where in the network they are. `None` where nothing is known yet.
+    pub fn link_between(&self, a: &PeerId, b: &PeerId) -> Option<PairEstimate> {
+        let local = &self.shared().local;
+        let measured = match (a == local, b == local) {
+            (true, false) => self.link(b),
+            (false, true) => self.link(a),
+            _ => None,
+        };
+        let now = self.shared().now();
+        self.shared().news.lock().links.between(now, a, b, measured.as_ref())
     }
 
     /// Events from now on. A receiver that lags behind by more than 1024 events is told so and loses the oldest.

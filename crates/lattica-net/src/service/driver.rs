@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Disconnect { peer: PeerId },
     /// Tell the addresses that this node listens on.
     ListenAddrs { reply: oneshot::Sender<Vec<Multiaddr>> },
+    /// Tell the addresses at which this node may be reached, without its peer id.
+    OwnAddrs { reply: oneshot::Sender<Vec<Multiaddr>> },
     /// Listen to a topic.
     Subscribe {
         topic: TopicHash,
@@ -159,6 +161,10 @@ impl Driver {
             }
             Command::ListenAddrs { reply } => {
                 let _ = reply.send(self.listen_addrs());
+            }
+            Command::OwnAddrs { reply } => {
+                let own = self.swarm.listeners().chain(self.swarm.external_addresses());
+                let _ = reply.send(own.map(without_peer).collect());
             }
             Command::Subscribe { topic, validate, announcements, reply } => {
                 self.subscribe(topic, validate, announcements, reply);

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::connection::Connection;
 use super::credit::Credit;
 use super::driver::Command;
+use super::news::News;
 use super::served::Served;
 use super::stream::Stream;
 use crate::config::NodeConfig;
@@ -214,6 +215,8 @@ pub(crate) struct Shared {
     pub(crate) next_call: AtomicU64,
     /// Calls of peers that are not answered yet.
     pub(crate) calls_served: watch::Sender<usize>,
+    /// What was heard of the network.
+    pub(crate) news: News,
     started: Instant,
     table: Mutex<PeerTable<Arc<Connection>, Arc<PeerState>>>,
     acceptors: RwLock<Arc<Acceptors>>,
@@ -237,6 +240,7 @@ impl Shared {
         let table =
             PeerTable::new(config.limits.peers, config.limits.addresses_per_peer, PeerState::is_in_use);
         Self {
+            news: News::new(local.clone()),
             local,
             config,
             application,

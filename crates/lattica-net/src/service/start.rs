@@ -22,6 +22,7 @@ use super::driver::{Driver, root_cause};
 use super::gate::Gate;
 use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
+use super::news;
 use super::rpc_client::RPC_PROTOCOL;
 use super::shared::{Acceptor, Shared, lock};
 use crate::addr::is_relayed;
@@ -94,7 +95,10 @@ pub(super) async fn start(
             setup("the swarm thread")(error)
         })?;
     match started.await {
-        Ok(result) => result.map(|()| (shared, ended)),
+        Ok(result) => result.map(|()| {
+            news::start(&shared, identity.clone());
+            (shared, ended)
+        }),
         Err(_) => Err(StartError::Setup { what: "the swarm", reason: "its thread ended".to_owned() }),
     }
 }

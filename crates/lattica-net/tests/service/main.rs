@@ -7,6 +7,7 @@ mod death;
 mod discovery;
 mod gossip;
 mod hostile;
+mod news;
 mod private;
 mod stock;
 mod streams;

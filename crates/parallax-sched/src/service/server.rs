@@ -299,14 +299,19 @@ impl Inner {
         }
     }
 
+    /// Round trips of all pairs: measured here, told by the members, or predicted.
     fn measure_links(&self) {
-        let head = NodeId::from(&self.node.peer_id());
-        let members: Vec<NodeId> = self.coordinator().members().map(|(id, _)| id.clone()).collect();
-        for id in members {
-            let link = id.as_str().parse::<PeerId>().ok().and_then(|peer| self.node.link(&peer));
-            if let Some(link) = link {
-                self.coordinator().set_rtt(&head, &id, link.rtt_ms);
-            }
+        let named = |id: &NodeId| Some((id.clone(), id.as_str().parse::<PeerId>().ok()?));
+        let members: Vec<(NodeId, PeerId)> =
+            self.coordinator().members().filter_map(|(id, _)| named(id)).collect();
+        let ends = members.iter().enumerate();
+        let pairs = ends.flat_map(|(n, a)| members[n + 1..].iter().map(move |b| (a, b)));
+        let known: Vec<(&NodeId, &NodeId, f64)> = pairs
+            .filter_map(|((a, peer), (b, other))| Some((a, b, self.node.link_between(peer, other)?.rtt_ms)))
+            .collect();
+        let mut coordinator = self.coordinator();
+        for (a, b, rtt_ms) in known {
+            coordinator.set_rtt(a, b, rtt_ms);
         }
     }
 }

@@ -64,6 +64,83 @@ pub struct ManifestEntry {
     #[prost(uint64, tag = "3")]
     pub length: u64,
 }
+/// What the asker knows already. Tag i belongs to time i; a tag is the last 8 bytes of the author's peer id, little endian.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NewsRequest {
+    #[prost(fixed64, repeated, tag = "1")]
+    pub vector_tags: ::prost::alloc::vec::Vec<u64>,
+    #[prost(uint64, repeated, tag = "2")]
+    pub vector_times: ::prost::alloc::vec::Vec<u64>,
+    #[prost(fixed64, repeated, tag = "3")]
+    pub record_tags: ::prost::alloc::vec::Vec<u64>,
+    #[prost(uint64, repeated, tag = "4")]
+    pub record_times: ::prost::alloc::vec::Vec<u64>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NewsReply {
+    /// Each is an encoded swarm.v1.Signed of the domain "lattica/v1/links" around a LinkVector.
+    #[prost(message, repeated, tag = "1")]
+    pub vectors: ::prost::alloc::vec::Vec<NewsItem>,
+    /// Each is a libp2p signed envelope around a peer record.
+    #[prost(message, repeated, tag = "2")]
+    pub records: ::prost::alloc::vec::Vec<NewsItem>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NewsItem {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub statement: ::prost::bytes::Bytes,
+    /// How long ago it was made, as far as the sender knows.
+    #[prost(uint64, tag = "2")]
+    pub age_ms: u64,
+}
+/// The links of one node to its neighbours, as it measured them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LinkVector {
+    /// Unix time at which it was made. Of two vectors of a node the later one counts.
+    #[prost(uint64, tag = "1")]
+    pub written_ms: u64,
+    #[prost(message, optional, tag = "2")]
+    pub coordinate: ::core::option::Option<Coordinate>,
+    #[prost(message, repeated, tag = "3")]
+    pub neighbours: ::prost::alloc::vec::Vec<LinkNeighbour>,
+}
+/// A place in the network; distances are round trips.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct Coordinate {
+    #[prost(float, tag = "1")]
+    pub x_ms: f32,
+    #[prost(float, tag = "2")]
+    pub y_ms: f32,
+    #[prost(float, tag = "3")]
+    pub z_ms: f32,
+    #[prost(float, tag = "4")]
+    pub height_ms: f32,
+    /// Usual relative error of predictions, 0 to 1.
+    #[prost(float, tag = "5")]
+    pub error: f32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LinkNeighbour {
+    /// The peer id's multihash bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub peer: ::prost::bytes::Bytes,
+    #[prost(float, tag = "2")]
+    pub rtt_ms: f32,
+    #[prost(float, tag = "3")]
+    pub jitter_ms: f32,
+    /// Share of probes that were not answered in time.
+    #[prost(float, tag = "4")]
+    pub loss: f32,
+    /// Bytes per second towards the neighbour, as it reported them; 0 when not known.
+    #[prost(float, tag = "5")]
+    pub out_bytes_per_s: f32,
+    /// Bytes per second from the neighbour; 0 when not known.
+    #[prost(float, tag = "6")]
+    pub in_bytes_per_s: f32,
+    /// The best path goes through a relay.
+    #[prost(bool, tag = "7")]
+    pub relayed: bool,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcFrame {
     #[prost(oneof = "rpc_frame::Kind", tags = "1, 2, 3, 4")]

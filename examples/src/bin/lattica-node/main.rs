@@ -72,6 +72,9 @@ struct NodeArgs {
     /// Key file; made when it does not exist. Without it the node has a new identity each time.
     #[arg(long, value_name = "FILE")]
     identity: Option<PathBuf>,
+    /// Remember peers here, and find back through them when no bootstrap peer is left.
+    #[arg(long, value_name = "FILE")]
+    peers_file: Option<PathBuf>,
     /// Print {"peer":…,"addresses":[…]} as one line when the node is up; everything else goes to stderr.
     #[arg(long)]
     json: bool,
@@ -109,6 +112,7 @@ async fn run(args: NodeArgs) -> anyhow::Result<()> {
         mdns: args.mdns,
         upnp: args.upnp,
         relay_server: args.relay,
+        peers_file: args.peers_file,
         ..NodeConfig::default()
     };
     let node = Node::start(identity, config).await?;

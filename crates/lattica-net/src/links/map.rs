@@ -1,0 +1,335 @@
+//! The links of the whole network as one node knows them: what it measured itself, what others say that they measured, and
+//! predictions for the rest. Pure: time is an argument.
+//!
+//! Nobody's word changes what was measured here. Of two ends that disagree the slower is believed, so a liar makes its own
+//! links look slow and nobody's fast, unless both ends lie.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use swarm_wire::PeerId;
+
+use super::LinkEstimate;
+use super::coordinate::Coordinate;
+use crate::news::{AUTHORS_MAX, Newest};
+
+/// Neighbours in one vector, the nearest.
+pub const NEIGHBOURS_MAX: usize = 64;
+/// A vector that was not renewed for this long is forgotten.
+pub const VECTOR_EXPIRES: Duration = Duration::from_secs(600);
+/// Coordinates with a larger error predict nothing.
+const USABLE_ERROR: f64 = 0.5;
+
+/// What one node says of its links.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinkVector {
+    /// Unix time in milliseconds at which it was made.
+    pub written_ms: u64,
+    /// Where the node is.
+    pub coordinate: Coordinate,
+    /// Its links, by peer.
+    pub neighbours: Vec<(PeerId, Claim)>,
+}
+
+/// What one end says of a link.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Claim {
+    /// Smoothed round trip.
+    pub rtt_ms: f64,
+    /// Smoothed deviation from it.
+    pub jitter_ms: f64,
+    /// Share of probes that were not answered in time, 0 to 1.
+    pub loss: f64,
+    /// Towards the neighbour.
+    pub out_bytes_per_s: Option<f64>,
+    /// From the neighbour.
+    pub in_bytes_per_s: Option<f64>,
+    /// Whether the best path goes through a relay.
+    pub relayed: bool,
+}
+
+impl From<&LinkEstimate> for Claim {
+    fn from(link: &LinkEstimate) -> Self {
+        Self {
+            rtt_ms: link.rtt_ms,
+            jitter_ms: link.jitter_ms,
+            loss: link.loss,
+            out_bytes_per_s: link.goodput_out_bytes_per_s,
+            in_bytes_per_s: link.goodput_in_bytes_per_s,
+            relayed: link.relayed,
+        }
+    }
+}
+
+impl Claim {
+    /// The same link as the other end would say it.
+    fn turned(self) -> Self {
+        Self { out_bytes_per_s: self.in_bytes_per_s, in_bytes_per_s: self.out_bytes_per_s, ..self }
+    }
+
+    /// The worse of two claims about one link, seen from the same end.
+    fn worse(self, other: Self) -> Self {
+        let slower = |a: Option<f64>, b: Option<f64>| a.into_iter().chain(b).min_by(f64::total_cmp);
+        Self {
+            rtt_ms: self.rtt_ms.max(other.rtt_ms),
+            jitter_ms: self.jitter_ms.max(other.jitter_ms).max((self.rtt_ms - other.rtt_ms).abs()),
+            loss: self.loss.max(other.loss),
+            out_bytes_per_s: slower(self.out_bytes_per_s, other.out_bytes_per_s),
+            in_bytes_per_s: slower(self.in_bytes_per_s, other.in_bytes_per_s),
+            relayed: self.relayed || other.relayed,
+        }
+    }
+}
+
+/// Where knowledge of a pair comes from, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Confidence {
+    /// This node is one end and measured it.
+    Measured,
+    /// One end, or both, said so.
+    Heard,
+    /// From coordinates: only the round trip, with its usual error.
+    Predicted,
+}
+
+/// What is known about the link from one peer to another.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PairEstimate {
+    /// Round trip.
+    pub rtt_ms: f64,
+    /// How far off that may well be: the deviation that was measured, or the usual error of predictions.
+    pub rtt_error_ms: f64,
+    /// Share of probes that were not answered in time; `None` when it is only predicted.
+    pub loss: Option<f64>,
+    /// From the first of the pair to the second, where a transfer was large enough to tell.
+    pub bytes_per_s: Option<f64>,
+    /// Whether it goes through a relay; `None` when it is only predicted.
+    pub relayed: Option<bool>,
+    /// How old the knowledge is.
+    pub age: Duration,
+    /// Where it comes from.
+    pub confidence: Confidence,
+}
+
+impl PairEstimate {
+    fn new(claim: &Claim, age: Duration, confidence: Confidence) -> Self {
+        Self {
+            rtt_ms: claim.rtt_ms,
+            rtt_error_ms: claim.jitter_ms,
+            loss: Some(claim.loss),
+            bytes_per_s: claim.out_bytes_per_s,
+            relayed: Some(claim.relayed),
+            age,
+            confidence,
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct LinkMap {
+    own: PeerId,
+    coordinate: Coordinate,
+    vectors: Newest<LinkVector>,
+}
+
+impl LinkMap {
+    /// The map of the node `own`, which knows nothing yet.
+    pub fn new(own: PeerId) -> Self {
+        let vectors = Newest::new(AUTHORS_MAX, VECTOR_EXPIRES);
+        Self { own, coordinate: Coordinate::default(), vectors }
+    }
+
+    /// What everybody said last. Statements of this node itself are in it, to be passed on.
+    pub fn vectors(&self) -> &Newest<LinkVector> {
+        &self.vectors
+    }
+
+    /// As [`LinkMap::vectors`], to add checked ones.
+    pub fn vectors_mut(&mut self) -> &mut Newest<LinkVector> {
+        &mut self.vectors
+    }
+
+    /// Where this node is.
+    pub fn coordinate(&self) -> &Coordinate {
+        &self.coordinate
+    }
+
+    /// Measured round trips move this node's coordinate, where the other end's is known. `seed` draws directions.
+    pub fn handle_links<'a>(
+        &mut self,
+        now: Duration,
+        links: impl IntoIterator<Item = (&'a PeerId, &'a LinkEstimate)>,
+        seed: u64,
+    ) {
+        for (n, (peer, link)) in links.into_iter().enumerate() {
+            if let Some((vector, _)) = self.vectors.get(now, peer) {
+                self.coordinate.handle_rtt(&vector.coordinate, link.rtt_ms, seed.wrapping_add(n as u64));
+            }
+        }
+    }
+
+    /// What this node says of its links now: the nearest of them.
+    pub fn own_vector<'a>(
+        &self,
+        written_ms: u64,
+        links: impl IntoIterator<Item = (&'a PeerId, &'a LinkEstimate)>,
+    ) -> LinkVector {
+        let claims = links.into_iter().map(|(peer, link)| (peer.clone(), Claim::from(link)));
+        let mut neighbours: Vec<(PeerId, Claim)> = claims.collect();
+        neighbours.sort_by(|(_, a), (_, b)| a.rtt_ms.total_cmp(&b.rtt_ms));
+        neighbours.truncate(NEIGHBOURS_MAX);
+        LinkVector { written_ms, coordinate: self.coordinate, neighbours }
+    }
+
+    /// What is known of the link from `a` to `b`. `measured` is what this node measured itself, when it is one of them.
+    pub fn between(
+        &self,
+        now: Duration,
+        a: &PeerId,
+        b: &PeerId,
+        measured: Option<&LinkEstimate>,
+    ) -> Option<PairEstimate> {
+        if a == b {
+            return None;
+        }
+        if let Some(link) = measured {
+            let claim = Claim::from(link);
+            let claim = if *a == self.own { claim } else { claim.turned() };
+            return Some(PairEstimate::new(&claim, link.age, Confidence::Measured));
+        }
+        let from_a = self.claim(now, a, b);
+        let from_b = self.claim(now, b, a).map(|(claim, age)| (claim.turned(), age));
+        let heard = match (from_a, from_b) {
+            (Some((one, age)), Some((other, other_age))) => Some((one.worse(other), age.min(other_age))),
+            (one, other) => one.or(other),
+        };
+        if let Some((claim, age)) = heard {
+            return Some(PairEstimate::new(&claim, age, Confidence::Heard));
+        }
+        let ((here, age), (there, other_age)) = (self.coordinate_of(now, a)?, self.coordinate_of(now, b)?);
+        let error = here.error().hypot(there.error());
+        let rtt_ms = here.rtt_ms(&there);
+        (here.error().max(there.error()) <= USABLE_ERROR).then_some(PairEstimate {
+            rtt_ms,
+            rtt_error_ms: rtt_ms * error,
+            loss: None,
+            bytes_per_s: None,
+            relayed: None,
+            age: age.max(other_age),
+            confidence: Confidence::Predicted,
+        })
+    }
+
+    /// What `author` says of its link to `peer`.
+    fn claim(&self, now: Duration, author: &PeerId, peer: &PeerId) -> Option<(Claim, Duration)> {
+        let (vector, age) = self.vectors.get(now, author)?;
+        let (_, claim) = vector.neighbours.iter().find(|(neighbour, _)| neighbour == peer)?;
+        Some((*claim, age))
+    }
+
+    fn coordinate_of(&self, now: Duration, peer: &PeerId) -> Option<(Coordinate, Duration)> {
+        if *peer == self.own {
+            return Some((self.coordinate, Duration::ZERO));
+        }
+        self.vectors.get(now, peer).map(|(vector, age)| (vector.coordinate, age))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn peer(n: u8) -> PeerId {
+        PeerId::from_ed25519(&[n; 32])
+    }
+
+    fn claim(rtt_ms: f64, out: f64, incoming: f64) -> Claim {
+        let (out_bytes_per_s, in_bytes_per_s) = (Some(out), Some(incoming));
+        Claim { rtt_ms, jitter_ms: 1.0, loss: 0.0, out_bytes_per_s, in_bytes_per_s, relayed: false }
+    }
+
+    fn measured(rtt_ms: f64) -> LinkEstimate {
+        let mut estimator = crate::links::LinkEstimator::default();
+        for second in 0..50 {
+            estimator.handle_answer(second * S, Duration::from_secs_f64(rtt_ms / 1e3));
+        }
+        estimator.estimate(50 * S, false).unwrap()
+    }
+
+    fn say(map: &mut LinkMap, author: u8, coordinate: Coordinate, neighbours: Vec<(PeerId, Claim)>) {
+        let time = map.vectors().get(S, &peer(author)).map_or(0, |(v, _)| v.written_ms) + 1;
+        let vector = LinkVector { written_ms: time, coordinate, neighbours };
+        assert!(map.vectors_mut().insert(S, &peer(author), time, (Bytes::new(), Duration::ZERO), vector));
+    }
+
+    #[test]
+    fn measured_before_heard_before_predicted() {
+        let mut map = LinkMap::new(peer(0));
+        assert_eq!(map.between(S, &peer(1), &peer(2), None), None);
+        let at = |x: f64| Coordinate::checked([x, 0.0, 0.0], 1.0, 0.1).unwrap();
+        say(&mut map, 1, at(0.0), vec![]);
+        say(&mut map, 2, at(30.0), vec![]);
+        let predicted = map.between(S, &peer(1), &peer(2), None).unwrap();
+        assert_eq!(predicted.confidence, Confidence::Predicted);
+        assert!((predicted.rtt_ms - 32.0).abs() < 1e-9 && (predicted.rtt_error_ms - 4.5).abs() < 0.1);
+        say(&mut map, 1, at(0.0), vec![(peer(2), claim(20.0, 5e6, 9e6))]);
+        say(&mut map, 2, at(30.0), vec![(peer(1), claim(24.0, 8e6, 4e6))]);
+        let heard = map.between(3 * S, &peer(1), &peer(2), None).unwrap();
+        // The slower of both: 1 says that it sends 5 MB/s, 2 that it gets 4.
+        assert_eq!((heard.rtt_ms, heard.bytes_per_s, heard.age), (24.0, Some(4e6), 2 * S));
+        assert_eq!((heard.rtt_error_ms, heard.confidence), (4.0, Confidence::Heard));
+        assert_eq!(map.between(S, &peer(2), &peer(1), None).unwrap().bytes_per_s, Some(8e6));
+        let own = map.between(S, &peer(0), &peer(1), Some(&measured(7.0))).unwrap();
+        assert!(own.confidence == Confidence::Measured && (own.rtt_ms - 7.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_coordinate_that_knows_nothing_predicts_nothing() {
+        let mut map = LinkMap::new(peer(0));
+        say(&mut map, 1, Coordinate::default(), vec![]);
+        say(&mut map, 2, Coordinate::checked([9.0; 3], 0.0, 0.1).unwrap(), vec![]);
+        assert_eq!(map.between(S, &peer(1), &peer(2), None), None);
+    }
+
+    #[test]
+    fn a_vector_names_the_nearest() {
+        let links: Vec<(PeerId, LinkEstimate)> =
+            (1..=100).map(|n| (peer(n), measured(f64::from(200 - u32::from(n))))).collect();
+        let vector = LinkMap::new(peer(0)).own_vector(1, links.iter().map(|(p, l)| (p, l)));
+        assert_eq!(vector.neighbours.len(), NEIGHBOURS_MAX);
+        assert!(vector.neighbours.iter().all(|(p, _)| *p >= peer(37)));
+    }
+
+    proptest! {
+        // Peer 9 says whatever it likes; 0 is this node, 1 and 2 are honest.
+        #[test]
+        fn a_liar_moves_no_measurement_and_makes_no_honest_link_look_better(
+            lies in proptest::collection::vec((0u8..10, 0.0f64..1e4, 1.0f64..1e9, 1.0f64..1e9, -1e4f64..1e4), 1..20)
+        ) {
+            let mut map = LinkMap::new(peer(0));
+            let mine = measured(12.0);
+            let at = |x: f64| Coordinate::checked([x, 0.0, 0.0], 1.0, 0.1).unwrap();
+            say(&mut map, 1, at(0.0), vec![(peer(2), claim(20.0, 5e6, 9e6)), (peer(9), claim(40.0, 1e6, 1e6))]);
+            say(&mut map, 2, at(30.0), vec![(peer(1), claim(24.0, 8e6, 4e6))]);
+            let pairs = |map: &LinkMap| {
+                let own = map.between(S, &peer(0), &peer(9), Some(&mine));
+                (own, map.between(S, &peer(1), &peer(2), None), map.between(S, &peer(2), &peer(1), None))
+            };
+            let before = pairs(&map);
+            for (about, rtt, out, incoming, x) in lies {
+                say(&mut map, 9, Coordinate::checked([x, x, 0.0], 0.0, 0.0).unwrap(), vec![(peer(about), claim(rtt, out, incoming))]);
+                map.handle_links(S, [(&peer(9), &mine)], 1);
+                prop_assert_eq!(&pairs(&map), &before);
+                let its_own = map.between(S, &peer(1), &peer(9), None).unwrap();
+                prop_assert!(its_own.rtt_ms >= 40.0 && its_own.bytes_per_s.unwrap() <= 1e6, "{its_own:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,400 @@
+//! Asks peers for news, answers theirs, and makes this node's own: its links and where it can be reached. Who came to know
+//! peers that way stays in the network without its bootstrap peers.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, SystemTime};
+
+use libp2p::StreamProtocol;
+use libp2p::core::{Multiaddr, PeerRecord, SignedEnvelope};
+use libp2p::identity::Keypair;
+use rand::RngExt as _;
+use rand::seq::IteratorRandom as _;
+use swarm_wire::{DecodeError, PeerId, frame};
+use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use super::connection::{Connection, OpenError};
+use super::driver::{Command, without_peer};
+use super::identity::Identity;
+use super::shared::{Acceptor, Shared, lock};
+use super::stream::{Stream, read_frame};
+use super::{peers_file, wire_peer};
+use crate::addr::{is_plausible, worth_telling};
+use crate::error::FrameError;
+use crate::event::NetEvent;
+use crate::links::LinkEstimate;
+use crate::links::map::LinkMap;
+use crate::news::wire::{Reply, Request, decode_vector, encode_vector};
+use crate::news::{AUTHORS_MAX, Item, Newest, REPLY_MAX_BYTES, STATEMENT_MAX_BYTES};
+
+/// Longest question: two kinds of statements, a tag and a time of each author.
+const REQUEST_MAX_BYTES: usize = 64 * 1024;
+/// Longest answer: its statements and what goes with each.
+const REPLY_FRAME_MAX_BYTES: usize = 2 * REPLY_MAX_BYTES;
+/// A question and its answer take no longer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Questions of ours, and of others, under way at a time.
+const QUESTIONS_MAX: usize = 4;
+/// Own links are told of this many intervals after the last time, later where many do it.
+const VECTOR_INTERVALS: u32 = 2;
+const VECTOR_PER_AUTHOR: Duration = Duration::from_millis(100);
+/// An unchanged peer record is renewed this often.
+const RECORD_RENEWED: Duration = Duration::from_secs(900);
+/// Peer records that were not renewed for this long are forgotten.
+const RECORD_EXPIRES: Duration = Duration::from_secs(3600);
+/// Statements that are further from our clock are replays, or somebody's clock is wrong.
+const SKEW_MAX: Duration = Duration::from_secs(2 * 3600);
+/// Links that were not measured for longer say nothing of now.
+const LINK_FRESH: Duration = Duration::from_secs(30);
+/// A peer to which a connection was tried is tried again after this long.
+const TRIED_AGAIN: Duration = Duration::from_secs(60);
+/// The file of peers is written no more often.
+const SAVED_EVERY: Duration = Duration::from_secs(60);
+
+/// Everything that was heard.
+#[derive(Debug)]
+pub(crate) struct News {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) links: LinkMap,
+    /// Where peers can be reached, as they say.
+    records: Newest<()>,
+}
+
+impl News {
+    pub(crate) fn new(own: PeerId) -> Self {
+        let records = Newest::new(AUTHORS_MAX, RECORD_EXPIRES);
+        Self { state: Mutex::new(State { links: LinkMap::new(own), records }) }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+/// Asks and tells until the node stops.
+pub(super) fn start(shared: &Arc<Shared>, identity: Identity) {
+    let name = format!("/lattica/news/1.0.0/{}", shared.config.network);
+    let Ok(protocol) = StreamProtocol::try_from_owned(name) else { return };
+    let answering = Arc::new(Semaphore::new(QUESTIONS_MAX));
+    let weak = Arc::downgrade(shared);
+    let answer_stream = move |_, stream| -> super::shared::BoxFuture<()> {
+        let (shared, answering) = (Weak::clone(&weak), Arc::clone(&answering));
+        Box::pin(async move {
+            // Who finds us busy asks somebody else.
+            if let (Some(shared), Ok(_place)) = (shared.upgrade(), answering.try_acquire()) {
+                let _ = timeout(PATIENCE, answer(&shared, stream)).await;
+            }
+        })
+    };
+    shared.set_acceptor(protocol.clone(), Some(Acceptor::Application(Arc::new(answer_stream))));
+    let teller = Teller {
+        keypair: identity.libp2p_keypair(),
+        identity,
+        vector_at: None,
+        written_ms: 0,
+        record: None,
+        tried: HashMap::new(),
+        remembered: Vec::new(),
+        saved_at: Duration::ZERO,
+    };
+    shared.network.spawn(run(Arc::clone(shared), protocol, teller));
+}
+
+async fn answer(shared: &Shared, stream: Stream) -> Result<(), FrameError> {
+    let mut stream = BufReader::new(stream);
+    let Some(question) = read_frame(&mut stream, "question for news", REQUEST_MAX_BYTES).await? else {
+        return Ok(());
+    };
+    let request = Request::decode(question)?;
+    let now = shared.now();
+    let reply = {
+        let state = shared.news.lock();
+        // Records first: they are small, and who lacks them may be about to lose everybody.
+        let records = state.records.missing(now, &request.records, REPLY_MAX_BYTES / 2);
+        let vectors = state.links.vectors().missing(now, &request.vectors, REPLY_MAX_BYTES / 2);
+        Reply { vectors, records }
+    };
+    send(&mut stream, &reply.encode()).await?;
+    Ok(())
+}
+
+async fn send(stream: &mut BufReader<Stream>, payload: &[u8]) -> std::io::Result<()> {
+    let mut bytes = Vec::with_capacity(payload.len() + frame::LENGTH_MAX_BYTES);
+    frame::encode(payload, &mut bytes);
+    stream.write_all(&bytes).await?;
+    stream.shutdown().await
+}
+
+/// What one node says, and whom it asks.
+struct Teller {
+    identity: Identity,
+    keypair: Keypair,
+    vector_at: Option<Duration>,
+    written_ms: u64,
+    /// The addresses of the last record, and when it was made.
+    record: Option<(Vec<Multiaddr>, Duration)>,
+    /// Peers to which a connection was tried, and when.
+    tried: HashMap<PeerId, Duration>,
+    /// Peers out of the file.
+    remembered: Vec<PeerId>,
+    saved_at: Duration,
+}
+
+async fn run(shared: Arc<Shared>, protocol: StreamProtocol, mut teller: Teller) {
+    let every = shared.config.news_interval;
+    let mut tick = interval(every);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut events = shared.events.subscribe();
+    let asking = Arc::new(Semaphore::new(QUESTIONS_MAX));
+    teller.remember(&shared).await;
+    loop {
+        let ask = tokio::select! {
+            _ = tick.tick() => {
+                teller.tell(&shared).await;
+                teller.keep_peers(&shared).await;
+                if teller.saved_at + SAVED_EVERY <= shared.now() {
+                    teller.save(&shared).await;
+                }
+                shared.table().connected_peers().into_iter().choose(&mut rand::rng())
+            }
+            // Whoever is new may know what nobody else here does.
+            event = events.recv() => match event {
+                Ok(NetEvent::Connected(peer)) => Some(peer),
+                _ => None,
+            },
+            () = shared.stopped.cancelled() => break,
+        };
+        let connection = ask.and_then(|peer| shared.table().best(&peer));
+        if let (Some(connection), Ok(place)) = (connection, Arc::clone(&asking).try_acquire_owned()) {
+            let (shared, protocol) = (Arc::clone(&shared), protocol.clone());
+            tokio::spawn(async move {
+                let peer = connection.peer.clone();
+                if let Ok(Err(error)) = timeout(PATIENCE, question(&shared, connection, protocol)).await {
+                    tracing::debug!(peer = %peer.short(), %error, "no news");
+                }
+                drop(place);
+            });
+        }
+    }
+    teller.save(&shared).await;
+}
+
+/// Asks a peer for what this node lacks.
+async fn question(
+    shared: &Arc<Shared>,
+    connection: Arc<Connection>,
+    protocol: StreamProtocol,
+) -> Result<(), FrameError> {
+    let stream = match connection.open(protocol).await {
+        Ok(stream) => stream,
+        // Nodes of other networks, and other programs, do not speak it.
+        Err(OpenError::Unsupported | OpenError::Lost | OpenError::Timeout) => return Ok(()),
+        Err(OpenError::Io(error)) => return Err(error.into()),
+    };
+    let mut stream = BufReader::new(Stream::new(Arc::clone(shared), Arc::clone(&connection), stream));
+    let request = {
+        let state = shared.news.lock();
+        Request { vectors: state.links.vectors().known(), records: state.records.known() }
+    };
+    send(&mut stream, &request.encode()).await?;
+    let Some(reply) = read_frame(&mut stream, "news", REPLY_FRAME_MAX_BYTES).await? else {
+        return Ok(());
+    };
+    let reply = Reply::decode(reply)?;
+    for item in reply.records {
+        take_record(shared, &connection, item)?;
+    }
+    for item in reply.vectors {
+        take_vector(shared, &connection, item)?;
+    }
+    Ok(())
+}
+
+fn take_vector(shared: &Shared, from: &Connection, (statement, age): Item) -> Result<(), DecodeError> {
+    let wants = |author: &PeerId, time: u64| shared.news.lock().links.vectors().wants(author, time);
+    let Some((author, vector)) = decode_vector(&statement, wants)? else { return Ok(()) };
+    let time = vector.written_ms;
+    if is_usable(shared, from, &author, Duration::from_millis(time)) {
+        let now = shared.now();
+        shared.news.lock().links.vectors_mut().insert(now, &author, time, (statement, age), vector);
+    }
+    Ok(())
+}
+
+fn take_record(shared: &Shared, from: &Connection, (statement, age): Item) -> Result<(), DecodeError> {
+    let (author, time, addresses) = decode_record(&statement)?;
+    let news = shared.news.lock().records.wants(&author, time);
+    if !news || !is_usable(shared, from, &author, Duration::from_secs(time)) {
+        return Ok(());
+    }
+    let now = shared.now();
+    if shared.news.lock().records.insert(now, &author, time, (statement, age), ()) {
+        for address in addresses.iter().filter(|a| is_plausible(a, &from.address)) {
+            shared.table().handle_address(now, &author, address);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a statement made at `written` (Unix time) by `author` may be used.
+fn is_usable(shared: &Shared, from: &Connection, author: &PeerId, written: Duration) -> bool {
+    let from = from.peer.short();
+    if *author == shared.local {
+        // What it said before it was restarted comes back, too.
+        if written > unix_now().saturating_sub(shared.now()) {
+            tracing::warn!(%from, "this node's key signed news that it did not make: does another node run with it?");
+        }
+        return false;
+    }
+    let usable = unix_now().abs_diff(written) <= SKEW_MAX;
+    if !usable {
+        tracing::info!(%from, author = %author.short(), "news is not used: its author's clock, or ours, is hours off");
+    }
+    usable
+}
+
+fn unix_now() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
+/// A peer record: of whom, when (Unix time in seconds), and its addresses.
+pub(super) fn decode_record(statement: &[u8]) -> Result<(PeerId, u64, Vec<String>), DecodeError> {
+    let invalid = |reason: String| DecodeError::invalid("peer record", reason);
+    if statement.len() > STATEMENT_MAX_BYTES {
+        return Err(invalid(format!("{} bytes", statement.len())));
+    }
+    let envelope =
+        SignedEnvelope::from_protobuf_encoding(statement).map_err(|error| invalid(error.to_string()))?;
+    let record =
+        PeerRecord::from_signed_envelope_interop(envelope).map_err(|error| invalid(error.to_string()))?;
+    let addresses = record.addresses().iter().map(|address| without_peer(address).to_string()).collect();
+    Ok((wire_peer(&record.peer_id())?, record.seq(), addresses))
+}
+
+impl Teller {
+    /// Moves the coordinate with what was measured, and says anew what has to be said.
+    async fn tell(&mut self, shared: &Arc<Shared>) {
+        let now = shared.now();
+        let links = fresh_links(shared, now);
+        let measured = || links.iter().map(|(peer, link)| (peer, link));
+        let n_authors = {
+            let mut state = shared.news.lock();
+            state.links.vectors_mut().expire(now);
+            state.records.expire(now);
+            state.links.handle_links(now, measured(), rand::rng().random());
+            state.links.vectors().len() as u32
+        };
+        let pause = (shared.config.news_interval * VECTOR_INTERVALS).max(VECTOR_PER_AUTHOR * n_authors);
+        if !links.is_empty() && self.vector_at.is_none_or(|at| now >= at + pause) {
+            self.vector_at = Some(now);
+            // Later than the last one even when the clock was set back.
+            self.written_ms = (unix_now().as_millis() as u64).max(self.written_ms + 1);
+            let mut state = shared.news.lock();
+            let vector = state.links.own_vector(self.written_ms, measured());
+            let statement = (encode_vector(&vector, &self.identity), Duration::ZERO);
+            state.links.vectors_mut().insert(now, &shared.local, self.written_ms, statement, vector);
+        }
+        self.tell_addresses(shared, now).await;
+    }
+
+    async fn tell_addresses(&mut self, shared: &Shared, now: Duration) {
+        let (reply, answer) = oneshot::channel();
+        if shared.command(Command::OwnAddrs { reply }).await.is_err() {
+            return;
+        }
+        let own: Vec<String> = answer.await.unwrap_or_default().iter().map(ToString::to_string).collect();
+        let told = worth_telling(own, shared.config.limits.addresses_per_peer);
+        let addresses: Vec<Multiaddr> = told.iter().filter_map(|a| a.parse().ok()).collect();
+        let current =
+            self.record.as_ref().is_some_and(|(said, at)| *said == addresses && now < *at + RECORD_RENEWED);
+        if addresses.is_empty() || current {
+            return;
+        }
+        match PeerRecord::new_interop(&self.keypair, addresses.clone()) {
+            Ok(record) => {
+                let time = record.seq();
+                let statement = record.into_signed_envelope().into_protobuf_encoding();
+                let item = (statement.into(), Duration::ZERO);
+                // Its times are seconds: a second change within one has to wait for the next.
+                if shared.news.lock().records.insert(now, &shared.local, time, item, ()) {
+                    self.record = Some((addresses, now));
+                }
+            }
+            Err(error) => tracing::warn!(%error, "own addresses could not be signed"),
+        }
+    }
+
+    /// Connects to peers that were heard of while there are few.
+    async fn keep_peers(&mut self, shared: &Shared) {
+        let now = shared.now();
+        let connected: HashSet<PeerId> = shared.table().connected_peers().into_iter().collect();
+        if connected.len() >= shared.config.keep_peers {
+            return;
+        }
+        self.tried.retain(|_, at| now < *at + TRIED_AGAIN);
+        let candidate = {
+            let state = shared.news.lock();
+            let heard = state.records.iter().map(|(author, ())| author).chain(&self.remembered);
+            let fresh =
+                |p: &&PeerId| **p != shared.local && !connected.contains(*p) && !self.tried.contains_key(*p);
+            heard.filter(fresh).choose(&mut rand::rng()).cloned()
+        };
+        if let Some(peer) = candidate {
+            self.tried.insert(peer.clone(), now);
+            // Nobody waits for it: a peer that comes is an event like any other.
+            let (reply, _) = oneshot::channel();
+            let _ = shared.command(Command::Connect { peer, reply }).await;
+        }
+    }
+
+    /// Reads the file of peers, once.
+    async fn remember(&mut self, shared: &Arc<Shared>) {
+        let Some(path) = shared.config.peers_file.clone() else { return };
+        let read = tokio::task::spawn_blocking(move || peers_file::load(&path)).await;
+        for statement in read.unwrap_or_default() {
+            let Ok((peer, _, addresses)) = decode_record(&statement) else { continue };
+            for address in &addresses {
+                shared.table().handle_address(shared.now(), &peer, address);
+            }
+            self.remembered.push(peer);
+        }
+    }
+
+    /// Writes the latest records to the file of peers.
+    async fn save(&mut self, shared: &Shared) {
+        self.saved_at = shared.now();
+        let Some(path) = shared.config.peers_file.clone() else { return };
+        let records: Vec<Item> = {
+            let state = shared.news.lock();
+            let own = state.records.known_of(&shared.local).into_iter().collect();
+            state.records.missing(self.saved_at, &own, peers_file::MAX_BYTES / 2)
+        };
+        if records.is_empty() {
+            // Whoever was remembered is better than nobody.
+            return;
+        }
+        let statements: Vec<_> = records.into_iter().map(|(statement, _)| statement).collect();
+        let shown = path.display().to_string();
+        let saved = tokio::task::spawn_blocking(move || peers_file::save(&path, &statements)).await;
+        if let Ok(Err(error)) = saved {
+            tracing::warn!(path = shown, %error, "peers are not remembered on disk");
+        }
+    }
+}
+
+/// Links to connected peers that were measured lately.
+pub(super) fn fresh_links(shared: &Shared, now: Duration) -> Vec<(PeerId, LinkEstimate)> {
+    let table = shared.table();
+    let estimate = |peer: PeerId| {
+        let relayed = table.connected(&peer)?.0;
+        let link = table.known_state(&peer)?.link().estimate(now, relayed)?;
+        (link.age <= LINK_FRESH).then_some((peer, link))
+    };
+    table.connected_peers().into_iter().filter_map(estimate).collect()
+}
