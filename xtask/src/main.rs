@@ -6,6 +6,7 @@ mod ci;
 mod codegen;
 mod fetch_model;
 mod layers;
+mod netlab;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -44,6 +45,8 @@ enum Command {
     },
     /// Measure our engine beside others on the same model files, in turn.
     Bench(bench::Options),
+    /// Try real nodes behind real NATs: direct, relayed or failed, for every pair of kinds (root; skipped without).
+    Netlab(netlab::NetlabArgs),
     /// Pass all tests, as the README says: `cargo test --release --workspace`.
     Test,
     /// What the gate runs, and clippy, the cores alone and the documentation besides.
@@ -63,6 +66,7 @@ fn main() -> anyhow::Result<()> {
         Command::Layers { declared_only } => layers::run(&root, declared_only),
         Command::FetchModel { model } => fetch_model::run(&root, model),
         Command::Bench(options) => bench::run(&root, &options),
+        Command::Netlab(args) => netlab::run(&root, &args),
         Command::Test => ci::test(&root),
         Command::Ci => ci::run(&root),
     }

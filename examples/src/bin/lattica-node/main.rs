@@ -1,9 +1,10 @@
 //! `lattica-node`: one node of the network, as bootstrap peer, relay and DHT server; `lattica-node bench` measures two of
-//! them on this machine, `lattica-node bench-spread` many.
+//! them on this machine, `lattica-node bench-spread` many, `lattica-node probe` the way to a peer.
 #![expect(clippy::print_stdout, reason = "a command line tool reports there")]
 
 mod bench;
 mod bench_spread;
+mod probe;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// One artefact from one node to many, with slow uplinks, deaths and liars.
     BenchSpread(bench_spread::BenchSpreadArgs),
+    /// Reaches a peer over relays and tells how well, or waits to be reached.
+    Probe(probe::ProbeArgs),
     /// Makes the key of a private swarm; copy the file to every member.
     SwarmKey {
         /// The new file; one that exists is left alone.
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
             match cli.command {
                 Some(Command::Bench(args)) => bench::run(&args).await,
                 Some(Command::BenchSpread(args)) => bench_spread::run(&args).await,
+                Some(Command::Probe(args)) => probe::run(&args).await,
                 Some(Command::SwarmKey { file }) => Ok(create_swarm_key(&file).map(|_| ())?),
                 None => run(cli.node).await,
             }

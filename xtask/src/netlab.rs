@@ -1,0 +1,219 @@
+//! `cargo xtask netlab`: real `lattica-node` processes behind real NATs, on one machine. Network namespaces are the hosts and
+//! routers, nftables the NATs, one relay stands outside. Needs root, `ip` and `nft`; says so and does nothing without them.
+//!
+//! Map: `nat` (rules as text), `shaper` (what a line does to frames), `statistics` (sums) are pure; `space` (namespaces), `line`
+//! (emulated lines), `lab` (the map of sites), `node` (processes), `matrix` (who calls whom), `relay_kill` do it. It lies here and not in the
+//! `tests` package because it is a command with a report, needs root, and drives nothing but a binary: so it builds in seconds.
+
+mod lab;
+mod line;
+mod matrix;
+mod nat;
+mod node;
+mod relay_kill;
+mod shaper;
+mod space;
+mod statistics;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use serde_json::json;
+
+use self::lab::Lab;
+use self::matrix::Matrix;
+use self::nat::NatKind;
+use self::node::{Program, Transport};
+use self::relay_kill::RelayKill;
+use self::shaper::Line;
+use self::statistics::Pair;
+use crate::ci::{cargo, output};
+
+/// What to run.
+#[derive(Debug, Args)]
+pub(crate) struct NetlabArgs {
+    /// Every kind of NAT calls every other one. What is run when nothing else is named.
+    #[arg(long)]
+    matrix: bool,
+    /// One of three relays is killed: how long until the node behind it keeps a slot at another one.
+    #[arg(long)]
+    relay_kill: bool,
+    /// Runs of each pair and transport.
+    #[arg(long, default_value_t = 20)]
+    runs: usize,
+    /// Only callers behind these; may be given several times.
+    #[arg(long, value_enum)]
+    from: Vec<NatKind>,
+    /// Only answerers behind these; may be given several times.
+    #[arg(long, value_enum)]
+    to: Vec<NatKind>,
+    /// Only this transport.
+    #[arg(long, value_enum)]
+    transport: Option<Transport>,
+    /// Round trip between any two sites, and between a site and the relay, in ms.
+    #[arg(long, default_value_t = 0.0)]
+    rtt_ms: f64,
+    /// How long a caller waits for a direct connection, in seconds.
+    #[arg(long, default_value_t = 8.0)]
+    patience_s: f64,
+    /// Pairs that are under way at the same time.
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// The lattica-node to use; by default it is built.
+    #[arg(long, value_name = "FILE")]
+    node: Option<PathBuf>,
+    /// Write what every process logs (see RUST_LOG) to this folder.
+    #[arg(long, value_name = "DIR")]
+    logs: Option<PathBuf>,
+    /// Print the report as one JSON object, the last line of stdout: pairs (a calls b; direct, relayed and failed runs, and
+    /// milliseconds to the direct connection and to the first answer when that came over the relay, counted from the call),
+    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), rtt_ms, runs, seconds; {"skipped": reason} where the lab cannot run.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the lab and reports; a skip is no failure.
+pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
+    if let Some(reason) = cannot_run() {
+        println!("netlab skipped: {reason}");
+        if args.json {
+            println!("{}", json!({ "skipped": reason }));
+        }
+        return Ok(());
+    }
+    ensure!(args.runs > 0 && args.jobs > 0, "--runs and --jobs must be at least 1");
+    ensure!((0.0..=10_000.0).contains(&args.rtt_ms), "--rtt-ms must be from 0 to 10000");
+    if let Some(logs) = &args.logs {
+        std::fs::create_dir_all(logs).with_context(|| format!("making {}", logs.display()))?;
+    }
+    let node = args.node.clone().map_or_else(|| build(root), Ok)?;
+    let program = Program { node, logs: args.logs.clone(), patience_s: args.patience_s };
+    space::remove_leftovers()?;
+
+    let start = Instant::now();
+    // Four lines lie on the way to another site and back.
+    let line = Line { delay: Duration::from_secs_f64(args.rtt_ms / 4e3), ..Line::default() };
+    let mut lab = Lab::new(line)?;
+    let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
+    let mut pairs = Vec::new();
+    if args.matrix || !args.relay_kill {
+        pairs = matrix(args, &mut lab, &program, &transports)?;
+    }
+    let mut kills = Vec::new();
+    if args.relay_kill {
+        for transport in transports {
+            kills.push(relay_kill::run(&mut lab, &program, transport, args.runs, &|line| {
+                eprintln!("{line}")
+            })?);
+        }
+    }
+    pairs.iter().for_each(tell_pair);
+    kills.iter().for_each(tell_kill);
+    if args.json {
+        let report = json!({
+            "pairs": pairs,
+            "relay_kills": kills,
+            "runs": args.runs,
+            "rtt_ms": args.rtt_ms,
+            "patience_s": args.patience_s,
+            "seconds": start.elapsed().as_secs_f64().round(),
+            "command": std::env::args().collect::<Vec<_>>().join(" "),
+            "commit": output(root, "git", &["rev-parse", "--short", "HEAD"]).unwrap_or_default().trim(),
+        });
+        println!("{report}");
+    }
+    Ok(())
+}
+
+fn matrix(
+    args: &NetlabArgs,
+    lab: &mut Lab,
+    program: &Program,
+    transports: &[Transport],
+) -> Result<Vec<Pair>> {
+    let site = lab.add(NatKind::None)?;
+    let relay = program.relay(lab.get(site), "relay")?;
+    let chosen = |kinds: &[NatKind]| if kinds.is_empty() { NatKind::ALL.to_vec() } else { kinds.to_vec() };
+    let matrix = Matrix {
+        from: chosen(&args.from),
+        to: chosen(&args.to),
+        transports: transports.to_vec(),
+        runs: args.runs,
+        jobs: args.jobs,
+    };
+    let vias = |transport| relay.address(transport).map(str::to_owned).into_iter().collect();
+    matrix.run(lab, program, &vias, &|line| eprintln!("{line}"))
+}
+
+fn tell_pair(pair: &Pair) {
+    eprintln!(
+        "{:>4} {:>15} -> {:<15} direct {:>3}  relayed {:>3}  failed {:>3}  to direct p95 {:>6} ms  first call over the \
+         relay p95 {:>6} ms",
+        pair.transport,
+        pair.a,
+        pair.b,
+        pair.direct,
+        pair.relayed,
+        pair.failed,
+        shown(pair.time_to_direct_p95_ms),
+        shown(pair.relayed_first_call_p95_ms),
+    );
+}
+
+fn tell_kill(kill: &RelayKill) {
+    eprintln!(
+        "{:>4} relay killed: slot replaced {:>3}  failed {:>3}  p95 {:>6} ms",
+        kill.transport,
+        kill.replaced,
+        kill.failed,
+        shown(kill.replaced_p95_ms),
+    );
+}
+
+fn shown(ms: Option<f64>) -> String {
+    ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0}"))
+}
+
+/// Why the lab cannot run here.
+fn cannot_run() -> Option<String> {
+    let found = |program: &str| {
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&paths).any(|dir| dir.join(program).is_file())
+    };
+    for (program, package) in [("ip", "iproute2"), ("nft", "nftables")] {
+        if !found(program) {
+            return Some(format!("there is no '{program}' here (package {package})"));
+        }
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    (!is_root(&status)).then(|| "network namespaces need root".to_owned())
+}
+
+/// Whether the effective user of a process is root, from its `/proc` status.
+fn is_root(status: &str) -> bool {
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    uids.and_then(|uids| uids.split_whitespace().nth(1)) == Some("0")
+}
+
+fn build(root: &Path) -> Result<PathBuf> {
+    cargo(root, &["build", "--release", "-p", "swarm-examples", "--bin", "lattica-node"], &[])?;
+    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
+    let target =
+        metadata["target_directory"].as_str().context("cargo metadata without a target directory")?;
+    Ok(Path::new(target).join("release/lattica-node"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_effective_user_counts() {
+        assert!(is_root("Name:\tx\nUid:\t1000\t0\t0\t0\n"));
+        assert!(!is_root("Uid:\t0\t1000\t1000\t1000\n"));
+        assert!(!is_root(""));
+    }
+}

@@ -1,0 +1,178 @@
+//! `lattica-node` processes at the lab's sites: relays, those who answer, those who call.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use serde::Deserialize;
+
+use super::lab::Site;
+use super::statistics::Run;
+
+/// A process says that it is up within this time.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Lines of a process that wait to be read.
+const LINES_MAX: usize = 64;
+
+/// What nodes speak directly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum)]
+pub(crate) enum Transport {
+    Quic,
+    Tcp,
+}
+
+impl Transport {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// The program and where its logs go.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) node: PathBuf,
+    /// Standard error of every process goes to a file here.
+    pub(crate) logs: Option<PathBuf>,
+    pub(crate) patience_s: f64,
+}
+
+/// A process that is killed on drop.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    _stdin: Option<ChildStdin>,
+    pub(crate) peer: String,
+    pub(crate) addresses: Vec<String>,
+    /// What it says, line by line.
+    lines: Receiver<String>,
+}
+
+/// The first line of a process that is up.
+#[derive(Deserialize)]
+struct Ready {
+    peer: String,
+    addresses: Vec<String>,
+}
+
+/// A later line of a node that answers: a relay keeps a slot for it.
+#[derive(Deserialize)]
+struct Slot {
+    relay: String,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Process {
+    fn line(&self, patience: Duration) -> Result<String> {
+        Ok(self.lines.recv_timeout(patience)?)
+    }
+
+    /// The next relay that keeps a slot for a node that answers.
+    pub(crate) fn slot(&self, patience: Duration) -> Result<String> {
+        let slot: Slot = serde_json::from_str(&self.line(patience)?)?;
+        Ok(slot.relay)
+    }
+
+    /// The address of a relay over a transport.
+    pub(crate) fn address(&self, transport: Transport) -> Result<&str> {
+        let part = match transport {
+            Transport::Quic => "/quic-v1/",
+            Transport::Tcp => "/tcp/",
+        };
+        let found = self.addresses.iter().find(|a| a.contains(part) && !a.contains("/p2p-circuit"));
+        found
+            .map(String::as_str)
+            .with_context(|| format!("the relay does not listen on {}", transport.name()))
+    }
+}
+
+impl Program {
+    /// Starts a relay.
+    pub(crate) fn relay(&self, site: &Site, name: &str) -> Result<Process> {
+        let ip = site.address;
+        let mut command = site.host.command(&self.node);
+        command.args(["--relay", "--json"]);
+        for listen in [format!("/ip4/{ip}/udp/4001/quic-v1"), format!("/ip4/{ip}/tcp/4001")] {
+            command.args(["--listen", &listen]);
+        }
+        self.start(command, name)
+    }
+
+    /// Starts a node that answers, and waits until it can be reached over a relay.
+    pub(crate) fn answerer(
+        &self,
+        site: &Site,
+        vias: &[&str],
+        transport: Transport,
+        name: &str,
+    ) -> Result<Process> {
+        self.start(self.probe(site, vias, transport), name)
+    }
+
+    /// Reaches `peer` from a site and tells how.
+    pub(crate) fn call(
+        &self,
+        site: &Site,
+        (vias, peer): (&[&str], &str),
+        transport: Transport,
+        name: &str,
+    ) -> Result<Run> {
+        let mut command = self.probe(site, vias, transport);
+        command.args(["--to", peer, "--patience-s", &self.patience_s.to_string()]);
+        let output =
+            command.stdin(Stdio::null()).stderr(self.log(name)?).output().context("starting the caller")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.success(), "the caller ended with {}", output.status);
+        serde_json::from_str(text.lines().last().unwrap_or_default()).context("what the caller reports")
+    }
+
+    fn probe(&self, site: &Site, vias: &[&str], transport: Transport) -> Command {
+        let mut command = site.host.command(&self.node);
+        command.args(["probe", "--json", "--transport", transport.name()]);
+        for via in vias {
+            command.args(["--via", via]);
+        }
+        command
+    }
+
+    fn start(&self, mut command: Command, name: &str) -> Result<Process> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(self.log(name)?);
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take().context("its output is piped")?);
+        let (said, lines) = sync_channel(LINES_MAX);
+        std::thread::spawn(move || {
+            // Ends with the process, or with whoever listens.
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if said.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        // From here on it is killed whatever happens.
+        let mut process = Process { child, _stdin: stdin, peer: String::new(), addresses: Vec::new(), lines };
+        let line = process.line(START_TIMEOUT).with_context(|| format!("{name} is not up"))?;
+        let ready: Ready =
+            serde_json::from_str(&line).with_context(|| format!("{name} is not up: {line:?}"))?;
+        (process.peer, process.addresses) = (ready.peer, ready.addresses);
+        Ok(process)
+    }
+
+    fn log(&self, name: &str) -> Result<Stdio> {
+        let Some(dir) = &self.logs else { return Ok(Stdio::null()) };
+        let file = |path: &Path| File::create(path).with_context(|| format!("making {}", path.display()));
+        Ok(file(&dir.join(format!("{name}.log")))?.into())
+    }
+}
