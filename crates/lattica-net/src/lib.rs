@@ -30,12 +30,13 @@
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
 //! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates,
 //! the probe schedule, `links::map`: the links of others), [`news`] (what nodes tell each other), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
-//! swarms), [`relays`] (which relays to keep slots at). Shell,
+//! swarms), [`relays`] (which relays to keep slots at), [`punch`] (how two peers behind NATs reach
+//! each other). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
 //! (nobody unproved gets in), `service/shared` (what all tasks see), `service/connection`, `service/stream`,
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
-//! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`,
+//! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`,
 //! `service/news` with `service/peers_file`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`. On the wire: docs/WIRE.md.
 
 pub mod access;
@@ -47,6 +48,7 @@ pub mod gossip;
 pub mod links;
 pub mod news;
 pub mod peers;
+pub mod punch;
 pub mod relays;
 pub mod rpc;
 pub mod status;

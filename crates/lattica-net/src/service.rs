@@ -39,6 +39,7 @@ mod link_probe;
 mod news;
 mod peers_file;
 mod private_file;
+mod punch;
 mod rpc_client;
 mod rpc_server;
 mod served;

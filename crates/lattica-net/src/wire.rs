@@ -5,7 +5,9 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use prost::Message;
+use swarm_wire::generated::dcutr::{HolePunch, hole_punch::Type};
 use swarm_wire::generated::lattica::v1::{
     LinkEcho, LinkProbe, RpcCancel, RpcFrame, RpcHello, RpcRequest, RpcResponse, RpcStatus, rpc_frame::Kind,
 };
@@ -16,6 +18,8 @@ use crate::status::{Status, code_from_wire};
 
 /// A link probe or echo: two numbers and room for what later versions add.
 pub const LINK_FRAME_MAX_BYTES: usize = 256;
+/// A message about a hole to be punched, as libp2p bounds it.
+pub const PUNCH_MAX_BYTES: usize = 4096;
 /// No call waits longer than this, whatever its header says.
 pub const DEADLINE_MAX: Duration = Duration::from_secs(3600);
 /// Longer messages of a [`Status`] are cut: the header has to fit its limit.
@@ -187,7 +191,8 @@ pub fn encode_probe(sequence: u64) -> Vec<u8> {
 /// # Errors
 /// When the frame is too long or not a probe.
 pub fn decode_probe(bytes: &[u8]) -> Result<Option<(u64, usize)>, DecodeError> {
-    decode_message("link probe", bytes).map(|found| found.map(|(m, n): (LinkProbe, usize)| (m.sequence, n)))
+    decode_message("link probe", bytes, LINK_FRAME_MAX_BYTES)
+        .map(|found| found.map(|(m, n): (LinkProbe, usize)| (m.sequence, n)))
 }
 
 /// The answer to a probe with its length in front.
@@ -202,15 +207,50 @@ pub fn encode_echo(sequence: u64, received_bytes_per_s: Option<f64>) -> Vec<u8> 
 /// # Errors
 /// When the frame is too long or not an echo.
 pub fn decode_echo(bytes: &[u8]) -> Result<Option<(u64, f64, usize)>, DecodeError> {
-    decode_message("link echo", bytes)
+    decode_message("link echo", bytes, LINK_FRAME_MAX_BYTES)
         .map(|found| found.map(|(m, n): (LinkEcho, usize)| (m.sequence, m.received_bytes_per_s, n)))
+}
+
+/// What two peers tell each other before they dial at the same moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PunchMessage {
+    /// Where the sender is seen: multiaddresses in their binary form.
+    Connect(Vec<Bytes>),
+    /// Now.
+    Sync,
+}
+
+/// A message about a hole to be punched with its length in front.
+pub fn encode_punch(message: PunchMessage) -> Vec<u8> {
+    let (kind, obs_addrs) = match message {
+        PunchMessage::Connect(addresses) => (Type::Connect, addresses),
+        PunchMessage::Sync => (Type::Sync, Vec::new()),
+    };
+    frame::encode_message(&HolePunch { r#type: kind as i32, obs_addrs }, 0)
+}
+
+/// Reads such a message from the front of `bytes`, and how many bytes it took.
+///
+/// # Errors
+/// When it is too long or no such message.
+pub fn decode_punch(bytes: &[u8]) -> Result<Option<(PunchMessage, usize)>, DecodeError> {
+    let Some((message, n_bytes)) = decode_message::<HolePunch>("hole punch", bytes, PUNCH_MAX_BYTES)? else {
+        return Ok(None);
+    };
+    let message = match Type::try_from(message.r#type) {
+        Ok(Type::Connect) => PunchMessage::Connect(message.obs_addrs),
+        Ok(Type::Sync) => PunchMessage::Sync,
+        _ => return Err(DecodeError::invalid("hole punch", format!("type {}", message.r#type))),
+    };
+    Ok(Some((message, n_bytes)))
 }
 
 fn decode_message<M: Message + Default>(
     what: &'static str,
     bytes: &[u8],
+    limit_bytes: usize,
 ) -> Result<Option<(M, usize)>, DecodeError> {
-    let Some((payload, rest)) = frame::decode(what, bytes, LINK_FRAME_MAX_BYTES)? else { return Ok(None) };
+    let Some((payload, rest)) = frame::decode(what, bytes, limit_bytes)? else { return Ok(None) };
     let message = M::decode(payload).map_err(|error| DecodeError::message(what, &error))?;
     Ok(Some((message, bytes.len() - rest.len())))
 }
@@ -274,6 +314,15 @@ mod tests {
             let _ = Header::decode(&bytes, LIMIT);
             let _ = decode_probe(&bytes);
             let _ = decode_echo(&bytes);
+            let _ = decode_punch(&bytes);
+        }
+
+        #[test]
+        fn punch_messages_round_trip(addresses in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..60), 0..9)) {
+            for message in [PunchMessage::Connect(addresses.into_iter().map(Bytes::from).collect()), PunchMessage::Sync] {
+                let bytes = encode_punch(message.clone());
+                prop_assert_eq!(decode_punch(&bytes).unwrap(), Some((message, bytes.len())));
+            }
         }
 
         #[test]
@@ -298,6 +347,16 @@ mod tests {
         let expected =
             [16, 0x0a, 14, 0x08, 7, 0x12, 4, b'e', b'c', b'h', b'o', 0x18, 0xe8, 0x07, 0x20, 0xac, 0x02];
         assert_eq!(header.encode(), expected);
+    }
+
+    #[test]
+    fn punch_messages_are_those_of_libp2p() {
+        // Type is field 1 (CONNECT 100, SYNC 300), the addresses are field 2.
+        let connect = PunchMessage::Connect(vec![Bytes::from_static(&[4, 9, 9, 9, 9])]);
+        assert_eq!(encode_punch(connect), [9, 0x08, 100, 0x12, 5, 4, 9, 9, 9, 9]);
+        assert_eq!(encode_punch(PunchMessage::Sync), [3, 0x08, 0xac, 0x02]);
+        assert!(decode_punch(&[2, 0x08, 7]).is_err(), "there is no type 7");
+        assert!(matches!(decode_punch(&[0x80, 0x40]), Err(DecodeError::TooLarge { .. })));
     }
 
     #[test]

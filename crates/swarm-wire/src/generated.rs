@@ -10,6 +10,9 @@
 pub mod bitswap {
     include!("generated/bitswap.rs");
 }
+pub mod dcutr {
+    include!("generated/dcutr.rs");
+}
 pub mod echo {
     pub mod v1 {
         include!("generated/echo.v1.rs");

@@ -10,7 +10,7 @@ use libp2p::identity::Keypair;
 use libp2p::kad::{self, store::MemoryStore, store::MemoryStoreConfig};
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
-use libp2p::{StreamProtocol, autonat, dcutr, gossipsub, identify, mdns, ping, relay, upnp};
+use libp2p::{StreamProtocol, autonat, gossipsub, identify, mdns, ping, relay, upnp};
 
 use super::shared::Shared;
 use super::streams;
@@ -38,7 +38,6 @@ pub(crate) struct Behaviour {
     pub(crate) limits: connection_limits::Behaviour,
     pub(crate) relay_client: relay::client::Behaviour,
     pub(crate) relay_server: Toggle<relay::Behaviour>,
-    pub(crate) dcutr: Toggle<dcutr::Behaviour>,
     pub(crate) autonat_client: Toggle<autonat::v2::client::Behaviour>,
     pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
     pub(crate) identify: identify::Behaviour,
@@ -88,7 +87,6 @@ impl Behaviour {
                 .relay_server
                 .then(|| relay::Behaviour::new(peer, relay_config(config)))
                 .into(),
-            dcutr: config.hole_punching.then(|| dcutr::Behaviour::new(peer)).into(),
             autonat_client: config.autonat.then(autonat::v2::client::Behaviour::default).into(),
             autonat_server: config.autonat.then(autonat::v2::server::Behaviour::default).into(),
             identify: identify::Behaviour::new(identify),
@@ -104,8 +102,6 @@ impl Behaviour {
 
 fn relay_config(config: &NodeConfig) -> relay::Config {
     let limits = &config.limits;
-    let per_minute = |n| NonZeroU32::new(n).expect("not zero");
-    let minute = Duration::from_secs(60);
     relay::Config {
         max_reservations: limits.relay_reservations,
         max_reservations_per_peer: 4,
@@ -117,10 +113,20 @@ fn relay_config(config: &NodeConfig) -> relay::Config {
         circuit_src_rate_limiters: Vec::new(),
         ..relay::Config::default()
     }
-    .reservation_rate_per_peer(per_minute(60), minute)
-    .reservation_rate_per_ip(per_minute(600), minute)
-    .circuit_src_per_peer(per_minute(120), minute)
-    .circuit_src_per_ip(per_minute(1200), minute)
+    .reservation_rate_per_peer(at_once(60), again_after(60))
+    .reservation_rate_per_ip(at_once(600), again_after(600))
+    .circuit_src_per_peer(at_once(120), again_after(120))
+    .circuit_src_per_ip(at_once(1200), again_after(1200))
+}
+
+/// What is allowed in one minute is allowed at once ..
+fn at_once(per_minute: u32) -> NonZeroU32 {
+    NonZeroU32::new(per_minute).expect("not zero")
+}
+
+/// .. and comes back one by one, each after this time.
+fn again_after(per_minute: u32) -> Duration {
+    Duration::from_secs(60) / per_minute
 }
 
 fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<MemoryStore> {
@@ -167,4 +173,28 @@ fn gossip(keypair: &Keypair) -> Result<Gossip, Box<dyn std::error::Error + Send 
     };
     gossip.with_peer_score(score, gossipsub::PeerScoreThresholds::default())?;
     Ok(gossip)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_relay_allows_its_rate_every_minute_and_not_only_the_first() {
+        let mut config = relay_config(&NodeConfig::default());
+        let (peer, address) = (libp2p::PeerId::random(), "/ip4/9.9.9.9/tcp/1".parse().unwrap());
+        let start = Instant::now();
+        let mut allowed = |minute: u32| {
+            let mut ask = |i: u32| {
+                let now = start + Duration::from_secs(60) * minute + Duration::from_millis(100) * i;
+                config.circuit_src_rate_limiters.iter_mut().all(|limit| limit.try_next(peer, &address, now))
+            };
+            (0..600).filter(|i| ask(*i)).count()
+        };
+        let minutes = [allowed(0), allowed(1), allowed(2)];
+        assert!((200..=240).contains(&minutes[0]), "the burst and what came back since: {minutes:?}");
+        assert!(minutes[1..].iter().all(|n| (110..=120).contains(n)), "{minutes:?}");
+    }
 }

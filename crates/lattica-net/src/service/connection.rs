@@ -54,6 +54,8 @@ pub(crate) struct Connection {
     pub(crate) closed: CancellationToken,
     /// Places for incoming streams of the application that run.
     pub(crate) running: Arc<Semaphore>,
+    /// A try for a direct connection that the peer asked for.
+    pub(crate) punching: Semaphore,
     opens: mpsc::Sender<OpenRequest>,
     redundant: AtomicBool,
     incoming: AtomicUsize,
@@ -88,6 +90,7 @@ impl Connection {
             lanes: Lanes::default(),
             closed: CancellationToken::new(),
             running: Arc::new(Semaphore::new(limits.streams_per_connection)),
+            punching: Semaphore::new(1),
             opens,
             redundant: AtomicBool::new(false),
             incoming: AtomicUsize::new(0),

@@ -10,7 +10,7 @@ use libp2p::core::{ConnectedPoint, Multiaddr, multiaddr::Protocol};
 use libp2p::gossipsub::{MessageId, TopicHash};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, SwarmEvent};
-use libp2p::{PeerId as LibPeerId, Swarm, autonat, dcutr, identify, mdns, ping, relay, upnp};
+use libp2p::{PeerId as LibPeerId, Swarm, autonat, identify, mdns, ping, relay, upnp};
 use swarm_wire::PeerId;
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,16 +22,19 @@ use crate::addr::is_plausible;
 use crate::error::{DhtError, DialError, GossipError};
 use crate::event::NetEvent;
 use crate::gossip::{Announcement, Verdict};
+use crate::punch::PunchDial;
 
 mod dht;
 mod dial;
 mod gossip;
+mod seen;
 mod upkeep;
 
 use dht::Queries;
 use dial::Dials;
 pub(crate) use dial::root_cause;
 use gossip::Topics;
+use seen::Seen;
 use upkeep::Upkeep;
 
 /// How often bootstrap peers and relays are looked after.
@@ -47,6 +50,8 @@ pub(crate) enum Command {
     Dial { address: Multiaddr, reply: Reply<PeerId, DialError> },
     /// Connect to a peer at any address that is known or can be found.
     Connect { peer: PeerId, reply: Reply<PeerId, DialError> },
+    /// Connect to a peer directly that is connected over a relay.
+    Punch { peer: PeerId, dials: Vec<PunchDial> },
     /// Close a connection.
     Close { id: ConnectionId },
     /// Close every connection to a peer.
@@ -89,6 +94,7 @@ pub(crate) struct Driver {
     queries: Queries,
     topics: Topics,
     upkeep: Upkeep,
+    seen: Seen,
     /// Where each connection leads, for judging the addresses that its peer claims.
     remotes: HashMap<ConnectionId, Multiaddr>,
     /// Connections that this end dialled.
@@ -112,6 +118,7 @@ impl Driver {
             queries: Queries::default(),
             topics: Topics::default(),
             upkeep,
+            seen: Seen::default(),
             remotes: HashMap::new(),
             dialled: HashSet::new(),
             from_mdns: HashSet::new(),
@@ -151,6 +158,7 @@ impl Driver {
         match command {
             Command::Dial { address, reply } => self.dial_address(address, reply),
             Command::Connect { peer, reply } => self.connect(&peer, reply),
+            Command::Punch { peer, dials } => self.punch(&peer, dials),
             Command::Close { id } => {
                 self.swarm.close_connection(id);
             }
@@ -194,7 +202,8 @@ impl Driver {
         match event {
             SwarmEvent::Behaviour(event) => self.handle_behaviour_event(event),
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                let remote = endpoint.get_remote_address().clone();
+                self.seen.handle_established(connection_id, &endpoint);
+                let remote = leads_to(&endpoint);
                 if let (ConnectedPoint::Dialer { address, .. }, Ok(peer)) = (&endpoint, wire_peer(&peer_id)) {
                     self.shared.table().handle_address(
                         self.shared.now(),
@@ -212,6 +221,7 @@ impl Driver {
             SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, num_established, .. } => {
                 tracing::debug!(peer = %peer_id, ?cause, "connection closed");
                 self.remotes.remove(&connection_id);
+                self.handle_unseen(connection_id);
                 self.dialled.remove(&connection_id);
                 if num_established == 0 {
                     self.from_mdns.remove(&peer_id);
@@ -275,10 +285,6 @@ impl Driver {
                     self.shared.emit(NetEvent::RelayReserved(peer));
                 }
             }
-            BehaviourEvent::Dcutr(dcutr::Event { remote_peer_id, result }) => match result {
-                Ok(_) => tracing::info!(peer = %remote_peer_id, "direct path found"),
-                Err(error) => tracing::info!(peer = %remote_peer_id, %error, "no direct path"),
-            },
             BehaviourEvent::AutonatClient(autonat::v2::client::Event { tested_addr, result, .. }) => {
                 tracing::debug!(address = %tested_addr, reachable = result.is_ok(), "reachability tested");
             }
@@ -297,6 +303,7 @@ impl Driver {
             let _ = self.swarm.disconnect_peer_id(peer_id);
             return;
         }
+        self.handle_seen(connection_id, &info.observed_addr);
         let Some(seen_at) = self.remotes.get(&connection_id).map(ToString::to_string) else { return };
         if let (true, Some(address)) =
             (info.protocols.contains(&relay::HOP_PROTOCOL_NAME), self.remotes.get(&connection_id))
@@ -353,6 +360,15 @@ impl Driver {
         if self.swarm.dial(options).is_ok() {
             self.from_mdns.insert(peer_id);
         }
+    }
+}
+
+/// Where a connection leads; over a relay, which one.
+fn leads_to(endpoint: &ConnectedPoint) -> Multiaddr {
+    match endpoint {
+        // The remote address is only a name then.
+        ConnectedPoint::Listener { local_addr, .. } if endpoint.is_relayed() => local_addr.clone(),
+        _ => endpoint.get_remote_address().clone(),
     }
 }
 

@@ -46,6 +46,8 @@ pub(crate) type StreamHandler = Arc<dyn Fn(PeerId, Stream) -> BoxFuture<()> + Se
 pub(crate) enum Acceptor {
     /// The RPC server.
     Rpc,
+    /// Direct connections instead of relayed ones.
+    Punch,
     /// The link probes.
     Link,
     /// The application.
@@ -217,6 +219,8 @@ pub(crate) struct Shared {
     pub(crate) calls_served: watch::Sender<usize>,
     /// What was heard of the network.
     pub(crate) news: News,
+    /// Addresses at which peers see this node, the most promising first.
+    pub(crate) seen_at: watch::Sender<Vec<String>>,
     started: Instant,
     table: Mutex<PeerTable<Arc<Connection>, Arc<PeerState>>>,
     acceptors: RwLock<Arc<Acceptors>>,
@@ -253,6 +257,7 @@ impl Shared {
             streams_served: AtomicU64::new(0),
             next_call: AtomicU64::new(1),
             calls_served: watch::channel(0).0,
+            seen_at: watch::channel(Vec::new()).0,
             started: Instant::now(),
             table: Mutex::new(table),
             acceptors: RwLock::default(),

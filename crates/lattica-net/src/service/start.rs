@@ -23,6 +23,7 @@ use super::gate::Gate;
 use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::news;
+use super::punch::PUNCH_PROTOCOL;
 use super::rpc_client::RPC_PROTOCOL;
 use super::shared::{Acceptor, Shared, lock};
 use crate::addr::is_relayed;
@@ -73,6 +74,9 @@ pub(super) async fn start(
     let shared = Arc::new(Shared::new(local, config, Handle::current(), runtime.handle().clone(), commands));
     shared.set_acceptor(RPC_PROTOCOL, Some(Acceptor::Rpc));
     shared.set_acceptor(LINK_PROTOCOL, Some(Acceptor::Link));
+    if shared.config.hole_punching {
+        shared.set_acceptor(PUNCH_PROTOCOL, Some(Acceptor::Punch));
+    }
 
     let keypair = identity.libp2p_keypair();
     let (ready, started) = oneshot::channel();

@@ -19,7 +19,7 @@ use libp2p::swarm::{
 
 use super::connection::Connection;
 use super::shared::Shared;
-use super::{link_probe, wire_peer};
+use super::{link_probe, punch, wire_peer};
 use crate::event::NetEvent;
 use crate::peers::{Change, Rank};
 
@@ -71,6 +71,10 @@ impl Behaviour {
             self.shared.table().handle_connected(now, &peer, connection.key, rank, Arc::clone(&connection))
         };
         self.established.insert(id, Arc::clone(&connection));
+        // Who was dialled over a relay asks for a direct connection.
+        if connection.relayed && !connection.dialled && self.shared.config.hole_punching {
+            self.shared.network.spawn(punch::keep_direct(Arc::clone(&self.shared), Arc::clone(&connection)));
+        }
         self.shared.network.spawn(link_probe::measure(Arc::clone(&self.shared), connection));
         match change {
             Change::Connected => self.shared.emit(NetEvent::Connected(peer)),
@@ -105,7 +109,9 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, remote, (is_relayed(local) || is_relayed(remote), false))
+        // The remote address of a relayed connection is only a name; the relay's is in the local one.
+        let (relayed, leads) = if is_relayed(local) { (true, local) } else { (is_relayed(remote), remote) };
+        self.handler(id, peer, leads, (relayed, false))
     }
 
     fn handle_established_outbound_connection(
@@ -113,10 +119,11 @@ impl NetworkBehaviour for Behaviour {
         id: ConnectionId,
         peer: LibPeerId,
         address: &Multiaddr,
-        _: Endpoint,
+        role: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, address, (is_relayed(address), true))
+        // In a punched hole both ends have dialled and one plays the listener.
+        self.handler(id, peer, address, (is_relayed(address), role == Endpoint::Dialer))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {

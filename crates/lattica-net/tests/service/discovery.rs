@@ -58,34 +58,6 @@ async fn calls_work_over_a_tcp_relay() {
 }
 
 #[tokio::test]
-async fn a_relayed_connection_becomes_direct_and_calls_go_on() {
-    let relay = start(NodeConfig { relay_server: true, ..config(Transport::Quic) }).await;
-    let relays = relay.listen_addrs().await;
-    let hidden = start(NodeConfig { relays: relays.clone(), ..config(Transport::Quic) }).await;
-    hidden.handle("echo", |_, body| async move { Ok(body) });
-    let mut ready = hidden.events();
-    until(&mut ready, &NetEvent::RelayReserved(relay.peer_id())).await;
-    let client = start(NodeConfig { bootstrap: relays.clone(), ..config(Transport::Quic) }).await;
-    eventually("the client knows the relay", || client.is_connected(&relay.peer_id())).await;
-    let mut events = client.events();
-    let address = format!("{}/p2p-circuit/p2p/{}", relays[0], hidden.peer_id());
-    client.dial(&address).await.unwrap();
-    let became_direct = NetEvent::DirectPath(hidden.peer_id());
-    let calling = async {
-        loop {
-            client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
-        }
-    };
-    tokio::select! {
-        () = calling => {}
-        () = until(&mut events, &became_direct) => {}
-    }
-    let stream = client.open_stream(&hidden.peer_id(), "/lattica/link/1.0.0").await.unwrap();
-    assert!(!stream.is_relayed());
-    client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
-}
-
-#[tokio::test]
 async fn a_lost_relay_is_replaced_by_another_one() {
     let relay = || async { start(NodeConfig { relay_server: true, ..config(Transport::Tcp) }).await };
     let relays = [relay().await, relay().await, relay().await];

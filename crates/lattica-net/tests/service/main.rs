@@ -9,6 +9,7 @@ mod gossip;
 mod hostile;
 mod news;
 mod private;
+mod punch;
 mod stock;
 mod streams;
 mod switching;

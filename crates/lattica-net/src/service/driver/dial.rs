@@ -15,6 +15,7 @@ use super::super::{libp2p_peer, wire_peer};
 use super::{Driver, Reply, without_peer};
 use crate::addr::is_relayed;
 use crate::error::DialError;
+use crate::punch::PunchDial;
 
 /// Callers that wait for one peer; beyond, they are refused.
 const WAITERS_MAX: usize = 4096;
@@ -124,6 +125,25 @@ impl Driver {
                 self.dials.by_connection.insert(id, Dial { target, waiter: None, peer: Some(peer_id) });
             }
             Err(error) => self.refuse_waiters(peer_id, &explain(&target, &error)),
+        }
+    }
+
+    /// Dials a peer from here while it dials us.
+    pub(super) fn punch(&mut self, peer: &PeerId, dials: Vec<PunchDial>) {
+        let Ok(peer_id) = libp2p_peer(peer) else { return };
+        for dial in dials {
+            let addresses = dial.addresses.iter().filter_map(|a| a.parse().ok()).collect();
+            let mut options =
+                DialOpts::peer_id(peer_id).condition(PeerCondition::Always).addresses(addresses);
+            if dial.as_listener {
+                options = options.override_role();
+            }
+            if dial.fresh_port {
+                options = options.allocate_new_port();
+            }
+            if let Err(error) = self.swarm.dial(options.build()) {
+                tracing::debug!(%peer, %error, "no punch");
+            }
         }
     }
 

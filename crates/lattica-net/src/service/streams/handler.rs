@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::super::connection::{Connection, OpenError, OpenRequest};
 use super::super::shared::{Acceptor, Acceptors, Shared};
 use super::super::stream::Stream;
-use super::super::{link_probe, rpc_server};
+use super::super::{link_probe, punch, rpc_server};
 
 type Reply = oneshot::Sender<Result<libp2p::Stream, OpenError>>;
 
@@ -47,6 +47,9 @@ impl Handler {
         match acceptor {
             Acceptor::Rpc => {
                 shared.network.clone().spawn(rpc_server::serve(shared, connection, stream, place));
+            }
+            Acceptor::Punch => {
+                shared.network.clone().spawn(punch::answer(shared, connection, stream, place));
             }
             Acceptor::Link => {
                 shared.network.clone().spawn(link_probe::answer(shared, connection, stream, place));
