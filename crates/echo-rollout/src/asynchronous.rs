@@ -130,6 +130,8 @@ pub struct AsyncCoordinator {
     patience: u32,
     waited_ms: u64,
     trained_ms: u64,
+    /// Steps that took `trained_ms`.
+    trained_steps: u64,
 }
 
 impl AsyncCoordinator {
@@ -151,7 +153,17 @@ impl AsyncCoordinator {
             patience: SPARE_STEPS,
             waited_ms: 0,
             trained_ms: 0,
+            trained_steps: 0,
         })
+    }
+
+    /// Goes on where a run was stopped that had published `published` and had last asked for `open` groups.
+    #[must_use]
+    pub fn resumed(mut self, published: Option<PolicyVersion>, open: u32) -> Self {
+        let batches = u64::from(open / self.config.groups_per_step);
+        self.ahead = batches.saturating_sub(1).clamp(self.config.publish_every - 1, self.config.budget.0);
+        self.published = published;
+        self
     }
 
     /// What the learner is doing.
@@ -237,6 +249,7 @@ impl AsyncCoordinator {
     pub fn handle_trained(&mut self, now_ms: u64) -> Result<(), NotAsked> {
         let Learner::Trains { since_ms } = self.learner else { return Err(self.not_asked("a step")) };
         self.trained_ms += now_ms.saturating_sub(since_ms);
+        self.trained_steps += 1;
         self.learner = Learner::Trained;
         Ok(())
     }
@@ -276,7 +289,7 @@ impl AsyncCoordinator {
 
     /// One batch more or fewer, by what was seen before this step.
     fn adapt(&mut self, waited_ms: u64, ready: usize) {
-        let step_ms = self.trained_ms / (self.step.max(1)).min(self.trained_ms.max(1));
+        let step_ms = self.trained_ms / self.trained_steps.max(1);
         let waited = waited_ms.saturating_mul(IDLE_SHARE) > step_ms.max(1);
         let spare = !waited && ready >= self.config.groups_per_step as usize;
         self.spare = if spare { self.spare + 1 } else { 0 };
@@ -377,6 +390,23 @@ mod tests {
         step(&mut c, &mut now, 0, 0, 4);
         assert_eq!(c.ahead(), 2);
         assert!((c.utilisation() - 1400.0 / 1750.0).abs() < 0.1, "{}", c.utilisation());
+    }
+
+    #[test]
+    fn a_resumed_run_is_as_far_ahead_and_judges_waits_by_its_own_steps() {
+        let (published, mut now) = (Some(PolicyVersion(1000)), 0);
+        let start = AsyncCoordinator::new(AsyncConfig { steps: 2000, ..config() }, 1000, 0).unwrap();
+        let mut c = start.resumed(published, 12);
+        let view = View { open_groups: 12, pending: 4, ..View::default() };
+        assert_eq!((c.ahead(), c.poll(&view)), (2, None), "what is out is not published again");
+        step(&mut c, &mut now, 500, 0, 0);
+        (0..9).for_each(|_| step(&mut c, &mut now, 2, 0, 0));
+        assert_eq!(c.ahead(), 2, "2 ms are nothing beside steps of 100 ms, however many were made before");
+        step(&mut c, &mut now, 50, 0, 0);
+        assert_eq!(c.ahead(), 3);
+        let config = AsyncConfig { publish_every: 2, ..config() };
+        let ahead = |open| AsyncCoordinator::new(config, 0, 0).unwrap().resumed(None, open).ahead();
+        assert_eq!([0, 8, 400].map(ahead), [1, 1, 3], "within what the settings allow");
     }
 
     #[test]

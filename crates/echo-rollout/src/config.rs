@@ -59,6 +59,13 @@ impl DispatchConfig {
         }
     }
 
+    /// How many versions before the newest somebody may still ask for: those within the staleness bound, and a few more for
+    /// audits that come late.
+    pub fn snapshots_kept(&self) -> u64 {
+        const SPARE: u64 = 4;
+        self.staleness.0.saturating_add(SPARE)
+    }
+
     /// Checks every value.
     ///
     /// # Errors

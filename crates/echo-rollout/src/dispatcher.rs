@@ -45,6 +45,8 @@ pub struct Dispatcher {
     leases: LeaseTable,
     groups: BTreeMap<GroupId, OpenGroup>,
     next_group: u64,
+    /// How many groups were last asked to be open.
+    asked_open: u32,
     /// Samples that nobody works on.
     pending: BTreeSet<(GroupId, u32)>,
     workers: BTreeMap<PeerId, Worker>,
@@ -64,6 +66,9 @@ struct OpenGroup {
     slots: Vec<Slot>,
     /// The learner's step that has it.
     step: Option<u64>,
+    /// The step that had it when the learner was stopped, and that gets it again: it is then trained on what it would
+    /// have been without the stop.
+    again: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -108,6 +113,7 @@ impl Dispatcher {
             leases: LeaseTable::default(),
             groups: BTreeMap::new(),
             next_group: 0,
+            asked_open: 0,
             pending: BTreeSet::new(),
             workers: BTreeMap::new(),
             deadlines: BTreeSet::new(),
@@ -189,6 +195,11 @@ impl Dispatcher {
         self.groups.len()
     }
 
+    /// How many groups were last asked to be open; 0 before the first were.
+    pub fn asked_open(&self) -> u32 {
+        self.asked_open
+    }
+
     /// Samples that nobody works on.
     pub fn n_pending(&self) -> usize {
         self.pending.len()
@@ -202,13 +213,14 @@ impl Dispatcher {
     }
 
     fn open_groups(&mut self, up_to: u32) -> Outcome {
+        self.asked_open = up_to;
         let limit = up_to.min(self.config.max_open_groups) as usize;
         let mut opened = Vec::new();
         while self.groups.len() < limit {
             let id = GroupId(self.next_group);
             self.next_group += 1;
             let slots = vec![Slot::default(); self.config.group_size as usize];
-            self.groups.insert(id, OpenGroup { slots, step: None });
+            self.groups.insert(id, OpenGroup { slots, step: None, again: None });
             self.pending.extend((0..self.config.group_size).map(|i| (id, i)));
             opened.push(id);
         }
@@ -248,7 +260,9 @@ impl Dispatcher {
             self.groups.iter().filter(|(_, g)| g.step == Some(step)).map(|(id, _)| *id).collect();
         if chosen.is_empty() {
             let mut too_old = Vec::new();
-            for id in self.ready_groups() {
+            let mut ready = self.ready_groups();
+            ready.sort_by_key(|id| self.groups[id].again != Some(step));
+            for id in ready {
                 let filled = self.groups[&id].slots.iter().filter_map(|s| s.filled.as_ref());
                 let old = filled
                     .map(|f| &f.trajectory)
@@ -302,8 +316,8 @@ impl Dispatcher {
         Outcome::Committed(done.len())
     }
 
-    /// After a restart: steps below `steps` are in the trainer's checkpoint and so consumed; the groups of later ones go
-    /// back to the queue. Connections are gone, so leases run until their deadlines.
+    /// After a restart: steps below `steps` are in the trainer's checkpoint and so consumed; the groups of the next one
+    /// go back to the queue, for the same step. Connections are gone, so leases run until their deadlines.
     fn recover(&mut self, steps: u64) -> Outcome {
         let taken: BTreeSet<u64> = self.groups.values().filter_map(|g| g.step).collect();
         taken.range(..steps).for_each(|step| {
@@ -311,7 +325,8 @@ impl Dispatcher {
         });
         let mut back = Vec::new();
         for group in self.groups.values_mut() {
-            if group.step.take().is_some() {
+            if let Some(step) = group.step.take() {
+                group.again = Some(step);
                 back.extend(group.slots.iter().filter_map(|s| s.filled.as_ref()).map(|f| f.trajectory.id()));
             }
         }

@@ -3,6 +3,14 @@
 //!
 //! Parameters, both moments, the step counters, the version and the consumed leases travel together, so that a lease is
 //! consumed exactly when its gradient is in the weights.
+//!
+//! Trajectories that were received and not yet trained on are not in it: they are in the collector's journal, which was
+//! written before they were acknowledged. The version is the place in that journal: the step that made it, and all before,
+//! are consumed when the journal is read again, and the groups that a later step had go to the same step once more. Nothing
+//! is drawn from a generator with a state, so there is none to keep. `interruptions` kills a run at every write.
+
+#[cfg(test)]
+mod interruptions;
 
 use std::collections::BTreeMap;
 
@@ -132,21 +140,7 @@ impl<P: Policy> Trainer<P> {
     /// # Errors
     /// When the payload cannot be encoded.
     pub fn checkpoint(&self, run: RunId, base_model_id: &str) -> Result<TrainerCheckpoint, CheckpointError> {
-        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        let mut parts: BTreeMap<String, ([usize; 2], Vec<u8>)> = BTreeMap::new();
-        for (p, m) in self.masters.iter().zip(self.optimiser.moments()) {
-            parts.insert(p.name.clone(), (p.shape, bytes(&p.values)));
-            parts.insert(format!("{}.first", p.name), (p.shape, bytes(&m.first)));
-            parts.insert(format!("{}.second", p.name), (p.shape, bytes(&m.second)));
-        }
-        let mut views = Vec::with_capacity(parts.len());
-        for (name, (shape, data)) in &parts {
-            views.push((
-                name.as_str(),
-                TensorView::new(Dtype::F32, shape.to_vec(), data).map_err(tensors_error)?,
-            ));
-        }
-        let payload = serialize(views, None).map_err(tensors_error)?;
+        let payload = encode_state(&self.masters, self.optimiser.moments())?;
         let manifest = CheckpointManifest {
             format: FORMAT,
             run,
@@ -180,16 +174,7 @@ impl<P: Policy> Trainer<P> {
         same("base model", m.base_model_id.clone(), base_model_id.to_owned())?;
         let leaves = policy.leaves().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         same("parameters", m.parameters.join(" "), leaves.join(" "))?;
-        let tensors = SafeTensors::deserialize(&checkpoint.payload).map_err(tensors_error)?;
-        let mut masters = Parameters::new();
-        let mut moments = Vec::new();
-        for name in &m.parameters {
-            let (shape, values) = read(&tensors, name)?;
-            let first = read(&tensors, &format!("{name}.first"))?.1;
-            let second = read(&tensors, &format!("{name}.second"))?.1;
-            masters.push(Parameter { name: name.clone(), shape, values });
-            moments.push(Moments { first, second });
-        }
+        let (masters, moments) = decode_state(&m.parameters, &checkpoint.payload)?;
         policy.assign(&masters)?;
         let optimiser =
             AdamW::resume(m.config.optim, &masters, m.optimiser_steps, moments).map_err(StepError::from)?;
@@ -199,6 +184,40 @@ impl<P: Policy> Trainer<P> {
         trainer.consumed = m.consumed.clone();
         Ok(trainer)
     }
+}
+
+/// Parameters and both of their moments as safetensors.
+pub(crate) fn encode_state(masters: &[Parameter], moments: &[Moments]) -> Result<Vec<u8>, CheckpointError> {
+    let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let mut parts: BTreeMap<String, ([usize; 2], Vec<u8>)> = BTreeMap::new();
+    for (p, m) in masters.iter().zip(moments) {
+        parts.insert(p.name.clone(), (p.shape, bytes(&p.values)));
+        parts.insert(format!("{}.first", p.name), (p.shape, bytes(&m.first)));
+        parts.insert(format!("{}.second", p.name), (p.shape, bytes(&m.second)));
+    }
+    let mut views = Vec::with_capacity(parts.len());
+    for (name, (shape, data)) in &parts {
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), data).map_err(tensors_error)?;
+        views.push((name.as_str(), view));
+    }
+    serialize(views, None).map_err(tensors_error)
+}
+
+/// The parameters of these names, in this order, with their moments.
+pub(crate) fn decode_state(
+    names: &[String],
+    payload: &[u8],
+) -> Result<(Parameters, Vec<Moments>), CheckpointError> {
+    let tensors = SafeTensors::deserialize(payload).map_err(tensors_error)?;
+    let (mut masters, mut moments) = (Parameters::new(), Vec::new());
+    for name in names {
+        let (shape, values) = read(&tensors, name)?;
+        let first = read(&tensors, &format!("{name}.first"))?.1;
+        let second = read(&tensors, &format!("{name}.second"))?.1;
+        masters.push(Parameter { name: name.clone(), shape, values });
+        moments.push(Moments { first, second });
+    }
+    Ok((masters, moments))
 }
 
 fn read(tensors: &SafeTensors<'_>, name: &str) -> Result<([usize; 2], Vec<f32>), CheckpointError> {

@@ -124,6 +124,24 @@ fn what_became_too_old_is_sampled_again_and_nothing_too_old_is_taken() {
 }
 
 #[test]
+fn a_step_that_was_begun_gets_the_same_groups_after_a_restart() {
+    let mut d = ahead(2);
+    let leases = leased(&mut d, 0, 1, 6);
+    leases[1..].iter().for_each(|l| assert_eq!(submit(&mut d, 1, 1, *l), Submission::Accepted));
+    let begun = d.handle(2, Command::Take { step: 0, groups: 3 });
+    // An older group is complete only now.
+    assert_eq!(submit(&mut d, 3, 1, leases[0]), Submission::Accepted);
+    let others = d.ready_groups();
+    assert!(others.contains(&GroupId(0)), "{others:?}");
+    d.handle(4, Command::Recover { steps: 0 });
+    assert_eq!(d.ready_groups().len(), 6);
+    assert_eq!(d.handle(5, Command::Take { step: 0, groups: 3 }), begun);
+    d.handle(6, Command::Commit { step: 0 });
+    assert_eq!(d.ready_groups(), others);
+    d.check_invariants().unwrap();
+}
+
+#[test]
 fn a_lease_broken_off_for_a_newer_policy_is_no_attempt() {
     let mut d = open(DispatchConfig { max_attempts: 2, ..config() });
     for n in 0..5 {

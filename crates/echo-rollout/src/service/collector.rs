@@ -47,8 +47,6 @@ use crate::lease::LeaseId;
 use crate::snapshot::SignedSnapshot;
 use crate::sync::{Action, OutOfOrder, Phase, SequentialSync, View};
 
-/// Snapshots kept beyond the staleness bound, for audits that come late.
-const SPARE_SNAPSHOTS: u64 = 4;
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -274,15 +272,31 @@ impl Collector {
     /// # Errors
     /// When the version goes back or the journal refuses.
     pub async fn publish(&self, snapshot: &SignedSnapshot) -> Result<(), CollectorError> {
+        self.command(Command::SetVersion(snapshot.manifest().version)).await?;
+        self.restore(snapshot);
+        Ok(())
+    }
+
+    /// After a restart: `snapshot` was published before, and what was sampled with it can be audited again. One that is
+    /// newer than what the journal knows of is not told of.
+    pub fn restore(&self, snapshot: &SignedSnapshot) {
         let version = snapshot.manifest().version;
-        self.command(Command::SetVersion(version)).await?;
         let mut state = self.inner.state();
-        let keep = version.0.saturating_sub(self.inner.config.dispatch.staleness.0 + SPARE_SNAPSHOTS);
-        state.snapshots.retain(|v, _| v.0 >= keep);
+        let newest = state.dispatcher.version();
+        if version > newest {
+            return;
+        }
+        let oldest = newest.0.saturating_sub(self.inner.config.dispatch.snapshots_kept());
         state.snapshots.insert(version, snapshot.clone());
+        state.snapshots.retain(|v, _| v.0 >= oldest);
         drop(state);
         self.inner.changed.send_modify(|n| *n += 1);
-        Ok(())
+    }
+
+    /// The newest version that was published, and how many groups were last asked to be open: before a restart as well.
+    pub fn reached(&self) -> (PolicyVersion, u32) {
+        let state = self.inner.state();
+        (state.dispatcher.version(), state.dispatcher.asked_open())
     }
 
     /// One round of the sequential mode up to complete, audited groups, which the learner then has. Dropping the future

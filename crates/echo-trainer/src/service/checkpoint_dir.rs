@@ -30,7 +30,7 @@ pub enum CheckpointDirError {
     Checkpoint(#[from] CheckpointError),
 }
 
-pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointDirError {
+pub(crate) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointDirError {
     let path = path.to_owned();
     move |source| CheckpointDirError::Io { what, path, source }
 }

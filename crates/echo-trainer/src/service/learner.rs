@@ -19,6 +19,7 @@
 //! ```
 
 mod asynchronous;
+mod published;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -252,6 +253,8 @@ pub struct Learner<P> {
     full_bytes: u64,
     /// The newest weights over the base model; `None` before the first step.
     adapter: Option<(PolicyVersion, Bytes)>,
+    /// The newest version that is out; `None` before the first, and when what was out before a restart is not here.
+    published: Option<PolicyVersion>,
 }
 
 /// A step that is on disk.
@@ -346,8 +349,14 @@ impl<P: Update + Send + 'static> Learner<P> {
         };
         let journal = Some(dir.join(JOURNAL));
         let collector = Collector::start(node, collector_config, admission, journal, steps).await?;
+        let publisher = Publisher::new(config.run(), parts.base_model_id.clone(), &parts.node, parts.blocks);
+        let published = match config.mode {
+            Mode::Sequential => None,
+            Mode::Async => publish_again(&collector, &publisher, dir).await?,
+        };
         Ok(Self {
-            publisher: Publisher::new(config.run(), parts.base_model_id.clone(), &parts.node, parts.blocks),
+            publisher,
+            published,
             config,
             dir: dir.to_owned(),
             collector,
@@ -381,7 +390,10 @@ impl<P: Update + Send + 'static> Learner<P> {
         if self.collector.wait_for_workers(self.config.workers, patience).await == 0 {
             return Err(LearnerError::NoWorkers { seconds: self.config.workers_timeout_s });
         }
-        self.collector.publish(&self.snapshot().await?).await?;
+        if self.published.is_none() {
+            self.collector.publish(&self.snapshot().await?).await?;
+            self.published = Some(self.version());
+        }
         tell(LearnerEvent::Eval(self.evaluate().await?));
         let mut loops =
             Loops { until: started + Duration::from_secs(self.config.seconds), ..Loops::new(tell) };
@@ -455,6 +467,8 @@ impl<P: Update + Send + 'static> Learner<P> {
         let groups: Vec<Group> = groups.iter().map(Group::from).collect();
         let (trainer, dir) = (Arc::clone(&self.trainer), self.dir.clone());
         let (run, base_model_id) = (self.config.run(), self.base_model_id.clone());
+        let ahead = self.config.mode == Mode::Async;
+        let kept = self.config.dispatch(0).snapshots_kept().saturating_add(self.config.publish_every);
         tokio::task::spawn_blocking(move || {
             let mut trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
             for group in groups {
@@ -463,6 +477,9 @@ impl<P: Update + Send + 'static> Learner<P> {
             let report = trainer.train_step()?;
             let adapter = trainer.policy().update_bytes()?;
             checkpoint_dir::write(&dir.join(ADAPTER), &adapter)?;
+            if ahead {
+                published::keep(&dir, report.version, &adapter, kept)?;
+            }
             checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
             Ok(Learned { report, adapter: adapter.into(), completion_tokens })
         })
@@ -515,6 +532,25 @@ fn audit_secret(node: &impl Signer, run: u64) -> u64 {
     let signature = node.signature(&[PURPOSE.as_bytes(), &run.to_le_bytes()].concat());
     let secret = blake3::derive_key(PURPOSE, &signature);
     u64::from_le_bytes(secret[..8].try_into().expect("eight bytes"))
+}
+
+/// Serves the versions in `dir` again that were out before a restart; the newest of them, if it is there.
+async fn publish_again(
+    collector: &Collector,
+    publisher: &Publisher,
+    dir: &Path,
+) -> Result<Option<PolicyVersion>, LearnerError> {
+    let (newest, asked_open) = collector.reached();
+    // Groups are opened after the first version is out.
+    let mut published = (asked_open > 0).then_some(PolicyVersion(0));
+    if published.is_some() {
+        collector.restore(&publisher.base());
+    }
+    for (version, adapter) in published::read(dir, newest)? {
+        collector.restore(&publisher.adapter(version, adapter, &[]).await?);
+        published = Some(version);
+    }
+    Ok(published.filter(|version| *version == newest))
 }
 
 /// The trainer of the checkpoint in `dir`, or a new one. More steps than before may be asked for; nothing else changes.

@@ -32,7 +32,8 @@ pub(super) async fn run<P: Update + Send + 'static>(
     let collector = &learner.collector;
     let first = learner.version().0;
     let config = learner.config.asynchronous();
-    let mut coordinator = AsyncCoordinator::new(config, first, collector.now_ms())?;
+    let mut coordinator = AsyncCoordinator::new(config, first, collector.now_ms())?
+        .resumed(learner.published, collector.reached().1);
     let mut changed = collector.changes();
     let mut newest = learner.adapter.clone();
     let mut training: Option<Training> = None;
