@@ -1,6 +1,7 @@
 //! What the example binaries share: starting, logging, reports; and the commands of `parallax`.
 
 pub mod demo;
+pub mod gateway;
 pub mod machine;
 pub mod parallax;
 pub mod program;

@@ -60,6 +60,7 @@ const FORBIDDEN: &[(&str, &str, &[&str])] = &[
     ("echo-rollout", "collector", &["parallax-engine", "parallax-model"]),
     ("echo-trainer", "", &["tokio", "libp2p"]),
     ("echo-trainer", "service", &["parallax-engine"]),
+    ("echo-trainer", "gateway", &["parallax-engine"]),
 ];
 
 /// What an application that embeds the engine must not pull in.

@@ -27,7 +27,7 @@
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
 //! bit for bit), [`pretrain`] and [`data`] (learning from text), [`dataset`] (JSON lines), [`vocabulary`] (the tiny model's tokenizer),
 //! [`config`], [`run`] (a whole run's settings), [`metrics`], [`error`]; with feature `service`: checkpoints on disk, the
-//! learner of a swarm, publication over bitswap.
+//! learner of a swarm, publication over bitswap; with feature `gateway`: a service that the PyPI client `tinker` trains with.
 
 pub mod advantage;
 pub mod checkpoint;

@@ -4,6 +4,8 @@
 pub mod checkpoint_dir;
 pub mod evaluation;
 pub mod finetuning;
+#[cfg(feature = "gateway")]
+pub mod gateway;
 pub mod learner;
 pub mod pretraining;
 pub mod publisher;

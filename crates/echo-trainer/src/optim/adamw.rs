@@ -61,6 +61,16 @@ impl AdamW {
         Ok(Self { config, steps, moments })
     }
 
+    /// Goes on with other settings; the moments stay.
+    ///
+    /// # Errors
+    /// When a setting is out of range; the old ones stay then.
+    pub fn set_config(&mut self, config: OptimConfig) -> Result<(), OptimError> {
+        config.validate()?;
+        self.config = config;
+        Ok(())
+    }
+
     /// Updates so far.
     pub fn steps(&self) -> u64 {
         self.steps

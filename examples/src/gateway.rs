@@ -1,0 +1,201 @@
+//! `tinker-gateway`: a Tinker-compatible service on this machine, with an engine of its own to sample.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Args;
+use echo_trainer::service::evaluation::BoxFuture;
+use echo_trainer::service::gateway::{
+    Gateway, GatewayConfig, SampleError, SampleTask, SampledAnswer, SampledAnswers, Stop, TaskSampler,
+};
+use parallax_engine::local::LocalStage;
+use parallax_engine::{Completion, EngineConfig, EngineHandle, FinishReason, Request, SamplingParams};
+use parallax_model::{Checkpoint, Tokenizer, WeightDtype};
+use serde_json::json;
+
+use crate::program;
+use crate::rollouts::load_options;
+
+/// Options of the gateway.
+#[derive(Debug, Args)]
+pub struct GatewayArgs {
+    /// `tiny` (embedded), a directory with config.json and safetensors, or a .gguf file
+    #[arg(long, default_value = "tiny")]
+    model: String,
+    /// Name under which clients ask for the base model [default: as --model]
+    #[arg(long)]
+    name: Option<String>,
+    /// Where to listen; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:8383")]
+    listen: SocketAddr,
+    /// Directory of what clients save
+    #[arg(long, default_value = "tinker-gateway-out")]
+    dir: PathBuf,
+    /// File with the API keys that clients may send, one a line; the PyPI client only sends keys that begin with tml-.
+    /// Without it, everyone who can reach the port is let in
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<PathBuf>,
+    /// Models in training at a time
+    #[arg(long, default_value_t = 4)]
+    max_models: usize,
+    /// Cached positions of all samples in the making together
+    #[arg(long, default_value_t = 16_384)]
+    cache_tokens: usize,
+    /// Threads of the CPU kernels; 0: all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Print one JSON object on stdout when the service listens: url, model
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the service until it is asked to stop.
+///
+/// # Errors
+/// Weights that cannot be read, a port in use, a directory that cannot be written.
+pub fn run(args: &GatewayArgs) -> anyhow::Result<()> {
+    if args.threads > 0 {
+        parallax_kernels::pool::set_threads(args.threads);
+    }
+    let api_keys = match &args.api_keys {
+        None => Vec::new(),
+        Some(path) => {
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+            let keys: Vec<String> =
+                text.lines().map(str::trim).filter(|key| !key.is_empty()).map(str::to_owned).collect();
+            anyhow::ensure!(!keys.is_empty(), "{} holds no key", path.display());
+            keys
+        }
+    };
+    let name = args.name.clone().unwrap_or_else(|| args.model.clone());
+    let config = GatewayConfig { api_keys, max_models: args.max_models, ..GatewayConfig::new(name.clone()) };
+    let checkpoint = Checkpoint::resolve(&args.model)?;
+    let sampler = Arc::new(EngineTasks::load(&checkpoint, args.cache_tokens)?);
+    let gateway = Gateway::open(config, checkpoint, sampler, &args.dir)?;
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let listener = tokio::net::TcpListener::bind(args.listen).await;
+        let listener = listener.with_context(|| format!("listening on {}", args.listen))?;
+        let url = format!("http://{}", listener.local_addr()?);
+        program::say(&format!(
+            "serving {name} on {url}; clients: TINKER_BASE_URL={url} TINKER_API_KEY=tml-…"
+        ));
+        if args.json {
+            program::report(&json!({"url": url, "model": name}))?;
+        }
+        tokio::select! {
+            served = gateway.serve(listener) => served?,
+            () = program::stopping() => {}
+        }
+        Ok(())
+    })
+}
+
+/// A local engine as a gateway's sampler.
+#[derive(Debug)]
+pub struct EngineTasks {
+    engine: EngineHandle,
+    tokenizer: Option<Tokenizer>,
+    end_ids: Vec<u32>,
+}
+
+impl EngineTasks {
+    /// Loads the whole model in f32, as it is trained.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
+        let stage = LocalStage::load(checkpoint, &load_options(checkpoint, WeightDtype::F32, cache_tokens))?;
+        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
+        // Without a tokenizer, texts cannot stop an answer; tokens can.
+        let tokenizer = checkpoint.tokenizer().ok();
+        Ok(Self { engine, tokenizer, end_ids: checkpoint.config().eos.clone() })
+    }
+
+    fn stop_ids(&self, stop: &Stop) -> Result<Vec<u32>, SampleError> {
+        let texts = match stop {
+            Stop::Model => return Ok(self.end_ids.clone()),
+            Stop::Tokens(tokens) => return Ok(tokens.clone()),
+            Stop::Texts(texts) => texts,
+        };
+        let one = |text: &String| {
+            let tokens = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.encode(text, false).ok());
+            match tokens.as_deref() {
+                Some([token]) => Ok(*token),
+                _ => Err(SampleError::Invalid {
+                    reason: format!("stop {text:?} is not one token of this model; give token ids"),
+                }),
+            }
+        };
+        texts.iter().map(one).collect()
+    }
+}
+
+fn answer(completion: &Completion) -> SampledAnswer {
+    let tokens = completion.tokens.iter();
+    SampledAnswer {
+        tokens: completion.token_ids(),
+        logprobs: tokens.clone().map(|t| t.sampled_logprob).collect(),
+        stopped: completion.reason == FinishReason::Stop,
+        top: tokens.map(|t| t.top_logprobs.clone()).filter(|top| !top.is_empty()).collect(),
+    }
+}
+
+impl TaskSampler for EngineTasks {
+    fn add(&self, name: &str, adapter: Vec<u8>) -> BoxFuture<'_, Result<(), String>> {
+        let name = name.to_owned();
+        Box::pin(async move { self.engine.add_adapter(&name, adapter).await.map_err(|e| e.to_string()) })
+    }
+
+    fn remove(&self, name: &str) {
+        if let Err(error) = self.engine.remove_adapter(name) {
+            tracing::warn!(%error, name, "an adapter stays in the engine");
+        }
+    }
+
+    fn sample(&self, task: SampleTask) -> BoxFuture<'static, Result<SampledAnswers, SampleError>> {
+        let streams = self.stop_ids(&task.stop).and_then(|stop_ids| {
+            let sampling = SamplingParams {
+                temperature: task.temperature,
+                top_k: task.top_k,
+                top_p: task.top_p,
+                seed: task.seed,
+                max_tokens: task.max_tokens.unwrap_or(usize::MAX),
+                stop_ids,
+                top_logprobs: task.top_logprobs,
+                ..SamplingParams::default()
+            };
+            let request = Request {
+                prompt: task.prompt,
+                sampling,
+                prompt_logprobs: task.prompt_logprobs,
+                adapter: task.adapter,
+                ..Request::default()
+            };
+            let streams = self.engine.submit_n(request, task.samples);
+            streams.map_err(|e| SampleError::Invalid { reason: e.to_string() })
+        });
+        Box::pin(async move {
+            let mut out = SampledAnswers::default();
+            for mut stream in streams? {
+                let mut completion = Completion::default();
+                while let Some(event) = stream.next().await {
+                    completion.take(event);
+                }
+                if !matches!(completion.reason, FinishReason::Stop | FinishReason::Length) {
+                    let failure = completion.error.map(|e| e.to_string());
+                    let reason = failure.unwrap_or_else(|| "the engine has stopped".to_owned());
+                    return Err(SampleError::Failed { reason });
+                }
+                if out.answers.is_empty() {
+                    out.cached_tokens = completion.usage.cached_tokens;
+                    out.prompt_logprobs = std::mem::take(&mut completion.prompt_logprobs);
+                }
+                out.answers.push(answer(&completion));
+            }
+            Ok(out)
+        })
+    }
+}
