@@ -117,29 +117,30 @@ impl Session {
 
     /// A peer that is believed to have everything: asked for blocks at once.
     pub fn add_holder(&mut self, peer: &PeerId, now: Duration) {
-        self.add(peer, Knows::Believed, now);
-    }
-
-    /// A peer that may have something: asked for presences first. Ignored when enough such peers are asked already.
-    pub fn add_candidate(&mut self, peer: &PeerId, now: Duration) {
-        let enough = self.config.max_candidates.max(self.config.max_presences / self.slots.len().max(1));
-        if self.n_candidates < enough && !self.peers.contains_key(peer) {
-            self.n_candidates += 1;
-            self.add(peer, Knows::Unknown, now);
-        }
-    }
-
-    fn add(&mut self, peer: &PeerId, belief: Knows, now: Duration) {
-        let n_blocks = self.slots.len();
-        if let Some(known) = self.peers.get_mut(peer) {
-            if belief == Knows::Believed && !known.dropped {
-                known.believe_all();
-            }
-        } else {
-            self.n_asked_peers += 1;
-            self.peers.insert(peer.clone(), Peer::new(belief, n_blocks, self.config.initial_window_bytes));
+        match self.peers.get_mut(peer) {
+            Some(known) if known.dropped => {}
+            Some(known) => known.believe_all(),
+            None => self.insert(peer, Knows::Believed),
         }
         self.assign(now);
+    }
+
+    /// Peers that may have something: asked for presences first. Ignored once enough such peers are asked.
+    pub fn add_candidates<'a>(&mut self, peers: impl IntoIterator<Item = &'a PeerId>, now: Duration) {
+        let enough = self.config.max_candidates.max(self.config.max_presences / self.slots.len().max(1));
+        for peer in peers {
+            if self.n_candidates < enough && !self.peers.contains_key(peer) {
+                self.n_candidates += 1;
+                self.insert(peer, Knows::Unknown);
+            }
+        }
+        self.assign(now);
+    }
+
+    fn insert(&mut self, peer: &PeerId, belief: Knows) {
+        self.n_asked_peers += 1;
+        let state = Peer::new(belief, self.slots.len(), self.config.initial_window_bytes);
+        self.peers.insert(peer.clone(), state);
     }
 
     /// The connection to `peer` is gone: what it was asked for is asked elsewhere.
@@ -177,8 +178,10 @@ impl Session {
             let kind = WantKind::Have;
             entry.push(WantEntry::Want { cid: *cid, kind, priority: 0, send_dont_have: false });
             self.release(index);
+            self.assign(now);
+        } else {
+            self.assign_to(peer, now);
         }
-        self.assign(now);
     }
 
     /// A block came from `peer`. The caller stores it when it is [`Arrival::New`], and nothing else.
@@ -366,7 +369,7 @@ impl Session {
         // Round robin, one block a turn, so that the first peer does not take everything that is left.
         let names: Vec<PeerId> =
             self.peers.iter().filter(|(_, p)| p.is_usable(now)).map(|(n, _)| n.clone()).collect();
-        let mut turn = names.clone();
+        let mut turn: Vec<&PeerId> = names.iter().collect();
         while !turn.is_empty() {
             turn.retain(|name| self.ask_one(name, now));
         }
@@ -377,6 +380,19 @@ impl Session {
             for name in &names {
                 self.ask_again(name, now);
             }
+        }
+    }
+
+    /// Gives `name` something to do when only what is known of it has changed: among many peers, each that answers would
+    /// otherwise have all the others looked at.
+    fn assign_to(&mut self, name: &PeerId, now: Duration) {
+        if self.missing == 0 || !self.peers.get(name).is_some_and(|peer| peer.is_usable(now)) {
+            return;
+        }
+        while self.ask_one(name, now) {}
+        self.ask_presences(name, now);
+        if self.queue.is_empty() {
+            self.ask_again(name, now);
         }
     }
 

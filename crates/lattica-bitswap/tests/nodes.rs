@@ -390,6 +390,6 @@ async fn a_delta_is_looked_for_where_its_artefact_is_held() {
     tokio::time::timeout(Duration::from_secs(30), announced).await.unwrap();
     receiver.fetch(&root, &[b.peer_id()], |_| ()).await.unwrap();
     assert_eq!(receiver.read(&root).await.unwrap(), new);
-    let (whole, patches) = (served_bytes(&holder, &c.peer_id()), served_bytes(&publisher, &c.peer_id()));
+    let [whole, patches] = [b, a].map(|from| receiver.account(&from.peer_id()).bytes_in);
     assert!(whole < 10_000 && patches > 0, "{whole} bytes and {patches} of patches");
 }

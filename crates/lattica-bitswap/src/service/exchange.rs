@@ -405,7 +405,7 @@ pub(super) async fn follow(exchange: Weak<Exchange>, mut events: broadcast::Rece
                     if fetch.hints.contains(&peer) {
                         fetch.session.add_holder(&peer, now);
                     } else if fetch.hints.is_empty() {
-                        fetch.session.add_candidate(&peer, now);
+                        fetch.session.add_candidates([&peer], now);
                     }
                     fetch.wake.notify_one();
                 }

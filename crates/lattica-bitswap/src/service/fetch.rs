@@ -211,7 +211,7 @@ fn add_connected(exchange: &Exchange, id: u64) {
     connected.retain(|p| !state.ledger.is_shunned(p));
     connected.sort_by_key(|p| std::cmp::Reverse(state.ledger.account(p).score));
     if let Some(fetch) = state.fetches.get_mut(&id) {
-        connected.iter().for_each(|peer| fetch.session.add_candidate(peer, now));
+        fetch.session.add_candidates(&connected, now);
     }
 }
 

@@ -64,7 +64,7 @@ fn run(n: u32, peers: &[(Behaviour, bool)], config: SessionConfig) -> Run {
         if *holder {
             session.add_holder(&name, Duration::ZERO);
         } else {
-            session.add_candidate(&name, Duration::ZERO);
+            session.add_candidates([&name], Duration::ZERO);
         }
         if let Some(at) = behaviour.leaves_at_ms {
             events.push(std::cmp::Reverse((at, u64::MAX, Event::Leave(name))));
@@ -179,8 +179,31 @@ fn one_holder_among_many_candidates_is_found_in_two_round_trips() {
 #[test]
 fn presences_of_many_blocks_are_asked_of_few_peers() {
     let mut session = Session::new(SessionConfig::default(), &wanted(1000));
-    (0..64).for_each(|i| session.add_candidate(&peer(i), Duration::ZERO));
+    session.add_candidates(&(0..64).map(peer).collect::<Vec<_>>(), Duration::ZERO);
     assert_eq!(session.asked_peers(), SessionConfig::default().max_candidates);
+}
+
+#[test]
+fn who_answers_is_asked_on_alone_and_who_refuses_leaves_its_blocks_to_the_others() {
+    let config = SessionConfig { presence_window: 2, ..SessionConfig::default() };
+    let mut session = Session::new(config, &wanted(6));
+    session.add_candidates(&[peer(1), peer(2)], Duration::ZERO);
+    while session.poll_send().is_some() {}
+    session.handle_presence(&peer(1), &cid(0), false, MS);
+    let (to, entries) = session.poll_send().unwrap();
+    assert!(to == peer(1) && matches!(entries[..], [WantEntry::Want { kind: WantKind::Have, .. }]));
+    assert!(session.poll_send().is_none(), "nothing has changed for the other");
+    // Both have block 1, one is asked for it and has lost it.
+    for i in [1, 2] {
+        session.handle_presence(&peer(i), &cid(1), true, MS);
+    }
+    while session.poll_send().is_some() {}
+    session.handle_presence(&peer(1), &cid(1), false, MS * 2);
+    let asked = std::iter::from_fn(|| session.poll_send()).any(|(to, entries)| {
+        let for_it = |e: &WantEntry| matches!(e, WantEntry::Want { cid: c, kind: WantKind::Block, .. } if *c == cid(1));
+        to == peer(2) && entries.iter().any(for_it)
+    });
+    assert!(asked);
 }
 
 #[test]
@@ -247,7 +270,7 @@ fn outstanding_bytes_and_wants_are_bounded() {
 #[test]
 fn a_peer_that_gets_a_block_later_is_asked_when_it_says_so() {
     let mut session = Session::new(SessionConfig::default(), &wanted(1));
-    session.add_candidate(&peer(1), Duration::ZERO);
+    session.add_candidates([&peer(1)], Duration::ZERO);
     session.poll_send().unwrap();
     session.handle_presence(&peer(1), &cid(0), false, MS);
     assert_eq!(session.outlook(), Outlook::NobodyHas);
@@ -262,7 +285,7 @@ fn a_peer_that_gets_a_block_later_is_asked_when_it_says_so() {
 #[test]
 fn an_unasked_block_is_no_gift() {
     let mut session = Session::new(SessionConfig::default(), &wanted(2));
-    session.add_candidate(&peer(1), Duration::ZERO);
+    session.add_candidates([&peer(1)], Duration::ZERO);
     assert_eq!(session.handle_block(&peer(2), &cid(0), MS), Arrival::Unasked);
     assert_eq!(session.handle_block(&peer(1), &cid(9), MS), Arrival::Unasked);
     assert_eq!(session.missing(), 2);
