@@ -3,16 +3,16 @@
 
 use std::io::{Error, ErrorKind};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use swarm_wire::{DecodeError, TensorHeader, limits};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::stream::read_bytes;
 
 /// Instead of a header: no tensor follows.
 const END: u8 = 0x45;
 /// Bytes of a header before its dimensions.
 const FIXED_BYTES: usize = 4;
-/// A payload is read in pieces of this size, so that memory follows the bytes that came, not those that were announced.
-const STEP_BYTES: usize = 1024 * 1024;
 /// Smaller payloads leave together with their header in one write.
 const COPY_MAX_BYTES: usize = 64 * 1024;
 
@@ -117,13 +117,8 @@ impl<R: AsyncRead + Unpin> TensorReceiver<R> {
             let limit_bytes = self.limit_bytes;
             return Err(invalid(DecodeError::TooLarge { what: "tensor", limit_bytes, got_bytes: n_bytes }));
         }
-        let mut payload = BytesMut::with_capacity(n_bytes.min(STEP_BYTES));
-        while payload.len() < n_bytes {
-            let from = payload.len();
-            payload.resize(n_bytes.min(from + STEP_BYTES), 0);
-            self.reader.read_exact(&mut payload[from..]).await?;
-        }
-        Ok(Some(Tensor { header, payload: payload.freeze() }))
+        let payload = read_bytes(&mut self.reader, n_bytes).await?;
+        Ok(Some(Tensor { header, payload }))
     }
 }
 
