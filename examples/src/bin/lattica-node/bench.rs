@@ -57,11 +57,12 @@ pub(crate) struct BenchArgs {
     /// Be the other process.
     #[arg(long, hide = true)]
     other: bool,
-    /// Print the report as one JSON object, the last line of stdout: rpc_qps, rpc_p50_us, rpc_p99_us (under the load of
-    /// --in-flight), rpc_sequential_p50_us, echo_qps (under the same load), echo_sequential_qps, echo_sequential_p50_us,
-    /// stream_mb_per_s, blocks_mb_per_s, rss_mb (peak of this process), other_rss_mb, stream_rss_mb (peak of the larger
-    /// process when the stream is over, before any block), one_holder_p50_ms, one_holder_max_ms; each rate with _min and
-    /// _max.
+    /// Print the report as one JSON object, the last line of stdout: machine, command, commit, transport; rpc_bytes,
+    /// in_flight, echo_kib, stream_mb, blocks_mb and crowd as they were set; rpc_qps, rpc_p50_us, rpc_p99_us (under the load
+    /// of --in-flight), rpc_sequential_p50_us, echo_qps, echo_p50_us (under the same load), echo_sequential_qps,
+    /// echo_sequential_p50_us, stream_mb_per_s, blocks_mb_per_s, rss_mb (peak of this process), other_rss_mb,
+    /// stream_rss_mb (peak of the larger process when the stream is over, before any block), one_holder_p50_ms,
+    /// one_holder_max_ms; each rate (_qps, _mb_per_s) with _min and _max.
     #[arg(long)]
     json: bool,
 }
@@ -78,7 +79,8 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "a call takes at most {largest_kib} KiB; send more over a stream"
     );
     let here = node(args.transport, "127.0.0.11").await?;
-    let other = Other::start(&here, &format!("{:?}", args.transport).to_lowercase()).await?;
+    let transport = format!("{:?}", args.transport).to_lowercase();
+    let other = Other::start(&here, &transport).await?;
     let load = |n_bytes, in_flight| Load { n_bytes, in_flight, seconds: args.seconds, rounds: args.rounds };
     let rpc = load(args.rpc_bytes, args.in_flight).measure(&here, &other.peer).await?;
     let sequential = load(args.rpc_bytes, 1).measure(&here, &other.peer).await?;
@@ -104,7 +106,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "machine": machine::describe(),
         "command": std::env::args().collect::<Vec<_>>().join(" "),
         "commit": machine::commit(),
-        "transport": format!("{:?}", args.transport).to_lowercase(),
+        "transport": transport,
         "rpc_bytes": args.rpc_bytes,
         "in_flight": args.in_flight,
         "rpc_qps": rpc.qps.median,
@@ -119,6 +121,8 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "echo_qps_max": echo.as_ref().map(|e| e.qps.max),
         "echo_p50_us": echo.as_ref().map(|e| e.p50_us),
         "echo_sequential_qps": echo_sequential.as_ref().map(|e| e.qps.median),
+        "echo_sequential_qps_min": echo_sequential.as_ref().map(|e| e.qps.min),
+        "echo_sequential_qps_max": echo_sequential.as_ref().map(|e| e.qps.max),
         "echo_sequential_p50_us": echo_sequential.as_ref().map(|e| e.p50_us),
         "stream_mb": args.stream_mb,
         "stream_mb_per_s": streams.as_ref().map(|s| s.median),
