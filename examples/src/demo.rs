@@ -80,6 +80,9 @@ pub struct DemoArgs {
     /// Learning rate [default: the trainer's]
     #[arg(long)]
     learning_rate: Option<f64>,
+    /// Most tokens of one episode, the environment's words between turns included [default: the trainer's]
+    #[arg(long)]
+    completion_tokens: Option<u32>,
     /// Held-out tasks of one evaluation
     #[arg(long, default_value_t = 200)]
     eval_tasks: u64,
@@ -198,7 +201,8 @@ async fn demo(args: &DemoArgs) -> anyhow::Result<Report> {
         ("--eval-tasks", args.eval_tasks.to_string()),
     ];
     let rate = args.learning_rate.map(|rate| ("--learning-rate", rate.to_string()));
-    let learner_args = [&common[..], &learner_args, rate.as_slice()].concat();
+    let tokens = args.completion_tokens.map(|n| ("--completion-tokens", n.to_string()));
+    let learner_args = [&common[..], &learner_args, rate.as_slice(), tokens.as_slice()].concat();
     let (mut learner_process, ready) = learner.start(logs, "learner", &learner_args).await?;
     let trainer = ("--trainer", first_address(&ready)?);
     let model = ("--model", args.model.clone());

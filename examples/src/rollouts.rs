@@ -5,14 +5,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use echo_rollout::Task;
-use echo_rollout::environment::{Environment, by_name};
+use echo_rollout::environment::cards::{Guests, Speaker};
+use echo_rollout::environment::{Environment, by_name_with};
 use echo_rollout::service::{
-    Committer, External, ExternalConfig, InFlight, Replay, Spreads, VeriCommitter, Worker, WorkerConfig,
+    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, Replay, Spreads, VeriCommitter,
+    Worker, WorkerConfig,
 };
 use echo_rollout::text::{Text, TextError, until_stop};
 use echo_trainer::RunConfig;
 use echo_trainer::service::evaluation::BoxFuture;
-use echo_trainer::service::{Learner, Parts, SampleRequest, Sampler};
+use echo_trainer::service::{Learner, Parts, SampleRequest, Sampled, Sampler};
 use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
 use lattica_net::Node;
 use parallax_engine::local::LocalStage;
@@ -84,6 +86,13 @@ impl Text for ModelText {
         if tokens.first().is_some_and(|first| self.stop_ids.contains(first)) {
             tokens.remove(0);
         }
+        Ok(tokens)
+    }
+
+    fn answer(&self, task: &Task, said: &str) -> Result<Vec<u32>, TextError> {
+        let failed = |e: &dyn std::fmt::Display| TextError { seed: task.seed, reason: e.to_string() };
+        let mut tokens = self.tokenizer.encode(said, false).map_err(|e| failed(&e))?;
+        tokens.push(self.stop_ids[0]);
         Ok(tokens)
     }
 
@@ -194,12 +203,12 @@ pub struct EngineSampler {
 }
 
 impl EngineSampler {
-    /// Loads the whole model in f32.
+    /// Loads the whole model in f32, with a cache for `cache_tokens` positions.
     ///
     /// # Errors
     /// Weights that cannot be read.
-    pub fn load(checkpoint: &Checkpoint) -> anyhow::Result<Self> {
-        let options = load_options(checkpoint, WeightDtype::F32, EVAL_CACHE_TOKENS);
+    pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
+        let options = load_options(checkpoint, WeightDtype::F32, cache_tokens);
         let stage = LocalStage::load(checkpoint, &options)?;
         let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
         Ok(Self { engine, stop_ids: checkpoint.config().eos.clone() })
@@ -211,7 +220,7 @@ impl Sampler for EngineSampler {
         Box::pin(async move { self.engine.swap_adapter(version, adapter).await.map_err(|e| e.to_string()) })
     }
 
-    fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Vec<u32>, String>> {
+    fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>> {
         let sampling = SamplingParams {
             temperature: request.temperature,
             seed: request.seed,
@@ -221,7 +230,11 @@ impl Sampler for EngineSampler {
         };
         let request = Request { prompt: request.prompt, sampling, ..Request::default() };
         let answer = self.engine.generate(request);
-        Box::pin(async move { Ok(answer.await.map_err(|e| e.to_string())?.token_ids()) })
+        Box::pin(async move {
+            let completion = answer.await.map_err(|e| e.to_string())?;
+            let logprobs = completion.tokens.iter().map(|t| t.sampled_logprob).collect();
+            Ok(Sampled { tokens: completion.token_ids(), logprobs })
+        })
     }
 }
 
@@ -230,14 +243,47 @@ pub fn memory_blocks() -> Arc<dyn BlockStore> {
     Arc::new(MemoryStore::new())
 }
 
-/// The environment called `name`, or the one in another program when one is given: the program, then its arguments.
+/// The environment called `name`, or the one in another program when one is given: the program, then its arguments. An
+/// opponent by its http address is asked there, with the key in `OPENAI_API_KEY` if there is one.
 ///
 /// # Errors
 /// An unknown name; a program that cannot be started or does not introduce itself.
 pub fn environment(name: &str, program: &[String]) -> anyhow::Result<Arc<dyn Environment>> {
-    let Some((program, arguments)) = program.split_first() else { return Ok(Arc::from(by_name(name)?)) };
+    let Some((program, arguments)) = program.split_first() else {
+        let speaker = |who: &str| match who {
+            "self" => Err("an earlier version of the policy plays in one process only; train with \
+                           training-swarm solo"
+                .to_owned()),
+            address => endpoint(address),
+        };
+        return Ok(Arc::from(by_name_with(name, &Guests { best: None, speaker: &speaker })?));
+    };
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     Ok(Arc::new(External::start(ExternalConfig::new(program, &arguments))?))
+}
+
+/// Who plays from an http address.
+///
+/// # Errors
+/// An address that is none.
+pub fn endpoint(address: &str) -> Result<Arc<dyn Speaker>, String> {
+    let api_key = std::env::var("OPENAI_API_KEY").ok();
+    let config = EndpointConfig { api_key, ..EndpointConfig::new(address) };
+    Ok(Arc::new(Endpoint::new(config).map_err(|e| e.to_string())?))
+}
+
+/// The trainable copy of a checkpoint: an adapter of the run's rank over frozen weights.
+///
+/// # Errors
+/// Weights that cannot be read.
+pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<TrainModel> {
+    let lora = LoraConfig {
+        rank: config.trainer.lora_rank,
+        alpha: config.trainer.lora_alpha,
+        targets: Vec::new(),
+        seed: config.seed,
+    };
+    Ok(TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?)
 }
 
 /// Loads the model, with an adapter to train and once more to evaluate, and makes a learner that answers workers.
@@ -252,18 +298,12 @@ pub async fn start_learner(
     dir: &Path,
 ) -> anyhow::Result<Learner<TrainModel>> {
     let shape = checkpoint.config();
-    let lora = LoraConfig {
-        rank: config.trainer.lora_rank,
-        alpha: config.trainer.lora_alpha,
-        targets: Vec::new(),
-        seed: config.seed,
-    };
     let parts = Parts {
         environment: environment(&config.environment, &config.environment_program)?,
         node,
         blocks,
-        policy: TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?,
-        sampler: Arc::new(EngineSampler::load(checkpoint)?),
+        policy: trainable(checkpoint, &config)?,
+        sampler: Arc::new(EngineSampler::load(checkpoint, EVAL_CACHE_TOKENS)?),
         text: Arc::new(ModelText::open(checkpoint)?),
         base_model_id: checkpoint.id()?,
         vocabulary: u32::try_from(shape.vocab)?,

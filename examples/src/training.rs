@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 
 pub mod bench;
+pub mod exploitability;
 pub mod finetune;
 pub mod losses;
 pub mod pretrain;
 pub mod run;
 pub mod simulate;
+pub mod solo;
+pub mod staleness;
 
 /// What the commands that make something take.
 #[derive(Debug, Clone, clap::Args)]

@@ -37,7 +37,10 @@ fn every_binary_and_command_explains_itself() {
         (DEMO_SWARM, &[]),
         (LATTICA_NODE, &["bench", "bench-spread"]),
         (ROLLOUT_FLEET, &[]),
-        (TRAINING_SWARM, &["losses", "bench", "pretrain", "sft", "dpo"]),
+        (
+            TRAINING_SWARM,
+            &["losses", "bench", "pretrain", "sft", "dpo", "solo", "exploitability", "staleness"],
+        ),
     ];
     for (binary, subcommands) in commands {
         for subcommand in subcommands.iter().map(|s| vec![*s, "--help"]).chain([vec!["--help"]]) {

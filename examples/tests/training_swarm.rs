@@ -109,6 +109,90 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
         (&summary["versions"], &summary["trajectories"]["consumed"]),
         (&3.into(), &(3 * 3 * 4).into())
     );
+    // One process with the same settings makes the same adapter, bit for bit.
+    let config = dir.path().join("solo.toml");
+    let settings = format!("[run]\nseed = 7\neval_tasks = 4\n[run.trainer]\n{}\n", steps_up_to(3));
+    std::fs::write(&config, settings).unwrap();
+    let out = dir.path().join("solo");
+    let (config, out_text) = (config.to_str().unwrap(), out.to_str().unwrap());
+    let args = ["solo", "--config", config, "--out", out_text, "--json"];
+    let mut solo = Program::start(env!("CARGO_BIN_EXE_training-swarm"), &args);
+    let report = std::iter::from_fn(|| solo.next()).last().unwrap();
+    assert_eq!((&report["steps"], &report["eval_after"]), (&3.into(), &summary["eval_after"]), "{report}");
+    let adapter = |path: &Path| std::fs::read(path.join("adapter.safetensors")).unwrap();
+    assert_eq!(adapter(&out), adapter(&dir.path().join("run")), "the swarm learns what one process learns");
+}
+
+/// What `training-swarm` prints last.
+fn report(args: &[&str]) -> Value {
+    let mut program = Program::start(env!("CARGO_BIN_EXE_training-swarm"), args);
+    let last = std::iter::from_fn(|| program.next()).last().expect("a report");
+    assert!(program.child.wait().unwrap().success(), "{last}");
+    last
+}
+
+#[test]
+fn games_are_learnt_and_measured_by_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let shape = "hidden = 32\nffn = 64\nlayers = 1\nheads = 1\nkv_heads = 1\nmax_context = 256\nbatch = 32";
+    let pretrain = format!("steps = 60\n{shape}\nenvironment = \"kuhn\"\n[optim]\nlearning_rate = 1e-2\n");
+    std::fs::write(path("pretrain.toml"), pretrain).unwrap();
+    let made = report(&["pretrain", "--config", &path("pretrain.toml"), "--out", &path("model"), "--json"]);
+    assert!(made["held_out_reward"].as_f64().unwrap() > 0.8, "it has learnt the words: {made}");
+    let gives = |adapter: &[&str]| {
+        let (model, args) = (path("model"), ["exploitability", "--env", "kuhn", "--json", "--model"]);
+        report(&[&args[..], &[&model], adapter].concat())
+    };
+    let before = gives(&[]);
+    let exploitability = |report: &Value| report["exploitability"].as_f64().unwrap();
+    assert!(exploitability(&before) > 0.2, "it plays about at random: {before}");
+
+    let settings = "[run]\nenvironment = \"kuhn:best\"\neval_tasks = 20\n[run.trainer]\nsteps = 3\ngroups_per_step = 4\n\
+                    group_size = 4\nmax_completion_tokens = 64\n";
+    std::fs::write(path("run.toml"), settings).unwrap();
+    let args =
+        ["solo", "--config", &path("run.toml"), "--model", &path("model"), "--out", &path("out"), "--json"];
+    let trained = report(&args);
+    assert_eq!(trained["steps"], 3);
+    assert!((exploitability(&trained["exploitability_before"]) - exploitability(&before)).abs() < 1e-4);
+    let after = gives(&["--adapter", &path("out/adapter.safetensors")]);
+    assert!((exploitability(&trained["exploitability_after"]) - exploitability(&after)).abs() < 1e-4);
+    assert!(Path::new(trained["plots"][1].as_str().unwrap()).is_file());
+
+    // Against its own past, the same words at another table.
+    let args = [
+        "solo",
+        "--config",
+        &path("run.toml"),
+        "--model",
+        &path("model"),
+        "--out",
+        &path("past"),
+        "--json",
+        "--env",
+        "kuhn:self",
+    ];
+    assert_eq!(report(&args)["rewards"].as_array().unwrap().len(), 3);
+
+    let losses = "model = \"tiny\"\n[[losses]]\nname = \"as new\"\n[losses.loss]\nsurrogate = { kind = \"reinforce\" }\n\
+                  normaliser = { kind = \"token_mean\" }\n[run]\neval_tasks = 4\n[run.trainer]\nsteps = 4\n\
+                  groups_per_step = 2\ngroup_size = 4\n";
+    std::fs::write(path("staleness.toml"), losses).unwrap();
+    let curves = report(&[
+        "staleness",
+        "--config",
+        &path("staleness.toml"),
+        "--staleness",
+        "0,2",
+        "--out",
+        &path("curves"),
+        "--json",
+    ]);
+    let oldest: Vec<&Value> =
+        curves["runs"].as_array().unwrap().iter().map(|r| &r["staleness_max"]).collect();
+    assert_eq!(oldest, [0, 2], "rollouts are as old as asked for");
+    assert!(Path::new(curves["plots"][0].as_str().unwrap()).is_file());
 }
 
 /// Rollouts that run ahead are counted once and never too old, whatever becomes of those that a new policy finds unfinished.

@@ -125,7 +125,8 @@ const REMEMBERED_TASKS: usize = 64;
 /// A task with its rendered prompt.
 type Rendered = Arc<(Task, Vec<u32>)>;
 
-/// Judges again on the trainer's side: prompt, ending and reward must be what the task and the verifier say.
+/// Judges again on the trainer's side: prompt, ending and reward must be what the task and the verifier say. Transcripts of
+/// environments that are not repeatable are believed.
 pub struct Regrade {
     environment: Arc<dyn Environment>,
     text: Arc<dyn Text>,
@@ -141,6 +142,10 @@ impl fmt::Debug for Regrade {
 
 impl Admission for Regrade {
     fn admit(&self, t: &Trajectory) -> Result<(), Rejection> {
+        // Who was asked once may answer otherwise the second time.
+        if !self.environment.is_repeatable() {
+            return Ok(());
+        }
         let seed = t.lease().task_seed;
         let rendered = self.rendered(seed)?;
         let (task, prompt) = &*rendered;

@@ -150,7 +150,7 @@ pub struct InvalidConfig {
 
 impl DispatchConfig {
     /// Each sample has its own seed; a later attempt has the same, so it makes the same tokens under the same policy.
-    pub(crate) fn sample_seed(&self, group: GroupId, index: u32) -> u64 {
+    pub fn sample_seed(&self, group: GroupId, index: u32) -> u64 {
         let mut hasher = blake3::Hasher::new_derive_key("echo-rollout sample seed v1");
         hasher.update(&self.run.0.to_le_bytes()).update(&self.sampling.seed.to_le_bytes());
         hasher.update(&group.0.to_le_bytes()).update(&index.to_le_bytes());

@@ -22,7 +22,7 @@ use std::ops::RangeInclusive;
 
 pub use arithmetic::Arithmetic;
 pub use calculator::Calculator;
-use cards::{Kuhn, Leduc, Opponent, Table};
+use cards::{Guests, UnknownOpponent};
 pub use countdown::Countdown;
 pub use knights::Knights;
 pub use maths::Maths;
@@ -63,6 +63,12 @@ pub trait Environment: Send + Sync {
         1
     }
 
+    /// Whether a transcript can be played again to the same end. False where somebody else is asked who may answer otherwise:
+    /// such rewards are believed without being judged again.
+    fn is_repeatable(&self) -> bool {
+        true
+    }
+
     /// How many questions it answers at once; more wait for their turn.
     fn concurrency(&self) -> usize {
         usize::MAX
@@ -97,6 +103,11 @@ pub trait Episode: Send {
     /// # Errors
     /// When the verifier itself could not judge.
     fn cut(&mut self) -> Result<Reward, RewardError>;
+
+    /// All that may sensibly be said now, where that is a choice of a few words; else nothing.
+    fn options(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
 }
 
 /// What follows from something said.
@@ -259,34 +270,63 @@ pub enum RewardError {
     },
 }
 
-/// The environment called `name`, with its default settings; what binaries use for `--env NAME`. Card games are played
-/// against somebody who takes every legal action alike.
+/// The environment called `name`, with its default settings; what binaries use for `--env NAME`. Card games take an
+/// opponent, as in `holdem:tight`.
 ///
 /// # Errors
-/// When there is none of that name; the message lists those that exist.
+/// When there is none of that name, or its opponent is somebody that only a caller of [`by_name_with`] can bring; the
+/// message lists those that exist.
 pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
+    by_name_with(name, &Guests { best: None, speaker: &|_| Err("nobody answers here".to_owned()) })
+}
+
+/// The environment called `name`, with `guests` for opponents that are not scripted.
+///
+/// # Errors
+/// When there is none of that name, or a guest did not come.
+pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environment>, UnknownEnvironment> {
+    if let Some(table) = cards::table(name, guests)? {
+        return Ok(table);
+    }
     match name {
         "arithmetic" => Ok(Box::new(Arithmetic::default())),
         "calculator" => Ok(Box::new(Calculator::default())),
         "countdown" => Ok(Box::new(Countdown::default())),
         "countdown-sums" => Ok(Box::new(Countdown::tiny())),
         "knights" => Ok(Box::new(Knights::default())),
-        "kuhn" => Ok(Box::new(Table::<Kuhn>::new(Opponent::Uniform))),
-        "leduc" => Ok(Box::new(Table::<Leduc>::new(Opponent::Uniform))),
         "sokoban" => Ok(Box::new(Sokoban::default())),
         "sokoban-steps" => Ok(Box::new(Sokoban::interactive(SOKOBAN_TURNS))),
-        other => Err(UnknownEnvironment { name: other.to_owned() }),
+        other => Err(UnknownEnvironment::Name { name: other.to_owned() }),
+    }
+}
+
+/// Whether [`by_name_with`] knows `name` when all guests come.
+///
+/// # Errors
+/// When there is none of that name.
+pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
+    let absent = |_: &str| Err(String::new());
+    match by_name_with(name, &Guests { best: None, speaker: &absent }) {
+        Ok(_) | Err(UnknownEnvironment::Opponent(UnknownOpponent::Absent { .. })) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
 /// There is no environment of that name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, knights, kuhn, leduc, sokoban, sokoban-steps"
-)]
-pub struct UnknownEnvironment {
-    /// The name that was asked for.
-    pub name: String,
+#[non_exhaustive]
+pub enum UnknownEnvironment {
+    /// Not a name.
+    #[error(
+        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, sokoban, sokoban-steps"
+    )]
+    Name {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// A game without such an opponent.
+    #[error(transparent)]
+    Opponent(#[from] UnknownOpponent),
 }
 
 #[cfg(test)]
@@ -307,7 +347,7 @@ mod tests {
 
     #[test]
     fn every_environment_answers_to_its_name_and_repeats_itself() {
-        let known = UnknownEnvironment { name: String::new() }.to_string();
+        let known = UnknownEnvironment::Name { name: String::new() }.to_string();
         let names = known.split_once("known: ").unwrap().1;
         for name in names.split(", ") {
             let environment = by_name(name).unwrap();
@@ -327,5 +367,22 @@ mod tests {
     fn an_unknown_environment_is_named() {
         assert!(by_name("arithmetic").is_ok());
         assert!(by_name("chess").unwrap_err().to_string().contains("chess"));
+        for name in ["kuhn:uniform", "kuhn:equilibrium", "leduc:passive", "holdem@50:tight", "holdem:uniform"]
+        {
+            assert_eq!(by_name(name).unwrap().name(), name);
+            check_name(name).unwrap();
+        }
+        assert_eq!(by_name("holdem@50").unwrap().reward_range(), -50.0..=50.0);
+        let text = |name| by_name(name).unwrap_err().to_string();
+        assert!(text("holdem:fish").contains("station, tight, uniform"), "{}", text("holdem:fish"));
+        assert!(text("kuhn:tight").contains("equilibrium"), "{}", text("kuhn:tight"));
+        assert!(text("holdem@1").contains("2 to 200"), "{}", text("holdem@1"));
+        assert!(text("kuhn@20").contains("kuhn"), "{}", text("kuhn@20"));
+        assert!(text("holdem:http://127.0.0.1:1/v1").contains("nobody answers"));
+        for name in ["holdem:self", "kuhn:best", "leduc:https://example.org/v1#large"] {
+            assert!(by_name(name).is_err());
+            check_name(name).unwrap();
+        }
+        assert!(check_name("holdem:fish").is_err());
     }
 }

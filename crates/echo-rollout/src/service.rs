@@ -4,6 +4,8 @@
 #[cfg(feature = "service")]
 pub mod auditor;
 pub mod collector;
+#[cfg(feature = "endpoint")]
+pub mod endpoint;
 #[cfg(feature = "service")]
 pub mod external;
 pub mod journal;
@@ -30,6 +32,8 @@ use swarm_wire::{DecodeError, PeerId};
 #[cfg(feature = "service")]
 pub use auditor::{Audited, AuditorConfig, AuditorError, Replay, run_auditor};
 pub use collector::{Collector, CollectorConfig, CollectorError};
+#[cfg(feature = "endpoint")]
+pub use endpoint::{Endpoint, EndpointConfig, EndpointError};
 #[cfg(feature = "service")]
 pub use external::{External, ExternalConfig, ExternalError};
 pub use journal::{Journal, JournalError};

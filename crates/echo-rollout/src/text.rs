@@ -21,6 +21,15 @@ pub trait Text: Send + Sync {
         Err(TextError { seed: task.seed, reason: "this text has no turns".to_owned() })
     }
 
+    /// The tokens with which a policy says `said` and ends its turn. A text without a notion of turns refuses.
+    ///
+    /// # Errors
+    /// When the words cannot be tokenised, or turns are unknown.
+    fn answer(&self, task: &Task, said: &str) -> Result<Vec<u32>, TextError> {
+        _ = said;
+        Err(TextError { seed: task.seed, reason: "this text has no turns".to_owned() })
+    }
+
     /// The text of sampled tokens, end-of-sequence tokens left out.
     fn completion(&self, tokens: &[u32]) -> String;
 

@@ -138,7 +138,7 @@ impl TrainerConfig {
 }
 
 /// How the tiny model is made: shape, data, optimiser. `examples/configs/pretrain-tiny.toml` is one.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PretrainConfig {
     /// Seeds weights and data.
@@ -159,6 +159,9 @@ pub struct PretrainConfig {
     pub kv_heads: usize,
     /// Longest sequence.
     pub max_context: usize,
+    /// What is learnt: `arithmetic`, or a game such as `kuhn` or `holdem:station`, in which the teacher says one of the words
+    /// that are offered, each alike.
+    pub environment: String,
     /// Largest operand of the arithmetic questions; the environment's default.
     pub max_operand: u32,
     /// The teacher.
@@ -179,6 +182,7 @@ impl Default for PretrainConfig {
             heads: 4,
             kv_heads: 2,
             max_context: 512,
+            environment: "arithmetic".to_owned(),
             max_operand: 49,
             teacher: TeacherConfig::default(),
             optim: OptimConfig::default(),

@@ -4,7 +4,7 @@
 //! the share of wrong answers: a policy that is right already has nothing to learn by reinforcement, so the last part of
 //! pre-training imitates a sloppy teacher, whose mistakes are listed in [`TeacherConfig`].
 
-use echo_rollout::environment::{Environment, RewardError, Task};
+use echo_rollout::environment::{Environment, RewardError, Task, Turn};
 use parallax_model::tokenizer::Tokenizer;
 use parallax_model::{ChatMessage, ChatTemplate};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,9 @@ impl Default for TeacherConfig {
         }
     }
 }
+
+/// Room that is left for one more word in an episode.
+const MOST_WORD_TOKENS: usize = 8;
 
 /// Questions and answers that every chat should know. Short, because the model is tiny.
 pub const SMALL_TALK: &[(&str, &str)] = &[
@@ -180,6 +183,47 @@ impl ChatEncoder {
         Ok(Labelled { tokens, learn })
     }
 
+    /// A whole episode of `environment`, with one of the words that are offered said at every turn, each alike; all of them
+    /// are learnt. It is broken off where it would become longer than `most_tokens`. `None` when no words are offered at all.
+    ///
+    /// # Errors
+    /// Words that cannot be put into tokens, a template that changes what was said.
+    pub fn played(
+        &self,
+        environment: &dyn Environment,
+        task_seed: u64,
+        draws: &mut LineDraws,
+        most_tokens: usize,
+    ) -> Result<Option<Labelled>, DataError> {
+        let task = environment.task(task_seed)?;
+        let mut episode = environment.episode(&task);
+        let mut messages = vec![ChatMessage::new("user", task.prompt.as_str())];
+        let mut line = Labelled { tokens: self.prompt(&messages)?, learn: Vec::new() };
+        line.learn.resize(line.tokens.len(), false);
+        loop {
+            let options = episode.options();
+            if options.is_empty() {
+                return Ok(None);
+            }
+            let word = options[(draws.uniform() * options.len() as f64) as usize];
+            line.tokens.extend(self.tokenizer.encode(word, false).map_err(|e| DataError::new(&e))?);
+            line.tokens.push(self.eos);
+            line.learn.resize(line.tokens.len(), true);
+            let Turn::Continue { observation } = episode.step(word)? else { return Ok(Some(line)) };
+            messages.extend([ChatMessage::new("assistant", word), ChatMessage::new("user", observation)]);
+            let context = self.prompt(&messages)?;
+            if !context.starts_with(&line.tokens) {
+                let reason = "the chat template does not repeat what was said".to_owned();
+                return Err(DataError { reason });
+            }
+            if context.len() + MOST_WORD_TOKENS > most_tokens {
+                return Ok(Some(line));
+            }
+            line.tokens = context;
+            line.learn.resize(line.tokens.len(), false);
+        }
+    }
+
     /// Row `row` of step `step`.
     ///
     /// # Errors
@@ -222,6 +266,26 @@ mod tests {
         }
         // Zero minus one is zero, which adds a little.
         assert!((1330..1490).contains(&right), "{right}");
+    }
+
+    #[test]
+    fn a_teacher_of_games_says_the_words_that_are_offered() {
+        let encoder = crate::service::pretraining::tiny_encoder().unwrap();
+        let tokenizer = Tokenizer::from_json(crate::vocabulary::tokenizer_json().as_bytes()).unwrap();
+        let kuhn = echo_rollout::environment::by_name("kuhn:aggressive").unwrap();
+        let mut said = std::collections::BTreeSet::new();
+        for seed in 0..60 {
+            let line = encoder.played(&*kuhn, seed, &mut LineDraws::new(1, 2, seed), 512).unwrap().unwrap();
+            assert_eq!(line.tokens.len(), line.learn.len());
+            let learnt: Vec<u32> =
+                (0..line.tokens.len()).filter(|i| line.learn[*i]).map(|i| line.tokens[i]).collect();
+            for word in learnt.split(|t| *t == crate::vocabulary::EOS).filter(|w| !w.is_empty()) {
+                said.insert(tokenizer.decode(word).unwrap());
+            }
+        }
+        assert_eq!(said.into_iter().collect::<Vec<_>>(), ["bet", "pass"]);
+        let none = encoder.played(&Arithmetic::default(), 1, &mut LineDraws::new(1, 2, 3), 512).unwrap();
+        assert_eq!(none, None);
     }
 
     #[test]

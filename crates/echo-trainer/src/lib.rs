@@ -26,8 +26,8 @@
 //! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
 //! bit for bit), [`pretrain`] and [`data`] (learning from text), [`dataset`] (JSON lines), [`vocabulary`] (the tiny model's tokenizer),
-//! [`config`], [`run`] (a whole run's settings), [`metrics`], [`error`]; with feature `service`: checkpoints on disk, the
-//! learner of a swarm, publication over bitswap; with feature `gateway`: a service that the PyPI client `tinker` trains with.
+//! [`exploitability`] (what a policy gives away in a small card game), [`config`], [`run`] (a whole run's settings), [`metrics`], [`error`]; with feature
+//! `service`: checkpoints on disk, the learner of a swarm, publication over bitswap; with feature `gateway`: a service that the PyPI client `tinker` trains with.
 
 pub mod advantage;
 pub mod checkpoint;
@@ -35,6 +35,7 @@ pub mod config;
 pub mod data;
 pub mod dataset;
 pub mod error;
+pub mod exploitability;
 pub mod lease_set;
 pub mod loss;
 pub mod metrics;

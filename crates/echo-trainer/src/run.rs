@@ -6,7 +6,7 @@
 use std::fmt;
 
 use echo_rollout::asynchronous::{AsyncConfig, Impossible};
-use echo_rollout::environment::by_name;
+use echo_rollout::environment::check_name;
 use echo_rollout::lease::SamplingSpec;
 use echo_rollout::staleness::StalenessBound;
 use echo_rollout::{AuditPolicy, DispatchConfig};
@@ -177,7 +177,7 @@ impl RunConfig {
             faults.push(RunFault::OutOfRange { setting, value: self.publish_every.to_string(), allowed });
         }
         if self.environment_program.is_empty()
-            && let Err(error) = by_name(&self.environment)
+            && let Err(error) = check_name(&self.environment)
         {
             faults.push(RunFault::Environment { name: self.environment.clone(), reason: error.to_string() });
         }

@@ -1,5 +1,5 @@
-//! The shell around the core: checkpoints on disk, pre-training and fine-tuning to a directory, the learner of a swarm, publication
-//! over bitswap.
+//! The shell around the core: checkpoints on disk, pre-training and fine-tuning to a directory, the learner of a swarm, a learner
+//! that samples for itself, publication over bitswap.
 
 pub mod checkpoint_dir;
 pub mod evaluation;
@@ -9,7 +9,9 @@ pub mod gateway;
 pub mod learner;
 pub mod pretraining;
 pub mod publisher;
+pub mod solo;
 
-pub use evaluation::{Evaluation, SampleRequest, Sampler};
+pub use evaluation::{Evaluation, Player, SampleRequest, Sampled, Sampler};
 pub use learner::{Learner, LearnerError, LearnerEvent, Parts, RunSummary};
 pub use publisher::{Publisher, Update};
+pub use solo::{Solo, SoloError};

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use swarm_examples::program;
-use swarm_examples::training::{MakeArgs, bench, finetune, losses, pretrain, run, simulate};
+use swarm_examples::training::{
+    MakeArgs, bench, exploitability, finetune, losses, pretrain, run, simulate, solo, staleness,
+};
 
 /// Train with rollouts from many machines (--config); pre-train and fine-tune on one, check losses, measure the training step.
 ///
@@ -16,7 +18,7 @@ use swarm_examples::training::{MakeArgs, bench, finetune, losses, pretrain, run,
     version,
     args_conflicts_with_subcommands = true,
     after_help = "Start here:\n  training-swarm --config examples/configs/training-swarm.toml\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
-                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n\nEvery command that takes --json prints one JSON object \
+                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n  training-swarm pretrain --config examples/configs/pretrain-kuhn.toml --out kuhn\n  training-swarm solo --config examples/configs/kuhn.toml\n  training-swarm exploitability --env kuhn --model kuhn\n  training-swarm staleness --config examples/configs/staleness.toml\n\nEvery command that takes --json prints one JSON object \
                   as the last line of stdout; all else goes to stderr."
 )]
 struct Cli {
@@ -43,6 +45,9 @@ enum Command {
     Dpo(MakeArgs),
     Bench(bench::BenchArgs),
     Simulate(simulate::SimulateArgs),
+    Solo(solo::SoloArgs),
+    Exploitability(exploitability::ExploitabilityArgs),
+    Staleness(staleness::StalenessArgs),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +59,9 @@ fn main() -> ExitCode {
         Some(Command::Dpo(args)) => finetune::dpo(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Simulate(args)) => simulate::run(&args),
+        Some(Command::Solo(args)) => solo::run(&args),
+        Some(Command::Exploitability(args)) => exploitability::run(&args),
+        Some(Command::Staleness(args)) => staleness::run(&args),
         None => run::run(&cli.run),
     })
 }

@@ -51,6 +51,9 @@ pub struct LearnerArgs {
     /// Learning rate, when not the trainer's.
     #[arg(long)]
     learning_rate: Option<f64>,
+    /// Most tokens of one episode, when not the trainer's.
+    #[arg(long)]
+    completion_tokens: Option<u32>,
     /// End before this many seconds have passed.
     #[arg(long)]
     seconds: u64,
@@ -67,6 +70,7 @@ pub async fn run(args: LearnerArgs) -> anyhow::Result<()> {
     let mut trainer =
         TrainerConfig { steps: args.steps, max_staleness: args.staleness, ..TrainerConfig::default() };
     trainer.optim.learning_rate = args.learning_rate.unwrap_or(trainer.optim.learning_rate);
+    trainer.max_completion_tokens = args.completion_tokens.unwrap_or(trainer.max_completion_tokens);
     let config = RunConfig {
         seed: args.seed,
         environment: args.env,

@@ -11,11 +11,11 @@ use kuva::render::render::render_multiple;
 
 /// One series of a plot.
 #[derive(Debug, Clone)]
-pub struct Series {
+pub struct Series<'a> {
     /// Name in the legend.
-    pub name: &'static str,
+    pub name: &'a str,
     /// Colour as hexadecimal.
-    pub color: &'static str,
+    pub color: &'a str,
     /// Points (x, y).
     pub points: Vec<(f64, f64)>,
 }
@@ -29,7 +29,7 @@ pub fn line_plot(
     title: &str,
     x_label: &str,
     y_label: &str,
-    series: &[Series],
+    series: &[Series<'_>],
 ) -> Result<PathBuf> {
     let plots: Vec<Plot> = series
         .iter()

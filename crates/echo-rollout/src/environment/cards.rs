@@ -1,14 +1,20 @@
-//! Card games against an opponent: Kuhn and Leduc poker, small enough to be solved exactly.
+//! Card games against an opponent: Kuhn and Leduc poker, small enough to be solved exactly, and heads-up no-limit hold'em.
 //!
 //! The deal, the seat and the opponent's draws come from the task's seed, so that a group's samples play the same cards
-//! and a transcript can be judged again.
+//! and a transcript can be judged again. Seeds come in pairs: 2k and 2k + 1 are the same deal with the seats swapped, so
+//! that luck cancels where both are played.
 
 pub mod game;
+pub mod holdem;
 mod kuhn;
 mod leduc;
+mod opponent;
 mod table;
 
 pub use game::{Game, Node, Profile, Strategy};
+pub use holdem::Holdem;
 pub use kuhn::Kuhn;
 pub use leduc::Leduc;
-pub use table::{Opponent, Table};
+pub(crate) use opponent::table;
+pub use opponent::{Guests, Opponent, Said, Shared, Speaker, UnknownOpponent};
+pub use table::Table;

@@ -4,10 +4,12 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
+use echo_rollout::Environment;
 use echo_rollout::environment::{RewardError, Turn, held_out_seed};
 use echo_rollout::text::{Text, TextError};
-use echo_rollout::{Environment, Task};
+use futures::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use swarm_wire::PolicyVersion;
 
@@ -27,13 +29,49 @@ pub struct SampleRequest {
     pub seed: u64,
 }
 
+/// What was sampled.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Sampled {
+    /// The answer, its end-of-sequence token included.
+    pub tokens: Vec<u32>,
+    /// Log-probability of each token under the distribution that it was drawn from.
+    pub logprobs: Vec<f32>,
+}
+
 /// An inference engine with the policy's base checkpoint.
 pub trait Sampler: Send + Sync {
     /// Samples with `version` from now on: the base checkpoint, or an adapter over it.
     fn install(&self, version: PolicyVersion, adapter: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>>;
 
-    /// Samples one answer's tokens. Many are asked for at once.
-    fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Vec<u32>, String>>;
+    /// Samples one answer. Many are asked for at once.
+    fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>>;
+}
+
+/// What plays episodes.
+#[derive(Clone)]
+#[expect(missing_debug_implementations, reason = "engines and tokenizers have none")]
+pub struct Player {
+    /// The policy.
+    pub sampler: Arc<dyn Sampler>,
+    /// Its tokenizer and chat template.
+    pub text: Arc<dyn Text>,
+    /// What is played.
+    pub environment: Arc<dyn Environment>,
+}
+
+/// An episode that was played.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Played {
+    /// The prompt.
+    pub prompt: Vec<u32>,
+    /// What followed it: the policy's words and the environment's between them.
+    pub tokens: Vec<u32>,
+    /// Log-probability of each of these as sampled; 0 for the environment's.
+    pub logprobs: Vec<f32>,
+    /// Which of them are the policy's.
+    pub trainable: Vec<bool>,
+    /// What it got.
+    pub reward: f32,
 }
 
 /// Mean rewards over held-out tasks.
@@ -45,7 +83,15 @@ pub struct Evaluation {
     pub eval: f64,
     /// Greedily.
     pub eval_greedy: f64,
+    /// Between which values `eval` lies with 95 % confidence. Tasks are taken in pairs, because games have the same deal with
+    /// the seats swapped there.
+    pub eval_ci95: [f64; 2],
+    /// The same for `eval_greedy`.
+    pub eval_greedy_ci95: [f64; 2],
 }
+
+/// Episodes that are played at the same time.
+const AT_ONCE: usize = 256;
 
 /// Why there is no evaluation.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +104,7 @@ pub enum EvaluationError {
     #[error(transparent)]
     Reward(#[from] RewardError),
     /// The engine.
-    #[error("sampling held-out answers: {reason}")]
+    #[error("sampling answers: {reason}")]
     Sampler {
         /// The engine's own words.
         reason: String,
@@ -70,59 +116,83 @@ pub enum EvaluationError {
 /// # Errors
 /// When a task cannot be asked, sampled or judged.
 pub async fn evaluate(
-    sampler: &dyn Sampler,
-    text: &dyn Text,
-    environment: &dyn Environment,
+    player: &Player,
     version: PolicyVersion,
     n_tasks: u64,
     max_tokens: u32,
 ) -> Result<Evaluation, EvaluationError> {
-    let tasks: Vec<_> =
-        (0..n_tasks).map(|index| environment.task(held_out_seed(index))).collect::<Result<_, _>>()?;
-    let mut means = [0.0_f64; 2];
-    for (mean, temperature) in means.iter_mut().zip([1.0, 0.0]) {
-        let plays = tasks.iter().zip(0..).map(|(task, seed)| {
-            let settings = SampleRequest { prompt: Vec::new(), max_tokens, temperature, seed };
-            play(sampler, text, environment, task, settings)
-        });
-        for reward in futures::future::join_all(plays).await {
-            *mean += f64::from(reward?);
-        }
-        *mean /= n_tasks.max(1) as f64;
+    let mut figures = [(0.0, [0.0; 2]); 2];
+    for (figure, temperature) in figures.iter_mut().zip([1.0, 0.0]) {
+        let settings = |seed| SampleRequest { prompt: Vec::new(), max_tokens, temperature, seed };
+        let played = play_all(player, (0..n_tasks).map(|i| (held_out_seed(i), settings(i)))).await?;
+        let rewards: Vec<f64> = played.iter().map(|p| f64::from(p.reward)).collect();
+        *figure = mean_in_pairs(&rewards);
     }
-    Ok(Evaluation { version, eval: means[0], eval_greedy: means[1] })
+    let [(eval, eval_ci95), (eval_greedy, eval_greedy_ci95)] = figures;
+    Ok(Evaluation { version, eval, eval_greedy, eval_ci95, eval_greedy_ci95 })
+}
+
+/// The mean and its 95 % confidence interval from the spread of the means of pairs (a last one alone is its own).
+fn mean_in_pairs(rewards: &[f64]) -> (f64, [f64; 2]) {
+    let mean = |r: &[f64]| r.iter().sum::<f64>() / r.len().max(1) as f64;
+    let all = mean(rewards);
+    let pairs: Vec<f64> = rewards.chunks(2).map(mean).collect();
+    let n = pairs.len() as f64;
+    let variance = pairs.iter().map(|p| (p - all) * (p - all)).sum::<f64>() / (n - 1.0).max(1.0);
+    let half = 1.96 * (variance / n.max(1.0)).sqrt();
+    (all, [all - half, all + half])
+}
+
+/// Plays an episode of each task seed, many at the same time; the settings' prompts are not read. Results are in order.
+///
+/// # Errors
+/// When a task cannot be asked, sampled or judged.
+pub async fn play_all(
+    player: &Player,
+    episodes: impl IntoIterator<Item = (u64, SampleRequest)>,
+) -> Result<Vec<Played>, EvaluationError> {
+    // Tasks of their own, because an environment may keep a thread waiting.
+    let run = |(seed, settings)| {
+        let player = player.clone();
+        async move {
+            let played = tokio::spawn(async move { play(&player, seed, settings).await }).await;
+            played.map_err(|e| EvaluationError::Sampler { reason: e.to_string() })?
+        }
+    };
+    futures::stream::iter(episodes).map(run).buffered(AT_ONCE).try_collect().await
 }
 
 /// Plays one episode to its end, or to where there is no room for another word; as workers do.
-async fn play(
-    sampler: &dyn Sampler,
-    text: &dyn Text,
-    environment: &dyn Environment,
-    task: &Task,
-    settings: SampleRequest,
-) -> Result<f32, EvaluationError> {
-    let prompt = text.prompt(task)?;
+async fn play(player: &Player, seed: u64, settings: SampleRequest) -> Result<Played, EvaluationError> {
+    let Player { sampler, text, environment } = player;
+    let task = blocking(|| environment.task(seed))?;
+    let prompt = text.prompt(&task)?;
     let room = settings.max_tokens as usize;
-    let mut episode = environment.episode(task);
-    let mut said: Vec<u32> = Vec::new();
-    loop {
-        let context = [&prompt[..], &said].concat();
-        let max_tokens = u32::try_from(room - said.len()).unwrap_or(u32::MAX);
-        let tokens = sampler.sample(SampleRequest { prompt: context, max_tokens, ..settings.clone() }).await;
-        let tokens = tokens.map_err(|reason| EvaluationError::Sampler { reason })?;
-        let stopped = tokens.last().is_some_and(|last| text.stop_ids().contains(last));
-        let turn = blocking(|| episode.step(&text.completion(&tokens)))?;
-        said.extend(tokens);
+    let mut episode = blocking(|| environment.episode(&task));
+    let (mut tokens, mut logprobs, mut trainable) = (Vec::new(), Vec::new(), Vec::new());
+    let reward = loop {
+        let context = [&prompt[..], &tokens].concat();
+        let max_tokens = u32::try_from(room - tokens.len()).unwrap_or(u32::MAX);
+        let said = sampler.sample(SampleRequest { prompt: context, max_tokens, ..settings.clone() }).await;
+        let said = said.map_err(|reason| EvaluationError::Sampler { reason })?;
+        let stopped = said.tokens.last().is_some_and(|last| text.stop_ids().contains(last));
+        let turn = blocking(|| episode.step(&text.completion(&said.tokens)))?;
+        trainable.resize(tokens.len() + said.tokens.len(), true);
+        tokens.extend(said.tokens);
+        logprobs.extend(said.logprobs);
         let heard = match turn {
-            Turn::Done(reward) => return Ok(reward.value()),
-            Turn::Continue { observation } if stopped => text.observation(task, &observation)?,
-            Turn::Continue { .. } => return Ok(blocking(|| episode.cut())?.value()),
+            Turn::Done(reward) => break reward,
+            Turn::Continue { observation } if stopped => text.observation(&task, &observation)?,
+            Turn::Continue { .. } => break blocking(|| episode.cut())?,
         };
-        if said.len() + heard.len() >= room {
-            return Ok(blocking(|| episode.cut())?.value());
+        if tokens.len() + heard.len() >= room {
+            break blocking(|| episode.cut())?;
         }
-        said.extend(heard);
-    }
+        tokens.extend(heard);
+        trainable.resize(tokens.len(), false);
+        logprobs.resize(tokens.len(), 0.0);
+    };
+    Ok(Played { prompt, tokens, logprobs, trainable, reward: reward.value() })
 }
 
 /// An environment may wait for another program; where the runtime has other threads, they take over meanwhile.
@@ -135,10 +205,22 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
 
 #[cfg(test)]
 mod tests {
-    use echo_rollout::Arithmetic;
     use echo_rollout::environment::Calculator;
+    use echo_rollout::{Arithmetic, Task};
 
     use super::*;
+
+    fn said(tokens: Vec<u32>) -> Sampled {
+        Sampled { logprobs: vec![-1.0; tokens.len()], tokens }
+    }
+
+    fn player(
+        sampler: impl Sampler + 'static,
+        text: impl Text + 'static,
+        environment: impl Environment + 'static,
+    ) -> Player {
+        Player { sampler: Arc::new(sampler), text: Arc::new(text), environment: Arc::new(environment) }
+    }
 
     /// Bytes are tokens.
     struct Bytes;
@@ -165,9 +247,10 @@ mod tests {
             Box::pin(std::future::ready(Ok(())))
         }
 
-        fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Vec<u32>, String>> {
+        fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>> {
             let right = request.temperature == 0.0 || request.seed.is_multiple_of(2);
-            Box::pin(std::future::ready(Ok(if right { request.prompt } else { vec![u32::from(b'?')] })))
+            let tokens = if right { request.prompt } else { vec![u32::from(b'?')] };
+            Box::pin(std::future::ready(Ok(said(tokens))))
         }
     }
 
@@ -197,7 +280,7 @@ mod tests {
             Box::pin(std::future::ready(Ok(())))
         }
 
-        fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Vec<u32>, String>> {
+        fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>> {
             let context = self.completion(&request.prompt);
             let answer = match context.rsplit_once('[') {
                 Some((_, tool)) => tool.trim_end_matches(']').to_owned(),
@@ -207,25 +290,41 @@ mod tests {
                 }
             };
             let tokens = answer.bytes().map(u32::from).chain([0]).take(request.max_tokens as usize).collect();
-            Box::pin(std::future::ready(Ok(tokens)))
+            Box::pin(std::future::ready(Ok(said(tokens))))
         }
     }
 
     #[tokio::test]
     async fn episodes_of_several_turns_are_played_to_their_end_or_as_far_as_there_is_room() {
         let version = PolicyVersion(1);
-        let calculator = Calculator::default();
-        let got = evaluate(&Caller, &Caller, &calculator, version, 5, 200).await.unwrap();
+        let player = player(Caller, Caller, Calculator::default());
+        let got = evaluate(&player, version, 5, 200).await.unwrap();
         assert_eq!((got.eval, got.eval_greedy), (1.0, 1.0));
-        let cut = evaluate(&Caller, &Caller, &calculator, version, 5, 8).await.unwrap();
+        let cut = evaluate(&player, version, 5, 8).await.unwrap();
         assert_eq!((cut.eval, cut.eval_greedy), (0.0, 0.0));
+        let settings = SampleRequest { prompt: Vec::new(), max_tokens: 200, temperature: 1.0, seed: 0 };
+        let played = play_all(&player, [(7, settings)]).await.unwrap().remove(0);
+        let n = played.tokens.len();
+        assert_eq!((played.logprobs.len(), played.trainable.len()), (n, n));
+        let heard: Vec<u32> = (0..n).filter(|i| !played.trainable[*i]).map(|i| played.tokens[i]).collect();
+        assert!(Caller.completion(&heard).starts_with('['), "the tool's words are not the policy's");
+        assert!((0..n).all(|i| (played.logprobs[i] == 0.0) != played.trainable[i]));
     }
 
     #[tokio::test]
     async fn both_means_are_over_all_tasks() {
-        let arithmetic = Arithmetic::default();
         let version = PolicyVersion(4);
-        let got = evaluate(&Oracle, &Bytes, &arithmetic, version, 10, 8).await.unwrap();
-        assert_eq!(got, Evaluation { version, eval: 0.5, eval_greedy: 1.0 });
+        let got = evaluate(&player(Oracle, Bytes, Arithmetic::default()), version, 10, 8).await.unwrap();
+        // Every pair has one right answer, so the means of pairs do not differ.
+        let [eval_ci95, eval_greedy_ci95] = [[0.5; 2], [1.0; 2]];
+        assert_eq!(got, Evaluation { version, eval: 0.5, eval_greedy: 1.0, eval_ci95, eval_greedy_ci95 });
+    }
+
+    #[test]
+    fn an_interval_is_that_of_the_means_of_pairs() {
+        assert_eq!(mean_in_pairs(&[2.0, -2.0, 1.0, -1.0]), (0.0, [0.0, 0.0]));
+        let (mean, [low, high]) = mean_in_pairs(&[1.0, 3.0, -1.0, 1.0]);
+        // Means of pairs 2 and 0: standard deviation sqrt 2, error 1.
+        assert!((mean - 1.0).abs() < 1e-12 && (low + 0.96).abs() < 1e-12 && (high - 2.96).abs() < 1e-12);
     }
 }

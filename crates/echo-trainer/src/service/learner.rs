@@ -42,7 +42,7 @@ use swarm_wire::{PeerId, PolicyVersion};
 use tokio::task::JoinHandle;
 
 use super::checkpoint_dir::{self, CheckpointDirError};
-use super::evaluation::{Evaluation, EvaluationError, Sampler, evaluate};
+use super::evaluation::{Evaluation, EvaluationError, Player, Sampler, evaluate};
 use super::publisher::{Publisher, Update};
 use crate::checkpoint::CheckpointError;
 use crate::error::{AddError, StepError};
@@ -246,9 +246,7 @@ pub struct Learner<P> {
     collector: Collector,
     publisher: Publisher,
     trainer: Arc<Mutex<Trainer<P>>>,
-    sampler: Arc<dyn Sampler>,
-    text: Arc<dyn Text>,
-    environment: Arc<dyn Environment>,
+    player: Player,
     base_model_id: String,
     full_bytes: u64,
     /// The newest weights over the base model; `None` before the first step.
@@ -361,9 +359,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             dir: dir.to_owned(),
             collector,
             trainer: Arc::new(Mutex::new(trainer)),
-            sampler: parts.sampler,
-            text: parts.text,
-            environment,
+            player: Player { sampler: parts.sampler, text: parts.text, environment },
             base_model_id: parts.base_model_id,
             full_bytes: parts.full_bytes,
             adapter,
@@ -489,11 +485,10 @@ impl<P: Update + Send + 'static> Learner<P> {
     async fn evaluate(&self) -> Result<Evaluation, LearnerError> {
         let version = self.adapter.as_ref().map_or(PolicyVersion(0), |(version, _)| *version);
         let adapter = self.adapter.as_ref().map(|(_, bytes)| bytes.to_vec());
-        let installed = self.sampler.install(version, adapter).await;
+        let installed = self.player.sampler.install(version, adapter).await;
         installed.map_err(|reason| LearnerError::Install { version, reason })?;
         let (n_tasks, max_tokens) = (self.config.eval_tasks, self.config.trainer.max_completion_tokens);
-        let environment = &*self.environment;
-        Ok(evaluate(&*self.sampler, &*self.text, environment, version, n_tasks, max_tokens).await?)
+        Ok(evaluate(&self.player, version, n_tasks, max_tokens).await?)
     }
 
     fn summary(&self, learner_utilisation: f64) -> RunSummary {

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use echo_rollout::environment::{Arithmetic, Environment, held_out_seed};
+use echo_rollout::environment::{Arithmetic, Environment, UnknownEnvironment, by_name, held_out_seed};
 use parallax_model::tokenizer::Tokenizer;
 use parallax_model::train::TrainModel;
 use parallax_model::{ChatTemplate, ModelConfig};
@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::checkpoint_dir::{self, CheckpointDirError};
 use crate::config::PretrainConfig;
-use crate::data::{ChatEncoder, DataError};
+use crate::data::{ChatEncoder, DataError, LineDraws};
 use crate::error::StepError;
 use crate::policy::{Policy, values};
 use crate::pretrain::TextTrainer;
@@ -24,6 +24,8 @@ use crate::vocabulary;
 
 /// Held-out questions that the reported reward is computed over.
 const HELD_OUT: u64 = 256;
+/// Hands that are looked at for one line: some are over before anything can be said.
+const MOST_DRAWS: u32 = 100;
 /// Steps between two progress reports.
 const REPORT_EVERY: u64 = 100;
 
@@ -38,7 +40,8 @@ pub struct PretrainReport {
     pub loss_after: f64,
     /// Wall time.
     pub seconds: f64,
-    /// Expected reward of a sampled answer on held-out questions: the mean probability of exactly the right answer.
+    /// Expected reward of a sampled answer on held-out questions: the mean probability of exactly the right answer. In a game:
+    /// of saying one of the words that are offered first.
     pub held_out_reward: f64,
     /// Number of parameters.
     pub parameters: u64,
@@ -66,6 +69,9 @@ pub enum PretrainError {
     /// A setting, or the model refused it.
     #[error("pre-training: {0}")]
     Model(String),
+    /// What is to be learnt.
+    #[error(transparent)]
+    Environment(#[from] UnknownEnvironment),
     /// Text.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -117,25 +123,14 @@ pub fn pretrain(
     checkpoint_dir::create(out)?;
     let shape = model_config(config)?;
     let encoder = tiny_encoder()?;
-    let environment = Arithmetic::new(config.max_operand, true);
+    let lessons = Lessons::new(config, encoder)?;
     let mut model = TrainModel::new_random(&shape, config.seed).map_err(model_error)?;
     model.set_text_file("tokenizer.json", vocabulary::tokenizer_json().into_bytes());
     let settings = vocabulary::tokenizer_config_json(config.max_context);
     model.set_text_file("tokenizer_config.json", settings.into_bytes());
     let mut trainer = TextTrainer::new(model, config.optim, usize::MAX)?;
-
-    let batch = |step: u64| -> Result<Vec<Labelled>, DataError> {
-        (0..config.batch)
-            .map(|row| encoder.draw(&environment, &config.teacher, config.seed, step, row))
-            .collect()
-    };
-    let held_out: Vec<Labelled> = (0..HELD_OUT)
-        .map(|i| environment.task(held_out_seed(i)))
-        .map(|task| {
-            let task = task.map_err(DataError::from)?;
-            encoder.line(&task.prompt, &task.answer, false)
-        })
-        .collect::<Result<_, _>>()?;
+    let batch = |step: u64| lessons.batch(step);
+    let held_out = lessons.held_out()?;
 
     let mut report = PretrainReport {
         steps: config.steps,
@@ -151,18 +146,78 @@ pub fn pretrain(
         report.tokens += lines.iter().map(|l| l.tokens.len() as u64).sum::<u64>();
         let done = trainer.step(&lines)?;
         if (step + 1) % REPORT_EVERY == 0 {
-            let held_out_reward = expected_reward(trainer.policy(), &held_out)?;
+            let held_out_reward = lessons.held_out_reward(trainer.policy(), &held_out)?;
             let seconds = started.elapsed().as_secs_f64();
             progress(Progress { step: step + 1, loss: done.loss, held_out_reward, seconds });
         }
     }
     report.loss_after = trainer.loss(&batch(config.steps.saturating_sub(1))?)?;
-    report.held_out_reward = expected_reward(trainer.policy(), &held_out)?;
+    report.held_out_reward = lessons.held_out_reward(trainer.policy(), &held_out)?;
     let model = trainer.into_policy();
     model.save_checkpoint(out).map_err(model_error)?;
     narrow_weights(&out.join("model.safetensors"))?;
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// What is learnt, line by line.
+struct Lessons<'a> {
+    config: &'a PretrainConfig,
+    encoder: ChatEncoder,
+    environment: Box<dyn Environment>,
+    /// Words that are offered are said, instead of the teacher's answers.
+    game: bool,
+}
+
+impl<'a> Lessons<'a> {
+    fn new(config: &'a PretrainConfig, encoder: ChatEncoder) -> Result<Self, PretrainError> {
+        let game = config.environment != "arithmetic";
+        let environment = match game {
+            true => by_name(&config.environment)?,
+            false => Box::new(Arithmetic::new(config.max_operand, true)),
+        };
+        Ok(Self { config, encoder, environment, game })
+    }
+
+    fn batch(&self, step: u64) -> Result<Vec<Labelled>, DataError> {
+        let Self { config, encoder, environment, .. } = self;
+        let line = |row| {
+            if !self.game {
+                return encoder.draw(&**environment, &config.teacher, config.seed, step, row);
+            }
+            let mut draws = LineDraws::new(config.seed, step, row);
+            for _ in 0..MOST_DRAWS {
+                // The upper half of all seeds is held out for evaluation.
+                let seed = draws.next_u64() >> 1;
+                if let Some(line) = encoder.played(&**environment, seed, &mut draws, config.max_context)? {
+                    return Ok(line);
+                }
+            }
+            Err(DataError { reason: format!("{} offers no words to say", environment.name()) })
+        };
+        (0..config.batch).map(line).collect()
+    }
+
+    /// Held-out questions with their right answer, or with each of the words that are offered.
+    fn held_out(&self) -> Result<Vec<Labelled>, DataError> {
+        let mut lines = Vec::new();
+        for i in 0..HELD_OUT {
+            let task = self.environment.task(held_out_seed(i))?;
+            if self.game {
+                let options = self.environment.episode(&task).options();
+                for word in options {
+                    lines.push(self.encoder.line(&task.prompt, word, false)?);
+                }
+            } else {
+                lines.push(self.encoder.line(&task.prompt, &task.answer, false)?);
+            }
+        }
+        Ok(lines)
+    }
+
+    fn held_out_reward(&self, policy: &impl Policy, lines: &[Labelled]) -> Result<f64, StepError> {
+        Ok(expected_reward(policy, lines)? * lines.len() as f64 / HELD_OUT as f64)
+    }
 }
 
 /// Mean probability that a sampled answer is exactly the marked one.

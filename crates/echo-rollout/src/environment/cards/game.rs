@@ -2,7 +2,7 @@
 //! equilibrium.
 //!
 //! A best response is computed over sets of positions that the player cannot tell apart, which is exact for games of
-//! perfect recall and linear in the tree.
+//! perfect recall and linear in the tree. Games too large for that (hold'em) are played by the same trait, move by move.
 
 use std::collections::BTreeMap;
 
@@ -18,15 +18,20 @@ pub enum Node<G> {
 }
 
 /// A two-player zero-sum game with perfect recall.
-pub trait Game: Clone + Send + Sync {
+pub trait Game: Clone + Send + Sync + 'static {
     /// The game's name.
     const NAME: &'static str;
 
-    /// Most that a player can win or lose.
-    const MOST: f64;
-
-    /// Before the deal.
+    /// Before the deal, with the usual stakes.
     fn start() -> Self;
+
+    /// Most that a player can win or lose.
+    fn most(&self) -> f64;
+
+    /// How often one player acts at most.
+    fn turns(&self) -> usize {
+        8
+    }
 
     /// What happens here.
     fn node(&self) -> Node<Self>;
@@ -38,8 +43,29 @@ pub trait Game: Clone + Send + Sync {
     #[must_use]
     fn act(&self, index: usize) -> Self;
 
-    /// All that `player` knows; equal exactly for positions that it cannot tell apart.
+    /// All that `player` knows: its cards and the common ones, a colon, what was done. Equal exactly for positions that it
+    /// cannot tell apart.
     fn information(&self, player: usize) -> String;
+
+    /// What the acting `player` is shown.
+    fn describe(&self, player: usize) -> String {
+        let information = self.information(player);
+        let (cards, history) = information.split_once(':').unwrap_or((&information, ""));
+        let history = if history.is_empty() { "-" } else { history };
+        format!("Cards {cards}. So far {history}. {}?", self.actions().join(" or "))
+    }
+
+    /// After what the acting player says; `None` when that names no legal action.
+    fn hear(&self, said: &str) -> Option<Self> {
+        named(said, &self.actions()).map(|index| self.act(index))
+    }
+}
+
+/// The legal action that a text names last.
+pub(super) fn named(text: &str, actions: &[&str]) -> Option<usize> {
+    let lower = text.to_lowercase();
+    let found = (0..actions.len()).filter_map(|i| lower.rfind(actions[i]).map(|at| (at, i)));
+    found.max().map(|(_, i)| i)
 }
 
 /// Probabilities of the actions at each information set.
@@ -74,39 +100,108 @@ pub fn value<G: Game>(game: &G, players: [&dyn Strategy<G>; 2]) -> f64 {
 
 /// What `player` wins on average with the best answer to `opponent`.
 pub fn best_response<G: Game>(player: usize, opponent: &dyn Strategy<G>) -> f64 {
-    best_of(vec![(1.0, G::start())], player, opponent)
+    Responder { player, opponent, choices: Profile::default() }.best_of(vec![(1.0, G::start())])
 }
 
-/// The best value over positions, each with the probability that chance and the opponent lead there.
-fn best_of<G: Game>(positions: Vec<(f64, G)>, player: usize, opponent: &dyn Strategy<G>) -> f64 {
-    let (mut total, mut open) = (0.0, positions);
-    let mut mine: BTreeMap<String, Vec<(f64, G)>> = BTreeMap::new();
-    while let Some((reach, game)) = open.pop() {
-        match game.node() {
-            Node::End(won) => total += reach * if player == 0 { won } else { -won },
-            Node::Chance(outcomes) => open.extend(outcomes.into_iter().map(|(p, g)| (reach * p, g))),
-            Node::Player(acting) if acting == player => {
-                mine.entry(game.information(player)).or_default().push((reach, game));
+/// The best answers of both players to `strategy`: what each would do at its information sets against it.
+pub fn best_responses<G: Game>(strategy: &dyn Strategy<G>) -> Profile {
+    let mut both = Profile::default();
+    for player in 0..2 {
+        let mut responder = Responder { player, opponent: strategy, choices: Profile::default() };
+        responder.best_of(vec![(1.0, G::start())]);
+        both.0.append(&mut responder.choices.0);
+    }
+    both
+}
+
+struct Responder<'a, G: Game> {
+    player: usize,
+    opponent: &'a dyn Strategy<G>,
+    /// The best action at each information set met.
+    choices: Profile,
+}
+
+impl<G: Game> Responder<'_, G> {
+    /// The best value over positions, each with the probability that chance and the opponent lead there.
+    fn best_of(&mut self, positions: Vec<(f64, G)>) -> f64 {
+        let (mut total, mut open) = (0.0, positions);
+        let mut mine: BTreeMap<String, Vec<(f64, G)>> = BTreeMap::new();
+        while let Some((reach, game)) = open.pop() {
+            match game.node() {
+                Node::End(won) => total += reach * if self.player == 0 { won } else { -won },
+                Node::Chance(outcomes) => open.extend(outcomes.into_iter().map(|(p, g)| (reach * p, g))),
+                Node::Player(acting) if acting == self.player => {
+                    mine.entry(game.information(acting)).or_default().push((reach, game));
+                }
+                Node::Player(acting) => {
+                    let probabilities = self.opponent.probabilities(&game, &game.information(acting));
+                    let reached = probabilities.iter().enumerate().filter(|(_, p)| **p > 0.0);
+                    open.extend(reached.map(|(i, p)| (reach * p, game.act(i))));
+                }
             }
+        }
+        for (information, positions) in mine {
+            let n = positions.first().map_or(0, |(_, g)| g.actions().len());
+            let (mut best, mut chosen) = (f64::NEG_INFINITY, 0);
+            for i in 0..n {
+                let value = self.best_of(positions.iter().map(|(p, g)| (*p, g.act(i))).collect());
+                if value > best {
+                    (best, chosen) = (value, i);
+                }
+            }
+            self.choices.0.insert(information, (0..n).map(|i| f64::from(u8::from(i == chosen))).collect());
+            total += best;
+        }
+        total
+    }
+}
+
+/// How much both players together could gain by answering `strategy` best; 0 in an equilibrium.
+pub fn nash_conv<G: Game>(strategy: &dyn Strategy<G>) -> f64 {
+    best_response::<G>(0, strategy) + best_response::<G>(1, strategy)
+}
+
+/// Half of [`nash_conv`]: what a best answer wins per hand on average over both seats.
+pub fn exploitability<G: Game>(strategy: &dyn Strategy<G>) -> f64 {
+    nash_conv::<G>(strategy) / 2.0
+}
+
+/// A position at which somebody acts, as it comes about in a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// The acting player's information.
+    pub information: String,
+    /// What the player was shown and did before, in order.
+    pub before: Vec<(String, &'static str)>,
+    /// What it is shown now.
+    pub shown: String,
+    /// What it may do.
+    pub actions: Vec<&'static str>,
+}
+
+/// Every information set of both players, by its information.
+pub fn decisions<G: Game>() -> Vec<Decision> {
+    let mut found = BTreeMap::new();
+    let mut open = vec![(G::start(), [Vec::new(), Vec::new()])];
+    while let Some((game, before)) = open.pop() {
+        match game.node() {
+            Node::End(_) => {}
+            Node::Chance(outcomes) => open.extend(outcomes.into_iter().map(|(_, g)| (g, before.clone()))),
             Node::Player(acting) => {
-                let probabilities = opponent.probabilities(&game, &game.information(acting));
-                let reached = probabilities.iter().enumerate().filter(|(_, p)| **p > 0.0);
-                open.extend(reached.map(|(i, p)| (reach * p, game.act(i))));
+                let (shown, actions) = (game.describe(acting), game.actions());
+                for (i, word) in actions.iter().enumerate() {
+                    let mut before = before.clone();
+                    before[acting].push((shown.clone(), *word));
+                    open.push((game.act(i), before));
+                }
+                let [first, second] = before;
+                let before = if acting == 0 { first } else { second };
+                let information = game.information(acting);
+                found.entry(information.clone()).or_insert(Decision { information, before, shown, actions });
             }
         }
     }
-    let best = |positions: Vec<(f64, G)>| {
-        let n = positions.first().map_or(0, |(_, g)| g.actions().len());
-        let after = |i: usize| positions.iter().map(|(p, g)| (*p, g.act(i))).collect();
-        (0..n).map(|i| best_of(after(i), player, opponent)).fold(f64::NEG_INFINITY, f64::max)
-    };
-    total + mine.into_values().map(best).sum::<f64>()
-}
-
-/// How much both players together could gain by answering `strategy` best; 0 in an equilibrium. Exploitability is half
-/// of it.
-pub fn nash_conv<G: Game>(strategy: &dyn Strategy<G>) -> f64 {
-    best_response::<G>(0, strategy) + best_response::<G>(1, strategy)
+    found.into_values().collect()
 }
 
 /// An approximate equilibrium after `iterations` of CFR+ (arXiv 1407.5042) with linear averaging.

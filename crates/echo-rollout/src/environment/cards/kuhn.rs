@@ -42,10 +42,13 @@ fn letter(card: u8) -> char {
 
 impl Game for Kuhn {
     const NAME: &'static str = "kuhn";
-    const MOST: f64 = 2.0;
 
     fn start() -> Self {
         Self { cards: None, history: String::new() }
+    }
+
+    fn most(&self) -> f64 {
+        2.0
     }
 
     fn node(&self) -> Node<Self> {

@@ -47,7 +47,6 @@ impl Leduc {
 
 impl Game for Leduc {
     const NAME: &'static str = "leduc";
-    const MOST: f64 = 13.0;
 
     fn start() -> Self {
         Self {
@@ -60,6 +59,10 @@ impl Game for Leduc {
             folded: None,
             history: String::new(),
         }
+    }
+
+    fn most(&self) -> f64 {
+        13.0
     }
 
     fn node(&self) -> Node<Self> {
@@ -159,7 +162,8 @@ mod tests {
                 Node::End(won) => {
                     *ends += 1;
                     assert!(
-                        won.abs() <= f64::from(game.paid[0].max(game.paid[1])) && won.abs() <= Leduc::MOST
+                        won.abs() <= f64::from(game.paid[0].max(game.paid[1]))
+                            && won.abs() <= Leduc::start().most()
                     );
                 }
                 Node::Chance(next) => {

@@ -1,0 +1,191 @@
+//! A run in one process: the same tasks, seeds, credit and steps as the sequential mode of a swarm, without leases and
+//! network. For games whose opponent changes with the policy, and to see what staleness does: every step can be made from
+//! rollouts that are a given number of versions old.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use echo_rollout::environment::{Environment, RewardError};
+use echo_rollout::{DispatchConfig, GroupId};
+use swarm_wire::PolicyVersion;
+
+use super::evaluation::{Evaluation, EvaluationError, Played, Player, SampleRequest, evaluate, play_all};
+use super::publisher::Update;
+use crate::error::{AddError, StepError};
+use crate::metrics::StepReport;
+use crate::run::RunConfig;
+use crate::trainer::{Group, Rollout, Trainer};
+
+/// How often the rollouts of a step are tried when the environment cannot judge.
+const TRIES: u32 = 3;
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SoloError {
+    /// Episodes.
+    #[error(transparent)]
+    Evaluation(#[from] EvaluationError),
+    /// The engine.
+    #[error("installing {version} in the engine: {reason}")]
+    Install {
+        /// The version.
+        version: PolicyVersion,
+        /// The engine's own words.
+        reason: String,
+    },
+    /// A group that the trainer does not take.
+    #[error(transparent)]
+    Add(#[from] AddError),
+    /// A step.
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+/// A learner and its only worker.
+pub struct Solo<P> {
+    trainer: Trainer<P>,
+    player: Player,
+    dispatch: DispatchConfig,
+    eval_tasks: u64,
+    /// What it is measured on.
+    judge: Arc<dyn Environment>,
+    /// Versions that rollouts lag behind.
+    lag: u64,
+    /// The newest versions' adapters, the newest last; as many as the lag needs.
+    adapters: VecDeque<(PolicyVersion, Option<Bytes>)>,
+    installed: Option<PolicyVersion>,
+}
+
+impl<P> std::fmt::Debug for Solo<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Solo({} behind by {})", self.player.environment.name(), self.lag)
+    }
+}
+
+impl<P: Update> Solo<P> {
+    /// A run of `config` from `policy`; its `trainer.max_staleness` is how many versions behind all rollouts are, as far as
+    /// there are so many.
+    ///
+    /// # Errors
+    /// A setting that is out of range.
+    pub fn new(config: &RunConfig, policy: P, player: Player) -> Result<Self, SoloError> {
+        let trainer = Trainer::new(policy, config.trainer)?;
+        Ok(Self {
+            lag: config.trainer.max_staleness,
+            dispatch: config.dispatch(0),
+            eval_tasks: config.eval_tasks,
+            judge: Arc::clone(&player.environment),
+            adapters: [(trainer.version(), None)].into(),
+            trainer,
+            player,
+            installed: None,
+        })
+    }
+
+    /// The policy as it is now.
+    pub fn policy(&self) -> &P {
+        self.trainer.policy()
+    }
+
+    /// What is played.
+    pub fn environment(&self) -> &dyn Environment {
+        &*self.player.environment
+    }
+
+    /// Measures on held-out tasks of `environment` from now on, instead of what is trained on.
+    pub fn measure_on(&mut self, environment: Arc<dyn Environment>) {
+        self.judge = environment;
+    }
+
+    /// The version of the present weights.
+    pub fn version(&self) -> PolicyVersion {
+        self.trainer.version()
+    }
+
+    /// The newest adapter; none before the first step.
+    pub fn adapter(&self) -> Option<&Bytes> {
+        self.adapters.back().and_then(|(_, bytes)| bytes.as_ref())
+    }
+
+    /// Samples as many groups as a step needs and makes it.
+    ///
+    /// # Errors
+    /// Episodes that cannot be played or judged, a model that cannot be trained.
+    pub async fn step(&mut self) -> Result<StepReport, SoloError> {
+        // The oldest that is kept is the one that is due.
+        let due = self.adapters.front().map_or(self.version(), |(version, _)| *version);
+        self.install(due).await?;
+        let (groups, samples) = (u64::from(self.dispatch.groups_per_step), self.dispatch.group_size);
+        let first = self.version().0 * groups;
+        let mut tries = 0;
+        let played = loop {
+            tries += 1;
+            let episodes = (first..first + groups).flat_map(|group| (0..samples).map(move |i| (group, i)));
+            let episodes = episodes.map(|(group, i)| {
+                let request = SampleRequest {
+                    prompt: Vec::new(),
+                    max_tokens: self.dispatch.sampling.max_tokens,
+                    temperature: self.dispatch.sampling.temperature,
+                    seed: self.dispatch.sample_seed(GroupId(group), i),
+                };
+                (self.dispatch.first_task + group, request)
+            });
+            match play_all(&self.player, episodes).await {
+                Err(EvaluationError::Reward(RewardError::Verifier { .. })) if tries < TRIES => {}
+                played => break played?,
+            }
+        };
+        let mut played = played.into_iter();
+        for group in first..first + groups {
+            let lease = |i: u32| group * u64::from(samples) + u64::from(i);
+            let rollouts =
+                (0..samples).zip(played.by_ref()).map(|(i, p)| rollout(p, lease(i), due)).collect();
+            self.trainer.add_group(Group { id: group, rollouts })?;
+        }
+        let report = self.trainer.train_step()?;
+        let adapter = Bytes::from(self.trainer.policy().update_bytes()?);
+        self.adapters.push_back((report.version, Some(adapter)));
+        while self.adapters.len() as u64 > self.lag + 1 {
+            self.adapters.pop_front();
+        }
+        Ok(report)
+    }
+
+    /// Measures the present weights on held-out tasks.
+    ///
+    /// # Errors
+    /// Episodes that cannot be played or judged.
+    pub async fn evaluate(&mut self) -> Result<Evaluation, SoloError> {
+        let version = self.version();
+        self.install(version).await?;
+        let player = Player { environment: Arc::clone(&self.judge), ..self.player.clone() };
+        Ok(evaluate(&player, version, self.eval_tasks, self.dispatch.sampling.max_tokens).await?)
+    }
+
+    async fn install(&mut self, version: PolicyVersion) -> Result<(), SoloError> {
+        if self.installed == Some(version) {
+            return Ok(());
+        }
+        let kept = self.adapters.iter().find(|(kept, _)| *kept == version);
+        let adapter = kept.and_then(|(_, bytes)| bytes.as_ref()).map(|bytes| bytes.to_vec());
+        let installed = self.player.sampler.install(version, adapter).await;
+        installed.map_err(|reason| SoloError::Install { version, reason })?;
+        self.installed = Some(version);
+        Ok(())
+    }
+}
+
+fn rollout(played: Played, lease: u64, version: PolicyVersion) -> Rollout {
+    let Played { prompt, tokens, logprobs, trainable, reward } = played;
+    Rollout {
+        lease,
+        prompt_tokens: prompt.len(),
+        tokens: [prompt, tokens].concat(),
+        logprobs,
+        trainable,
+        version,
+        reward: f64::from(reward),
+    }
+}

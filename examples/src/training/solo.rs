@@ -1,0 +1,331 @@
+//! `training-swarm solo`: a run in one process. For opponents that change with the policy (`kuhn:best`, `holdem:self`), and
+//! for trying settings out.
+
+mod past;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use echo_rollout::environment::cards::{Guests, Shared, Speaker};
+use echo_rollout::environment::{Environment, by_name_with};
+use echo_trainer::RunConfig;
+use echo_trainer::exploitability::{Exploitability, strategies};
+use echo_trainer::service::evaluation::{Evaluation, Player};
+use echo_trainer::service::{Solo, learner::ADAPTER};
+use parallax_model::Checkpoint;
+use parallax_model::train::TrainModel;
+use past::PastSelf;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::demo::plots::{Series, line_plot};
+use crate::program;
+use crate::rollouts::{EngineSampler, ModelText, endpoint, environment, trainable};
+
+/// Cached positions of the engine.
+const CACHE_TOKENS: usize = 32 * 1024;
+/// Points of a curve of exploitability over a run.
+const CURVE_POINTS: u64 = 40;
+
+/// Train in one process: no network, no workers; games may be played against what changes with the policy.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Report: {\"model\",\"env\",\"steps\",\"eval_before\",\"eval_after\",\"eval_before_ci95\",\"eval_after_ci95\",\"eval_greedy_before\",\
+                  \"eval_greedy_after\",\"eval_greedy_before_ci95\",\"eval_greedy_after_ci95\",\"eval_tasks\",\"exploitability_before\",\"exploitability_after\",\
+                  \"exploitability_curve\":[[VERSION,ANTES]],\"rewards\":[PER STEP],\"seconds\",\"train_seconds\",\"adapter\",\"plots\"}; exploitability \
+                  (antes per hand) for kuhn and leduc, else null. With --json each step is a line before it."
+)]
+pub struct SoloArgs {
+    /// Settings, for example examples/configs/kuhn.toml
+    #[arg(long)]
+    config: PathBuf,
+    /// The model, instead of the settings'
+    #[arg(long)]
+    model: Option<String>,
+    /// The environment, instead of the settings'
+    #[arg(long)]
+    env: Option<String>,
+    /// Seed, instead of the settings'
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Learner steps, instead of the settings'
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Where the adapter and the plots go
+    #[arg(long, default_value = "solo-out")]
+    out: PathBuf,
+    /// Print the report on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+/// The file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Settings {
+    /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache.
+    pub(super) model: String,
+    /// What held-out hands are played against; empty: what the run plays.
+    eval_environment: String,
+    /// Threads of the CPU kernels; 0: all cores.
+    threads: usize,
+    /// `trainer.max_staleness` is how many versions behind all rollouts are. Workers and audits are not looked at.
+    run: RunConfig,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let (model, eval_environment) = ("tiny".to_owned(), String::new());
+        Self { model, eval_environment, threads: 0, run: RunConfig::default() }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    env: String,
+    steps: u64,
+    eval_tasks: u64,
+    eval_before: f64,
+    eval_after: f64,
+    eval_before_ci95: [f64; 2],
+    eval_after_ci95: [f64; 2],
+    eval_greedy_before: f64,
+    eval_greedy_after: f64,
+    eval_greedy_before_ci95: [f64; 2],
+    eval_greedy_after_ci95: [f64; 2],
+    exploitability_before: Option<Exploitability>,
+    exploitability_after: Option<Exploitability>,
+    exploitability_curve: Vec<(f64, f64)>,
+    rewards: Vec<f64>,
+    seconds: f64,
+    train_seconds: f64,
+    adapter: PathBuf,
+    plots: Vec<PathBuf>,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Settings out of range, an unknown environment, a model that cannot be trained, a full disk.
+pub fn run(args: &SoloArgs) -> anyhow::Result<()> {
+    let mut settings: Settings = program::settings(&args.config)?;
+    settings.model = args.model.clone().unwrap_or(settings.model);
+    let run = &mut settings.run;
+    run.environment = args.env.clone().unwrap_or_else(|| run.environment.clone());
+    run.seed = args.seed.unwrap_or(run.seed);
+    run.trainer.steps = args.steps.unwrap_or(run.trainer.steps);
+    std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
+    let report = tokio::runtime::Runtime::new()?.block_on(train(&settings, &args.out, args.json))?;
+    program::say(&report.for_people());
+    if args.json { program::report(&report) } else { Ok(()) }
+}
+
+/// A loaded model with everything that plays and learns.
+pub(super) struct Bench {
+    pub(super) solo: Solo<TrainModel>,
+    text: Arc<ModelText>,
+    /// Kept the best answer to the policy.
+    best: Option<Arc<Shared>>,
+    /// Kept an earlier version of the policy.
+    past: Option<Arc<PastSelf>>,
+}
+
+impl Bench {
+    /// Loads model and opponents for `run`.
+    ///
+    /// # Errors
+    /// Settings out of range, an unknown environment, weights that cannot be read.
+    pub(super) fn set_up(model: &str, run: &RunConfig) -> anyhow::Result<Self> {
+        // Lag is forced here, not allowed: the mode that a swarm would need for it is not looked at.
+        let mode = if run.trainer.max_staleness > 0 { echo_trainer::run::Mode::Async } else { run.mode };
+        if let Err(faults) = (RunConfig { mode, ..run.clone() }).validate() {
+            bail!("settings of the run:\n{faults}");
+        }
+        let checkpoint = Checkpoint::resolve(model)?;
+        let text = Arc::new(ModelText::open(&checkpoint)?);
+        let sampler = Arc::new(EngineSampler::load(&checkpoint, CACHE_TOKENS)?);
+        let opponent = run.environment.split_once(':').map(|(_, opponent)| opponent);
+        let best = (opponent == Some("best")).then(Arc::<Shared>::default);
+        let past = match opponent {
+            Some("self") => Some(Arc::new(PastSelf::load(&checkpoint, CACHE_TOKENS, run.seed)?)),
+            _ => None,
+        };
+        let speaker = |who: &str| match (&past, who) {
+            (Some(past), "self") => Ok(Arc::clone(past) as Arc<dyn Speaker>),
+            _ => endpoint(who),
+        };
+        let environment: Arc<dyn Environment> = if run.environment_program.is_empty() {
+            Arc::from(by_name_with(&run.environment, &Guests { best: best.clone(), speaker: &speaker })?)
+        } else {
+            environment(&run.environment, &run.environment_program)?
+        };
+        let player = Player { sampler, text: text.clone(), environment };
+        let solo = Solo::new(run, trainable(&checkpoint, run)?, player)?;
+        Ok(Self { solo, text, best, past })
+    }
+
+    /// Brings the opponent up to date and makes a step; its mean reward.
+    ///
+    /// # Errors
+    /// What the step cannot do.
+    pub(super) async fn step(&mut self) -> anyhow::Result<echo_trainer::metrics::StepReport> {
+        if let Some(best) = &self.best {
+            best.replace(strategies(self.solo_game(), self.solo.policy(), &*self.text)?.best);
+        }
+        if let Some(past) = &self.past {
+            past.meet(self.solo.version(), self.solo.adapter()).await?;
+        }
+        Ok(self.solo.step().await?)
+    }
+
+    fn solo_game(&self) -> &str {
+        self.solo.environment().name()
+    }
+
+    /// What the policy gives away, in a game that is small enough.
+    fn exploitability(&self) -> anyhow::Result<Option<Exploitability>> {
+        match strategies(self.solo_game(), self.solo.policy(), &*self.text) {
+            Ok(found) => Ok(Some(found.figures)),
+            Err(echo_trainer::exploitability::ExploitabilityError::Game { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Report> {
+    let started = Instant::now();
+    if settings.threads > 0 {
+        parallax_kernels::pool::set_threads(settings.threads);
+    }
+    let run = &settings.run;
+    let mut bench = Bench::set_up(&settings.model, run)?;
+    if !settings.eval_environment.is_empty() {
+        bench.solo.measure_on(environment(&settings.eval_environment, &[])?);
+    }
+    let before = bench.measure().await?;
+    say_measured(0, &before, run.eval_tasks);
+    let (mut rewards, mut curve) = (Vec::new(), Vec::new());
+    curve.extend(before.1.map(|e| (0.0, e.exploitability)));
+    let training = Instant::now();
+    let every = (run.trainer.steps / CURVE_POINTS).max(1);
+    for _ in 0..run.trainer.steps {
+        if started.elapsed().as_secs() >= run.seconds {
+            break;
+        }
+        let report = bench.step().await?;
+        let version = report.version.0;
+        rewards.push(report.reward_mean);
+        let gives = if version.is_multiple_of(every) { bench.exploitability()? } else { None };
+        curve.extend(gives.map(|e| (version as f64, e.exploitability)));
+        let line = json!({"event": "step", "version": version, "reward": report.reward_mean, "loss": report.loss.loss,
+            "grad_norm": report.grad_norm, "staleness_max": report.staleness_max,
+            "ratio_deviation_max": report.loss.ratio_deviation_max, "exploitability": gives.map(|e| e.exploitability)});
+        if json {
+            program::report(&line)?;
+        }
+        if version.is_multiple_of(every) {
+            let gives =
+                gives.map(|e| format!(", exploitability {:.4}", e.exploitability)).unwrap_or_default();
+            let seconds = started.elapsed().as_secs_f64();
+            program::say(&format!(
+                "step {version:4}  reward {:+.3}{gives}  {seconds:.0} s",
+                report.reward_mean
+            ));
+        }
+    }
+    let train_seconds = training.elapsed().as_secs_f64();
+    let after = bench.measure().await?;
+    say_measured(bench.solo.version().0, &after, run.eval_tasks);
+    let adapter = out.join(ADAPTER);
+    if let Some(bytes) = bench.solo.adapter() {
+        std::fs::write(&adapter, bytes).with_context(|| format!("writing {}", adapter.display()))?;
+    }
+    let ((one, gave), (two, gives)) = (before, after);
+    let mut report = Report {
+        model: settings.model.clone(),
+        env: run.environment.clone(),
+        steps: bench.solo.version().0,
+        eval_tasks: run.eval_tasks,
+        eval_before: one.eval,
+        eval_after: two.eval,
+        eval_before_ci95: one.eval_ci95,
+        eval_after_ci95: two.eval_ci95,
+        eval_greedy_before: one.eval_greedy,
+        eval_greedy_after: two.eval_greedy,
+        eval_greedy_before_ci95: one.eval_greedy_ci95,
+        eval_greedy_after_ci95: two.eval_greedy_ci95,
+        exploitability_before: gave,
+        exploitability_after: gives,
+        exploitability_curve: curve,
+        rewards,
+        seconds: 0.0,
+        train_seconds,
+        adapter,
+        plots: Vec::new(),
+    };
+    report.plot(out)?;
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+type Measured = (Evaluation, Option<Exploitability>);
+
+impl Bench {
+    async fn measure(&mut self) -> anyhow::Result<Measured> {
+        if let Some(best) = &self.best {
+            best.replace(strategies(self.solo_game(), self.solo.policy(), &*self.text)?.best);
+        }
+        Ok((self.solo.evaluate().await?, self.exploitability()?))
+    }
+}
+
+fn say_measured(version: u64, (e, gives): &Measured, tasks: u64) {
+    let [low, high] = e.eval_ci95;
+    let gives = gives.map(|g| format!(", exploitability {:.4} antes", g.exploitability)).unwrap_or_default();
+    program::say(&format!(
+        "version {version}: {:+.3} per held-out task (95 % of {tasks}: {low:+.3} to {high:+.3}), greedy {:+.3}{gives}",
+        e.eval, e.eval_greedy
+    ));
+}
+
+impl Report {
+    fn plot(&mut self, dir: &Path) -> anyhow::Result<()> {
+        let title = format!("{} on {}", self.model, self.env);
+        let points = |values: &[f64]| values.iter().zip(1_u64..).map(|(r, i)| (i as f64, *r)).collect();
+        let rewards = [Series { name: "rollouts", color: "#2f6f5e", points: points(&self.rewards) }];
+        self.plots.push(line_plot(
+            &dir.join("reward.svg"),
+            &title,
+            "policy version",
+            "mean reward",
+            &rewards,
+        )?);
+        if !self.exploitability_curve.is_empty() {
+            let points = self.exploitability_curve.clone();
+            let gives = [Series { name: "exploitability", color: "#c2571a", points }];
+            let path = dir.join("exploitability.svg");
+            self.plots.push(line_plot(&path, &title, "policy version", "antes per hand", &gives)?);
+        }
+        Ok(())
+    }
+
+    fn for_people(&self) -> String {
+        let mut lines = vec![format!(
+            "{} steps in {:.0} s, {:.0} s in all; reward {:+.3} -> {:+.3}",
+            self.steps, self.train_seconds, self.seconds, self.eval_before, self.eval_after
+        )];
+        if let (Some(before), Some(after)) = (&self.exploitability_before, &self.exploitability_after) {
+            lines.push(format!(
+                "exploitability {:.4} -> {:.4} antes per hand",
+                before.exploitability, after.exploitability
+            ));
+        }
+        lines.push(format!("adapter: {}", self.adapter.display()));
+        lines.extend(self.plots.iter().map(|p| format!("plot: {}", p.display())));
+        lines.join("\n")
+    }
+}
