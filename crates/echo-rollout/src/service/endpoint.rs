@@ -150,11 +150,11 @@ impl Endpoint {
     }
 
     /// Asks and waits.
-    fn ask(&self, question: Value) -> Result<String, EndpointError> {
+    fn ask(&self, question: &Value) -> Result<String, EndpointError> {
         let url = || self.config.url.clone();
         let silent = |reason: String| EndpointError::Silent { url: url(), reason };
         let Some(runtime) = &self.runtime else { return Err(silent("it is being dropped".to_owned())) };
-        let mut request = self.client.post(self.target.clone()).json(&question);
+        let mut request = self.client.post(self.target.clone()).json(question);
         if let Some(key) = &self.config.api_key {
             request = request.bearer_auth(key);
         }
@@ -215,7 +215,7 @@ impl Speaker for Endpoint {
         let message = |role: &str, content: &str| json!({"role": role, "content": content});
         let turns = before.iter().flat_map(|t| [message("user", &t.shown), message("assistant", &t.said)]);
         let messages: Vec<Value> = turns.chain([message("user", shown)]).collect();
-        self.ask(json!({
+        self.ask(&json!({
             "model": self.config.model, "messages": messages, "max_tokens": self.config.max_tokens,
             "temperature": self.config.temperature,
             // Seeds are signed in some servers.

@@ -115,7 +115,7 @@ impl<P: Update> Solo<P> {
     /// Episodes that cannot be played or judged, a model that cannot be trained.
     pub async fn step(&mut self) -> Result<StepReport, SoloError> {
         // The oldest that is kept is the one that is due.
-        let due = self.adapters.front().map_or(self.version(), |(version, _)| *version);
+        let due = self.adapters.front().map_or_else(|| self.version(), |(version, _)| *version);
         self.install(due).await?;
         let (groups, samples) = (u64::from(self.dispatch.groups_per_step), self.dispatch.group_size);
         let first = self.version().0 * groups;

@@ -73,12 +73,15 @@ impl<G: Game> fmt::Debug for Opponent<G> {
     }
 }
 
+/// Finds a [`Speaker`] by name, or says why there is none.
+pub type FindSpeaker<'a> = dyn Fn(&str) -> Result<Arc<dyn Speaker>, String> + 'a;
+
 /// Opponents that only a caller can bring.
 pub struct Guests<'a> {
     /// Plays `best`: its owner keeps it the best answer to the policy in training. Kuhn and Leduc only.
     pub best: Option<Arc<Shared>>,
     /// Finds who plays `self` (an earlier version of the policy) or an http address.
-    pub speaker: &'a dyn Fn(&str) -> Result<Arc<dyn Speaker>, String>,
+    pub speaker: &'a FindSpeaker<'a>,
 }
 
 impl fmt::Debug for Guests<'_> {
