@@ -66,11 +66,12 @@ pub fn plan(demand: &Demand, kinds: &[Kind], headroom: f64) -> Plan {
                 kind: kind.name.clone(),
                 count: select::more(needed - have, kind.rate(demand)),
             };
-            (counts, true, kinds.iter().map(more).collect())
+            (counts, true, kinds.iter().filter(|k| k.rate(demand) > 0.0).map(more).collect())
         }
     };
     let forecast = capacity::forecast(demand, kinds, &counts);
-    let meets_budget = more.is_empty() && forecast.min_staleness <= demand.staleness_budget;
+    let meets_budget =
+        more.is_empty() && forecast.rate_per_s > 0.0 && forecast.min_staleness <= demand.staleness_budget;
     Plan { counts, exact, meets_budget, forecast, more }
 }
 
@@ -116,6 +117,16 @@ pub(crate) mod tests {
         let tight = plan(&demand(3), &kinds, 0.05);
         assert_eq!(tight.counts[1], 0, "{tight:?}");
         assert!(tight.forecast.cost_per_step > loose.forecast.cost_per_step);
+    }
+
+    #[test]
+    fn a_fleet_that_makes_nothing_meets_nothing() {
+        // Installing takes as long as a version lasts.
+        let busy = Kind { install_s: 120.0, ..kind("busy", 0.4, 60.0, 1000.0) };
+        let demand = Demand { publish_every: 2, ..demand(8) };
+        let nothing = plan(&demand, &[busy], 0.05);
+        assert!(!nothing.meets_budget && nothing.more.is_empty(), "{nothing:?}");
+        assert_eq!((nothing.forecast.rate_per_s, nothing.forecast.min_staleness), (0.0, u64::MAX));
     }
 
     #[test]

@@ -170,7 +170,7 @@ impl Scenario {
     /// What the learner asks for.
     pub fn demand(&self) -> Demand {
         Demand {
-            batch: self.groups_per_step * self.group_size,
+            batch: self.groups_per_step.saturating_mul(self.group_size),
             train_s: self.train_s,
             publish_every: self.publish_every,
             staleness_budget: self.staleness_budget,
@@ -192,7 +192,7 @@ impl Scenario {
         }
         let counts: Vec<u32> = self.workers.iter().map(|k| k.available).collect();
         let forecast = crate::fleet::capacity::forecast(&demand, &self.workers, &counts);
-        let meets_budget = forecast.min_staleness <= self.staleness_budget;
+        let meets_budget = forecast.rate_per_s > 0.0 && forecast.min_staleness <= self.staleness_budget;
         Ok(Plan { counts, exact: true, meets_budget, forecast, more: Vec::new() })
     }
 
@@ -283,6 +283,7 @@ impl Scenario {
         if let Some(c) = &self.central {
             checks.push(("central.slots".to_owned(), f64::from(c.slots), 1.0));
             checks.push(("central.rollout_s".to_owned(), c.rollout_s, 1e-3));
+            checks.push(("central.rollout_sigma".to_owned(), c.rollout_sigma, 0.0));
         }
         for (setting, value, least) in checks {
             if !value.is_finite() || value < least {
@@ -293,6 +294,14 @@ impl Scenario {
                 };
                 return Err(SimulationError::Setting { setting, value, allowed });
             }
+        }
+        if self.staleness_budget == 0 && self.publish_every != 1 {
+            let (setting, value) = ("publish_every".to_owned(), self.publish_every as f64);
+            return Err(SimulationError::Setting {
+                setting,
+                value,
+                allowed: "1 with a staleness budget of 0",
+            });
         }
         Ok(())
     }

@@ -86,7 +86,7 @@ struct Assembled {
 }
 
 /// Longest training sequence, in tokens: bounds the rotary table.
-const MAX_SEQUENCE_TOKENS: usize = 1 << 14;
+pub const MAX_SEQUENCE_TOKENS: usize = 1 << 14;
 
 /// Whether logits are more than a product with the head.
 fn bends_logits(config: &ModelConfig) -> bool {

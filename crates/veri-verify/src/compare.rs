@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 /// Largest values of a row that [`Distance::top_exponent_mismatch`] looks at.
 const TOP_VALUES: usize = 16;
 
+/// What a row counts as that cannot be compared: a number, so that evidence can be written as JSON.
+const FAR: f64 = 1e9;
+
 /// How far claimed rows are from recomputed ones.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Distance {
@@ -16,13 +19,13 @@ pub struct Distance {
     pub n_rows: u32,
     /// Rows that are equal bit for bit.
     pub n_exact: u32,
-    /// Mean over rows of |claimed - recomputed| / |recomputed|.
+    /// Mean over rows of |claimed - recomputed| / |recomputed|, each at most 1e9.
     pub relative_l2: f64,
     /// Share of the recomputed rows' largest values whose binary exponent differs in the claim.
     pub top_exponent_mismatch: f64,
 }
 
-/// Compares pairs (claimed `[H]`, recomputed `[H]`). Rows of different widths, or not finite, count as infinitely far.
+/// Compares pairs (claimed `[H]`, recomputed `[H]`). Rows of different widths, or not finite, count as far.
 pub fn rows<'a>(pairs: impl IntoIterator<Item = (&'a [f32], &'a [f32])>) -> Distance {
     let mut distance = Distance::default();
     let (mut residuals, mut mismatches) = (0.0, 0.0);
@@ -45,7 +48,7 @@ pub fn rows<'a>(pairs: impl IntoIterator<Item = (&'a [f32], &'a [f32])>) -> Dist
 
 fn relative_l2(claimed: &[f32], recomputed: &[f32]) -> f64 {
     if claimed.len() != recomputed.len() {
-        return f64::INFINITY;
+        return FAR;
     }
     let (mut difference, mut norm) = (0.0, 0.0);
     for (&a, &b) in claimed.iter().zip(recomputed) {
@@ -53,7 +56,7 @@ fn relative_l2(claimed: &[f32], recomputed: &[f32]) -> f64 {
         norm += f64::from(b).powi(2);
     }
     let ratio = (difference / norm.max(f64::MIN_POSITIVE)).sqrt();
-    if ratio.is_finite() { ratio } else { f64::INFINITY }
+    if ratio.is_finite() { ratio.min(FAR) } else { FAR }
 }
 
 fn top_exponent_mismatch(claimed: &[f32], recomputed: &[f32]) -> f64 {
@@ -110,10 +113,13 @@ mod tests {
     }
 
     #[test]
-    fn not_finite_and_misshaped_rows_are_infinitely_far() {
+    fn not_finite_and_misshaped_rows_are_far() {
         let row = [1.0_f32, 2.0];
-        assert_eq!(rows([(&[1.0_f32][..], &row[..])]).relative_l2, f64::INFINITY);
-        assert_eq!(rows([(&[f32::NAN, 1.0][..], &row[..])]).relative_l2, f64::INFINITY);
+        assert_eq!(rows([(&[1.0_f32][..], &row[..])]).relative_l2, FAR);
+        let far = rows([(&[f32::NAN, 1.0][..], &row[..])]);
+        assert_eq!(far.relative_l2, FAR);
+        let written = serde_json::to_string(&far).unwrap();
+        assert_eq!(serde_json::from_str::<Distance>(&written).unwrap(), far);
         assert_eq!(logprobs(&[f32::NAN], &[0.0]).mean_nats, f64::INFINITY);
         assert_eq!(logprobs(&[f32::NAN, 0.0], &[0.0, 0.0]).max_nats, f64::INFINITY);
         assert_eq!(logprobs(&[], &[]).max_nats, f64::INFINITY);

@@ -92,9 +92,17 @@ impl Answer {
 
     /// Indices of the sampled tokens: row `r` of a commitment is behind output token `sampled()[r]`.
     pub fn sampled(&self) -> Vec<usize> {
-        let foreign =
-            |i: usize| self.foreign.iter().any(|(from, to)| (*from as usize..*to as usize).contains(&i));
-        (0..self.tokens.len()).filter(|i| !foreign(*i)).collect()
+        let mut ranges = self.foreign.iter().peekable();
+        let sampled = |i: &usize| {
+            while ranges.next_if(|(_, to)| *to as usize <= *i).is_some() {}
+            ranges.peek().is_none_or(|(from, _)| *i < *from as usize)
+        };
+        (0..self.tokens.len()).filter(sampled).collect()
+    }
+
+    /// Whether the foreign ranges are in order and apart, as [`Self::sampled`] needs them.
+    pub(crate) fn is_in_order(&self) -> bool {
+        self.foreign.iter().all(|(from, to)| from < to) && self.foreign.windows(2).all(|w| w[0].1 < w[1].0)
     }
 
     /// Hash of tokens and log-probabilities, bit for bit.

@@ -57,6 +57,9 @@ impl Audit {
         if claim.output_hash != answer.hash() {
             return malformed("the commitment is about another answer");
         }
+        if !answer.is_in_order() {
+            return malformed("the answer's foreign tokens are not in rising ranges");
+        }
         if claim.n_rows as usize != answer.sampled().len() || answer.tokens.len() != answer.logprobs.len() {
             return malformed("the commitment has not one row and one log-probability per sampled token");
         }

@@ -97,7 +97,7 @@ impl Kind {
     /// Whether its part of a batch that takes `sampling_s` to make (B / mu) is there before the learner would wait:
     /// Tb + L + B / mu <= (S + 1 - kappa) T.
     pub fn is_in_time(&self, demand: &Demand, sampling_s: f64) -> bool {
-        let versions = (demand.staleness_budget + 1).saturating_sub(demand.publish_every);
+        let versions = demand.staleness_budget.saturating_add(1).saturating_sub(demand.publish_every);
         let round = self.update_s(demand) + self.trajectory_s(demand) + sampling_s;
         round <= versions as f64 * demand.train_s
     }
@@ -125,18 +125,19 @@ pub struct Forecast {
 /// wait from S = kappa - 1 + ceil((Tb + Leff) / T) on.
 pub fn forecast(demand: &Demand, kinds: &[Kind], counts: &[u32]) -> Forecast {
     let used = || kinds.iter().zip(counts).filter(|(_, n)| **n > 0);
-    let rate: f64 = used().map(|(k, n)| f64::from(*n) * k.rate(demand)).sum();
+    // A float sum of nothing may be -0.
+    let rate = used().map(|(k, n)| f64::from(*n) * k.rate(demand)).fold(0.0, |a, b| a + b);
     let sampling = f64::from(demand.batch) / rate;
     let round = used().map(|(k, _)| k.update_s(demand) + k.trajectory_s(demand)).fold(0.0, f64::max);
     let round = round + sampling;
-    let overlap = (demand.staleness_budget + 2).saturating_sub(demand.publish_every).max(1);
+    let overlap = demand.staleness_budget.saturating_add(2).saturating_sub(demand.publish_every).max(1);
     let step_s = demand.train_s.max(sampling).max((demand.train_s + round) / overlap as f64);
     let price: f64 = used().map(|(k, n)| f64::from(*n) * k.availability() * k.price_per_hour).sum();
     Forecast {
         step_s,
         utilisation: demand.train_s / step_s,
         rate_per_s: rate,
-        min_staleness: demand.publish_every - 1 + (round / demand.train_s).ceil() as u64,
+        min_staleness: (demand.publish_every - 1).saturating_add((round / demand.train_s).ceil() as u64),
         cost_per_step: (demand.learner_price_per_hour + price) * step_s / 3600.0,
     }
 }

@@ -145,9 +145,11 @@ struct Thread {
 
 impl Thread {
     fn late(&self) {
-        let (order, failure) = (Ordering::Relaxed, Ordering::Relaxed);
-        if self.state.compare_exchange(RUNNING, LATE, order, failure).is_ok() {
-            self.hung.fetch_add(1, order);
+        // Counted first: a thread that ends now takes out what is in.
+        self.hung.fetch_add(1, Ordering::Relaxed);
+        let counted = self.state.compare_exchange(RUNNING, LATE, Ordering::AcqRel, Ordering::Relaxed);
+        if counted.is_err() {
+            self.hung.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -157,7 +159,7 @@ struct Ended(Arc<Thread>);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        if self.0.state.swap(ENDED, Ordering::Relaxed) == LATE {
+        if self.0.state.swap(ENDED, Ordering::AcqRel) == LATE {
             self.0.hung.fetch_sub(1, Ordering::Relaxed);
         }
     }

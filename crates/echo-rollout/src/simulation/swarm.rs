@@ -120,6 +120,7 @@ impl<'a> Swarm<'a> {
             lease_ttl_ms: milliseconds(PATIENCE * slowest).max(1),
             max_leases_per_worker: used().map(|k| k.slots).max().unwrap_or(1),
             max_attempts: 65_536,
+            max_workers: counts.iter().fold(0_u32, |sum, n| sum.saturating_add(*n)).max(1),
             staleness: StalenessBound(s.staleness_budget),
             ..DispatchConfig::new(RunId(s.seed))
         })?;

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
+use parallax_model::train::{LoraConfig, MAX_SEQUENCE_TOKENS, TrainModel, TrainOptions};
 use parallax_model::{Adapter, Checkpoint};
 use serde::Serialize;
 
@@ -214,7 +214,8 @@ impl Job<'_> {
 
     fn reading<'a>(&self, encoder: &'a ChatEncoder) -> Reading<'a> {
         let c = self.config;
-        Reading { encoder, max_tokens: c.max_tokens, learn_prompt: c.learn_prompt, on_broken: c.on_broken }
+        let max_tokens = c.max_tokens.min(self.checkpoint.config().max_context).min(MAX_SEQUENCE_TOKENS);
+        Reading { encoder, max_tokens, learn_prompt: c.learn_prompt, on_broken: c.on_broken }
     }
 
     /// Calls `with` with the number of each step, of all steps, and the step's examples: pass after pass over `n`, each in
@@ -354,6 +355,20 @@ no line
         let adapter = Adapter::load(first.path()).unwrap();
         let further = Job { adapter: Some(&adapter), ..job(&c, &checkpoint, lines, second.path()) };
         assert_eq!(sft(&further, |_| ()).unwrap().loss_before, report.loss_after);
+    }
+
+    #[test]
+    fn a_line_that_is_longer_than_the_context_is_broken() {
+        let checkpoint = Checkpoint::tiny().unwrap();
+        let long = "7 ".repeat(checkpoint.config().max_context);
+        let lines = format!(
+            "{{\"prompt\": \"What is 1+1?\", \"completion\": \"{long}\"}}\n{{\"prompt\": \"What is 1+1?\", \"completion\": \"two\"}}\n"
+        );
+        let on_broken = crate::dataset::OnBroken::Skip;
+        let c = FinetuneConfig { max_tokens: 4096, on_broken, ..config(1) };
+        let out = tempfile::tempdir().unwrap();
+        let report = sft(&job(&c, &checkpoint, &lines, out.path()), |_| ()).unwrap();
+        assert_eq!((report.examples, report.broken_lines), (1, 1));
     }
 
     #[test]

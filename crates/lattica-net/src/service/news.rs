@@ -159,7 +159,9 @@ async fn run(shared: Arc<Shared>, protocol: StreamProtocol, mut teller: Teller) 
                 teller.tell(&shared).await;
                 teller.keep_peers(&shared).await;
                 if teller.saved_at + SAVED_EVERY <= shared.now() {
-                    teller.save(&shared).await;
+                    teller.saved_at = shared.now();
+                    let shared = Arc::clone(&shared);
+                    let _ = tokio::task::spawn_blocking(move || save(&shared)).await;
                 }
                 shared.table().connected_peers().into_iter().choose(&mut rand::rng())
             }
@@ -168,7 +170,7 @@ async fn run(shared: Arc<Shared>, protocol: StreamProtocol, mut teller: Teller) 
                 Ok(NetEvent::Connected(peer)) => Some(peer),
                 _ => None,
             },
-            () = shared.stopped.cancelled() => break,
+            () = shared.stopped.cancelled() => return,
         };
         let connection = ask.and_then(|peer| shared.table().best(&peer));
         if let (Some(connection), Ok(place)) = (connection, Arc::clone(&asking).try_acquire_owned()) {
@@ -182,7 +184,6 @@ async fn run(shared: Arc<Shared>, protocol: StreamProtocol, mut teller: Teller) 
             });
         }
     }
-    teller.save(&shared).await;
 }
 
 /// Asks a peer for what this node lacks.
@@ -365,26 +366,23 @@ impl Teller {
             self.remembered.push(peer);
         }
     }
+}
 
-    /// Writes the latest records to the file of peers.
-    async fn save(&mut self, shared: &Shared) {
-        self.saved_at = shared.now();
-        let Some(path) = shared.config.peers_file.clone() else { return };
-        let records: Vec<Item> = {
-            let state = shared.news.lock();
-            let own = state.records.known_of(&shared.local).into_iter().collect();
-            state.records.missing(self.saved_at, &own, peers_file::MAX_BYTES / 2)
-        };
-        if records.is_empty() {
-            // Whoever was remembered is better than nobody.
-            return;
-        }
-        let statements: Vec<_> = records.into_iter().map(|(statement, _)| statement).collect();
-        let shown = path.display().to_string();
-        let saved = tokio::task::spawn_blocking(move || peers_file::save(&path, &statements)).await;
-        if let Ok(Err(error)) = saved {
-            tracing::warn!(path = shown, %error, "peers are not remembered on disk");
-        }
+/// Writes the latest records to the file of peers. Blocks.
+pub(super) fn save(shared: &Shared) {
+    let Some(path) = &shared.config.peers_file else { return };
+    let records: Vec<Item> = {
+        let state = shared.news.lock();
+        let own = state.records.known_of(&shared.local).into_iter().collect();
+        state.records.missing(shared.now(), &own, peers_file::MAX_BYTES / 2)
+    };
+    if records.is_empty() {
+        // Whoever was remembered is better than nobody.
+        return;
+    }
+    let statements: Vec<_> = records.into_iter().map(|(statement, _)| statement).collect();
+    if let Err(error) = peers_file::save(path, &statements) {
+        tracing::warn!(path = %path.display(), %error, "peers are not remembered on disk");
     }
 }
 

@@ -130,6 +130,7 @@ fn run(
                 let driver = Driver::new(swarm, Arc::clone(shared), commands);
                 if ready.send(Ok(())).is_ok() {
                     driver.run().await;
+                    news::save(shared);
                 }
             }
             Err(error) => {
