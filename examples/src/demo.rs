@@ -206,7 +206,8 @@ async fn demo(args: &DemoArgs) -> anyhow::Result<Report> {
     let (mut learner_process, ready) = learner.start(logs, "learner", &learner_args).await?;
     let trainer = ("--trainer", first_address(&ready)?);
     let model = ("--model", args.model.clone());
-    let auditor_args = [&common[..], &[trainer.clone(), model.clone()]].concat();
+    let evidence = ("--evidence", logs.display().to_string());
+    let auditor_args = [&common[..], &[trainer.clone(), model.clone(), evidence]].concat();
     let (auditor_process, _) = auditor.start(logs, "auditor", &auditor_args).await?;
     let mut worker_processes = Vec::new();
     for worker in &workers {

@@ -39,7 +39,7 @@ fn every_binary_and_command_explains_itself() {
         (ROLLOUT_FLEET, &[]),
         (
             TRAINING_SWARM,
-            &["losses", "bench", "pretrain", "sft", "dpo", "solo", "exploitability", "staleness"],
+            &["losses", "bench", "pretrain", "sft", "dpo", "simulate", "solo", "exploitability", "staleness"],
         ),
     ];
     for (binary, subcommands) in commands {
@@ -49,6 +49,18 @@ fn every_binary_and_command_explains_itself() {
             assert!(output.status.success() && help.contains("Usage:"), "{binary} {subcommand:?}: {help}");
         }
     }
+}
+
+#[test]
+fn the_example_fleet_is_planned_and_played() {
+    let scenario = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/simulate.toml");
+    let output = run(TRAINING_SWARM, &["simulate", "--scenario", scenario, "--staleness", "2", "--json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(report["staleness_budget"], 2);
+    assert!(report["max_staleness"].as_u64().unwrap() <= 2, "{report}");
+    assert!(report["learner_utilisation"].as_f64().unwrap() > 0.5, "{report}");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub struct AuditorArgs {
     model: String,
     /// Directory for the evidence against convicted workers, which `veri-audit check` reads
     #[arg(long)]
-    evidence: Option<PathBuf>,
+    evidence: PathBuf,
 }
 
 fn keep(audited: &Audited<'_>, path: &Path) -> anyhow::Result<()> {
@@ -51,7 +51,7 @@ pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let randomness = || rand::rng().random();
     let ended = run_auditor(&node, &*source, &mut replay, &config, randomness, |audited| {
         let (trajectory, verdict) = (audited.trajectory, audited.verdict);
-        let evidence = args.evidence.as_deref().filter(|_| verdict.convicts()).and_then(|dir| {
+        let evidence = verdict.convicts().then_some(&args.evidence).and_then(|dir| {
             let path = dir.join(format!("evidence-{}.json", trajectory.id().0));
             match keep(audited, &path) {
                 Ok(()) => Some(path),

@@ -51,12 +51,13 @@ struct Report {
 pub fn run(args: &SimulateArgs) -> anyhow::Result<()> {
     let mut scenario: Scenario = program::settings(&args.scenario)?;
     scenario.staleness_budget = args.staleness.unwrap_or(scenario.staleness_budget);
-    let plan = scenario.plan()?;
-    say_plan(&scenario, &plan);
     if args.plan {
+        let plan = scenario.plan()?;
+        say_plan(&scenario, &plan);
         return if args.json { program::report(&plan) } else { Ok(()) };
     }
     let outcome = scenario.run()?;
+    say_plan(&scenario, &outcome.plan);
     say(&outcome);
     let mut curve = Vec::new();
     for staleness_budget in &args.curve {
