@@ -27,7 +27,8 @@ pub enum LossKind {
 }
 
 impl LossConfig {
-    fn with(surrogate: Surrogate, normaliser: Normaliser) -> Self {
+    /// Nothing but a surrogate and what the sum is divided by: ratios of tokens to what was sampled, no correction, no KL.
+    pub(crate) fn with(surrogate: Surrogate, normaliser: Normaliser) -> Self {
         Self {
             surrogate,
             normaliser,

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::proto::{DType, Datum, ForwardBackwardRequest, Tensor};
-use crate::loss::config::{Anchor, Correction, LogRatioLimits, Normaliser, RatioLevel, Surrogate};
+use crate::loss::config::{Normaliser, Surrogate};
 use crate::loss::{LossConfig, PolicyTargets};
 
 /// What a request must keep to.
@@ -179,16 +179,7 @@ fn loss(request: &ForwardBackwardRequest) -> Result<LossConfig, DatumError> {
         "cispo" => Surrogate::Cispo { least: Some(low), most: high },
         _ => return Err(DatumError::Loss { name: name.clone() }),
     };
-    Ok(LossConfig {
-        surrogate,
-        normaliser: Normaliser::TokenSum,
-        count_empty: true,
-        level: RatioLevel::Token,
-        anchor: Anchor::Sampled,
-        log_ratio: LogRatioLimits::default(),
-        correction: Correction::default(),
-        kl: None,
-    })
+    Ok(LossConfig::with(surrogate, Normaliser::TokenSum))
 }
 
 struct Reader<'a> {
