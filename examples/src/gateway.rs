@@ -10,13 +10,12 @@ use echo_trainer::service::evaluation::BoxFuture;
 use echo_trainer::service::gateway::{
     Gateway, GatewayConfig, SampleError, SampleTask, SampledAnswer, SampledAnswers, Stop, TaskSampler,
 };
-use parallax_engine::local::LocalStage;
-use parallax_engine::{Completion, EngineConfig, EngineHandle, FinishReason, Request, SamplingParams};
+use parallax_engine::{Completion, EngineHandle, FinishReason, Request, RequestError, SamplingParams};
 use parallax_model::{Checkpoint, Tokenizer, WeightDtype};
 use serde_json::json;
 
 use crate::program;
-use crate::rollouts::load_options;
+use crate::rollouts;
 
 /// Options of the gateway.
 #[derive(Debug, Args)]
@@ -107,8 +106,7 @@ impl EngineTasks {
     /// # Errors
     /// Weights that cannot be read.
     pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
-        let stage = LocalStage::load(checkpoint, &load_options(checkpoint, WeightDtype::F32, cache_tokens))?;
-        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
+        let engine = rollouts::engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         // Without a tokenizer, texts cannot stop an answer; tokens can.
         let tokenizer = checkpoint.tokenizer().ok();
         Ok(Self { engine, tokenizer, end_ids: checkpoint.config().eos.clone() })
@@ -130,6 +128,15 @@ impl EngineTasks {
             }
         };
         texts.iter().map(one).collect()
+    }
+}
+
+/// Whose fault it is: a full or stopped engine is not the client's.
+fn refusal(refused: &RequestError) -> SampleError {
+    let reason = refused.to_string();
+    match refused {
+        RequestError::QueueFull { .. } | RequestError::Stopped => SampleError::Failed { reason },
+        _ => SampleError::Invalid { reason },
     }
 }
 
@@ -175,7 +182,7 @@ impl TaskSampler for EngineTasks {
                 ..Request::default()
             };
             let streams = self.engine.submit_n(request, task.samples);
-            streams.map_err(|e| SampleError::Invalid { reason: e.to_string() })
+            streams.map_err(|refused| refusal(&refused))
         });
         Box::pin(async move {
             let mut out = SampledAnswers::default();
@@ -197,5 +204,18 @@ impl TaskSampler for EngineTasks {
             }
             Ok(out)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_engine_is_not_the_clients_fault() {
+        let full = refusal(&RequestError::QueueFull { queued: 3 });
+        assert!(matches!(&full, SampleError::Failed { reason } if reason.contains("later")), "{full}");
+        assert!(matches!(refusal(&RequestError::Stopped), SampleError::Failed { .. }));
+        assert!(matches!(refusal(&RequestError::EmptyPrompt), SampleError::Invalid { .. }));
     }
 }

@@ -120,6 +120,19 @@ pub fn load_options(checkpoint: &Checkpoint, dtype: WeightDtype, cache_tokens: u
     }
 }
 
+/// An engine over the whole model, loaded by [`load_options`].
+///
+/// # Errors
+/// Weights that cannot be read.
+pub fn engine(
+    checkpoint: &Checkpoint,
+    dtype: WeightDtype,
+    cache_tokens: usize,
+) -> anyhow::Result<EngineHandle> {
+    let stage = LocalStage::load(checkpoint, &load_options(checkpoint, dtype, cache_tokens))?;
+    Ok(EngineHandle::start(Box::new(stage), EngineConfig::default())?)
+}
+
 /// An auditor's own copy of the model.
 #[derive(Debug)]
 pub struct ModelReplay {
@@ -208,9 +221,7 @@ impl EngineSampler {
     /// # Errors
     /// Weights that cannot be read.
     pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
-        let options = load_options(checkpoint, WeightDtype::F32, cache_tokens);
-        let stage = LocalStage::load(checkpoint, &options)?;
-        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
+        let engine = engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         Ok(Self { engine, stop_ids: checkpoint.config().eos.clone() })
     }
 }
@@ -342,8 +353,7 @@ pub async fn start_worker(
 ) -> anyhow::Result<Worker> {
     let trainer = node.dial(&options.trainer).await?;
     let source = Arc::new(Spreads::new(Blocks::start(node.clone(), memory_blocks())));
-    let stage = LocalStage::load(checkpoint, &load_options(checkpoint, options.dtype, options.cache_tokens))?;
-    let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
+    let engine = engine(checkpoint, options.dtype, options.cache_tokens)?;
     let id = checkpoint.id()?;
     let n_layers = u32::try_from(checkpoint.config().n_layers)?;
     // A commitment is about one policy, which samples that switch are not.
@@ -397,8 +407,7 @@ mod tests {
     #[tokio::test]
     async fn honest_draws_are_repeated_and_chosen_tokens_are_not() {
         let checkpoint = Checkpoint::resolve("tiny").unwrap();
-        let stage = LocalStage::load(&checkpoint, &load_options(&checkpoint, WeightDtype::F32, 256)).unwrap();
-        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default()).unwrap();
+        let engine = engine(&checkpoint, WeightDtype::F32, 256).unwrap();
         let mut auditor = ModelReplay::load(&checkpoint, 256).unwrap();
         let prompt: Vec<u32> = (40..150).collect();
         for (seed, temperature) in [(1, 1.0), (2, 1.0), (3, 0.7), (4, 0.0)] {

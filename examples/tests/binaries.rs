@@ -10,6 +10,7 @@ const DEMO_SWARM: &str = env!("CARGO_BIN_EXE_demo-swarm");
 const LATTICA_NODE: &str = env!("CARGO_BIN_EXE_lattica-node");
 const ROLLOUT_FLEET: &str = env!("CARGO_BIN_EXE_rollout-fleet");
 const TRAINING_SWARM: &str = env!("CARGO_BIN_EXE_training-swarm");
+const TINKER_GATEWAY: &str = env!("CARGO_BIN_EXE_tinker-gateway");
 
 fn run(binary: &str, args: &[&str]) -> Output {
     Command::new(binary).args(args).env_remove("RUST_LOG").output().unwrap()
@@ -27,6 +28,7 @@ fn every_binary_and_command_explains_itself() {
                 "run",
                 "chat",
                 "models",
+                "fetch",
                 "serve",
                 "join",
                 "status",
@@ -35,8 +37,9 @@ fn every_binary_and_command_explains_itself() {
             ],
         ),
         (DEMO_SWARM, &[]),
-        (LATTICA_NODE, &["bench", "bench-spread"]),
+        (LATTICA_NODE, &["bench", "bench-spread", "probe", "swarm-key"]),
         (ROLLOUT_FLEET, &[]),
+        (TINKER_GATEWAY, &[]),
         (
             TRAINING_SWARM,
             &["losses", "bench", "pretrain", "sft", "dpo", "simulate", "solo", "exploitability", "staleness"],

@@ -27,6 +27,9 @@ pub const LOGITS_BYTES: usize = TENSOR_MAX_BYTES / 2;
 /// Work that a generated token counts for in the fair order; a prompt row counts 1.
 const TOKEN_WORK: u64 = 2;
 
+/// Rows that prompts get beside decoding sequences however short a step should be: below, a step costs more than its rows.
+const LEAST_PROMPT_ROWS: usize = 16;
+
 /// Running sequences, first admitted first, and waiting ones.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -36,6 +39,8 @@ pub struct Scheduler {
     logits_rows: usize,
     /// Pages are found by prefix and shared by forks.
     reuse: bool,
+    /// Rows of the next step, if fewer than the configured ones.
+    limit: usize,
     running: Vec<Sequence>,
     waiting: FairQueue,
     preempted: Vec<RequestId>,
@@ -56,6 +61,7 @@ impl Scheduler {
             vocab,
             logits_rows,
             reuse,
+            limit: usize::MAX,
             running: Vec::new(),
             waiting: FairQueue::default(),
             preempted: Vec::new(),
@@ -163,6 +169,11 @@ impl Scheduler {
         self.waiting.push_back_in(sequence);
     }
 
+    /// The next steps have about so many rows, within the configured bound; sequences that decode all keep theirs.
+    pub fn limit_rows(&mut self, rows: usize) {
+        self.limit = rows;
+    }
+
     /// The rows of the next step, with pages reserved, or `None` when there is no sequence.
     pub fn plan(
         &mut self,
@@ -170,8 +181,9 @@ impl Scheduler {
         drafter: Option<&mut (dyn Drafter + 'static)>,
     ) -> Option<Batch> {
         let mut rows = vec![0usize; self.running.len()];
+        let decoding = self.running.iter().filter(|s| s.is_decoding()).count();
         let mut budget = Budget {
-            rows: self.config.step_tokens,
+            rows: self.config.step_tokens.min(self.limit.max(decoding + LEAST_PROMPT_ROWS)),
             // Each running sequence has a row of its own, used or not.
             logits: self.logits_rows.saturating_sub(self.running.len()),
         };

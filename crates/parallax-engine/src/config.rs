@@ -11,6 +11,10 @@ pub struct EngineConfig {
     /// Rows (tokens) of one forward pass, 1..=65536. Decoding sequences take one each, the rest goes to prompts. Small steps let
     /// nobody wait for the end of others' prompts; a processor is as fast with 128 rows as with more, a GPU wants more.
     pub step_tokens: usize,
+    /// Milliseconds that a step should take at most; 0: any time. Where one takes longer, the engine thread of
+    /// [`crate::EngineHandle`] takes smaller pieces of prompts, though at least 16 tokens: a step is what new tokens, new
+    /// requests and the pages of broken-off ones wait for.
+    pub step_ms: u64,
     /// Sequences that hold cache pages at the same time, 1..=`step_tokens`, so that each can decode in every step.
     pub running_sequences: usize,
     /// Requests in the engine, waiting and running; one more is refused. At least 1.
@@ -46,6 +50,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             step_tokens: 128,
+            step_ms: 80,
             running_sequences: 64,
             queued_requests: 1024,
             on_swap: OnSwap::default(),

@@ -1,7 +1,7 @@
 //! `Engine`: requests in, batches out to a runner, tokens back.
 //!
 //! Getters: `limits`, `version`, `metrics`, `is_busy`, `adapters`. Commands: `add`, `add_group`, `abort`, `set_version`,
-//! `lose_pages`, `add_adapter`, `remove_adapter`, `set_drafter`. Either call `step`, which does a whole forward pass, or
+//! `lose_pages`, `add_adapter`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
 //! `housekeep`, `plan`, run the batch elsewhere, and `complete` it; never plan twice without completing.
 
 mod adapters;
@@ -126,6 +126,12 @@ impl Engine {
     /// take guesses back: for them it is not asked.
     pub fn set_drafter(&mut self, drafter: Box<dyn Drafter>) {
         self.drafter = (!self.shape.recurrent).then_some(drafter);
+    }
+
+    /// Gives the next steps about `rows` rows, within [`EngineConfig::step_tokens`]: sequences that decode keep theirs, prompts
+    /// at least 16. No result depends on it.
+    pub fn limit_rows(&mut self, rows: usize) {
+        self.scheduler.limit_rows(rows);
     }
 
     /// Queues a request under a new id.

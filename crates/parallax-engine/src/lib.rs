@@ -45,7 +45,7 @@
 //! # Map
 //! - [`request`]: requests, tokens, endings; [`sampling`]: how to choose; [`constraint`]: what may be chosen; [`config`],
 //!   [`error`]
-//! - [`engine`]: add, abort, step; [`batching`]: which rows run next; [`sequence`]: one request's progress
+//! - [`engine`]: add, abort, step; [`batching`]: which rows run next, [`pace`]: how many; [`sequence`]: one request's progress
 //! - [`speculate`]: guessing tokens that one pass then checks
 //! - [`kv_cache`]: pages, page tables, prefixes; [`sampler`]: logits to a token; [`mod@score`]: given tokens; [`metrics`]: counters
 //! - [`batch`], [`stage`], [`tap`]: the seam to whatever computes; `local`: over parallax-model (feature `local`)
@@ -71,6 +71,7 @@ pub mod kv_cache;
 pub mod local;
 pub mod markup;
 pub mod metrics;
+pub mod pace;
 pub mod request;
 pub mod sampler;
 pub mod sampling;

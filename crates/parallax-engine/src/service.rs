@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use swarm_wire::{PolicyVersion, RequestId};
 use tokio::sync::{mpsc, oneshot};
@@ -28,6 +28,7 @@ use crate::config::{EngineConfig, OnSwap};
 use crate::engine::Engine;
 use crate::error::{ConfigError, Failure, RequestError, StageError};
 use crate::metrics::EngineMetrics;
+use crate::pace::Pace;
 use crate::request::{Completion, Event, FinishReason, Request, RequestLimits, Usage};
 use crate::speculate::Drafter;
 use crate::stage::{StageRunner, StageShape};
@@ -135,6 +136,7 @@ impl EngineHandle {
         let shape = runner.shape();
         let queued_requests = config.queued_requests;
         let finish_on_swap = config.on_swap == OnSwap::Finish;
+        let pace = Pace::new(Duration::from_millis(config.step_ms));
         let mut engine = Engine::new(shape, runner.log_softmax(), config)?;
         if let Some(drafter) = drafter {
             engine.set_drafter(drafter);
@@ -152,7 +154,7 @@ impl EngineHandle {
             finish_on_swap,
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
-        let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared));
+        let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared), pace);
         Ok((Self { commands, shared }, thread))
     }
 

@@ -547,6 +547,20 @@ fn a_user_with_many_requests_does_not_hold_up_another() {
     assert!(many.iter().map(|id| place(*id)).is_sorted(), "one user's requests keep their order");
 }
 
+#[test]
+fn a_limit_cuts_prompts_shorter_and_leaves_every_answer_its_row() {
+    let mut model = ToyModel::new(256, 4);
+    let config = EngineConfig { step_tokens: 128, running_sequences: 40, ..EngineConfig::default() };
+    let mut engine = Engine::new(model.shape(), model.log_softmax(), config).unwrap();
+    for i in 0..20 {
+        engine.add(Request::greedy(vec![i, 1], 30)).unwrap();
+    }
+    engine.step(&mut model);
+    engine.add(Request::greedy(vec![3; 300], 4)).unwrap();
+    engine.limit_rows(10);
+    assert_eq!(engine.plan().unwrap().0.n_rows(), 20 + 16, "a row for each answer, and some of the prompt");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
@@ -561,7 +575,7 @@ proptest! {
         spare_pages in 0usize..24,
         prefix_cache in any::<bool>(),
         wrong in 2usize..6,
-        (answers, users) in (1usize..4, 1usize..4),
+        (answers, users, limit) in (1usize..4, 1usize..4, 0usize..40),
         abort_one in proptest::option::of(0usize..12),
     ) {
         let longest = arrivals.iter().map(|(_, prompt, new)| prompt + new).max().unwrap();
@@ -597,6 +611,7 @@ proptest! {
                 ids.extend(engine.add_group(&requests[next].1, 1 + next % answers).unwrap());
                 next += 1;
             }
+            engine.limit_rows(if step % 3 == 0 { limit } else { usize::MAX });
             let mut events = engine.step(&mut model);
             if step == 5
                 && let Some(id) = abort_one.and_then(|i| ids.get(i))

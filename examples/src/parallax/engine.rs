@@ -25,6 +25,9 @@ pub struct EngineArgs {
     /// Tokens of one step, of prompts and answers together
     #[arg(long, default_value_t = EngineConfig::default().step_tokens, value_name = "N")]
     step_tokens: usize,
+    /// Milliseconds that a step should take at most; prompts are then taken in smaller pieces. 0: any time
+    #[arg(long, default_value_t = EngineConfig::default().step_ms, value_name = "MS")]
+    step_ms: u64,
     /// Requests that are computed together; others wait in a queue that is fair between API keys
     #[arg(long, default_value_t = EngineConfig::default().running_sequences, value_name = "N")]
     running_sequences: usize,
@@ -60,6 +63,7 @@ impl EngineArgs {
     ) -> anyhow::Result<EngineHandle> {
         let config = EngineConfig {
             step_tokens: self.step_tokens,
+            step_ms: self.step_ms,
             running_sequences: self.running_sequences,
             queued_requests: self.queued_requests,
             on_swap: match self.on_swap {

@@ -12,6 +12,7 @@ use super::{Command, Shared, Swap, Weights};
 use crate::engine::Engine;
 use crate::error::StageError;
 use crate::metrics::Latencies;
+use crate::pace::Pace;
 use crate::request::{Event, FinishReason, RequestEvent, Usage};
 use crate::stage::StageRunner;
 
@@ -29,6 +30,7 @@ pub(super) struct EngineThread {
     shared: Arc<Shared>,
     listeners: BTreeMap<RequestId, Listener>,
     latencies: Latencies,
+    pace: Pace,
     /// Waits until every request that came before it is finished; so do the commands behind it.
     pending: Option<Swap>,
     /// False once every handle is gone.
@@ -41,9 +43,10 @@ impl EngineThread {
         runner: Box<dyn StageRunner>,
         commands: Receiver<Command>,
         shared: Arc<Shared>,
+        pace: Pace,
     ) -> Self {
         let (listeners, latencies) = (BTreeMap::new(), Latencies::default());
-        Self { engine, runner, commands, shared, listeners, latencies, pending: None, accepting: true }
+        Self { engine, runner, commands, shared, listeners, latencies, pace, pending: None, accepting: true }
     }
 
     pub(super) fn run(mut self) {
@@ -175,6 +178,7 @@ impl EngineThread {
 
     fn step(&mut self) {
         let started = Instant::now();
+        self.engine.limit_rows(self.pace.rows());
         self.engine.housekeep(&mut *self.runner);
         let Some((batch, input)) = self.engine.plan() else { return self.publish() };
         let forward_started = Instant::now();
@@ -189,6 +193,7 @@ impl EngineThread {
                 self.runner.close(event.request);
             }
         }
+        self.pace.observe(batch.n_rows(), started.elapsed());
         self.latencies.forward_seconds += forward.as_secs_f64();
         self.latencies.step_seconds += started.elapsed().as_secs_f64();
         self.deliver(events);

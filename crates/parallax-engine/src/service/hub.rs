@@ -1,8 +1,8 @@
 //! Models from a hub of Hugging Face's kind, over HTTP, into the cache that its own tools share. Feature `hub`.
 //!
 //! A file arrives in `blobs/ETAG.incomplete` and gets its name only when its length, and for weights the SHA-256, is what the
-//! hub announced. Weights are resumed after any break; a small file, which has no hash to check a beginning by, starts anew.
-//! The snapshot's `config.json` comes last.
+//! hub announced. Weights are resumed after any break; of a small file, which has no hash to check a beginning by, an earlier
+//! fetch's beginning is not used. The snapshot's `config.json` comes last.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _};
@@ -89,6 +89,14 @@ pub enum HubError {
         /// What differs.
         what: String,
     },
+    /// The hub sends too little, again and again.
+    #[error("{file} does not arrive ({what} came); what is here is kept, fetch it again later")]
+    Stalled {
+        /// The file.
+        file: String,
+        /// How far it came.
+        what: String,
+    },
     /// The disk refused.
     #[error("cannot write {path}: {source}; free some space or choose another place with HF_HUB_CACHE")]
     Disk {
@@ -167,7 +175,8 @@ fn choose(name: &HubName, siblings: Vec<Sibling>) -> Result<Vec<Sibling>, HubErr
         list.into_iter().filter(|s| is_plain(&s.rfilename) && keep(&s.rfilename)).collect()
     };
     let has = |file: &str| siblings.iter().any(|s| s.rfilename == file);
-    let sharded = has("model.safetensors.index.json");
+    // An index may also name one whole file.
+    let sharded = has("model.safetensors.index.json") && siblings.iter().any(|s| is_shard(&s.rfilename));
     let is_weights = |file: &str| if sharded { is_shard(file) } else { file == "model.safetensors" };
     if name.file.is_none() && has("config.json") && siblings.iter().any(|s| is_weights(&s.rfilename)) {
         let mut files = wanted(siblings, &|file| is_weights(file) || COMPANIONS.contains(&file));
@@ -375,7 +384,7 @@ impl Hub {
             fruitless = if partial.len >= enough { 0 } else { fruitless + 1 };
             if fruitless >= FRUITLESS_ATTEMPTS {
                 let what = format!("{} of {} bytes", partial.len, file.bytes());
-                return Err(error.unwrap_or(HubError::Damaged { file: file.rfilename.clone(), what }));
+                return Err(error.unwrap_or(HubError::Stalled { file: file.rfilename.clone(), what }));
             }
             if fruitless > 0 {
                 tokio::time::sleep(PAUSE * 2u32.pow(fruitless - 1)).await;
@@ -517,6 +526,8 @@ mod tests {
             "config.json",
         ];
         assert_eq!(chosen("a/b", &other).unwrap(), other[1..]);
+        let whole = ["model.safetensors", "model.safetensors.index.json", "config.json"];
+        assert_eq!(chosen("a/b", &whole).unwrap(), whole, "an index of one file");
         assert_eq!(
             chosen("a/b", &["model.safetensors", "config.json", "model-x.safetensors"]).unwrap().len(),
             2

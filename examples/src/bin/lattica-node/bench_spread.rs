@@ -43,7 +43,9 @@ pub(crate) struct BenchSpreadArgs {
     seed: u64,
     /// Print the report as one JSON object, the last line of stdout: completion_s (until the last honest node that was not
     /// killed has everything), fluid_bound_s (no plan can be faster), ratio, source_copies (what the source sent, in
-    /// artefacts), wrong_bytes (stored, of all of them), duplicate_fraction (chunks that came twice, of those that were needed).
+    /// artefacts), wrong_bytes (stored, of all of them), duplicate_fraction (chunks that came twice, of those that were
+    /// needed), peers, killed, liars, completed (of the honest that were not killed), mb, chunks, uplink_mbit, rss_mb, machine,
+    /// command, commit.
     #[arg(long)]
     json: bool,
 }

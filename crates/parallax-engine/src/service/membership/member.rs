@@ -135,10 +135,12 @@ pub async fn join(
     let stage = StageServer::start(node)?;
     let mut stop = std::pin::pin!(stop);
     loop {
-        let mut member = tokio::select! {
-            member = Member::begin(node, exchange, options, &stage, &mut news) => member?,
+        let found = tokio::select! {
+            found = look(node, options, &mut news) => found?,
             () = &mut stop => return Ok(()),
         };
+        // To its end: a head that has let this member in must hear the goodbye.
+        let mut member = Member::join(node, exchange, options, &stage, found).await?;
         let followed = tokio::select! {
             followed = member.run(&mut news) => Some(followed),
             () = &mut stop => None,
@@ -150,6 +152,25 @@ pub async fn join(
         followed?;
         // The head serves another model now: look at it afresh.
     }
+}
+
+/// A head that was not joined yet.
+struct Found {
+    head: PeerId,
+    model: pb::ModelDescription,
+    own_copy: Option<Arc<Checkpoint>>,
+}
+
+/// Finds the head, and the local copy of what it serves.
+async fn look(
+    node: &Node,
+    options: &JoinOptions,
+    news: &mut (impl FnMut(MemberNews) + Send),
+) -> Result<Found, MemberError> {
+    let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
+    news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
+    let own_copy = own_copy(options, &model).await?;
+    Ok(Found { head, model, own_copy })
 }
 
 fn profile(node: &Node, options: &JoinOptions, model: &pb::ModelDescription) -> NodeProfile {
@@ -207,17 +228,13 @@ struct Member<'a, X> {
 }
 
 impl<'a, X: WeightExchange> Member<'a, X> {
-    /// Finds the head and joins it.
-    async fn begin(
+    async fn join(
         node: &Node,
         exchange: Option<&'a X>,
         options: &'a JoinOptions,
         stage: &'a StageServer,
-        news: &mut (impl FnMut(MemberNews) + Send),
+        Found { head, model, own_copy }: Found,
     ) -> Result<Self, MemberError> {
-        let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
-        news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
-        let own_copy = own_copy(options, &model).await?;
         let head_addrs =
             node.peers().into_iter().find(|p| p.peer == head).map(|p| p.addrs).unwrap_or_default();
         let client = SchedJoin {
@@ -393,3 +410,6 @@ impl<'a, X: WeightExchange> Member<'a, X> {
         Ok(weights::fetch(exchange, &root, &assignment.files, layers, &from, cache, progress).await?)
     }
 }
+
+#[cfg(test)]
+mod tests;
