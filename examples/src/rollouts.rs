@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use echo_rollout::Task;
-use echo_rollout::environment::cards::{Guests, Speaker};
-use echo_rollout::environment::{Environment, by_name_with};
+use echo_rollout::environment::cards::Speaker;
+use echo_rollout::environment::maths::{BrokenLines, Maths};
+use echo_rollout::environment::{Environment, Guests, by_name_with};
 use echo_rollout::service::{
     Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, Replay, Spreads, VeriCommitter,
     Worker, WorkerConfig,
@@ -29,6 +30,8 @@ use swarm_wire::PolicyVersion;
 use veri_verify::config::DRAW_SLACK;
 use veri_verify::service::Auditor;
 use veri_verify::{Answer, Job};
+
+use crate::program;
 
 /// Tokens of a cache page.
 pub const PAGE_TOKENS: usize = 16;
@@ -255,7 +258,7 @@ pub fn memory_blocks() -> Arc<dyn BlockStore> {
 }
 
 /// The environment called `name`, or the one in another program when one is given: the program, then its arguments. An
-/// opponent by its http address is asked there, with the key in `OPENAI_API_KEY` if there is one.
+/// opponent by its http address is asked there, with the key in `OPENAI_API_KEY` if there is one; `maths:FILE` reads the file.
 ///
 /// # Errors
 /// An unknown name; a program that cannot be started or does not introduce itself.
@@ -267,10 +270,28 @@ pub fn environment(name: &str, program: &[String]) -> anyhow::Result<Arc<dyn Env
                 .to_owned()),
             address => endpoint(address),
         };
-        return Ok(Arc::from(by_name_with(name, &Guests { best: None, speaker: &speaker })?));
+        let guests = Guests { speaker: &speaker, questions: &questions, ..Guests::none() };
+        return Ok(Arc::from(by_name_with(name, &guests)?));
     };
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     Ok(Arc::new(External::start(ExternalConfig::new(program, &arguments))?))
+}
+
+/// The question set in a file of JSON lines. Lines that are left out are said, the first few with the reason.
+///
+/// # Errors
+/// A file that cannot be read or is no question set.
+pub fn questions(path: &str, broken: BrokenLines) -> Result<Maths, String> {
+    const NAMED: usize = 5;
+    let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    let maths = Maths::parse(&text, broken).map_err(|e| e.to_string())?;
+    if !maths.broken().is_empty() {
+        program::say(&format!("{path}: {} broken lines are left out", maths.broken().len()));
+    }
+    for b in maths.broken().iter().take(NAMED) {
+        program::say(&format!("{path}: line {}: {}", b.line, b.reason));
+    }
+    Ok(maths)
 }
 
 /// Who plays from an http address.

@@ -13,6 +13,7 @@ pub mod cards;
 pub mod countdown;
 pub mod draws;
 pub mod exact;
+mod guests;
 pub mod knights;
 pub mod maths;
 pub mod sokoban;
@@ -22,9 +23,11 @@ use std::ops::RangeInclusive;
 
 pub use arithmetic::Arithmetic;
 pub use calculator::Calculator;
-use cards::{Guests, UnknownOpponent};
+use cards::UnknownOpponent;
 pub use countdown::Countdown;
+pub use guests::{FindQuestions, Guests};
 pub use knights::Knights;
+use maths::BrokenLines;
 pub use maths::Maths;
 pub use sokoban::Sokoban;
 
@@ -274,19 +277,24 @@ pub enum RewardError {
 /// opponent, as in `holdem:tight`.
 ///
 /// # Errors
-/// When there is none of that name, or its opponent is somebody that only a caller of [`by_name_with`] can bring; the
-/// message lists those that exist.
+/// When there is none of that name, or it takes something that only a caller of [`by_name_with`] can bring: an opponent, a
+/// file. The message lists those that exist.
 pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
-    by_name_with(name, &Guests { best: None, speaker: &|_| Err("nobody answers here".to_owned()) })
+    by_name_with(name, &Guests::none())
 }
 
-/// The environment called `name`, with `guests` for opponents that are not scripted.
+/// The environment called `name`, with `guests` for opponents that are not scripted and for questions from files:
+/// `maths:FILE`, or `maths@skip:FILE` to leave out broken lines.
 ///
 /// # Errors
 /// When there is none of that name, or a guest did not come.
 pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environment>, UnknownEnvironment> {
     if let Some(table) = cards::table(name, guests)? {
         return Ok(table);
+    }
+    if let Some((file, broken)) = question_file(name) {
+        let absent = |reason| UnknownEnvironment::Questions { name: name.to_owned(), reason };
+        return Ok(Box::new((guests.questions)(file, broken).map_err(absent)?));
     }
     match name {
         "arithmetic" => Ok(Box::new(Arithmetic::default())),
@@ -300,14 +308,24 @@ pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environme
     }
 }
 
+/// The file of `maths:FILE` or `maths@skip:FILE`, and what is done about its broken lines.
+fn question_file(name: &str) -> Option<(&str, BrokenLines)> {
+    let (kind, file) = name.split_once(':').filter(|(_, file)| !file.is_empty())?;
+    match kind {
+        "maths" => Some((file, BrokenLines::Refuse)),
+        "maths@skip" => Some((file, BrokenLines::Skip)),
+        _ => None,
+    }
+}
+
 /// Whether [`by_name_with`] knows `name` when all guests come.
 ///
 /// # Errors
 /// When there is none of that name.
 pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
-    let absent = |_: &str| Err(String::new());
-    match by_name_with(name, &Guests { best: None, speaker: &absent }) {
-        Ok(_) | Err(UnknownEnvironment::Opponent(UnknownOpponent::Absent { .. })) => Ok(()),
+    use UnknownEnvironment::{Opponent, Questions};
+    match by_name(name) {
+        Ok(_) | Err(Opponent(UnknownOpponent::Absent { .. }) | Questions { .. }) => Ok(()),
         Err(error) => Err(error),
     }
 }
@@ -318,7 +336,7 @@ pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
 pub enum UnknownEnvironment {
     /// Not a name.
     #[error(
-        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, sokoban, sokoban-steps"
+        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-steps"
     )]
     Name {
         /// The name that was asked for.
@@ -327,6 +345,14 @@ pub enum UnknownEnvironment {
     /// A game without such an opponent.
     #[error(transparent)]
     Opponent(#[from] UnknownOpponent),
+    /// A question set that cannot be had.
+    #[error("{name}: {reason}")]
+    Questions {
+        /// The name that was asked for.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
 }
 
 #[cfg(test)]
@@ -349,7 +375,7 @@ mod tests {
     fn every_environment_answers_to_its_name_and_repeats_itself() {
         let known = UnknownEnvironment::Name { name: String::new() }.to_string();
         let names = known.split_once("known: ").unwrap().1;
-        for name in names.split(", ") {
+        for name in names.split(", ").filter(|name| !name.contains(':')) {
             let environment = by_name(name).unwrap();
             assert_eq!(environment.name(), name);
             for seed in [0, 1, 77, held_out_seed(3)] {
@@ -384,5 +410,23 @@ mod tests {
             check_name(name).unwrap();
         }
         assert!(check_name("holdem:fish").is_err());
+    }
+
+    #[test]
+    fn questions_come_from_the_file_that_the_name_names() {
+        let questions = |file: &str, broken| {
+            assert_eq!(file, "of/my:questions.jsonl");
+            let text = "{\"question\": \"1+1?\", \"answer\": \"2\"}\nnot a question\n";
+            Maths::parse(text, broken).map_err(|e| e.to_string())
+        };
+        let guests = Guests { questions: &questions, ..Guests::none() };
+        let maths = by_name_with("maths@skip:of/my:questions.jsonl", &guests).unwrap();
+        assert_eq!(maths.name(), "maths");
+        let refused = by_name_with("maths:of/my:questions.jsonl", &guests).unwrap_err().to_string();
+        assert!(refused.starts_with("maths:of/my") && refused.contains("line 2"), "{refused}");
+        check_name("maths:anything").unwrap();
+        for unknown in ["maths", "maths:", "maths@keep:file", "arithmetic:file"] {
+            assert!(matches!(check_name(unknown), Err(UnknownEnvironment::Name { .. })), "{unknown}");
+        }
     }
 }

@@ -1,20 +1,22 @@
 //! What a fleet of rollout workers yields and costs, before money is spent on it.
 //!
 //! [`capacity`] forecasts the time and the price of a step; [`select`] finds the cheapest workers that keep the learner busy;
-//! [`plan`] puts both together and says what is missing where nothing will do. Everything here is arithmetic; the
-//! simulator (feature `sim`) plays the same fleet in virtual time.
+//! [`plan`] puts both together and says what is missing where nothing will do; [`keep`] decides whether a running fleet is
+//! changed. Everything here is arithmetic; the simulator (feature `sim`) plays the same fleet in virtual time.
 //!
 //! Symbols, after the capacity model for Echo-2's overlap of learning and sampling (arXiv 2602.02192): B trajectories of a
 //! step, T seconds of training, kappa steps between published versions, S versions of staleness allowed, Tb seconds from
 //! publication until a worker samples with a version, L seconds to make and deliver a trajectory, mu trajectories a second.
 
 pub mod capacity;
+pub mod keep;
 pub mod select;
 
 use serde::Serialize;
 
 pub use capacity::{Demand, Forecast, Kind};
-pub use select::{Choice, Hysteresis, Offer};
+pub use keep::{KeepConfig, Keeper};
+use select::{Choice, Offer};
 
 /// A fleet, what to expect of it, and what would help where it is not enough.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,12 +30,12 @@ pub struct Plan {
     /// What to expect.
     pub forecast: Forecast,
     /// Where the throughput is not met: how many more of each kind would do, alone.
-    pub more: Vec<More>,
+    pub more: Vec<KindCount>,
 }
 
-/// So many more of a kind would do.
+/// So many workers of a kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct More {
+pub struct KindCount {
     /// The kind's name.
     pub kind: String,
     /// How many.
@@ -58,11 +60,11 @@ pub fn plan(demand: &Demand, kinds: &[Kind], headroom: f64) -> Plan {
     };
     let chosen = select::cheapest(&offers(true), needed).or_else(|| select::cheapest(&offers(false), needed));
     let (counts, exact, more) = match chosen {
-        Some(Choice { counts, exact, .. }) => (counts, exact, Vec::new()),
+        Some(Choice { counts, exact }) => (counts, exact, Vec::new()),
         None => {
             let counts: Vec<u32> = kinds.iter().map(|k| k.available).collect();
             let have: f64 = kinds.iter().map(|k| f64::from(k.available) * k.rate(demand)).sum();
-            let more = |kind: &Kind| More {
+            let more = |kind: &Kind| KindCount {
                 kind: kind.name.clone(),
                 count: select::more(needed - have, kind.rate(demand)),
             };

@@ -2,7 +2,7 @@
 //! only take their time.
 //!
 //! Lengths of trajectories are drawn from heavy-tailed distributions, links have latency and bandwidth, workers come and
-//! go, everything has a price. Workers go on with a newer policy while they sample (`--in-flight switch`); a trajectory is
+//! go, everything has a price, and prices change: the fleet may be chosen anew while the run goes on. Workers go on with a newer policy while they sample (`--in-flight switch`); a trajectory is
 //! as old as its first token. The same scenario gives the same events: [`Outcome::digest`].
 
 mod swarm;
@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::asynchronous::Impossible;
 use crate::config::InvalidConfig;
-use crate::fleet::{Demand, Kind, Plan, plan};
+use crate::fleet::{Demand, KeepConfig, Kind, KindCount, Plan, plan};
 use swarm::Swarm;
 
 /// What is simulated.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
     /// Of all draws.
@@ -56,10 +56,30 @@ pub struct Scenario {
     /// The machine that trains, as it samples by itself: what the swarm is compared with. Its price is the learner's.
     #[serde(default)]
     pub central: Option<Central>,
+    /// Choose the fleet anew when that is worth it; without, the first choice stays.
+    #[serde(default)]
+    pub keep: Option<KeepConfig>,
+    /// What changes while the run goes on.
+    #[serde(default)]
+    pub changes: Vec<Change>,
+}
+
+/// What a kind of workers is from a moment on.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    /// Seconds from the beginning, the warm-up included.
+    pub at_s: f64,
+    /// The kind's name.
+    pub kind: String,
+    /// Its new price; none: as it was.
+    pub price_per_hour: Option<f64>,
+    /// How many can be had now; workers beyond that go at once. None: as before.
+    pub available: Option<u32>,
 }
 
 /// A machine that trains and samples in turn, with no link in between.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Central {
     /// Trajectories in the making at once.
@@ -96,8 +116,11 @@ pub struct Outcome {
     pub cost_per_step: f64,
     /// The same, as forecast.
     pub predicted_cost_per_step: f64,
-    /// How many of which kind.
-    pub workers_selected: Vec<Selected>,
+    /// How many of which kind, at first.
+    pub workers_selected: Vec<KindCount>,
+    /// Fleets that took over later.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fleet_changes: Vec<FleetChange>,
     /// The plan: what to expect, and what would help.
     pub plan: Plan,
     /// Oldest trajectory that was trained on, in versions.
@@ -125,13 +148,23 @@ pub struct Outcome {
     pub digest: String,
 }
 
-/// Workers of one kind.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Selected {
-    /// The kind's name.
-    pub kind: String,
-    /// How many.
-    pub count: u32,
+/// Another fleet from here on.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FleetChange {
+    /// Steps that were made before.
+    pub after_steps: u64,
+    /// Seconds from the beginning.
+    pub at_s: f64,
+    /// How many of which kind there are now.
+    pub workers: Vec<KindCount>,
+    /// What they cost.
+    pub price_per_hour: f64,
+}
+
+/// The kinds of which there are any.
+fn selected(kinds: &[Kind], counts: &[u32]) -> Vec<KindCount> {
+    let some = kinds.iter().zip(counts).filter(|(_, count)| **count > 0);
+    some.map(|(kind, count)| KindCount { kind: kind.name.clone(), count: *count }).collect()
 }
 
 /// Why a scenario cannot be played.
@@ -147,6 +180,14 @@ pub enum SimulationError {
         value: f64,
         /// What is allowed.
         allowed: &'static str,
+    },
+    /// A change of workers that are not there.
+    #[error("changes[{index}] is about {kind:?}, and no workers are called so")]
+    Change {
+        /// Its number.
+        index: usize,
+        /// The name.
+        kind: String,
     },
     /// Settings with which an asynchronous run could not go on.
     #[error(transparent)]
@@ -204,7 +245,6 @@ impl Scenario {
         let plan = self.plan()?;
         let played = Swarm::new(self, &plan.counts)?.play()?;
         let central = self.central.map(|central| self.alone(central)).transpose()?;
-        let selected = self.workers.iter().zip(&plan.counts).filter(|(_, n)| **n > 0);
         let central_cost = central.as_ref().map(|c| c.cost_per_step);
         Ok(Outcome {
             staleness_budget: self.staleness_budget,
@@ -214,7 +254,8 @@ impl Scenario {
             predicted_step_s: plan.forecast.step_s,
             cost_per_step: played.cost_per_step,
             predicted_cost_per_step: plan.forecast.cost_per_step,
-            workers_selected: selected.map(|(k, n)| Selected { kind: k.name.clone(), count: *n }).collect(),
+            workers_selected: selected(&self.workers, &plan.counts),
+            fleet_changes: played.changes,
             max_staleness: played.max_staleness,
             mean_staleness: played.mean_staleness,
             leased: played.counts.leased,
@@ -249,6 +290,8 @@ impl Scenario {
             publish_every: 1,
             workers: vec![worker],
             central: None,
+            keep: None,
+            changes: Vec::new(),
             ..self.clone()
         };
         Swarm::new(&scenario, &[1])?.play()
@@ -279,6 +322,19 @@ impl Scenario {
             check("install_s", k.install_s, 0.0);
             check("mean_up_s", k.mean_up_s, 0.0);
             check("mean_down_s", k.mean_down_s, 0.0);
+        }
+        for (i, change) in self.changes.iter().enumerate() {
+            if !self.workers.iter().any(|kind| kind.name == change.kind) {
+                return Err(SimulationError::Change { index: i, kind: change.kind.clone() });
+            }
+            checks.push((format!("changes[{i}].at_s"), change.at_s, 0.0));
+            checks.extend(change.price_per_hour.map(|p| (format!("changes[{i}].price_per_hour"), p, 0.0)));
+        }
+        if let Some(k) = &self.keep {
+            checks.push(("keep.window_steps".to_owned(), k.window_steps as f64, 1.0));
+            checks.push(("keep.min_saving".to_owned(), k.min_saving, 0.0));
+            checks.push(("keep.target_utilisation".to_owned(), k.target_utilisation, 0.0));
+            checks.push(("keep.patience".to_owned(), f64::from(k.patience), 1.0));
         }
         if let Some(c) = &self.central {
             checks.push(("central.slots".to_owned(), f64::from(c.slots), 1.0));

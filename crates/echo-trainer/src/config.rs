@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::advantage::{AdvantageConfig, RewardShaping};
 use crate::data::TeacherConfig;
-use crate::dataset::OnBroken;
+use crate::dataset::BrokenLines;
 use crate::loss::LossConfig;
 use crate::optim::{OptimConfig, Schedule};
 use crate::preference::{PreferenceConfig, PreferenceError};
@@ -207,7 +207,7 @@ pub struct FinetuneConfig {
     /// Most tokens of one micro-batch; bounds memory.
     pub micro_batch_tokens: usize,
     /// What to do about lines that cannot be used.
-    pub on_broken: OnBroken,
+    pub on_broken: BrokenLines,
     /// Supervised: learn the prompts' tokens too.
     pub learn_prompt: bool,
     /// Train all weights instead of an adapter.
@@ -233,7 +233,7 @@ impl Default for FinetuneConfig {
             batch: 16,
             max_tokens: 1024,
             micro_batch_tokens: 8192,
-            on_broken: OnBroken::default(),
+            on_broken: BrokenLines::default(),
             learn_prompt: false,
             full: false,
             lora_rank: 8,

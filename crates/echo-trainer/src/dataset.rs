@@ -3,35 +3,16 @@
 //! A line for supervised learning is `{"prompt": P, "completion": A}` or `{"messages": [...]}` whose last message is the
 //! assistant's; for preferences `{"prompt": P, "chosen": A, "rejected": A}`. P is a text (one user message) or a list of
 //! `{"role", "content"}`; A is a text or a list of one assistant message. Other fields are ignored. A line that is no
-//! such example is a [`Fault`] with its number; what happens then is the caller's choice ([`OnBroken`]).
+//! such example is a [`BrokenLine`] with its number; what happens then is the caller's choice ([`BrokenLines`]).
 
+pub use echo_rollout::environment::maths::{BrokenLine, BrokenLines};
 use parallax_model::ChatMessage;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 use crate::data::ChatEncoder;
 use crate::preference::Pair;
 use crate::step::Labelled;
-
-/// What to do about lines that cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBroken {
-    /// Nothing is trained.
-    #[default]
-    Refuse,
-    /// They are left out, and counted.
-    Skip,
-}
-
-/// A line that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Fault {
-    /// Its number, from 1.
-    pub line: usize,
-    /// What is wrong with it.
-    pub reason: String,
-}
 
 /// Why there is nothing to train on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,7 +29,7 @@ pub enum DatasetError {
         /// Of how many.
         lines: usize,
         /// The first of them.
-        first: Fault,
+        first: BrokenLine,
     },
     /// No line is left.
     #[error("no usable line among {lines}{}", first.as_ref().map(|f| format!(", the first is line {}: {}", f.line, f.reason)).unwrap_or_default())]
@@ -56,7 +37,7 @@ pub enum DatasetError {
         /// How many lines there were.
         lines: usize,
         /// What is wrong with the first of them.
-        first: Option<Fault>,
+        first: Option<BrokenLine>,
     },
 }
 
@@ -66,7 +47,7 @@ pub struct Dataset<T> {
     /// The examples, in the order of their lines.
     pub rows: Vec<T>,
     /// What is wrong with the others.
-    pub faults: Vec<Fault>,
+    pub broken: Vec<BrokenLine>,
 }
 
 /// How lines become tokens.
@@ -79,7 +60,7 @@ pub struct Reading<'a> {
     /// Learn the prompt's tokens too.
     pub learn_prompt: bool,
     /// What to do about broken lines.
-    pub on_broken: OnBroken,
+    pub on_broken: BrokenLines,
 }
 
 #[derive(Deserialize)]
@@ -193,7 +174,7 @@ impl Reading<'_> {
         make: impl Fn(L) -> Result<T, String>,
     ) -> Result<Dataset<T>, DatasetError> {
         let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-        let mut data = Dataset { rows: Vec::new(), faults: Vec::new() };
+        let mut data = Dataset { rows: Vec::new(), broken: Vec::new() };
         for (index, line) in bytes.split(|b| *b == b'\n').enumerate() {
             if line.trim_ascii().is_empty() {
                 continue;
@@ -201,14 +182,14 @@ impl Reading<'_> {
             let row = serde_json::from_slice(line).map_err(|e| e.to_string()).and_then(&make);
             match row {
                 Ok(row) => data.rows.push(row),
-                Err(reason) => data.faults.push(Fault { line: index + 1, reason }),
+                Err(reason) => data.broken.push(BrokenLine { line: index + 1, reason }),
             }
         }
-        let lines = data.rows.len() + data.faults.len();
-        let first = data.faults.first().cloned();
+        let lines = data.rows.len() + data.broken.len();
+        let first = data.broken.first().cloned();
         match first {
-            Some(first) if self.on_broken == OnBroken::Refuse => {
-                Err(DatasetError::Broken { count: data.faults.len(), lines, first })
+            Some(first) if self.on_broken == BrokenLines::Refuse => {
+                Err(DatasetError::Broken { count: data.broken.len(), lines, first })
             }
             first if data.rows.is_empty() => Err(DatasetError::Empty { lines, first }),
             _ => Ok(data),
@@ -230,7 +211,7 @@ mod tests {
         ChatEncoder::new(tokenizer, Some(template), vocabulary::EOS)
     }
 
-    fn reading(encoder: &ChatEncoder, on_broken: OnBroken) -> Reading<'_> {
+    fn reading(encoder: &ChatEncoder, on_broken: BrokenLines) -> Reading<'_> {
         Reading { encoder, max_tokens: 40, learn_prompt: false, on_broken }
     }
 
@@ -249,25 +230,25 @@ mod tests {
     #[test]
     fn all_forms_of_a_line_are_the_same_example_and_broken_ones_are_named() {
         let encoder = encoder();
-        let data = reading(&encoder, OnBroken::Skip).labelled(LINES.as_bytes()).unwrap();
+        let data = reading(&encoder, BrokenLines::Skip).labelled(LINES.as_bytes()).unwrap();
         assert_eq!(data.rows.len(), 3);
         assert!(data.rows.iter().all(|row| *row == encoder.line("1+1?", "2", false).unwrap()));
         assert_eq!(data.rows[0].learnt(), 2, "the answer and its end");
-        let faults: Vec<usize> = data.faults.iter().map(|f| f.line).collect();
-        assert_eq!(faults, [5, 6, 7, 8, 9, 10]);
-        for (fault, said) in
-            data.faults.iter().zip(["EOF", "neither", "must end", "empty", "a text or", "tokens"])
+        let broken: Vec<usize> = data.broken.iter().map(|f| f.line).collect();
+        assert_eq!(broken, [5, 6, 7, 8, 9, 10]);
+        for (line, said) in
+            data.broken.iter().zip(["EOF", "neither", "must end", "empty", "a text or", "tokens"])
         {
-            assert!(fault.reason.contains(said), "{fault:?}");
+            assert!(line.reason.contains(said), "{line:?}");
         }
-        let refused = reading(&encoder, OnBroken::Refuse).labelled(LINES.as_bytes()).unwrap_err();
+        let refused = reading(&encoder, BrokenLines::Refuse).labelled(LINES.as_bytes()).unwrap_err();
         assert!(
             refused.to_string().starts_with("6 of 9 lines cannot be used, the first is line 5"),
             "{refused}"
         );
-        let not_utf8 = reading(&encoder, OnBroken::Skip).labelled(b"\xff\n").unwrap_err();
+        let not_utf8 = reading(&encoder, BrokenLines::Skip).labelled(b"\xff\n").unwrap_err();
         assert!(not_utf8.to_string().contains("line 1"), "{not_utf8}");
-        assert!(reading(&encoder, OnBroken::Skip).labelled(b"").is_err());
+        assert!(reading(&encoder, BrokenLines::Skip).labelled(b"").is_err());
     }
 
     #[test]
@@ -276,10 +257,10 @@ mod tests {
         let lines = r#"{"prompt": "1+1?", "chosen": "2", "rejected": [{"role": "assistant", "content": "3"}]}
 {"prompt": "1+1?", "chosen": "2", "rejected": "2"}
 {"prompt": "1+1?", "chosen": "2"}"#;
-        let data = reading(&encoder, OnBroken::Skip).pairs(lines.as_bytes()).unwrap();
+        let data = reading(&encoder, BrokenLines::Skip).pairs(lines.as_bytes()).unwrap();
         let line = |answer| encoder.line("1+1?", answer, false).unwrap();
         assert_eq!(data.rows, [Pair { chosen: line("2"), rejected: line("3") }]);
-        assert_eq!(data.faults.len(), 2);
-        assert!(data.faults[1].reason.contains("rejected"), "{:?}", data.faults);
+        assert_eq!(data.broken.len(), 2);
+        assert!(data.broken[1].reason.contains("rejected"), "{:?}", data.broken);
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use echo_rollout::fleet::Plan;
+use echo_rollout::fleet::{KindCount, Plan};
 use echo_rollout::simulation::{Outcome, Scenario};
 use serde::Serialize;
 
@@ -13,7 +13,7 @@ use crate::program;
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Report: {\"staleness_budget\",\"learner_utilisation\",\"predicted_utilisation\",\"step_s\",\"predicted_step_s\",\"cost_per_step\",\
-                  \"predicted_cost_per_step\",\"workers_selected\":[{\"kind\",\"count\"}],\"max_staleness\",\"mean_staleness\",\"leased\",\"consumed\",\
+                  \"predicted_cost_per_step\",\"workers_selected\":[{\"kind\",\"count\"}],\"fleet_changes\":[{\"after_steps\",\"at_s\",\"workers\",\"price_per_hour\"}],\"max_staleness\",\"mean_staleness\",\"leased\",\"consumed\",\
                   \"dropped_stale\",\"dropped_with_worker\",\"central_step_s\",\"central_cost_per_step\",\"saving\",\"digest\",\"plan\":PLAN,\"curve\":[the same, for \
                   each --curve]}; PLAN is {\"counts\",\"exact\",\"meets_budget\",\"forecast\":{\"step_s\",\"utilisation\",\"rate_per_s\",\"min_staleness\",\
                   \"cost_per_step\"},\"more\":[{\"kind\",\"count\"}]}, which is all that --plan prints. Prices are in the scenario's currency."
@@ -107,4 +107,15 @@ fn say(o: &Outcome) {
         o.mean_staleness,
         o.max_staleness
     ));
+    for change in &o.fleet_changes {
+        let fleet: Vec<String> =
+            change.workers.iter().map(|KindCount { kind, count }| format!("{count} {kind}")).collect();
+        program::say(&format!(
+            "  after step {} ({:.0} s): {} at {:.2} an hour",
+            change.after_steps,
+            change.at_s,
+            fleet.join(" + "),
+            change.price_per_hour
+        ));
+    }
 }

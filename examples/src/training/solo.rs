@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use echo_rollout::environment::cards::{Guests, Shared, Speaker};
-use echo_rollout::environment::{Environment, by_name_with};
+use echo_rollout::environment::cards::{Shared, Speaker};
+use echo_rollout::environment::{Environment, Guests, by_name_with};
 use echo_trainer::RunConfig;
 use echo_trainer::exploitability::{Exploitability, strategies};
 use echo_trainer::service::evaluation::{Evaluation, Player};
@@ -23,7 +23,7 @@ use serde_json::json;
 
 use crate::demo::plots::{Series, line_plot};
 use crate::program;
-use crate::rollouts::{EngineSampler, ModelText, endpoint, environment, trainable};
+use crate::rollouts::{EngineSampler, ModelText, endpoint, environment, questions, trainable};
 
 /// Cached positions of the engine.
 const CACHE_TOKENS: usize = 32 * 1024;
@@ -159,7 +159,8 @@ impl Bench {
             _ => endpoint(who),
         };
         let environment: Arc<dyn Environment> = if run.environment_program.is_empty() {
-            Arc::from(by_name_with(&run.environment, &Guests { best: best.clone(), speaker: &speaker })?)
+            let guests = Guests { best: best.clone(), speaker: &speaker, questions: &questions };
+            Arc::from(by_name_with(&run.environment, &guests)?)
         } else {
             environment(&run.environment, &run.environment_program)?
         };

@@ -16,5 +16,5 @@ pub use holdem::Holdem;
 pub use kuhn::Kuhn;
 pub use leduc::Leduc;
 pub(crate) use opponent::table;
-pub use opponent::{FindSpeaker, Guests, Opponent, Said, Shared, Speaker, UnknownOpponent};
+pub use opponent::{FindSpeaker, Opponent, Said, Shared, Speaker, UnknownOpponent};
 pub use table::Table;

@@ -1,26 +1,29 @@
 //! Maths questions from a file, judged by whether the answer is equal, not by whether it is spelt alike.
 //!
 //! The file is JSON lines with `question` and `answer`; an answer in GSM8K's style ends in `#### 42`, one in MATH's style
-//! has a `\boxed{...}`. Broken lines are counted and named, then skipped or refused as the caller says.
+//! has a `\boxed{...}`. Broken lines are counted and named, then skipped or refused as the caller says. The version of a
+//! set is taken from its content: a worker with another file is refused as one with another environment is.
 
 mod equivalence;
 mod value;
 
 pub use equivalence::{equivalent, final_answer};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::draws::held_out;
 use super::{Environment, Episode, HELD_OUT_SEEDS, Reward, RewardError, Task, one_turn};
 
 const CONTEXT: &str = "echo-rollout maths held out v1";
+const VERSION: &str = "echo-rollout maths version v1";
 /// Most bytes of one line.
 pub const MAX_LINE: usize = 64 * 1024;
 /// Most questions of one file.
 pub const MAX_QUESTIONS: usize = 1_000_000;
 
 /// What is done about lines that cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum BrokenLines {
     /// The file is refused.
     #[default]
@@ -30,7 +33,7 @@ pub enum BrokenLines {
 }
 
 /// A line that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BrokenLine {
     /// Counted from 1.
     pub line: usize,
@@ -83,6 +86,7 @@ pub struct Maths {
     held_out: Vec<(String, String)>,
     broken: Vec<BrokenLine>,
     instruction: String,
+    version: u32,
 }
 
 impl Maths {
@@ -116,14 +120,30 @@ impl Maths {
         } else if apart.is_empty() {
             apart.clone_from(&train);
         }
-        let instruction = "Put your final answer in \\boxed{}.".to_owned();
-        Ok(Self { train, held_out: apart, broken, instruction })
+        let maths = Self { train, held_out: apart, broken, instruction: String::new(), version: 0 };
+        Ok(maths.with_instruction("Put your final answer in \\boxed{}."))
     }
 
     /// Asks with other words for the final answer; empty for none.
     #[must_use]
     pub fn with_instruction(self, instruction: &str) -> Self {
-        Self { instruction: instruction.to_owned(), ..self }
+        let mut maths = Self { instruction: instruction.to_owned(), ..self };
+        maths.version = maths.content_version();
+        maths
+    }
+
+    /// Differs between sets that differ in a question, an answer, their order or the instruction.
+    fn content_version(&self) -> u32 {
+        let mut hasher = blake3::Hasher::new_derive_key(VERSION);
+        let mut add = |text: &str| {
+            hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+        };
+        add(&self.instruction);
+        for side in [&self.train, &self.held_out] {
+            add(&side.len().to_string());
+            side.iter().for_each(|(question, answer)| [question, answer].into_iter().for_each(|t| add(t)));
+        }
+        u32::from_le_bytes(hasher.finalize().as_bytes()[..4].try_into().expect("four bytes"))
     }
 
     /// Lines that were left out.
@@ -156,6 +176,10 @@ fn question(line: &str) -> Result<(String, String), String> {
 impl Environment for Maths {
     fn name(&self) -> &str {
         "maths"
+    }
+
+    fn version(&self) -> u32 {
+        self.version
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
@@ -204,6 +228,18 @@ mod tests {
         assert_eq!(maths.broken().iter().map(|b| b.line).collect::<Vec<_>>(), [2, 5]);
         assert!(maths.broken()[1].reason.contains("empty"));
         assert!(matches!(Maths::parse("\n\n", BrokenLines::Skip), Err(MathsError::Empty { lines: 2 })));
+    }
+
+    #[test]
+    fn another_file_is_another_version() {
+        let parse = |text: &str| Maths::parse(text, BrokenLines::Skip).unwrap();
+        let version = |text: &str| parse(text).version();
+        assert_eq!(version(FILE), version(&format!("\n{FILE}")), "the same questions");
+        let swapped: String = FILE.lines().rev().map(|line| format!("{line}\n")).collect();
+        for other in [FILE.replace("24", "25"), FILE.replace("#### 72", "#### 73"), swapped] {
+            assert_ne!(version(FILE), version(&other));
+        }
+        assert_ne!(version(FILE), parse(FILE).with_instruction("").version());
     }
 
     #[test]

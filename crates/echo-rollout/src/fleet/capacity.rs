@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 const P90: f64 = 1.281_551_6;
 
 /// What the learner asks for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Demand {
     /// Trajectories of a step (B).
     pub batch: u32,
@@ -26,7 +25,7 @@ pub struct Demand {
 }
 
 /// Workers of one kind.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kind {
     /// For people.
@@ -118,6 +117,13 @@ pub struct Forecast {
     pub cost_per_step: f64,
 }
 
+/// Of `counts` of each of `kinds`, for the time that they are there.
+pub fn price_per_hour(kinds: &[Kind], counts: &[u32]) -> f64 {
+    // A float sum of nothing may be -0.
+    let price = |(k, n): (&Kind, &u32)| f64::from(*n) * k.availability() * k.price_per_hour;
+    kinds.iter().zip(counts).map(price).fold(0.0, |a, b| a + b)
+}
+
 /// What to expect of `counts` of each of `kinds`.
 ///
 /// A step takes max(T, B / mu, (T + Tb + Leff) / (S + 2 - kappa)) with Leff = L + B / mu for the slowest kind in use: the
@@ -125,20 +131,18 @@ pub struct Forecast {
 /// wait from S = kappa - 1 + ceil((Tb + Leff) / T) on.
 pub fn forecast(demand: &Demand, kinds: &[Kind], counts: &[u32]) -> Forecast {
     let used = || kinds.iter().zip(counts).filter(|(_, n)| **n > 0);
-    // A float sum of nothing may be -0.
     let rate = used().map(|(k, n)| f64::from(*n) * k.rate(demand)).fold(0.0, |a, b| a + b);
     let sampling = f64::from(demand.batch) / rate;
     let round = used().map(|(k, _)| k.update_s(demand) + k.trajectory_s(demand)).fold(0.0, f64::max);
     let round = round + sampling;
     let overlap = demand.staleness_budget.saturating_add(2).saturating_sub(demand.publish_every).max(1);
     let step_s = demand.train_s.max(sampling).max((demand.train_s + round) / overlap as f64);
-    let price: f64 = used().map(|(k, n)| f64::from(*n) * k.availability() * k.price_per_hour).sum();
     Forecast {
         step_s,
         utilisation: demand.train_s / step_s,
         rate_per_s: rate,
         min_staleness: (demand.publish_every - 1).saturating_add((round / demand.train_s).ceil() as u64),
-        cost_per_step: (demand.learner_price_per_hour + price) * step_s / 3600.0,
+        cost_per_step: (demand.learner_price_per_hour + price_per_hour(kinds, counts)) * step_s / 3600.0,
     }
 }
 

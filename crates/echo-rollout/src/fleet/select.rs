@@ -1,7 +1,5 @@
 //! The cheapest workers that are fast enough together: a covering knapsack, solved exactly by branch and bound.
 
-use serde::{Deserialize, Serialize};
-
 /// Nodes of the search; dozens of kinds need a few thousand.
 const MAX_NODES: u32 = 500_000;
 
@@ -21,10 +19,6 @@ pub struct Offer {
 pub struct Choice {
     /// How many of each offer, in their order.
     pub counts: Vec<u32>,
-    /// Of all of them.
-    pub price: f64,
-    /// Of all of them.
-    pub rate: f64,
     /// Whether nothing is cheaper; false when the search gave up after too many nodes.
     pub exact: bool,
 }
@@ -48,8 +42,7 @@ pub fn cheapest(offers: &[Offer], needed: f64) -> Option<Choice> {
     let (_, found) = search.best?;
     let mut counts = vec![0; offers.len()];
     order.iter().zip(&found).for_each(|(i, n)| counts[*i] = *n);
-    let sum = |of: fn(&Offer) -> f64| offers.iter().zip(&counts).map(|(o, n)| of(o) * f64::from(*n)).sum();
-    Some(Choice { price: sum(|o| o.price), rate: sum(|o| o.rate), counts, exact })
+    Some(Choice { counts, exact })
 }
 
 struct Search<'a> {
@@ -103,40 +96,6 @@ pub fn more(missing: f64, rate: f64) -> u32 {
     if missing <= 0.0 { 0 } else { (missing / rate).ceil() as u32 }
 }
 
-/// Keeps a fleet until changing it is worth it: workers that come and go cost more than a few per cent.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Hysteresis {
-    /// A cheaper fleet must save more than this share of the price.
-    pub min_saving: f64,
-    /// The learner is to be busy for this share of the time.
-    pub target_utilisation: f64,
-    /// Windows in a row below it before the fleet is changed.
-    pub patience: u32,
-    /// Windows in a row that were below it.
-    #[serde(skip)]
-    below: u32,
-}
-
-impl Default for Hysteresis {
-    fn default() -> Self {
-        Self { min_saving: 0.03, target_utilisation: 0.95, patience: 3, below: 0 }
-    }
-}
-
-impl Hysteresis {
-    /// Whether to go from a fleet of price `current`, which kept the learner busy for `utilisation` of the last window, to
-    /// one of price `best`.
-    pub fn changes(&mut self, current: f64, utilisation: f64, best: f64) -> bool {
-        self.below = if utilisation < self.target_utilisation { self.below + 1 } else { 0 };
-        let change = best < current * (1.0 - self.min_saving) || self.below >= self.patience;
-        if change {
-            self.below = 0;
-        }
-        change
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -153,6 +112,10 @@ mod tests {
         (0..=first.available).filter_map(with).min_by(f64::total_cmp)
     }
 
+    fn sum(offers: &[Offer], choice: &Choice, of: fn(&Offer) -> f64) -> f64 {
+        offers.iter().zip(&choice.counts).map(|(o, n)| of(o) * f64::from(*n)).sum()
+    }
+
     proptest! {
         #[test]
         fn nothing_is_cheaper(
@@ -164,21 +127,12 @@ mod tests {
             let offers: Vec<Offer> = offers.iter().map(offer).collect();
             let needed = f64::from(needed);
             let got = cheapest(&offers, needed);
-            prop_assert_eq!(got.as_ref().map(|c| c.price), brute_force(&offers, needed));
+            let price = got.as_ref().map(|choice| sum(&offers, choice, |o| o.price));
+            prop_assert_eq!(price, brute_force(&offers, needed));
             if let Some(choice) = got {
-                prop_assert!(choice.exact && choice.rate >= needed);
+                prop_assert!(choice.exact && sum(&offers, &choice, |o| o.rate) >= needed);
                 prop_assert!(choice.counts.iter().zip(&offers).all(|(n, o)| *n <= o.available));
             }
-        }
-
-        #[test]
-        fn a_kept_fleet_is_changed_once_and_not_back(price in 1_u32..1000, better in 1_u32..1000) {
-            let (price, better) = (f64::from(price), f64::from(better));
-            let mut hysteresis = Hysteresis::default();
-            let changed = hysteresis.changes(price, 1.0, better);
-            prop_assert_eq!(changed, better < 0.97 * price);
-            let now = if changed { better } else { price };
-            prop_assert!(!hysteresis.changes(now, 1.0, now.max(price.min(better))));
         }
     }
 
@@ -191,14 +145,6 @@ mod tests {
         };
         let offers: Vec<Offer> = (0..24).map(offer).collect();
         let choice = cheapest(&offers, 9.0).unwrap();
-        assert!(choice.exact && choice.rate >= 9.0, "{choice:?}");
-    }
-
-    #[test]
-    fn a_fleet_that_leaves_the_learner_idle_is_changed_after_some_patience() {
-        let mut hysteresis = Hysteresis::default();
-        let changes: Vec<bool> =
-            [0.5, 0.5, 1.0, 0.5, 0.5, 0.5, 0.5].map(|u| hysteresis.changes(1.0, u, 1.2)).to_vec();
-        assert_eq!(changes, [false, false, false, false, false, true, false]);
+        assert!(choice.exact && sum(&offers, &choice, |o| o.rate) >= 9.0, "{choice:?}");
     }
 }

@@ -233,8 +233,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
-    use crate::environment::cards::Guests;
-    use crate::environment::{RewardError, Turn, by_name_with};
+    use crate::environment::{Guests, RewardError, Turn, by_name_with};
 
     /// A server that answers each connection with the next of `answers` (silence for an empty one) and hands on what was
     /// asked.
@@ -296,7 +295,7 @@ mod tests {
             assert!(!format!("{config:?}").contains("secret"));
             Endpoint::new(config).map(|e| Arc::new(e) as Arc<dyn Speaker>).map_err(|e| e.to_string())
         };
-        let guests = Guests { best: None, speaker: &bring };
+        let guests = Guests { speaker: &bring, ..Guests::none() };
         let kuhn = by_name_with(&format!("kuhn:{url}#large"), &guests).unwrap();
         let task = kuhn.task(1).unwrap();
         assert!(task.prompt.contains("So far p."), "{}", task.prompt);
@@ -327,7 +326,7 @@ mod tests {
                 EndpointConfig { time_limit: Duration::from_secs(2), ..EndpointConfig::new(address) };
             Endpoint::new(config).map(|e| Arc::new(e) as Arc<dyn Speaker>).map_err(|e| e.to_string())
         };
-        let guests = Guests { best: None, speaker: &bring };
+        let guests = Guests { speaker: &bring, ..Guests::none() };
         let kuhn = by_name_with(&format!("kuhn:{url}"), &guests).unwrap();
         for reason in ["status 503: later", "\"hello\"", "no choices", "took too long"] {
             let error = kuhn.task(1).unwrap_err();

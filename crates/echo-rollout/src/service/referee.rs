@@ -341,20 +341,16 @@ mod tests {
 
     #[tokio::test]
     async fn who_waits_for_another_episode_is_not_late() {
-        let wild = Wild::default();
-        let gate = Arc::clone(&wild.gate);
-        let referees = referees(Serial(wild), PATIENT);
-        let (_, mut first) = referees.start(1).await.unwrap();
-        let (_, mut second) = referees.start(2).await.unwrap();
-        let slow = tokio::spawn(async move { first.step("hang".to_owned()).await });
-        while referees.turns.available_permits() > 0 {
-            tokio::task::yield_now().await;
-        }
-        let waits = tokio::spawn(async move { second.step("x".to_owned()).await });
-        tokio::task::yield_now().await;
-        assert!(!waits.is_finished(), "the environment is busy");
-        *gate.0.lock().unwrap() = true;
-        gate.1.notify_all();
-        assert!(slow.await.unwrap().is_ok() && waits.await.unwrap().is_ok());
+        let referees = referees(Serial(Wild::default()), PATIENT);
+        let (_, mut waits) = referees.start(2).await.unwrap();
+        waits.limit = Duration::from_millis(1);
+        let busy = Arc::clone(&referees.turns).acquire_owned().await.unwrap();
+        let mut answer = tokio::spawn(async move { waits.step("x".to_owned()).await });
+        let many_limits = Duration::from_millis(50);
+        assert!(tokio::time::timeout(many_limits, &mut answer).await.is_err(), "the environment is busy");
+        drop(busy);
+        // Its turn: an answer within a millisecond, or none.
+        let answer = answer.await.unwrap();
+        assert!(matches!(answer, Ok(Turn::Done(_)) | Err(RefereeError::TimedOut { .. })), "{answer:?}");
     }
 }

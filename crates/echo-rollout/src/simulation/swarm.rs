@@ -6,12 +6,13 @@ use bytes::Bytes;
 use swarm_sim::{Digest, Seed, Stream, Timers};
 use swarm_wire::{PeerId, PolicyVersion, RunId};
 
-use super::{Scenario, SimulationError};
+use super::{FleetChange, Scenario, SimulationError, selected};
 use crate::asynchronous::{AsyncConfig, AsyncCoordinator};
 use crate::config::DispatchConfig;
 use crate::dispatcher::{Command, Counts, Dispatcher, Outcome};
 use crate::environment::Reward;
-use crate::fleet::Kind;
+use crate::fleet::capacity::price_per_hour;
+use crate::fleet::{Keeper, Kind};
 use crate::lease::{Lease, LeaseId, SamplingSpec};
 use crate::rollout::{Finish, Sample, Step, Trajectory};
 use crate::staleness::{StalenessBound, StalenessStats};
@@ -30,6 +31,7 @@ pub(super) struct Played {
     pub(super) max_staleness: u64,
     pub(super) mean_staleness: f64,
     pub(super) counts: Counts,
+    pub(super) changes: Vec<FleetChange>,
     pub(super) digest: String,
 }
 
@@ -38,7 +40,9 @@ enum Event {
     /// A worker comes, for the first time or again.
     Up(usize),
     /// It goes.
-    Down(usize),
+    Down { worker: usize, life: u64 },
+    /// Prices or workers change as the scenario says.
+    Change(usize),
     /// Its question for one more lease is at the learner.
     Asks { worker: usize, life: u64 },
     /// It has a version.
@@ -57,12 +61,17 @@ enum Event {
 
 struct Worker {
     peer: PeerId,
-    kind: Kind,
+    /// Number of its kind.
+    kind: usize,
     random: Stream,
+    /// Whether it belongs to the fleet.
+    hired: bool,
     up: bool,
+    /// Whether it is on its way back.
+    returns: bool,
     /// Counts its comings.
     life: u64,
-    since_us: u64,
+    /// Until when it is paid, while it is up.
     paid_us: u64,
     /// Slots whose questions are at the learner.
     asking: u32,
@@ -90,7 +99,15 @@ pub(super) struct Swarm<'a> {
     digest: Digest,
     dispatcher: Dispatcher,
     coordinator: Coordinator,
+    /// As they are now.
+    kinds: Vec<Kind>,
     workers: Vec<Worker>,
+    keeper: Option<Keeper>,
+    /// Time and training at the beginning of the keeper's window.
+    window: (u64, u64),
+    changes: Vec<FleetChange>,
+    /// What workers have been paid.
+    paid: f64,
     ack_timeout_ms: u64,
     /// The step that is trained.
     training: Option<u64>,
@@ -108,7 +125,8 @@ fn us(seconds: f64) -> u64 {
 impl<'a> Swarm<'a> {
     pub(super) fn new(scenario: &'a Scenario, counts: &[u32]) -> Result<Self, SimulationError> {
         let s = scenario;
-        let used = || s.workers.iter().zip(counts).filter(|(_, n)| **n > 0).map(|(k, _)| k);
+        let used =
+            || s.workers.iter().zip(counts).filter(|(_, n)| **n > 0 || s.keep.is_some()).map(|(k, _)| k);
         let slowest = used().map(|k| k.rollout_s).fold(0.0, f64::max);
         let demand = s.demand();
         let update_s = used().map(|k| k.update_s(&demand)).fold(0.0, f64::max);
@@ -120,7 +138,7 @@ impl<'a> Swarm<'a> {
             lease_ttl_ms: milliseconds(PATIENCE * slowest).max(1),
             max_leases_per_worker: used().map(|k| k.slots).max().unwrap_or(1),
             max_attempts: 65_536,
-            max_workers: counts.iter().fold(0_u32, |sum, n| sum.saturating_add(*n)).max(1),
+            max_workers: most_workers(s, counts),
             staleness: StalenessBound(s.staleness_budget),
             ..DispatchConfig::new(RunId(s.seed))
         })?;
@@ -141,47 +159,34 @@ impl<'a> Swarm<'a> {
                 Coordinator::Async(Box::new(AsyncCoordinator::new(config, 0, 0)?))
             }
         };
-        let mut workers = Vec::new();
-        for (kind, n) in s.workers.iter().zip(counts) {
-            for _ in 0..*n {
-                let index = workers.len() as u64;
-                let key = blake3::derive_key("echo-rollout simulated worker v1", &index.to_le_bytes());
-                workers.push(Worker {
-                    peer: PeerId::from_ed25519(&key),
-                    kind: kind.clone(),
-                    random: Seed(s.seed).stream("worker", index),
-                    up: false,
-                    life: 0,
-                    since_us: 0,
-                    paid_us: 0,
-                    asking: 0,
-                    making: BTreeMap::new(),
-                    held_up_us: 0,
-                    link_us: [0; 2],
-                });
-            }
-        }
-        Ok(Self {
+        let mut swarm = Self {
             scenario,
             time: Timers::default(),
             digest: Digest::default(),
             dispatcher,
             coordinator,
-            workers,
+            kinds: s.workers.clone(),
+            workers: Vec::new(),
+            keeper: s.keep.map(|config| Keeper::new(config, s.headroom)),
+            window: (0, 0),
+            changes: Vec::new(),
+            paid: 0.0,
             ack_timeout_ms,
             training: None,
             committed: 0,
             trained_us: 0,
             began: None,
             staleness: StalenessStats::default(),
-        })
+        };
+        s.changes.iter().enumerate().for_each(|(i, c)| swarm.time.set_at(us(c.at_s), Event::Change(i)));
+        counts.iter().enumerate().for_each(|(kind, n)| swarm.resize(kind, *n));
+        Ok(swarm)
     }
 
     /// Plays until all steps are made.
     pub(super) fn play(mut self) -> Result<Played, SimulationError> {
         let s = self.scenario;
         let last = s.warmup_steps + s.steps;
-        (0..self.workers.len()).for_each(|i| self.time.set_at(0, Event::Up(i)));
         let demand = s.demand();
         let round = s
             .workers
@@ -210,6 +215,7 @@ impl<'a> Swarm<'a> {
             max_staleness: self.staleness.max,
             mean_staleness: self.staleness.mean(),
             counts: self.dispatcher.counts(),
+            changes: self.changes,
             digest: self.digest.hex(),
         })
     }
@@ -219,13 +225,18 @@ impl<'a> Swarm<'a> {
     }
 
     /// What all workers have cost.
-    fn paid(&self) -> f64 {
-        let now = self.time.now_us();
-        let cost = |w: &Worker| {
-            let us = w.paid_us + if w.up { now - w.since_us } else { 0 };
-            us as f64 / 3.6e9 * w.kind.price_per_hour
-        };
-        self.workers.iter().map(cost).sum()
+    fn paid(&mut self) -> f64 {
+        (0..self.workers.len()).for_each(|i| self.pay(i));
+        self.paid
+    }
+
+    /// Pays a worker until now, at its present price.
+    fn pay(&mut self, i: usize) {
+        let (now, w) = (self.time.now_us(), &mut self.workers[i]);
+        if w.up {
+            self.paid += (now - w.paid_us) as f64 / 3.6e9 * self.kinds[w.kind].price_per_hour;
+        }
+        w.paid_us = now;
     }
 
     fn happens(&mut self, event: Event) {
@@ -233,13 +244,15 @@ impl<'a> Swarm<'a> {
         let lives = |swarm: &Self, i: usize, life: u64| swarm.workers[i].up && swarm.workers[i].life == life;
         match event {
             Event::Up(i) => self.comes(i),
-            Event::Down(i) => self.goes(i),
+            Event::Down { worker, life } if lives(self, worker, life) => self.goes(worker),
+            Event::Change(i) => self.change(i),
             Event::Asks { worker, life } if lives(self, worker, life) => self.workers[worker].asking += 1,
             Event::Has { worker, life, version } if lives(self, worker, life) => {
                 let w = &mut self.workers[worker];
-                let install_us = us(w.kind.install_s);
+                let kind = &self.kinds[w.kind];
+                let install_us = us(kind.install_s);
                 w.held_up_us += install_us;
-                let at = now + install_us + us(w.kind.latency_s());
+                let at = now + install_us + us(kind.latency_s());
                 self.time.set_at(at, Event::Tells { worker, life, version });
             }
             Event::Tells { worker, life, version } if lives(self, worker, life) => {
@@ -263,12 +276,17 @@ impl<'a> Swarm<'a> {
     fn comes(&mut self, i: usize) {
         let now = self.time.now_us();
         let w = &mut self.workers[i];
-        (w.up, w.since_us, w.life, w.asking) = (true, now, w.life + 1, 0);
+        w.returns = false;
+        if !w.hired {
+            return;
+        }
+        (w.up, w.paid_us, w.life, w.asking) = (true, now, w.life + 1, 0);
         w.link_us = [now; 2];
-        let (peer, life, slots, at) = (w.peer.clone(), w.life, w.kind.slots, now + us(w.kind.latency_s()));
-        if w.kind.mean_up_s > 0.0 {
-            let until = now + us(w.kind.mean_up_s * exponential(&mut w.random));
-            self.time.set_at(until, Event::Down(i));
+        let kind = &self.kinds[w.kind];
+        let (peer, life, slots, at) = (w.peer.clone(), w.life, kind.slots, now + us(kind.latency_s()));
+        if kind.mean_up_s > 0.0 {
+            let until = now + us(kind.mean_up_s * exponential(&mut w.random));
+            self.time.set_at(until, Event::Down { worker: i, life });
         }
         self.command(Command::Register { worker: peer, incarnation: life });
         self.send_version(i);
@@ -276,15 +294,100 @@ impl<'a> Swarm<'a> {
     }
 
     fn goes(&mut self, i: usize) {
+        self.pay(i);
         let now = self.time.now_us();
         let w = &mut self.workers[i];
         w.up = false;
-        w.paid_us += now - w.since_us;
         w.making.clear();
-        let back = now + us(w.kind.mean_down_s * exponential(&mut w.random));
+        if w.hired {
+            w.returns = true;
+            let back = now + us(self.kinds[w.kind].mean_down_s * exponential(&mut w.random));
+            self.time.set_at(back, Event::Up(i));
+        }
         let worker = w.peer.clone();
-        self.time.set_at(back, Event::Up(i));
         self.command(Command::Disconnect { worker });
+    }
+
+    /// Prices and workers are other ones now.
+    fn change(&mut self, index: usize) {
+        let change = &self.scenario.changes[index];
+        let kind = self.kinds.iter().position(|k| k.name == change.kind).expect("scenarios are validated");
+        (0..self.workers.len()).for_each(|i| self.pay(i));
+        let k = &mut self.kinds[kind];
+        k.price_per_hour = change.price_per_hour.unwrap_or(k.price_per_hour);
+        k.available = change.available.unwrap_or(k.available);
+        let most = k.available;
+        self.resize(kind, self.hired(kind).min(most));
+    }
+
+    /// Workers of a kind in the fleet.
+    fn hired(&self, kind: usize) -> u32 {
+        self.workers.iter().filter(|w| w.hired && w.kind == kind).count() as u32
+    }
+
+    /// Takes workers of a kind into the fleet or lets them go, the last ones first, until there are `n`.
+    fn resize(&mut self, kind: usize, n: u32) {
+        let now = self.time.now_us();
+        for _ in n..self.hired(kind) {
+            let last = self.workers.iter().rposition(|w| w.hired && w.kind == kind);
+            let i = last.expect("they were counted");
+            self.workers[i].hired = false;
+            if self.workers[i].up {
+                self.goes(i);
+            }
+        }
+        for _ in self.hired(kind)..n {
+            let free = self.workers.iter().position(|w| !w.hired && w.kind == kind);
+            let i = free.unwrap_or_else(|| self.enrol(kind));
+            self.workers[i].hired = true;
+            if !self.workers[i].returns {
+                self.workers[i].returns = true;
+                self.time.set_at(now, Event::Up(i));
+            }
+        }
+    }
+
+    /// A worker that has never been in the fleet.
+    fn enrol(&mut self, kind: usize) -> usize {
+        let index = self.workers.len();
+        let key = (index as u64).to_le_bytes();
+        let key = blake3::derive_key("echo-rollout simulated worker v1", &key);
+        self.workers.push(Worker {
+            peer: PeerId::from_ed25519(&key),
+            kind,
+            random: Seed(self.scenario.seed).stream("worker", index as u64),
+            hired: false,
+            up: false,
+            returns: false,
+            life: 0,
+            paid_us: 0,
+            asking: 0,
+            making: BTreeMap::new(),
+            held_up_us: 0,
+            link_us: [0; 2],
+        });
+        index
+    }
+
+    /// Once a window: is another fleet worth it?
+    fn look_at_fleet(&mut self) {
+        let due = self.scenario.keep.is_some_and(|k| self.committed.is_multiple_of(k.window_steps));
+        let Some(mut keeper) = self.keeper.take_if(|_| due) else { return };
+        let (now, (began_us, trained_us)) = (self.time.now_us(), self.window);
+        let utilisation = (self.trained_us - trained_us) as f64 / (now - began_us).max(1) as f64;
+        let counts: Vec<u32> = (0..self.kinds.len()).map(|kind| self.hired(kind)).collect();
+        let demand = self.scenario.demand();
+        if let Some(plan) = keeper.after_window(&demand, &self.kinds, &counts, utilisation) {
+            plan.counts.iter().enumerate().for_each(|(kind, n)| self.resize(kind, *n));
+            self.changes.push(FleetChange {
+                after_steps: self.committed,
+                at_s: now as f64 / 1e6,
+                workers: selected(&self.kinds, &plan.counts),
+                price_per_hour: price_per_hour(&self.kinds, &plan.counts),
+            });
+        }
+        self.keeper = Some(keeper);
+        self.window = (now, self.trained_us);
     }
 
     /// The newest version sets out for a worker.
@@ -295,8 +398,9 @@ impl<'a> Swarm<'a> {
             return;
         }
         // Peers that have it pass it on, so every worker gets it at the speed of its own link.
-        w.link_us[0] = w.link_us[0].max(now) + us(w.kind.transfer_s(self.scenario.update_mb));
-        let at = w.link_us[0] + us(w.kind.latency_s());
+        let kind = &self.kinds[w.kind];
+        w.link_us[0] = w.link_us[0].max(now) + us(kind.transfer_s(self.scenario.update_mb));
+        let at = w.link_us[0] + us(kind.latency_s());
         let life = w.life;
         self.time.set_at(at, Event::Has { worker: i, life, version });
     }
@@ -311,10 +415,10 @@ impl<'a> Swarm<'a> {
             }
             let Outcome::Leased(leases) = self.command(Command::Lease { worker, max }) else { continue };
             let w = &mut self.workers[i];
+            let kind = &self.kinds[w.kind];
             for lease in leases {
                 w.asking -= 1;
-                let seconds =
-                    w.kind.latency_s() + w.kind.rollout_s * length(w.kind.rollout_sigma, &mut w.random);
+                let seconds = kind.latency_s() + kind.rollout_s * length(kind.rollout_sigma, &mut w.random);
                 let making = Making { lease, held_up_us: w.held_up_us };
                 w.making.insert(lease.id, making);
                 let event = Event::Made { worker: i, life: w.life, lease: lease.id };
@@ -334,8 +438,9 @@ impl<'a> Swarm<'a> {
         }
         let lease = making.lease;
         w.making.remove(&lease.id);
-        let latency_us = us(w.kind.latency_s());
-        w.link_us[1] = w.link_us[1].max(now) + us(w.kind.transfer_s(self.scenario.trajectory_kb / 1000.0));
+        let kind = &self.kinds[w.kind];
+        let latency_us = us(kind.latency_s());
+        w.link_us[1] = w.link_us[1].max(now) + us(kind.transfer_s(self.scenario.trajectory_kb / 1000.0));
         self.time.set_at(w.link_us[1] + latency_us, Event::Arrives { worker, lease });
         self.time.set_at(now + latency_us, Event::Asks { worker, life });
     }
@@ -431,7 +536,18 @@ impl<'a> Swarm<'a> {
         if self.committed == self.scenario.warmup_steps {
             self.began = Some((self.time.now_us(), self.trained_us, self.paid()));
         }
+        self.look_at_fleet();
     }
+}
+
+/// Workers that a run may know: those of the first fleet, or where fleets change all that there will ever be.
+fn most_workers(s: &Scenario, counts: &[u32]) -> u32 {
+    let ever = |kind: &Kind| {
+        let later = s.changes.iter().filter(|c| c.kind == kind.name).filter_map(|c| c.available).max();
+        kind.available.max(later.unwrap_or(0))
+    };
+    let each = s.workers.iter().zip(counts).map(|(kind, n)| if s.keep.is_some() { ever(kind) } else { *n });
+    each.fold(0_u32, u32::saturating_add).max(1)
 }
 
 /// Log-normal with mean 1.

@@ -36,6 +36,8 @@ fn scenario(staleness_budget: u64) -> Scenario {
         use_all: false,
         workers: vec![household()],
         central: None,
+        keep: None,
+        changes: Vec::new(),
     }
 }
 
@@ -91,6 +93,66 @@ fn savings_grow_with_the_budget_and_saturate() {
     assert!((savings[4] - savings[3]).abs() < 0.02, "saturated: {savings:?}");
 }
 
+/// Two kinds of the same workers in two places.
+fn two_places() -> Scenario {
+    let there = Kind { name: "elsewhere".to_owned(), ..household() };
+    Scenario { workers: vec![household(), there], keep: Some(KeepConfig::default()), ..scenario(6) }
+}
+
+fn price(at_s: f64, kind: &str, price_per_hour: f64) -> Change {
+    Change { at_s, kind: kind.to_owned(), price_per_hour: Some(price_per_hour), available: None }
+}
+
+#[test]
+fn a_fleet_follows_prices_that_matter() {
+    let changes = vec![price(2400.0, "household", 0.9)];
+    let follows = Scenario { changes: changes.clone(), ..two_places() }.run().unwrap();
+    let [change] = &follows.fleet_changes[..] else { panic!("{:?}", follows.fleet_changes) };
+    let same = change.workers.iter().map(|w| (w.kind.as_str(), w.count)).collect::<Vec<_>>();
+    assert_eq!(same, [("elsewhere", follows.workers_selected[0].count)]);
+    let stays = Scenario { changes, keep: None, ..two_places() }.run().unwrap();
+    assert!(stays.fleet_changes.is_empty());
+    assert!(follows.cost_per_step < 0.95 * stays.cost_per_step, "{follows:?} {stays:?}");
+    assert!(follows.learner_utilisation > 0.95, "{follows:?}");
+    assert_eq!(
+        follows,
+        Scenario { changes: vec![price(2400.0, "household", 0.9)], ..two_places() }.run().unwrap()
+    );
+}
+
+#[test]
+fn a_fleet_does_not_follow_every_price_because_changes_cost_work() {
+    let cents = |even: bool| if even { 0.45 } else { 0.46 };
+    let both = |i: u32| {
+        [("household", i.is_multiple_of(2)), ("elsewhere", i % 2 == 1)].map(|k| (300.0 * f64::from(i), k))
+    };
+    let changes: Vec<Change> =
+        (0..16).flat_map(both).map(|(at_s, (kind, cheap))| price(at_s, kind, cents(cheap))).collect();
+    let run = |min_saving| {
+        let keep = Some(KeepConfig { min_saving, ..KeepConfig::default() });
+        Scenario { changes: changes.clone(), keep, ..two_places() }.run().unwrap()
+    };
+    let (calm, restless) = (run(0.03), run(0.0));
+    assert!(calm.fleet_changes.is_empty() && calm.dropped_with_worker == 0, "{calm:?}");
+    assert!(restless.fleet_changes.len() > 3 && restless.dropped_with_worker > 100, "{restless:?}");
+    assert!(restless.cost_per_step > calm.cost_per_step, "{restless:?} {calm:?}");
+}
+
+#[test]
+fn workers_that_are_withdrawn_are_replaced() {
+    let withdrawn = Change { available: Some(4), price_per_hour: None, ..price(2400.0, "household", 0.0) };
+    let dearer = Kind { name: "elsewhere".to_owned(), price_per_hour: 0.6, ..household() };
+    let workers = vec![household(), dearer];
+    let run = |keep| {
+        let changes = vec![withdrawn.clone()];
+        Scenario { workers: workers.clone(), changes, keep, ..two_places() }.run().unwrap()
+    };
+    let (replaced, left) = (run(Some(KeepConfig::default())), run(None));
+    assert_eq!(replaced.fleet_changes.len(), 1, "{replaced:?}");
+    assert!(replaced.learner_utilisation > left.learner_utilisation + 0.2, "{left:?} {replaced:?}");
+    assert_eq!(replaced.consumed, (20 + 60) * 64);
+}
+
 #[test]
 fn impossible_scenarios_are_refused() {
     let dead = Scenario { publish_every: 5, ..scenario(3) };
@@ -98,6 +160,8 @@ fn impossible_scenarios_are_refused() {
     let mut wrong = scenario(3);
     wrong.workers[0].link_mbit = f64::NAN;
     assert!(wrong.run().unwrap_err().to_string().contains("workers[0].link_mbit"));
+    let unknown = Scenario { changes: vec![price(1.0, "nobody", 1.0)], ..scenario(3) };
+    assert!(matches!(unknown.run(), Err(SimulationError::Change { index: 0, .. })));
     let mut nobody = scenario(3);
     nobody.workers[0].available = 0;
     assert!(matches!(nobody.run(), Err(SimulationError::Stuck { step: 0, .. })));

@@ -23,7 +23,8 @@ pub struct Pair {
 }
 
 impl Pair {
-    fn tokens(&self) -> usize {
+    /// Of both answers, prompts included.
+    pub(crate) fn tokens(&self) -> usize {
         self.chosen.tokens.len() + self.rejected.tokens.len()
     }
 }
@@ -100,11 +101,6 @@ impl<P: Policy> PairTrainer<P> {
     /// When the model refuses a pair.
     pub fn measure(&self, batch: &[usize]) -> Result<PairReport, StepError> {
         self.each_part(batch, |_, _| Ok(()))
-    }
-
-    /// How many pairs there are.
-    pub fn pairs(&self) -> usize {
-        self.pairs.len()
     }
 
     /// Ends the run.

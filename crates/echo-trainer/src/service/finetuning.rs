@@ -4,22 +4,25 @@
 use std::path::Path;
 use std::time::Instant;
 
+use echo_rollout::environment::draws::Draws;
 use parallax_model::train::{LoraConfig, MAX_SEQUENCE_TOKENS, TrainModel, TrainOptions};
 use parallax_model::{Adapter, Checkpoint};
 use serde::Serialize;
 
 use super::checkpoint_dir::{self, CheckpointDirError};
 use crate::config::{ConfigError, FinetuneConfig};
-use crate::data::{ChatEncoder, LineDraws};
-use crate::dataset::{DatasetError, Fault, Reading};
+use crate::data::ChatEncoder;
+use crate::dataset::{BrokenLine, DatasetError, Reading};
 use crate::error::StepError;
 use crate::preference::PairTrainer;
 use crate::pretrain::TextTrainer;
 
+/// What the order of the examples is drawn for.
+const ORDER: &str = "echo-trainer fine-tuning order v1";
 /// The first so many examples give the losses before and after.
 const MEASURED: usize = 256;
 /// So many broken lines are named in a report.
-const NAMED_FAULTS: usize = 20;
+const NAMED: usize = 20;
 
 /// What a run came to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -39,7 +42,7 @@ pub struct FinetuneReport {
     /// Lines that were left out.
     pub broken_lines: usize,
     /// The first of them.
-    pub broken: Vec<Fault>,
+    pub broken: Vec<BrokenLine>,
     /// Preferences: share of the measured pairs that are ordered more clearly than by the reference, after learning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_after: Option<f64>,
@@ -112,7 +115,7 @@ pub fn sft(job: &Job<'_>, mut progress: impl FnMut(Progress)) -> Result<Finetune
     let config = job.config;
     let mut trainer = TextTrainer::new(model, config.optim, config.micro_batch_tokens)?;
     let measured = &data.rows[..data.rows.len().min(MEASURED)];
-    let mut report = FinetuneReport::new(&data.rows, &data.faults);
+    let mut report = FinetuneReport::new(&data.rows, &data.broken);
     report.loss_before = trainer.loss(measured)?;
     report.steps = job.each_batch(data.rows.len(), |step, steps, batch| {
         let batch: Vec<_> = batch.iter().map(|i| data.rows[*i].clone()).collect();
@@ -136,9 +139,8 @@ pub fn dpo(job: &Job<'_>, mut progress: impl FnMut(Progress)) -> Result<Finetune
     let (encoder, model) = job.open()?;
     let data = job.reading(&encoder).pairs(job.lines)?;
     let config = job.config;
-    let mut report = FinetuneReport::new(&data.rows, &data.faults);
-    let lengths: Vec<u64> =
-        data.rows.iter().map(|p| (p.chosen.tokens.len() + p.rejected.tokens.len()) as u64).collect();
+    let mut report = FinetuneReport::new(&data.rows, &data.broken);
+    let lengths: Vec<u64> = data.rows.iter().map(|pair| pair.tokens() as u64).collect();
     let mut trainer =
         PairTrainer::new(model, data.rows, config.preference, config.optim, config.micro_batch_tokens)?;
     let measured: Vec<usize> = (0..lengths.len().min(MEASURED)).collect();
@@ -158,7 +160,7 @@ pub fn dpo(job: &Job<'_>, mut progress: impl FnMut(Progress)) -> Result<Finetune
 }
 
 impl FinetuneReport {
-    fn new<T>(rows: &[T], faults: &[Fault]) -> Self {
+    fn new<T>(rows: &[T], broken: &[BrokenLine]) -> Self {
         Self {
             steps: 0,
             loss_before: 0.0,
@@ -166,8 +168,8 @@ impl FinetuneReport {
             seconds: 0.0,
             examples: rows.len(),
             tokens: 0,
-            broken_lines: faults.len(),
-            broken: faults.iter().take(NAMED_FAULTS).cloned().collect(),
+            broken_lines: broken.len(),
+            broken: broken.iter().take(NAMED).cloned().collect(),
             accuracy_after: None,
             margin_after: None,
         }
@@ -235,7 +237,9 @@ impl Job<'_> {
         for step in 0..steps {
             let at = (step % per_epoch) as usize * batch;
             if at == 0 {
-                order = shuffled(n, self.config.seed, step / per_epoch);
+                let epoch = (step / per_epoch).to_le_bytes();
+                order = (0..n).collect();
+                Draws::keyed(ORDER, self.config.seed, &epoch).shuffle(&mut order);
             }
             with(step + 1, steps, &order[at..(at + batch).min(n)])?;
         }
@@ -248,16 +252,6 @@ impl Job<'_> {
             None => model.save_checkpoint(self.out).map_err(model_error),
         }
     }
-}
-
-/// The numbers below `n`, in an order of their own for each pass.
-fn shuffled(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut draws = LineDraws::new(seed, epoch, 0);
-    let mut order: Vec<usize> = (0..n).collect();
-    for i in (1..n).rev() {
-        order.swap(i, (draws.next_u64() % (i as u64 + 1)) as usize);
-    }
-    order
 }
 
 #[cfg(test)]
@@ -344,7 +338,7 @@ no line
         let mut c = config(40);
         let refused = sft(&job(&c, &checkpoint, lines, first.path()), |_| ()).unwrap_err();
         assert!(refused.to_string().contains("line 3"), "{refused}");
-        c.on_broken = crate::dataset::OnBroken::Skip;
+        c.on_broken = crate::dataset::BrokenLines::Skip;
         let report = sft(&job(&c, &checkpoint, lines, first.path()), |_| ()).unwrap();
         assert_eq!((report.steps, report.examples, report.broken_lines), (40, 3, 1));
         assert_eq!(report.broken[0].line, 3);
@@ -364,7 +358,7 @@ no line
         let lines = format!(
             "{{\"prompt\": \"What is 1+1?\", \"completion\": \"{long}\"}}\n{{\"prompt\": \"What is 1+1?\", \"completion\": \"two\"}}\n"
         );
-        let on_broken = crate::dataset::OnBroken::Skip;
+        let on_broken = crate::dataset::BrokenLines::Skip;
         let c = FinetuneConfig { max_tokens: 4096, on_broken, ..config(1) };
         let out = tempfile::tempdir().unwrap();
         let report = sft(&job(&c, &checkpoint, &lines, out.path()), |_| ()).unwrap();

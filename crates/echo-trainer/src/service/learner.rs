@@ -387,7 +387,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             return Err(LearnerError::NoWorkers { seconds: self.config.workers_timeout_s });
         }
         if self.published.is_none() {
-            self.collector.publish(&self.snapshot().await?).await?;
+            self.collector.publish(&self.snapshot(self.adapter.as_ref()).await?).await?;
             self.published = Some(self.version());
         }
         tell(LearnerEvent::Eval(self.evaluate().await?));
@@ -400,7 +400,7 @@ impl<P: Update + Send + 'static> Learner<P> {
         }
         let loop_s = loop_started.elapsed().as_secs_f64();
         self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
-        self.collector.publish(&self.snapshot().await?).await?;
+        self.collector.publish(&self.snapshot(self.adapter.as_ref()).await?).await?;
         (loops.tell)(LearnerEvent::Eval(self.evaluate().await?));
         Ok(self.summary(loops.training.as_secs_f64() / loop_s.max(1e-9)))
     }
@@ -419,7 +419,8 @@ impl<P: Update + Send + 'static> Learner<P> {
                 break;
             }
             let began = Instant::now();
-            let groups = self.collector.round(&mut sync, &self.snapshot().await?).await?;
+            let groups =
+                self.collector.round(&mut sync, &self.snapshot(self.adapter.as_ref()).await?).await?;
             let rollouts = began.elapsed();
             loops.tell_convicted(&self.collector);
             let learning = Instant::now();
@@ -446,9 +447,12 @@ impl<P: Update + Send + 'static> Learner<P> {
         self.collector.workers().into_iter().map(|worker| worker.peer).collect()
     }
 
-    /// The present weights, signed.
-    async fn snapshot(&self) -> Result<SignedSnapshot, LearnerError> {
-        match &self.adapter {
+    /// Weights over the base model, signed; none are the base model itself.
+    async fn snapshot(
+        &self,
+        weights: Option<&(PolicyVersion, Bytes)>,
+    ) -> Result<SignedSnapshot, LearnerError> {
+        match weights {
             None => Ok(self.publisher.base()),
             Some((version, bytes)) => {
                 Ok(self.publisher.adapter(*version, bytes.clone(), &self.workers()).await?)

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::super::Environment;
+use super::super::{Environment, Guests};
 use super::game::{Game, Profile, Strategy, solve};
 use super::holdem::{Station, Tight};
 use super::{Holdem, Kuhn, Leduc, Table};
@@ -75,20 +75,6 @@ impl<G: Game> fmt::Debug for Opponent<G> {
 
 /// Finds a [`Speaker`] by name, or says why there is none.
 pub type FindSpeaker<'a> = dyn Fn(&str) -> Result<Arc<dyn Speaker>, String> + 'a;
-
-/// Opponents that only a caller can bring.
-pub struct Guests<'a> {
-    /// Plays `best`: its owner keeps it the best answer to the policy in training. Kuhn and Leduc only.
-    pub best: Option<Arc<Shared>>,
-    /// Finds who plays `self` (an earlier version of the policy) or an http address.
-    pub speaker: &'a FindSpeaker<'a>,
-}
-
-impl fmt::Debug for Guests<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Guests(best: {})", self.best.is_some())
-    }
-}
 
 /// There is no such opponent at this table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

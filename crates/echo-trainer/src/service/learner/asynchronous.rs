@@ -68,13 +68,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     coordinator.handle_publishing(version)?;
                     let weights = newest.clone();
                     publishing = Some(Box::pin(async move {
-                        let snapshot = match weights {
-                            None => learner.publisher.base(),
-                            Some((version, bytes)) => {
-                                learner.publisher.adapter(version, bytes, &learner.workers()).await?
-                            }
-                        };
-                        Ok(collector.publish(&snapshot).await?)
+                        Ok(collector.publish(&learner.snapshot(weights.as_ref()).await?).await?)
                     }));
                 }
             }

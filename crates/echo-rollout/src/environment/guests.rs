@@ -1,0 +1,37 @@
+//! What an environment takes that is no setting: opponents from outside, and question sets from files.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::cards::{FindSpeaker, Shared};
+use super::maths::{BrokenLines, Maths};
+
+/// Reads the question set in a file, or says why there is none.
+pub type FindQuestions<'a> = dyn Fn(&str, BrokenLines) -> Result<Maths, String> + 'a;
+
+/// What only a caller can bring.
+pub struct Guests<'a> {
+    /// Plays `best`: its owner keeps it the best answer to the policy in training. Kuhn and Leduc only.
+    pub best: Option<Arc<Shared>>,
+    /// Finds who plays `self` (an earlier version of the policy) or an http address.
+    pub speaker: &'a FindSpeaker<'a>,
+    /// Reads the file of `maths:FILE`.
+    pub questions: &'a FindQuestions<'a>,
+}
+
+impl Guests<'static> {
+    /// Nobody comes.
+    pub fn none() -> Self {
+        Self {
+            best: None,
+            speaker: &|_| Err("nobody answers here".to_owned()),
+            questions: &|_, _| Err("no files are read here".to_owned()),
+        }
+    }
+}
+
+impl fmt::Debug for Guests<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Guests(best: {})", self.best.is_some())
+    }
+}
