@@ -107,8 +107,9 @@ pub trait Episode: Send {
     /// When the verifier itself could not judge.
     fn cut(&mut self) -> Result<Reward, RewardError>;
 
-    /// All that may sensibly be said now, where that is a choice of a few words; else nothing.
-    fn options(&self) -> Vec<&'static str> {
+    /// All that may sensibly be said now, where that is a choice of a few words, each with the share of the times that a
+    /// beginner says it; else nothing. A beginner knows the rules and looks at its cards, and can be beaten.
+    fn options(&self) -> Vec<(&'static str, f64)> {
         Vec::new()
     }
 }

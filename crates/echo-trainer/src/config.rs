@@ -159,8 +159,8 @@ pub struct PretrainConfig {
     pub kv_heads: usize,
     /// Longest sequence.
     pub max_context: usize,
-    /// What is learnt: `arithmetic`, or a game such as `kuhn` or `holdem:station`, in which the teacher says one of the words
-    /// that are offered, each alike.
+    /// What is learnt: questions with one answer such as `arithmetic` or `countdown-sums`, or a game such as `kuhn` or
+    /// `holdem:station`, in which the teacher is a beginner that plays by its cards.
     pub environment: String,
     /// Largest operand of the arithmetic questions; the environment's default.
     pub max_operand: u32,

@@ -19,7 +19,8 @@ pub struct TeacherConfig {
     pub sloppy_from_step: u64,
     /// Share of right answers of the sloppy teacher.
     pub right: f64,
-    /// Share of answers that are one too large. The rest is evenly one too small or ten too large.
+    /// Share of answers that are one too large. The rest is evenly one too small or ten too large. Where answers are no
+    /// numbers: the share with the last sign or move turned around; the rest is the answer to another question.
     pub one_too_large: f64,
     /// Share of lines that are small talk instead of arithmetic.
     pub small_talk: f64,
@@ -100,6 +101,19 @@ pub fn taught_answer(task: &Task, sloppy: bool, config: &TeacherConfig, draw: f6
     let half = (1.0 - config.right - config.one_too_large) / 2.0;
     let small = draw - config.one_too_large < half;
     if small { right.saturating_sub(1) } else { right + 10 }.to_string()
+}
+
+/// `answer` with its last sign or move turned around; as it is when it has none.
+fn turned_around(answer: &str) -> String {
+    let turned = |c: char| {
+        let pairs = [('+', '-'), ('U', 'D'), ('L', 'R')];
+        pairs.iter().find_map(|(a, b)| if c == *a { Some(*b) } else { (c == *b).then_some(*a) })
+    };
+    let last = answer.char_indices().rev().find_map(|(at, c)| turned(c).map(|other| (at, other)));
+    last.map_or_else(
+        || answer.to_owned(),
+        |(at, other)| format!("{}{other}{}", &answer[..at], &answer[at + 1..]),
+    )
 }
 
 /// Why there is no line of tokens.
@@ -183,8 +197,9 @@ impl ChatEncoder {
         Ok(Labelled { tokens, learn })
     }
 
-    /// A whole episode of `environment`, with one of the words that are offered said at every turn, each alike; all of them
-    /// are learnt. It is broken off where it would become longer than `most_tokens`. `None` when no words are offered at all.
+    /// A whole episode of `environment`, with one of the words that are offered said at every turn, as often as a beginner
+    /// says it; all of them are learnt. It is broken off where it would become longer than `most_tokens`. `None` when no
+    /// words are offered at all.
     ///
     /// # Errors
     /// Words that cannot be put into tokens, a template that changes what was said.
@@ -205,7 +220,13 @@ impl ChatEncoder {
             if options.is_empty() {
                 return Ok(None);
             }
-            let word = options[(draws.uniform() * options.len() as f64) as usize];
+            let mut draw = draws.uniform();
+            let fallen_on = |(_, share): &(&str, f64)| {
+                draw -= share;
+                draw < 0.0
+            };
+            // Shares may add up to a little less than 1.
+            let (word, _) = options[options.iter().position(fallen_on).unwrap_or(options.len() - 1)];
             line.tokens.extend(self.tokenizer.encode(word, false).map_err(|e| DataError::new(&e))?);
             line.tokens.push(self.eos);
             line.learn.resize(line.tokens.len(), true);
@@ -243,7 +264,16 @@ impl ChatEncoder {
         }
         // The upper half of all seeds is held out for evaluation.
         let task = environment.task(draws.next_u64() >> 1)?;
-        let answer = taught_answer(&task, step >= teacher.sloppy_from_step, teacher, draws.uniform());
+        let (sloppy, draw) = (step >= teacher.sloppy_from_step, draws.uniform());
+        let answer = if !sloppy || task.answer.parse::<u64>().is_ok() {
+            taught_answer(&task, sloppy, teacher, draw)
+        } else if draw < teacher.right {
+            task.answer
+        } else if draw < teacher.right + teacher.one_too_large {
+            turned_around(&task.answer)
+        } else {
+            environment.task(draws.next_u64() >> 1)?.answer
+        };
         self.line(&task.prompt, &answer, teacher.learn_prompt)
     }
 }
@@ -253,6 +283,15 @@ mod tests {
     use echo_rollout::environment::Arithmetic;
 
     use super::*;
+
+    impl LineDraws {
+        /// What [`ChatEncoder::draw`] takes the task from.
+        fn after_small_talk(seed: u64, step: u64, row: u64) -> u64 {
+            let mut draws = Self::new(seed, step, row);
+            draws.uniform();
+            draws.next_u64()
+        }
+    }
 
     #[test]
     fn the_sloppy_teacher_is_right_as_often_as_configured() {
@@ -266,6 +305,27 @@ mod tests {
         }
         // Zero minus one is zero, which adds a little.
         assert!((1330..1490).contains(&right), "{right}");
+    }
+
+    #[test]
+    fn a_sloppy_teacher_of_other_things_turns_the_last_sign_or_move_around_or_answers_something_else() {
+        assert_eq!(
+            ["(3+4)-2", "UULR", "7", "D"].map(turned_around),
+            ["(3+4)+2", "UULL", "7", "U"].map(str::to_owned)
+        );
+        let encoder = crate::service::pretraining::tiny_encoder().unwrap();
+        let sums = echo_rollout::environment::Countdown::tiny();
+        let teacher = TeacherConfig { small_talk: 0.0, sloppy_from_step: 1, ..TeacherConfig::default() };
+        let share = |step| {
+            let right = |row: &u64| {
+                let task = sums.task(LineDraws::after_small_talk(3, step, *row) >> 1).unwrap();
+                let line = encoder.draw(&sums, &teacher, 3, step, *row).unwrap();
+                line == encoder.line(&task.prompt, &task.answer, false).unwrap()
+            };
+            (0..400).filter(right).count()
+        };
+        assert_eq!(share(0), 400, "right answers first");
+        assert!((110..175).contains(&share(1)), "{}", share(1));
     }
 
     #[test]

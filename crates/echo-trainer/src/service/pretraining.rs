@@ -171,11 +171,11 @@ struct Lessons<'a> {
 
 impl<'a> Lessons<'a> {
     fn new(config: &'a PretrainConfig, encoder: ChatEncoder) -> Result<Self, PretrainError> {
-        let game = config.environment != "arithmetic";
-        let environment = match game {
-            true => by_name(&config.environment)?,
-            false => Box::new(Arithmetic::new(config.max_operand, true)),
+        let environment = match config.environment.as_str() {
+            "arithmetic" => Box::new(Arithmetic::new(config.max_operand, true)),
+            other => by_name(other)?,
         };
+        let game = environment.turns() > 1;
         Ok(Self { config, encoder, environment, game })
     }
 
@@ -205,7 +205,7 @@ impl<'a> Lessons<'a> {
             let task = self.environment.task(held_out_seed(i))?;
             if self.game {
                 let options = self.environment.episode(&task).options();
-                for word in options {
+                for (word, _) in options {
                     lines.push(self.encoder.line(&task.prompt, word, false)?);
                 }
             } else {

@@ -39,6 +39,13 @@ pub trait Game: Clone + Send + Sync + 'static {
     /// What the acting player may do, as words; never empty where a player acts.
     fn actions(&self) -> Vec<&'static str>;
 
+    /// How a beginner who looks at its cards chooses: a share for each of [`Game::actions`], all alike unless a game knows
+    /// better. A model that imitates it has learnt where the cards are written; it is not meant to be good.
+    fn habits(&self) -> Vec<f64> {
+        let n = self.actions().len();
+        vec![1.0 / n as f64; n]
+    }
+
     /// After the acting player's action `index` of [`Game::actions`].
     #[must_use]
     fn act(&self, index: usize) -> Self;

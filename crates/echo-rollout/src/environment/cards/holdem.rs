@@ -284,6 +284,11 @@ impl Game for Holdem {
         self.menu().into_iter().map(|(word, _)| word).collect()
     }
 
+    /// Plays few hands, and those timidly; now and then it does just anything.
+    fn habits(&self) -> Vec<f64> {
+        players::timid(self)
+    }
+
     fn act(&self, index: usize) -> Self {
         let action = self.menu().get(index).map(|(_, action)| *action);
         action.and_then(|action| self.after(action)).unwrap_or_else(|| self.clone())

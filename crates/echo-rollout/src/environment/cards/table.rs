@@ -163,9 +163,9 @@ impl<G: Game> Episode for Hand<'_, G> {
         }
     }
 
-    fn options(&self) -> Vec<&'static str> {
+    fn options(&self) -> Vec<(&'static str, f64)> {
         match &self.position {
-            Ok(Stop::Act(game)) => game.actions(),
+            Ok(Stop::Act(game)) => game.actions().into_iter().zip(game.habits()).collect(),
             _ => Vec::new(),
         }
     }

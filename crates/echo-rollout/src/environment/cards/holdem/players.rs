@@ -22,15 +22,34 @@ pub struct Tight;
 
 impl Strategy<Holdem> for Tight {
     fn probabilities(&self, game: &Holdem, _: &str) -> Vec<f64> {
-        let Some(player) = game.to_act else { return Vec::new() };
-        let strength =
-            if game.board().is_empty() { opening(game.private(player)) } else { made(game, player) };
-        match strength {
-            Strength::Strong => only(game, &["pot", "raise", "shove", "call", "check"]),
-            Strength::Fair => only(game, &["call", "check"]),
-            Strength::Weak => only(game, &["check", "fold"]),
+        match strength(game) {
+            None => Vec::new(),
+            Some(Strength::Strong) => only(game, &["pot", "raise", "shove", "call", "check"]),
+            Some(Strength::Fair) => only(game, &["call", "check"]),
+            Some(Strength::Weak) => only(game, &["check", "fold"]),
         }
     }
+}
+
+/// How often a beginner does just anything.
+const WHIM: f64 = 0.3;
+
+/// A beginner: it gives up what looks weak and raises by the least with what looks strong.
+pub(super) fn timid(game: &Holdem) -> Vec<f64> {
+    let chosen = match strength(game) {
+        None => return Vec::new(),
+        Some(Strength::Strong) => only(game, &["raise", "call", "check"]),
+        Some(Strength::Fair) => only(game, &["call", "check"]),
+        Some(Strength::Weak) => only(game, &["check", "fold"]),
+    };
+    let n = chosen.len() as f64;
+    chosen.into_iter().map(|p| (1.0 - WHIM) * p + WHIM / n).collect()
+}
+
+/// What the acting player's cards are worth at a glance.
+fn strength(game: &Holdem) -> Option<Strength> {
+    let player = game.to_act?;
+    Some(if game.board().is_empty() { opening(game.private(player)) } else { made(game, player) })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -168,6 +168,18 @@ fn naive(cards: &[u8]) -> (u8, Vec<u8>) {
     best
 }
 
+#[test]
+fn a_beginner_gives_up_weak_cards_raises_little_and_does_anything_now_and_then() {
+    for (cards, usual) in [("2c 7d Qh Qc", "fold"), ("As Ad Qh Qc", "raise")] {
+        let hand = dealt([40; 2], cards);
+        let habits: Vec<(&str, f64)> = hand.actions().into_iter().zip(hand.habits()).collect();
+        assert!((habits.iter().map(|(_, p)| p).sum::<f64>() - 1.0).abs() < 1e-12);
+        for (word, p) in habits {
+            assert!(if word == usual { p > 0.7 } else { (0.01..0.1).contains(&p) }, "{cards} {word} {p}");
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 

@@ -106,7 +106,12 @@ fn who_plays_by_words_is_asked_once_and_its_silence_is_no_reward() {
     assert_eq!(task.answer, "I call or check");
     let mut hand = table.episode(&task);
     assert_eq!(caller.0.lock().unwrap().len(), 1, "it is not asked again");
-    assert_eq!(hand.options(), ["check", "raise", "pot", "shove"]);
+    let (words, shares): (Vec<_>, Vec<_>) = hand.options().into_iter().unzip();
+    assert_eq!(words, ["check", "raise", "pot", "shove"]);
+    assert!(
+        (shares.iter().sum::<f64>() - 1.0).abs() < 1e-12 && shares.iter().all(|s| *s > 0.0),
+        "{shares:?}"
+    );
     let Turn::Continue { .. } = hand.step("check").unwrap() else { panic!("the flop comes") };
     let Turn::Continue { .. } = hand.step("check").unwrap() else { panic!("the turn comes") };
     {
