@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod codegen;
 mod fetch_model;
+mod fuzz;
 mod layers;
 mod netlab;
 mod tidy;
@@ -47,6 +48,18 @@ enum Command {
     Bench(bench::Options),
     /// Try real nodes behind real NATs: direct, relayed or failed, for every pair of kinds (root; skipped without).
     Netlab(netlab::NetlabArgs),
+    /// Look for bytes that break a decoder of the network layers (needs a nightly toolchain).
+    Fuzz {
+        /// How long each decoder is tried.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+        /// Only this decoder.
+        #[arg(long)]
+        only: Option<String>,
+        /// Keep short inputs that reach something new in fuzz/corpus.
+        #[arg(long)]
+        keep: bool,
+    },
     /// Pass all tests, as the README says: `cargo test --release --workspace`.
     Test,
     /// What the gate runs, and clippy, the cores alone and the documentation besides.
@@ -67,6 +80,7 @@ fn main() -> anyhow::Result<()> {
         Command::FetchModel { model } => fetch_model::run(&root, model),
         Command::Bench(options) => bench::run(&root, &options),
         Command::Netlab(args) => netlab::run(&root, &args),
+        Command::Fuzz { seconds, only, keep } => fuzz::run(&root, seconds, only.as_deref(), keep),
         Command::Test => ci::test(&root),
         Command::Ci => ci::run(&root),
     }

@@ -1,0 +1,297 @@
+//! Every decoder that a peer's bytes reach in the network layers, as functions that take any bytes: they may refuse them,
+//! not panic, and what they accept must survive being encoded and decoded again.
+//!
+//! `cargo xtask fuzz` searches for bytes that break one (nightly toolchain); `tests/replay.rs` gives what was found, and the
+//! corpus, to all of them on the stable one.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use ed25519_dalek::SigningKey;
+use lattica_bitswap::delta::{self, DeltaIndex};
+use lattica_bitswap::manifest::{BlockRef, Entry, Manifest};
+use lattica_bitswap::spread::wire::Frame;
+use lattica_bitswap::spread::{Bitmap, SpreadMessage};
+use lattica_bitswap::wire::Message;
+use lattica_bitswap::{Block, HashKind};
+use lattica_net::access;
+use lattica_net::news::wire::{LINKS_DOMAIN, Reply, Request, decode_vector};
+use lattica_net::wire::{Header, decode_echo, decode_probe, encode_echo, encode_probe};
+use swarm_wire::generated::swarm::v1::Signed;
+use swarm_wire::limits::RPC_BODY_MAX_BYTES;
+use swarm_wire::prost::Message as _;
+use swarm_wire::signed::{self, Signer as _};
+use swarm_wire::{DType, PeerId, TensorHeader, cid, frame};
+
+/// One decoder.
+#[derive(Debug)]
+pub struct Decoder {
+    /// Names it, and its folder of inputs.
+    pub name: &'static str,
+    /// Gives it bytes. Panics when it breaks a promise.
+    pub check: fn(&[u8]),
+    /// Valid inputs to begin with.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All of them.
+pub const DECODERS: &[Decoder] = &[
+    Decoder { name: "frame-length", check: frame_length, seeds: || vec![vec![0x05, 1, 2, 3, 4, 5]] },
+    Decoder { name: "tensor-header", check: tensor_header, seeds: tensor_seeds },
+    Decoder { name: "cid", check: content_id, seeds: || vec![root().to_bytes()] },
+    Decoder { name: "peer-id", check: peer_id, seeds: || vec![peer().as_bytes().to_vec()] },
+    Decoder { name: "signed", check: signed_statement, seeds: signed_seeds },
+    Decoder { name: "rpc-header", check: rpc_header, seeds: rpc_seeds },
+    Decoder {
+        name: "link-frame",
+        check: link_frame,
+        seeds: || vec![encode_probe(9), encode_echo(9, Some(1e6))],
+    },
+    Decoder { name: "gate-hello", check: gate_hello, seeds: || vec![access::hello(&[7; 32]).to_vec()] },
+    Decoder { name: "news", check: news, seeds: news_seeds },
+    Decoder { name: "link-vector", check: link_vector, seeds: vector_seeds },
+    Decoder { name: "bitswap-message", check: bitswap_message, seeds: bitswap_seeds },
+    Decoder { name: "manifest", check: manifest, seeds: || vec![a_manifest().to_vec()] },
+    Decoder { name: "delta-index", check: delta_index, seeds: delta_seeds },
+    Decoder { name: "patch", check: patch, seeds: patch_seeds },
+    Decoder { name: "spread-frame", check: spread_frame, seeds: spread_seeds },
+];
+
+fn key() -> SigningKey {
+    SigningKey::from_bytes(&[7; 32])
+}
+
+fn peer() -> PeerId {
+    PeerId::from_ed25519(&key().public_key())
+}
+
+fn root() -> swarm_wire::Cid {
+    cid::raw(HashKind::Blake3.code(), &[3; 32])
+}
+
+fn frame_length(bytes: &[u8]) {
+    if let Ok(Some((length, n_prefix))) = frame::decode_length("fuzz", bytes, 1 << 20) {
+        assert!(length <= 1 << 20 && n_prefix <= bytes.len());
+        let mut again = Vec::new();
+        frame::encode_length(length, &mut again);
+        assert!(again.len() <= n_prefix, "the shortest encoding is ours");
+    }
+    if let Ok(Some((payload, rest))) = frame::decode("fuzz", bytes, 1 << 20) {
+        assert!(payload.len() + rest.len() < bytes.len());
+    }
+}
+
+fn tensor_header(bytes: &[u8]) {
+    if let Ok((header, rest)) = TensorHeader::decode(bytes) {
+        assert_eq!(header.encode(), bytes[..bytes.len() - rest.len()]);
+    }
+    if let Ok((header, payload)) = TensorHeader::decode_with_payload(bytes) {
+        assert_eq!(header.payload_bytes(), payload.len());
+    }
+}
+
+fn tensor_seeds() -> Vec<Vec<u8>> {
+    let header = TensorHeader::new(DType::F32, &[2, 1]).expect("a small tensor");
+    vec![[header.encode(), vec![0; 8]].concat()]
+}
+
+fn content_id(bytes: &[u8]) {
+    if let Ok(found) = cid::decode(bytes) {
+        assert_eq!(cid::decode(&found.to_bytes()).expect("it was one"), found);
+    }
+}
+
+fn peer_id(bytes: &[u8]) {
+    if let Ok(peer) = PeerId::from_bytes(bytes) {
+        assert_eq!(peer.to_string().parse::<PeerId>().expect("it was one"), peer);
+        let _ = (peer.short(), peer.ed25519_public_key());
+    }
+}
+
+fn signed_statement(bytes: &[u8]) {
+    if let Ok(statement) = Signed::decode(bytes) {
+        let _ = signed::verify(&statement, "fuzz/v1");
+    }
+    // The bytes as what an honest key signs: they verify, and not for another purpose.
+    let statement = key().signed("fuzz/v1", bytes);
+    assert_eq!(signed::verify(&statement, "fuzz/v1"), Ok(peer()));
+    assert!(signed::verify(&statement, "fuzz/v2").is_err());
+}
+
+fn signed_seeds() -> Vec<Vec<u8>> {
+    vec![key().signed("fuzz/v1", b"payload").encode_to_vec()]
+}
+
+fn rpc_header(bytes: &[u8]) {
+    if let Ok(Some((header, n_bytes))) = Header::decode(bytes, RPC_BODY_MAX_BYTES) {
+        assert!(n_bytes <= bytes.len() && header.body_bytes() <= RPC_BODY_MAX_BYTES);
+        let again = Header::decode(&header.clone().encode(), RPC_BODY_MAX_BYTES);
+        assert_eq!(again.expect("it was one").expect("all of it is there").0, header);
+    }
+}
+
+fn rpc_seeds() -> Vec<Vec<u8>> {
+    let request = Header::Request {
+        call_id: 7,
+        method: "method".to_owned(),
+        deadline: Duration::from_secs(1),
+        body_bytes: 128,
+        done_below: 3,
+        attempt: 1,
+    };
+    let answer = Header::Answer { call_id: 7, refusal: None, body_bytes: 128 };
+    [request, answer, Header::Cancel { call_id: 7 }].into_iter().map(Header::encode).collect()
+}
+
+fn link_frame(bytes: &[u8]) {
+    if let Ok(Some((sequence, n_bytes))) = decode_probe(bytes) {
+        assert!(n_bytes <= bytes.len());
+        assert_eq!(decode_probe(&encode_probe(sequence)).ok().flatten().map(|p| p.0), Some(sequence));
+    }
+    let _ = decode_echo(bytes);
+}
+
+fn gate_hello(bytes: &[u8]) {
+    if let Some(hello) = bytes.first_chunk::<{ access::HELLO_BYTES }>()
+        && let Ok(nonce) = access::read_hello(hello)
+    {
+        assert_eq!(access::hello(&nonce), *hello);
+    }
+}
+
+fn news(bytes: &[u8]) {
+    let bytes = Bytes::copy_from_slice(bytes);
+    if let Ok(request) = Request::decode(bytes.clone()) {
+        assert_eq!(Request::decode(request.encode()).expect("it was one"), request);
+    }
+    if let Ok(reply) = Reply::decode(bytes) {
+        assert_eq!(Reply::decode(reply.clone().encode()).expect("it was one"), reply);
+    }
+}
+
+fn news_seeds() -> Vec<Vec<u8>> {
+    let request = Request { vectors: vec![(1, 2)], records: vec![(3, 4), (5, 6)] };
+    let item = (Bytes::from_static(b"statement"), Duration::from_secs(1));
+    let reply = Reply { vectors: vec![item.clone()], records: vec![item] };
+    vec![request.encode().to_vec(), reply.encode().to_vec()]
+}
+
+fn link_vector(bytes: &[u8]) {
+    let _ = decode_vector(&Bytes::copy_from_slice(bytes), |_, _| true);
+    // Behind a good signature, where no random bytes get.
+    let statement = Bytes::from(key().signed(LINKS_DOMAIN, bytes).encode_to_vec());
+    if let Ok(Some((author, vector))) = decode_vector(&statement, |_, _| true) {
+        assert_eq!(author, peer());
+        assert!(vector.coordinate.error() <= 1.0 && vector.neighbours.iter().all(|(_, c)| c.rtt_ms >= 0.0));
+    }
+}
+
+fn vector_seeds() -> Vec<Vec<u8>> {
+    use swarm_wire::generated::lattica::v1::{Coordinate, LinkNeighbour, LinkVector};
+    let peer = Bytes::copy_from_slice(peer().as_bytes());
+    let neighbour =
+        LinkNeighbour { peer, rtt_ms: 20.0, loss: 0.1, relayed: true, ..LinkNeighbour::default() };
+    let coordinate = Coordinate { x_ms: 1.0, height_ms: 2.0, error: 0.3, ..Coordinate::default() };
+    let vector = LinkVector { written_ms: 7, coordinate: Some(coordinate), neighbours: vec![neighbour] };
+    vec![vector.encode_to_vec()]
+}
+
+fn bitswap_message(bytes: &[u8]) {
+    if let Ok(message) = Message::decode(Bytes::copy_from_slice(bytes)) {
+        let encoded = message.encode();
+        let (payload, _) = frame::decode("fuzz", &encoded, 8 << 20).expect("ours").expect("all of it");
+        Message::decode(Bytes::copy_from_slice(payload)).expect("what we read we can write");
+    }
+}
+
+fn bitswap_seeds() -> Vec<Vec<u8>> {
+    let block = Block::new(HashKind::Blake3, Bytes::from_static(b"a block")).expect("a small block");
+    let message = Message {
+        blocks: vec![block],
+        presences: vec![(root(), true)],
+        entries: vec![lattica_bitswap::wire::WantEntry::Cancel { cid: root() }],
+        full: true,
+        pending_bytes: 9,
+    };
+    let encoded = message.encode();
+    let (payload, _) = frame::decode("fuzz", &encoded, 8 << 20).expect("ours").expect("all of it");
+    vec![payload.to_vec()]
+}
+
+fn manifest(bytes: &[u8]) {
+    if let Ok(manifest) = Manifest::decode(bytes)
+        && let Ok(block) = manifest.to_block()
+    {
+        let again = Manifest::decode(block.bytes()).expect("it was one");
+        assert_eq!((again.total_bytes(), again.blocks()), (manifest.total_bytes(), manifest.blocks()));
+    }
+}
+
+fn a_manifest() -> Bytes {
+    let entries = vec![Entry { name: "file".to_owned(), offset: 0, length: 9 }];
+    let blocks = vec![BlockRef { cid: root(), length: 9 }];
+    let manifest = Manifest::new("name", "file", HashKind::Blake3, entries, blocks).expect("a small one");
+    manifest.to_block().expect("a small one").bytes().clone()
+}
+
+fn delta_index(bytes: &[u8]) {
+    let Some((n_blocks, bytes)) = bytes.split_first_chunk::<2>() else { return };
+    let n_blocks = usize::from(u16::from_le_bytes(*n_blocks));
+    if let Ok(index) = DeltaIndex::decode(bytes, n_blocks) {
+        assert!(index.patched.is_sorted_by(|a, b| a < b) && index.patched.len() <= n_blocks);
+        assert_eq!(DeltaIndex::decode(&index.encode(), n_blocks).expect("it was one"), index);
+    }
+}
+
+fn delta_seeds() -> Vec<Vec<u8>> {
+    let index = DeltaIndex { patched: vec![0, 3, 8] };
+    vec![[vec![9, 0], index.encode().to_vec()].concat()]
+}
+
+/// The first byte says how many of the others are the block before; the rest is its patch, and its next version.
+fn patch(bytes: &[u8]) {
+    let Some((&n, bytes)) = bytes.split_first() else { return };
+    let (old, rest) = bytes.split_at(usize::from(n).min(bytes.len()));
+    if let Ok(new) = delta::apply(old, rest) {
+        assert_eq!(new.len(), old.len());
+    }
+    let n = old.len().min(rest.len());
+    if let Some(made) = delta::diff(&old[..n], &rest[..n]) {
+        assert_eq!(delta::apply(&old[..n], &made).expect("ours"), rest[..n]);
+    }
+}
+
+fn patch_seeds() -> Vec<Vec<u8>> {
+    let (old, mut new) = ([7; 64], [7; 64]);
+    new[20] = 9;
+    let made = delta::diff(&old, &new).expect("one word");
+    vec![[&[64][..], &old, &made].concat(), [&[64][..], &old, &new].concat()]
+}
+
+fn spread_frame(bytes: &[u8]) {
+    let Some((n_chunks, bytes)) = bytes.split_first_chunk::<2>() else { return };
+    let n_chunks = u32::from(u16::from_le_bytes(*n_chunks) & 0x3fff);
+    if let Ok(read) = Frame::decode(Bytes::copy_from_slice(bytes), n_chunks) {
+        let encoded = read.clone().encode();
+        let (payload, _) = frame::decode("fuzz", &encoded, 4 << 20).expect("ours").expect("all of it");
+        let again = Frame::decode(Bytes::copy_from_slice(payload), n_chunks).expect("it was one");
+        assert_eq!(again, read);
+    }
+}
+
+fn spread_seeds() -> Vec<Vec<u8>> {
+    let frames = [
+        Frame::Hello(root()),
+        Frame::Peers(vec![(peer(), vec!["/ip4/127.0.0.1/tcp/1".to_owned()])]),
+        Frame::Message(SpreadMessage::Holds(Bitmap::full(9))),
+        Frame::Message(SpreadMessage::Have(vec![0, 8])),
+        Frame::Message(SpreadMessage::Request(3)),
+        Frame::Chunk { index: 7, bytes: Bytes::from_static(b"chunk") },
+    ];
+    let seed = |read: Frame| {
+        let encoded = read.encode();
+        let (payload, _) = frame::decode("fuzz", &encoded, 4 << 20).expect("ours").expect("all of it");
+        [&[9, 0][..], payload].concat()
+    };
+    frames.into_iter().map(seed).collect()
+}
