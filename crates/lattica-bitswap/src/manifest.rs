@@ -5,9 +5,13 @@ use bytes::Bytes;
 use prost::Message;
 use swarm_wire::generated::lattica::v1 as proto;
 use swarm_wire::limits::{BLOCK_MAX_BYTES, NAME_MAX_BYTES};
+use swarm_wire::repeated::{self, Element};
 use swarm_wire::{Cid, DecodeError, cid};
 
 use crate::{Block, HashKind, ManifestError};
+
+/// The bytes of the shortest entry in an encoded manifest: its field, its length, and a name of one byte.
+const ENTRY_MIN_BYTES: usize = 5;
 
 /// Whence an artefact can be made with fewer bytes; see [`crate::delta`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,6 +126,9 @@ impl Manifest {
             }
             .into());
         }
+        // An entry has a name: none is shorter than five bytes, though empty ones could be written in two.
+        let entries = (&[4][..], Element::Field);
+        repeated::check("entries in a manifest", bytes, entries, bytes.len() / ENTRY_MIN_BYTES)?;
         let message = proto::Manifest::decode(bytes).map_err(|e| DecodeError::message("manifest", &e))?;
         let hash = HashKind::from_code(u64::from(message.hash_code))
             .map_err(|e| DecodeError::invalid("manifest hash", e))?;

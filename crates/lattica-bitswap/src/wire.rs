@@ -11,6 +11,7 @@ use swarm_wire::generated::bitswap::message::{
     Block as ProtoBlock, BlockPresence, BlockPresenceType, Wantlist as ProtoWantlist,
 };
 use swarm_wire::limits::{BITSWAP_MESSAGE_MAX_BYTES, BLOCK_MAX_BYTES};
+use swarm_wire::repeated::{self, Element};
 use swarm_wire::{Cid, DecodeError, cid, frame};
 
 use crate::{Block, HashKind};
@@ -21,6 +22,11 @@ pub const PROTOCOL: &str = "/ipfs/bitswap/1.2.0";
 pub const MESSAGE_TARGET_BYTES: usize = 1024 * 1024;
 /// Entries of one message that are looked at: twice the wants that a peer may have (each may be cancelled too).
 const ENTRIES_MAX: usize = 4096;
+/// Elements of each list in one message. A stock peer's longest wantlists are below it; empty elements, of which a message
+/// could hold two million, are not.
+const ELEMENTS_MAX: usize = 64 * 1024;
+/// Wants, blocks of 1.0 messages, blocks, presences.
+const LISTS: [&[u32]; 4] = [&[1, 1], &[2], &[3], &[4]];
 
 /// What is wanted of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +78,7 @@ impl Message {
     /// may well want such blocks, and we have none.
     ///
     /// # Errors
-    /// When the bytes are over the limit or no message, or a block is over the limit or has an uncheckable prefix.
+    /// When the bytes are over the limit, have too many elements or are no message, or a block is over the limit or has an uncheckable prefix.
     pub fn decode(bytes: Bytes) -> Result<Self, DecodeError> {
         if bytes.len() > BITSWAP_MESSAGE_MAX_BYTES {
             return Err(DecodeError::TooLarge {
@@ -80,6 +86,9 @@ impl Message {
                 limit_bytes: BITSWAP_MESSAGE_MAX_BYTES,
                 got_bytes: bytes.len(),
             });
+        }
+        for path in LISTS {
+            repeated::check("list in a bitswap message", &bytes, (path, Element::Field), ELEMENTS_MAX)?;
         }
         let message =
             proto::Message::decode(bytes).map_err(|e| DecodeError::message("bitswap message", &e))?;

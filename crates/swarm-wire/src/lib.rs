@@ -13,8 +13,8 @@
 //! ```
 //!
 //! Map: [`id`] (peers, runs, versions), [`cid`] (content identifiers), [`layer`] (layer ranges), [`tensor`] (tensor
-//! headers), [`frame`] (length-delimited framing), [`signed`] (signed statements), [`limits`] (every size limit on the
-//! wire), [`generated`] (prost messages, written by `cargo xtask codegen` from `proto/`).
+//! headers), [`frame`] (length-delimited framing), [`repeated`] (lists counted before they are decoded), [`signed`] (signed
+//! statements), [`limits`] (every size limit on the wire), [`generated`] (prost messages, written by `cargo xtask codegen` from `proto/`).
 
 pub mod cid;
 pub mod error;
@@ -23,6 +23,7 @@ pub mod generated;
 pub mod id;
 pub mod layer;
 pub mod limits;
+pub mod repeated;
 pub mod signed;
 pub mod tensor;
 

@@ -5,6 +5,7 @@ use prost::Message as _;
 use swarm_wire::generated::lattica::v1::spread_frame::Body;
 use swarm_wire::generated::lattica::v1::{SpreadChunk, SpreadChunks, SpreadFrame, SpreadPeer, SpreadPeers};
 use swarm_wire::limits::{BLOCK_MAX_BYTES, MANIFEST_MAX_BYTES};
+use swarm_wire::repeated::{self, Element};
 use swarm_wire::{Cid, DecodeError, PeerId, cid, frame};
 
 use super::{Bitmap, SpreadMessage};
@@ -83,21 +84,23 @@ impl Frame {
         let number = |chunk: u32| {
             if chunk < n_chunks { Ok(chunk) } else { Err(DecodeError::invalid("chunk number", chunk)) }
         };
+        let lists: [(&[u32], Element, usize); 3] = [
+            (&[2, 1], Element::Field, PEERS_MAX),
+            (&[2, 1, 2], Element::Field, PEERS_MAX * ADDRESSES_MAX),
+            (&[5, 1], Element::Varint, n_chunks as usize),
+        ];
+        for (path, element, most) in lists {
+            repeated::check("list in a spread frame", &payload, (path, element), most)?;
+        }
         let message = SpreadFrame::decode(payload).map_err(|e| DecodeError::message(what, &e))?;
         Ok(match message.body.ok_or_else(|| DecodeError::invalid(what, "without a body"))? {
             Body::Hello(root) => Self::Hello(cid::decode(&root)?),
             Body::Peers(peers) => {
-                if peers.peers.len() > PEERS_MAX {
-                    return Err(DecodeError::invalid("number of peers in a spread frame", peers.peers.len()));
-                }
                 Self::Peers(peers.peers.into_iter().map(contact).collect::<Result<_, _>>()?)
             }
             Body::AskPeers(_) => Self::AskPeers,
             Body::Holds(bytes) => Self::Message(SpreadMessage::Holds(Bitmap::from_bytes(n_chunks, &bytes)?)),
             Body::Have(SpreadChunks { indices }) => {
-                if indices.len() > n_chunks as usize {
-                    return Err(DecodeError::invalid("number of chunks in a spread frame", indices.len()));
-                }
                 let chunks = indices.into_iter().map(number).collect::<Result<_, _>>()?;
                 Self::Message(SpreadMessage::Have(chunks))
             }
@@ -180,6 +183,22 @@ mod tests {
         let long = Frame::Peers(vec![(peer, vec!["x".repeat(300)])]);
         assert!(Frame::decode(payload(long), 9).is_err());
         assert!(Frame::decode(Bytes::new(), 9).is_err());
+    }
+
+    #[test]
+    fn a_frame_of_empty_elements_is_refused_before_it_grows() {
+        let nested = |key: u8, list: Vec<u8>| {
+            let mut frame = vec![key];
+            frame::encode_length(list.len(), &mut frame);
+            Bytes::from([frame, list].concat())
+        };
+        let peers = nested(0x12, [0x0a, 0].repeat(1_000_000));
+        let addresses = nested(0x12, nested(0x0a, [0x12, 0].repeat(1_000_000)).to_vec());
+        let have = nested(0x2a, nested(0x0a, vec![0; 2_000_000]).to_vec());
+        for frame in [peers, addresses, have] {
+            let error = Frame::decode(frame, 9).unwrap_err();
+            assert!(error.to_string().contains("elements"), "{error}");
+        }
     }
 
     proptest! {

@@ -134,3 +134,26 @@ fn oversized_blocks_and_odd_prefixes_are_refused() {
     assert!(with(&[], 5).is_err());
     assert!(Message::decode(vec![0; BITSWAP_MESSAGE_MAX_BYTES + 1].into()).is_err());
 }
+
+#[test]
+fn a_message_of_empty_elements_is_refused_before_it_grows() {
+    // Wants, blocks of 1.0, blocks, presences; each element is two bytes of the message and some fifty in memory.
+    let wants = |n: usize| {
+        let list = [0x0a, 0].repeat(n);
+        let mut message = vec![0x0a];
+        frame::encode_length(list.len(), &mut message);
+        [message, list].concat()
+    };
+    let refused = |bytes: Vec<u8>| {
+        let error = Message::decode(Bytes::from(bytes)).unwrap_err();
+        assert!(error.to_string().contains("elements"), "{error}");
+    };
+    refused(wants(2_000_000));
+    // Split over many wantlists, it is the same.
+    refused([0x0a, 2, 0x0a, 0].repeat(1_000_000));
+    for key in [0x12, 0x1a, 0x22] {
+        refused([key, 0].repeat(2_000_000));
+    }
+    let entries = Message::decode(Bytes::from(wants(ELEMENTS_MAX))).unwrap().entries;
+    assert_eq!(entries.len(), 0, "they name nothing");
+}

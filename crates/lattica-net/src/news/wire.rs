@@ -7,6 +7,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use swarm_wire::generated::lattica::v1 as pb;
 use swarm_wire::generated::swarm::v1::Signed;
+use swarm_wire::repeated::{self, Element};
 use swarm_wire::signed::{self, Signer};
 use swarm_wire::{DecodeError, PeerId};
 
@@ -79,11 +80,11 @@ impl Reply {
     /// # Errors
     /// When it is malformed, or has more or larger statements than there can be.
     pub fn decode(bytes: Bytes) -> Result<Self, DecodeError> {
+        for path in [&[1][..], &[2]] {
+            repeated::check("statements in news", &bytes, (path, Element::Field), AUTHORS_MAX)?;
+        }
         let reply = pb::NewsReply::decode(bytes).map_err(|e| DecodeError::message("news", &e))?;
         let items = |items: Vec<pb::NewsItem>| {
-            if items.len() > AUTHORS_MAX {
-                return Err(DecodeError::invalid("number of statements in news", items.len()));
-            }
             let item = |item: pb::NewsItem| match item.statement.len() {
                 0..=STATEMENT_MAX_BYTES => Ok((item.statement, Duration::from_millis(item.age_ms))),
                 got_bytes => Err(DecodeError::TooLarge {
@@ -136,6 +137,8 @@ pub fn decode_vector(
 ) -> Result<Option<(PeerId, LinkVector)>, DecodeError> {
     let what = "link vector";
     let signed = Signed::decode(statement.clone()).map_err(|e| DecodeError::message(what, &e))?;
+    let neighbours = (&[3][..], Element::Field);
+    repeated::check("neighbours in a link vector", &signed.payload, neighbours, NEIGHBOURS_MAX)?;
     let message =
         pb::LinkVector::decode(signed.payload.clone()).map_err(|e| DecodeError::message(what, &e))?;
     let key: [u8; 32] = signed
@@ -147,9 +150,6 @@ pub fn decode_vector(
         return Ok(None);
     }
     let author = signed::verify(&signed, LINKS_DOMAIN)?;
-    if message.neighbours.len() > NEIGHBOURS_MAX {
-        return Err(DecodeError::invalid("number of neighbours in a link vector", message.neighbours.len()));
-    }
     let place = message.coordinate.unwrap_or_default();
     let coordinate = Coordinate::checked(
         [place.x_ms, place.y_ms, place.z_ms].map(f64::from),
