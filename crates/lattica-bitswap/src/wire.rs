@@ -20,13 +20,14 @@ use crate::{Block, HashKind};
 pub const PROTOCOL: &str = "/ipfs/bitswap/1.2.0";
 /// Messages are filled up to about this many bytes, so that no message holds a stream for long.
 pub const MESSAGE_TARGET_BYTES: usize = 1024 * 1024;
-/// Entries of one message that are looked at: twice the wants that a peer may have (each may be cancelled too).
+/// Wants, and presences, of one message that are looked at: twice the wants that a peer may have (each may be cancelled too).
 const ENTRIES_MAX: usize = 4096;
-/// Elements of each list in one message. A stock peer's longest wantlists are below it; empty elements, of which a message
-/// could hold two million, are not.
+/// Wants and presences of one message that are read at all. A stock peer's longest lists are below it; empty elements, of
+/// which a message could hold two million, are not.
 const ELEMENTS_MAX: usize = 64 * 1024;
-/// Wants, blocks of 1.0 messages, blocks, presences.
-const LISTS: [&[u32]; 4] = [&[1, 1], &[2], &[3], &[4]];
+/// The lists of a message: wants, blocks of 1.0, blocks, presences. Nobody is ever asked for as many blocks at a time.
+const LISTS: [(&[u32], usize); 4] =
+    [(&[1, 1], ELEMENTS_MAX), (&[2], ENTRIES_MAX), (&[3], ENTRIES_MAX), (&[4], ELEMENTS_MAX)];
 
 /// What is wanted of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,14 +88,14 @@ impl Message {
                 got_bytes: bytes.len(),
             });
         }
-        for path in LISTS {
-            repeated::check("list in a bitswap message", &bytes, (path, Element::Field), ELEMENTS_MAX)?;
+        for (path, most) in LISTS {
+            repeated::check("list in a bitswap message", &bytes, (path, Element::Field), most)?;
         }
         let message =
             proto::Message::decode(bytes).map_err(|e| DecodeError::message("bitswap message", &e))?;
         let wantlist = message.wantlist.unwrap_or_default();
         let entries = wantlist.entries.iter().take(ENTRIES_MAX).filter_map(entry_from_proto).collect();
-        let mut blocks = Vec::with_capacity(message.payload.len());
+        let mut blocks = Vec::with_capacity(message.payload.len() + message.blocks.len());
         for block in message.payload {
             blocks.push(block_from_prefix(&block.prefix, block.data)?);
         }
@@ -105,6 +106,7 @@ impl Message {
         let presences = message
             .block_presences
             .iter()
+            .take(ENTRIES_MAX)
             .filter_map(|p| Some((cid::decode(&p.cid).ok()?, p.r#type() == BlockPresenceType::PresenceHave)))
             .collect();
         Ok(Self {

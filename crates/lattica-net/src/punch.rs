@@ -18,7 +18,8 @@ pub const TRY_TIMEOUT: Duration = Duration::from_millis(2500);
 /// Pauses after the first tries; then they grow.
 const QUICK_PAUSES: [Duration; 3] =
     [Duration::from_millis(250), Duration::from_millis(1000), Duration::from_millis(2000)];
-const FIRST_LONG_PAUSE: Duration = Duration::from_secs(30);
+/// The pause after them. A node that is seen elsewhere tries again sooner than its pauses say, but not sooner than this.
+pub const FIRST_LONG_PAUSE: Duration = Duration::from_secs(30);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
 /// One dial of a try. The first address that answers wins.

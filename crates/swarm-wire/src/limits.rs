@@ -15,7 +15,5 @@ pub const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 pub const BLOCK_MAX_BYTES: usize = 2 * 1024 * 1024;
 /// One Bitswap message, the limit that Kubo and Helia use too.
 pub const BITSWAP_MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
-/// One manifest: 64 Ki blocks at about 44 bytes each.
-pub const MANIFEST_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Text fields such as names and namespaces.
 pub const NAME_MAX_BYTES: usize = 256;

@@ -92,8 +92,8 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use prost::Message as _;
     use proptest::prelude::*;
+    use prost::Message as _;
 
     use super::*;
     use crate::generated::bitswap::{Message, message::Wantlist, message::wantlist::Entry};

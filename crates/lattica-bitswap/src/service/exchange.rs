@@ -295,7 +295,7 @@ impl Exchange {
                 let asked = state.fetches.values().any(|f| f.session.has_asked(peer, &cid));
                 let recent = || state.recent.iter().any(|(p, c)| p == peer && *c == cid);
                 if !asked {
-                    lied |= !recent();
+                    lied = lied || !recent();
                     continue;
                 }
                 let misfit = state.fetches.values_mut().find_map(|f| {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use swarm_wire::generated::lattica::v1::spread_frame::Body;
 use swarm_wire::generated::lattica::v1::{SpreadChunk, SpreadChunks, SpreadFrame, SpreadPeer, SpreadPeers};
-use swarm_wire::limits::{BLOCK_MAX_BYTES, MANIFEST_MAX_BYTES};
+use swarm_wire::limits::BLOCK_MAX_BYTES;
 use swarm_wire::repeated::{self, Element};
 use swarm_wire::{Cid, DecodeError, PeerId, cid, frame};
 
@@ -79,7 +79,7 @@ impl Frame {
     /// # Errors
     /// When it is malformed, or names more peers, addresses or chunks than there can be.
     pub fn decode(payload: Bytes, n_chunks: u32) -> Result<Self, DecodeError> {
-        debug_assert!(n_chunks as usize <= MANIFEST_MAX_BYTES / 32, "a manifest names no more blocks");
+        debug_assert!(n_chunks as usize <= BLOCK_MAX_BYTES / 32, "a manifest names no more blocks");
         let what = "spread frame";
         let number = |chunk: u32| {
             if chunk < n_chunks { Ok(chunk) } else { Err(DecodeError::invalid("chunk number", chunk)) }

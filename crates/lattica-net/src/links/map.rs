@@ -151,11 +151,6 @@ impl LinkMap {
         &mut self.vectors
     }
 
-    /// Where this node is.
-    pub fn coordinate(&self) -> &Coordinate {
-        &self.coordinate
-    }
-
     /// Measured round trips move this node's coordinate, where the other end's is known. `seed` draws directions.
     pub fn handle_links<'a>(
         &mut self,
@@ -202,7 +197,7 @@ impl LinkMap {
         let from_a = self.claim(now, a, b);
         let from_b = self.claim(now, b, a).map(|(claim, age)| (claim.turned(), age));
         let heard = match (from_a, from_b) {
-            (Some((one, age)), Some((other, other_age))) => Some((one.worse(other), age.min(other_age))),
+            (Some((one, age)), Some((other, other_age))) => Some((one.worse(other), age.max(other_age))),
             (one, other) => one.or(other),
         };
         if let Some((claim, age)) = heard {
@@ -288,6 +283,17 @@ mod tests {
         assert_eq!(map.between(S, &peer(2), &peer(1), None).unwrap().bytes_per_s, Some(8e6));
         let own = map.between(S, &peer(0), &peer(1), Some(&measured(7.0))).unwrap();
         assert!(own.confidence == Confidence::Measured && (own.rtt_ms - 7.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn what_both_ends_say_is_as_old_as_the_older_word() {
+        let mut map = LinkMap::new(peer(0));
+        for (author, other, age) in [(1, 2, 300 * S), (2, 1, S)] {
+            let neighbours = vec![(peer(other), claim(20.0, 5e6, 9e6))];
+            let vector = LinkVector { written_ms: 1, coordinate: Coordinate::default(), neighbours };
+            assert!(map.vectors_mut().insert(400 * S, &peer(author), 1, (Bytes::new(), age), vector));
+        }
+        assert_eq!(map.between(400 * S, &peer(1), &peer(2), None).unwrap().age, 300 * S);
     }
 
     #[test]

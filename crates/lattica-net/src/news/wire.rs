@@ -86,14 +86,17 @@ impl Reply {
         let reply = pb::NewsReply::decode(bytes).map_err(|e| DecodeError::message("news", &e))?;
         let items = |items: Vec<pb::NewsItem>| {
             let item = |item: pb::NewsItem| match item.statement.len() {
-                0..=STATEMENT_MAX_BYTES => Ok((item.statement, Duration::from_millis(item.age_ms))),
+                // Copied: what is remembered must not hold on to the whole answer that it came in.
+                0..=STATEMENT_MAX_BYTES => {
+                    Ok((Bytes::copy_from_slice(&item.statement), Duration::from_millis(item.age_ms)))
+                }
                 got_bytes => Err(DecodeError::TooLarge {
                     what: "statement in news",
                     limit_bytes: STATEMENT_MAX_BYTES,
                     got_bytes,
                 }),
             };
-            items.into_iter().map(item).collect()
+            items.into_iter().map(item).collect::<Result<_, _>>()
         };
         Ok(Self { vectors: items(reply.vectors)?, records: items(reply.records)? })
     }

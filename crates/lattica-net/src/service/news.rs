@@ -15,7 +15,7 @@ use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::connection::{Connection, OpenError};
+use super::connection::{Agreement, Connection, OpenError};
 use super::driver::{Command, without_peer};
 use super::identity::Identity;
 use super::shared::{Acceptor, Shared, lock};
@@ -37,6 +37,8 @@ const REPLY_FRAME_MAX_BYTES: usize = 2 * REPLY_MAX_BYTES;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Questions of ours, and of others, under way at a time.
 const QUESTIONS_MAX: usize = 4;
+/// Statements that are checked without letting other tasks have their turn.
+const STATEMENTS_IN_A_ROW: usize = 16;
 /// Own links are told of this many intervals after the last time, later where many do it.
 const VECTOR_INTERVALS: u32 = 2;
 const VECTOR_PER_AUTHOR: Duration = Duration::from_millis(100);
@@ -83,11 +85,13 @@ pub(super) fn start(shared: &Arc<Shared>, identity: Identity) {
     let Ok(protocol) = StreamProtocol::try_from_owned(name) else { return };
     let answering = Arc::new(Semaphore::new(QUESTIONS_MAX));
     let weak = Arc::downgrade(shared);
-    let answer_stream = move |_, stream| -> super::shared::BoxFuture<()> {
+    let answer_stream = move |_, stream: Stream| -> super::shared::BoxFuture<()> {
         let (shared, answering) = (Weak::clone(&weak), Arc::clone(&answering));
         Box::pin(async move {
-            // Who finds us busy asks somebody else.
-            if let (Some(shared), Ok(_place)) = (shared.upgrade(), answering.try_acquire()) {
+            let Some(shared) = shared.upgrade() else { return };
+            let asker = stream.asker();
+            // One question of a peer at a time, so that none takes the places of all. Who finds us busy asks somebody else.
+            if let (Ok(_turn), Ok(_place)) = (asker.asking().try_acquire(), answering.try_acquire()) {
                 let _ = timeout(PATIENCE, answer(&shared, stream)).await;
             }
         })
@@ -192,7 +196,7 @@ async fn question(
     connection: Arc<Connection>,
     protocol: StreamProtocol,
 ) -> Result<(), FrameError> {
-    let stream = match connection.open(protocol).await {
+    let stream = match connection.open(protocol, Agreement::Awaited).await {
         Ok(stream) => stream,
         // Nodes of other networks, and other programs, do not speak it.
         Err(OpenError::Unsupported | OpenError::Lost | OpenError::Timeout) => return Ok(()),
@@ -208,13 +212,22 @@ async fn question(
         return Ok(());
     };
     let reply = Reply::decode(reply)?;
-    for item in reply.records {
+    for (n, item) in reply.records.into_iter().enumerate() {
         take_record(shared, &connection, item)?;
+        let_others(n).await;
     }
-    for item in reply.vectors {
+    for (n, item) in reply.vectors.into_iter().enumerate() {
         take_vector(shared, &connection, item)?;
+        let_others(n).await;
     }
     Ok(())
+}
+
+/// After some statements, whose signatures take their time, other tasks of the thread have their turn.
+async fn let_others(n: usize) {
+    if n % STATEMENTS_IN_A_ROW == STATEMENTS_IN_A_ROW - 1 {
+        tokio::task::yield_now().await;
+    }
 }
 
 fn take_vector(shared: &Shared, from: &Connection, (statement, age): Item) -> Result<(), DecodeError> {

@@ -2,10 +2,11 @@
 //! signed; whoever changes the file can take peers away, not put words into their mouths.
 
 use std::fs;
-use std::io::{Error, Read as _, Result};
+use std::io::{Error, Read as _, Result, Write as _};
 use std::path::Path;
 
 use bytes::Bytes;
+use rand::RngExt as _;
 
 use crate::news::wire::Reply;
 
@@ -40,10 +41,18 @@ pub(super) fn save(path: &Path, records: &[Bytes]) -> Result<()> {
     if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         fs::create_dir_all(folder)?;
     }
+    // A name of its own: the last words of a node that stops may be written beside those of its last minute.
     let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(".new");
-    fs::write(&unfinished, bytes)?;
-    fs::rename(&unfinished, path)
+    unfinished.push(format!(".{:016x}", rand::rng().random::<u64>()));
+    let written = fs::File::create_new(&unfinished).and_then(|mut file| {
+        file.write_all(&bytes)?;
+        file.sync_all()
+    });
+    let replaced = written.and_then(|()| fs::rename(&unfinished, path));
+    if replaced.is_err() {
+        let _ = fs::remove_file(&unfinished);
+    }
+    replaced
 }
 
 #[cfg(test)]
@@ -59,6 +68,7 @@ mod tests {
         save(&path, &records).unwrap();
         save(&path, &records).unwrap();
         assert_eq!(load(&path), records);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
         fs::write(&path, [0xff; 9]).unwrap();
         assert!(load(&path).is_empty());
         fs::write(&path, vec![0; MAX_BYTES + 1]).unwrap();

@@ -10,13 +10,16 @@ use bytes::Bytes;
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::StreamProtocol;
 use libp2p::core::Multiaddr;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::connection::{Connection, Incoming, OpenError};
+use super::connection::{Agreement, Connection, Incoming, OpenError, is_rejected};
 use super::driver::{Command, without_peer};
 use super::frames::{FrameReader, write_all};
 use super::shared::Shared;
-use crate::punch::{PunchDial, TRY_TIMEOUT, answerer_dials, asker_dials, pause_after, worth_dialling};
+use crate::punch::{
+    FIRST_LONG_PAUSE, PunchDial, TRY_TIMEOUT, answerer_dials, asker_dials, pause_after, worth_dialling,
+};
 use crate::wire::{PunchMessage, decode_punch, encode_punch};
 
 /// The protocol of the exchange.
@@ -29,18 +32,18 @@ const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Tries for a direct connection whenever there is none, as long as the relayed one stands.
 pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>) {
     let trying = async {
-        let mut failed = 0;
+        let (mut failed, mut was_direct) = (0, false);
         let mut seen = shared.seen_at.subscribe();
         loop {
             if is_direct(&shared, &connection) {
-                failed = 0;
+                (failed, was_direct) = (0, true);
                 sleep(shared.config.liveness.probe_interval).await;
                 continue;
             }
             seen.mark_unchanged();
-            match ask(&shared, &connection).await {
+            match ask(&shared, &connection, was_direct).await {
                 Ok(()) => wait_direct(&shared, &connection).await,
-                Err(error) if error.kind() == ErrorKind::Unsupported => return,
+                Err(error) if error.kind() == ErrorKind::Unsupported || is_rejected(&error) => return,
                 Err(error) => {
                     tracing::debug!(peer = %connection.peer.short(), %error, "no punch agreed upon")
                 }
@@ -54,8 +57,8 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
             tracing::debug!(peer = %connection.peer.short(), failed, ?pause, "no direct path");
             tokio::select! {
                 () = sleep(pause) => {}
-                // Another network, another chance.
-                Ok(()) = seen.changed() => {}
+                // Another network, another chance; but peers could say every second that we are seen elsewhere.
+                Ok(()) = moved(&mut seen, pause) => failed = 0,
             }
         }
     };
@@ -66,13 +69,22 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
     }
 }
 
+/// Waits until the node is seen elsewhere, and at least as long as for the first of the long pauses.
+async fn moved(
+    seen: &mut watch::Receiver<Vec<String>>,
+    pause: Duration,
+) -> Result<(), watch::error::RecvError> {
+    sleep(pause.min(FIRST_LONG_PAUSE)).await;
+    seen.changed().await
+}
+
 /// One try from the side that asks.
-async fn ask(shared: &Shared, connection: &Connection) -> std::io::Result<()> {
+async fn ask(shared: &Shared, connection: &Connection, was_direct: bool) -> std::io::Result<()> {
     let ours = seen_at(shared).await;
     if ours.is_empty() {
         return Err(Error::other("nobody has told yet where we are seen"));
     }
-    let stream = match connection.open(PUNCH_PROTOCOL).await {
+    let stream = match connection.open(PUNCH_PROTOCOL, Agreement::Assumed).await {
         Ok(stream) => stream,
         Err(OpenError::Io(error)) => return Err(error),
         Err(OpenError::Unsupported) => return Err(ErrorKind::Unsupported.into()),
@@ -89,8 +101,9 @@ async fn ask(shared: &Shared, connection: &Connection) -> std::io::Result<()> {
         let mut rtt = sent.elapsed();
         write_all(&mut writer, &encode_punch(PunchMessage::Sync)).await?;
         writer.flush().await?;
-        // The peer may have waited before it answered; probes know better.
+        // The peer may have waited before it answered; probes know better, unless they speak of a direct path that was lost.
         let probed = connection.state.link().estimate(shared.now(), true).map(|link| link.rtt_ms / 1e3);
+        let probed = probed.filter(|_| !was_direct);
         if let Some(probed) = probed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
             rtt = rtt.min(probed);
         }
@@ -110,7 +123,7 @@ pub(crate) async fn answer(
 ) {
     // One try at a time, and only for who cannot reach us otherwise: it makes us dial.
     let Ok(_punching) = connection.punching.try_acquire() else { return };
-    if !connection.relayed {
+    if !connection.relayed || is_direct(&shared, &connection) {
         return;
     }
     let exchange = async {
@@ -128,7 +141,8 @@ pub(crate) async fn answer(
     let punching = async {
         let theirs = timeout(EXCHANGE_TIMEOUT, exchange).await??;
         dial(&shared, &connection, answerer_dials(worth_dialling(theirs, &connection.address))).await?;
-        wait_direct(&shared, &connection).await;
+        // Whatever becomes of it: the next try may begin when this one has had its time.
+        sleep(TRY_TIMEOUT).await;
         Ok::<(), Error>(())
     };
     tokio::select! {

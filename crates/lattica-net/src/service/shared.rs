@@ -14,7 +14,7 @@ use libp2p::StreamProtocol;
 use rand::RngExt as _;
 use swarm_wire::PeerId;
 use tokio::runtime::Handle;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
@@ -79,6 +79,17 @@ pub(crate) struct PeerState {
     latencies: Mutex<HashMap<String, Latencies>>,
     /// The peer's incarnation when it last said hello; 0 before.
     incarnation: AtomicU64,
+    /// The peer's question for news that is being answered.
+    asking: OneAtATime,
+}
+
+/// One permit.
+struct OneAtATime(Semaphore);
+
+impl Default for OneAtATime {
+    fn default() -> Self {
+        Self(Semaphore::new(1))
+    }
 }
 
 /// Methods of one peer whose durations are kept; there are few that are asked of several peers.
@@ -106,6 +117,11 @@ impl Drop for CallNumber<'_> {
 impl PeerState {
     pub(crate) fn link(&self) -> MutexGuard<'_, LinkEstimator> {
         lock(&self.link)
+    }
+
+    /// The permit for a question for news of the peer.
+    pub(crate) fn asking(&self) -> &Semaphore {
+        &self.asking.0
     }
 
     /// Asks for a place for a call of the peer with a body of `body_bytes`; it is given back on drop.

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use super::connection::Connection;
-use super::shared::Shared;
+use super::shared::{PeerState, Shared};
 use crate::error::FrameError;
 
 /// Memory for what was announced grows in these steps, so that it follows the bytes that came.
@@ -33,6 +33,11 @@ impl Stream {
     /// The peer at the other end.
     pub fn peer(&self) -> &PeerId {
         &self.connection.peer
+    }
+
+    /// What is kept of the peer.
+    pub(super) fn asker(&self) -> Arc<PeerState> {
+        Arc::clone(&self.connection.state)
     }
 
     /// Whether the bytes go through a relay.
