@@ -1,7 +1,7 @@
 //! Every decoder that a peer's bytes reach in the network layers, as functions that take any bytes: they may refuse them,
 //! not panic, and what they accept must survive being encoded and decoded again.
 //!
-//! `cargo xtask fuzz` searches for bytes that break one (nightly toolchain); `tests/replay.rs` gives what was found, and the
+//! `cargo xtask fuzz` searches for bytes that break one ; `tests/replay.rs` gives what was found, and the
 //! corpus, to all of them on the stable one.
 
 use std::time::Duration;
@@ -16,10 +16,13 @@ use lattica_bitswap::wire::Message;
 use lattica_bitswap::{Block, HashKind};
 use lattica_net::access;
 use lattica_net::news::wire::{LINKS_DOMAIN, Reply, Request, decode_vector};
-use lattica_net::wire::{Header, decode_echo, decode_probe, encode_echo, encode_probe};
+use lattica_net::wire::{
+    Header, PunchMessage, decode_echo, decode_probe, decode_punch, encode_echo, encode_probe, encode_punch,
+};
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::limits::RPC_BODY_MAX_BYTES;
 use swarm_wire::prost::Message as _;
+use swarm_wire::repeated::{self, Element};
 use swarm_wire::signed::{self, Signer as _};
 use swarm_wire::{DType, PeerId, TensorHeader, cid, frame};
 
@@ -30,31 +33,46 @@ pub struct Decoder {
     pub name: &'static str,
     /// Gives it bytes. Panics when it breaks a promise.
     pub check: fn(&[u8]),
-    /// Valid inputs to begin with.
+    /// Valid inputs to begin with, and floods of what is smallest.
     pub seeds: fn() -> Vec<Vec<u8>>,
+    /// Longest input that is tried.
+    pub input_max_bytes: u32,
+    /// No single allocation may be larger than this many MiB: a few times the longest input, so that lists which grow in
+    /// memory are found.
+    pub allocation_max_mb: u32,
+}
+
+impl Decoder {
+    /// A decoder of short messages.
+    const fn new(name: &'static str, check: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Self {
+        Self { name, check, seeds, input_max_bytes: 64 * 1024, allocation_max_mb: 1 }
+    }
+
+    /// A decoder of messages that may be long.
+    const fn long(name: &'static str, check: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Self {
+        Self { name, check, seeds, input_max_bytes: 1024 * 1024, allocation_max_mb: 8 }
+    }
 }
 
 /// All of them.
 pub const DECODERS: &[Decoder] = &[
-    Decoder { name: "frame-length", check: frame_length, seeds: || vec![vec![0x05, 1, 2, 3, 4, 5]] },
-    Decoder { name: "tensor-header", check: tensor_header, seeds: tensor_seeds },
-    Decoder { name: "cid", check: content_id, seeds: || vec![root().to_bytes()] },
-    Decoder { name: "peer-id", check: peer_id, seeds: || vec![peer().as_bytes().to_vec()] },
-    Decoder { name: "signed", check: signed_statement, seeds: signed_seeds },
-    Decoder { name: "rpc-header", check: rpc_header, seeds: rpc_seeds },
-    Decoder {
-        name: "link-frame",
-        check: link_frame,
-        seeds: || vec![encode_probe(9), encode_echo(9, Some(1e6))],
-    },
-    Decoder { name: "gate-hello", check: gate_hello, seeds: || vec![access::hello(&[7; 32]).to_vec()] },
-    Decoder { name: "news", check: news, seeds: news_seeds },
-    Decoder { name: "link-vector", check: link_vector, seeds: vector_seeds },
-    Decoder { name: "bitswap-message", check: bitswap_message, seeds: bitswap_seeds },
-    Decoder { name: "manifest", check: manifest, seeds: || vec![a_manifest().to_vec()] },
-    Decoder { name: "delta-index", check: delta_index, seeds: delta_seeds },
-    Decoder { name: "patch", check: patch, seeds: patch_seeds },
-    Decoder { name: "spread-frame", check: spread_frame, seeds: spread_seeds },
+    Decoder::new("frame-length", frame_length, || vec![vec![0x05, 1, 2, 3, 4, 5]]),
+    Decoder::new("tensor-header", tensor_header, tensor_seeds),
+    Decoder::new("cid", content_id, || vec![root().to_bytes()]),
+    Decoder::new("peer-id", peer_id, || vec![peer().as_bytes().to_vec()]),
+    Decoder::new("signed", signed_statement, signed_seeds),
+    Decoder::new("repeated", lists, || vec![vec![1, 0x0a, 2, 0x0a, 0]]),
+    Decoder::new("rpc-header", rpc_header, rpc_seeds),
+    Decoder::new("link-frame", link_frame, || vec![encode_probe(9), encode_echo(9, Some(1e6))]),
+    Decoder::new("hole-punch", hole_punch, punch_seeds),
+    Decoder::new("gate-hello", gate_hello, || vec![access::hello(&[7; 32]).to_vec()]),
+    Decoder::new("news", news, news_seeds),
+    Decoder::new("link-vector", link_vector, vector_seeds),
+    Decoder::long("bitswap-message", bitswap_message, bitswap_seeds),
+    Decoder::long("manifest", manifest, manifest_seeds),
+    Decoder::new("delta-index", delta_index, delta_seeds),
+    Decoder::new("patch", patch, patch_seeds),
+    Decoder::long("spread-frame", spread_frame, spread_seeds),
 ];
 
 fn key() -> SigningKey {
@@ -122,6 +140,20 @@ fn signed_seeds() -> Vec<Vec<u8>> {
     vec![key().signed("fuzz/v1", b"payload").encode_to_vec()]
 }
 
+/// The first byte chooses the list; what prost reads has the length that was counted before.
+fn lists(bytes: &[u8]) {
+    use swarm_wire::generated::bitswap::Message;
+    let Some((&choice, bytes)) = bytes.split_first() else { return };
+    let path: &[u32] = [&[1, 1][..], &[2], &[3], &[4]][usize::from(choice) % 4];
+    let Ok(read) = Message::decode(bytes) else { return };
+    let wants = read.wantlist.map_or(0, |list| list.entries.len());
+    let lengths = [wants, read.blocks.len(), read.payload.len(), read.block_presences.len()];
+    let n = lengths[usize::from(choice) % 4];
+    let counted = |most| repeated::check("fuzz", bytes, (path, Element::Field), most).is_ok();
+    // Groups are refused though prost skips them.
+    assert!(!counted(usize::MAX) || (counted(n) && (n == 0 || !counted(n - 1))), "{n} are there");
+}
+
 fn rpc_header(bytes: &[u8]) {
     if let Ok(Some((header, n_bytes))) = Header::decode(bytes, RPC_BODY_MAX_BYTES) {
         assert!(n_bytes <= bytes.len() && header.body_bytes() <= RPC_BODY_MAX_BYTES);
@@ -149,6 +181,19 @@ fn link_frame(bytes: &[u8]) {
         assert_eq!(decode_probe(&encode_probe(sequence)).ok().flatten().map(|p| p.0), Some(sequence));
     }
     let _ = decode_echo(bytes);
+}
+
+fn hole_punch(bytes: &[u8]) {
+    if let Ok(Some((message, n_bytes))) = decode_punch(bytes) {
+        assert!(n_bytes <= bytes.len());
+        let again = decode_punch(&encode_punch(message.clone())).expect("it was one").expect("all of it");
+        assert_eq!(again.0, message);
+    }
+}
+
+fn punch_seeds() -> Vec<Vec<u8>> {
+    let address = Bytes::from_static(&[4, 9, 9, 9, 9, 6, 0, 80]);
+    vec![encode_punch(PunchMessage::Connect(vec![address])), encode_punch(PunchMessage::Sync)]
 }
 
 fn gate_hello(bytes: &[u8]) {
@@ -215,7 +260,16 @@ fn bitswap_seeds() -> Vec<Vec<u8>> {
     };
     let encoded = message.encode();
     let (payload, _) = frame::decode("fuzz", &encoded, 8 << 20).expect("ours").expect("all of it");
-    vec![payload.to_vec()]
+    let floods = [0x0a, 0x12, 0x1a, 0x22].map(|key| [key, 0].repeat(300_000));
+    let wants = [0x0a, 0].repeat(300_000);
+    let mut nested = vec![0x0a];
+    frame::encode_length(wants.len(), &mut nested);
+    nested.extend(wants);
+    [vec![payload.to_vec(), nested], floods.to_vec()].concat()
+}
+
+fn manifest_seeds() -> Vec<Vec<u8>> {
+    vec![a_manifest().to_vec(), [0x22, 0].repeat(300_000)]
 }
 
 fn manifest(bytes: &[u8]) {

@@ -1,5 +1,6 @@
-//! Writes the seeds of every decoder into a folder, one folder below it for each.
-#![expect(clippy::print_stderr, reason = "a command line tool talks to its user")]
+//! Writes the seeds of every decoder into a folder, one folder below it for each, and prints a line for each: its name,
+//! its longest input in bytes, its largest allocation in MiB.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its user")]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     let write = || -> io::Result<()> {
         for decoder in DECODERS {
             let folder = folder.join(decoder.name);
+            println!("{} {} {}", decoder.name, decoder.input_max_bytes, decoder.allocation_max_mb);
             fs::create_dir_all(&folder)?;
             for (n, seed) in (decoder.seeds)().into_iter().enumerate() {
                 fs::write(folder.join(format!("seed-{n}")), seed)?;

@@ -48,7 +48,7 @@ enum Command {
     Bench(bench::Options),
     /// Try real nodes behind real NATs: direct, relayed or failed, for every pair of kinds (root; skipped without).
     Netlab(netlab::NetlabArgs),
-    /// Look for bytes that break a decoder of the network layers (needs a nightly toolchain).
+    /// Look for bytes that break a decoder of the network layers, or make it allocate too much (libFuzzer).
     Fuzz {
         /// How long each decoder is tried.
         #[arg(long, default_value_t = 60)]
