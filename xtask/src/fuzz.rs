@@ -107,7 +107,7 @@ fn decoders(root: &Path, programs: &Path, corpora: &Path) -> Result<Vec<Decoder>
     let said = output(root, program, &[folder.context("the path of the workspace is not UTF-8")?])?;
     let decoder = |line: &str| {
         let mut words = line.split(' ');
-        let mut number = |word: Option<&str>| word.and_then(|w| w.parse().ok()).context("a line of seeds");
+        let number = |word: Option<&str>| word.and_then(|w| w.parse().ok()).context("a line of seeds");
         let name = words.next().context("a line of seeds")?.to_owned();
         Ok(Decoder { name, input_max_bytes: number(words.next())?, allocation_max_mb: number(words.next())? })
     };

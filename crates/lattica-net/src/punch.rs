@@ -11,10 +11,14 @@ use std::time::Duration;
 
 use crate::addr::{is_plausible, is_relayed};
 
+pub mod guess;
+
 /// Addresses that one side names, and that the other one dials.
 pub const CANDIDATES_MAX: usize = 8;
 /// A try that has not led to a connection by then has failed.
 pub const TRY_TIMEOUT: Duration = Duration::from_millis(2500);
+/// A try that has not led to a connection by then probably will not: ports may be guessed (see [`guess`]).
+pub const GUESS_AFTER: Duration = Duration::from_millis(600);
 /// Pauses after the first tries; then they grow.
 const QUICK_PAUSES: [Duration; 3] =
     [Duration::from_millis(250), Duration::from_millis(1000), Duration::from_millis(2000)];

@@ -27,6 +27,7 @@ use crate::peers::{PathInfo, PeerInfo};
 use crate::status::Status;
 use crate::wire::method_is_valid;
 
+mod adopted;
 mod behaviour;
 mod connection;
 mod credit;
@@ -34,6 +35,7 @@ mod driver;
 mod frames;
 mod gate;
 mod gossip;
+mod guess;
 mod identity;
 mod link_probe;
 mod news;

@@ -3,23 +3,28 @@
 //! A frame is: varint length, a prost header of that length, then the raw body that the header announces. The body is
 //! never inside the protobuf message, so it is neither copied nor scanned when it is decoded.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message;
 use swarm_wire::generated::dcutr::{HolePunch, hole_punch::Type};
 use swarm_wire::generated::lattica::v1::{
-    LinkEcho, LinkProbe, RpcCancel, RpcFrame, RpcHello, RpcRequest, RpcResponse, RpcStatus, rpc_frame::Kind,
+    self as pb, LinkEcho, LinkProbe, RpcCancel, RpcFrame, RpcHello, RpcRequest, RpcResponse, RpcStatus,
+    guess_frame::Body, rpc_frame::Kind,
 };
 use swarm_wire::limits::{NAME_MAX_BYTES, RPC_HEADER_MAX_BYTES};
 use swarm_wire::{DecodeError, frame};
 
+use crate::punch::guess::{GuessMessage, GuessOffer};
 use crate::status::{Status, code_from_wire};
 
 /// A link probe or echo: two numbers and room for what later versions add.
 pub const LINK_FRAME_MAX_BYTES: usize = 256;
 /// A message about a hole to be punched, as libp2p bounds it.
 pub const PUNCH_MAX_BYTES: usize = 4096;
+/// A message about ports to be guessed: a nonce, an address, and room for what later versions add.
+pub const GUESS_MAX_BYTES: usize = 64;
 /// No call waits longer than this, whatever its header says.
 pub const DEADLINE_MAX: Duration = Duration::from_secs(3600);
 /// Longer messages of a [`Status`] are cut: the header has to fit its limit.
@@ -245,6 +250,46 @@ pub fn decode_punch(bytes: &[u8]) -> Result<Option<(PunchMessage, usize)>, Decod
     Ok(Some((message, n_bytes)))
 }
 
+/// A message about ports to be guessed with its length in front.
+pub fn encode_guess(message: GuessMessage) -> Vec<u8> {
+    let body = match message {
+        GuessMessage::Offer(offer) => Body::Offer(pb::GuessOffer {
+            nonce: Bytes::copy_from_slice(&offer.nonce),
+            ip4: offer.ip.to_bits(),
+            port: offer.port.unwrap_or(0).into(),
+        }),
+        GuessMessage::Open => Body::Open(true),
+        GuessMessage::No => Body::No(true),
+    };
+    frame::encode_message(&pb::GuessFrame { body: Some(body) }, 0)
+}
+
+/// Reads such a message from the front of `bytes`, and how many bytes it took.
+///
+/// # Errors
+/// When it is too long, out of range, or no such message.
+pub fn decode_guess(bytes: &[u8]) -> Result<Option<(GuessMessage, usize)>, DecodeError> {
+    let what = "guess";
+    let Some((frame, n_bytes)) = decode_message::<pb::GuessFrame>(what, bytes, GUESS_MAX_BYTES)? else {
+        return Ok(None);
+    };
+    let message = match frame.body.ok_or_else(|| DecodeError::invalid(what, "without a body"))? {
+        Body::Offer(offer) => GuessMessage::Offer(GuessOffer {
+            nonce: offer.nonce[..].try_into().map_err(|_| {
+                DecodeError::invalid("nonce of a guess", format!("{} bytes", offer.nonce.len()))
+            })?,
+            ip: Ipv4Addr::from_bits(offer.ip4),
+            port: match u16::try_from(offer.port) {
+                Ok(port) => Some(port).filter(|port| *port != 0),
+                Err(_) => return Err(DecodeError::invalid("port of a guess", offer.port)),
+            },
+        }),
+        Body::Open(_) => GuessMessage::Open,
+        Body::No(_) => GuessMessage::No,
+    };
+    Ok(Some((message, n_bytes)))
+}
+
 fn decode_message<M: Message + Default>(
     what: &'static str,
     bytes: &[u8],
@@ -315,6 +360,7 @@ mod tests {
             let _ = decode_probe(&bytes);
             let _ = decode_echo(&bytes);
             let _ = decode_punch(&bytes);
+            let _ = decode_guess(&bytes);
         }
 
         #[test]
@@ -322,6 +368,16 @@ mod tests {
             for message in [PunchMessage::Connect(addresses.into_iter().map(Bytes::from).collect()), PunchMessage::Sync] {
                 let bytes = encode_punch(message.clone());
                 prop_assert_eq!(decode_punch(&bytes).unwrap(), Some((message, bytes.len())));
+            }
+        }
+
+        #[test]
+        fn guesses_round_trip(nonce in any::<[u8; 16]>(), ip in any::<u32>(), port in any::<u16>()) {
+            let port = Some(port).filter(|port| *port != 0);
+            let offer = GuessOffer { nonce, ip: Ipv4Addr::from_bits(ip), port };
+            for message in [GuessMessage::Offer(offer), GuessMessage::Open, GuessMessage::No] {
+                let bytes = encode_guess(message);
+                prop_assert_eq!(decode_guess(&bytes).unwrap(), Some((message, bytes.len())));
             }
         }
 
@@ -357,6 +413,25 @@ mod tests {
         assert_eq!(encode_punch(PunchMessage::Sync), [3, 0x08, 0xac, 0x02]);
         assert!(decode_punch(&[2, 0x08, 7]).is_err(), "there is no type 7");
         assert!(matches!(decode_punch(&[0x80, 0x40]), Err(DecodeError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn guesses_are_pinned_and_bounded() {
+        let offer = GuessOffer { nonce: [7; 16], ip: Ipv4Addr::new(1, 2, 3, 4), port: Some(300) };
+        let expected =
+            [&[0x1c, 0x0a, 26, 0x0a, 16][..], &[7; 16], &[0x15, 4, 3, 2, 1, 0x18, 0xac, 0x02]].concat();
+        assert_eq!(encode_guess(GuessMessage::Offer(offer)), expected);
+        let mut short = expected.clone();
+        (short[0], short[2], short[4]) = (0x1b, 25, 15);
+        short.remove(5);
+        assert!(decode_guess(&short).is_err(), "a nonce of 15 bytes");
+        let mut port = expected;
+        *port.last_mut().unwrap() = 0x7f;
+        assert!(decode_guess(&port).is_ok());
+        let wide =
+            [&[0x1d, 0x0a, 27, 0x0a, 16][..], &[7; 16], &[0x15, 4, 3, 2, 1, 0x18, 0x80, 0x80, 0x04]].concat();
+        assert!(decode_guess(&wide).is_err(), "port 65536");
+        assert!(matches!(decode_guess(&[0x7f]), Err(DecodeError::TooLarge { .. })));
     }
 
     #[test]

@@ -202,8 +202,11 @@ impl Driver {
         match event {
             SwarmEvent::Behaviour(event) => self.handle_behaviour_event(event),
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                self.seen.handle_established(connection_id, &endpoint);
                 let remote = leads_to(&endpoint);
+                // A socket that was adopted is seen at a port where no other connection will come from.
+                if !self.shared.adopted.leads_to(&remote) {
+                    self.seen.handle_established(connection_id, &endpoint);
+                }
                 if let (ConnectedPoint::Dialer { address, .. }, Ok(peer)) = (&endpoint, wire_peer(&peer_id)) {
                     self.shared.table().handle_address(
                         self.shared.now(),

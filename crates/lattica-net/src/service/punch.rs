@@ -16,9 +16,11 @@ use tokio::time::{Instant, sleep, timeout};
 use super::connection::{Agreement, Connection, Incoming, OpenError, is_rejected};
 use super::driver::{Command, without_peer};
 use super::frames::{FrameReader, write_all};
+use super::guess;
 use super::shared::Shared;
 use crate::punch::{
-    FIRST_LONG_PAUSE, PunchDial, TRY_TIMEOUT, answerer_dials, asker_dials, pause_after, worth_dialling,
+    FIRST_LONG_PAUSE, GUESS_AFTER, PunchDial, TRY_TIMEOUT, answerer_dials, asker_dials, pause_after,
+    worth_dialling,
 };
 use crate::wire::{PunchMessage, decode_punch, encode_punch};
 
@@ -32,7 +34,7 @@ const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Tries for a direct connection whenever there is none, as long as the relayed one stands.
 pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>) {
     let trying = async {
-        let (mut failed, mut was_direct) = (0, false);
+        let (mut failed, mut was_direct, mut guesses) = (0, false, true);
         let mut seen = shared.seen_at.subscribe();
         loop {
             if is_direct(&shared, &connection) {
@@ -42,7 +44,13 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
             }
             seen.mark_unchanged();
             match ask(&shared, &connection, was_direct).await {
-                Ok(()) => wait_direct(&shared, &connection).await,
+                Ok(()) => {
+                    wait_direct(&shared, &connection, GUESS_AFTER).await;
+                    if guesses && !is_direct(&shared, &connection) {
+                        guesses = guess(&shared, &connection).await;
+                    }
+                    wait_direct(&shared, &connection, TRY_TIMEOUT - GUESS_AFTER).await;
+                }
                 Err(error) if error.kind() == ErrorKind::Unsupported || is_rejected(&error) => return,
                 Err(error) => {
                     tracing::debug!(peer = %connection.peer.short(), %error, "no punch agreed upon")
@@ -67,6 +75,16 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
         () = connection.closed.cancelled() => {}
         () = shared.stopped.cancelled() => {}
     }
+}
+
+/// Tries it with ports that have to be guessed; whether the peer knows how to.
+async fn guess(shared: &Arc<Shared>, connection: &Connection) -> bool {
+    match guess::ask(shared, connection).await {
+        Err(error) if error.kind() == ErrorKind::Unsupported || is_rejected(&error) => return false,
+        Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "no port was met"),
+        Ok(_) => {}
+    }
+    true
 }
 
 /// Waits until the node is seen elsewhere, and at least as long as for the first of the long pauses.
@@ -189,17 +207,17 @@ async fn seen_at(shared: &Shared) -> Vec<String> {
     told.ok().and_then(Result::ok).map(|seen| seen.clone()).unwrap_or_default()
 }
 
-fn is_direct(shared: &Shared, connection: &Connection) -> bool {
+pub(super) fn is_direct(shared: &Shared, connection: &Connection) -> bool {
     shared.table().connected(&connection.peer).is_some_and(|relayed| !relayed.0)
 }
 
-/// Waits until a direct connection stands, or the try has failed.
-async fn wait_direct(shared: &Shared, connection: &Connection) {
+/// Waits until a direct connection stands, but no longer than that.
+async fn wait_direct(shared: &Shared, connection: &Connection, at_most: Duration) {
     let mut events = shared.events.subscribe();
     let found = async {
         while !is_direct(shared, connection) {
             let _ = events.recv().await;
         }
     };
-    let _ = timeout(TRY_TIMEOUT, found).await;
+    let _ = timeout(at_most, found).await;
 }

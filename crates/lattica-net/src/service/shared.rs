@@ -17,6 +17,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::adopted::Adopted;
 use super::connection::Connection;
 use super::credit::Credit;
 use super::driver::Command;
@@ -28,6 +29,7 @@ use crate::error::DialError;
 use crate::event::NetEvent;
 use crate::links::LinkEstimator;
 use crate::peers::PeerTable;
+use crate::punch::guess::Tries;
 use crate::rpc::hedge::Latencies;
 use crate::rpc::once::Outgoing;
 use crate::rpc::{Admission, Refusal};
@@ -48,6 +50,8 @@ pub(crate) enum Acceptor {
     Rpc,
     /// Direct connections instead of relayed ones.
     Punch,
+    /// Ports of NATs that have to be guessed.
+    Guess,
     /// The link probes.
     Link,
     /// The application.
@@ -81,6 +85,8 @@ pub(crate) struct PeerState {
     incarnation: AtomicU64,
     /// The peer's question for news that is being answered.
     asking: OneAtATime,
+    /// When ports were guessed together with the peer.
+    guesses: Mutex<Tries>,
 }
 
 /// One permit.
@@ -122,6 +128,11 @@ impl PeerState {
     /// The permit for a question for news of the peer.
     pub(crate) fn asking(&self) -> &Semaphore {
         &self.asking.0
+    }
+
+    /// Whether ports may be guessed together with the peer now; it counts then.
+    pub(crate) fn may_guess(&self, now: Duration) -> bool {
+        lock(&self.guesses).begin(now)
     }
 
     /// Asks for a place for a call of the peer with a body of `body_bytes`; it is given back on drop.
@@ -237,6 +248,10 @@ pub(crate) struct Shared {
     pub(crate) news: News,
     /// Addresses at which peers see this node, the most promising first.
     pub(crate) seen_at: watch::Sender<Vec<String>>,
+    /// Sockets that were made elsewhere and lead to peers.
+    pub(crate) adopted: Arc<Adopted>,
+    /// Ports are guessed with one peer at a time.
+    pub(crate) guessing: Semaphore,
     started: Instant,
     table: Mutex<PeerTable<Arc<Connection>, Arc<PeerState>>>,
     acceptors: RwLock<Arc<Acceptors>>,
@@ -274,6 +289,8 @@ impl Shared {
             next_call: AtomicU64::new(1),
             calls_served: watch::channel(0).0,
             seen_at: watch::channel(Vec::new()).0,
+            adopted: Arc::default(),
+            guessing: Semaphore::new(1),
             started: Instant::now(),
             table: Mutex::new(table),
             acceptors: RwLock::default(),

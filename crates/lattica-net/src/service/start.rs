@@ -17,9 +17,11 @@ use libp2p::{Swarm, dns, identity::Keypair, noise, quic, relay, tcp, yamux};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::adopted::Adopting;
 use super::behaviour::Behaviour;
 use super::driver::{Driver, root_cause};
 use super::gate::Gate;
+use super::guess::GUESS_PROTOCOL;
 use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::news;
@@ -76,6 +78,7 @@ pub(super) async fn start(
     shared.set_acceptor(LINK_PROTOCOL, Some(Acceptor::Link));
     if shared.config.hole_punching {
         shared.set_acceptor(PUNCH_PROTOCOL, Some(Acceptor::Punch));
+        shared.set_acceptor(GUESS_PROTOCOL, Some(Acceptor::Guess));
     }
 
     let keypair = identity.libp2p_keypair();
@@ -163,7 +166,8 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
     quic.keep_alive_interval = liveness.quic_keep_alive;
     quic.handshake_timeout = liveness.dial_timeout;
     quic.max_concurrent_stream_limit = 1024;
-    let quic = quic::tokio::Transport::new(quic).map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted))
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());
     let named =
         dns::tokio::Transport::system(direct).map_err(|error| setup("name lookup", error.to_string()))?;

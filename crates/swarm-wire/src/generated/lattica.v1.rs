@@ -142,6 +142,37 @@ pub struct LinkNeighbour {
     pub relayed: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuessFrame {
+    #[prost(oneof = "guess_frame::Body", tags = "1, 2, 3")]
+    pub body: ::core::option::Option<guess_frame::Body>,
+}
+/// Nested message and enum types in `GuessFrame`.
+pub mod guess_frame {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Body {
+        #[prost(message, tag = "1")]
+        Offer(super::GuessOffer),
+        /// The sender's sockets have sent: its NAT lets answers in now.
+        #[prost(bool, tag = "2")]
+        Open(bool),
+        /// The sender does not take part.
+        #[prost(bool, tag = "3")]
+        No(bool),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuessOffer {
+    /// 16 random bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub nonce: ::prost::bytes::Bytes,
+    /// Where the sender is seen.
+    #[prost(fixed32, tag = "2")]
+    pub ip4: u32,
+    /// The port at which a fresh socket of the sender is seen; 0 when its NAT hands out another one for each destination.
+    #[prost(uint32, tag = "3")]
+    pub port: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RpcFrame {
     #[prost(oneof = "rpc_frame::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<rpc_frame::Kind>,

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::super::connection::{Agreement, Connection, OpenError, OpenRequest};
 use super::super::shared::{Acceptor, Acceptors, Shared};
 use super::super::stream::Stream;
-use super::super::{link_probe, punch, rpc_server};
+use super::super::{guess, link_probe, punch, rpc_server};
 
 type Reply = oneshot::Sender<Result<libp2p::Stream, OpenError>>;
 
@@ -50,6 +50,9 @@ impl Handler {
             }
             Acceptor::Punch => {
                 shared.network.clone().spawn(punch::answer(shared, connection, stream, place));
+            }
+            Acceptor::Guess => {
+                shared.network.clone().spawn(guess::answer(shared, connection, stream, place));
             }
             Acceptor::Link => {
                 shared.network.clone().spawn(link_probe::answer(shared, connection, stream, place));

@@ -1,0 +1,324 @@
+//! Carries out what [`crate::punch::guess`] is about: the agreement over the relayed connection, the many sockets of one side,
+//! the many guesses of the other, and the socket that is met handed to QUIC. The side that guessed dials through it.
+
+use std::io::{Error, ErrorKind};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{FuturesUnordered, StreamExt as _};
+use futures::{AsyncReadExt, AsyncWriteExt};
+use libp2p::StreamProtocol;
+use rand::RngExt as _;
+use tokio::net::UdpSocket;
+use tokio::sync::oneshot;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+
+use super::connection::{Agreement, Connection, Incoming, OpenError};
+use super::driver::Command;
+use super::frames::{FrameReader, write_all};
+use super::punch::is_direct;
+use super::shared::Shared;
+use crate::addr::is_plausible;
+use crate::punch::PunchDial;
+use crate::punch::guess::{
+    GUESS_PAUSE, GUESS_TIMEOUT, GUESSES_AT_ONCE, GuessMessage, GuessOffer, Mapping, Packet, SOCKETS, Secret,
+    guesses, mapping, multiaddr, quic_address,
+};
+use crate::wire::{decode_guess, encode_guess};
+
+/// The protocol of the agreement.
+pub(crate) const GUESS_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/punch/1.0.0");
+/// The agreement takes two round trips over the relay.
+const AGREEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A packet that may have been lost is sent again after this long.
+const RESEND_AFTER: Duration = Duration::from_millis(300);
+/// Sockets that are opened before other tasks have their turn.
+const OPENED_AT_ONCE: usize = 32;
+/// Longest datagram that is read: QUIC's first are 1200 bytes.
+const DATAGRAM_MAX_BYTES: usize = 1500;
+
+/// This node's part.
+struct Part {
+    offer: GuessOffer,
+    /// The socket to guess from, where the own NAT keeps ports.
+    guesser: Option<UdpSocket>,
+    /// Where the own QUIC listens on this machine.
+    listener: SocketAddrV4,
+}
+
+impl Part {
+    /// `None` when nobody tells over QUIC and IPv4 where this node is seen.
+    async fn new(shared: &Shared) -> std::io::Result<Option<Self>> {
+        let (reply, answer) = oneshot::channel();
+        shared.command(Command::ListenAddrs { reply }).await.map_err(Error::other)?;
+        let listened = answer.await.unwrap_or_default();
+        let listened: Vec<SocketAddrV4> =
+            listened.iter().filter_map(|address| quic_address(&address.to_string())).collect();
+        let Some(listener) = listened.iter().min_by_key(|address| !address.ip().is_loopback()).copied()
+        else {
+            return Ok(None);
+        };
+        let ports: Vec<u16> = listened.iter().map(SocketAddrV4::port).collect();
+        let seen = mapping(&ports, shared.seen_at.borrow().iter().map(String::as_str));
+        let Some((ip, mapping)) = seen else { return Ok(None) };
+        let guesser = match mapping {
+            Mapping::Kept => Some(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?),
+            Mapping::Changed => None,
+        };
+        let port = guesser.as_ref().map(UdpSocket::local_addr).transpose()?.map(|address| address.port());
+        Ok(Some(Self { offer: GuessOffer { nonce: rand::rng().random(), ip, port }, guesser, listener }))
+    }
+
+    /// Whether the two parts fit together, and the peer names no address that is nearer than the relay.
+    fn fits(&self, theirs: &GuessOffer, relay: &str) -> bool {
+        let named = multiaddr(SocketAddrV4::new(theirs.ip, theirs.port.unwrap_or(1)));
+        self.offer.port.is_some() != theirs.port.is_some() && is_plausible(&named, relay)
+    }
+}
+
+/// Asks the peer at the other end of a relayed connection to take part. `Ok(false)` when it does not, or nothing was met; after
+/// `Ok(true)` a connection may be about to stand.
+pub(crate) async fn ask(shared: &Arc<Shared>, connection: &Connection) -> std::io::Result<bool> {
+    let Ok(_one) = shared.guessing.try_acquire() else { return Ok(false) };
+    let Some(part) = Part::new(shared).await? else { return Ok(false) };
+    let stream = match connection.open(GUESS_PROTOCOL, Agreement::Assumed).await {
+        Ok(stream) => stream,
+        Err(OpenError::Io(error)) => return Err(error),
+        Err(OpenError::Unsupported) => return Err(ErrorKind::Unsupported.into()),
+        Err(OpenError::Timeout) => return Err(ErrorKind::TimedOut.into()),
+        Err(OpenError::Lost) => return Err(ErrorKind::ConnectionReset.into()),
+    };
+    let (reader, mut writer) = stream.split();
+    let mut reader = FrameReader::new(reader, AGREEMENT_TIMEOUT);
+    let agreeing = async {
+        say(&mut writer, GuessMessage::Offer(part.offer)).await?;
+        reader.header(decode_guess).await
+    };
+    let Some(GuessMessage::Offer(theirs)) = timeout(AGREEMENT_TIMEOUT, agreeing).await?? else {
+        return Ok(false);
+    };
+    if !part.fits(&theirs, &connection.address) || !connection.state.may_guess(shared.now()) {
+        return Ok(false);
+    }
+    let secret = Secret::new(&part.offer.nonce, &theirs.nonce);
+    timeout(GUESS_TIMEOUT, meet(shared, connection, part, &theirs, &secret, (&mut reader, &mut writer)))
+        .await??;
+    Ok(true)
+}
+
+/// The other side of [`ask`].
+pub(crate) async fn answer(
+    shared: Arc<Shared>,
+    connection: Arc<Connection>,
+    stream: libp2p::Stream,
+    place: Incoming,
+) {
+    let answering = async {
+        let (reader, mut writer) = stream.split();
+        let mut reader = FrameReader::new(reader, AGREEMENT_TIMEOUT);
+        let Some(GuessMessage::Offer(theirs)) = reader.header(decode_guess).await? else {
+            return Err(Error::new(ErrorKind::InvalidData, "an offer was expected"));
+        };
+        let one = shared.guessing.try_acquire();
+        let needed = connection.relayed && !is_direct(&shared, &connection) && one.is_ok();
+        let part = if needed { Part::new(&shared).await? } else { None };
+        let Some(part) = part.filter(|part| {
+            part.fits(&theirs, &connection.address) && connection.state.may_guess(shared.now())
+        }) else {
+            return say(&mut writer, GuessMessage::No).await;
+        };
+        say(&mut writer, GuessMessage::Offer(part.offer)).await?;
+        let secret = Secret::new(&theirs.nonce, &part.offer.nonce);
+        meet(&shared, &connection, part, &theirs, &secret, (&mut reader, &mut writer)).await
+    };
+    tokio::select! {
+        result = timeout(AGREEMENT_TIMEOUT + GUESS_TIMEOUT, answering) => {
+            if let Ok(Err(error)) = result {
+                tracing::debug!(peer = %connection.peer.short(), %error, "no port was met");
+            }
+        }
+        () = connection.closed.cancelled() => {}
+        () = shared.stopped.cancelled() => {}
+    }
+    drop(place);
+}
+
+async fn say(
+    writer: &mut futures::io::WriteHalf<libp2p::Stream>,
+    message: GuessMessage,
+) -> std::io::Result<()> {
+    write_all(writer, &encode_guess(message)).await?;
+    writer.flush().await
+}
+
+type Halves<'a> = (
+    &'a mut FrameReader<futures::io::ReadHalf<libp2p::Stream>>,
+    &'a mut futures::io::WriteHalf<libp2p::Stream>,
+);
+
+/// What follows once both sides take part.
+async fn meet(
+    shared: &Arc<Shared>,
+    connection: &Connection,
+    part: Part,
+    theirs: &GuessOffer,
+    secret: &Secret,
+    (reader, writer): Halves<'_>,
+) -> std::io::Result<()> {
+    let carrier = match (part.guesser, theirs.port) {
+        (Some(socket), None) => {
+            // Until the peer's NAT lets us in, every guess is lost.
+            let Some(GuessMessage::Open) = reader.header(decode_guess).await? else {
+                return Err(Error::new(ErrorKind::InvalidData, "the peer opens nothing"));
+            };
+            let (socket, remote) = guess(socket, theirs.ip, secret).await?;
+            let carrier = shared.adopted.for_dial(socket, remote).await?;
+            let dial = PunchDial { addresses: vec![multiaddr(remote)], as_listener: false, fresh_port: true };
+            let dials = vec![dial];
+            shared
+                .command(Command::Punch { peer: connection.peer.clone(), dials })
+                .await
+                .map_err(Error::other)?;
+            tracing::debug!(peer = %connection.peer.short(), %remote, "a guessed port was met");
+            carrier
+        }
+        (None, Some(port)) => {
+            let remote = SocketAddrV4::new(theirs.ip, port);
+            let sockets = open(remote, secret).await?;
+            say(writer, GuessMessage::Open).await?;
+            let (socket, first) = be_met(sockets, secret).await?;
+            let carrier = shared.adopted.for_listener(socket, remote, part.listener).await?;
+            carrier.hand_in(&first);
+            carrier
+        }
+        _ => return Err(Error::other("the parts do not fit")),
+    };
+    let stopped = shared.stopped.clone();
+    shared.network.spawn(async move {
+        tokio::select! {
+            () = carrier.run() => {}
+            () = stopped.cancelled() => {}
+        }
+    });
+    Ok(())
+}
+
+/// Guesses until one is met, and chooses it.
+async fn guess(
+    socket: UdpSocket,
+    ip: Ipv4Addr,
+    secret: &Secret,
+) -> std::io::Result<(UdpSocket, SocketAddrV4)> {
+    let (packet, chosen) = (secret.packet(Packet::Guess), secret.packet(Packet::Chosen));
+    let mut ports = guesses(rand::rng().random());
+    let mut pace = interval(GUESS_PAUSE);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut datagram = [0; DATAGRAM_MAX_BYTES];
+    loop {
+        tokio::select! {
+            received = socket.recv_from(&mut datagram) => {
+                // Errors are guesses that were refused on their way.
+                let Ok((n, SocketAddr::V4(from))) = received else { continue };
+                if *from.ip() == ip && secret.read(&datagram[..n]) == Some(Packet::Met) {
+                    socket.connect(from).await?;
+                    // Should this one be lost, QUIC's first packet says the same.
+                    let _ = socket.try_send(&chosen);
+                    return Ok((socket, from));
+                }
+            }
+            _ = pace.tick(), if ports.size_hint().0 > 0 => {
+                for port in ports.by_ref().take(GUESSES_AT_ONCE) {
+                    let _ = socket.try_send_to(&packet, SocketAddrV4::new(ip, port).into());
+                }
+            }
+        }
+    }
+}
+
+/// Opens the sockets, each with a mapping of its own that lets `remote` in.
+async fn open(remote: SocketAddrV4, secret: &Secret) -> std::io::Result<Vec<UdpSocket>> {
+    let packet = secret.packet(Packet::Open);
+    let mut sockets = Vec::with_capacity(SOCKETS);
+    for n in 0..SOCKETS {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
+        socket.connect(remote).await?;
+        let _ = socket.try_send(&packet);
+        sockets.push(socket);
+        if n % OPENED_AT_ONCE == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    Ok(sockets)
+}
+
+/// Waits until the peer has chosen one of the sockets; the others are closed. What it sent there that is none of these packets.
+async fn be_met(sockets: Vec<UdpSocket>, secret: &Secret) -> std::io::Result<(UdpSocket, Vec<u8>)> {
+    let mut all: FuturesUnordered<_> = sockets.into_iter().map(|socket| be_chosen(socket, secret)).collect();
+    all.next().await.ok_or_else(|| Error::other("there are no sockets"))
+}
+
+async fn be_chosen(socket: UdpSocket, secret: &Secret) -> (UdpSocket, Vec<u8>) {
+    let mut says = Packet::Open;
+    let mut datagram = vec![0; DATAGRAM_MAX_BYTES];
+    loop {
+        tokio::select! {
+            received = socket.recv(&mut datagram) => {
+                let Ok(n) = received else { continue };
+                match secret.read(&datagram[..n]) {
+                    Some(Packet::Guess) => says = Packet::Met,
+                    Some(Packet::Chosen) => return (socket, Vec::new()),
+                    // Who was told that it met a socket begins to speak QUIC there.
+                    None if says == Packet::Met => {
+                        datagram.truncate(n);
+                        return (socket, datagram);
+                    }
+                    Some(_) | None => continue,
+                }
+            }
+            () = sleep(RESEND_AFTER) => {}
+        }
+        let _ = socket.try_send(&secret.packet(says));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without a NAT every socket has a port of its own, as behind one that changes ports. By chance a try fails once in 3,400.
+    #[tokio::test]
+    async fn a_guess_meets_one_of_the_sockets_and_both_sides_take_the_same_pair() {
+        for _ in 0..3 {
+            if timeout(GUESS_TIMEOUT, meets()).await.is_ok() {
+                return;
+            }
+        }
+        panic!("nothing was met in three tries");
+    }
+
+    async fn meets() {
+        let secret = Secret::new(&[1; 16], &[2; 16]);
+        let guesser = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let SocketAddr::V4(at_guesser) = guesser.local_addr().unwrap() else { panic!("asked for IPv4") };
+        let sockets = open(at_guesser, &secret).await.unwrap();
+        assert_eq!(sockets.len(), SOCKETS);
+        // A forged packet from the same address does not count.
+        let forged = Secret::new(&[3; 16], &[2; 16]).packet(Packet::Chosen);
+        guesser.send_to(&forged, sockets[0].local_addr().unwrap()).await.unwrap();
+        let (guessed, met) =
+            tokio::join!(guess(guesser, Ipv4Addr::LOCALHOST, &secret), be_met(sockets, &secret));
+        let ((guesser, remote), (socket, first)) = (guessed.unwrap(), met.unwrap());
+        assert_eq!((socket.local_addr().unwrap(), first), (remote.into(), Vec::new()));
+        guesser.send(b"through").await.unwrap();
+        let mut bytes = [0; 64];
+        loop {
+            let n = socket.recv(&mut bytes).await.unwrap();
+            // A choice that was sent again may still be on its way.
+            if secret.read(&bytes[..n]).is_none() {
+                assert_eq!(&bytes[..n], b"through");
+                return;
+            }
+        }
+    }
+}
