@@ -4,6 +4,7 @@
 //! `cargo xtask fuzz` searches for bytes that break one ; `tests/replay.rs` gives what was found, and the
 //! corpus, to all of them on the stable one.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,8 +17,10 @@ use lattica_bitswap::wire::Message;
 use lattica_bitswap::{Block, HashKind};
 use lattica_net::access;
 use lattica_net::news::wire::{LINKS_DOMAIN, Reply, Request, decode_vector};
+use lattica_net::punch::guess::{GuessMessage, GuessOffer, Packet, Secret};
 use lattica_net::wire::{
-    Header, PunchMessage, decode_echo, decode_probe, decode_punch, encode_echo, encode_probe, encode_punch,
+    Header, PunchMessage, decode_echo, decode_guess, decode_probe, decode_punch, encode_echo, encode_guess,
+    encode_probe, encode_punch,
 };
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::limits::RPC_BODY_MAX_BYTES;
@@ -65,6 +68,7 @@ pub const DECODERS: &[Decoder] = &[
     Decoder::new("rpc-header", rpc_header, rpc_seeds),
     Decoder::new("link-frame", link_frame, || vec![encode_probe(9), encode_echo(9, Some(1e6))]),
     Decoder::new("hole-punch", hole_punch, punch_seeds),
+    Decoder::new("guess", guess, guess_seeds),
     Decoder::new("gate-hello", gate_hello, || vec![access::hello(&[7; 32]).to_vec()]),
     Decoder::new("news", news, news_seeds),
     Decoder::new("link-vector", link_vector, vector_seeds),
@@ -194,6 +198,21 @@ fn hole_punch(bytes: &[u8]) {
 fn punch_seeds() -> Vec<Vec<u8>> {
     let address = Bytes::from_static(&[4, 9, 9, 9, 9, 6, 0, 80]);
     vec![encode_punch(PunchMessage::Connect(vec![address])), encode_punch(PunchMessage::Sync)]
+}
+
+fn guess(bytes: &[u8]) {
+    if let Ok(Some((message, n_bytes))) = decode_guess(bytes) {
+        assert!(n_bytes <= bytes.len());
+        assert_eq!(decode_guess(&encode_guess(message)).expect("it was one").expect("all of it").0, message);
+    }
+    assert_eq!(Secret::new(&[1; 16], &[2; 16]).read(bytes), None, "nobody guesses a MAC");
+}
+
+fn guess_seeds() -> Vec<Vec<u8>> {
+    let offer = GuessOffer { nonce: [7; 16], ip: Ipv4Addr::new(9, 9, 9, 9), port: Some(300) };
+    let messages = [GuessMessage::Offer(offer), GuessMessage::Open, GuessMessage::No];
+    let packet = Secret::new(&[3; 16], &[2; 16]).packet(Packet::Guess);
+    messages.into_iter().map(encode_guess).chain([packet.to_vec()]).collect()
 }
 
 fn gate_hello(bytes: &[u8]) {

@@ -2,7 +2,7 @@
 //! routers, nftables the NATs, one relay stands outside. Needs root, `ip` and `nft`; says so and does nothing without them.
 //!
 //! Map: `nat` (rules as text), `shaper` (what a line does to frames), `statistics` (sums) are pure; `space` (namespaces), `line`
-//! (emulated lines), `lab` (the map of sites), `node` (processes), `matrix` (who calls whom), `relay_kill` do it. It lies here and not in the
+//! (emulated lines), `lab` (the map of sites), `node` (processes), `matrix` (who calls whom), `relay_kill`, `stream` do it. It lies here and not in the
 //! `tests` package because it is a command with a report, needs root, and drives nothing but a binary: so it builds in seconds.
 
 mod lab;
@@ -14,6 +14,7 @@ mod relay_kill;
 mod shaper;
 mod space;
 mod statistics;
+mod stream;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ use self::node::{Program, Transport};
 use self::relay_kill::RelayKill;
 use self::shaper::Line;
 use self::statistics::Pair;
+use self::stream::{Streamed, Way};
 use crate::ci::{cargo, output};
 
 /// What to run.
@@ -40,6 +42,18 @@ pub(crate) struct NetlabArgs {
     /// One of three relays is killed: how long until the node behind it keeps a slot at another one.
     #[arg(long)]
     relay_kill: bool,
+    /// One stream between two sites at the end of a line of --mbit-per-s, with and without --loss.
+    #[arg(long)]
+    stream: bool,
+    /// Rate of the line of --stream, in Mbit/s.
+    #[arg(long, default_value_t = 100)]
+    mbit_per_s: u64,
+    /// Share of the packets that the second line of --stream loses.
+    #[arg(long, default_value_t = 0.01)]
+    loss: f64,
+    /// Length of the stream, in MiB.
+    #[arg(long, default_value_t = 64)]
+    stream_mib: u64,
     /// Runs of each pair and transport.
     #[arg(long, default_value_t = 20)]
     runs: usize,
@@ -69,7 +83,8 @@ pub(crate) struct NetlabArgs {
     logs: Option<PathBuf>,
     /// Print the report as one JSON object, the last line of stdout: pairs (a calls b; direct, relayed and failed runs, and
     /// milliseconds to the direct connection and to the first answer when that came over the relay, counted from the call),
-    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), rtt_ms, runs, seconds; {"skipped": reason} where the lab cannot run.
+    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), streams (the
+    /// line, its length, runs that failed, and the share of the line that the stream used, in its last three quarters and from its first byte), rtt_ms, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
     #[arg(long)]
     json: bool,
 }
@@ -84,6 +99,10 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
         return Ok(());
     }
     ensure!(args.runs > 0 && args.jobs > 0, "--runs and --jobs must be at least 1");
+    ensure!(
+        (0.0..1.0).contains(&args.loss) && args.mbit_per_s > 0,
+        "--loss is from 0 to 1, --mbit-per-s at least 1"
+    );
     ensure!((0.0..=10_000.0).contains(&args.rtt_ms), "--rtt-ms must be from 0 to 10000");
     if let Some(logs) = &args.logs {
         std::fs::create_dir_all(logs).with_context(|| format!("making {}", logs.display()))?;
@@ -98,23 +117,35 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     let mut lab = Lab::new(line)?;
     let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
     let mut pairs = Vec::new();
-    if args.matrix || !args.relay_kill {
+    if args.matrix || !(args.relay_kill || args.stream) {
         pairs = matrix(args, &mut lab, &program, &transports)?;
     }
     let mut kills = Vec::new();
     if args.relay_kill {
-        for transport in transports {
+        for &transport in &transports {
             kills.push(relay_kill::run(&mut lab, &program, transport, args.runs, &|line| {
                 eprintln!("{line}")
             })?);
         }
     }
+    let mut streams = Vec::new();
+    if args.stream {
+        for &transport in &transports {
+            for loss in [0.0, args.loss] {
+                let way = Way { rtt_ms: args.rtt_ms, mbit_per_s: args.mbit_per_s, loss };
+                let told = |line: &str| eprintln!("{line}");
+                streams.push(stream::run(&program, transport, way, (args.stream_mib, args.runs), &told)?);
+            }
+        }
+    }
     pairs.iter().for_each(tell_pair);
     kills.iter().for_each(tell_kill);
+    streams.iter().for_each(tell_stream);
     if args.json {
         let report = json!({
             "pairs": pairs,
             "relay_kills": kills,
+            "streams": streams,
             "runs": args.runs,
             "rtt_ms": args.rtt_ms,
             "patience_s": args.patience_s,
@@ -169,6 +200,20 @@ fn tell_kill(kill: &RelayKill) {
         kill.replaced,
         kill.failed,
         shown(kill.replaced_p95_ms),
+    );
+}
+
+fn tell_stream(stream: &Streamed) {
+    let share =
+        |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |share| format!("{:.1}", share * 100.0));
+    eprintln!(
+        "{:>4} one stream, {} ms, {} Mbit/s, {:.1} % lost: {} % of the line, {} % with its start",
+        stream.transport,
+        stream.way.rtt_ms,
+        stream.way.mbit_per_s,
+        stream.way.loss * 100.0,
+        share(stream.share_p50),
+        share(stream.share_with_start_p50),
     );
 }
 

@@ -36,7 +36,8 @@
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
 //! (nobody unproved gets in), `service/shared` (what all tasks see), `service/connection`, `service/stream`,
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
-//! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`,
+//! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`, `service/guess` (ports that
+//! nobody knows) with `service/adopted` (its sockets, for QUIC),
 //! `service/news` with `service/peers_file`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`. On the wire: docs/WIRE.md.
 
 pub mod access;

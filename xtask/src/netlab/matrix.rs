@@ -57,7 +57,8 @@ impl Matrix {
                                 &format!("{name}-b"),
                             )?;
                             let call = (&vias[..], answerer.peer.as_str());
-                            program.call(lab.get(sites[&(0, from)]), call, transport, &format!("{name}-a"))
+                            let told = (format!("{name}-a"), []);
+                            program.call(lab.get(sites[&(0, from)]), call, transport, (&told.0, &told.1))
                         };
                         let result = attempt().map_err(|error| told(&format!("{name}: {error:#}"))).ok();
                         done.lock()

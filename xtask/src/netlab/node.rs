@@ -128,10 +128,10 @@ impl Program {
         site: &Site,
         (vias, peer): (&[&str], &str),
         transport: Transport,
-        name: &str,
+        (name, more): (&str, &[String]),
     ) -> Result<Run> {
         let mut command = self.probe(site, vias, transport);
-        command.args(["--to", peer, "--patience-s", &self.patience_s.to_string()]);
+        command.args(["--to", peer, "--patience-s", &self.patience_s.to_string()]).args(more);
         let output =
             command.stdin(Stdio::null()).stderr(self.log(name)?).output().context("starting the caller")?;
         let text = String::from_utf8_lossy(&output.stdout);

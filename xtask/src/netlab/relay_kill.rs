@@ -86,7 +86,7 @@ fn once(
     );
     let left: Vec<&str> = vias.iter().filter(|via| !via.ends_with(&first)).copied().collect();
     let call = (&left[..], node.peer.as_str());
-    let answered = program.call(lab.get(caller), call, transport, &format!("{name}-a"))?;
+    let answered = program.call(lab.get(caller), call, transport, (&format!("{name}-a"), &[]))?;
     ensure!(answered.calls_failed == 0, "{} calls failed afterwards", answered.calls_failed);
     Ok(replaced)
 }

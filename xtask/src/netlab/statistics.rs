@@ -15,6 +15,18 @@ pub(crate) struct Run {
     pub(crate) calls_failed: u64,
     /// Round trip to the relay.
     pub(crate) relay_rtt_ms: Option<f64>,
+    /// The stream that was sent afterwards, if any was.
+    #[serde(default)]
+    pub(crate) stream: Option<Stream>,
+}
+
+/// How fast a stream arrived, as its receiver saw it.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct Stream {
+    /// From the opening of the stream to its last byte.
+    pub(crate) mbit_per_s: f64,
+    /// Over the last three quarters of its bytes.
+    pub(crate) steady_mbit_per_s: f64,
 }
 
 /// One pair of sites over one transport.
@@ -81,7 +93,14 @@ mod tests {
     use super::*;
 
     fn run(direct_ms: Option<f64>, calls_failed: u64) -> Run {
-        Run { first_relayed: true, first_call_ms: 20.0, direct_ms, calls_failed, relay_rtt_ms: Some(5.0) }
+        Run {
+            first_relayed: true,
+            first_call_ms: 20.0,
+            direct_ms,
+            calls_failed,
+            relay_rtt_ms: Some(5.0),
+            stream: None,
+        }
     }
 
     #[test]

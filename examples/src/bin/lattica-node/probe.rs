@@ -6,14 +6,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use bytes::Bytes;
 use clap::{Args, ValueEnum};
-use lattica_net::{Identity, NetEvent, Node, NodeConfig};
+use lattica_net::{Identity, NetEvent, Node, NodeConfig, Stream};
 use serde_json::json;
 use swarm_examples::program;
 use swarm_wire::PeerId;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 
 /// The method that is called.
 const ECHO: &str = "probe/echo";
+/// The protocol of streams that are sent to be measured.
+const BULK: &str = "/lattica-node/probe/1";
 /// How long joining, and any one call, may take.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Pause between calls.
@@ -46,10 +49,14 @@ pub(crate) struct ProbeArgs {
     /// How long to wait for a direct connection, in seconds.
     #[arg(long, default_value_t = 10.0)]
     patience_s: f64,
+    /// Then send a stream of this many MiB to the peer and tell how fast it arrived.
+    #[arg(long, default_value_t = 0)]
+    stream_mib: u64,
     /// Who waits prints {"peer":…,"addresses":[…]} once a relay keeps a slot for it, then {"relay":…} for each slot. Who calls prints, as the last line:
     /// first_call_ms (from the call to its answer), first_relayed (whether that was over a relay), direct_ms (from the same
     /// call to the first direct connection, null without one), address (where the last connection leads), calls,
-    /// calls_failed, relay_rtt_ms.
+    /// calls_failed, relay_rtt_ms, stream (mbit_per_s from its opening to its last byte, steady_mbit_per_s over its last three
+    /// quarters; null without --stream-mib).
     #[arg(long)]
     json: bool,
 }
@@ -78,6 +85,11 @@ pub(crate) async fn run(args: &ProbeArgs) -> anyhow::Result<()> {
 async fn answer(node: &Node, args: &ProbeArgs) -> anyhow::Result<()> {
     let (events, mut later) = (node.events(), node.events());
     node.handle(ECHO, |_, body| async move { Ok(body) });
+    node.handle_stream(BULK, |_, mut stream| async move {
+        if let Err(error) = take(&mut stream).await {
+            tracing::warn!(%error, "stream");
+        }
+    })?;
     wait(events, |event| matches!(event, NetEvent::RelayReserved(_)))
         .await
         .context("no relay keeps a slot for us")?;
@@ -128,6 +140,8 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
     let _ = stop.send(true);
     let (calls, calls_failed) = calls.await?;
     let (first_call, first_relayed) = answered.borrow().context("no call was answered")?;
+    let stream =
+        if args.stream_mib > 0 { Some(send(node, peer, args.stream_mib << 20).await?) } else { None };
     let ms = |duration: Duration| (duration.as_secs_f64() * 1e4).round() / 10.0;
     let report = json!({
         "peer": peer,
@@ -137,6 +151,7 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
         "address": node.paths(peer).first().map(|path| path.address.clone()),
         "calls": calls,
         "calls_failed": calls_failed,
+        "stream": stream,
         "relay_rtt_ms": relay.and_then(|relay| node.link(&relay)).map(|link| link.rtt_ms),
     });
     if args.json {
@@ -146,6 +161,34 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
         program::say(&format!("{name:>16}  {value}"));
     }
     Ok(())
+}
+
+/// Takes a stream in: the number of bytes that follow, and they. Answers how long the last three quarters took, in microseconds.
+async fn take(stream: &mut Stream) -> std::io::Result<()> {
+    let n_bytes = stream.read_u64().await?;
+    let mut sink = tokio::io::sink();
+    tokio::io::copy(&mut (&mut *stream).take(n_bytes / 4), &mut sink).await?;
+    let quarter = Instant::now();
+    tokio::io::copy(&mut (&mut *stream).take(n_bytes - n_bytes / 4), &mut sink).await?;
+    let micros = u64::try_from(quarter.elapsed().as_micros()).unwrap_or(u64::MAX);
+    stream.write_u64(micros).await?;
+    stream.shutdown().await
+}
+
+/// Sends a stream of zeros; how fast it arrived.
+async fn send(node: &Node, peer: &PeerId, n_bytes: u64) -> anyhow::Result<serde_json::Value> {
+    let start = Instant::now();
+    let mut stream = node.open_stream(peer, BULK).await?;
+    stream.write_u64(n_bytes).await?;
+    tokio::io::copy(&mut tokio::io::repeat(0).take(n_bytes), &mut stream).await?;
+    stream.flush().await?;
+    let steady = Duration::from_micros(stream.read_u64().await.context("the peer did not take the stream")?);
+    let mbit_per_s =
+        |n_bytes: u64, time: Duration| (n_bytes as f64 * 8e-4 / time.as_secs_f64().max(1e-6)).round() / 100.0;
+    Ok(json!({
+        "mbit_per_s": mbit_per_s(n_bytes, start.elapsed()),
+        "steady_mbit_per_s": mbit_per_s(n_bytes - n_bytes / 4, steady),
+    }))
 }
 
 /// Calls until it is stopped; how many calls were made, and how many of them failed.
