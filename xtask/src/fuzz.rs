@@ -20,7 +20,7 @@ const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-leve
 const MEMORY_MAX_MB: u32 = 1024;
 /// Inputs that reach something new and are as short as this are kept in the repository.
 const KEPT_MAX_BYTES: u64 = 256;
-const KEPT_MAX: usize = 32;
+const KEPT_MAX: usize = 8;
 
 /// One decoder, as `seeds` prints it.
 struct Decoder {

@@ -18,7 +18,7 @@ pub const CANDIDATES_MAX: usize = 8;
 /// A try that has not led to a connection by then has failed.
 pub const TRY_TIMEOUT: Duration = Duration::from_millis(2500);
 /// A try that has not led to a connection by then probably will not: ports may be guessed (see [`guess`]).
-pub const GUESS_AFTER: Duration = Duration::from_millis(600);
+pub const GUESS_AFTER: Duration = Duration::from_millis(400);
 /// Pauses after the first tries; then they grow.
 const QUICK_PAUSES: [Duration; 3] =
     [Duration::from_millis(250), Duration::from_millis(1000), Duration::from_millis(2000)];
