@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use libp2p::StreamProtocol;
 use libp2p::core::upgrade::NegotiationError;
@@ -64,6 +65,8 @@ pub(crate) struct Connection {
     pub(crate) relayed: bool,
     /// Whether this end dialled.
     pub(crate) dialled: bool,
+    /// When it was made.
+    pub(crate) made: Duration,
     /// Where the connection leads.
     pub(crate) address: String,
     pub(crate) state: Arc<PeerState>,
@@ -92,6 +95,7 @@ impl Connection {
         key: u64,
         id: ConnectionId,
         peer: PeerId,
+        made: Duration,
         (relayed, dialled, address): (bool, bool, String),
         state: Arc<PeerState>,
         limits: &Limits,
@@ -103,6 +107,7 @@ impl Connection {
             peer,
             relayed,
             dialled,
+            made,
             address,
             state,
             lanes: Lanes::default(),

@@ -31,8 +31,8 @@ use crate::wire::{decode_guess, encode_guess};
 pub(crate) const GUESS_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/punch/1.0.0");
 /// The agreement takes two round trips over the relay.
 const AGREEMENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A packet that may have been lost is sent again after this long.
-const RESEND_AFTER: Duration = Duration::from_millis(300);
+/// A packet that may have been lost is sent again after this long: four times at most.
+const RESEND_AFTER: Duration = Duration::from_secs(1);
 /// Sockets that are opened before other tasks have their turn.
 const OPENED_AT_ONCE: usize = 32;
 /// Longest datagram that is read: QUIC's first are 1200 bytes.

@@ -363,10 +363,16 @@ impl OneCall<'_> {
         let credit = state.credit(&self.shared.config);
         let _place = credit.place(self.body.len()).await.map_err(|_| CallError::ShutDown)?;
         let number = state.call_number(self.shared);
-        // The incarnation that may have the call already.
+        // The incarnation that may have the call already; 0 when it has not said hello yet.
         let mut sent_to: Option<u64> = None;
+        let begun = self.shared.now();
         let (mut connection, mut not_sent) = (connection, 0);
         for attempt in 0..RESENDS + TRIES {
+            // On a connection that stood before the call left and stands now, the peer is the one that may have got it.
+            let unknown = sent_to == Some(0) && !self.options.idempotent;
+            if unknown && connection.made >= begun {
+                break;
+            }
             match self.send(&connection, (&number, attempt), sent_to).await? {
                 Sent::Answer(refusal, answer) => return Ok((refusal, answer)),
                 Sent::Nowhere => {
@@ -375,8 +381,7 @@ impl OneCall<'_> {
                         break;
                     }
                 }
-                Sent::Lost(0) if !self.options.idempotent => return Err(self.lost()),
-                Sent::Lost(incarnation) => sent_to = sent_to.or(Some(incarnation)),
+                Sent::Lost(incarnation) => sent_to = sent_to.filter(|i| *i != 0).or(Some(incarnation)),
             }
             // A stream may break a moment before its connection is known to be gone.
             let _ = tokio::time::timeout(BREAK_TIME, connection.closed.cancelled()).await;
@@ -443,7 +448,7 @@ impl OneCall<'_> {
                 // The stream ended before the peer said who it is.
                 return Ok(Sent::Nowhere);
             }
-            if said != first {
+            if first != 0 && said != first {
                 return Err(self.lost());
             }
         }

@@ -52,9 +52,9 @@ impl Behaviour {
         let state = self.shared.table().state(self.shared.now(), &peer);
         let key = self.next_key;
         self.next_key += 1;
+        let (made, leads) = (self.shared.now(), (relayed, dialled, address.to_string()));
         let limits = &self.shared.config.limits;
-        let (connection, requests) =
-            Connection::new(key, id, peer, (relayed, dialled, address.to_string()), state, limits);
+        let (connection, requests) = Connection::new(key, id, peer, made, leads, state, limits);
         self.pending.insert(id, Arc::clone(&connection));
         Ok(Handler::new(Arc::clone(&self.shared), connection, requests))
     }

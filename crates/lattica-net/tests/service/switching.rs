@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lattica_net::wire::{Header, Hello};
-use lattica_net::{CallError, CallOptions, Limits, Node, NodeConfig};
+use lattica_net::{CallError, CallOptions, Limits, Node, NodeConfig, Stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
 
@@ -249,4 +249,57 @@ async fn a_drained_node_finishes_its_calls_and_takes_no_more() {
     gate.permits.add_permits(1);
     assert_eq!(call.await.unwrap().unwrap(), body);
     assert_eq!(draining.await.unwrap(), 0);
+}
+
+/// The next header that a peer sends on a stream of calls.
+async fn next_header(stream: &mut Stream, read: &mut Vec<u8>) -> Option<Header> {
+    loop {
+        if let Some((header, n_bytes)) = Header::decode(read, 1 << 20).unwrap() {
+            read.drain(..n_bytes);
+            return Some(header);
+        }
+        match stream.read_buf(read).await {
+            Ok(0) | Err(_) => return None,
+            Ok(_) => {}
+        }
+    }
+}
+
+/// A server that answers by hand: over the direct path it takes a call and never says who it is.
+#[tokio::test]
+async fn a_call_that_left_before_its_peer_said_hello_goes_on_where_a_connection_stood_already() {
+    let (_relay, server, client, direct) = over_a_relay(Limits::default()).await;
+    let (taken, mut taking) = tokio::sync::mpsc::channel(8);
+    let by_hand = move |_, mut stream: Stream| {
+        let taken = taken.clone();
+        async move {
+            let mut read = Vec::new();
+            if stream.is_relayed() {
+                let hello = Header::Hello(Hello { incarnation: 7, calls: 64, body_bytes: 1 << 20 });
+                stream.write_all(&hello.encode()).await.unwrap();
+                stream.flush().await.unwrap();
+            }
+            while let Some(header) = next_header(&mut stream, &mut read).await {
+                let Header::Request { call_id, .. } = header else { continue };
+                taken.send(call_id).await.unwrap();
+                if stream.is_relayed() {
+                    let answer = Header::Answer { call_id, refusal: None, body_bytes: 0 };
+                    stream.write_all(&answer.encode()).await.unwrap();
+                    stream.flush().await.unwrap();
+                }
+            }
+        }
+    };
+    server.handle_stream(RPC, by_hand).unwrap();
+    client.dial(&direct).await.unwrap();
+    let peer = server.peer_id();
+    eventually("the direct path is the one in use", || !client.paths(&peer)[0].relayed).await;
+    let call = {
+        let (client, peer) = (client.clone(), peer.clone());
+        tokio::spawn(async move { client.call(&peer, "wait", Bytes::new(), PATIENCE).await })
+    };
+    let first = taking.recv().await.unwrap();
+    leave_direct(&client, &server).await;
+    assert_eq!(taking.recv().await, Some(first), "the same call");
+    assert_eq!(call.await.unwrap().unwrap(), Bytes::new());
 }
