@@ -122,6 +122,15 @@ impl PackedWeight {
         )))
     }
 
+    /// Packs the transpose of `w` [K, N] row-major, in f32.
+    ///
+    /// # Errors
+    /// When `w` is not n * k long.
+    pub fn pack_transposed(w: &[f32], n: usize, k: usize) -> Result<Self, KernelError> {
+        check_len("pack", "weight", n * k, w.len())?;
+        Ok(Self(Packed::F32(PackedDense::pack(n, k, |i| w[i % k * n + i / k]))))
+    }
+
     /// Repacks the stored bytes of a weight [N, K] of `kind`, bit for bit: rows of little-endian floats, or of blocks.
     ///
     /// # Errors
@@ -312,6 +321,9 @@ impl<'a> Output<'a> {
     pub(crate) unsafe fn read<S: Simd>(&self, s: S, row: usize, panel: usize) -> S::F {
         // SAFETY: the caller's promise is the one required.
         let (segment, lanes) = unsafe { self.segment(row, panel) };
+        if let Ok(line) = <&[f32; LANES]>::try_from(&*segment) {
+            return s.load(line);
+        }
         let mut line = [0.0; LANES];
         line[lanes].copy_from_slice(segment);
         s.load(&line)

@@ -6,7 +6,7 @@
 
 mod head;
 
-pub use self::head::{head_logprob, head_logprob_backward};
+pub use self::head::{head_logprob, head_logprob_backward, head_logprob_gradient};
 use crate::dispatch::{self, simd_kernel};
 use crate::error::{KernelError, check_len, rows_of};
 use crate::math;

@@ -172,7 +172,12 @@ fn pack_rows(b: &[f32], stride: usize, rows: usize, lines: &mut [Line]) {
 
 /// Up to sixteen columns of `b` become the lanes; missing columns are zero.
 fn pack_columns(b: &[f32], stride: usize, columns: usize, lines: &mut [Line]) {
-    let columns = columns.min(LANES);
+    if columns >= LANES {
+        for (line, row) in lines.iter_mut().zip(b.chunks(stride)) {
+            line.0.copy_from_slice(&row[..LANES]);
+        }
+        return;
+    }
     for (i, line) in lines.iter_mut().enumerate() {
         line.0[..columns].copy_from_slice(&b[i * stride..][..columns]);
         line.0[columns..].fill(0.0);

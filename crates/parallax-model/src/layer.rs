@@ -24,7 +24,7 @@ use crate::{
         composed,
         delta::{SigmoidGate, StateStore},
         embedding::Embedding,
-        linear::{Dense, Frozen, FrozenLinear, LoraAdd},
+        linear::{Adapted, AddLora, Dense, Frozen, FrozenLinear, Lora, LoraModule},
         norm::{HeadNorms, RmsNorm},
         run1, run2, run3, run4,
     },
@@ -65,17 +65,23 @@ impl AdapterRows {
     }
 }
 
-/// One module's adapter inside a (possibly fused) linear layer.
+/// An adapter's modules inside a (possibly fused) linear layer.
 #[derive(Clone, Debug)]
 pub(crate) struct LoraPart {
-    /// [r, K]
+    /// The modules' A one below the other. [R, K]
     pub(crate) a: Tensor<2>,
-    /// [n, r]
-    pub(crate) b: Tensor<2>,
-    pub(crate) scale: f32,
-    /// First output column of the module.
-    pub(crate) offset: usize,
+    /// The modules' B, [outputs, r] each, one after the other.
+    pub(crate) b: Tensor<1>,
+    /// By output column.
+    pub(crate) modules: Arc<Vec<LoraModule>>,
     /// Number of a resident adapter; `None` is the one that applies where a sequence names none.
+    pub(crate) id: Option<u32>,
+    pub(crate) rows: Arc<AdapterRows>,
+}
+
+/// An adapter's place in a stage: its number, `None` for the one that sequences get which name none, and its rows.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AdapterSlot {
     pub(crate) id: Option<u32>,
     pub(crate) rows: Arc<AdapterRows>,
 }
@@ -95,41 +101,71 @@ impl Linear {
         Self { weight, bias: None, lora: Vec::new() }
     }
 
+    /// Adds a module, A [r, K] and B [outputs, r], of the adapter of `slot`.
+    pub(crate) fn add_module(
+        &mut self,
+        slot: &AdapterSlot,
+        a: Tensor<2>,
+        b: Tensor<2>,
+        offset: usize,
+        scale: f32,
+    ) {
+        let [outputs, rank] = b.dims();
+        let b: Tensor<1> = b.reshape([outputs * rank]);
+        let module = LoraModule { offset, outputs, rank, scale, first: 0, from: 0 };
+        let Some(part) = self.lora.iter_mut().find(|part| part.id == slot.id) else {
+            let rows = Arc::clone(&slot.rows);
+            self.lora.push(LoraPart { a, b, modules: Arc::new(vec![module]), id: slot.id, rows });
+            return self.lora.sort_by_key(|part| part.id);
+        };
+        let modules = Arc::make_mut(&mut part.modules);
+        modules.push(LoraModule { first: part.a.dims()[0], from: part.b.dims()[0], ..module });
+        modules.sort_by_key(|m| m.offset);
+        part.a = Tensor::cat(vec![part.a.clone(), a], 0);
+        part.b = Tensor::cat(vec![part.b.clone(), b], 0);
+    }
+
     pub(crate) fn forward(&self, x: &Tensor<2>, route: Route) -> Tensor<2> {
+        let mut adapters = self.lora.iter().filter_map(|part| {
+            let rows = part.rows.get();
+            let used = rows.as_ref().is_none_or(|rows| !rows.is_empty());
+            used.then(|| (part, Lora { modules: Arc::clone(&part.modules), rows }))
+        });
         let x = x.clone();
-        let base = match (&self.weight, &self.bias, route) {
-            (LinearWeight::Packed(weight), None, _) => run1(x.clone(), Frozen(Arc::clone(weight))),
-            (LinearWeight::Packed(weight), Some(bias), _) => {
-                run2(x.clone(), bias.clone(), Frozen(Arc::clone(weight)))
-            }
-            (LinearWeight::Dense(weight), bias, Route::Kernels) => {
+        let y = match (&self.weight, route) {
+            (LinearWeight::Packed(weight), _) => match (adapters.next(), &self.bias) {
+                (None, None) => run1(x.clone(), Frozen(Arc::clone(weight))),
+                (None, Some(bias)) => run2(x.clone(), bias.clone(), Frozen(Arc::clone(weight))),
+                (Some((part, lora)), bias) => {
+                    let (a, b) = (part.a.clone(), part.b.clone());
+                    let op = Adapted { base: Arc::clone(weight), lora };
+                    match bias {
+                        None => run3(x.clone(), a, b, op),
+                        Some(bias) => run4(x.clone(), a, b, bias.clone(), op),
+                    }
+                }
+            },
+            (LinearWeight::Dense(weight), Route::Kernels) => {
                 let [n, k] = weight.dims();
-                match bias {
+                match &self.bias {
                     None => run2(x.clone(), weight.clone(), Dense { n, k }),
                     Some(bias) => run3(x.clone(), weight.clone(), bias.clone(), Dense { n, k }),
                 }
             }
-            (LinearWeight::Dense(weight), bias, Route::Composed) => {
+            (LinearWeight::Dense(weight), Route::Composed) => {
                 let y = composed::linear(x.clone(), weight.clone());
-                match bias {
+                match &self.bias {
                     None => y,
                     Some(bias) => y + bias.clone().unsqueeze(),
                 }
             }
         };
-        self.lora.iter().fold(base, |y, part| {
-            let rows = part.rows.get();
-            if rows.as_ref().is_some_and(|rows| rows.is_empty()) {
-                return y;
+        adapters.fold(y, |y, (part, lora)| match route {
+            Route::Kernels => {
+                let n = y.dims()[1];
+                run4(y, x.clone(), part.a.clone(), part.b.clone(), AddLora { n, lora })
             }
-            match route {
-                Route::Kernels => {
-                    let ([rank, k], [outputs, _], [_, n]) = (part.a.dims(), part.b.dims(), y.dims());
-                    let op = LoraAdd { n, k, rank, outputs, offset: part.offset, scale: part.scale, rows };
-                    run4(y, x.clone(), part.a.clone(), part.b.clone(), op)
-                }
-                Route::Composed => composed::lora_add(y, x.clone(), part, rows.as_deref()),
-            }
+            Route::Composed => composed::lora_add(y, x.clone(), part, lora.rows.as_deref()),
         })
     }
 }

@@ -8,7 +8,7 @@ use std::{ops::Range, sync::Arc};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use parallax_kernels::{
-    PackedWeight, WeightKind,
+    KernelError, PackedWeight, WeightKind,
     rope::{RopeLayout, RopeTable},
 };
 
@@ -20,8 +20,8 @@ use crate::{
     },
     error::{AdapterError, LoadError, OpenError},
     layer::{
-        AdapterRows, AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight,
-        LoraPart, MixerWeights, MlpWeights, NormWeights, Route,
+        AdapterSlot, AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight,
+        MixerWeights, MlpWeights, NormWeights, Route,
     },
     ops::{
         attention::{Geometry, Rotation},
@@ -38,8 +38,8 @@ pub(crate) struct Loader<'a> {
     pub(crate) dtype: WeightDtype,
     pub(crate) device: Device,
     pub(crate) route: Route,
-    /// Keep the unpacked f32 weights too: the gradient of a frozen layer's input needs them.
-    pub(crate) keep_dense: bool,
+    /// Keep the transposed f32 weights too: the gradient of a frozen layer's input needs them.
+    pub(crate) keep_transposed: bool,
 }
 
 /// HF name of a layer's tensor; `tensor` is a module with `.weight` or `.bias`.
@@ -122,7 +122,7 @@ impl Loader<'_> {
         let pieces: Vec<Rows> =
             names.iter().map(|(name, n)| Rows { name: name.clone(), first: 0, n: *n }).collect();
         let mut values = Vec::new();
-        if self.route == Route::Composed || self.keep_dense {
+        if self.route == Route::Composed || self.keep_transposed {
             for piece in &pieces {
                 values.extend(self.index.read_rows_f32(&piece.name, piece.range())?);
             }
@@ -131,14 +131,16 @@ impl Loader<'_> {
             let n = values.len() / k;
             return Ok(LinearWeight::Dense(self.tensor(values, [n, k])));
         }
-        let parts = if self.keep_dense && self.dtype == WeightDtype::F32 {
-            let packed = PackedWeight::pack_f32(WeightKind::F32, &values, values.len() / k, k);
-            vec![packed.map_err(|e| LoadError::Pack { name: names[0].0.clone(), reason: e.to_string() })?]
+        let failed = |e: KernelError| LoadError::Pack { name: names[0].0.clone(), reason: e.to_string() };
+        let parts = if self.keep_transposed && self.dtype == WeightDtype::F32 {
+            vec![PackedWeight::pack_f32(WeightKind::F32, &values, values.len() / k, k).map_err(failed)?]
         } else {
             self.index.pack(&pieces, k, self.dtype)?
         };
-        let dense = self.keep_dense.then_some(values);
-        Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, dense })))
+        let n = values.len() / k;
+        let transposed = self.keep_transposed.then(|| PackedWeight::pack_transposed(&values, k, n));
+        let transposed = transposed.transpose().map_err(failed)?;
+        Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, transposed })))
     }
 
     /// A layer's linear layer: `rows` of each stored tensor, or of all of them where one tensor stacks them.
@@ -280,13 +282,6 @@ pub(crate) fn linear_of<'a>(
     })
 }
 
-/// An adapter's place in a stage: its number, `None` for the one that sequences get which name none, and its rows.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct AdapterSlot {
-    pub(crate) id: Option<u32>,
-    pub(crate) rows: Arc<AdapterRows>,
-}
-
 /// Replaces the adapter of a slot in the layers `range`, which `layers` holds; modules of other layers are left out.
 pub(crate) fn attach(
     layers: &mut [LayerWeights],
@@ -312,18 +307,8 @@ pub(crate) fn attach(
         let matrix = |values: &[f32], shape: [usize; 2]| {
             Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device)
         };
-        linear.lora.push(LoraPart {
-            a: matrix(&t.a, [adapter.rank, t.inputs]),
-            b: matrix(&t.b, [t.outputs, adapter.rank]),
-            scale: adapter.scale(),
-            offset,
-            id: slot.id,
-            rows: Arc::clone(&slot.rows),
-        });
-    }
-    // The order of addition is part of the value: by column, whatever the order in the map.
-    for linear in layers.iter_mut().flat_map(LayerWeights::linears_mut) {
-        linear.lora.sort_by_key(|part| (part.id, part.offset));
+        let (a, b) = (matrix(&t.a, [adapter.rank, t.inputs]), matrix(&t.b, [t.outputs, adapter.rank]));
+        linear.add_module(slot, a, b, offset, adapter.scale());
     }
     Ok(())
 }

@@ -138,14 +138,15 @@ pub(crate) fn run3<const D: usize, const E: usize, const F: usize, const R: usiz
 }
 
 /// Runs an operation on four tensors.
-pub(crate) fn run4<const D: usize, const R: usize>(
+pub(crate) fn run4<const D: usize, const E: usize, const F: usize, const G: usize, const R: usize>(
     a: Tensor<D>,
-    b: Tensor<D>,
-    c: Tensor<D>,
-    d: Tensor<D>,
+    b: Tensor<E>,
+    c: Tensor<F>,
+    d: Tensor<G>,
     op: impl CpuOp + 'static,
 ) -> Tensor<R> {
-    let [a, b, c, d] = [a, b, c, d].map(Tensor::into_dispatch);
+    let (a, b) = (a.into_dispatch(), b.into_dispatch());
+    let (c, d) = (c.into_dispatch(), d.into_dispatch());
     Tensor::from_dispatch(<Dispatch as ModelOps>::model_op4(a, b, c, d, Arc::new(op)))
 }
 

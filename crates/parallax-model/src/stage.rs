@@ -12,8 +12,8 @@ use crate::{
     config::{LayerConfig, ModelConfig},
     device,
     error::{AdapterError, ForwardError, LoadError},
-    layer::{self, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
-    load::{self, AdapterSlot, Loader, Rotations},
+    layer::{self, AdapterSlot, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
+    load::{self, Loader, Rotations},
     ops::{
         attention::{KvStore, PagedRows},
         delta::StateStore,
@@ -153,7 +153,7 @@ impl Stage {
             dtype: options.dtype,
             device: device.clone(),
             route,
-            keep_dense: false,
+            keep_transposed: false,
         };
         if route == Route::Composed && options.kv_format != KvFormat::F32 {
             return Err(LoadError::Device {

@@ -17,8 +17,8 @@ use crate::{
     config::{LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Projection},
     error::{AdapterError, ConfigError, ForwardError, LoadError, OpenError},
     layer::{
-        self, AroundWeights, Attend, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight,
-        LoraPart, MixerWeights, MlpWeights, NormWeights, Route,
+        self, AdapterSlot, AroundWeights, Attend, AttentionWeights, DenseMlpWeights, LayerWeights, Linear,
+        LinearWeight, MixerWeights, MlpWeights, NormWeights, Route,
     },
     load::{self, Loader, Rotations},
     ops::{
@@ -245,14 +245,14 @@ impl TrainModel {
             dtype: WeightDtype::F32,
             device: device.clone(),
             route,
-            keep_dense: true,
+            keep_transposed: true,
         };
         let mut rotations = Rotations::new(config, MAX_SEQUENCE_TOKENS);
         let layers =
             (0..config.n_layers).map(|i| loader.layer(i, &mut rotations)).collect::<Result<_, _>>()?;
-        // The table needs no unpacked copy: its gradient is never asked for, unless logits are made of it.
-        let keep_dense = bends_logits(config);
-        let tables = Loader { keep_dense, device: device.clone(), ..loader };
+        // The table needs no transposed copy: its gradient is never asked for, unless logits are made of it.
+        let keep_transposed = bends_logits(config);
+        let tables = Loader { keep_transposed, device: device.clone(), ..loader };
         let embedding = tables.table(load::EMBEDDING)?;
         let head =
             if config.tied_embeddings { embedding.clone() } else { tables.table(load::head_name(config))? };
@@ -298,7 +298,7 @@ impl TrainModel {
                     });
                     let (linear, offset) = place.expect("modules were checked when they were made");
                     let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-                    linear.lora.push(LoraPart { a, b, scale, offset, id: None, rows: Arc::default() });
+                    linear.add_module(&AdapterSlot::default(), a, b, offset, scale);
                 }
                 let (embedding, head) = (frozen.embedding.clone(), frozen.head.clone());
                 Assembled { layers, embedding, norm: frozen.norm.clone(), head }

@@ -101,7 +101,9 @@ impl Plane {
 
     /// The plane as [len, D].
     fn gather(&self, from: &[f32]) -> Vec<f32> {
-        (0..self.len).flat_map(|row| &from[self.start(row)..][..self.dim]).copied().collect()
+        let mut plane = Vec::with_capacity(self.len * self.dim);
+        (0..self.len).for_each(|row| plane.extend_from_slice(&from[self.start(row)..][..self.dim]));
+        plane
     }
 
     /// Writes [len, D] back.

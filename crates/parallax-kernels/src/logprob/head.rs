@@ -1,5 +1,7 @@
 //! Log-probabilities straight from the last hidden states, without a [T, V] matrix, and their gradient.
 
+use std::ops::Range;
+
 use super::{Normalizer, VOCAB_BLOCK, block_normalizer, check_targets, join_blocks};
 use crate::dispatch::{self, simd_kernel};
 use crate::error::{KernelError, check_len, rows_of};
@@ -73,6 +75,85 @@ pub fn head_logprob(
     Ok(())
 }
 
+/// [`head_logprob`] and its gradient in one walk over the head: `dx` [T, H] becomes `W[target] - sum_v p_v W_v` with
+/// p = softmax(logits), the gradient of a row's log-probability by that row. As in FlashAttention (Dao et al. 2022,
+/// arXiv:2205.14135) the sum is kept relative to the largest logit so far, so that the logits need not be computed again.
+///
+/// # Errors
+/// When the lengths do not fit together or a target is not below V.
+pub fn head_logprob_gradient(
+    x: &[f32],
+    head: &PackedWeight,
+    targets: &[u32],
+    out: &mut [f32],
+    dx: &mut [f32],
+) -> Result<(), KernelError> {
+    let (op, width) = ("head_logprob_gradient", head.k());
+    let rows = rows_of(op, "x", x.len(), width)?;
+    check_targets(op, targets, rows, head.n())?;
+    check_len(op, "out", rows, out.len())?;
+    check_len(op, "dx", x.len(), dx.len())?;
+    let isa = dispatch::current();
+    let mut whole = vec![Normalizer::EMPTY; rows];
+    let mut logits = vec![0.0; rows * VOCAB_BLOCK.min(head.n())];
+    dx.fill(0.0);
+    for_blocks(head, |columns, weights| {
+        let (first, n) = (columns.start, columns.len());
+        let logits = &mut logits[..rows * n];
+        linear_rows(x, head, columns, logits)?;
+        let (whole, picked, sums) = (Shared::new(&mut whole), Shared::new(&mut *out), Shared::new(&mut *dx));
+        for_rows(logits, n, n * 16, |mine, logits| {
+            for (row, logits) in mine.zip(logits.chunks_exact_mut(n)) {
+                // SAFETY: a row belongs to one task.
+                let (whole, picked, sums) = unsafe {
+                    (
+                        whole.slice(row..row + 1),
+                        picked.slice(row..row + 1),
+                        sums.slice(row * width..(row + 1) * width),
+                    )
+                };
+                if let Some(logit) = (targets[row] as usize).checked_sub(first).and_then(|t| logits.get(t)) {
+                    picked[0] = *logit;
+                }
+                let before = whole[0];
+                whole[0] = join_blocks(isa, &mut [before, block_normalizer(isa, logits)].into_iter());
+                if before.max < whole[0].max {
+                    rescale(isa, sums, before.max - whole[0].max);
+                }
+                exponentials(isa, logits, whole[0].max);
+            }
+        });
+        gemm_nn(rows, width, n, logits, n, weights, width, dx, width, true)
+    })?;
+    let mut row_of_target = vec![0.0; width];
+    for (row, dx) in dx.chunks_exact_mut(width).enumerate() {
+        head.dequantize_row(targets[row] as usize, &mut row_of_target)?;
+        dx.iter_mut().zip(&row_of_target).for_each(|(dx, w)| *dx = w - *dx / whole[row].sum);
+        out[row] = whole[row].log_p(out[row]);
+    }
+    Ok(())
+}
+
+/// Calls `f` with the columns of each block of the vocabulary and their weights [columns, H].
+fn for_blocks(
+    head: &PackedWeight,
+    mut f: impl FnMut(Range<usize>, &[f32]) -> Result<(), KernelError>,
+) -> Result<(), KernelError> {
+    let width = head.k();
+    let mut weights = vec![0.0; VOCAB_BLOCK.min(head.n()) * width];
+    for first in (0..head.n()).step_by(VOCAB_BLOCK) {
+        let columns = first..(first + VOCAB_BLOCK).min(head.n());
+        let weights = &mut weights[..columns.len() * width];
+        for_rows(weights, width, width, |mine, weights| {
+            for (row, w) in mine.zip(weights.chunks_exact_mut(width)) {
+                head.dequantize_row(first + row, w).expect("the row exists and the slice is one row");
+            }
+        });
+        f(columns, weights)?;
+    }
+    Ok(())
+}
+
 /// Gradient of [`head_logprob`]: overwrites `dx` [T, H] and adds to `dw` [V, H] where wanted, given `lse` `[T]` of the forward
 /// pass and `dout` `[T]`. With p = softmax(logits): `dx = dout * (W[target] - sum_v p_v W_v)`.
 ///
@@ -97,19 +178,11 @@ pub fn head_logprob_backward(
         check_len(op, "dw", head.n() * width, dw.len())?;
     }
     let isa = dispatch::current();
-    let block_rows = VOCAB_BLOCK.min(head.n());
-    let mut weights = vec![0.0; block_rows * width];
-    let mut logits = vec![0.0; rows * block_rows];
+    let mut logits = vec![0.0; rows * VOCAB_BLOCK.min(head.n())];
     dx.fill(0.0);
-    for first in (0..head.n()).step_by(VOCAB_BLOCK) {
-        let columns = first..(first + VOCAB_BLOCK).min(head.n());
-        let n = columns.len();
-        let (weights, logits) = (&mut weights[..n * width], &mut logits[..rows * n]);
-        for_rows(weights, width, width, |mine, weights| {
-            for (row, w) in mine.zip(weights.chunks_exact_mut(width)) {
-                head.dequantize_row(first + row, w).expect("the row exists and the slice is one row");
-            }
-        });
+    for_blocks(head, |columns, weights| {
+        let (first, n) = (columns.start, columns.len());
+        let logits = &mut logits[..rows * n];
         linear_rows(x, head, columns, logits)?;
         for_rows(logits, n, n * 8, |mine, logits| {
             for (row, logits) in mine.zip(logits.chunks_exact_mut(n)) {
@@ -121,22 +194,32 @@ pub fn head_logprob_backward(
             }
         });
         gemm_nn(rows, width, n, logits, n, weights, width, dx, width, true)?;
-        if let Some(dw) = dw.as_deref_mut() {
-            gemm_tn(
-                n,
-                width,
-                rows,
-                logits,
-                n,
-                x,
-                width,
-                &mut dw[first * width..(first + n) * width],
-                width,
-                true,
-            )?;
+        let Some(dw) = dw.as_deref_mut() else { return Ok(()) };
+        let dw = &mut dw[first * width..(first + n) * width];
+        gemm_tn(n, width, rows, logits, n, x, width, dw, width, true)
+    })
+}
+
+simd_kernel! {
+    /// `v *= e^power`.
+    fn rescale(s; v: &mut [f32], power: f32) {
+        let factor = exp(s, s.splat(power));
+        for i in (0..v.len()).step_by(LANES) {
+            let scaled = s.mul(read(s, v, i, 0.0), factor);
+            write(s, v, i, scaled);
         }
     }
-    Ok(())
+}
+
+simd_kernel! {
+    /// `logits = e^(logits - max)`.
+    fn exponentials(s; logits: &mut [f32], max: f32) {
+        let max = s.splat(max);
+        for i in (0..logits.len()).step_by(LANES) {
+            let power = s.sub(read(s, logits, i, 0.0), max);
+            write(s, logits, i, exp(s, power));
+        }
+    }
 }
 
 simd_kernel! {

@@ -122,6 +122,30 @@ fn the_head_gradient_is_the_derivative() {
 }
 
 #[test]
+fn log_probability_and_gradient_come_of_one_walk_over_the_head() {
+    for (vocab, width, rows) in [(1100, 20, 4), (3000, 48, 37)] {
+        let head = PackedWeight::pack_f32(WeightKind::F32, &noise(vocab * width, 4), vocab, width).unwrap();
+        // Later blocks hold larger logits, so that the sum is rescaled on the way.
+        let x: Vec<f32> = noise(rows * width, 5).iter().map(|v| v * 4.0).collect();
+        let targets: Vec<u32> = (0..rows as u32).map(|t| t * 997 % vocab as u32).collect();
+        let (mut out, mut lse) = (vec![0.0; rows], vec![0.0; rows]);
+        head_logprob(&x, &head, &targets, &mut out, &mut lse).unwrap();
+        let mut expected = vec![0.0; x.len()];
+        let ones = vec![1.0; rows];
+        head_logprob_backward(&x, &head, &targets, &lse, &ones, &mut expected, None).unwrap();
+        let both = same_at_every_level(|| {
+            let (mut out, mut dx) = (vec![0.0; rows], vec![1.0; x.len()]);
+            head_logprob_gradient(&x, &head, &targets, &mut out, &mut dx).unwrap();
+            [out, dx].concat()
+        });
+        assert_eq!(bits(&both[..rows]), bits(&out));
+        for (got, want) in both[rows..].iter().zip(&expected) {
+            assert!((got - want).abs() < 2e-5, "{got} {want}");
+        }
+    }
+}
+
+#[test]
 fn argmax_takes_the_first_of_equals() {
     assert_eq!(argmax(&[1.0, 3.0, f32::NAN, 3.0]), 1);
     assert_eq!(argmax(&[]), 0);

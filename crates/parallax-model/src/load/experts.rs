@@ -32,7 +32,7 @@ enum Layout {
 impl Loader<'_> {
     /// Rows of stored tensors, one after the other, as one frozen linear layer.
     pub(super) fn rows(&self, pieces: &[Rows], k: usize) -> Result<FrozenLinear, LoadError> {
-        Ok(FrozenLinear { parts: self.index.pack(pieces, k, self.dtype)?, dense: None })
+        Ok(FrozenLinear { parts: self.index.pack(pieces, k, self.dtype)?, transposed: None })
     }
 
     /// Values computed from the tensor `name`, as a frozen linear layer in the format that was asked for. Native means
@@ -60,7 +60,7 @@ impl Loader<'_> {
     ) -> Result<FrozenLinear, LoadError> {
         let packed = PackedWeight::pack_f32(kind, values, n, k)
             .map_err(|e| LoadError::Pack { name: name.to_owned(), reason: e.to_string() })?;
-        Ok(FrozenLinear { parts: vec![packed], dense: None })
+        Ok(FrozenLinear { parts: vec![packed], transposed: None })
     }
 
     /// Queries, keys and values of gated attention, and the gate, whose rows stand between those of the queries.
@@ -168,7 +168,7 @@ impl Loader<'_> {
                     // Even rows are the gate's.
                     let order = (0..ffn).map(|j| 2 * j).chain((0..ffn).map(|j| 2 * j + 1));
                     let packed = self.index.pack_ordered(&both, order, hidden, self.dtype)?;
-                    FrozenLinear { parts: vec![packed], dense: None }
+                    FrozenLinear { parts: vec![packed], transposed: None }
                 } else {
                     self.rows(&[both], hidden)?
                 };

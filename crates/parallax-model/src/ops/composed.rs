@@ -20,11 +20,15 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 /// y with the adapter's product added to the module's columns.
 /// Only the rows listed, where they are.
 pub(crate) fn lora_add(y: Tensor<2>, x: Tensor<2>, part: &LoraPart, chosen: Option<&Vec<u32>>) -> Tensor<2> {
-    let delta = linear(linear(x, part.a.clone()), part.b.clone()).mul_scalar(part.scale);
-    let ([rows, _], [outputs, _]) = (y.dims(), part.b.dims());
-    let columns = [0..rows, part.offset..part.offset + outputs];
-    let sum = y.clone().slice(columns.clone()) + delta;
-    let added = y.clone().slice_assign(columns, sum);
+    let rows = y.dims()[0];
+    let added = part.modules.iter().fold(y.clone(), |y, m| {
+        let a = part.a.clone().slice([m.first..m.first + m.rank]);
+        let b = part.b.clone().slice([m.from..m.from + m.outputs * m.rank]).reshape([m.outputs, m.rank]);
+        let delta = linear(linear(x.clone(), a), b).mul_scalar(m.scale);
+        let columns = [0..rows, m.offset..m.offset + m.outputs];
+        let sum = y.clone().slice(columns.clone()) + delta;
+        y.slice_assign(columns, sum)
+    });
     let Some(chosen) = chosen else { return added };
     let mut mask = vec![false; rows];
     chosen.iter().for_each(|row| mask[*row as usize] = true);

@@ -159,7 +159,7 @@ mod tests {
     const EXPERTS: usize = 6;
 
     fn frozen(kind: WeightKind, values: &[f32], n: usize, k: usize) -> FrozenLinear {
-        FrozenLinear { parts: vec![PackedWeight::pack_f32(kind, values, n, k).unwrap()], dense: None }
+        FrozenLinear { parts: vec![PackedWeight::pack_f32(kind, values, n, k).unwrap()], transposed: None }
     }
 
     /// The layer and its dense weights, expert by expert: gate_up and down.

@@ -4,10 +4,13 @@ use std::sync::Arc;
 
 use parallax_kernels::{
     PackedWeight, WeightKind, activation,
-    logprob::{head_logprob, head_logprob_backward, log_softmax_row, token_logprobs},
+    logprob::{head_logprob, head_logprob_backward, head_logprob_gradient, log_softmax_row, token_logprobs},
 };
 
-use super::{BackwardArgs, CpuOp, Output, linear::FrozenLinear};
+use super::{
+    BackwardArgs, CpuOp, Output,
+    linear::{FrozenLinear, pick},
+};
 
 const SHAPES: &str = "shapes were checked when the weights were loaded";
 
@@ -22,8 +25,7 @@ pub(crate) struct Targets {
 
 impl Targets {
     fn gather(&self, x: &[f32], width: usize) -> Vec<f32> {
-        let row = |r: &u32| &x[*r as usize * width..(*r as usize + 1) * width];
-        self.rows.iter().flat_map(row).copied().collect()
+        pick(x, width, &self.rows)
     }
 
     fn scatter(&self, picked: &[f32], width: usize, n_rows: usize) -> Vec<f32> {
@@ -62,11 +64,24 @@ pub(crate) struct FrozenHead {
 
 impl CpuOp for FrozenHead {
     fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
-        self.targets.logprobs(inputs[0], &self.weight.parts[0], keep)
+        let head = &self.weight.parts[0];
+        if !keep {
+            return self.targets.logprobs(inputs[0], head, false);
+        }
+        let x = self.targets.gather(inputs[0], head.k());
+        let mut values = vec![0.0; self.targets.rows.len()];
+        let mut saved = vec![0.0; x.len()];
+        head_logprob_gradient(&x, head, &self.targets.tokens, &mut values, &mut saved).expect(SHAPES);
+        Output { shape: vec![values.len()], values, saved }
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
-        vec![Some(self.targets.gradients(args, &self.weight.parts[0], None))]
+        let width = self.weight.k();
+        let mut dx = args.saved.to_vec();
+        for (dx, grad) in dx.chunks_exact_mut(width).zip(args.grad) {
+            dx.iter_mut().for_each(|v| *v *= grad);
+        }
+        vec![Some(self.targets.scatter(&dx, width, args.inputs[0].len() / width))]
     }
 }
 

@@ -158,7 +158,7 @@ mod tests {
     fn weights(kv_b: &[f32]) -> LatentWeights {
         let frozen = |values: &[f32], n, k| FrozenLinear {
             parts: vec![PackedWeight::pack_f32(WeightKind::F32, values, n, k).unwrap()],
-            dense: None,
+            transposed: None,
         };
         let head = |h: usize| &kv_b[h * (NOPE + VALUE) * RANK..][..(NOPE + VALUE) * RANK];
         let transposed = |h: usize| -> Vec<f32> {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use parallax_kernels::linear::{PackedWeight, linear, linear_multi};
+use parallax_kernels::matmul::{gemm_nn, gemm_nt, gemm_tn};
 
 use super::{BackwardArgs, CpuOp, Output, matrix};
 
@@ -12,8 +13,8 @@ const SHAPES: &str = "shapes were checked when the weights were loaded";
 #[derive(Debug)]
 pub(crate) struct FrozenLinear {
     pub(crate) parts: Vec<PackedWeight>,
-    /// The same weights unpacked, row-major [N, K], for the gradient of the input; only when training.
-    pub(crate) dense: Option<Vec<f32>>,
+    /// The same weights in f32 as [K, N], for the gradient of the input; only when training.
+    pub(crate) transposed: Option<PackedWeight>,
 }
 
 impl FrozenLinear {
@@ -51,6 +52,14 @@ impl FrozenLinear {
         }
         y
     }
+
+    /// Gradient of x [T, K] for the gradient of y [T, N].
+    fn input_gradient(&self, grad: &[f32]) -> Vec<f32> {
+        let transposed = self.transposed.as_ref().expect("training loads keep the transposed weights");
+        let mut dx = vec![0.0; grad.len() / self.n() * self.k()];
+        linear(grad, transposed, &mut dx).expect(SHAPES);
+        dx
+    }
 }
 
 /// Adds the bias, if there is one, to rows.
@@ -86,10 +95,8 @@ impl CpuOp for Frozen {
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
-        let dense = self.0.dense.as_ref().expect("training loads keep the dense weights");
-        let (n, k) = (self.0.n(), self.0.k());
-        let dx = args.wanted[0].then(|| matrix::nn(args.grad, dense, args.grad.len() / n, k, n));
-        let db = args.wanted.get(1).map(|wanted| wanted.then(|| bias_gradient(args.grad, n)));
+        let dx = args.wanted[0].then(|| self.0.input_gradient(args.grad));
+        let db = args.wanted.get(1).map(|wanted| wanted.then(|| bias_gradient(args.grad, self.0.n())));
         [Some(dx), db].into_iter().flatten().collect()
     }
 }
@@ -117,73 +124,146 @@ impl CpuOp for Dense {
     }
 }
 
-/// Inputs: y [T, N], x [T, K], A [r, K], B [n, r]; result: y with `scale · (x·Aᵀ)·Bᵀ` added to its columns
-/// `offset..offset + n`.
-#[derive(Debug)]
-pub(crate) struct LoraAdd {
-    pub(crate) n: usize,
-    pub(crate) k: usize,
-    pub(crate) rank: usize,
-    pub(crate) outputs: usize,
+/// One module of an adapter inside a (possibly fused) linear layer: B·A is added to `outputs` columns.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LoraModule {
+    /// First of its output columns in the layer.
     pub(crate) offset: usize,
+    pub(crate) outputs: usize,
+    pub(crate) rank: usize,
     pub(crate) scale: f32,
+    /// Where its rows of the stacked A begin.
+    pub(crate) first: usize,
+    /// Where its B begins in the joined ones.
+    pub(crate) from: usize,
+}
+
+/// An adapter's modules in one linear layer. A is [R, K], theirs one below the other; B holds their [outputs, rank] one after
+/// the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Lora {
+    /// By output column: the order of addition is part of the value.
+    pub(crate) modules: Arc<Vec<LoraModule>>,
     /// The rows to which it is added; `None` is all of them. A row's sum does not depend on the others.
     pub(crate) rows: Option<Arc<Vec<u32>>>,
 }
 
-impl LoraAdd {
-    /// Adds to chosen rows only: gathers them, computes, and scatters.
-    fn forward_rows(&self, y: &[f32], x: &[f32], a: &[f32], b: &[f32], rows: &[u32]) -> Vec<f32> {
-        let picked: Vec<f32> =
-            rows.iter().flat_map(|row| &x[*row as usize * self.k..][..self.k]).copied().collect();
-        let inner = matrix::nt(&picked, a, rows.len(), self.rank, self.k);
-        let delta = matrix::nt(&inner, b, rows.len(), self.outputs, self.rank);
-        let mut out = y.to_vec();
-        for (row, delta) in rows.iter().zip(delta.chunks_exact(self.outputs)) {
-            let to = &mut out[*row as usize * self.n + self.offset..][..self.outputs];
-            to.iter_mut().zip(delta).for_each(|(o, d)| *o += self.scale * d);
+impl Lora {
+    /// Adds scale · (x·Aᵀ)·Bᵀ of every module to its columns of all rows of y [T, n]; returns scale · x·Aᵀ, [T, R].
+    fn add(&self, y: &mut [f32], n: usize, x: &[f32], a: &[f32], b: &[f32]) -> Vec<f32> {
+        let rows = y.len() / n;
+        let width = (x.len() / rows.max(1)).max(1);
+        let ranks = a.len() / width;
+        let mut inner = matrix::nt(x, a, rows, ranks, width);
+        for m in self.modules.iter() {
+            for row in inner.chunks_exact_mut(ranks) {
+                row[m.first..m.first + m.rank].iter_mut().for_each(|v| *v *= m.scale);
+            }
+            let (inner, y) = (&inner[m.first..], &mut y[m.offset..]);
+            gemm_nt(rows, m.outputs, m.rank, inner, ranks, &b[m.from..], m.rank, y, n, true).expect(SHAPES);
         }
-        out
+        inner
+    }
+
+    /// Adds to the chosen rows, or to all.
+    fn apply(&self, y: &mut [f32], n: usize, x: &[f32], a: &[f32], b: &[f32]) -> Vec<f32> {
+        let Some(chosen) = self.rows.as_deref() else { return self.add(y, n, x, a, b) };
+        let k = x.len() / (y.len() / n);
+        let mut picked = pick(y, n, chosen);
+        self.add(&mut picked, n, &pick(x, k, chosen), a, b);
+        for (row, from) in chosen.iter().zip(picked.chunks_exact(n)) {
+            y[*row as usize * n..][..n].copy_from_slice(from);
+        }
+        Vec::new()
+    }
+
+    /// Gradients of x (added to `dx` where it is wanted), A and B, given [`Self::add`]'s result and the gradient of y.
+    fn gradients(
+        &self,
+        args: &BackwardArgs<'_>,
+        n: usize,
+        dx: Option<&mut Vec<f32>>,
+    ) -> (Option<Vec<f32>>, Option<Vec<f32>>) {
+        assert!(self.rows.is_none(), "training has one adapter, for every row");
+        let (x, a, b) = (args.inputs[0], args.inputs[1], args.inputs[2]);
+        let rows = args.grad.len() / n;
+        let k = x.len() / rows;
+        let ranks = a.len() / k;
+        let mut db = vec![0.0; b.len()];
+        let mut inner = vec![0.0; rows * ranks];
+        for m in self.modules.iter() {
+            let (grad, b) = (&args.grad[m.offset..], &b[m.from..]);
+            let to = &mut inner[m.first..];
+            gemm_nn(rows, m.rank, m.outputs, grad, n, b, m.rank, to, ranks, false).expect(SHAPES);
+            for row in inner.chunks_exact_mut(ranks) {
+                row[m.first..m.first + m.rank].iter_mut().for_each(|v| *v *= m.scale);
+            }
+            // [r, outputs], the shape in which all lanes are full.
+            let mut across = vec![0.0; m.rank * m.outputs];
+            let kept = &args.saved[m.first..];
+            gemm_tn(m.rank, m.outputs, rows, kept, ranks, grad, n, &mut across, m.outputs, false)
+                .expect(SHAPES);
+            for (output, db) in db[m.from..].chunks_exact_mut(m.rank).take(m.outputs).enumerate() {
+                db.iter_mut().enumerate().for_each(|(r, db)| *db = across[r * m.outputs + output]);
+            }
+        }
+        if let Some(dx) = dx {
+            gemm_nn(rows, k, ranks, &inner, ranks, a, k, dx, k, true).expect(SHAPES);
+        }
+        let da = args.wanted[1].then(|| matrix::tn(&inner, x, ranks, k, rows));
+        (da, args.wanted[2].then_some(db))
     }
 }
 
-impl CpuOp for LoraAdd {
+/// Chosen rows of a matrix.
+pub(super) fn pick(from: &[f32], width: usize, rows: &[u32]) -> Vec<f32> {
+    let mut picked = Vec::with_capacity(rows.len() * width);
+    for row in rows {
+        picked.extend_from_slice(&from[*row as usize * width..][..width]);
+    }
+    picked
+}
+
+/// A frozen layer with an adapter. Inputs: x [T, K], A [R, K], B, and the bias [N] where there is one.
+#[derive(Debug)]
+pub(crate) struct Adapted {
+    pub(crate) base: Arc<FrozenLinear>,
+    pub(crate) lora: Lora,
+}
+
+impl CpuOp for Adapted {
     fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
-        let [y, x, a, b] = inputs else { unreachable!("four inputs") };
-        if let Some(rows) = &self.rows {
-            return Output::matrix(self.forward_rows(y, x, a, b, rows), self.n);
-        }
-        let rows = x.len() / self.k;
-        let inner = matrix::nt(x, a, rows, self.rank, self.k);
-        let delta = matrix::nt(&inner, b, rows, self.outputs, self.rank);
-        let mut out = y.to_vec();
-        for (row, delta) in out.chunks_exact_mut(self.n).zip(delta.chunks_exact(self.outputs)) {
-            for (o, d) in row[self.offset..self.offset + self.outputs].iter_mut().zip(delta) {
-                *o += self.scale * d;
-            }
-        }
-        let saved = if keep { inner } else { Vec::new() };
-        Output { values: out, shape: vec![rows, self.n], saved }
+        let n = self.base.n();
+        let mut y = add_bias(self.base.apply(inputs[0]), inputs.get(3));
+        let inner = self.lora.apply(&mut y, n, inputs[0], inputs[1], inputs[2]);
+        Output { saved: if keep { inner } else { Vec::new() }, ..Output::matrix(y, n) }
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
-        assert!(self.rows.is_none(), "training has one adapter, for every row");
-        let [_, x, a, b] = args.inputs else { unreachable!("four inputs") };
-        let rows = x.len() / self.k;
-        // Gradient of the low-rank product, [T, n].
-        let delta: Vec<f32> = args
-            .grad
-            .chunks_exact(self.n)
-            .flat_map(|row| row[self.offset..self.offset + self.outputs].iter().map(|g| g * self.scale))
-            .collect();
-        let dy = args.wanted[0].then(|| args.grad.to_vec());
-        let db = args.wanted[3].then(|| matrix::tn(&delta, args.saved, self.outputs, self.rank, rows));
-        if !(args.wanted[1] || args.wanted[2]) {
-            return vec![dy, None, None, db];
-        }
-        let inner = matrix::nn(&delta, b, rows, self.rank, self.outputs);
-        let dx = args.wanted[1].then(|| matrix::nn(&inner, a, rows, self.k, self.rank));
-        let da = args.wanted[2].then(|| matrix::tn(&inner, x, self.rank, self.k, rows));
-        vec![dy, dx, da, db]
+        let n = self.base.n();
+        let mut dx = args.wanted[0].then(|| self.base.input_gradient(args.grad));
+        let (da, db) = self.lora.gradients(args, n, dx.as_mut());
+        let bias = args.wanted.get(3).map(|wanted| wanted.then(|| bias_gradient(args.grad, n)));
+        [Some(dx), Some(da), Some(db), bias].into_iter().flatten().collect()
+    }
+}
+
+/// One more adapter on a layer, for chosen rows. Inputs: y [T, N], x [T, K], A [R, K], B; result: y with it added.
+#[derive(Debug)]
+pub(crate) struct AddLora {
+    pub(crate) n: usize,
+    pub(crate) lora: Lora,
+}
+
+impl CpuOp for AddLora {
+    fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
+        let [y, x, a, b] = inputs else { unreachable!("four inputs") };
+        let mut y = y.to_vec();
+        self.lora.apply(&mut y, self.n, x, a, b);
+        Output::matrix(y, self.n)
+    }
+
+    fn backward(&self, _args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
+        unreachable!("training has one adapter, part of its layer")
     }
 }

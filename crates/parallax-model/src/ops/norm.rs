@@ -21,10 +21,10 @@ impl CpuOp for RmsNorm {
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
         let mut dx = vec![0.0; args.inputs[0].len()];
-        let mut dw = vec![0.0; args.inputs[1].len()];
-        rms_norm_backward(args.inputs[0], args.inputs[1], self.eps, args.grad, &mut dx, Some(&mut dw))
+        let mut dw = args.wanted[1].then(|| vec![0.0; args.inputs[1].len()]);
+        rms_norm_backward(args.inputs[0], args.inputs[1], self.eps, args.grad, &mut dx, dw.as_deref_mut())
             .expect(SHAPES);
-        vec![args.wanted[0].then_some(dx), args.wanted[1].then_some(dw)]
+        vec![args.wanted[0].then_some(dx), dw]
     }
 }
 
@@ -53,7 +53,9 @@ impl HeadNorms {
 
 /// A column range of all rows as one contiguous buffer.
 pub(crate) fn columns(x: &[f32], width: usize, range: &std::ops::Range<usize>) -> Vec<f32> {
-    x.chunks_exact(width).flat_map(|row| row[range.clone()].iter().copied()).collect()
+    let mut part = Vec::with_capacity(x.len() / width * range.len());
+    x.chunks_exact(width).for_each(|row| part.extend_from_slice(&row[range.clone()]));
+    part
 }
 
 /// The inverse of [`columns`].
