@@ -7,6 +7,7 @@ mod backward;
 mod core;
 pub mod latent;
 mod store;
+mod tiles;
 
 use std::cell::RefCell;
 
@@ -147,8 +148,10 @@ fn group_size(op: &'static str, n_heads: usize, n_kv_heads: usize) -> Result<usi
     Ok(n_heads / n_kv_heads)
 }
 
-/// Rows that share their pages are taken in blocks of this many, so that a page is read once for all of them.
+/// Most rows whose keys are read together.
 const ROW_BLOCK: usize = 16;
+/// Runs of rows and heads per thread from which on threads finish at about the same time.
+const ITEMS_PER_THREAD: usize = 3;
 
 #[expect(clippy::too_many_arguments, reason = "operands, shape, results; a struct would only rename them")]
 fn attention(
@@ -171,7 +174,19 @@ fn attention(
     if let Some(lse) = &lse {
         check_len(op, "lse", rows.len() * n_heads, lse.len())?;
     }
-    let blocks = blocks_of_rows(rows);
+    // Rows that sequences have in common, such as those of a shared prompt, are read once for all of a run.
+    let together = |a: usize, b: usize| {
+        rows[a].seq == rows[b].seq || {
+            let page = scoring.first_key(rows[b].n_keys) / kv.geometry.page_tokens;
+            paging.tables[rows[a].seq].get(page) == paging.tables[rows[b].seq].get(page)
+        }
+    };
+    let mut block = ROW_BLOCK;
+    let mut blocks = runs_of_rows(rows.len(), block, together);
+    while block > 1 && blocks.len() * n_kv_heads < ITEMS_PER_THREAD * pool::threads() {
+        block /= 2;
+        blocks = runs_of_rows(rows.len(), block, together);
+    }
     let keys: usize = rows.iter().map(|r| r.n_keys - scoring.first_key(r.n_keys)).sum();
     let items = blocks.len() * n_kv_heads;
     let tasks = task_count(items, keys * group * head_dim * 2 / blocks.len().max(1));
@@ -189,16 +204,20 @@ fn attention(
     Ok(())
 }
 
-/// Runs of consecutive rows of one sequence, at most [`ROW_BLOCK`] long.
-fn blocks_of_rows(rows: &[RowRef]) -> Vec<std::ops::Range<usize>> {
-    let mut blocks: Vec<std::ops::Range<usize>> = Vec::new();
-    for (t, row) in rows.iter().enumerate() {
-        match blocks.last_mut() {
-            Some(last) if rows[last.start].seq == row.seq && last.len() < ROW_BLOCK => last.end = t + 1,
-            _ => blocks.push(t..t + 1),
+/// Runs of rows, of at most `most`, in which every row goes `together` with the one before it.
+fn runs_of_rows(
+    n_rows: usize,
+    most: usize,
+    together: impl Fn(usize, usize) -> bool,
+) -> Vec<std::ops::Range<usize>> {
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for t in 0..n_rows {
+        match runs.last_mut() {
+            Some(last) if last.len() < most && together(t - 1, t) => last.end = t + 1,
+            _ => runs.push(t..t + 1),
         }
     }
-    blocks
+    runs
 }
 
 #[cfg(test)]

@@ -142,6 +142,24 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let x = s.min(s.splat(89.0), s.max(s.splat(-104.0), x));
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    let p = exp_rest(s, x, n);
+    // Two factors, so that results below the normal range and above the largest power of two come out right.
+    let half = s.round(s.mul(n, s.splat(0.5)));
+    s.mul(s.mul(p, s.pow2(half)), s.pow2(s.sub(n, half)))
+}
+
+/// e^x in every lane for an `x` of at most 0: as [`exp`] down to 2^-126, 0 below that; NaN kept.
+#[inline(always)]
+pub(crate) fn exp_below<S: Simd>(s: S, x: S::F) -> S::F {
+    // At the bound n is -127, of which pow2 makes 0.
+    let x = s.max(s.splat(-88.0), x);
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    s.mul(exp_rest(s, x, n), s.pow2(n))
+}
+
+/// e^x / 2^n for the `n` that is nearest to x / ln 2.
+#[inline(always)]
+fn exp_rest<S: Simd>(s: S, x: S::F, n: S::F) -> S::F {
     // Cody and Waite: ln 2 in two parts, the first with few enough bits that n * part is exact.
     let r = s.fma(n, s.splat(-0.693_359_4), x);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
@@ -150,10 +168,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = s.fma(p, r, s.splat(c));
     }
-    let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
-    // Two factors, so that results below the normal range and above the largest power of two come out right.
-    let half = s.round(s.mul(n, s.splat(0.5)));
-    s.mul(s.mul(p, s.pow2(half)), s.pow2(s.sub(n, half)))
+    s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0))
 }
 
 /// tanh in every lane, within 2e-7 of it (absolute); NaN kept.

@@ -1,24 +1,35 @@
-//! The attention of a block of rows to the pages of their sequence, for one key-value head.
+//! The attention of a run of rows to the pages of their sequences, for one key-value head.
 //!
-//! Scores first, for all keys; then the exact maximum, the exponentials and their sum; then the weighted values. Every
-//! sum runs over keys (or head elements) in order, so a row does not notice its neighbours.
+//! Keys are taken in blocks that begin at multiples of [`KEY_BLOCK`], in order, with a running maximum (FlashAttention,
+//! Dao et al. 2022, arXiv:2205.14135): a block's scores, their exponentials below the block's own maximum and the weighted
+//! values are computed alone and then merged into the row's sums. All queries that read the same pages of a block, of
+//! one sequence or of several, take it together, while it is in the cache. Every sum runs over keys (or head elements)
+//! in order and blocks do not move, so a row does not notice its neighbours.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::store::{Element, Geometry, Pair, with_pair};
+use super::tiles::{Columns, Values, View, score_line, weigh, weighted_column, widen};
 use super::{KvPages, Paging, Scoring};
 use crate::dispatch::simd_kernel;
 use crate::math;
 use crate::parallel::Shared;
-use crate::simd::{LANES, Line, Simd, exp, flat, tanh, write};
+use crate::simd::{LANES, Line, Simd, exp_below, flat, write};
 
-/// The queries of one block of rows that read one key-value head.
+/// Keys that are scored, weighted and merged at a time.
+pub(super) const KEY_BLOCK: usize = 128;
+/// Scores of one query in a block.
+pub(super) const BLOCK_LINES: usize = KEY_BLOCK / LANES;
+/// Queries from which on a block of a rounded store is widened once for all of them.
+const WIDEN: usize = 12;
+
+/// The queries of one run of rows that read one key-value head.
 pub(super) struct Queries<'a> {
     /// [T, Q, D]
     pub q: &'a [f32],
     pub paging: &'a Paging<'a>,
-    /// The block; all of one sequence.
+    /// The run.
     pub range: Range<usize>,
     pub n_heads: usize,
     /// The key-value head.
@@ -29,46 +40,121 @@ pub(super) struct Queries<'a> {
 }
 
 impl Queries<'_> {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.range.len() * self.group
     }
 
     /// Keys seen by query `i`.
-    fn n_keys(&self, i: usize) -> usize {
+    pub(super) fn n_keys(&self, i: usize) -> usize {
         self.paging.rows[self.range.start + i / self.group].n_keys
     }
 
-    /// Pages of the sequence.
-    fn pages(&self) -> &[u32] {
-        &self.paging.tables[self.paging.rows[self.range.start].seq]
+    /// Pages of row `t`'s sequence.
+    pub(super) fn pages(&self, t: usize) -> &[u32] {
+        &self.paging.tables[self.paging.rows[t].seq]
     }
 
     /// Index of query `i` in [T, Q].
-    fn index(&self, i: usize) -> usize {
+    pub(super) fn index(&self, i: usize) -> usize {
         (self.range.start + i / self.group) * self.n_heads + self.head * self.group + i % self.group
     }
-}
 
-/// Queries, what they read and where their outputs go.
-struct Task<'a, E: Element> {
-    kv: &'a Pair<E>,
-    geometry: Geometry,
-    queries: &'a Queries<'a>,
-    out: &'a Shared<'a, f32>,
-}
+    /// Writes the queries `which` side by side, [D, n].
+    pub(super) fn columns(&self, which: Range<usize>, dim: usize, to: &mut Vec<f32>) {
+        let n = which.len();
+        to.clear();
+        to.resize(n * dim, 0.0);
+        for (at, i) in which.enumerate() {
+            let query = &self.q[self.index(i) * dim..][..dim];
+            to[at..].iter_mut().step_by(n).zip(query).for_each(|(to, v)| *to = *v);
+        }
+    }
 
-impl<E: Element> Task<'_, E> {
-    /// Elements [D] of query `i`.
-    fn query(&self, i: usize) -> &[f32] {
-        &self.queries.q[self.queries.index(i) * self.geometry.head_dim..][..self.geometry.head_dim]
+    /// Keys that row `t` sees.
+    fn seen(&self, t: usize) -> Range<usize> {
+        let n_keys = self.paging.rows[t].n_keys;
+        self.scoring.first_key(n_keys)..n_keys
+    }
+
+    /// Keys of `block` that row `t` sees.
+    fn seen_of(&self, t: usize, block: &Range<usize>) -> Range<usize> {
+        let seen = self.seen(t);
+        seen.start.max(block.start)..seen.end.min(block.end)
+    }
+
+    /// End of the rows from `row` on that see keys of `block` and find them in the same pages; `row` when it sees none.
+    fn alike(&self, row: usize, block: &Range<usize>, page_tokens: usize) -> usize {
+        let pages = |t: usize, keys: usize| {
+            self.pages(t).get(block.start / page_tokens..keys.min(block.end).div_ceil(page_tokens))
+        };
+        let keys = self.paging.rows[row].n_keys;
+        let others = (row..self.range.end).take_while(|&t| {
+            let most = keys.max(self.paging.rows[t].n_keys);
+            !self.seen_of(t, block).is_empty()
+                && (self.paging.rows[t].seq == self.paging.rows[row].seq
+                    || pages(t, most).is_some() && pages(t, most) == pages(row, most))
+        });
+        row + others.count()
     }
 }
 
-/// Keys whose values are taken for all columns before the next ones.
-const VALUE_BLOCK: usize = 128;
+/// What a thread keeps between runs.
+struct Scratch {
+    /// All queries side by side, [D, n].
+    queries: Vec<f32>,
+    /// Keys of the block that every query sees, counted from its first.
+    seen: Vec<Range<usize>>,
+    /// Scores, then weights, of every query in a block.
+    scores: Vec<Line>,
+    /// Weighted values so far of every query, [columns] lines each.
+    values: Vec<Line>,
+    /// Sum so far of the exponentials of every query.
+    sums: Vec<Line>,
+    /// Largest score so far of every query.
+    max: Vec<f32>,
+    /// Factors of what every query has so far and of what the block adds.
+    factors: Vec<[f32; 2]>,
+    /// A block of a rounded store, widened.
+    wide: Option<(Geometry, Pair<f32>)>,
+}
 
 thread_local! {
-    static SCORES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::NEW) };
+}
+
+impl Scratch {
+    const NEW: Self = Self {
+        queries: Vec::new(),
+        seen: Vec::new(),
+        scores: Vec::new(),
+        values: Vec::new(),
+        sums: Vec::new(),
+        max: Vec::new(),
+        factors: Vec::new(),
+        wide: None,
+    };
+
+    /// Nothing seen yet but the sinks.
+    fn start(&mut self, queries: &Queries<'_>, dim: usize) {
+        let (n, columns, zero) = (queries.len(), dim.div_ceil(LANES), Line([0.0; LANES]));
+        queries.columns(0..n, dim, &mut self.queries);
+        self.seen.clear();
+        self.seen.resize(n, 0..0);
+        self.scores.resize((n * BLOCK_LINES).max(self.scores.len()), zero);
+        for (lines, len) in [(&mut self.values, n * columns), (&mut self.sums, n)] {
+            lines.clear();
+            lines.resize(len, zero);
+        }
+        self.max.clear();
+        self.max.resize(n, f32::NEG_INFINITY);
+        self.factors.resize(n, [0.0; 2]);
+        if let Some(sinks) = queries.scoring.sinks {
+            for i in 0..n {
+                self.max[i] = sinks[queries.index(i) % queries.n_heads];
+                self.sums[i].0[0] = 1.0;
+            }
+        }
+    }
 }
 
 simd_kernel! {
@@ -80,338 +166,128 @@ simd_kernel! {
         out: &Shared<'_, f32>,
         lse: Option<&Shared<'_, f32>>,
     ) {
-        with_pair!(&kv.data, pair => tiles(s, &Task { kv: pair, geometry: kv.geometry, queries, out }, lse));
+        let mut scratch = SCRATCH.with(|s| s.replace(Scratch::NEW));
+        let dim = kv.geometry.head_dim;
+        scratch.start(queries, dim);
+        with_pair!(&kv.data, pair => blocks(s, pair, kv.geometry, queries, &mut scratch));
+        finish(s, queries, dim, &scratch, out, lse);
+        SCRATCH.with(|s| *s.borrow_mut() = scratch);
     }
 }
 
+/// Merges all keys of all queries, block by block.
 #[inline(always)]
-fn tiles<S: Simd, E: Element>(s: S, task: &Task<'_, E>, lse: Option<&Shared<'_, f32>>) {
-    let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    let (mut first, n) = (0, task.queries.len());
-    while first < n {
-        let left = n - first;
-        first += if S::TILE >= 24 && left >= 12 {
-            tile::<S, E, 12>(s, task, first, &mut scratch, lse)
-        } else if left >= 6 {
-            tile::<S, E, 6>(s, task, first, &mut scratch, lse)
-        } else if left >= 3 {
-            tile::<S, E, 3>(s, task, first, &mut scratch, lse)
-        } else {
-            tile::<S, E, 1>(s, task, first, &mut scratch, lse)
-        };
-    }
-    SCORES.with(|s| *s.borrow_mut() = scratch);
-}
-
-/// `N` queries from `first` on; returns `N`.
-#[inline(always)]
-fn tile<S: Simd, E: Element, const N: usize>(
+fn blocks<S: Simd, E: Element>(
     s: S,
-    task: &Task<'_, E>,
-    first: usize,
-    scratch: &mut Vec<Line>,
-    lse: Option<&Shared<'_, f32>>,
-) -> usize {
-    let Task { kv, geometry, queries, out } = *task;
-    let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
-    let starts = n_keys.map(|n| queries.scoring.first_key(n));
-    let most = n_keys.iter().fold(0, |hi, &n| hi.max(n));
-    // Scores are kept from the line of the first key that any of the queries sees.
-    let base = starts.iter().fold(usize::MAX, |lo, &n| lo.min(n)) / LANES;
-    let (lines, skipped) = (most.div_ceil(LANES) - base, base * LANES);
-    let dim = geometry.head_dim;
-    scratch.resize(((lines + dim.div_ceil(LANES)) * N).max(scratch.len()), Line([0.0; LANES]));
-    let pages = queries.pages();
-    let q: [&[f32]; N] = std::array::from_fn(|i| task.query(first + i));
+    kv: &Pair<E>,
+    geometry: Geometry,
+    queries: &Queries<'_>,
+    scratch: &mut Scratch,
+) {
+    let rows = queries.range.clone();
+    let first = rows.clone().fold(usize::MAX, |lo, t| lo.min(queries.seen(t).start)) / KEY_BLOCK;
+    let last = rows.clone().fold(0, |hi, t| hi.max(queries.seen(t).end)).div_ceil(KEY_BLOCK);
+    for start in (first..last).map(|block| block * KEY_BLOCK) {
+        let block = start..start + KEY_BLOCK;
+        let mut row = rows.start;
+        while row < rows.end {
+            let end = queries.alike(row, &block, geometry.page_tokens);
+            if end == row {
+                row += 1;
+                continue;
+            }
+            let keys = (row..end).map(|t| queries.seen_of(t, &block));
+            let keys = keys.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).expect("a row or more");
+            let view = View { kv, geometry, head: queries.head, pages: queries.pages(row), origin: 0 };
+            let lines = keys.start / LANES..keys.end.div_ceil(LANES);
+            if E::ROUNDED && (end - row) * queries.group >= WIDEN {
+                let mut wide = scratch.wide.take().filter(|(g, _)| g.head_dim == geometry.head_dim);
+                let (geometry, pair) =
+                    wide.get_or_insert_with(|| Pair::block(geometry.head_dim, BLOCK_LINES));
+                widen(s, &view, lines.clone(), start / LANES, *geometry, pair);
+                let pages: [u32; BLOCK_LINES] = std::array::from_fn(|i| i as u32);
+                let view = View { kv: &*pair, geometry: *geometry, head: 0, pages: &pages, origin: start };
+                merge(s, &view, queries, row..end, &block, lines, scratch);
+                scratch.wide = wide;
+            } else {
+                merge(s, &view, queries, row..end, &block, lines, scratch);
+            }
+            row = end;
+        }
+    }
+}
 
-    scores(s, kv, geometry, queries.head, pages, q, queries.scoring, base, &mut scratch[..lines * N]);
-    let mut inverse = [0.0f32; N];
-    for i in 0..N {
-        let seen = starts[i] - skipped..n_keys[i] - skipped;
-        let sink = queries.scoring.sinks.map(|sinks| sinks[queries.index(first + i) % queries.n_heads]);
-        let (max, sum) = softmax(s, &mut scratch[i * lines..(i + 1) * lines], seen, sink);
-        inverse[i] = 1.0 / sum;
+/// Merges the keys of one block, `lines` being those of which any of the `rows` sees a key; all rows see some.
+#[inline(always)]
+fn merge<S: Simd, E: Element>(
+    s: S,
+    view: &View<'_, E>,
+    queries: &Queries<'_>,
+    rows: Range<usize>,
+    block: &Range<usize>,
+    lines: Range<usize>,
+    scratch: &mut Scratch,
+) {
+    let Scratch { queries: q, seen, scores, values, sums, max, factors, .. } = scratch;
+    let (geometry, group, first) = (view.geometry, queries.group, block.start / LANES);
+    let mine = (rows.start - queries.range.start) * group..(rows.end - queries.range.start) * group;
+    let q = Columns { elements: q, n: queries.len() };
+    let (mut here, mut next) = ([None; BLOCK_LINES], [None; BLOCK_LINES]);
+    for line in lines {
+        let both = view.line(line).expect("rows were checked against their pages");
+        score_line(s, geometry, both, q, mine.clone(), queries.scoring, line - first, scores);
+        here[line - first] = Some(both[1]);
+        if let Some([keys, _]) = view.line(line + BLOCK_LINES) {
+            next[line - first] = Some(keys);
+        }
+    }
+    let scores = &mut scores[mine.start * BLOCK_LINES..mine.end * BLOCK_LINES];
+    let (seen, sums) = (&mut seen[mine.clone()], &mut sums[mine.clone()]);
+    let (max, factors) = (&mut max[mine.clone()], &mut factors[mine.clone()]);
+    for (row, t) in rows.enumerate() {
+        let keys = queries.seen_of(t, block);
+        let keys = keys.start - block.start..keys.end - block.start;
+        for i in row * group..(row + 1) * group {
+            let (largest, sum) = weigh(s, &mut scores[i * BLOCK_LINES..][..BLOCK_LINES], keys.clone());
+            // One of both is the maximum of both and keeps its sums as they are.
+            let below = f32::min(max[i] - largest, largest - max[i]);
+            let below = s.max_lane(exp_below(s, s.splat(below)));
+            factors[i] = if largest > max[i] { [below, 1.0] } else { [1.0, below] };
+            max[i] = max[i].max(largest);
+            let kept = s.mul(s.load(&sums[i].0), s.splat(factors[i][0]));
+            s.store(s.fma(sum, s.splat(factors[i][1]), kept), &mut sums[i].0);
+            seen[i] = keys.clone();
+        }
+    }
+    let columns = geometry.head_dim.div_ceil(LANES);
+    let values = &mut values[mine.start * columns..mine.end * columns];
+    let block = Values { lines: here, next };
+    for column in 0..columns {
+        weighted_column(s, geometry, &block, seen, flat(scores), factors, column, values);
+    }
+}
+
+/// Divides by the sums.
+#[inline(always)]
+fn finish<S: Simd>(
+    s: S,
+    queries: &Queries<'_>,
+    dim: usize,
+    scratch: &Scratch,
+    out: &Shared<'_, f32>,
+    lse: Option<&Shared<'_, f32>>,
+) {
+    for (i, values) in scratch.values.chunks_exact(dim.div_ceil(LANES)).enumerate() {
+        let (at, sum) = (queries.index(i), s.sum(s.load(&scratch.sums[i].0)));
+        // SAFETY: one task owns a query, hence its output.
+        let row = unsafe { out.slice(at * dim..(at + 1) * dim) };
+        for (column, line) in values.iter().enumerate() {
+            write(s, row, column * LANES, s.mul(s.load(&line.0), s.splat(1.0 / sum)));
+        }
         if let Some(lse) = lse {
-            let at = queries.index(first + i);
             // SAFETY: one task owns a query, hence its entry.
             let entry = unsafe { lse.slice(at..at + 1) };
-            entry[0] = max + math::ln(f64::from(sum)) as f32;
+            entry[0] = scratch.max[i] + math::ln(f64::from(sum)) as f32;
         }
     }
-    let columns = dim.div_ceil(LANES);
-    let (scores, sums) = scratch.split_at_mut(lines * N);
-    let p: [&[f32]; N] = std::array::from_fn(|i| flat(&scores[i * lines..(i + 1) * lines]));
-    let sums = &mut sums[..columns * N];
-    sums.fill(Line([0.0; LANES]));
-    // A block of values is read for all its columns while it is near.
-    let mut from = base * LANES;
-    while from < most {
-        let keys = from..(from + VALUE_BLOCK).min(most);
-        let seen: [Range<usize>; N] = std::array::from_fn(|i| {
-            starts[i].clamp(keys.start, keys.end)..n_keys[i].clamp(keys.start, keys.end)
-        });
-        for (column, sums) in sums.chunks_exact_mut(N).enumerate() {
-            weighted(s, kv, geometry, queries.head, pages, p, &seen, skipped, column * LANES, sums);
-        }
-        from = keys.end;
-    }
-    for (column, sums) in sums.chunks_exact(N).enumerate() {
-        for i in 0..N {
-            let start = queries.index(first + i) * dim;
-            // SAFETY: one task owns a query, hence its output.
-            let row = unsafe { out.slice(start..start + dim) };
-            write(s, row, column * LANES, s.mul(s.load(&sums[i].0), s.splat(inverse[i])));
-        }
-    }
-    N
-}
-
-simd_kernel! {
-    /// Writes the outputs [.., R] of `queries` over latent rows, which no other task may write.
-    pub(super) fn attend_latent(
-        s;
-        kv: &KvPages,
-        queries: &Queries<'_>,
-        value_width: usize,
-        out: &Shared<'_, f32>,
-    ) {
-        with_pair!(&kv.data, pair => {
-            latent_tiles(s, &Task { kv: pair, geometry: kv.geometry, queries, out }, value_width);
-        });
-    }
-}
-
-#[inline(always)]
-fn latent_tiles<S: Simd, E: Element>(s: S, task: &Task<'_, E>, value_width: usize) {
-    let mut scratch = SCORES.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    let (mut first, n) = (0, task.queries.len());
-    while first < n {
-        first += if n - first >= 4 {
-            latent_tile::<S, E, 4>(s, task, first, value_width, &mut scratch)
-        } else {
-            latent_tile::<S, E, 1>(s, task, first, value_width, &mut scratch)
-        };
-    }
-    SCORES.with(|s| *s.borrow_mut() = scratch);
-}
-
-/// `N` queries from `first` on; returns `N`.
-#[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
-fn latent_tile<S: Simd, E: Element, const N: usize>(
-    s: S,
-    task: &Task<'_, E>,
-    first: usize,
-    value_width: usize,
-    scratch: &mut Vec<Line>,
-) -> usize {
-    let Task { kv, geometry, queries, out } = *task;
-    let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
-    let (fewest, most) = n_keys.iter().fold((usize::MAX, 0), |(lo, hi), &n| (lo.min(n), hi.max(n)));
-    let lines = most.div_ceil(LANES);
-    scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
-    let pages = queries.pages();
-    let q: [&[f32]; N] = std::array::from_fn(|i| task.query(first + i));
-    scores(s, kv, geometry, 0, pages, q, queries.scoring, 0, &mut scratch[..lines * N]);
-    let mut inverse = [0.0f32; N];
-    for i in 0..N {
-        let (_, sum) = softmax(s, &mut scratch[i * lines..(i + 1) * lines], 0..n_keys[i], None);
-        inverse[i] = 1.0 / sum;
-    }
-    let p: [&[Line]; N] = std::array::from_fn(|i| &scratch[i * lines..(i + 1) * lines]);
-    let rows: [&mut [f32]; N] = std::array::from_fn(|i| {
-        let start = queries.index(first + i) * value_width;
-        // SAFETY: one task owns a query, hence its output.
-        unsafe { out.slice(start..start + value_width) }
-    });
-    for d in 0..value_width {
-        // Lanes are keys. Lines that all queries see whole are read once for all of them.
-        let mut acc = [s.splat(0.0); N];
-        for line in 0..fewest / LANES {
-            let value = latent_of(s, kv, geometry, pages, d, line);
-            for i in 0..N {
-                acc[i] = s.fma(s.load(&p[i][line].0), value, acc[i]);
-            }
-        }
-        for i in 0..N {
-            for line in fewest / LANES..n_keys[i].div_ceil(LANES) {
-                // A key that the query must not see counts as zero, whatever lies there.
-                let mut value = [0.0; LANES];
-                s.store(latent_of(s, kv, geometry, pages, d, line), &mut value);
-                value[(n_keys[i] - line * LANES).min(LANES)..].fill(0.0);
-                acc[i] = s.fma(s.load(&p[i][line].0), s.load(&value), acc[i]);
-            }
-            rows[i][d] = s.sum(acc[i]) * inverse[i];
-        }
-    }
-    N
-}
-
-/// Element `d` of the latent rows of a line of keys.
-#[inline(always)]
-fn latent_of<S: Simd, E: Element>(
-    s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    pages: &[u32],
-    d: usize,
-    line: usize,
-) -> S::F {
-    let lines_per_page = geometry.page_tokens / LANES;
-    let region = kv.keys.region(geometry, pages[line / lines_per_page], 0);
-    let line = line % lines_per_page;
-    region.key(s, geometry, d, line, region.key_scale(s, geometry, d, line))
-}
-
-/// Scores of `N` queries with the keys of `pages` from line `base` on, lines of sixteen keys per query.
-#[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
-#[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
-fn scores<S: Simd, E: Element, const N: usize>(
-    s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    head: usize,
-    pages: &[u32],
-    q: [&[f32]; N],
-    scoring: &Scoring<'_>,
-    base: usize,
-    scores: &mut [Line],
-) {
-    let lines = scores.len() / N;
-    let lines_per_page = geometry.page_tokens / LANES;
-    let dim = geometry.head_dim;
-    let q: [&[f32]; N] = std::array::from_fn(|i| &q[i][..dim]);
-    for line in 0..lines {
-        let region = kv.keys.region(geometry, pages[(base + line) / lines_per_page], head);
-        let first = (base + line) % lines_per_page;
-        let mut acc = [s.splat(0.0); N];
-        for span in (0..dim).step_by(E::SPAN) {
-            let scale = region.key_scale(s, geometry, span, first);
-            let len = E::SPAN.min(dim - span);
-            let q: [&[f32]; N] = std::array::from_fn(|i| &q[i][span..][..len]);
-            for d in 0..len {
-                let key = region.key(s, geometry, span + d, first, scale);
-                for i in 0..N {
-                    acc[i] = s.fma(s.splat(q[i][d]), key, acc[i]);
-                }
-            }
-        }
-        for i in 0..N {
-            let mut score = s.mul(acc[i], s.splat(scoring.scale));
-            if let Some(cap) = scoring.softcap {
-                score = s.mul(s.splat(cap), tanh(s, s.div(score, s.splat(cap))));
-            }
-            s.store(score, &mut scores[i * lines + line].0);
-        }
-    }
-}
-
-/// Turns the scores that are seen into `e^(score - max)` and the rest into zeros; returns the maximum and the sum, in
-/// both of which the sink counts as one more score.
-#[inline(always)]
-fn softmax<S: Simd>(s: S, scores: &mut [Line], seen: Range<usize>, sink: Option<f32>) -> (f32, f32) {
-    let n = seen.end;
-    let used = n.div_ceil(LANES);
-    if !n.is_multiple_of(LANES) {
-        scores[used - 1].0[n % LANES..].fill(f32::NEG_INFINITY);
-    }
-    for (line, first) in scores.iter_mut().zip((0..seen.start).step_by(LANES)) {
-        line.0[..(seen.start - first).min(LANES)].fill(f32::NEG_INFINITY);
-    }
-    let mut max = s.splat(f32::NEG_INFINITY);
-    for line in &scores[..used] {
-        max = s.max(max, s.load(&line.0));
-    }
-    if let Some(sink) = sink {
-        max = s.max(max, s.splat(sink));
-    }
-    let largest = s.max_lane(max);
-    let (shift, mut sum) = (s.splat(largest), s.splat(0.0));
-    for line in &mut scores[..used] {
-        let p = exp(s, s.sub(s.load(&line.0), shift));
-        sum = s.add(sum, p);
-        s.store(p, &mut line.0);
-    }
-    scores[used..].fill(Line([0.0; LANES]));
-    let mut sum = s.sum(sum);
-    if let Some(sink) = sink {
-        sum += s.max_lane(exp(s, s.splat(sink - largest)));
-    }
-    (largest, sum)
-}
-
-/// Adds `p * value` of the keys `seen[i]` to sixteen columns of the sum of each query, where `p` begins at key `skipped`. The
-/// keys that all queries see are walked together, the rest by each query alone: a key that a query must not see cannot
-/// touch its sum, not even with a NaN.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
-fn weighted<S: Simd, E: Element, const N: usize>(
-    s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    head: usize,
-    pages: &[u32],
-    p: [&[f32]; N],
-    seen: &[Range<usize>; N],
-    skipped: usize,
-    column: usize,
-    sums: &mut [Line],
-) {
-    let tokens = geometry.page_tokens;
-    let mut acc = [s.splat(0.0); N];
-    for i in 0..N {
-        acc[i] = s.load(&sums[i].0);
-    }
-    let from = seen.iter().fold(0, |hi, keys| hi.max(keys.start));
-    let to = seen.iter().fold(usize::MAX, |lo, keys| lo.min(keys.end)).max(from);
-    for i in 0..N {
-        for key in seen[i].start..from.min(seen[i].end) {
-            acc[i] = s.fma(
-                s.splat(p[i][key - skipped]),
-                value_of(s, kv, geometry, head, pages, key, column),
-                acc[i],
-            );
-        }
-    }
-    let mut key = from;
-    while key < to {
-        let (region, slot) = (kv.values.region(geometry, pages[key / tokens], head), key % tokens);
-        let here = (tokens - slot).min(to - key);
-        let rows = region.cells[slot * geometry.padded..].chunks_exact(geometry.padded);
-        let p: [&[f32]; N] = std::array::from_fn(|i| &p[i][key - skipped..][..here]);
-        for (j, row) in rows.take(here).enumerate() {
-            let value = region.value(s, geometry, row, slot + j, column);
-            for i in 0..N {
-                acc[i] = s.fma(s.splat(p[i][j]), value, acc[i]);
-            }
-        }
-        key += here;
-    }
-    for i in 0..N {
-        for key in to..seen[i].end {
-            acc[i] = s.fma(
-                s.splat(p[i][key - skipped]),
-                value_of(s, kv, geometry, head, pages, key, column),
-                acc[i],
-            );
-        }
-        s.store(acc[i], &mut sums[i].0);
-    }
-}
-
-/// Sixteen columns of the value of one key.
-#[inline(always)]
-fn value_of<S: Simd, E: Element>(
-    s: S,
-    kv: &Pair<E>,
-    geometry: Geometry,
-    head: usize,
-    pages: &[u32],
-    key: usize,
-    column: usize,
-) -> S::F {
-    let (page, slot) = (pages[key / geometry.page_tokens], key % geometry.page_tokens);
-    let region = kv.values.region(geometry, page, head);
-    region.value(s, geometry, &region.cells[slot * geometry.padded..], slot, column)
 }

@@ -6,12 +6,17 @@
 //! result, both by the caller. The store is the key half of the ordinary one with a single head of R + P elements:
 //! nothing is kept twice.
 
-use super::core::{Queries, attend_latent};
-use super::{KvFormat, KvPages, Paging, Scoring, blocks_of_rows};
-use crate::dispatch;
+use std::cell::RefCell;
+
+use super::core::Queries;
+use super::store::{Element, Geometry, Pair, with_pair};
+use super::tiles::{Columns, dots, score, weigh};
+use super::{KvFormat, KvPages, Paging, ROW_BLOCK, Scoring, runs_of_rows};
+use crate::dispatch::{self, simd_kernel};
 use crate::error::{KernelError, check_len};
 use crate::parallel::{Shared, share, task_count};
 use crate::pool;
+use crate::simd::{LANES, Line, Simd};
 
 /// One layer's latent rows, a whole number of pages.
 #[derive(Debug, Clone)]
@@ -78,7 +83,7 @@ pub fn latent_attention(
     check_len(op, "out", rows.len() * n_heads * value_width, out.len())?;
     // All heads read the same rows; they are cut into groups so that one row alone keeps several threads busy.
     let group = (1..=GROUP.min(n_heads)).rev().find(|g| n_heads.is_multiple_of(*g)).unwrap_or(1);
-    let blocks = blocks_of_rows(rows);
+    let blocks = runs_of_rows(rows.len(), ROW_BLOCK, |a, b| rows[a].seq == rows[b].seq);
     let keys: usize = rows.iter().map(|r| r.n_keys).sum();
     let items = blocks.len() * (n_heads / group);
     let tasks = task_count(items, keys * group * width * 2 / blocks.len().max(1));
@@ -98,6 +103,120 @@ pub fn latent_attention(
 /// Query heads that one task takes together.
 const GROUP: usize = 8;
 
+simd_kernel! {
+    /// Writes the outputs [.., R] of `queries`, all of one sequence, which no other task may write.
+    fn attend_latent(
+        s;
+        kv: &KvPages,
+        queries: &Queries<'_>,
+        value_width: usize,
+        out: &Shared<'_, f32>,
+    ) {
+        with_pair!(&kv.data, pair => tiles(s, pair, kv.geometry, queries, value_width, out));
+    }
+}
+
+/// What a thread keeps between runs.
+#[derive(Default)]
+struct Scratch {
+    /// The queries of a tile side by side.
+    queries: Vec<f32>,
+    /// Their scores, then weights.
+    scores: Vec<Line>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+#[inline(always)]
+fn tiles<S: Simd, E: Element>(
+    s: S,
+    kv: &Pair<E>,
+    geometry: Geometry,
+    queries: &Queries<'_>,
+    value_width: usize,
+    out: &Shared<'_, f32>,
+) {
+    let mut scratch = SCRATCH.with(|s| std::mem::take(&mut *s.borrow_mut()));
+    let mut first = 0;
+    while first < queries.len() {
+        first += if queries.len() - first >= 4 {
+            tile::<S, E, 4>(s, kv, geometry, queries, first, value_width, out, &mut scratch)
+        } else {
+            tile::<S, E, 1>(s, kv, geometry, queries, first, value_width, out, &mut scratch)
+        };
+    }
+    SCRATCH.with(|s| *s.borrow_mut() = scratch);
+}
+
+/// `N` queries from `first` on; returns `N`.
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "several slices are indexed alike")]
+#[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
+fn tile<S: Simd, E: Element, const N: usize>(
+    s: S,
+    kv: &Pair<E>,
+    geometry: Geometry,
+    queries: &Queries<'_>,
+    first: usize,
+    value_width: usize,
+    out: &Shared<'_, f32>,
+    scratch: &mut Scratch,
+) -> usize {
+    let n_keys: [usize; N] = std::array::from_fn(|i| queries.n_keys(first + i));
+    let (fewest, most) = n_keys.iter().fold((usize::MAX, 0), |(lo, hi), &n| (lo.min(n), hi.max(n)));
+    let lines = most.div_ceil(LANES);
+    let (pages, per_page) = (queries.pages(queries.range.start), geometry.page_tokens / LANES);
+    let region = |line: usize| (kv.keys.region(geometry, pages[line / per_page], 0), line % per_page);
+    queries.columns(first..first + N, geometry.head_dim, &mut scratch.queries);
+    let (q, scratch) = (Columns { elements: &scratch.queries, n: N }, &mut scratch.scores);
+    scratch.resize((lines * N).max(scratch.len()), Line([0.0; LANES]));
+    for line in 0..lines {
+        let (region, at) = region(line);
+        let mut sums = [s.splat(0.0); N];
+        dots(s, geometry, region, at, q, 0, &mut sums);
+        for i in 0..N {
+            s.store(score(s, sums[i], queries.scoring), &mut scratch[i * lines + line].0);
+        }
+    }
+    let mut inverse = [0.0f32; N];
+    for i in 0..N {
+        let (_, sum) = weigh(s, &mut scratch[i * lines..(i + 1) * lines], 0..n_keys[i]);
+        inverse[i] = 1.0 / s.sum(sum);
+    }
+    let p: [&[Line]; N] = std::array::from_fn(|i| &scratch[i * lines..(i + 1) * lines]);
+    let rows: [&mut [f32]; N] = std::array::from_fn(|i| {
+        let start = queries.index(first + i) * value_width;
+        // SAFETY: one task owns a query, hence its output.
+        unsafe { out.slice(start..start + value_width) }
+    });
+    let latent = |d: usize, line: usize| {
+        let (region, at) = region(line);
+        region.key(s, geometry, d, at, region.key_scale(s, geometry, d, at))
+    };
+    for d in 0..value_width {
+        // Lanes are keys. Lines that all queries see whole are read once for all of them.
+        let mut acc = [s.splat(0.0); N];
+        for line in 0..fewest / LANES {
+            let value = latent(d, line);
+            for i in 0..N {
+                acc[i] = s.fma(s.load(&p[i][line].0), value, acc[i]);
+            }
+        }
+        for i in 0..N {
+            for line in fewest / LANES..n_keys[i].div_ceil(LANES) {
+                // A key that the query must not see counts as zero, whatever lies there.
+                let mut value = [0.0; LANES];
+                s.store(latent(d, line), &mut value);
+                value[(n_keys[i] - line * LANES).min(LANES)..].fill(0.0);
+                acc[i] = s.fma(s.load(&p[i][line].0), s.load(&value), acc[i]);
+            }
+            rows[i][d] = s.sum(acc[i]) * inverse[i];
+        }
+    }
+    N
+}
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -124,6 +124,8 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
     const ZERO: Self;
     /// Elements of a row that share a scale; beyond any row where there are no scales.
     const SPAN: usize;
+    /// Whether reading costs more than a load.
+    const ROUNDED: bool = true;
     /// Gives the cells of at most 32 elements to `put`, and the bits of their scale, a bf16, back.
     fn encode(block: &[f32], put: impl FnMut(usize, Self)) -> u16;
     /// Sixteen cells, without their scale.
@@ -133,6 +135,7 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
 impl Element for f32 {
     const ZERO: Self = 0.0;
     const SPAN: usize = usize::MAX;
+    const ROUNDED: bool = false;
 
     fn encode(block: &[f32], mut put: impl FnMut(usize, Self)) -> u16 {
         block.iter().enumerate().for_each(|(i, v)| put(i, *v));
@@ -242,28 +245,32 @@ impl<E: Element> Region<'_, E> {
     /// Element `d` of the sixteen keys of line `line`; their scale as [`Region::key_scale`] gives it.
     #[inline(always)]
     pub(super) fn key<S: Simd>(&self, s: S, geometry: Geometry, d: usize, line: usize, scale: S::F) -> S::F {
-        let cells =
-            E::widen(s, &self.cells.as_chunks::<LANES>().0[d * (geometry.page_tokens / LANES) + line]);
+        self.scaled(s, &self.cells.as_chunks::<LANES>().0[d * (geometry.page_tokens / LANES) + line], scale)
+    }
+
+    /// Cells times their scale.
+    #[inline(always)]
+    pub(super) fn scaled<S: Simd>(&self, s: S, cells: &[E; LANES], scale: S::F) -> S::F {
+        let cells = E::widen(s, cells);
         if E::SPAN == BLOCK { s.mul(cells, scale) } else { cells }
     }
 
-    /// Sixteen elements from `column` on of the value in `slot`, whose row of cells is `row`.
+    /// Sixteen elements from `16 * column` on of the value in `slot`.
     #[inline(always)]
     pub(super) fn value<S: Simd>(
         &self,
         s: S,
         geometry: Geometry,
-        row: &[E],
         slot: usize,
         column: usize,
-    ) -> S::F {
-        let cells = row[column..].first_chunk().expect("rows of values are padded to whole lines");
+    ) -> Option<S::F> {
+        let cells = self.cells.as_chunks::<LANES>().0.get(slot * (geometry.padded / LANES) + column)?;
         let cells = E::widen(s, cells);
         if E::SPAN != BLOCK {
-            return cells;
+            return Some(cells);
         }
-        let scale = bf16::from_bits(self.scales[slot * geometry.blocks + column / BLOCK]).to_f32();
-        s.mul(cells, s.splat(scale))
+        let scale = *self.scales.get(slot * geometry.blocks + column * LANES / BLOCK)?;
+        Some(s.mul(cells, s.splat(bf16::from_bits(scale).to_f32())))
     }
 }
 
@@ -317,6 +324,27 @@ impl<E: Element> Pair<E> {
                 }
             }
         });
+    }
+}
+
+impl Pair<f32> {
+    /// A store of one head for `lines` lines of keys, a page each.
+    pub(super) fn block(head_dim: usize, lines: usize) -> (Geometry, Self) {
+        let blocks = head_dim.div_ceil(BLOCK);
+        let padded = head_dim.next_multiple_of(LANES);
+        let geometry = Geometry { page_tokens: LANES, n_kv_heads: 1, head_dim, padded, blocks };
+        (geometry, Self::zeroed(geometry, lines, lines))
+    }
+
+    /// The keys and the values of a page of such a store.
+    pub(super) fn page_mut(
+        &mut self,
+        geometry: Geometry,
+        page: usize,
+    ) -> (&mut [[f32; LANES]], &mut [[f32; LANES]]) {
+        let cells = geometry.cells(page, 0);
+        let (keys, values) = (&mut self.keys.cells[cells.clone()], &mut self.values.cells[cells]);
+        (keys.as_chunks_mut().0, values.as_chunks_mut().0)
     }
 }
 

@@ -152,7 +152,7 @@ impl Batch {
 #[test]
 fn forward_agrees_with_the_reference() {
     for (shape, kind) in SHAPES.into_iter().flat_map(|shape| KINDS.map(|kind| (shape, kind))) {
-        let batch = Batch::new(shape, &[1, 40, 0, 17], kind);
+        let batch = Batch::new(shape, &[1, 40, 0, 17, 150], kind);
         let out = same_at_every_level(|| {
             let (out, lse) = batch.forward();
             [out, lse].concat()
@@ -186,9 +186,9 @@ proptest::proptest! {
 #[test]
 fn paging_chunking_and_threads_do_not_change_a_bit() {
     for (shape, kind) in SHAPES.into_iter().flat_map(|shape| KINDS.map(|kind| (shape, kind))) {
-        let batch = Batch::new(shape, &[70, 3, 33], kind);
+        let batch = Batch::new(shape, &[270, 3, 133], kind);
         let expected = bits(&batch.forward().0);
-        for (page_tokens, chunk) in [(16, 1), (16, 70), (32, 7), (48, 20)] {
+        for (page_tokens, chunk) in [(16, 1), (16, 270), (32, 7), (48, 20)] {
             for format in KvFormat::ALL {
                 assert_eq!(
                     bits(&batch.paged(format, page_tokens, chunk)),
@@ -199,6 +199,51 @@ fn paging_chunking_and_threads_do_not_change_a_bit() {
         }
         for threads in [1, 3] {
             assert_eq!(with_threads(threads, || bits(&batch.forward().0)), expected);
+        }
+    }
+}
+
+#[test]
+fn rows_of_several_sequences_that_share_pages_are_as_if_alone() {
+    // Four sequences have pages in common, up to different keys; the fifth has none of them.
+    let (shape, page_tokens, pages) = (SHAPES[0], 32, 9);
+    let shared = [9usize, 9, 6, 4, 0];
+    let mut next = pages as u32;
+    let tables: Vec<Vec<u32>> = shared
+        .iter()
+        .map(|&n| {
+            let own = next..next + (pages - n) as u32;
+            next = own.end;
+            (0..n as u32).chain(own).collect()
+        })
+        .collect();
+    let (wide, narrow) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
+    // Every page is written once, through a sequence of its own.
+    let all = [(0..next).collect::<Vec<u32>>()];
+    let cells: Vec<RowRef> =
+        (1..=next as usize * page_tokens).map(|n_keys| RowRef { seq: 0, n_keys }).collect();
+    let (k, v) = (noise(cells.len() * narrow, 2), noise(cells.len() * narrow, 3));
+    let rows: Vec<RowRef> = (0..shared.len())
+        .flat_map(|seq| [130, 131, 200, 287].map(|n_keys| RowRef { seq, n_keys: n_keys - seq }))
+        .collect();
+    let q = noise(rows.len() * wide, 1);
+    for (format, window) in KvFormat::ALL.into_iter().flat_map(|f| [None, Some(100)].map(|w| (f, w))) {
+        let mut kv =
+            KvPages::new(format, next as usize, page_tokens, shape.n_kv_heads, shape.head_dim).unwrap();
+        append_kv(&mut kv, &Paging { rows: &cells, tables: &all }, &k, &v).unwrap();
+        let scoring = Scoring { window, ..Scoring::scaled(0.125) };
+        let attend = |q: &[f32], rows: &[RowRef]| {
+            let mut out = vec![0.0; q.len()];
+            let paging = Paging { rows, tables: &tables };
+            paged_attention(q, shape.n_heads, &paging, &kv, &scoring, &mut out).unwrap();
+            bits(&out)
+        };
+        for threads in [1, 3] {
+            let together = with_threads(threads, || attend(&q, &rows));
+            for ((row, q), together) in rows.iter().zip(q.chunks_exact(wide)).zip(together.chunks_exact(wide))
+            {
+                assert_eq!(attend(q, &[*row]), together, "{format} {window:?} {row:?}");
+            }
         }
     }
 }

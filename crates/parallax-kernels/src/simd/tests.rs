@@ -11,7 +11,7 @@ simd_kernel! {
         let results = [
             s.add(x, y), s.sub(x, y), s.mul(x, y), s.div(x, y), s.fma(x, y, x), s.max(x, y), s.min(x, y),
             s.round(x), s.pow2(s.round(s.min(s.splat(90.0), s.max(s.splat(-90.0), x)))),
-            s.widen_f16(halves), s.widen_bf16(halves), exp(s, x),
+            s.widen_f16(halves), s.widen_bf16(halves), exp(s, x), exp_below(s, s.min(s.splat(0.0), x)),
         ];
         let mut out = Vec::new();
         for result in results {
@@ -161,6 +161,19 @@ fn rounding_to_bytes_takes_ties_to_even() {
     let expected: Vec<f32> = v.iter().map(|v| v.round_ties_even()).collect();
     assert_eq!(got[..LANES], expected);
     assert_eq!(got[LANES], expected.iter().sum::<f32>());
+}
+
+#[test]
+fn exp_below_is_exp_and_ends_in_zero() {
+    let scalar = scalar::Scalar;
+    let at = |x: f32| exp_below(scalar, scalar.splat(x))[0];
+    for x in (0..=87_000).map(|i| i as f32 / -1000.0) {
+        assert_eq!(at(x).to_bits(), exp(scalar, scalar.splat(x))[0].to_bits(), "{x}");
+    }
+    for x in [-88.0, -89.5, -1e30, f32::NEG_INFINITY] {
+        assert_eq!(at(x).to_bits(), 0, "{x}");
+    }
+    assert!(at(f32::NAN).is_nan());
 }
 
 #[test]
