@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 /// Longer than anything here takes on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 const PROTOCOLS: [&str; 4] =
-    ["/parallax/stage/1", lattica_bitswap::wire::PROTOCOL, "/lattica/rpc/2.0.0", "/lattica/link/1.0.0"];
+    ["/parallax/stage/2", lattica_bitswap::wire::PROTOCOL, "/lattica/rpc/2.0.0", "/lattica/link/1.0.0"];
 
 /// Bytes without a meaning, the same in every run.
 fn noise(n: u32) -> Vec<u8> {

@@ -48,6 +48,12 @@ matrix = {
     "top_p": {"top_p": 0.4},
     "top_k": {"extra_body": {"top_k": 3}},
     "min_p": {"extra_body": {"min_p": 0.3}},
+    "typical_p": {"extra_body": {"typical_p": 0.4}},
+    "stop_ids": {"extra_body": {"stop_token_ids": list(range(22))}},
+    "min_tokens": {"extra_body": {"stop_token_ids": list(range(22)), "min_tokens": 5}},
+    "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {
+        "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"],
+        "additionalProperties": False}}}},
     "presence": {"presence_penalty": 1.5},
     "frequency": {"frequency_penalty": -1.5},
     "repetition": {"extra_body": {"repetition_penalty": 1.5}},
@@ -77,6 +83,13 @@ for name, changes in matrix.items():
     }
 content = choice(logprobs=True, top_logprobs=4).logprobs.content
 out["alternatives"] = [len(entry.top_logprobs) for entry in content]
+
+weather = {"type": "function", "function": {"name": "w", "parameters": {
+    "type": "object", "properties": {"c": {"enum": ["a", "b"]}}, "required": ["c"], "additionalProperties": False}}}
+for name, wanted in {"named": {"type": "function", "function": {"name": "w"}}, "required": "required"}.items():
+    forced = choice(tools=[weather], tool_choice=wanted, max_tokens=80)
+    call = forced.message.tool_calls[0].function
+    out["forced_" + name] = [forced.finish_reason, call.name, json.loads(call.arguments)["c"] in "ab"]
 
 text = client.completions.create(model="toy", prompt=["hello", "there"], max_tokens=5, logprobs=2, echo=True, seed=1)
 out["completions"] = [[one.text[:5], one.finish_reason, len(one.logprobs.tokens)] for one in text.choices]

@@ -28,6 +28,8 @@ const START: Duration = Duration::from_secs(90);
 const SILENCE: Duration = Duration::from_secs(180);
 /// Time kept for the chat at the end.
 const CHAT: Duration = Duration::from_secs(45);
+/// What the trained adapter is called where it is asked.
+const TRAINED: &str = "trained";
 
 /// How rollouts and training alternate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -294,7 +296,7 @@ async fn chat(args: &DemoArgs, dir: &Path, bootstrap: &str, adapter: Option<&str
         text(&["role", "serve", "--model", &args.model, "--dtype", "f32", "--port", "0", "--json"]);
     serve.extend(common(5, bootstrap));
     if let Some(adapter) = adapter {
-        serve.extend(text(&["--adapter", adapter]));
+        serve.extend(text(&["--adapter", &format!("{TRAINED}={adapter}")]));
     }
     let mut head = Role::start(&args.out, "serve", &serve)?;
     let ready =
@@ -321,7 +323,11 @@ async fn chat(args: &DemoArgs, dir: &Path, bootstrap: &str, adapter: Option<&str
         }
     }
     let prompt = "What is 12+34?";
-    let body = json!({"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 48});
+    let mut body =
+        json!({"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 48});
+    if adapter.is_some() {
+        body["model"] = json!(TRAINED);
+    }
     let response = client.post(format!("{url}/v1/chat/completions")).json(&body).send().await?;
     let answer: Value = response.json().await.context("the pipeline's answer is JSON")?;
     let reply = answer["choices"][0]["message"]["content"].as_str();

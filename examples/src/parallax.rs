@@ -5,6 +5,7 @@
     reason = "a command consumes its arguments, whatever it does with them"
 )]
 
+pub mod adapters;
 pub mod bench;
 pub mod bench_swarm;
 pub mod chat;

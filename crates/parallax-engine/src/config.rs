@@ -44,6 +44,8 @@ pub enum OnSwap {
     /// Let the requests in flight finish on the old weights; later ones wait for the new. The engine thread of
     /// [`crate::EngineHandle`] does the waiting.
     Finish,
+    /// End the requests in flight ([`crate::FinishReason::Aborted`]), by [`crate::EngineHandle`] too.
+    Abort,
 }
 
 impl Default for EngineConfig {

@@ -1,7 +1,7 @@
 //! `Engine`: requests in, batches out to a runner, tokens back.
 //!
 //! Getters: `limits`, `version`, `metrics`, `is_busy`, `adapters`. Commands: `add`, `add_group`, `abort`, `set_version`,
-//! `lose_pages`, `add_adapter`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
+//! `lose_pages`, `abort_all`, `hand_adapters_to`, `add_adapter`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
 //! `housekeep`, `plan`, run the batch elsewhere, and `complete` it; never plan twice without completing.
 
 mod adapters;
@@ -195,11 +195,22 @@ impl Engine {
         Some(self.finished(&sequence, FinishReason::Aborted, None))
     }
 
-    /// The runner has new weights under the same pages. Cached keys and values of the old ones are dropped, if so
-    /// configured.
+    /// Ends all requests early.
+    pub fn abort_all(&mut self) -> Vec<RequestEvent> {
+        self.end_all(FinishReason::Aborted, None)
+    }
+
+    /// The runner has new weights under the same pages. What becomes of cached keys and values of the old ones is
+    /// [`EngineConfig::on_swap`].
     pub fn set_version(&mut self, version: PolicyVersion) {
+        self.set_version_as(version, self.on_swap);
+    }
+
+    /// As [`Self::set_version`], with what becomes of them this time. [`OnSwap::Finish`] and [`OnSwap::Abort`] are the
+    /// caller's to see to before; what is left is computed again.
+    pub fn set_version_as(&mut self, version: PolicyVersion, on_swap: OnSwap) {
         self.version = version;
-        if self.on_swap == OnSwap::Keep {
+        if on_swap == OnSwap::Keep {
             let running: Vec<RequestId> = self.scheduler.running().iter().map(Sequence::id).collect();
             for sequence in self.scheduler.all_mut() {
                 if running.contains(&sequence.id()) {
@@ -230,9 +241,22 @@ impl Engine {
         &self.adapters
     }
 
-    /// Adapters are resident: requests can name them, or some that did are not finished.
-    pub fn has_adapters(&self) -> bool {
-        self.adapters.names().next().is_some() || self.adapters.has_retired()
+    /// Makes all adapters resident in `runner`, which is about to take the place of the one that has them.
+    ///
+    /// # Errors
+    /// The first that does not fit, by name; `runner` is of no use then.
+    pub fn hand_adapters_to(&self, runner: &mut dyn StageRunner) -> Result<(), StageError> {
+        for (id, bytes) in self.adapters.all() {
+            runner.add_adapter(id, bytes).map_err(|error| {
+                let name = self.adapters.name_of(id).unwrap_or("of a request in flight");
+                StageError::NotReady {
+                    reason: format!(
+                        "adapter {name:?} does not go with the new weights, unload it first: {error}"
+                    ),
+                }
+            })?;
+        }
+        Ok(())
     }
 
     /// Makes an adapter resident; one of the same name is replaced, and its requests finish on the old one.

@@ -5,6 +5,7 @@
 //! | `POST /v1/chat/completions`, `/v1/completions`, `/v1/responses` | OpenAI |
 //! | `POST /v1/messages`, `/v1/messages/count_tokens` | Anthropic |
 //! | `GET /v1/models`, `/v1/models/{id}` | the model and its resident adapters |
+//! | `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter`, `/v1/update_weights` | for operators who allow it |
 //! | `POST /tokenize`, `/detokenize` | as vLLM has them |
 //! | `GET /health`, `/ping`, `/version`, `/metrics` | for operators; metrics under vLLM's names |
 //! | `GET /`, `/cluster`, `/cluster/status` | the chat page, the cluster page and what it shows |
@@ -32,6 +33,7 @@ mod sampling;
 mod server;
 mod tokens;
 mod tools;
+mod updates;
 
 use std::future::IntoFuture as _;
 use std::sync::Arc;
@@ -50,6 +52,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 pub use error::ApiError;
 pub use gate::{DEFAULT_BODY_LIMIT_BYTES, HttpLimits};
+pub use updates::{Updates, WeightLoader};
 
 use crate::service::EngineHandle;
 use server::{Ask, Entry, Placement, Server, unix_seconds};
@@ -79,6 +82,8 @@ pub struct HttpState {
     pub readiness: Option<Readiness>,
     /// Who computes; `None`: this machine alone.
     pub cluster: Option<ClusterSource>,
+    /// What clients may change while it runs; `None`: nothing.
+    pub updates: Option<Updates>,
 }
 
 impl HttpState {
@@ -93,6 +98,7 @@ impl HttpState {
             limits: HttpLimits::default(),
             readiness: None,
             cluster: None,
+            updates: None,
         }
     }
 }
@@ -125,6 +131,9 @@ fn routes(server: &Shared) -> Router {
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(middleware::from_fn_with_state(Arc::clone(server), limited));
     let known = Router::new()
+        .route("/v1/load_lora_adapter", post(updates::load_adapter))
+        .route("/v1/unload_lora_adapter", post(updates::unload_adapter))
+        .route("/v1/update_weights", post(updates::update_weights))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/cluster/status", get(cluster_status))

@@ -187,6 +187,10 @@ impl StageRunner for LocalStage {
         self.stage.remove_adapter(id);
     }
 
+    fn remove_adapters(&mut self) {
+        self.stage.remove_adapters();
+    }
+
     fn log_softmax(&self) -> LogSoftmax {
         log_softmax
     }
@@ -282,6 +286,10 @@ impl StageRunner for Pipeline {
         for stage in &mut self.stages {
             stage.stage.remove_adapter(id);
         }
+    }
+
+    fn remove_adapters(&mut self) {
+        self.stages.iter_mut().for_each(|stage| stage.stage.remove_adapters());
     }
 
     fn log_softmax(&self) -> LogSoftmax {

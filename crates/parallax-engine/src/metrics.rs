@@ -59,8 +59,8 @@ impl EngineMetrics {
     }
 }
 
-/// Times of requests and steps.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// Times and lengths of requests and steps.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Latencies {
     /// From submission to the first token.
     pub time_to_first_token: Histogram,
@@ -68,6 +68,20 @@ pub struct Latencies {
     pub inter_token: Histogram,
     /// From submission to the end.
     pub end_to_end: Histogram,
+    /// From submission to the first step that computes it, of finished requests.
+    pub queue: Histogram,
+    /// From there to the first token.
+    pub prefill: Histogram,
+    /// From the first token to the last one.
+    pub decode: Histogram,
+    /// `prefill` and `decode` together.
+    pub inference: Histogram,
+    /// Tokens of the prompts of finished requests.
+    pub prompt_tokens: Histogram,
+    /// Tokens of their answers.
+    pub generated_tokens: Histogram,
+    /// Rows (tokens) of steps.
+    pub step_rows: Histogram,
     /// Seconds inside runners, of all steps.
     pub forward_seconds: f64,
     /// Seconds of all steps, planning and sampling included.
@@ -78,20 +92,50 @@ pub struct Latencies {
 pub const BUCKETS_SECONDS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0];
 
+/// Upper bounds of the buckets of numbers of tokens.
+pub const BUCKETS_TOKENS: [f64; 16] =
+    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5];
+
+impl Default for Latencies {
+    fn default() -> Self {
+        let (seconds, tokens) = (Histogram::new(&BUCKETS_SECONDS), Histogram::new(&BUCKETS_TOKENS));
+        Self {
+            time_to_first_token: seconds.clone(),
+            inter_token: seconds.clone(),
+            end_to_end: seconds.clone(),
+            queue: seconds.clone(),
+            prefill: seconds.clone(),
+            decode: seconds.clone(),
+            inference: seconds,
+            prompt_tokens: tokens.clone(),
+            generated_tokens: tokens.clone(),
+            step_rows: tokens,
+            forward_seconds: 0.0,
+            step_seconds: 0.0,
+        }
+    }
+}
+
 /// Observations by bucket.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Histogram {
-    counts: [u64; BUCKETS_SECONDS.len() + 1],
-    sum_seconds: f64,
+    bounds: &'static [f64],
+    /// One more than bounds: the last has none.
+    counts: Vec<u64>,
+    sum: f64,
 }
 
 impl Histogram {
+    /// No observations; `bounds` are the upper ends of the buckets, rising.
+    pub fn new(bounds: &'static [f64]) -> Self {
+        Self { bounds, counts: vec![0; bounds.len() + 1], sum: 0.0 }
+    }
+
     /// Adds one observation.
-    pub fn observe(&mut self, seconds: f64) {
-        let bucket =
-            BUCKETS_SECONDS.iter().position(|bound| seconds <= *bound).unwrap_or(BUCKETS_SECONDS.len());
+    pub fn observe(&mut self, value: f64) {
+        let bucket = self.bounds.iter().position(|bound| value <= *bound).unwrap_or(self.bounds.len());
         self.counts[bucket] += 1;
-        self.sum_seconds += seconds;
+        self.sum += value;
     }
 
     /// Observations.
@@ -100,14 +144,14 @@ impl Histogram {
     }
 
     /// Sum of the observations.
-    pub fn sum_seconds(&self) -> f64 {
-        self.sum_seconds
+    pub fn sum(&self) -> f64 {
+        self.sum
     }
 
     /// Bucket bounds with the number of observations at or below each, as Prometheus wants them; the last bound is
     /// infinite.
     pub fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
-        let bounds = BUCKETS_SECONDS.into_iter().chain([f64::INFINITY]);
+        let bounds = self.bounds.iter().copied().chain([f64::INFINITY]);
         bounds.zip(self.counts.iter().scan(0, |sum, n| {
             *sum += n;
             Some(*sum)
@@ -121,7 +165,7 @@ mod tests {
 
     #[test]
     fn histograms_count_at_or_below_each_bound() {
-        let mut histogram = Histogram::default();
+        let mut histogram = Histogram::new(&BUCKETS_SECONDS);
         for seconds in [0.0005, 0.001, 0.3, 1000.0] {
             histogram.observe(seconds);
         }

@@ -50,7 +50,7 @@ struct Shared {
     shape: StageShape,
     limits: RequestLimits,
     queued_requests: usize,
-    finish_on_swap: bool,
+    on_swap: OnSwap,
     in_flight: AtomicUsize,
     next_request: AtomicU64,
     version: AtomicU64,
@@ -77,6 +77,7 @@ enum Command {
     },
     RemoveAdapter {
         name: String,
+        reply: Reply,
     },
 }
 
@@ -84,8 +85,7 @@ enum Command {
 struct Swap {
     version: PolicyVersion,
     weights: Weights,
-    /// Requests that came before it finish on the old weights first.
-    finish: bool,
+    on_swap: OnSwap,
     reply: Reply,
 }
 
@@ -135,7 +135,7 @@ impl EngineHandle {
     ) -> Result<(Self, EngineThread), ConfigError> {
         let shape = runner.shape();
         let queued_requests = config.queued_requests;
-        let finish_on_swap = config.on_swap == OnSwap::Finish;
+        let on_swap = config.on_swap;
         let pace = Pace::new(Duration::from_millis(config.step_ms));
         let mut engine = Engine::new(shape, runner.log_softmax(), config)?;
         if let Some(drafter) = drafter {
@@ -151,7 +151,7 @@ impl EngineHandle {
             aborted: Mutex::default(),
             metrics: Mutex::new(engine.metrics()),
             adapters: Mutex::default(),
-            finish_on_swap,
+            on_swap,
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
         let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared), pace);
@@ -271,7 +271,20 @@ impl EngineHandle {
         version: PolicyVersion,
         adapter: Option<Vec<u8>>,
     ) -> Result<(), StageError> {
-        self.swap(version, Weights::Adapter(adapter))?.await.unwrap_or_else(|_| Err(stopped()))
+        self.swap_adapter_as(version, adapter, self.shared.on_swap).await
+    }
+
+    /// As [`Self::swap_adapter`], with what becomes of requests in flight this time.
+    ///
+    /// # Errors
+    /// As [`Self::swap_adapter`].
+    pub async fn swap_adapter_as(
+        &self,
+        version: PolicyVersion,
+        adapter: Option<Vec<u8>>,
+        on_swap: OnSwap,
+    ) -> Result<(), StageError> {
+        self.swap(version, Weights::Adapter(adapter), on_swap)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     /// As [`Self::swap_adapter`], waiting on the calling thread, which must not belong to an async runtime.
@@ -283,20 +296,36 @@ impl EngineHandle {
         version: PolicyVersion,
         adapter: Option<Vec<u8>>,
     ) -> Result<(), StageError> {
-        self.swap(version, Weights::Adapter(adapter))?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
+        self.swap(version, Weights::Adapter(adapter), self.shared.on_swap)?
+            .blocking_recv()
+            .unwrap_or_else(|_| Err(stopped()))
     }
 
     /// Replaces all weights between two steps by a runner that was loaded while the old one served; it must have the same
-    /// shape. Requests in flight are computed again on it, or finish on the old one first ([`OnSwap::Finish`]).
+    /// shape. Requests in flight are computed again on it, or finish on the old one first ([`OnSwap::Finish`]). Resident
+    /// adapters become resident in the new one.
     ///
     /// # Errors
-    /// Another shape, resident adapters (the old runner stays), or an engine that has stopped.
+    /// Another shape, a resident adapter that does not fit it (the old runner stays), or an engine that has stopped.
     pub async fn swap_weights(
         &self,
         version: PolicyVersion,
         runner: Box<dyn StageRunner>,
     ) -> Result<(), StageError> {
-        self.swap(version, Weights::Runner(runner))?.await.unwrap_or_else(|_| Err(stopped()))
+        self.swap_weights_as(version, runner, self.shared.on_swap).await
+    }
+
+    /// As [`Self::swap_weights`], with what becomes of requests in flight this time.
+    ///
+    /// # Errors
+    /// As [`Self::swap_weights`].
+    pub async fn swap_weights_as(
+        &self,
+        version: PolicyVersion,
+        runner: Box<dyn StageRunner>,
+        on_swap: OnSwap,
+    ) -> Result<(), StageError> {
+        self.swap(version, Weights::Runner(runner), on_swap)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     /// As [`Self::swap_weights`], waiting on the calling thread, which must not belong to an async runtime.
@@ -308,7 +337,9 @@ impl EngineHandle {
         version: PolicyVersion,
         runner: Box<dyn StageRunner>,
     ) -> Result<(), StageError> {
-        self.swap(version, Weights::Runner(runner))?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
+        self.swap(version, Weights::Runner(runner), self.shared.on_swap)?
+            .blocking_recv()
+            .unwrap_or_else(|_| Err(stopped()))
     }
 
     /// Makes an adapter resident, for requests that name it ([`Request::adapter`]). One of the same name is replaced, and
@@ -333,7 +364,15 @@ impl EngineHandle {
     /// # Errors
     /// An engine that has stopped or has too many commands to obey.
     pub fn remove_adapter(&self, name: &str) -> Result<(), StageError> {
-        self.send(Command::RemoveAdapter { name: name.to_owned() })
+        self.send_removal(name).map(|_| ())
+    }
+
+    /// As [`Self::remove_adapter`]; returns when no request can name it any more.
+    ///
+    /// # Errors
+    /// As [`Self::remove_adapter`].
+    pub async fn unload_adapter(&self, name: &str) -> Result<(), StageError> {
+        self.send_removal(name)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     /// Names of the resident adapters.
@@ -351,14 +390,20 @@ impl EngineHandle {
         Ok(answer)
     }
 
+    fn send_removal(&self, name: &str) -> Result<oneshot::Receiver<Result<(), StageError>>, StageError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::RemoveAdapter { name: name.to_owned(), reply })?;
+        Ok(answer)
+    }
+
     fn swap(
         &self,
         version: PolicyVersion,
         weights: Weights,
+        on_swap: OnSwap,
     ) -> Result<oneshot::Receiver<Result<(), StageError>>, StageError> {
         let (reply, answer) = oneshot::channel();
-        let finish = self.shared.finish_on_swap;
-        self.send(Command::Swap(Swap { version, weights, finish, reply }))?;
+        self.send(Command::Swap(Swap { version, weights, on_swap, reply }))?;
         Ok(answer)
     }
 

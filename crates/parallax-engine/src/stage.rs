@@ -75,7 +75,7 @@ pub trait StageRunner: Send {
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError>;
 
     /// Makes an adapter resident under `id`, beside what [`Self::set_adapter`] installed; rows name it with
-    /// [`crate::BatchSequence::adapter`]. Bytes are a PEFT safetensors file.
+    /// [`crate::BatchSequence::adapter`]. Bytes are a PEFT safetensors file; numbers begin at 1.
     ///
     /// # Errors
     /// An adapter that does not fit, or a runner that holds one adapter at a time.
@@ -87,6 +87,9 @@ pub trait StageRunner: Send {
 
     /// A resident adapter is no longer used.
     fn remove_adapter(&mut self, _id: u32) {}
+
+    /// No resident adapter is used any more: somebody else takes the runner over.
+    fn remove_adapters(&mut self) {}
 
     /// Counts how often the pages were lost without the engine's doing (another machine took the layers over). When it
     /// changes, nothing that was cached before is used again.

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parallax_engine::http::{HttpLimits, Readiness};
+use parallax_engine::http::{HttpLimits, Readiness, Updates, WeightLoader};
+use parallax_model::{Adapter, LoraTensors};
 use serde_json::{Value, json};
 
 #[path = "support/alphabet.rs"]
 mod alphabet;
 
-use alphabet::{LETTERS, Setup, chat, post, send, start, start_until, with};
+use alphabet::{Alphabet, LETTERS, Setup, chat, post, send, start, start_until, with};
 
 #[tokio::test]
 async fn a_chat_answer_has_text_reason_and_counts() {
@@ -447,5 +448,90 @@ async fn answers_are_held_to_a_form() {
         let refused = post(address, path, &ask).await;
         assert_eq!(refused.status, 400, "{ask}: {}", refused.body);
         assert_eq!(refused.json()["error"]["param"], param, "{}", refused.body);
+    }
+}
+
+#[tokio::test]
+async fn operators_may_let_adapters_and_weights_change_while_serving() {
+    let routes = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/update_weights"];
+    let [load, unload, update] = routes;
+    let closed = start(Setup::default()).await;
+    for route in routes {
+        let answer = post(closed, route, &json!({})).await;
+        assert_eq!(answer.status, 404, "{}", answer.body);
+        assert!(answer.body.contains("--allow-weight-updates"), "{}", answer.body);
+    }
+
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = LoraTensors { a: vec![1.0; 2], b: vec![1.0; 2], inputs: 2, outputs: 2 };
+    let adapter = Adapter { rank: 1, alpha: 2.0, tensors: [("layers.0.q_proj".to_owned(), tensors)].into() };
+    adapter.save(dir.path()).unwrap();
+    let loader: WeightLoader = Arc::new(|path| match path.to_str() {
+        Some("next") => Ok(Box::new(Alphabet { fails_at_x: false, at_x: None })),
+        _ => Err("there is nothing".to_owned()),
+    });
+    let updates = Some(Updates { loader: Some(loader) });
+    let address = start(Setup { updates, ..Setup::default() }).await;
+    let pirate = json!({"lora_name": "pirate", "lora_path": dir.path()});
+    let answer = post(address, load, &pirate).await;
+    assert_eq!((answer.status, answer.body.contains("'pirate' added")), (200, true), "{}", answer.body);
+    let again = post(address, load, &pirate).await;
+    assert_eq!((again.status, again.body.contains("loaded already")), (400, true), "{}", again.body);
+    assert_eq!(post(address, load, &with(pirate.clone(), "load_inplace", json!(true))).await.status, 200);
+    let listed = send(address, "GET", "/v1/models", "", b"").await.json();
+    assert_eq!(
+        (&listed["data"][1]["id"], &listed["data"][1]["parent"]),
+        (&json!("pirate"), &json!("alphabet"))
+    );
+    let asks = with(chat("uv"), "model", json!("pirate"));
+    assert_eq!(post(address, "/v1/chat/completions", &asks).await.status, 200);
+    for (field, value, status) in [
+        ("lora_path", json!("nowhere"), 404),
+        ("lora_name", json!("alphabet"), 400),
+        ("lora_name", json!(7), 400),
+    ] {
+        let bad = with(json!({"lora_name": "other", "lora_path": dir.path()}), field, value);
+        assert_eq!(post(address, load, &bad).await.status, status, "{bad}");
+    }
+
+    let updated = post(address, update, &json!({"path": "next", "on_swap": "finish"})).await;
+    assert_eq!((updated.status, &updated.json()["version"]), (200, &json!(1)), "{}", updated.body);
+    let reported = with(asks.clone(), "logprobs", json!(true));
+    let token = post(address, "/v1/chat/completions", &reported).await.json();
+    assert_eq!(token["choices"][0]["logprobs"]["content"][0]["weights_version"], 1, "{token}");
+    for (body, words) in [
+        (json!({"path": "elsewhere"}), "there is nothing"),
+        (json!({"path": "next", "on_swap": "later"}), "on_swap"),
+        (json!({}), "path is missing"),
+    ] {
+        let refused = post(address, update, &body).await;
+        assert_eq!((refused.status, refused.body.contains(words)), (400, true), "{}", refused.body);
+    }
+
+    let name = json!({"lora_name": "pirate"});
+    assert_eq!(post(address, unload, &name).await.status, 200);
+    assert_eq!(post(address, unload, &name).await.status, 404);
+    assert_eq!(post(address, "/v1/chat/completions", &asks).await.status, 404);
+}
+
+#[tokio::test]
+async fn a_prompts_own_log_probabilities_are_reported_on_demand() {
+    let address = start(Setup::default()).await;
+    let ask = json!({"prompt": "abd", "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0});
+    let answer = post(address, "/v1/completions", &ask).await.json();
+    let scored = answer["choices"][0]["prompt_logprobs"].as_array().unwrap();
+    assert_eq!((scored.len(), &scored[0]), (3, &Value::Null));
+    assert_eq!(scored[1]["1"]["decoded_token"], "b");
+    let likely = scored[1]["1"]["logprob"].as_f64().unwrap();
+    let unlikely = scored[2]["3"]["logprob"].as_f64().unwrap();
+    assert!(likely > -0.1 && unlikely < -10.0, "{answer}");
+    for bad in [("prompt_logprobs", json!(1)), ("stream", json!(true))] {
+        let refused = post(address, "/v1/completions", &with(ask.clone(), bad.0, bad.1)).await;
+        assert_eq!(
+            (refused.status, refused.body.contains("prompt_logprobs")),
+            (400, true),
+            "{}",
+            refused.body
+        );
     }
 }

@@ -218,19 +218,71 @@ fn all_weights_are_swapped_for_a_runner_that_was_made_meanwhile() {
 }
 
 #[test]
-fn weights_are_not_swapped_under_requests_on_a_removed_adapter() {
+fn resident_adapters_go_along_with_a_swap_of_all_weights() {
     let handle = start(ToyModel::new(1024, 4));
+    let salt = |bytes: &[u8]| bytes.iter().map(|b| u64::from(*b)).sum();
     handle.add_adapter_blocking("pirate", b"arr".to_vec()).unwrap();
-    let request = Request { adapter: Some("pirate".into()), ..Request::greedy(vec![1, 2], 4000) };
-    let mut stream = handle.submit(request).unwrap();
+    handle.add_adapter_blocking("parrot", b"polly".to_vec()).unwrap();
+    let on = |name: &str, n| Request { adapter: Some(name.into()), ..Request::greedy(vec![1, 2], n) };
+    let mut stream = handle.submit(on("pirate", 900)).unwrap();
     first_token(&mut stream);
+    // Its request is in flight, so that it goes along as well.
     handle.remove_adapter("pirate").unwrap();
-    let next = || Box::new(ToyModel::new(1024, 4));
-    let refused = handle.swap_weights_blocking(PolicyVersion(1), next()).unwrap_err();
-    assert!(refused.to_string().contains("adapters"), "{refused}");
-    handle.abort(stream.id());
-    while stream.next_blocking().is_some() {}
-    handle.swap_weights_blocking(PolicyVersion(1), next()).unwrap();
+    handle.swap_weights_blocking(PolicyVersion(1), Box::new(ToyModel::new(1024, 4))).unwrap();
+    let mut rest = parallax_engine::Completion::default();
+    while let Some(event) = stream.next_blocking() {
+        rest.take(event);
+    }
+    assert_eq!(rest.token_ids(), toy_greedy(&[1, 2], 900, salt(b"arr"))[1..]);
+    let parrot = handle.generate_blocking(on("parrot", 5)).unwrap();
+    assert_eq!(parrot.token_ids(), toy_greedy(&[1, 2], 5, salt(b"polly")));
+    // A runner that takes no adapters: nothing changes.
+    let other = Box::new(Panics(ToyModel::new(1024, 4)));
+    let refused = handle.swap_weights_blocking(PolicyVersion(2), other).unwrap_err();
+    assert!(refused.to_string().contains("\"parrot\""), "{refused}");
+    assert_eq!(handle.version(), PolicyVersion(1));
+    let parrot = handle.generate_blocking(on("parrot", 5)).unwrap();
+    assert_eq!(parrot.token_ids(), toy_greedy(&[1, 2], 5, salt(b"polly")));
+}
+
+#[tokio::test]
+async fn each_swap_says_what_becomes_of_requests_in_flight() {
+    let handle = start(ToyModel::new(1024, 4));
+    let mut stream = handle.submit(Request::greedy(vec![1, 2], 4000)).unwrap();
+    while !matches!(stream.next().await, Some(Event::Token(_))) {}
+    handle.swap_adapter_as(PolicyVersion(1), Some(b"new".to_vec()), OnSwap::Abort).await.unwrap();
+    let mut last = None;
+    while let Some(event) = stream.next().await {
+        last = Some(event);
+    }
+    assert!(matches!(last, Some(Event::Finished { reason: FinishReason::Aborted, .. })), "{last:?}");
+    assert_eq!((handle.metrics().pages_used, handle.metrics().finished_aborted), (0, 1));
+
+    let mut stream = handle.submit(Request::greedy(vec![1, 2], 300)).unwrap();
+    handle.swap_adapter_as(PolicyVersion(2), None, OnSwap::Finish).await.unwrap();
+    let mut versions = Vec::new();
+    while let Some(event) = stream.next().await {
+        if let Event::Token(token) = event {
+            versions.push(token.version);
+        }
+    }
+    assert_eq!(versions, vec![PolicyVersion(1); 300]);
+    assert_eq!(handle.version(), PolicyVersion(2));
+}
+
+#[test]
+fn what_requests_wait_for_is_measured() {
+    let handle = start(ToyModel::new(64, 4));
+    handle.generate_blocking(sampled(vec![1; 9], 12, 1)).unwrap();
+    let times = handle.metrics().latencies;
+    for one in [&times.queue, &times.prefill, &times.decode, &times.inference] {
+        assert_eq!(one.count(), 1);
+    }
+    let parts = times.queue.sum() + times.inference.sum();
+    assert!((times.prefill.sum() + times.decode.sum() - times.inference.sum()).abs() < 1e-9);
+    assert!(parts <= times.end_to_end.sum() + 1e-9, "{parts} of {}", times.end_to_end.sum());
+    assert_eq!((times.prompt_tokens.sum(), times.generated_tokens.sum()), (9.0, 12.0));
+    assert_eq!(times.step_rows.sum(), 9.0 + 11.0);
 }
 
 #[test]

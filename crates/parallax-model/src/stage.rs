@@ -431,6 +431,13 @@ impl Stage {
         true
     }
 
+    /// Removes all resident adapters.
+    pub fn remove_adapters(&mut self) {
+        for id in self.adapters.keys().copied().collect::<Vec<_>>() {
+            self.remove_adapter(id);
+        }
+    }
+
     /// Tells each adapter which rows of the batch are its own.
     fn choose_adapters(&self, batch: &ForwardBatch) -> Result<(), ForwardError> {
         let named = |id: Option<u32>| {

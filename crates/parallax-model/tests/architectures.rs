@@ -243,6 +243,39 @@ fn cuts_chunks_and_batches_do_not_change_a_bit() {
 }
 
 #[test]
+fn threads_and_pages_do_not_change_a_bit() {
+    let before = parallax_kernels::pool::threads();
+    for f in &fixtures() {
+        let n_layers = f.checkpoint.config().n_layers;
+        let tokens = ids(&f.golden["prompts"].as_array().unwrap().last().unwrap()["tokens"]);
+        let n = tokens.len();
+        for dtype in [WeightDtype::F32, WeightDtype::Q8_0] {
+            let run = |threads: usize, kv_page_tokens: usize| {
+                parallax_kernels::pool::set_threads(threads);
+                let kv_pages = n.div_ceil(kv_page_tokens);
+                let options = LoadOptions {
+                    layers: 0..n_layers,
+                    dtype,
+                    kv_pages,
+                    kv_page_tokens,
+                    ..LoadOptions::whole(&f.checkpoint)
+                };
+                let mut stage = Stage::load(&f.checkpoint, &options).unwrap();
+                let pages = (0..kv_pages as u32).rev().collect();
+                let sequence = SequenceRows { pages, ..rows(0, 0, n, Want::AllLogits) };
+                bits(&forward(&mut stage, &ForwardBatch { sequences: vec![sequence] }, &tokens))
+            };
+            let expected = run(1, 16);
+            for (threads, page_tokens) in [(2, 16), (3, 32), (2, 48)] {
+                let what = format!("{} {dtype}: {threads} threads, pages of {page_tokens}", f.name);
+                assert_eq!(run(threads, page_tokens), expected, "{what}");
+            }
+        }
+    }
+    parallax_kernels::pool::set_threads(before);
+}
+
+#[test]
 fn a_recurrent_state_is_continued_or_refused_and_released() {
     let f = &open(&folder().join("qwen3-next.json"));
     let mut stage = load(f, 0..f.checkpoint.config().n_layers, WeightDtype::F32);

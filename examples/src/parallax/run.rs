@@ -9,11 +9,12 @@ use anyhow::{Context as _, bail, ensure};
 use axum::Router;
 use clap::Args;
 use parallax_engine::EngineHandle;
-use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpLimits, HttpState};
+use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpLimits, HttpState, WeightLoader};
 use parallax_model::Checkpoint;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
+use super::adapters::{self, AdapterArgs};
 use super::engine::EngineArgs;
 use super::model::{LoadedModel, ModelArgs};
 use crate::program;
@@ -35,6 +36,8 @@ pub struct RunArgs {
     listen: ListenArgs,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    adapters: AdapterArgs,
     /// Cached positions that all requests share
     #[arg(long, default_value_t = 16384)]
     context: usize,
@@ -147,10 +150,13 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         // The port first: a taken port should not cost a load.
         let (listener, address) = args.listen.bind().await?;
         let checkpoint = args.model.open()?;
+        let named = args.adapters.read(&checkpoint, &name)?;
         let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
         let engine = args.engine.start(&name, &checkpoint, Box::new(pipeline), args.model.device)?;
+        adapters::load(&engine, named).await?;
         let context_tokens = engine.limits().context_tokens;
-        let state = HttpState { limits, ..http_state(engine, &checkpoint, name)? };
+        let updates = args.adapters.updates(Some(loader(args.model, args.context)));
+        let state = HttpState { limits, updates, ..http_state(engine, &checkpoint, name)? };
         let report = Report {
             url: format!("http://{address}"),
             model: state.model_name.clone(),
@@ -164,6 +170,15 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         let served =
             http::serve_until(listener, state, Router::new(), program::stopping(), program::DRAIN).await;
         served.context("serving HTTP")
+    })
+}
+
+/// Reads other weights as these were read.
+fn loader(model: ModelArgs, cache_tokens: usize) -> WeightLoader {
+    Arc::new(move |path| {
+        let checkpoint = Checkpoint::open(path).map_err(|error| error.to_string())?;
+        let loaded = model.load(checkpoint, cache_tokens).map_err(|error| format!("{error:#}"))?;
+        Ok(Box::new(loaded.pipeline))
     })
 }
 

@@ -1,11 +1,9 @@
 //! `parallax serve`: the head of a swarm: scheduler, API, and by default the first stage.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Context as _;
 use axum::Json;
 use axum::routing::get;
 use clap::Args;
@@ -16,8 +14,8 @@ use parallax_engine::service::head::Head;
 use parallax_engine::service::membership::{self, ServeOptions};
 use parallax_model::{Checkpoint, DeviceKind, KvFormat, WeightDtype};
 use serde_json::json;
-use swarm_wire::PolicyVersion;
 
+use super::adapters::{self, AdapterArgs};
 use super::engine::EngineArgs;
 use super::hub;
 use super::run::{ListenArgs, http_state, model_name};
@@ -26,7 +24,7 @@ use crate::program;
 
 /// Positions of a cache page.
 pub const PAGE_TOKENS: usize = 16;
-/// Pause between attempts to apply an adapter.
+/// Pause between attempts to make adapters resident.
 const ADAPTER_RETRY: Duration = Duration::from_millis(300);
 
 /// Serve a model over many machines: the head of a swarm. Others take part with `parallax join`.
@@ -64,9 +62,8 @@ pub struct ServeArgs {
     /// Cached positions of all requests together, on every stage [default: the model's context, at most 8192]
     #[arg(long)]
     context_tokens: Option<usize>,
-    /// A LoRA adapter (PEFT safetensors) to apply on every stage; requests wait until it is
-    #[arg(long, value_name = "FILE")]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    adapters: AdapterArgs,
     /// Print one JSON object on stdout when the API listens: url, peer, addrs
     #[arg(long)]
     json: bool,
@@ -92,13 +89,15 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let name = args.listen.served_name(&args.model)?;
     let (listener, address) = args.listen.bind().await?;
     let checkpoint = Arc::new(hub::open(&args.model)?);
+    let named = args.adapters.read(&checkpoint, &name)?;
     let (node, blocks) = args.node.start().await?;
     let (head, engine) = start_head(&args, &node, &blocks, &checkpoint).await?;
-    let readiness = adapted(head.readiness(), args.adapter.as_deref(), &engine)?;
+    let readiness = adapted(head.readiness(), named, &engine);
     let state = HttpState {
         limits,
         readiness: Some(readiness),
         cluster: Some(head.status_source()),
+        updates: args.adapters.updates(None),
         ..http_state(engine, &checkpoint, name)?
     };
     let status = head.status_source();
@@ -122,27 +121,28 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Readiness with the adapter: it is applied as soon as the pipeline stands, and requests wait until it is.
-fn adapted(pipeline: Readiness, adapter: Option<&Path>, engine: &EngineHandle) -> anyhow::Result<Readiness> {
-    let Some(path) = adapter else { return Ok(pipeline) };
-    let bytes = std::fs::read(path).with_context(|| format!("reading the adapter {}", path.display()))?;
-    let (applied, ready, engine) = (Arc::new(AtomicBool::new(false)), pipeline.clone(), engine.clone());
-    let done = applied.clone();
+/// Readiness with the adapters: they become resident as soon as the pipeline stands, and requests wait until they are.
+fn adapted(pipeline: Readiness, named: adapters::Named, engine: &EngineHandle) -> Readiness {
+    if named.is_empty() {
+        return pipeline;
+    }
+    let (loaded, ready, engine) = (Arc::new(AtomicBool::new(false)), pipeline.clone(), engine.clone());
+    let done = loaded.clone();
     tokio::spawn(async move {
         loop {
             if ready().is_ok() {
-                match engine.swap_adapter(PolicyVersion(1), Some(bytes.clone())).await {
+                match adapters::load(&engine, named.clone()).await {
                     Ok(()) => return done.store(true, Ordering::SeqCst),
-                    Err(error) => program::say(&format!("the adapter is not applied yet: {error}")),
+                    Err(error) => program::say(&format!("the adapters are not loaded yet: {error:#}")),
                 }
             }
             tokio::time::sleep(ADAPTER_RETRY).await;
         }
     });
-    Ok(Arc::new(move || {
+    Arc::new(move || {
         pipeline()?;
-        if applied.load(Ordering::SeqCst) { Ok(()) } else { Err("the adapter is being applied".to_owned()) }
-    }))
+        if loaded.load(Ordering::SeqCst) { Ok(()) } else { Err("the adapters are being loaded".to_owned()) }
+    })
 }
 
 async fn start_head(

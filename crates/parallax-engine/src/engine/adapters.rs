@@ -1,6 +1,7 @@
 //! The adapters that requests can name, and those that only running requests still use.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::error::RequestError;
 use crate::sequence::ResidentAdapter;
@@ -9,6 +10,8 @@ use crate::sequence::ResidentAdapter;
 #[derive(Debug, Clone, Default)]
 pub struct Adapters {
     by_name: BTreeMap<String, ResidentAdapter>,
+    /// For the next runner, retired ones too.
+    bytes: BTreeMap<u32, Arc<[u8]>>,
     retired: BTreeSet<u32>,
     issued: u32,
 }
@@ -36,6 +39,7 @@ impl Adapters {
 
     pub(super) fn insert(&mut self, name: &str, id: u32, bytes: &[u8]) {
         let adapter = ResidentAdapter { id, hash: *blake3::hash(bytes).as_bytes() };
+        self.bytes.insert(id, bytes.into());
         if let Some(before) = self.by_name.insert(name.to_owned(), adapter) {
             self.retired.insert(before.id);
         }
@@ -47,6 +51,16 @@ impl Adapters {
         removed.is_some()
     }
 
+    /// All that requests may still pass through: number and bytes.
+    pub(super) fn all(&self) -> impl Iterator<Item = (u32, &[u8])> {
+        self.bytes.iter().map(|(id, bytes)| (*id, &**bytes))
+    }
+
+    /// What an adapter is called; nothing once it is retired.
+    pub(super) fn name_of(&self, id: u32) -> Option<&str> {
+        self.by_name.iter().find(|(_, adapter)| adapter.id == id).map(|(name, _)| name.as_str())
+    }
+
     pub(super) fn has_retired(&self) -> bool {
         !self.retired.is_empty()
     }
@@ -55,6 +69,7 @@ impl Adapters {
     pub(super) fn take_unused(&mut self, used: &BTreeSet<u32>) -> Vec<u32> {
         let unused: Vec<u32> = self.retired.difference(used).copied().collect();
         self.retired.retain(|id| used.contains(id));
+        unused.iter().for_each(|id| drop(self.bytes.remove(id)));
         unused
     }
 }

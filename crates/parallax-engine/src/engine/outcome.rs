@@ -190,16 +190,18 @@ impl Engine {
     }
 
     pub(super) fn fail(&mut self, error: &StageError) -> Vec<RequestEvent> {
-        let ended = self.scheduler.drain();
-        let events = ended
-            .iter()
-            .map(|sequence| {
-                self.cache.release(sequence.id());
-                self.finished(sequence, FinishReason::Error, Some(error.clone().into()))
-            })
-            .collect();
+        let events = self.end_all(FinishReason::Error, Some(&error.clone().into()));
         self.cache.forget();
         events
+    }
+
+    pub(super) fn end_all(&mut self, reason: FinishReason, error: Option<&Failure>) -> Vec<RequestEvent> {
+        let ended = self.scheduler.drain();
+        let end = |sequence: &Sequence| {
+            self.cache.release(sequence.id());
+            self.finished(sequence, reason, error.cloned())
+        };
+        ended.iter().map(end).collect()
     }
 
     pub(super) fn finished(

@@ -44,6 +44,7 @@ fn read(
     body.unsupported("audio", &[])?;
     body.unsupported("modalities", &[json!(["text"])])?;
     body.unsupported("web_search_options", &[])?;
+    body.unsupported("prompt_logprobs", &[])?;
     let adapter = server.model(body.text("model")?)?;
     let mut sampling = sampling::read(body, server.fresh_seed())?;
     let wants_logprobs = body.flag("logprobs")?.unwrap_or(false);
@@ -72,6 +73,7 @@ fn read(
         markup: Some(server.markup(&tools, prompt.in_reasoning)),
         single_call: tools.single || tools.forced_schema().is_some(),
         held_calls: server.held_calls(&tools)?,
+        text_arguments: tools.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };
     Ok((server.start(ask, entry)?, frame, streams))

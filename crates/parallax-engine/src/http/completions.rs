@@ -43,6 +43,7 @@ fn read(
     entry: Entry,
 ) -> Result<(Job, TextFrame, Streams), ApiError> {
     body.unsupported("suffix", &[json!("")])?;
+    let wants_prompt = prompt_logprobs(body)?;
     let adapter = server.model(body.text("model")?)?;
     let mut sampling = sampling::read(body, server.fresh_seed())?;
     if sampling.max_tokens.is_none() {
@@ -56,6 +57,9 @@ fn read(
     if echo && streams.stream {
         return Err(body.fault("echo", "is not supported together with \"stream\": true"));
     }
+    if wants_prompt && streams.stream {
+        return Err(body.fault("prompt_logprobs", "is not supported together with \"stream\": true"));
+    }
     let placement = Placement::read(body, &server.state.limits)?;
     let format = format::read(body)?;
     let special = body.flag("add_special_tokens")?.unwrap_or(true);
@@ -66,16 +70,28 @@ fn read(
         logprobs: logprobs.is_some(),
         prompt_tokens: prompts.iter().map(Vec::len).sum(),
         echoed: echo.then(|| prompts.clone()),
+        scored: wants_prompt.then(|| prompts.clone()),
         n: sampling.n,
     };
     let ask = Ask {
         placement,
         format,
         adapter,
-        prompt_logprobs: echo && logprobs.is_some(),
+        prompt_logprobs: wants_prompt || (echo && logprobs.is_some()),
         ..Ask::new(prompts, sampling)
     };
     Ok((server.start(ask, entry)?, frame, streams))
+}
+
+/// vLLM's `prompt_logprobs`: 0 asks for the prompt's own tokens. Others instead of them are not kept.
+fn prompt_logprobs(body: &Fields<'_>) -> Result<bool, ApiError> {
+    match body.count("prompt_logprobs", 0, MAX_TOP_LOGPROBS)? {
+        None => Ok(false),
+        Some(0) => Ok(true),
+        Some(_) => {
+            Err(body.fault("prompt_logprobs", "must be 0: of the prompt, only its own tokens are reported"))
+        }
+    }
 }
 
 /// A text, a list of texts, a list of token ids, or a list of such lists.
@@ -116,6 +132,8 @@ struct TextFrame {
     prompt_tokens: usize,
     /// The prompts, when answers begin with them.
     echoed: Option<Vec<Vec<u32>>>,
+    /// The prompts, when their log-probabilities are reported.
+    scored: Option<Vec<Vec<u32>>>,
     /// Choices for each prompt.
     n: usize,
 }
@@ -143,8 +161,14 @@ impl TextFrame {
             let report = self
                 .logprobs
                 .then(|| logprobs::completion(&self.server.vocabulary, echoed, &one.reports, &mut 0));
-            choices.push(json!({"index": index, "text": text, "logprobs": report,
-                "finish_reason": finish_reason(one.reason, false), "stop_reason": one.stop}));
+            let mut choice = json!({"index": index, "text": text, "logprobs": report,
+                "finish_reason": finish_reason(one.reason, false), "stop_reason": one.stop});
+            if let Some(prompts) = &self.scored {
+                let prompt = &prompts[index / self.n];
+                choice["prompt_logprobs"] =
+                    logprobs::prompt(&self.server.vocabulary, prompt, &one.prompt_logprobs);
+            }
+            choices.push(choice);
         }
         let usages: Vec<Usage> = collected.iter().map(|one| one.usage).collect();
         let mut answer = self.envelope.json("text_completion");

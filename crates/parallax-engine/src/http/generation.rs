@@ -7,6 +7,7 @@ use std::sync::Arc;
 use parallax_model::{StreamDecoder, Tokenizer};
 
 use super::error::ApiError;
+use super::tools::TextArguments;
 use crate::error::Failure;
 use crate::markup::{Markup, MarkupOptions, Part};
 use crate::request::{Event, FinishReason, Token, Usage};
@@ -18,6 +19,8 @@ use crate::stop_strings::StopStrings;
 pub(super) struct TokenReport {
     pub id: u32,
     pub logprob: f32,
+    /// Of the weights that made it.
+    pub version: u64,
     /// The likeliest tokens instead of it.
     pub top: Vec<(u32, f32)>,
 }
@@ -78,6 +81,8 @@ pub(super) struct Reading {
     pub controls: Arc<ControlTokens>,
     /// Keep the markers: off for plain completions, whose text has no structure.
     pub markup: Option<MarkupOptions>,
+    /// What models that write arguments as plain text mean by them.
+    pub text_arguments: Arc<TextArguments>,
     pub stops: StopStrings,
     pub include_stop: bool,
     pub stop_ids: Vec<u32>,
@@ -129,7 +134,12 @@ impl Generation {
 
     fn token(&mut self, token: Token) -> Result<Delta, ApiError> {
         self.n_tokens += 1;
-        let report = TokenReport { id: token.id, logprob: token.logprob, top: token.top_logprobs };
+        let report = TokenReport {
+            id: token.id,
+            logprob: token.logprob,
+            version: token.version.0,
+            top: token.top_logprobs,
+        };
         let text = self.text_of(token.id)?;
         let (text, met) = self.reading.stops.push(&text);
         let mut parts = self.take(&text);
@@ -180,6 +190,13 @@ impl Generation {
     }
 
     fn limited(&mut self, mut parts: Vec<Part>) -> Vec<Part> {
+        for part in &mut parts {
+            if let Part::Call(call) = part
+                && let Some(texts) = self.reading.text_arguments.get(&call.name)
+            {
+                call.keep_texts(|argument| texts.contains(argument));
+            }
+        }
         parts.retain(|part| {
             let is_call = matches!(part, Part::Call(_));
             self.n_calls += usize::from(is_call);

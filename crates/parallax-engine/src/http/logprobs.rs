@@ -32,7 +32,17 @@ pub(super) fn chat_entry(vocabulary: &Vocabulary, report: &TokenReport) -> Value
     let mut entry = one(vocabulary, report.id, report.logprob);
     let top: Vec<Value> = report.top.iter().map(|(id, logprob)| one(vocabulary, *id, *logprob)).collect();
     entry["top_logprobs"] = Value::Array(top);
+    entry["weights_version"] = report.version.into();
     entry
+}
+
+/// vLLM's `prompt_logprobs`: nothing for the first token, then `{"ID": {"logprob", "decoded_token"}}` for each.
+pub(super) fn prompt(vocabulary: &Vocabulary, ids: &[u32], known: &[f32]) -> Value {
+    let one = |(id, logprob): (&u32, &f32)| {
+        let token = json!({"logprob": finite(*logprob), "decoded_token": token_text(vocabulary, *id)});
+        Value::Object(Map::from_iter([(id.to_string(), token)]))
+    };
+    std::iter::once(Value::Null).chain(ids.iter().skip(1).zip(known).map(one)).collect()
 }
 
 /// The completions API's `logprobs`. `prompt` comes first when it is echoed: its first token has no probability.
@@ -44,6 +54,8 @@ pub(super) fn completion(
     offset: &mut usize,
 ) -> Value {
     let (mut tokens, mut logprobs, mut tops, mut offsets) = (vec![], vec![], vec![], vec![]);
+    // Of the answer's tokens; those of a prompt were made by nobody.
+    let versions: Vec<u64> = reports.iter().map(|report| report.version).collect();
     let mut add = |id: u32, logprob: Option<f32>, top: Option<&[(u32, f32)]>| {
         let text = token_text(vocabulary, id);
         offsets.push(*offset);
@@ -63,7 +75,8 @@ pub(super) fn completion(
     for report in reports {
         add(report.id, Some(report.logprob), Some(&report.top));
     }
-    json!({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets})
+    json!({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets,
+           "weights_versions": versions})
 }
 
 #[cfg(test)]
@@ -76,14 +89,17 @@ mod tests {
     fn both_shapes_tell_the_same() {
         let token = |bytes: &[u8]| TokenBytes { bytes: bytes.to_vec(), special: false };
         let vocabulary = [token(b"a"), token("é".as_bytes()), token(&[0xc3])];
-        let report = TokenReport { id: 1, logprob: -0.5, top: vec![(1, -0.5), (2, f32::NEG_INFINITY)] };
+        let report =
+            TokenReport { id: 1, logprob: -0.5, version: 3, top: vec![(1, -0.5), (2, f32::NEG_INFINITY)] };
         let chat = chat_entry(&vocabulary, &report);
         assert_eq!((&chat["token"], &chat["bytes"]), (&json!("é"), &json!([0xc3, 0xa9])));
         assert_eq!(chat["top_logprobs"][1]["logprob"], json!(-9999.0));
+        assert_eq!(chat["weights_version"], json!(3));
         let mut offset = 0;
         let plain = completion(&vocabulary, Some((&[0, 1], &[-1.0])), &[report], &mut offset);
         assert_eq!(plain["tokens"], json!(["a", "é", "é"]));
         assert_eq!(plain["token_logprobs"], json!([null, -1.0, -0.5]));
+        assert_eq!(plain["weights_versions"], json!([3]));
         assert_eq!((&plain["text_offset"], offset), (&json!([0, 1, 2]), 3));
     }
 }

@@ -70,6 +70,7 @@ fn read(
         markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
         single_call: asked.tools.single || asked.tools.forced_schema().is_some(),
         held_calls: server.held_calls(&asked.tools)?,
+        text_arguments: asked.tools.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };
     let frame = MessageFrame {
@@ -236,7 +237,7 @@ impl MessageFrame {
         if !one.content.trim().is_empty() || one.calls.is_empty() {
             content.push(json!({"type": "text", "text": one.content}));
         }
-        for (i, ToolCall { name, arguments }) in one.calls.iter().enumerate() {
+        for (i, ToolCall { name, arguments, .. }) in one.calls.iter().enumerate() {
             let input: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
             content.push(json!({"type": "tool_use", "id": self.call_id(i), "name": name, "input": input}));
         }
@@ -320,7 +321,7 @@ impl MessageWriter {
                 self.open(Block::Thinking, frames);
                 frames.push(self.block_delta(&json!({"type": "thinking_delta", "thinking": text})));
             }
-            Part::Call(ToolCall { name, arguments }) => {
+            Part::Call(ToolCall { name, arguments, .. }) => {
                 self.close(frames);
                 let id = self.frame.call_id(self.n_calls);
                 self.n_calls += 1;
@@ -396,11 +397,14 @@ mod tests {
         let mut writer =
             MessageWriter { frame, prompt_tokens: 3, open: None, n_blocks: 0, n_calls: 0, ending: None };
         let mut frames = writer.begin();
-        let token = |parts| Delta::Token { parts, report: TokenReport { id: 0, logprob: 0.0, top: vec![] } };
+        let token = |parts| Delta::Token {
+            parts,
+            report: TokenReport { id: 0, logprob: 0.0, version: 0, top: vec![] },
+        };
         frames.extend(writer.delta(0, token(vec![Part::Reasoning("hm".into())])));
         frames.extend(writer.delta(0, token(vec![Part::Content("a".into())])));
         frames.extend(writer.delta(0, token(vec![Part::Content("b".into())])));
-        let call = ToolCall { name: "w".into(), arguments: "{}".into() };
+        let call = ToolCall { name: "w".into(), arguments: "{}".into(), texts: vec![] };
         frames.extend(writer.delta(0, token(vec![Part::Call(call)])));
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 5 };
         let end =

@@ -51,24 +51,32 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
         let _ = writeln!(text, "{name}{{{label},finished_reason=\"{reason}\"}} {n}");
     }
     let times = &engine.latencies;
-    histogram(&mut text, &label, "vllm:time_to_first_token_seconds", &times.time_to_first_token);
-    histogram(&mut text, &label, "vllm:inter_token_latency_seconds", &times.inter_token);
-    histogram(&mut text, &label, "vllm:e2e_request_latency_seconds", &times.end_to_end);
+    let histograms = [
+        ("time_to_first_token_seconds", "From submission to the first token.", &times.time_to_first_token),
+        ("inter_token_latency_seconds", "Between two tokens of one answer.", &times.inter_token),
+        ("e2e_request_latency_seconds", "From submission to the end.", &times.end_to_end),
+        ("request_queue_time_seconds", "From submission to the first step.", &times.queue),
+        ("request_prefill_time_seconds", "From the first step to the first token.", &times.prefill),
+        ("request_decode_time_seconds", "From the first token to the last one.", &times.decode),
+        ("request_inference_time_seconds", "From the first step to the last token.", &times.inference),
+        ("request_prompt_tokens", "Tokens of prompts.", &times.prompt_tokens),
+        ("request_generation_tokens", "Tokens of answers.", &times.generated_tokens),
+        ("iteration_tokens_total", "Tokens of one step.", &times.step_rows),
+    ];
+    for (name, help, observed) in histograms {
+        histogram(&mut text, &label, &format!("vllm:{name}"), help, observed);
+    }
     text
 }
 
-fn histogram(text: &mut String, label: &str, name: &str, histogram: &Histogram) {
-    let _ = writeln!(text, "# TYPE {name} histogram");
+fn histogram(text: &mut String, label: &str, name: &str, help: &str, histogram: &Histogram) {
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
     for (bound, n) in histogram.cumulative() {
         let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_owned() };
         let _ = writeln!(text, "{name}_bucket{{{label},le=\"{bound}\"}} {n}");
     }
-    let _ = writeln!(
-        text,
-        "{name}_sum{{{label}}} {}\n{name}_count{{{label}}} {}",
-        histogram.sum_seconds(),
-        histogram.count()
-    );
+    let (sum, count) = (histogram.sum(), histogram.count());
+    let _ = writeln!(text, "{name}_sum{{{label}}} {sum}\n{name}_count{{{label}}} {count}");
 }
 
 #[cfg(test)]
@@ -85,6 +93,10 @@ mod tests {
             text.contains("vllm:inter_token_latency_seconds_bucket{model_name=\"a_b_\",le=\"0.025\"} 1"),
             "{text}"
         );
+        let kinds = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+        for name in kinds {
+            assert!(text.contains(&format!("# HELP {name} ")), "{name} is explained");
+        }
         for line in text.lines() {
             assert!(
                 line.starts_with('#') || line.rsplit_once(' ').is_some_and(|(_, v)| v.parse::<f64>().is_ok()),

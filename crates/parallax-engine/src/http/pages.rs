@@ -78,7 +78,7 @@ pub(super) fn cluster_status(server: &Server) -> Value {
 
 fn mean(histogram: &crate::metrics::Histogram) -> Option<f64> {
     let n = histogram.count();
-    (n > 0).then(|| histogram.sum_seconds() / n as f64)
+    (n > 0).then(|| histogram.sum() / n as f64)
 }
 
 #[cfg(test)]

@@ -99,6 +99,7 @@ fn read(
         markup: Some(server.markup(&offered, prompt.in_reasoning)),
         single_call: offered.single || offered.forced_schema().is_some(),
         held_calls: server.held_calls(&offered)?,
+        text_arguments: offered.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };
     let kept = |name: &str, default: Value| body.get(name).cloned().unwrap_or(default);
@@ -212,7 +213,7 @@ impl ResponseWriter {
                     json!({"item_id": id, "output_index": index, "content_index": 0, "delta": text}),
                 ));
             }
-            Part::Call(ToolCall { name, arguments }) => {
+            Part::Call(ToolCall { name, arguments, .. }) => {
                 self.close(frames);
                 let (id, index) = (self.item_id("fc"), self.output.len());
                 let call_id = format!("call_{}{index:03}", self.id);

@@ -46,7 +46,6 @@ pub(super) fn read(body: &Fields<'_>, fresh_seed: u64) -> Result<Sampling, ApiEr
         return Err(body.fault("best_of", format!("must equal n ({n}): this server returns what it makes")));
     }
     body.unsupported("use_beam_search", &[json!(false)])?;
-    body.unsupported("prompt_logprobs", &[json!(0)])?;
     let temperature = body.number("temperature", 0.0..=2.0)?.unwrap_or(1.0);
     let params = SamplingParams {
         temperature,

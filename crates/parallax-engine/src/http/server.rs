@@ -16,7 +16,7 @@ use super::format::Format;
 use super::gate::Gate;
 use super::generation::{ControlTokens, Generation, Reading};
 use super::sampling::Sampling;
-use super::tools::{HeldCalls, Tools};
+use super::tools::{HeldCalls, TextArguments, Tools};
 use super::{Caller, HttpLimits, HttpState, JsonBody, fields};
 use crate::constraint::Constraint;
 use crate::markup::{Dialect, MarkupOptions};
@@ -42,6 +42,8 @@ pub(super) struct Server {
     grammars: std::sync::OnceLock<Result<crate::structured::Grammars, String>>,
     started: u64,
     requests: AtomicU64,
+    /// Held while the weights change: one change after the other.
+    pub(super) updating: tokio::sync::Mutex<()>,
 }
 
 /// A request that was read and checked, ready to run.
@@ -55,6 +57,7 @@ pub(super) struct Ask {
     pub format: Option<Format>,
     /// What its calls must look like.
     pub held_calls: HeldCalls,
+    pub text_arguments: TextArguments,
     pub adapter: Option<String>,
     pub prompt_logprobs: bool,
     /// `None`: the text is taken as it is.
@@ -108,6 +111,7 @@ impl Ask {
             placement: Placement::default(),
             format: None,
             held_calls: HeldCalls::Free,
+            text_arguments: TextArguments::default(),
             adapter: None,
             prompt_logprobs: false,
             markup: None,
@@ -135,6 +139,7 @@ impl Server {
             grammars: std::sync::OnceLock::new(),
             started: unix_seconds(),
             requests: AtomicU64::new(0),
+            updating: tokio::sync::Mutex::default(),
             state,
         }
     }
@@ -216,6 +221,7 @@ impl Server {
         let constraint = self.constraint(&ask)?;
         let limits = self.state.engine.limits();
         let Ask { prompts, sampling, placement, adapter, prompt_logprobs, markup, single_call, .. } = ask;
+        let text_arguments = Arc::new(ask.text_arguments);
         let user = entry.caller.0.to_string();
         // What one key asked is no other key's business, not even by how fast an answer comes.
         let cache_salt = format!("{user} {}", placement.cache_salt);
@@ -246,6 +252,7 @@ impl Server {
                     decoder: self.state.tokenizer.stream(),
                     controls: Arc::clone(&self.controls),
                     markup,
+                    text_arguments: Arc::clone(&text_arguments),
                     stops: StopStrings::new(sampling.stops.clone()),
                     include_stop: sampling.include_stop,
                     stop_ids: stop_ids.clone(),

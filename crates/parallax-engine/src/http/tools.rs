@@ -47,6 +47,9 @@ pub(super) enum ToolChoice {
     Named(String),
 }
 
+/// Arguments that are texts, by tool.
+pub(super) type TextArguments = std::collections::BTreeMap<String, std::collections::BTreeSet<String>>;
+
 /// The tools of a request and how to choose among them.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Tools {
@@ -97,6 +100,17 @@ impl Tools {
             json!({"type": "function", "function": function})
         };
         self.tools.iter().map(described).collect()
+    }
+
+    /// What the schemas say is a text.
+    pub(super) fn text_arguments(&self) -> TextArguments {
+        let is_text = |schema: &Value| schema["type"] == "string";
+        let of_tool = |tool: &Tool| {
+            let properties = tool.parameters["properties"].as_object().into_iter().flatten();
+            let texts = properties.filter(|(_, schema)| is_text(schema)).map(|(name, _)| name.clone());
+            (tool.name.clone(), texts.collect())
+        };
+        self.tools.iter().map(of_tool).collect()
     }
 
     /// The schema that the answer must follow when a call is asked for: `{"name", "arguments"}`.

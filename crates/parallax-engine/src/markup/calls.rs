@@ -11,6 +11,37 @@ pub struct ToolCall {
     pub name: String,
     /// Its arguments: the text of a JSON object, as the model wrote it.
     pub arguments: String,
+    /// Arguments that the model wrote as plain text, where its family does so: name and text. In `arguments` they are
+    /// JSON where they can be read as such.
+    pub texts: Vec<(String, String)>,
+}
+
+impl ToolCall {
+    fn new(name: &str, arguments: String) -> Self {
+        Self { name: name.to_owned(), arguments, texts: Vec::new() }
+    }
+
+    fn of_texts(name: &str, texts: Vec<(String, String)>) -> Option<Self> {
+        let name = name.trim();
+        let value =
+            |text: &String| serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()));
+        let arguments: Map<String, Value> =
+            texts.iter().map(|(name, text)| (name.clone(), value(text))).collect();
+        let readable = !name.is_empty() && !name.contains(['<', '{', '\n']);
+        let arguments = Value::Object(arguments).to_string();
+        readable.then(|| Self { texts, ..Self::new(name, arguments) })
+    }
+
+    /// Takes the arguments for which `is_text` as the model wrote them: `12` is a text where a text is asked for.
+    pub fn keep_texts(&mut self, is_text: impl Fn(&str) -> bool) {
+        let Ok(mut arguments) = serde_json::from_str::<Map<String, Value>>(&self.arguments) else { return };
+        for (name, text) in self.texts.iter().filter(|(name, _)| is_text(name)) {
+            arguments.insert(name.clone(), Value::String(text.clone()));
+        }
+        if !self.texts.is_empty() {
+            self.arguments = Value::Object(arguments).to_string();
+        }
+    }
 }
 
 /// Texts between markers, by the marker that opens them.
@@ -22,6 +53,8 @@ pub(super) enum CallSyntax {
     Mistral,
     DeepSeek,
     Kimi,
+    QwenXml,
+    MiniMax,
 }
 
 type Found = (Vec<ToolCall>, usize);
@@ -30,7 +63,8 @@ impl CallSyntax {
     /// The marker that opens a call.
     pub(super) fn opening(self) -> &'static str {
         match self {
-            Self::Hermes | Self::Glm => "<tool_call>",
+            Self::Hermes | Self::Glm | Self::QwenXml => "<tool_call>",
+            Self::MiniMax => "<minimax:tool_call>",
             Self::PythonTag => PYTHON_TAG,
             Self::Mistral => "[TOOL_CALLS]",
             Self::DeepSeek => "<｜tool▁calls▁begin｜>",
@@ -40,7 +74,8 @@ impl CallSyntax {
 
     fn closing(self) -> Option<&'static str> {
         match self {
-            Self::Hermes | Self::Glm => Some("</tool_call>"),
+            Self::Hermes | Self::Glm | Self::QwenXml => Some("</tool_call>"),
+            Self::MiniMax => Some("</minimax:tool_call>"),
             Self::DeepSeek => Some("<｜tool▁calls▁end｜>"),
             Self::Kimi => Some("<|tool_calls_section_end|>"),
             // They run to the end of the answer.
@@ -69,6 +104,8 @@ impl CallSyntax {
             Self::Mistral => mistral(body)?,
             Self::DeepSeek => deepseek(body)?,
             Self::Kimi => kimi(body)?,
+            Self::QwenXml => elements(body, "<function=", "</function>", "<parameter=")?,
+            Self::MiniMax => elements(body, "<invoke name=", "</invoke>", "<parameter name=")?,
         };
         (!calls.is_empty()).then_some((calls, end))
     }
@@ -86,14 +123,14 @@ fn object(text: &str) -> Option<ToolCall> {
 
 fn call_of(value: &Value) -> Option<ToolCall> {
     let call = value.get("function").filter(|f| f.is_object()).unwrap_or(value);
-    let name = call.get("name")?.as_str()?.to_owned();
+    let name = call.get("name")?.as_str()?;
     let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
         Some(Value::String(text)) if serde_json::from_str::<Map<String, Value>>(text).is_ok() => text.clone(),
         Some(object @ Value::Object(_)) => object.to_string(),
         None | Some(Value::Null) => "{}".to_owned(),
         Some(_) => return None,
     };
-    Some(ToolCall { name, arguments })
+    Some(ToolCall::new(name, arguments))
 }
 
 /// An answer that consists of calls: objects one after the other, with `;` between, or a list of them.
@@ -169,18 +206,48 @@ fn glm(body: &str) -> Option<ToolCall> {
         Some((name, rest)) => (name, Some(rest)),
         None => (body, None),
     };
-    let mut arguments = Map::new();
+    let mut texts = Vec::new();
     while let Some(one) = rest {
         let (key, after) = one.split_once("</arg_key>")?;
         let (_, after) = after.split_once("<arg_value>")?;
         let (value, after) = after.split_once("</arg_value>")?;
-        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
-        arguments.insert(key.trim().to_owned(), value);
+        texts.push((key.trim().to_owned(), value.to_owned()));
         rest = after.split_once("<arg_key>").map(|(_, rest)| rest);
     }
-    let name = name.trim();
-    let readable = !name.is_empty() && !name.contains(['<', '{', '\n']);
-    readable.then(|| ToolCall { name: name.to_owned(), arguments: Value::Object(arguments).to_string() })
+    ToolCall::of_texts(name, texts)
+}
+
+/// Calls as elements: `open` with a name up to `>`, for each argument `parameter` with its name up to `>`, its text and
+/// `</parameter>`, then `close`, which may be missing at the end. A line break around a text is no part of it.
+fn elements(body: &str, open: &str, close: &str, parameter: &str) -> Option<Vec<ToolCall>> {
+    let named = |rest: &mut &str| {
+        let (name, after) = rest.split_once('>')?;
+        *rest = after;
+        Some(name.trim().trim_matches('"').to_owned())
+    };
+    let (mut rest, mut calls) = (body.trim(), Vec::new());
+    while !rest.is_empty() {
+        rest = rest.strip_prefix(open)?;
+        let (name, mut texts) = (named(&mut rest)?, Vec::new());
+        loop {
+            rest = rest.trim_start();
+            if let Some(after) = rest.strip_prefix(close) {
+                rest = after.trim_start();
+                break;
+            }
+            if rest.is_empty() {
+                break;
+            }
+            rest = rest.strip_prefix(parameter)?;
+            let key = named(&mut rest)?;
+            let (text, after) = rest.split_once("</parameter>")?;
+            let text = text.strip_prefix('\n').unwrap_or(text);
+            texts.push((key, text.strip_suffix('\n').unwrap_or(text).to_owned()));
+            rest = after;
+        }
+        calls.push(ToolCall::of_texts(&name, texts)?);
+    }
+    Some(calls)
 }
 
 /// A name and the text of its arguments.
@@ -188,5 +255,5 @@ pub(super) fn named(name: &str, arguments: &str) -> Option<ToolCall> {
     let (name, arguments) = (name.trim(), arguments.trim());
     let arguments = if arguments.is_empty() { "{}" } else { arguments };
     let readable = !name.is_empty() && serde_json::from_str::<Map<String, Value>>(arguments).is_ok();
-    readable.then(|| ToolCall { name: name.to_owned(), arguments: arguments.to_owned() })
+    readable.then(|| ToolCall::new(name, arguments.to_owned()))
 }

@@ -22,6 +22,10 @@ pub enum Dialect {
     Kimi,
     /// `<tool_call>name <arg_key>..</arg_key><arg_value>..</arg_value></tool_call>`: GLM-4.5 and later.
     Glm,
+    /// `<tool_call><function=name><parameter=key>..</parameter></function></tool_call>`: Qwen3-Coder, Qwen3-Next and 3.5.
+    QwenXml,
+    /// `<minimax:tool_call><invoke name="name"><parameter name="key">..</parameter></invoke></minimax:tool_call>`: MiniMax-M2.
+    MiniMax,
     /// Channels: `<|channel|>analysis<|message|>`: GPT-OSS.
     Harmony,
 }
@@ -35,6 +39,8 @@ impl Dialect {
             ("<｜tool▁calls▁begin｜>", Self::DeepSeek),
             ("[TOOL_CALLS]", Self::Mistral),
             ("<arg_key>", Self::Glm),
+            ("<minimax:tool_call>", Self::MiniMax),
+            ("<function=", Self::QwenXml),
             ("<tool_call>", Self::Hermes),
             (PYTHON_TAG, Self::Llama3),
             ("\"parameters\": dictionary", Self::Llama3),
@@ -55,6 +61,8 @@ impl Dialect {
                 "<arg_value>",
                 "</arg_value>",
             ],
+            Self::QwenXml => &["<think>", "</think>", "<tool_call>", "</tool_call>"],
+            Self::MiniMax => &["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"],
             Self::Llama3 => &[PYTHON_TAG, "<think>", "</think>"],
             Self::Mistral => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>"],
             Self::DeepSeek => &[
@@ -100,6 +108,8 @@ impl Dialect {
         match self {
             Self::Hermes => &[CallSyntax::Hermes],
             Self::Glm => &[CallSyntax::Glm],
+            Self::QwenXml => &[CallSyntax::QwenXml],
+            Self::MiniMax => &[CallSyntax::MiniMax],
             Self::Llama3 => &[CallSyntax::PythonTag],
             Self::Mistral => &[CallSyntax::Mistral],
             Self::DeepSeek => &[CallSyntax::DeepSeek],

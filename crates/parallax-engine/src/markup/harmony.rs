@@ -4,7 +4,7 @@
 //! it is a call. The prompt ends with `<|start|>assistant`, so that an answer begins with a channel.
 
 use super::calls::named;
-use super::{MarkupOptions, Part, ToolCall, cut, text};
+use super::{MarkupOptions, Part, cut, text};
 
 const MESSAGE: &str = "<|message|>";
 const STARTS: [&str; 2] = ["<|channel|>", "<|start|>"];
@@ -113,7 +113,7 @@ impl Harmony {
 
 fn call(parts: &mut Vec<Part>, tool: &str, arguments: String) {
     match named(tool, &arguments) {
-        Some(ToolCall { name, arguments }) => parts.push(Part::Call(ToolCall { name, arguments })),
+        Some(call) => parts.push(Part::Call(call)),
         None => text(parts, Part::Content, arguments),
     }
 }

@@ -16,6 +16,7 @@ fn joined(parts: Vec<Part>) -> Vec<Part> {
             (Some(Part::Content(a)), Part::Content(b)) | (Some(Part::Reasoning(a)), Part::Reasoning(b)) => {
                 a.push_str(&b);
             }
+            (_, Part::Call(call)) => out.push(Part::Call(ToolCall { texts: Vec::new(), ..call })),
             (_, part) => out.push(part),
         }
     }
@@ -30,7 +31,7 @@ fn read(options: MarkupOptions, pieces: &[&str]) -> Vec<Part> {
 }
 
 fn call(name: &str, arguments: &str) -> Part {
-    Part::Call(ToolCall { name: name.into(), arguments: arguments.into() })
+    Part::Call(ToolCall { name: name.into(), arguments: arguments.into(), texts: Vec::new() })
 }
 
 fn content(text: &str) -> Part {
@@ -88,6 +89,32 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
             Dialect::Glm,
             "<think>a</think>\n<tool_call>w\n<arg_key>c</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>n</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
             vec![thought("a"), call("w", "{\"c\":\"Rome\",\"n\":3}")],
+        ),
+        (
+            Dialect::QwenXml,
+            "<think>\nhm\n</think>\n\nSo:\n<tool_call>\n<function=w>\n<parameter=c>\nRome\nand Ostia\n</parameter>\n<parameter=n>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=t>\n</function>\n</tool_call>",
+            vec![
+                thought("\nhm\n"),
+                content("So:\n"),
+                call("w", "{\"c\":\"Rome\\nand Ostia\",\"n\":3}"),
+                call("t", "{}"),
+            ],
+        ),
+        // The end token took the place of both closing markers; without a function it is no call.
+        (
+            Dialect::QwenXml,
+            "<tool_call><function=t><parameter=c>[1]</parameter>",
+            vec![call("t", "{\"c\":[1]}")],
+        ),
+        (
+            Dialect::QwenXml,
+            "<tool_call>\n<function=t\n</tool_call>",
+            vec![content("<tool_call>\n<function=t\n</tool_call>")],
+        ),
+        (
+            Dialect::MiniMax,
+            "<think>a</think>\n\n<minimax:tool_call>\n<invoke name=\"w\">\n<parameter name=\"c\">Rome</parameter>\n<parameter name=\"l\">[\"a\", 2]</parameter>\n</invoke>\n<invoke name=\"t\">\n</invoke>\n</minimax:tool_call>",
+            vec![thought("a"), call("w", "{\"c\":\"Rome\",\"l\":[\"a\",2]}"), call("t", "{}")],
         ),
         (
             Dialect::Harmony,
@@ -155,21 +182,36 @@ fn templates_tell_their_dialect() {
         ("{{ '<|python_tag|>' }}", Dialect::Llama3),
         ("{{'<｜tool▁calls▁begin｜>'}}", Dialect::DeepSeek),
         ("<|start|>assistant<|channel|>final", Dialect::Harmony),
+        ("<tool_call>\\n<function=example>", Dialect::QwenXml),
+        ("{%- set begin = '<minimax:tool_call>' -%}", Dialect::MiniMax),
         ("nothing", Dialect::Hermes),
     ] {
         assert_eq!(Dialect::of_template(source), dialect, "{source}");
     }
 }
 
-const DIALECTS: [Dialect; 7] = [
+const DIALECTS: [Dialect; 9] = [
     Dialect::Hermes,
     Dialect::Llama3,
     Dialect::Mistral,
     Dialect::DeepSeek,
     Dialect::Kimi,
     Dialect::Glm,
+    Dialect::QwenXml,
+    Dialect::MiniMax,
     Dialect::Harmony,
 ];
+
+#[test]
+fn texts_stay_texts_where_the_schema_says_so() {
+    let said = "<tool_call><function=write><parameter=content>\n{\"a\": 1}\n</parameter><parameter=n>12</parameter></function></tool_call>";
+    let parts = Markup::new(all(Dialect::QwenXml)).push(said);
+    let Some(Part::Call(call)) = parts.first() else { panic!("{parts:?}") };
+    assert_eq!(call.arguments, "{\"content\":{\"a\":1},\"n\":12}");
+    let mut call = call.clone();
+    call.keep_texts(|name| name == "content");
+    assert_eq!(call.arguments, "{\"content\":\"{\\\"a\\\": 1}\",\"n\":12}");
+}
 
 fn dialects() -> impl Strategy<Value = Dialect> {
     prop::sample::select(DIALECTS.to_vec())

@@ -9,6 +9,7 @@ use swarm_wire::RequestId;
 use tokio::sync::mpsc;
 
 use super::{Command, Shared, Swap, Weights};
+use crate::config::OnSwap;
 use crate::engine::Engine;
 use crate::error::StageError;
 use crate::metrics::Latencies;
@@ -20,6 +21,9 @@ use crate::stage::StageRunner;
 struct Listener {
     events: mpsc::Sender<Event>,
     submitted: Instant,
+    /// When its first row ran.
+    started: Option<Instant>,
+    first_token: Option<Instant>,
     last_token: Option<Instant>,
 }
 
@@ -91,7 +95,9 @@ impl EngineThread {
         match command {
             Command::Submit { ids, request, events, submitted } => {
                 for (id, events) in ids.iter().zip(events) {
-                    self.listeners.insert(*id, Listener { events, submitted, last_token: None });
+                    let (started, first_token, last_token) = (None, None, None);
+                    let listener = Listener { events, submitted, started, first_token, last_token };
+                    self.listeners.insert(*id, listener);
                 }
                 if let Err(refused) = self.engine.add_as(&ids, &request) {
                     let refusal = |request| {
@@ -102,16 +108,19 @@ impl EngineThread {
                     self.deliver(ids.into_iter().map(refusal).collect());
                 }
             }
-            Command::Swap(swap) if swap.finish && self.engine.is_busy() => self.pending = Some(swap),
+            Command::Swap(swap) if swap.on_swap == OnSwap::Finish && self.engine.is_busy() => {
+                self.pending = Some(swap);
+            }
             Command::Swap(swap) => self.swap(swap),
             Command::AddAdapter { name, adapter, reply } => {
                 let added = self.engine.add_adapter(&mut *self.runner, &name, &adapter);
                 self.publish_adapters();
                 let _ = reply.send(added);
             }
-            Command::RemoveAdapter { name } => {
+            Command::RemoveAdapter { name, reply } => {
                 self.engine.remove_adapter(&name);
                 self.publish_adapters();
+                let _ = reply.send(Ok(()));
             }
         }
     }
@@ -123,34 +132,33 @@ impl EngineThread {
 
     /// Between two steps. A caller that no longer waits does not undo it.
     fn swap(&mut self, swap: Swap) {
-        let Swap { version, weights, reply, .. } = swap;
+        let Swap { version, weights, on_swap, reply } = swap;
         let done = match weights {
             Weights::Adapter(adapter) => self.runner.set_adapter(version, adapter.as_deref()),
             Weights::Runner(runner) => self.replace(runner),
         };
         if done.is_ok() {
-            self.engine.set_version(version);
+            if on_swap == OnSwap::Abort {
+                let events = self.engine.abort_all();
+                events.iter().for_each(|event| self.runner.close(event.request));
+                self.deliver(events);
+            }
+            self.engine.set_version_as(version, on_swap);
             self.shared.version.store(version.0, Ordering::Release);
             tracing::info!(%version, "weights swapped");
         }
         let _ = reply.send(done);
     }
 
-    /// Another runner under the same requests: its pages are empty.
-    fn replace(&mut self, runner: Box<dyn StageRunner>) -> Result<(), StageError> {
+    /// Another runner under the same requests: its pages are empty. Resident adapters go along.
+    fn replace(&mut self, mut runner: Box<dyn StageRunner>) -> Result<(), StageError> {
         let (has, gets) = (self.runner.shape(), runner.shape());
         if has != gets {
             let reason = format!("the new weights have another shape: {gets:?}, not {has:?}");
             return Err(StageError::NotReady { reason });
         }
         self.engine.housekeep(&mut *self.runner);
-        if self.engine.has_adapters() {
-            let reason =
-                "adapters of the old weights are resident: remove them, and let the requests that use \
-                          them finish"
-                    .to_owned();
-            return Err(StageError::NotReady { reason });
-        }
+        self.engine.hand_adapters_to(&mut *runner)?;
         self.runner = runner;
         self.engine.lose_pages();
         Ok(())
@@ -182,6 +190,11 @@ impl EngineThread {
         self.engine.housekeep(&mut *self.runner);
         let Some((batch, input)) = self.engine.plan() else { return self.publish() };
         let forward_started = Instant::now();
+        for sequence in &batch.sequences {
+            if let Some(listener) = self.listeners.get_mut(&sequence.request) {
+                listener.started.get_or_insert(forward_started);
+            }
+        }
         let result = self.runner.forward(&batch, input);
         let forward = forward_started.elapsed();
         if let Err(error) = &result {
@@ -193,6 +206,7 @@ impl EngineThread {
                 self.runner.close(event.request);
             }
         }
+        self.latencies.step_rows.observe(batch.n_rows() as f64);
         self.pace.observe(batch.n_rows(), started.elapsed());
         self.latencies.forward_seconds += forward.as_secs_f64();
         self.latencies.step_seconds += started.elapsed().as_secs_f64();
@@ -224,14 +238,29 @@ impl EngineThread {
             Event::Token(_) => {
                 match listener.last_token {
                     None => {
-                        self.latencies.time_to_first_token.observe((now - listener.submitted).as_secs_f64())
+                        self.latencies.time_to_first_token.observe((now - listener.submitted).as_secs_f64());
+                        // Answers that share a prompt have no row of their own before.
+                        listener.started.get_or_insert(now);
+                        listener.first_token = Some(now);
                     }
                     Some(last) => self.latencies.inter_token.observe((now - last).as_secs_f64()),
                 }
                 listener.last_token = Some(now);
             }
             Event::Prompt { .. } => {}
-            Event::Finished { .. } => {
+            Event::Finished { usage, .. } => {
+                if let Some(started) = listener.started {
+                    let seconds = |from: Instant, to: Instant| (to - from).as_secs_f64();
+                    let last = listener.last_token.unwrap_or(now);
+                    self.latencies.queue.observe(seconds(listener.submitted, started));
+                    self.latencies.inference.observe(seconds(started, last));
+                    if let Some(first) = listener.first_token {
+                        self.latencies.prefill.observe(seconds(started, first));
+                        self.latencies.decode.observe(seconds(first, last));
+                    }
+                    self.latencies.prompt_tokens.observe(usage.prompt_tokens as f64);
+                    self.latencies.generated_tokens.observe(usage.completion_tokens as f64);
+                }
                 self.latencies.end_to_end.observe((now - listener.submitted).as_secs_f64());
                 // Free for the next request before the caller hears of the end.
                 self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);

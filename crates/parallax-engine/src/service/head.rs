@@ -9,6 +9,7 @@
 mod link;
 mod status;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -138,6 +139,9 @@ impl Head {
             runtime: tokio::runtime::Handle::current(),
             link_epoch: None,
             adapter_sent: None,
+            residents: BTreeMap::new(),
+            residents_sent: BTreeSet::new(),
+            residents_gone: BTreeSet::new(),
             pages_epoch: None,
             encoder: StepEncoder::default(),
             next_step: 0,
@@ -301,6 +305,12 @@ pub struct PipelineRunner {
     /// The epoch whose stages know what the encoder says they know.
     link_epoch: Option<u64>,
     adapter_sent: Option<PolicyVersion>,
+    /// Bytes of the resident adapters, for stages that come later.
+    residents: BTreeMap<u32, Vec<u8>>,
+    /// Those that the stages of this epoch have.
+    residents_sent: BTreeSet<u32>,
+    /// Those that some of them may still have.
+    residents_gone: BTreeSet<u32>,
     /// The epoch in whose stages the cached pages are.
     pages_epoch: Option<u64>,
     encoder: StepEncoder,
@@ -346,11 +356,8 @@ impl StageRunner for PipelineRunner {
     }
 
     fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
-        let bytes = adapter.map_or(0, <[u8]>::len);
-        if bytes > TENSOR_MAX_BYTES {
-            let reason = format!("it has {bytes} bytes, stages take at most {TENSOR_MAX_BYTES}");
-            return Err(StageError::Adapter { version, reason });
-        }
+        check_size(adapter.map_or(0, <[u8]>::len))
+            .map_err(|reason| StageError::Adapter { version, reason })?;
         let wanted = (version, adapter.map(<[u8]>::to_vec));
         let old = lock(&self.shared.adapter).replace(wanted);
         self.adapter_sent = None;
@@ -361,6 +368,33 @@ impl StageRunner for PipelineRunner {
             *lock(&self.shared.adapter) = Some(old.unwrap_or((PolicyVersion(0), None)));
         }
         sent
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+        let fits = if adapter.is_empty() { Err("it is empty".to_owned()) } else { check_size(adapter.len()) };
+        fits.map_err(|reason| StageError::NotReady {
+            reason: format!("the adapter does not fit: {reason}"),
+        })?;
+        self.residents.insert(id, adapter.to_vec());
+        // Taking up the link brings it to the stages.
+        let sent = self.link().map(|_| ());
+        if sent.is_err() {
+            self.remove_adapter(id);
+        }
+        sent
+    }
+
+    /// The stages hear of it before the next step.
+    fn remove_adapter(&mut self, id: u32) {
+        self.residents.remove(&id);
+        self.residents_sent.remove(&id);
+        self.residents_gone.insert(id);
+    }
+
+    fn remove_adapters(&mut self) {
+        for id in self.residents.keys().copied().collect::<Vec<_>>() {
+            self.remove_adapter(id);
+        }
     }
 
     fn generation(&self) -> u64 {
@@ -382,6 +416,14 @@ impl StageRunner for PipelineRunner {
     }
 }
 
+/// Whether stages take an adapter of so many bytes.
+fn check_size(bytes: usize) -> Result<(), String> {
+    if bytes > TENSOR_MAX_BYTES {
+        return Err(format!("it has {bytes} bytes, stages take at most {TENSOR_MAX_BYTES}"));
+    }
+    Ok(())
+}
+
 impl PipelineRunner {
     /// The pipeline that stands, with stages that have the right adapter and know no old sequence.
     fn link(&mut self) -> Result<Arc<Link>, StageError> {
@@ -393,10 +435,27 @@ impl PipelineRunner {
             self.encoder = StepEncoder::default();
             self.link_epoch = Some(link.epoch);
             self.adapter_sent = None;
+            // Members begin an epoch without adapters; so does the head's own stage.
+            if let Some(runner) = lock(&self.shared.local).as_mut() {
+                runner.remove_adapters();
+            }
+            self.residents_sent.clear();
+            self.residents_gone.clear();
         }
         let wanted = lock(&self.shared.adapter).clone();
         if let Some(wanted) = wanted.filter(|wanted| self.adapter_sent != Some(wanted.0)) {
             self.send_adapter(&link, &wanted)?;
+        }
+        while let Some(&id) = self.residents_gone.first() {
+            self.send_resident(&link, id, &[])?;
+            self.residents_gone.remove(&id);
+        }
+        let unsent = |(id, _): &(&u32, &Vec<u8>)| !self.residents_sent.contains(id);
+        let missing: Vec<(u32, Vec<u8>)> =
+            self.residents.iter().filter(unsent).map(|(id, bytes)| (*id, bytes.clone())).collect();
+        for (id, bytes) in missing {
+            self.send_resident(&link, id, &bytes)?;
+            self.residents_sent.insert(id);
         }
         Ok(link)
     }
@@ -421,15 +480,39 @@ impl PipelineRunner {
         {
             runner.set_adapter(version, bytes.as_deref())?;
         }
-        if link.remote.is_some() {
-            self.next_step += 1;
-            let kind =
-                stage_frame::Kind::Adapter(StageAdapter { step_id: self.next_step, version: version.0 });
-            let frame = EncodedFrame::with_bytes(kind, bytes.as_deref().unwrap_or_default());
-            let step_id = self.next_step;
-            self.exchange(link, frame, step_id)?;
-        }
+        self.send_bytes(link, version, 0, bytes.as_deref().unwrap_or_default())?;
         self.adapter_sent = Some(version);
+        Ok(())
+    }
+
+    /// A resident adapter to all stages; without bytes it goes.
+    fn send_resident(&mut self, link: &Arc<Link>, id: u32, bytes: &[u8]) -> Result<(), StageError> {
+        if link.local.is_some()
+            && let Some(runner) = lock(&self.shared.local).as_mut()
+        {
+            if bytes.is_empty() {
+                runner.remove_adapter(id);
+            } else {
+                runner.add_adapter(id, bytes)?;
+            }
+        }
+        self.send_bytes(link, PolicyVersion(0), id, bytes)
+    }
+
+    fn send_bytes(
+        &mut self,
+        link: &Arc<Link>,
+        version: PolicyVersion,
+        resident: u32,
+        bytes: &[u8],
+    ) -> Result<(), StageError> {
+        if link.remote.is_none() {
+            return Ok(());
+        }
+        self.next_step += 1;
+        let step_id = self.next_step;
+        let kind = stage_frame::Kind::Adapter(StageAdapter { step_id, version: version.0, resident });
+        self.exchange(link, EncodedFrame::with_bytes(kind, bytes), step_id)?;
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parallax_engine::http::{HttpLimits, HttpState, Readiness, router, serve_until};
+use parallax_engine::http::{HttpLimits, HttpState, Readiness, Updates, router, serve_until};
 use parallax_engine::{
     Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor,
 };
@@ -67,6 +67,10 @@ impl StageRunner for Alphabet {
         Ok(())
     }
 
+    fn add_adapter(&mut self, _id: u32, _adapter: &[u8]) -> Result<(), StageError> {
+        Ok(())
+    }
+
     fn log_softmax(&self) -> LogSoftmax {
         parallax_engine::local::log_softmax
     }
@@ -96,6 +100,8 @@ pub struct Setup {
     pub readiness: Option<Readiness>,
     /// The chat template; the last message alone by default.
     pub template: Option<&'static str>,
+    /// What clients may change.
+    pub updates: Option<Updates>,
 }
 
 /// A server on a free port; ends with the runtime.
@@ -122,6 +128,7 @@ async fn open(setup: Setup) -> (TcpListener, HttpState) {
     let template = setup.template.unwrap_or("{{ messages[-1].content }}");
     let engine = EngineHandle::start(runner, EngineConfig::default()).unwrap();
     let state = HttpState {
+        updates: setup.updates,
         template: Some(Arc::new(ChatTemplate::new(template, "", "").unwrap())),
         stop_ids: vec![26],
         limits: setup.limits,

@@ -291,14 +291,20 @@ pub struct StageSequence {
     /// Cache pages appended since the last step of this sequence.
     #[prost(uint32, repeated, tag = "6")]
     pub new_pages: ::prost::alloc::vec::Vec<u32>,
+    /// The resident adapter that its rows pass through; 0: the one of everybody.
+    #[prost(uint32, tag = "7")]
+    pub adapter: u32,
 }
-/// Swap the LoRA adapter before the next step; `tensor_bytes` bytes of adapter follow, none means the base model.
+/// Change a LoRA adapter before the next step; `tensor_bytes` bytes of adapter follow. With `resident` 0 it is the adapter of
+/// everybody, without bytes the base model; else the adapter that sequences name by this number, gone without bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageAdapter {
     #[prost(uint64, tag = "1")]
     pub step_id: u64,
     #[prost(uint64, tag = "2")]
     pub version: u64,
+    #[prost(uint32, tag = "3")]
+    pub resident: u32,
 }
 /// Every stage has swapped.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -28,6 +28,7 @@ struct Toy {
     layers: LayerRange,
     cache: HashMap<(u32, u32, usize), u64>,
     adapter: u64,
+    residents: HashMap<u32, u64>,
     fail_at_token: Option<f32>,
     refuses_adapters: bool,
     delay: Duration,
@@ -39,6 +40,7 @@ impl Toy {
             layers,
             cache: HashMap::new(),
             adapter: 0,
+            residents: HashMap::new(),
             fail_at_token: None,
             refuses_adapters: false,
             delay: Duration::ZERO,
@@ -49,11 +51,11 @@ impl Toy {
         Self::new(LayerRange::new(0, N_LAYERS).unwrap())
     }
 
-    fn row(&mut self, pages: &[u32], position: usize, mut value: u64) -> u64 {
+    fn row(&mut self, pages: &[u32], position: usize, mut value: u64, adapter: u64) -> u64 {
         for layer in self.layers.start()..self.layers.end() {
             let place = |p: usize| (layer, pages[p / PAGE_TOKENS], p % PAGE_TOKENS);
             self.cache.insert(place(position), value);
-            let mut sum = u64::from(layer) + self.adapter;
+            let mut sum = u64::from(layer) + adapter;
             for p in 0..=position {
                 sum = (sum * 31 + self.cache.get(&place(p)).copied().unwrap_or(7777)) % 65_521;
             }
@@ -93,9 +95,10 @@ impl StageRunner for Toy {
         }
         let mut rows = Vec::new();
         for sequence in &batch.sequences {
+            let adapter = sequence.adapter.map_or(self.adapter, |id| self.residents[&id]);
             for i in 0..sequence.rows {
                 let value = values[rows.len()] as u64;
-                rows.push(self.row(&sequence.pages, (sequence.start + i) as usize, value) as f32);
+                rows.push(self.row(&sequence.pages, (sequence.start + i) as usize, value, adapter) as f32);
             }
         }
         if !self.shape().is_last() {
@@ -118,6 +121,22 @@ impl StageRunner for Toy {
         }
         self.adapter = adapter.map_or(0, |bytes| u64::from(bytes[0]));
         Ok(())
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+        if self.refuses_adapters {
+            return Err(StageError::NotReady { reason: "another rank".into() });
+        }
+        self.residents.insert(id, u64::from(adapter[0]));
+        Ok(())
+    }
+
+    fn remove_adapter(&mut self, id: u32) {
+        self.residents.remove(&id);
+    }
+
+    fn remove_adapters(&mut self) {
+        self.residents.clear();
     }
 
     fn log_softmax(&self) -> LogSoftmax {
@@ -308,6 +327,43 @@ async fn a_head_without_layers_serves_through_peers_and_adapters_reach_all_of_th
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn resident_adapters_reach_all_stages_and_those_that_come_later() {
+    let head = head(2, 4.0).await;
+    let a = TestMember::join(&head, 4, Toy::new).await;
+    ready(&head).await;
+    let alone = EngineHandle::start(Box::new(Toy::whole()), EngineConfig::default()).unwrap();
+    for engine in [&head.engine, &alone] {
+        engine.add_adapter("five", vec![5]).await.unwrap();
+        engine.add_adapter("nine", vec![9]).await.unwrap();
+    }
+    let named = |name: &str| Request { adapter: Some(name.into()), ..request(1) };
+    let mut wanted = vec![ids(&alone.generate(request(1)).await.unwrap())];
+    for name in ["five", "nine"] {
+        wanted.push(ids(&alone.generate(named(name)).await.unwrap()));
+    }
+    assert!(wanted[0] != wanted[1] && wanted[1] != wanted[2], "{wanted:?}");
+    let all = [request(1), named("five"), named("nine")];
+    let together = futures::future::join_all(all.iter().cloned().map(|r| head.engine.generate(r))).await;
+    assert_eq!(together.iter().map(|c| ids(c.as_ref().unwrap())).collect::<Vec<_>>(), wanted, "in one batch");
+
+    head.engine.remove_adapter("nine").unwrap();
+    a.kill().await;
+    let _b = TestMember::join(&head, 4, Toy::new).await;
+    // The old pipeline may stand for a moment longer: what fails for it is asked again.
+    let again = loop {
+        ready(&head).await;
+        let answer = head.engine.generate(named("five")).await.unwrap();
+        if answer.error.is_none() {
+            break answer;
+        }
+    };
+    assert_eq!(ids(&again), wanted[1], "a stage that came later has it");
+    let gone = head.engine.generate(named("nine")).await.unwrap_err();
+    assert!(gone.to_string().contains("loaded are: five"), "{gone}");
+    check_tokens(&head).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_adapter_that_one_stage_refuses_changes_no_stage() {
     let head = head(3, 4.0).await;
     let picky = |layers| Toy { refuses_adapters: true, ..Toy::new(layers) };
@@ -315,6 +371,10 @@ async fn an_adapter_that_one_stage_refuses_changes_no_stage() {
     ready(&head).await;
     let refused = head.engine.swap_adapter(PolicyVersion(1), Some(vec![5])).await.unwrap_err();
     assert!(refused.to_string().contains("another rank"), "{refused}");
+    check_tokens(&head).await;
+    let refused = head.engine.add_adapter("five", vec![5]).await.unwrap_err();
+    assert!(refused.to_string().contains("another rank"), "{refused}");
+    assert!(head.engine.adapters().is_empty());
     check_tokens(&head).await;
     let large = vec![5; TENSOR_MAX_BYTES + 1];
     let refused = head.engine.swap_adapter(PolicyVersion(1), Some(large)).await.unwrap_err();

@@ -344,6 +344,7 @@ impl<'a, X: WeightExchange> Member<'a, X> {
             Some(mut runner) => {
                 let base = runner.set_adapter(PolicyVersion(0), None);
                 base.map_err(|e| MemberError::Load { layers, reason: e.to_string() })?;
+                runner.remove_adapters();
                 runner
             }
             None => self.load(assignment, layers, news).await?,

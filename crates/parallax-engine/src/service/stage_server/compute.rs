@@ -132,8 +132,12 @@ impl Worker {
 
     fn adapter(&mut self, adapter: StageAdapter, frame: &ReceivedFrame) -> StepResult {
         let bytes = (!frame.tail.is_empty()).then_some(&frame.tail[..]);
-        self.runner.set_adapter(PolicyVersion(adapter.version), bytes).map_err(|e| e.to_string())?;
-        let StageAdapter { step_id, version } = adapter;
+        let StageAdapter { step_id, version, resident } = adapter;
+        match (resident, bytes) {
+            (0, _) => self.runner.set_adapter(PolicyVersion(version), bytes).map_err(|e| e.to_string())?,
+            (id, Some(bytes)) => self.runner.add_adapter(id, bytes).map_err(|e| e.to_string())?,
+            (id, None) => self.runner.remove_adapter(id),
+        }
         Ok(if self.last {
             EncodedFrame::new(stage_frame::Kind::AdapterDone(StageAdapterDone { step_id, version }))
         } else {

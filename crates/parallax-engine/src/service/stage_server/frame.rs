@@ -10,7 +10,7 @@ use swarm_wire::{DecodeError, TensorHeader, frame};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The stream protocol between stages.
-pub const STAGE_PROTOCOL: &str = "/parallax/stage/1";
+pub const STAGE_PROTOCOL: &str = "/parallax/stage/2";
 
 /// A frame ready to be written: one buffer, because small writes cost more than the copy.
 #[derive(Debug, Clone)]

@@ -71,6 +71,7 @@ impl StepEncoder {
             want: want.into(),
             opened: !known,
             new_pages,
+            adapter: sequence.adapter.unwrap_or(0),
         }
     }
 }
@@ -169,7 +170,7 @@ impl StepDecoder {
             rows: sequence.rows,
             want,
             pages: table.clone(),
-            adapter: None,
+            adapter: (sequence.adapter != 0).then_some(sequence.adapter),
         })
     }
 }
