@@ -10,7 +10,9 @@ use echo_trainer::service::evaluation::BoxFuture;
 use echo_trainer::service::gateway::{
     Gateway, GatewayConfig, SampleError, SampleTask, SampledAnswer, SampledAnswers, Stop, TaskSampler,
 };
-use parallax_engine::{Completion, EngineHandle, FinishReason, Request, RequestError, SamplingParams};
+use parallax_engine::{
+    Completion, EngineConfig, EngineHandle, FinishReason, Request, RequestError, SamplingParams,
+};
 use parallax_model::{Checkpoint, Tokenizer, WeightDtype};
 use serde_json::json;
 
@@ -70,7 +72,12 @@ pub fn run(args: &GatewayArgs) -> anyhow::Result<()> {
         }
     };
     let name = args.name.clone().unwrap_or_else(|| args.model.clone());
-    let config = GatewayConfig { api_keys, max_models: args.max_models, ..GatewayConfig::new(name.clone()) };
+    let config = GatewayConfig {
+        api_keys,
+        max_models: args.max_models,
+        concurrent_samples: EngineConfig::default().queued_requests,
+        ..GatewayConfig::new(name.clone())
+    };
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let sampler = Arc::new(EngineTasks::load(&checkpoint, args.cache_tokens)?);
     let gateway = Gateway::open(config, checkpoint, sampler, &args.dir)?;

@@ -39,8 +39,8 @@ pub fn held_out_seed(index: u64) -> u64 {
     HELD_OUT_SEEDS | index
 }
 
-/// A source of verifiable tasks. Implementations are pure: the same seed gives the same task, and the same completion the
-/// same reward, on every machine.
+/// A source of verifiable tasks. The same seed gives the same task, and the same completion the same reward, on every
+/// machine, unless [`Environment::is_repeatable`] says otherwise.
 pub trait Environment: Send + Sync {
     /// Its name on the wire, for example `arithmetic`.
     fn name(&self) -> &str;

@@ -82,7 +82,7 @@ impl OptimConfig {
     /// Names the first setting that is out of range.
     pub fn validate(&self) -> Result<(), OptimError> {
         let checks = [
-            ("learning_rate", self.learning_rate, self.learning_rate > 0.0),
+            ("learning_rate", self.learning_rate, self.learning_rate >= 0.0),
             ("beta1", self.beta1, (0.0..1.0).contains(&self.beta1)),
             ("beta2", self.beta2, (0.0..1.0).contains(&self.beta2)),
             ("epsilon", self.epsilon, self.epsilon > 0.0),

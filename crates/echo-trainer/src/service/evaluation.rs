@@ -2,6 +2,7 @@
 //!
 //! The engine that samples belongs to whoever wires a learner: this crate imports none.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,9 +10,9 @@ use std::sync::Arc;
 use echo_rollout::Environment;
 use echo_rollout::environment::{RewardError, Turn, held_out_seed};
 use echo_rollout::text::{Text, TextError};
-use futures::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 use swarm_wire::PolicyVersion;
+use tokio::task::JoinSet;
 
 /// A future of a trait object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -151,15 +152,19 @@ pub async fn play_all(
     player: &Player,
     episodes: impl IntoIterator<Item = (u64, SampleRequest)>,
 ) -> Result<Vec<Played>, EvaluationError> {
-    // Tasks of their own, because an environment may keep a thread waiting.
-    let run = |(seed, settings)| {
-        let player = player.clone();
-        async move {
-            let played = tokio::spawn(async move { play(&player, seed, settings).await }).await;
-            played.map_err(|e| EvaluationError::Sampler { reason: e.to_string() })?
+    // Tasks of their own, because an environment may keep a thread waiting; they end with the set.
+    let mut tasks = JoinSet::new();
+    let mut played = BTreeMap::new();
+    let mut episodes = episodes.into_iter().enumerate();
+    loop {
+        for (i, (seed, settings)) in episodes.by_ref().take(AT_ONCE - tasks.len()) {
+            let player = player.clone();
+            tasks.spawn(async move { play(&player, seed, settings).await.map(|played| (i, played)) });
         }
-    };
-    futures::stream::iter(episodes).map(run).buffered(AT_ONCE).try_collect().await
+        let Some(done) = tasks.join_next().await else { return Ok(played.into_values().collect()) };
+        let (i, one) = done.map_err(|e| EvaluationError::Sampler { reason: e.to_string() })??;
+        played.insert(i, one);
+    }
 }
 
 /// Plays one episode to its end, or to where there is no room for another word; as workers do.
@@ -205,6 +210,8 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use echo_rollout::environment::Calculator;
     use echo_rollout::{Arithmetic, Task};
 
@@ -309,6 +316,48 @@ mod tests {
         let heard: Vec<u32> = (0..n).filter(|i| !played.trainable[*i]).map(|i| played.tokens[i]).collect();
         assert!(Caller.completion(&heard).starts_with('['), "the tool's words are not the policy's");
         assert!((0..n).all(|i| (played.logprobs[i] == 0.0) != played.trainable[i]));
+    }
+
+    /// Fails for one prompt, and never answers the others.
+    struct Stuck(Arc<AtomicUsize>);
+
+    /// Counts what is in the making.
+    struct Waiting(Arc<AtomicUsize>);
+
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    impl Sampler for Stuck {
+        fn install(&self, _: PolicyVersion, _: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>> {
+            Box::pin(std::future::ready(Ok(())))
+        }
+
+        fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>> {
+            if request.seed == 7 {
+                return Box::pin(std::future::ready(Err("broken".to_owned())));
+            }
+            self.0.fetch_add(1, Ordering::SeqCst);
+            let waiting = Waiting(Arc::clone(&self.0));
+            Box::pin(async move {
+                let _waiting = waiting;
+                std::future::pending().await
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn episodes_end_with_the_evaluation_that_failed() {
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let player = player(Stuck(Arc::clone(&waiting)), Bytes, Arithmetic::default());
+        let settings = |seed| SampleRequest { prompt: Vec::new(), max_tokens: 8, temperature: 1.0, seed };
+        let error = play_all(&player, (0..8).map(|seed| (seed, settings(seed)))).await.unwrap_err();
+        assert!(error.to_string().contains("broken"), "{error}");
+        while waiting.load(Ordering::SeqCst) > 0 {
+            tokio::task::yield_now().await;
+        }
     }
 
     #[tokio::test]

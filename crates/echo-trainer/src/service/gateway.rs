@@ -46,6 +46,7 @@ pub use sampler::{SampleError, SampleTask, SampledAnswer, SampledAnswers, Stop, 
 
 use datum::DatumLimits;
 use promises::{PromiseLimits, Promises};
+use sampling::SampleLimits;
 use sessions::Registry;
 use store::{Store, StoreError};
 
@@ -88,6 +89,11 @@ struct Inner {
     training: Semaphore,
     /// Requests that are read or answered.
     seats: Arc<Semaphore>,
+    /// Questions for answers, which may wait for long.
+    polls: Arc<Semaphore>,
+    /// Answers that the sampler makes.
+    samples: Semaphore,
+    sample_limits: SampleLimits,
     /// Adapters that the sampler has, the one used last at the end.
     resident: tokio::sync::Mutex<VecDeque<String>>,
     keys: Vec<blake3::Hash>,
@@ -117,12 +123,19 @@ impl Gateway {
             context_tokens: shape.max_context.min(config.sequence_tokens),
             batch_tokens: config.batch_tokens,
         };
+        let concurrent_samples = config.concurrent_samples.clamp(1, Semaphore::MAX_PERMITS);
         let promises =
             Promises::new(PromiseLimits { pending: config.max_pending, kept_bytes: config.kept_bytes });
         let inner = Inner {
             store: Store::open(dir, &id, config.max_saved)?,
             keys: config.api_keys.iter().map(|key| blake3::hash(key.as_bytes())).collect(),
             seats: Arc::new(Semaphore::new(config.concurrent_requests.max(1))),
+            polls: Arc::new(Semaphore::new(config.max_pending.max(1))),
+            samples: Semaphore::new(concurrent_samples),
+            sample_limits: SampleLimits {
+                samples: config.max_samples.min(concurrent_samples),
+                context_tokens: shape.max_context,
+            },
             training: Semaphore::new(1),
             registry: Mutex::default(),
             resident: tokio::sync::Mutex::default(),

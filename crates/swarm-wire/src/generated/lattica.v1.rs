@@ -51,7 +51,7 @@ pub struct ManifestUpdate {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeltaIndex {
     /// Which blocks of the new version are patched, each as the number of blocks since the one before it that are not.
-    #[prost(uint32, repeated, tag = "1")]
+    #[prost(uint32, repeated, tag = "2")]
     pub gaps: ::prost::alloc::vec::Vec<u32>,
 }
 /// A named part of the artefact's bytes: a file or a tensor.

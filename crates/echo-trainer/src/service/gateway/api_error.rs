@@ -5,6 +5,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
+use super::sessions::Refused;
 use super::store::StoreError;
 
 /// An error of the API: `{"detail": message}` with this status.
@@ -35,6 +36,16 @@ impl ApiError {
         let id: String = id.chars().take(200).collect();
         let detail = format!("no {what} {id:?}; it ended with its session, or this server was started again");
         Self::new(StatusCode::NOT_FOUND, detail)
+    }
+}
+
+impl From<Refused> for ApiError {
+    fn from(refused: Refused) -> Self {
+        let status = match refused {
+            Refused::NoSession => StatusCode::GONE,
+            Refused::NoRoom => StatusCode::TOO_MANY_REQUESTS,
+        };
+        Self::new(status, refused)
     }
 }
 

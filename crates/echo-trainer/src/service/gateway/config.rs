@@ -11,8 +11,10 @@ pub struct GatewayConfig {
     pub api_keys: Vec<String>,
     /// Largest request body in bytes. Default: 16 MiB; the client cuts its requests at 5 MB.
     pub body_bytes: usize,
-    /// Requests that are read or answered at the same time; one more gets 429. Default: 1024.
+    /// Requests that are read or answered at the same time, questions for answers apart; one more gets 429. Default: 1024.
     pub concurrent_requests: usize,
+    /// How long a request may take to be read and answered. Default: 2 minutes.
+    pub request_timeout: Duration,
     /// Sessions at a time. Default: 64.
     pub max_sessions: usize,
     /// Models in training at a time, each with a copy of the base weights. Default: 4.
@@ -23,7 +25,7 @@ pub struct GatewayConfig {
     pub session_timeout: Duration,
     /// Requests to one model that may wait. Default: 256.
     pub max_queued: usize,
-    /// How long a request that was lost on its way is waited for. Default: 60 s.
+    /// How long a request that was lost on its way is waited for, while those behind it wait too. Default: 60 s.
     pub gap_timeout: Duration,
     /// Answers that may be in the making, all clients together; one more gets 429. Default: 4096.
     pub max_pending: usize,
@@ -37,7 +39,10 @@ pub struct GatewayConfig {
     pub batch_tokens: usize,
     /// Tokens of one forward and backward pass. Default: 8192.
     pub micro_batch_tokens: usize,
-    /// Answers of one sampling request. Default: 256.
+    /// Answers that the sampler is asked for at the same time, all clients together; more wait. Default: 1024, as many as
+    /// the engine takes.
+    pub concurrent_samples: usize,
+    /// Answers of one sampling request, at most `concurrent_samples`. Default: 256.
     pub max_samples: usize,
     /// Largest rank of an adapter. Default: 256.
     pub max_rank: usize,
@@ -59,6 +64,7 @@ impl GatewayConfig {
             api_keys: Vec::new(),
             body_bytes: 16 << 20,
             concurrent_requests: 1024,
+            request_timeout: Duration::from_secs(120),
             max_sessions: 64,
             max_models: 4,
             max_samplers: 1024,
@@ -71,6 +77,7 @@ impl GatewayConfig {
             sequence_tokens: 16_384,
             batch_tokens: 65_536,
             micro_batch_tokens: 8192,
+            concurrent_samples: 1024,
             max_samples: 256,
             max_rank: 256,
             lora_alpha: 32.0,

@@ -11,8 +11,8 @@ use super::Inner;
 use super::api_error::ApiError;
 use super::order::Place;
 use super::promises::Outcome;
-use super::sessions::{Room, SamplerSlot};
-use super::store::{Kind, LoraSpec, SavedPath};
+use super::sessions::{Refused, Room, SamplerSlot};
+use super::store::{Kind, LoraSpec, SavedPath, Store};
 use super::training::{Job, ModelSlot, Queued, work};
 
 /// An answer in JSON.
@@ -33,13 +33,17 @@ impl Inner {
     }
 
     pub(super) fn check_session(&self, id: &str) -> Result<(), ApiError> {
-        if self.registry().touch(id, Instant::now()) {
-            return Ok(());
-        }
-        Err(ApiError::new(
-            StatusCode::GONE,
-            "no such session; it has ended, or this server was started again",
-        ))
+        if self.registry().touch(id, Instant::now()) { Ok(()) } else { Err(Refused::NoSession.into()) }
+    }
+
+    /// Does something with the disk, off the runtime's threads.
+    pub(super) async fn on_disk<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Store) -> T + Send + 'static,
+    ) -> T {
+        let inner = Arc::clone(self);
+        let done = tokio::task::spawn_blocking(move || work(&inner.store)).await;
+        done.expect("reading and writing files does not panic")
     }
 
     pub(super) fn check_base(&self, name: &str) -> Result<(), ApiError> {
@@ -66,8 +70,8 @@ impl Inner {
     }
 
     /// What to sample from.
-    pub(super) fn sampled_path(
-        &self,
+    pub(super) async fn sampled_path(
+        self: &Arc<Self>,
         path: Option<&str>,
         base: Option<&str>,
     ) -> Result<Option<SavedPath>, ApiError> {
@@ -85,12 +89,18 @@ impl Inner {
                 "{path} is for training; weights to sample from are under /sampler_weights/"
             )));
         }
-        self.store.read(&path)?;
+        let saved = path.clone();
+        self.on_disk(move |store| store.read(&saved)).await?;
         Ok(Some(path))
     }
 
-    /// Adds a sampling session; false when there is no room.
-    pub(super) fn open_sampler(&self, session: &str, id: &str, path: Option<SavedPath>) -> bool {
+    /// Adds a sampling session.
+    pub(super) fn open_sampler(
+        &self,
+        session: &str,
+        id: &str,
+        path: Option<SavedPath>,
+    ) -> Result<(), Refused> {
         let slot = SamplerSlot { session: session.to_owned(), path, joined: 0 };
         self.registry().open_sampler(id, slot, Instant::now(), &self.room())
     }
@@ -103,28 +113,17 @@ impl Inner {
         lora: LoraSpec,
         job: Job,
     ) -> Answered {
-        self.check_session(session)?;
         let id = format!("{session}:train:{number}");
-        let known = self.registry().model(&id, Instant::now());
-        let model = match known {
-            Some(model) => model,
-            None => {
-                let slot = ModelSlot::new(id, session.to_owned(), lora, self.config.max_queued);
-                let model = Arc::new(slot);
-                if !self.registry().add_model(Arc::clone(&model), Instant::now(), &self.room()) {
-                    let limit = self.config.max_models;
-                    return Err(ApiError::busy(format!("{limit} models are in training: try again later")));
-                }
-                tokio::spawn(work(Arc::clone(&model), Arc::downgrade(self)));
-                model
-            }
-        };
-        self.submit(&model, Some(0), Ok(job))
+        let slot = Arc::new(ModelSlot::new(id, session.to_owned(), lora, self.config.max_queued));
+        let (model, is_new) = self.registry().add_model(slot, Instant::now(), &self.room())?;
+        if is_new {
+            tokio::spawn(work(Arc::clone(&model), Arc::downgrade(self)));
+        }
+        self.submit(&model, 0, Ok(job))
     }
 
     /// Queues request `seq` to `model`. One that is refused keeps its place, so that nothing waits for it.
-    pub(super) fn submit(&self, model: &ModelSlot, seq: Option<u64>, job: Result<Job, ApiError>) -> Answered {
-        let seq = seq.unwrap_or_else(|| model.end());
+    pub(super) fn submit(&self, model: &ModelSlot, seq: u64, job: Result<Job, ApiError>) -> Answered {
         let promise = format!("{}:{seq}", model.id);
         let accepted = Json(json!({"request_id": promise, "model_id": model.id}));
         let full =
@@ -135,6 +134,7 @@ impl Inner {
                 return Err(ApiError::bad(format!("request {seq} was refused, or is long over")));
             }
             Place::Full => return Err(full()),
+            Place::Closed => return Err(ApiError::not_found("model", &model.id)),
             Place::Taken => {}
         }
         let job = match job {
@@ -150,9 +150,11 @@ impl Inner {
         match model.offer(seq, Some(Queued { promise: promise.clone(), job })) {
             // Another copy of the request was faster.
             Place::Taken | Place::Repeated => Ok(accepted),
-            Place::Full => {
-                self.promises.keep(&promise, Outcome::Failed { message: full().detail, user: false });
-                Err(full())
+            refused @ (Place::Full | Place::Closed) => {
+                let gone = refused == Place::Closed;
+                let error = if gone { ApiError::not_found("model", &model.id) } else { full() };
+                self.promises.keep(&promise, Outcome::Failed { message: error.detail.clone(), user: gone });
+                Err(error)
             }
         }
     }

@@ -35,7 +35,7 @@ pub(super) struct Passed {
     pub(super) trained_tokens: usize,
 }
 
-/// Why a request to a model failed. The model is as before.
+/// Why a request to a model failed. The model is as before, but a step that failed has used up the gradients.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ModelError {
     #[error("no gradients are there: send a forward_backward before optim_step")]
@@ -106,10 +106,7 @@ impl<P: Policy> Trained<P> {
 
     /// Moves the weights by the gradients that wait, and forgets those.
     pub(super) fn step(&mut self, config: OptimConfig) -> Result<UpdateReport, ModelError> {
-        // At a rate of 0, where warm-ups begin, the moments move and the weights do not.
-        let learning_rate =
-            if config.learning_rate == 0.0 { f64::MIN_POSITIVE } else { config.learning_rate };
-        self.optimiser.set_config(OptimConfig { learning_rate, ..config })?;
+        self.optimiser.set_config(config)?;
         let mut gradients = self.gradients.take().ok_or(ModelError::NoGradients)?;
         let report = self.optimiser.update(&mut self.masters, &mut gradients)?;
         self.policy.assign(&self.masters)?;

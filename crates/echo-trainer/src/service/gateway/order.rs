@@ -11,6 +11,8 @@ pub(super) enum Place {
     Repeated,
     /// Too many wait, or it is too far ahead; it may be offered again later.
     Full,
+    /// Nothing is taken any more.
+    Closed,
 }
 
 /// A bounded queue that gives out what it has by number, without gaps.
@@ -20,22 +22,20 @@ pub(super) struct Ordered<T> {
     /// `None` is the place of a request that was refused.
     waiting: BTreeMap<u64, Option<T>>,
     limit: u64,
+    closed: bool,
 }
 
 impl<T> Ordered<T> {
     /// Begins with number 0.
     pub(super) fn new(limit: usize) -> Self {
-        Self { next: 0, waiting: BTreeMap::new(), limit: limit as u64 }
-    }
-
-    /// The number of a request that comes without one: behind all others.
-    pub(super) fn end(&self) -> u64 {
-        self.waiting.last_key_value().map_or(self.next, |(last, _)| last + 1)
+        Self { next: 0, waiting: BTreeMap::new(), limit: limit as u64, closed: false }
     }
 
     /// What would become of number `seq`.
     pub(super) fn place(&self, seq: u64) -> Place {
-        if seq < self.next || self.waiting.contains_key(&seq) {
+        if self.closed {
+            Place::Closed
+        } else if seq < self.next || self.waiting.contains_key(&seq) {
             Place::Repeated
         } else if seq - self.next >= self.limit {
             Place::Full
@@ -74,9 +74,14 @@ impl<T> Ordered<T> {
         self.next = self.waiting.first_key_value().map_or(self.next, |(first, _)| *first);
     }
 
-    /// Everything that waits.
-    pub(super) fn drain(&mut self) -> Vec<T> {
-        std::mem::take(&mut self.waiting).into_values().flatten().collect()
+    /// From now on nothing is taken.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    /// Everything that waits in a queue that was closed.
+    pub(super) fn left(&mut self) -> Option<Vec<T>> {
+        self.closed.then(|| std::mem::take(&mut self.waiting).into_values().flatten().collect())
     }
 }
 
@@ -90,7 +95,7 @@ mod tests {
     fn refused_requests_keep_their_place_and_lost_ones_are_given_up() {
         let mut queue = Ordered::new(4);
         assert_eq!(queue.offer(1, Some('b')), Place::Taken);
-        assert_eq!((queue.pop(), queue.has_gap(), queue.end()), (None, true, 2));
+        assert_eq!((queue.pop(), queue.has_gap()), (None, true));
         assert_eq!(queue.offer(0, None), Place::Taken);
         assert_eq!((queue.pop(), queue.pop(), queue.has_gap()), (Some('b'), None, false));
         assert_eq!([0, 1, 2, 5, 6].map(|n| queue.offer(n, Some('x'))), {
@@ -102,7 +107,10 @@ mod tests {
         queue.skip_gap();
         assert_eq!((queue.pop(), queue.pop()), (Some('x'), None));
         assert_eq!(queue.offer(7, Some('y')), Place::Taken);
-        assert_eq!(queue.drain(), ['y']);
+        assert_eq!(queue.left(), None, "it is open");
+        queue.close();
+        assert_eq!(queue.offer(8, Some('z')), Place::Closed);
+        assert_eq!(queue.left(), Some(vec!['y']));
     }
 
     proptest! {

@@ -1,5 +1,8 @@
 //! HTTP: who may come in, what is asked, and errors as JSON with a message.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,6 +16,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Inner;
 use super::api_error::ApiError;
@@ -25,6 +29,9 @@ use super::training::Job;
 use crate::optim::{OptimConfig, Schedule};
 
 type Gateway = State<Arc<Inner>>;
+
+/// Largest question for an answer: it holds a name.
+const POLL_BYTES: usize = 4096;
 
 pub(super) fn router(inner: &Arc<Inner>) -> Router {
     let api = Router::new()
@@ -49,24 +56,42 @@ pub(super) fn router(inner: &Arc<Inner>) -> Router {
         .route("/join_sampling_session", post(join_sampling_session))
         .route("/samplers/{id}", get(get_sampler))
         .route("/asample", post(asample))
-        .route("/retrieve_future", post(retrieve_future))
         .route_layer(middleware::from_fn_with_state(Arc::clone(inner), admitted))
         .route("/healthz", get(|| async { Json(json!({"status": "ok"})) }));
+    let polls = Router::new()
+        .route("/retrieve_future", post(retrieve_future))
+        .layer(DefaultBodyLimit::max(POLL_BYTES))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(inner), polled));
     Router::new()
-        .nest("/api/v1", api)
+        .nest("/api/v1", api.merge(polls))
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "this server has no such route") })
         .layer(DefaultBodyLimit::max(inner.config.body_bytes))
         .with_state(Arc::clone(inner))
 }
 
-/// Lets in whoever has a key, as far as there are seats.
+/// Lets in whoever has a key, as far as there are seats, for as long as a request may take.
 async fn admitted(State(inner): Gateway, request: Request, next: Next) -> Result<Response, ApiError> {
     check_key(&inner.keys, request.headers())?;
-    let seats = Arc::clone(&inner.seats).try_acquire_owned();
-    let _seat = seats.map_err(|_| {
-        ApiError::busy(format!("{} requests are being answered: try again", inner.config.concurrent_requests))
-    })?;
-    Ok(next.run(request).await)
+    let _seat = seat(&inner.seats, inner.config.concurrent_requests)?;
+    let limit = inner.config.request_timeout;
+    tokio::time::timeout(limit, next.run(request)).await.map_err(|_| {
+        let detail = format!("not read and answered within {} s", limit.as_secs());
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, detail)
+    })
+}
+
+/// The same for questions after answers. They wait on seats of their own, so that nothing else waits for them.
+async fn polled(State(inner): Gateway, request: Request, next: Next) -> Result<Response, ApiError> {
+    check_key(&inner.keys, request.headers())?;
+    let _seat = seat(&inner.polls, inner.config.max_pending)?;
+    let limit = inner.config.request_timeout + inner.config.long_poll;
+    let answered = tokio::time::timeout(limit, next.run(request)).await;
+    answered.map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the question was not read in time"))
+}
+
+fn seat(seats: &Arc<Semaphore>, limit: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+    let seat = Arc::clone(seats).try_acquire_owned();
+    seat.map_err(|_| ApiError::busy(format!("{limit} requests are being answered: try again")))
 }
 
 /// Keys are compared by their hashes, in constant time.
@@ -235,7 +260,7 @@ impl Default for Adam {
 #[derive(Deserialize)]
 struct OptimStep {
     model_id: String,
-    seq_id: Option<u64>,
+    seq_id: u64,
     adam_params: Option<Adam>,
     optimizer_params: Option<Optimiser>,
 }
@@ -254,9 +279,7 @@ async fn optim_step(State(inner): Gateway, body: Bytes) -> Answered {
             max_grad_norm: adam.grad_clip_norm,
             schedule: Schedule::default(),
         };
-        // 0 is where warm-ups begin.
-        let rate = if config.learning_rate == 0.0 { 1.0 } else { config.learning_rate };
-        OptimConfig { learning_rate: rate, ..config }.validate().map_err(ApiError::bad)?;
+        config.validate().map_err(ApiError::bad)?;
         Ok(Job::Step(config))
     });
     inner.submit(&model, asked.seq_id, job)
@@ -265,7 +288,7 @@ async fn optim_step(State(inner): Gateway, body: Bytes) -> Answered {
 #[derive(Deserialize)]
 struct SaveWeights {
     model_id: String,
-    seq_id: Option<u64>,
+    seq_id: u64,
     path: Option<String>,
     #[serde(default)]
     overwrite: bool,
@@ -274,7 +297,7 @@ struct SaveWeights {
 async fn save_weights(State(inner): Gateway, body: Bytes) -> Answered {
     let asked: SaveWeights = read(&body)?;
     let model = inner.model(&asked.model_id)?;
-    let name = asked.path.unwrap_or_else(|| format!("step-{}", asked.seq_id.unwrap_or_else(|| model.end())));
+    let name = asked.path.unwrap_or_else(|| format!("step-{}", asked.seq_id));
     let path = SavedPath::new(&model.id, Kind::Weights, &name).map_err(ApiError::from);
     inner.submit(&model, asked.seq_id, path.map(|path| Job::Save { path, overwrite: asked.overwrite }))
 }
@@ -305,15 +328,16 @@ async fn load_weights(State(inner): Gateway, body: Bytes) -> Answered {
     };
     check_optimiser(asked.optimizer_config.as_ref())?;
     let optimiser = asked.optimizer;
-    match (&asked.model_id, &asked.session_id, asked.model_seq_id) {
-        (Some(id), None, None) => {
+    match (&asked.model_id, asked.seq_id, &asked.session_id, asked.model_seq_id) {
+        (Some(id), Some(seq), None, None) => {
             let model = inner.model(id)?;
-            inner.submit(&model, asked.seq_id, path().map(|path| Job::Load { path, optimiser }))
+            inner.submit(&model, seq, path().map(|path| Job::Load { path, optimiser }))
         }
-        (None, Some(session), Some(number)) => {
+        (None, _, Some(session), Some(number)) => {
             asked.base_model.as_deref().map_or(Ok(()), |base| inner.check_base(base))?;
             let path = path()?;
-            let saved = inner.store.read(&path)?;
+            let known = path.clone();
+            let saved = inner.on_disk(move |store| store.read(&known)).await?;
             inner.add_model(session, number, saved.lora, Job::Load { path, optimiser })
         }
         _ => Err(ApiError::bad("give model_id with seq_id, or session_id with model_seq_id")),
@@ -323,7 +347,7 @@ async fn load_weights(State(inner): Gateway, body: Bytes) -> Answered {
 #[derive(Deserialize)]
 struct SaveForSampler {
     model_id: String,
-    seq_id: Option<u64>,
+    seq_id: u64,
     path: Option<String>,
     sampling_session_seq_id: Option<u64>,
     kind: Option<String>,
@@ -342,8 +366,7 @@ async fn save_for_sampler(State(inner): Gateway, body: Bytes) -> Answered {
         }
         (None, Some(number)) => {
             let session = Some(sampler_id(&model.session, number));
-            let path = SavedPath::unnamed(&model.id, number).map_err(ApiError::from);
-            path.map(|path| Job::SaveSampler { path, session })
+            Ok(Job::SaveSampler { path: SavedPath::unnamed(&model.id, number), session })
         }
         _ => Err(ApiError::bad("give either path or sampling_session_seq_id")),
     };
@@ -357,16 +380,15 @@ struct TinkerPath {
 
 async fn weights_info(State(inner): Gateway, body: Bytes) -> Answered {
     let TinkerPath { tinker_path } = read(&body)?;
-    let LoraSpec { rank, attention, mlp } = inner.store.read(&SavedPath::parse(&tinker_path)?)?.lora;
+    let path = SavedPath::parse(&tinker_path)?;
+    let LoraSpec { rank, attention, mlp } = inner.on_disk(move |store| store.read(&path)).await?.lora;
     Ok(Json(json!({"base_model": inner.config.model_name, "is_lora": true, "lora_rank": rank,
         "train_attn": attention, "train_mlp": mlp, "train_unembed": false})))
 }
 
 async fn list_checkpoints(State(inner): Gateway, Path(run): Path<String>) -> Answered {
     SavedPath::parse(&format!("tinker://{run}/weights/any"))?;
-    let listing = Arc::clone(&inner);
-    let listed = tokio::task::spawn_blocking(move || listing.store.list(&run));
-    let listed = listed.await.expect("listing a directory does not panic");
+    let listed = inner.on_disk(move |store| store.list(&run)).await;
     let checkpoints: Vec<Value> = listed
         .into_iter()
         .map(|saved| {
@@ -385,7 +407,10 @@ async fn delete_checkpoint(
     State(inner): Gateway,
     Path((run, checkpoint)): Path<(String, String)>,
 ) -> Answered {
-    inner.store.delete(&SavedPath::parse(&format!("tinker://{run}/{checkpoint}"))?)?;
+    let path = SavedPath::parse(&format!("tinker://{run}/{checkpoint}"))?;
+    let known = path.clone();
+    inner.on_disk(move |store| store.delete(&known)).await?;
+    sampling::forget(&inner, &mut *inner.resident.lock().await, &path);
     Ok(Json(json!({})))
 }
 
@@ -404,11 +429,9 @@ fn sampler_id(session: &str, number: u64) -> String {
 async fn create_sampling_session(State(inner): Gateway, body: Bytes) -> Answered {
     let asked: CreateSamplingSession = read(&body)?;
     inner.check_session(&asked.session_id)?;
-    let path = inner.sampled_path(asked.model_path.as_deref(), asked.base_model.as_deref())?;
+    let path = inner.sampled_path(asked.model_path.as_deref(), asked.base_model.as_deref()).await?;
     let id = sampler_id(&asked.session_id, asked.sampling_session_seq_id);
-    if !inner.open_sampler(&asked.session_id, &id, path) {
-        return Err(ApiError::busy(format!("{} sampling sessions are open", inner.config.max_samplers)));
-    }
+    inner.open_sampler(&asked.session_id, &id, path)?;
     Ok(Json(json!({"type": "create_sampling_session", "sampling_session_id": id})))
 }
 
@@ -437,12 +460,12 @@ async fn asample(State(inner): Gateway, body: Bytes) -> Answered {
     let (name, path) = match (&asked.sampling_session_id, asked.seq_id) {
         (Some(session), Some(seq)) => (format!("{session}:{seq}"), inner.sampler_path(session)?),
         (None, _) => {
-            let path = inner.sampled_path(asked.model_path.as_deref(), asked.base_model.as_deref())?;
+            let path = inner.sampled_path(asked.model_path.as_deref(), asked.base_model.as_deref()).await?;
             (format!("sample:{:016x}", rand::random::<u64>()), path)
         }
         (Some(_), None) => return Err(ApiError::bad("seq_id is missing")),
     };
-    let samples = asked.into_task(rand::random(), inner.config.max_samples).map_err(ApiError::bad)?;
+    let samples = asked.into_task(rand::random(), &inner.sample_limits).map_err(ApiError::bad)?;
     let ids: Vec<String> = (0..samples.task.samples).map(|i| format!("{name}:{i}")).collect();
     let accepted = json!({"request_id": name, "sample_sequence_ids": ids});
     if !inner.promises.is_known(&name) {
@@ -480,35 +503,4 @@ async fn retrieve_future(State(inner): Gateway, body: Bytes) -> Result<Response,
             Json(json!({"error": message, "category": category})).into_response()
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_are_asked_for_when_there_are_any() {
-        let keys = [blake3::hash(b"tml-secret")];
-        let sent = |name: &'static str, value: &'static str| {
-            let headers: HeaderMap = [(name, value)]
-                .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
-                .into_iter()
-                .collect();
-            check_key(&keys, &headers).map_err(|e| e.status)
-        };
-        assert!(
-            sent("x-api-key", "tml-secret").is_ok() && sent("authorization", "Bearer tml-secret").is_ok()
-        );
-        assert_eq!(sent("x-api-key", "tml-other"), Err(StatusCode::UNAUTHORIZED));
-        assert!(check_key(&keys, &HeaderMap::new()).is_err() && check_key(&[], &HeaderMap::new()).is_ok());
-    }
-
-    #[test]
-    fn optimiser_settings_have_tinkers_defaults() {
-        let step: OptimStep =
-            serde_json::from_value(json!({"model_id": "m", "adam_params": {"beta1": 0.5}})).unwrap();
-        let adam = step.adam_params.unwrap();
-        assert_eq!((adam.learning_rate, adam.beta1, adam.beta2, adam.eps), (1e-4, 0.5, 0.95, 1e-12));
-        assert_eq!((adam.weight_decay, adam.grad_clip_norm), (0.0, 0.0));
-    }
 }

@@ -1,5 +1,6 @@
 //! Sampling requests: from JSON to a task, from its answers to protobuf.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use prost::Message as _;
@@ -10,6 +11,9 @@ use super::promises::Outcome;
 use super::proto::{SampleResponse, SampledSequence, TopkLogprobs, bytes_of};
 use super::sampler::{SampleError, SampleTask, SampledAnswers, Stop};
 use super::store::SavedPath;
+
+/// Most likeliest tokens that are given with each token.
+const MOST_TOP_LOGPROBS: usize = 64;
 
 /// One part of a prompt.
 #[derive(Debug, Deserialize)]
@@ -92,22 +96,43 @@ pub(super) enum SampleFault {
     Samples { got: usize, limit: usize },
     #[error("the prompt has parts that are not text; only text is served")]
     NotText,
+    #[error("the prompt has {got} tokens, the context holds {limit}; shorten it")]
+    TooLong { got: usize, limit: usize },
+    #[error("topk_sample_logprobs is {got}, at most {limit} are given")]
+    TopLogprobs { got: usize, limit: usize },
     #[error(
         "prompt_logprobs_last_n is {got}, 1 to {limit} are allowed with this prompt, and prompt_logprobs must be set"
     )]
     LastN { got: usize, limit: usize },
 }
 
-/// A task, and how many of the prompt's log-probabilities are wanted.
+/// What a sampling request may ask for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SampleLimits {
+    pub(super) samples: usize,
+    /// Tokens of a prompt.
+    pub(super) context_tokens: usize,
+}
+
+/// A task, and what of its answers the client wants to read.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Asked {
     pub(super) task: SampleTask,
+    wanted: Wanted,
+}
+
+/// What of the answers the client wants to read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Wanted {
+    prompt_tokens: usize,
+    prompt_logprobs: bool,
     last_n: Option<usize>,
+    top_logprobs: usize,
 }
 
 impl SampleBody {
     /// The task, for an adapter that is still to be named. `seed` counts when the client gives none.
-    pub(super) fn into_task(self, seed: u64, max_samples: usize) -> Result<Asked, SampleFault> {
+    pub(super) fn into_task(self, seed: u64, limits: &SampleLimits) -> Result<Asked, SampleFault> {
         let not_served = [
             ("topk_prompt_logprobs", self.topk_prompt_logprobs > 0),
             ("target_prompt_logprobs", self.target_prompt_logprobs.is_some_and(|v| !v.is_null())),
@@ -117,13 +142,22 @@ impl SampleBody {
         if let Some((field, _)) = not_served.into_iter().find(|(_, asked)| *asked) {
             return Err(SampleFault::NotServed { field });
         }
-        if self.num_samples == 0 || self.num_samples > max_samples {
-            return Err(SampleFault::Samples { got: self.num_samples, limit: max_samples });
+        if self.num_samples == 0 || self.num_samples > limits.samples {
+            return Err(SampleFault::Samples { got: self.num_samples, limit: limits.samples });
+        }
+        if self.topk_sample_logprobs > MOST_TOP_LOGPROBS {
+            return Err(SampleFault::TopLogprobs {
+                got: self.topk_sample_logprobs,
+                limit: MOST_TOP_LOGPROBS,
+            });
         }
         let mut prompt = Vec::new();
         for part in self.prompt.chunks {
             let Part::EncodedText { tokens } = part else { return Err(SampleFault::NotText) };
             prompt.extend(tokens);
+        }
+        if prompt.len() > limits.context_tokens {
+            return Err(SampleFault::TooLong { got: prompt.len(), limit: limits.context_tokens });
         }
         let prompt_logprobs = self.prompt_logprobs == Some(true);
         if let Some(got) = self.prompt_logprobs_last_n {
@@ -132,6 +166,12 @@ impl SampleBody {
                 return Err(SampleFault::LastN { got, limit });
             }
         }
+        let wanted = Wanted {
+            prompt_tokens: prompt.len(),
+            prompt_logprobs,
+            last_n: self.prompt_logprobs_last_n,
+            top_logprobs: self.topk_sample_logprobs,
+        };
         let params = self.sampling_params;
         let task = SampleTask {
             adapter: None,
@@ -152,14 +192,14 @@ impl SampleBody {
             prompt_logprobs,
             top_logprobs: self.topk_sample_logprobs,
         };
-        Ok(Asked { task, last_n: self.prompt_logprobs_last_n })
+        Ok(Asked { task, wanted })
     }
 }
 
-impl Asked {
+impl Wanted {
     /// The answers as the client reads them.
-    fn encode(&self, answers: &SampledAnswers) -> Vec<u8> {
-        let k = self.task.top_logprobs;
+    fn encode(self, answers: &SampledAnswers) -> Vec<u8> {
+        let k = self.top_logprobs;
         let sequences = answers.answers.iter().map(|answer| SampledSequence {
             stop_reason: i32::from(!answer.stopped),
             tokens: bytes_of(answer.tokens.iter().map(|t| *t as i32), i32::to_le_bytes),
@@ -179,10 +219,10 @@ impl Asked {
                 }
             }),
         });
-        let prompt_logprobs = self.task.prompt_logprobs.then(|| {
+        let prompt_logprobs = self.prompt_logprobs.then(|| {
             // The first token has no log-probability.
             let all = std::iter::once(f32::NAN).chain(answers.prompt_logprobs.iter().copied());
-            let skipped = self.last_n.map_or(0, |n| self.task.prompt.len().saturating_sub(n));
+            let skipped = self.last_n.map_or(0, |n| self.prompt_tokens.saturating_sub(n));
             let wanted = all.enumerate().map(|(i, l)| if i < skipped { f32::NAN } else { l });
             bytes_of(wanted, f32::to_le_bytes)
         });
@@ -195,20 +235,25 @@ impl Asked {
     }
 }
 
-/// Samples with the weights of `path`, and keeps the promise.
-pub(super) async fn sample(inner: Arc<Inner>, promise: String, path: Option<SavedPath>, mut asked: Asked) {
+/// Samples with the weights of `path`, and keeps the promise. Answers beyond those that the sampler takes at a time wait.
+pub(super) async fn sample(inner: Arc<Inner>, promise: String, path: Option<SavedPath>, asked: Asked) {
+    let Asked { mut task, wanted } = asked;
     let answers = async {
-        let answers = {
-            let mut resident = inner.resident.lock().await;
-            if let Some(path) = path {
-                asked.task.adapter = Some(make_resident(&inner, &mut resident, path).await?);
+        let samples = u32::try_from(task.samples).unwrap_or(u32::MAX);
+        let _places = inner.samples.acquire_many(samples).await.expect("nobody closes it");
+        let answers = match path {
+            None => inner.sampler.sample(task),
+            Some(path) => {
+                // Held until the request has its adapter.
+                let mut resident = inner.resident.lock().await;
+                task.adapter = Some(make_resident(&inner, &mut resident, path).await?);
+                inner.sampler.sample(task)
             }
-            inner.sampler.sample(asked.task.clone())
         };
         answers.await
     };
     let outcome = match answers.await {
-        Ok(answers) => Outcome::Proto(asked.encode(&answers).into()),
+        Ok(answers) => Outcome::Proto(wanted.encode(&answers).into()),
         Err(error) => {
             let user = matches!(error, SampleError::Invalid { .. });
             Outcome::Failed { message: error.to_string(), user }
@@ -217,19 +262,26 @@ pub(super) async fn sample(inner: Arc<Inner>, promise: String, path: Option<Save
     inner.promises.keep(&promise, outcome);
 }
 
+/// The sampler forgets an adapter that is saved anew, or deleted.
+pub(super) fn forget(inner: &Inner, resident: &mut VecDeque<String>, path: &SavedPath) {
+    let name = path.to_string();
+    if let Some(at) = resident.iter().position(|known| *known == name) {
+        resident.remove(at);
+        inner.sampler.remove(&name);
+    }
+}
+
 /// Sees to it that the sampler has the adapter; its name.
 async fn make_resident(
     inner: &Arc<Inner>,
-    resident: &mut std::collections::VecDeque<String>,
+    resident: &mut VecDeque<String>,
     path: SavedPath,
 ) -> Result<String, SampleError> {
     let name = path.to_string();
     if let Some(at) = resident.iter().position(|known| *known == name) {
         resident.remove(at);
     } else {
-        let reader = Arc::clone(inner);
-        let read = tokio::task::spawn_blocking(move || reader.store.load_adapter(&path));
-        let adapter = read.await.expect("reading an adapter does not panic");
+        let adapter = inner.on_disk(move |store| store.load_adapter(&path)).await;
         let adapter = adapter.map_err(|e| SampleError::Invalid {
             reason: format!("{e}; weights saved without a name are dropped when newer ones are saved"),
         })?;
@@ -257,7 +309,8 @@ mod tests {
         for (key, value) in change.as_object().unwrap() {
             body[key] = value.clone();
         }
-        serde_json::from_value::<SampleBody>(body).unwrap().into_task(9, 4)
+        let limits = SampleLimits { samples: 4, context_tokens: 3 };
+        serde_json::from_value::<SampleBody>(body).unwrap().into_task(9, &limits)
     }
 
     #[test]
@@ -282,6 +335,11 @@ mod tests {
             (json!({"num_samples": 5}), "num_samples is 5, 1 to 4"),
             (json!({"num_samples": 0}), "num_samples is 0"),
             (json!({"prompt": {"chunks": [{"type": "image", "data": "x"}]}}), "not text"),
+            (
+                json!({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3, 4]}]}}),
+                "4 tokens, the context holds 3",
+            ),
+            (json!({"topk_sample_logprobs": 65}), "is 65, at most 64"),
             (json!({"prompt_logprobs_last_n": 1}), "prompt_logprobs must be set"),
             (json!({"prompt_logprobs_last_n": 3, "prompt_logprobs": true}), "is 3, 1 to 2"),
         ] {
@@ -303,7 +361,7 @@ mod tests {
         };
         let answers =
             SampledAnswers { answers: vec![answer], prompt_logprobs: vec![-1.0, -2.0], cached_tokens: 2 };
-        let got = SampleResponse::decode(&asked.encode(&answers)[..]).unwrap();
+        let got = SampleResponse::decode(&asked.wanted.encode(&answers)[..]).unwrap();
         let floats = |bytes: &[u8]| -> Vec<f32> {
             bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
         };

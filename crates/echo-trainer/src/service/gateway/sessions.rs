@@ -35,6 +35,17 @@ pub(super) struct Room {
     pub(super) timeout: Duration,
 }
 
+/// Why something was not added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refused {
+    /// Its session has ended: nobody would ever end it.
+    #[error("no such session; it has ended, or this server was started again")]
+    NoSession,
+    /// As many as there may be.
+    #[error("as many are open as this server allows: try again later")]
+    NoRoom,
+}
+
 impl Registry {
     /// Adds a session; false when there is no room.
     pub(super) fn open_session(&mut self, id: &str, now: Instant, room: &Room) -> bool {
@@ -73,16 +84,27 @@ impl Registry {
         gone.iter().for_each(|id| self.finish(id));
     }
 
-    /// Adds a model; false when there is no room.
-    pub(super) fn add_model(&mut self, model: Arc<ModelSlot>, now: Instant, room: &Room) -> bool {
+    /// Adds a model, or finds the one of this id; true when it is new.
+    pub(super) fn add_model(
+        &mut self,
+        model: Arc<ModelSlot>,
+        now: Instant,
+        room: &Room,
+    ) -> Result<(Arc<ModelSlot>, bool), Refused> {
+        if !self.touch(&model.session, now) {
+            return Err(Refused::NoSession);
+        }
+        if let Some(known) = self.models.get(&model.id) {
+            return Ok((Arc::clone(known), false));
+        }
         if self.models.len() >= room.models {
             self.expire(now, room);
         }
-        let fits = self.models.len() < room.models;
-        if fits {
-            self.models.insert(model.id.clone(), model);
+        if self.models.len() >= room.models {
+            return Err(Refused::NoRoom);
         }
-        fits
+        self.models.insert(model.id.clone(), Arc::clone(&model));
+        Ok((model, true))
     }
 
     /// The model of this id, whose session is heard of thereby.
@@ -92,16 +114,25 @@ impl Registry {
         Some(model)
     }
 
-    /// Adds a sampling session, or finds it; false when there is no room.
-    pub(super) fn open_sampler(&mut self, id: &str, slot: SamplerSlot, now: Instant, room: &Room) -> bool {
+    /// Adds a sampling session; one that is there stays as it is.
+    pub(super) fn open_sampler(
+        &mut self,
+        id: &str,
+        slot: SamplerSlot,
+        now: Instant,
+        room: &Room,
+    ) -> Result<(), Refused> {
+        if !self.touch(&slot.session, now) {
+            return Err(Refused::NoSession);
+        }
         if self.samplers.len() >= room.samplers {
             self.expire(now, room);
         }
-        let fits = self.samplers.contains_key(id) || self.samplers.len() < room.samplers;
-        if fits {
-            self.samplers.entry(id.to_owned()).or_insert(slot);
+        if !self.samplers.contains_key(id) && self.samplers.len() >= room.samplers {
+            return Err(Refused::NoRoom);
         }
-        fits
+        self.samplers.entry(id.to_owned()).or_insert(slot);
+        Ok(())
     }
 
     /// The sampling session of this id, whose session is heard of thereby.
@@ -137,20 +168,23 @@ mod tests {
         let (mut registry, start) = (Registry::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert!(registry.open_session("a", at(0), &ROOM) && registry.open_session("b", at(0), &ROOM));
-        assert!(registry.add_model(model("m", "a"), at(1), &ROOM));
+        let is_new = |added: Result<(Arc<ModelSlot>, bool), Refused>| added.map(|(_, new)| new);
+        assert_eq!(is_new(registry.add_model(model("m", "a"), at(1), &ROOM)), Ok(true));
+        assert_eq!(is_new(registry.add_model(model("m", "a"), at(1), &ROOM)), Ok(false), "asked for twice");
         let slot = SamplerSlot { session: "a".to_owned(), path: None, joined: 0 };
-        assert!(registry.open_sampler("s", slot.clone(), at(1), &ROOM));
-        assert!(registry.open_sampler("s", slot.clone(), at(1), &ROOM), "the same once more");
-        assert!(!registry.open_sampler("t", slot, at(1), &ROOM));
-        assert!(
-            !registry.open_session("c", at(5), &ROOM) && !registry.add_model(model("n", "b"), at(5), &ROOM)
-        );
+        assert_eq!(registry.open_sampler("s", slot.clone(), at(1), &ROOM), Ok(()));
+        assert_eq!(registry.open_sampler("s", slot.clone(), at(1), &ROOM), Ok(()), "the same once more");
+        assert_eq!(registry.open_sampler("t", slot.clone(), at(1), &ROOM), Err(Refused::NoRoom));
+        assert!(!registry.open_session("c", at(5), &ROOM));
+        assert_eq!(is_new(registry.add_model(model("n", "b"), at(5), &ROOM)), Err(Refused::NoRoom));
         assert!(registry.touch("b", at(9)) && !registry.touch("c", at(9)));
         assert!(registry.model("m", at(8)).is_some());
         assert!(!registry.open_session("c", at(18), &ROOM), "a was heard of with its model");
         assert!(registry.open_session("c", at(19), &ROOM));
         assert!(registry.model("m", at(19)).is_none() && registry.sampler("s", at(19)).is_none());
-        assert!(registry.add_model(model("n", "c"), at(19), &ROOM));
+        assert_eq!(is_new(registry.add_model(model("n", "a"), at(19), &ROOM)), Err(Refused::NoSession));
+        assert_eq!(registry.open_sampler("s", slot, at(19), &ROOM), Err(Refused::NoSession));
+        assert_eq!(is_new(registry.add_model(model("n", "c"), at(19), &ROOM)), Ok(true));
         registry.finish("c");
         assert!(registry.model("n", at(19)).is_none());
     }

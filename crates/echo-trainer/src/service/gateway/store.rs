@@ -1,5 +1,6 @@
 //! What clients save, on disk: `RUN/weights/NAME` to train on, `RUN/sampler_weights/NAME` as a PEFT adapter to sample from.
-//! A directory counts once its `saved.json` is there, which is written last.
+//! A directory counts once its `saved.json` is there, which is written last; what does not count, and adapters without a
+//! name, whose sampling sessions are over, are removed when a server starts.
 
 use std::fmt;
 use std::fs;
@@ -14,6 +15,8 @@ use crate::service::checkpoint_dir::{self, CheckpointDirError, io_error};
 const SCHEME: &str = "tinker://";
 const SAVED: &str = "saved.json";
 const ADAPTER: &str = "adapter_model.safetensors";
+/// How the names of adapters begin that clients gave none.
+const UNNAMED: &str = "unnamed-";
 /// Version of what is written.
 const FORMAT: u32 = 1;
 
@@ -84,7 +87,7 @@ pub(super) enum StoreError {
     )]
     Path { text: String },
     #[error(
-        "{name:?} cannot name saved weights: 1 to 128 of a-z, A-Z, 0-9, '.', '_', '-' and no '.' in front"
+        "{name:?} cannot name saved weights: 1 to 128 of a-z, A-Z, 0-9, '.', '_', '-' and neither '.' nor 'unnamed-' in front"
     )]
     Name { name: String },
     #[error("there is nothing saved as {path}")]
@@ -119,10 +122,18 @@ fn check_name(name: &str) -> Result<(), StoreError> {
 }
 
 impl SavedPath {
-    /// `run` is a model's id, whose colons become part of a folder's name.
+    /// `run` is a model's id, whose colons become part of a folder's name; a client chose `name`.
     pub(super) fn new(run: &str, kind: Kind, name: &str) -> Result<Self, StoreError> {
         check_name(name)?;
+        if name.starts_with(UNNAMED) {
+            return Err(StoreError::Name { name: name.to_owned() });
+        }
         Ok(Self { run: run.to_owned(), kind, name: name.to_owned() })
+    }
+
+    /// Where the adapter of one sampling session is saved.
+    pub(super) fn unnamed(run: &str, sampling_session: u64) -> Self {
+        Self { run: run.to_owned(), kind: Kind::Sampler, name: format!("{UNNAMED}{sampling_session}") }
     }
 
     pub(super) fn parse(text: &str) -> Result<Self, StoreError> {
@@ -132,7 +143,8 @@ impl SavedPath {
         let kinds = [Kind::Weights, Kind::Sampler];
         let kind = kinds.into_iter().find(|kind| kind.folder() == folder).ok_or_else(wrong)?;
         check_name(&run.replace(':', "_"))?;
-        Self::new(run, kind, name)
+        check_name(name)?;
+        Ok(Self { run: run.to_owned(), kind, name: name.to_owned() })
     }
 }
 
@@ -145,10 +157,25 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Makes the directory if it is not there.
+    /// Makes the directory if it is not there; what is left over from a server before is removed.
     pub(super) fn open(dir: &Path, base_model_id: &str, limit: usize) -> Result<Self, StoreError> {
         checkpoint_dir::create(dir)?;
-        Ok(Self { dir: dir.to_owned(), base_model_id: base_model_id.to_owned(), limit })
+        let store = Self { dir: dir.to_owned(), base_model_id: base_model_id.to_owned(), limit };
+        for dir in store.directories() {
+            let unnamed = dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNNAMED));
+            if unnamed || !dir.join(SAVED).exists() {
+                fs::remove_dir_all(&dir).map_err(io_error("removing", &dir))?;
+            }
+        }
+        Ok(store)
+    }
+
+    /// One for each thing that is saved, or was to be.
+    fn directories(&self) -> impl Iterator<Item = PathBuf> {
+        let entries = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+        let kinds = entries(self.dir.clone())
+            .flat_map(|run| [Kind::Weights, Kind::Sampler].map(|kind| run.join(kind.folder())));
+        kinds.flat_map(entries).filter(|path| path.is_dir())
     }
 
     fn run_dir(&self, run: &str) -> PathBuf {
@@ -166,11 +193,27 @@ impl Store {
             if !overwrite {
                 return Err(StoreError::Exists { path: saved.to_string() });
             }
-        } else if self.count() >= self.limit {
+        } else if self.directories().count() >= self.limit {
             return Err(StoreError::Full { limit: self.limit });
         }
         fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
         Ok(dir)
+    }
+
+    /// Writes into a directory for `saved`; one in which nothing counts afterwards goes again.
+    fn save(
+        &self,
+        saved: &SavedPath,
+        overwrite: bool,
+        write: impl FnOnce(&Path) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let dir = self.prepare(saved, overwrite)?;
+        let written = write(&dir);
+        if written.is_err() && !dir.join(SAVED).exists() {
+            // What went wrong is said already; if this does too, the next start removes it.
+            let _ = fs::remove_dir_all(&dir);
+        }
+        written
     }
 
     fn finish(&self, dir: &Path, lora: LoraSpec, steps: u64, blake3: String) -> Result<(), StoreError> {
@@ -188,18 +231,19 @@ impl Store {
         steps: u64,
         overwrite: bool,
     ) -> Result<(), StoreError> {
-        let dir = self.prepare(saved, overwrite)?;
-        let hash = blake3::hash(state).to_hex().to_string();
-        checkpoint_dir::write(&dir.join(state_file(&hash)), state)?;
-        self.finish(&dir, lora, steps, hash.clone())?;
-        // What was there before counts no longer.
-        for entry in fs::read_dir(&dir).map_err(io_error("listing", &dir))?.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("state-") && name != state_file(&hash) {
-                fs::remove_file(entry.path()).map_err(io_error("removing", &entry.path()))?;
+        self.save(saved, overwrite, |dir| {
+            let hash = blake3::hash(state).to_hex().to_string();
+            checkpoint_dir::write(&dir.join(state_file(&hash)), state)?;
+            self.finish(dir, lora, steps, hash.clone())?;
+            // What was there before counts no longer.
+            for entry in fs::read_dir(dir).map_err(io_error("listing", dir))?.flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if name.starts_with("state-") && name != state_file(&hash) {
+                    fs::remove_file(entry.path()).map_err(io_error("removing", &entry.path()))?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// An adapter to sample from; one of this name is replaced.
@@ -209,11 +253,12 @@ impl Store {
         adapter: &Adapter,
         lora: LoraSpec,
     ) -> Result<(), StoreError> {
-        let dir = self.prepare(saved, true)?;
-        adapter
-            .save(&dir)
-            .map_err(|e| StoreError::Adapter { path: saved.to_string(), reason: e.to_string() })?;
-        self.finish(&dir, lora, 0, String::new())
+        self.save(saved, true, |dir| {
+            adapter
+                .save(dir)
+                .map_err(|e| StoreError::Adapter { path: saved.to_string(), reason: e.to_string() })?;
+            self.finish(dir, lora, 0, String::new())
+        })
     }
 
     /// What is known of `saved`.
@@ -276,12 +321,6 @@ impl Store {
         fs::remove_file(dir.join(SAVED)).map_err(|_| StoreError::Unknown { path: saved.to_string() })?;
         Ok(fs::remove_dir_all(&dir).map_err(io_error("removing", &dir))?)
     }
-
-    fn count(&self) -> usize {
-        let runs = fs::read_dir(&self.dir).into_iter().flatten().flatten();
-        let kinds = runs.flat_map(|run| [Kind::Weights, Kind::Sampler].map(|k| run.path().join(k.folder())));
-        kinds.map(|dir| fs::read_dir(dir).into_iter().flatten().count()).sum()
-    }
 }
 
 fn state_file(hash: &str) -> String {
@@ -312,6 +351,34 @@ mod tests {
             assert!(SavedPath::parse(text).is_err(), "{text}");
         }
         assert_eq!(path("step-1").to_string(), "tinker://ab12:train:0/weights/step-1");
+    }
+
+    #[test]
+    fn what_does_not_count_is_gone_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), "base", 9).unwrap();
+        store.save_state(&path("a"), b"one", LORA, 7, false).unwrap();
+        let torn = store.path(&path("torn"));
+        fs::create_dir_all(&torn).unwrap();
+        fs::write(torn.join("state-1.safetensors"), "half").unwrap();
+        let unnamed = SavedPath::unnamed("ab12:train:0", 3);
+        store.save(&unnamed, true, |dir| store.finish(dir, LORA, 0, String::new())).unwrap();
+        assert_eq!(SavedPath::parse(&unnamed.to_string()).unwrap(), unnamed);
+        assert!(SavedPath::new("ab12:train:0", Kind::Sampler, &unnamed.name).is_err(), "no client's name");
+        let store = Store::open(dir.path(), "base", 9).unwrap();
+        assert!(!torn.exists() && matches!(store.read(&unnamed), Err(StoreError::Unknown { .. })));
+        assert_eq!(store.load_state(&path("a")).unwrap().1, b"one");
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_nothing_that_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), "base", 1).unwrap();
+        let broken = || Err(StoreError::Damaged { path: "disk".to_owned() });
+        store.save(&path("a"), false, |_| broken()).unwrap_err();
+        store.save_state(&path("b"), b"one", LORA, 7, false).unwrap();
+        store.save(&path("b"), true, |_| broken()).unwrap_err();
+        assert_eq!(store.load_state(&path("b")).unwrap().1, b"one");
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! The models that clients train: one queue and one worker each, one step of work at a time for all of them.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use prost::Message as _;
 use serde_json::json;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::Inner;
 use super::datum::Batch;
@@ -15,7 +15,9 @@ use super::model::{ModelError, Passed, Trained};
 use super::order::{Ordered, Place};
 use super::promises::Outcome;
 use super::proto::{ArrayRecord, BatchedTensor, DType, ForwardBackwardOutput, bytes_of};
-use super::store::{Kind, LoraSpec, SavedPath, StoreError};
+use super::sampling::forget;
+use super::sessions::Refused;
+use super::store::{LoraSpec, SavedPath, StoreError};
 use crate::optim::OptimConfig;
 
 /// One thing to do with a model.
@@ -49,22 +51,16 @@ pub(super) struct ModelSlot {
     pub(super) lora: LoraSpec,
     queue: Mutex<Ordered<Queued>>,
     wake: Notify,
-    closed: AtomicBool,
 }
 
 impl ModelSlot {
     pub(super) fn new(id: String, session: String, lora: LoraSpec, max_queued: usize) -> Self {
         let queue = Mutex::new(Ordered::new(max_queued));
-        Self { id, session, lora, queue, wake: Notify::new(), closed: AtomicBool::new(false) }
+        Self { id, session, lora, queue, wake: Notify::new() }
     }
 
     fn queue(&self) -> MutexGuard<'_, Ordered<Queued>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The number of a request that comes without one.
-    pub(super) fn end(&self) -> u64 {
-        self.queue().end()
     }
 
     /// What would become of request `seq`.
@@ -81,7 +77,7 @@ impl ModelSlot {
 
     /// Nothing more is done; what waits fails.
     pub(super) fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+        self.queue().close();
         self.wake.notify_one();
     }
 }
@@ -107,13 +103,15 @@ enum JobError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error("the sampling session: {0}")]
+    Sampler(#[from] Refused),
 }
 
 impl JobError {
     fn outcome(&self) -> Outcome {
         let user = match self {
-            Self::NoModel | Self::OtherLora { .. } => true,
-            Self::Make { .. } => false,
+            Self::NoModel | Self::OtherLora { .. } | Self::Sampler(Refused::NoSession) => true,
+            Self::Make { .. } | Self::Sampler(Refused::NoRoom) => false,
             Self::Model(error) => error.is_users(),
             Self::Store(error) => error.is_users(),
         };
@@ -124,22 +122,28 @@ impl JobError {
 /// Works for one model until it is closed or the gateway is gone.
 pub(super) async fn work(slot: Arc<ModelSlot>, gateway: Weak<Inner>) {
     let mut state = State::default();
+    // How long a request that is missing is waited for, whatever else comes meanwhile.
+    let mut patience: Option<Instant> = None;
     loop {
-        let (next, gap) = {
+        let (next, gap, left) = {
             let mut queue = slot.queue();
-            (queue.pop(), queue.has_gap())
+            let left = queue.left();
+            (if left.is_none() { queue.pop() } else { None }, queue.has_gap(), left)
         };
         let Some(inner) = gateway.upgrade() else { return };
-        if slot.closed.load(Ordering::Acquire) {
-            let left = next.into_iter().chain(slot.queue().drain());
+        if let Some(left) = left {
             let message = format!("model {} has ended with its session", slot.id);
-            left.for_each(|q| {
+            left.into_iter().for_each(|q| {
                 inner.promises.keep(&q.promise, Outcome::Failed { message: message.clone(), user: true });
             });
-            return;
+            // Their samplers end with the session.
+            let busy = Arc::clone(&inner);
+            let tidied = tokio::task::spawn_blocking(move || drop_unnamed(&busy, &mut state, 0));
+            return tidied.await.expect("removing files does not panic");
         }
         match next {
             Some(Queued { promise, job }) => {
+                patience = None;
                 let _turn = inner.training.acquire().await.expect("nobody closes it");
                 let (slot, busy) = (Arc::clone(&slot), Arc::clone(&inner));
                 let done = tokio::task::spawn_blocking(move || {
@@ -154,14 +158,16 @@ pub(super) async fn work(slot: Arc<ModelSlot>, gateway: Weak<Inner>) {
                 inner.promises.keep(&promise, outcome);
             }
             None => {
-                let patience = inner.config.gap_timeout;
+                let until = *patience.get_or_insert_with(|| Instant::now() + inner.config.gap_timeout);
                 drop(inner);
                 let wake = slot.wake.notified();
                 if !gap {
+                    patience = None;
                     wake.await;
-                } else if tokio::time::timeout(patience, wake).await.is_err() {
+                } else if tokio::time::timeout_at(until, wake).await.is_err() {
                     tracing::warn!(model = slot.id, "a request was lost on its way; those behind it go on");
                     slot.queue().skip_gap();
+                    patience = None;
                 }
             }
         }
@@ -221,20 +227,32 @@ fn run(inner: &Inner, slot: &ModelSlot, state: &mut State, job: Job) -> Result<O
         Job::SaveSampler { path, session } => {
             let adapter = model.policy().adapter().ok_or(JobError::NoModel)?;
             inner.store.save_adapter(&path, &adapter, slot.lora)?;
+            // What the sampler has under this name is not what is saved now.
+            forget(inner, &mut inner.resident.blocking_lock(), &path);
             let Some(session) = session else {
                 let path = path.to_string();
                 return Ok(Outcome::Json(json!({"type": "save_weights_for_sampler", "path": path})));
             };
-            inner.open_sampler(&slot.session, &session, Some(path.clone()));
-            state.unnamed.push_back(path);
-            while state.unnamed.len() > inner.config.unnamed_kept {
-                let oldest = state.unnamed.pop_front().expect("more than are kept");
-                // A client may have deleted it.
-                let _ = inner.store.delete(&oldest);
+            if !state.unnamed.contains(&path) {
+                state.unnamed.push_back(path.clone());
             }
+            drop_unnamed(inner, state, inner.config.unnamed_kept);
+            inner.open_sampler(&slot.session, &session, Some(path))?;
             Ok(Outcome::Json(json!({"type": "save_weights_for_sampler", "sampling_session_id": session})))
         }
         Job::Create { .. } | Job::Load { .. } => unreachable!("made above"),
+    }
+}
+
+/// Removes the oldest adapters without a name until `kept` are left.
+fn drop_unnamed(inner: &Inner, state: &mut State, kept: usize) {
+    while state.unnamed.len() > kept {
+        let oldest = state.unnamed.pop_front().expect("more than are kept");
+        match inner.store.delete(&oldest) {
+            // A client may have deleted it.
+            Ok(()) | Err(StoreError::Unknown { .. }) => {}
+            Err(error) => tracing::warn!(%error, path = %oldest, "an adapter stays on disk"),
+        }
     }
 }
 
@@ -263,11 +281,4 @@ fn encode(passed: &Passed) -> Vec<u8> {
         metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into(),
     }
     .encode_to_vec()
-}
-
-impl SavedPath {
-    /// Where the adapter of one sampling session is saved.
-    pub(super) fn unnamed(model: &str, sampling_session: u64) -> Result<Self, StoreError> {
-        Self::new(model, Kind::Sampler, &format!("unnamed-{sampling_session}"))
-    }
 }
