@@ -229,7 +229,7 @@ async fn forward_backward(State(inner): Gateway, headers: HeaderMap, body: Bytes
     let seq = u64::try_from(message.seq_id).map_err(|_| ApiError::bad("seq_id is negative"))?;
     let job =
         Batch::read(&message, &inner.limits).map(|batch| Job::Pass(Box::new(batch))).map_err(ApiError::bad);
-    inner.submit(&model, Some(seq), job)
+    inner.submit(&model, seq, job)
 }
 
 /// Tinker's defaults.
@@ -410,7 +410,8 @@ async fn delete_checkpoint(
     let path = SavedPath::parse(&format!("tinker://{run}/{checkpoint}"))?;
     let known = path.clone();
     inner.on_disk(move |store| store.delete(&known)).await?;
-    sampling::forget(&inner, &mut *inner.resident.lock().await, &path);
+    let mut resident = inner.resident.lock().await;
+    sampling::forget(&inner, &mut resident, &path);
     Ok(Json(json!({})))
 }
 

@@ -228,7 +228,9 @@ fn run(inner: &Inner, slot: &ModelSlot, state: &mut State, job: Job) -> Result<O
             let adapter = model.policy().adapter().ok_or(JobError::NoModel)?;
             inner.store.save_adapter(&path, &adapter, slot.lora)?;
             // What the sampler has under this name is not what is saved now.
-            forget(inner, &mut inner.resident.blocking_lock(), &path);
+            let mut resident = inner.resident.blocking_lock();
+            forget(inner, &mut resident, &path);
+            drop(resident);
             let Some(session) = session else {
                 let path = path.to_string();
                 return Ok(Outcome::Json(json!({"type": "save_weights_for_sampler", "path": path})));

@@ -96,7 +96,7 @@ async fn learn(inner: &Arc<Inner>, model: &str, seq: u64) {
     assert!(stepped["metrics"]["grad_norm"].as_f64().unwrap() > 0.0, "{stepped}");
 }
 
-async fn save(inner: &Arc<Inner>, model: &str, seq: u64, more: Value) -> Value {
+async fn save(inner: &Arc<Inner>, model: &str, seq: u64, more: &Value) -> Value {
     let mut asked = json!({"model_id": model, "seq_id": seq});
     for (key, value) in more.as_object().unwrap() {
         asked[key] = value.clone();
@@ -104,7 +104,7 @@ async fn save(inner: &Arc<Inner>, model: &str, seq: u64, more: Value) -> Value {
     done(inner, save_for_sampler(State(Arc::clone(inner)), body(&asked)).await).await
 }
 
-async fn sample(inner: &Arc<Inner>, more: Value) -> Outcome {
+async fn sample(inner: &Arc<Inner>, more: &Value) -> Outcome {
     let mut asked =
         json!({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "sampling_params": {}});
     for (key, value) in more.as_object().unwrap() {
@@ -121,9 +121,9 @@ async fn what_is_saved_anew_is_sampled_anew() {
     let mut hashes = Vec::new();
     for round in 0..2 {
         learn(&inner, &model, 1 + 3 * round).await;
-        let path = save(&inner, &model, 3 + 3 * round, json!({"path": "latest"})).await["path"].clone();
+        let path = save(&inner, &model, 3 + 3 * round, &json!({"path": "latest"})).await["path"].clone();
         for _ in 0..2 {
-            assert!(matches!(sample(&inner, json!({"model_path": path})).await, Outcome::Proto(_)));
+            assert!(matches!(sample(&inner, &json!({"model_path": path})).await, Outcome::Proto(_)));
         }
         let name = path.as_str().unwrap();
         let mut seen = notes.taken();
@@ -134,9 +134,8 @@ async fn what_is_saved_anew_is_sampled_anew() {
         hashes.push(added.strip_prefix(&format!("+{name} ")).unwrap().to_owned());
     }
     assert_ne!(hashes[0], hashes[1], "it has learnt meanwhile");
-    let deleted = format!("sampler_weights/{}", "latest");
-    let run = model.clone();
-    delete_checkpoint(State(Arc::clone(&inner)), Path((run, deleted))).await.unwrap();
+    let saved = "sampler_weights/latest".to_owned();
+    let Json(_) = delete_checkpoint(State(Arc::clone(&inner)), Path((model, saved))).await.unwrap();
     assert_eq!(notes.taken().len(), 1, "and goes when it is deleted");
 }
 
@@ -145,14 +144,14 @@ async fn a_session_takes_along_its_models_promises_and_files() {
     let dir = tempfile::tempdir().unwrap();
     let (inner, _) = service(dir.path());
     let (session, model) = model(&inner).await;
-    let saved = save(&inner, &model, 1, json!({"sampling_session_seq_id": 0})).await;
+    let saved = save(&inner, &model, 1, &json!({"sampling_session_seq_id": 0})).await;
     let sampler = saved["sampling_session_id"].as_str().unwrap();
     let asked = json!({"sampling_session_id": sampler, "seq_id": 1, "num_samples": 4});
-    assert!(matches!(sample(&inner, asked).await, Outcome::Proto(_)));
+    assert!(matches!(sample(&inner, &asked).await, Outcome::Proto(_)));
     let files = || std::fs::read_dir(dir.path().join(model.replace(':', "_")).join("sampler_weights"));
     assert_eq!(files().unwrap().count(), 1);
     let slot = inner.model(&model).unwrap();
-    finish_session(State(Arc::clone(&inner)), Path(session.clone())).await.unwrap();
+    let Json(_) = finish_session(State(Arc::clone(&inner)), Path(session.clone())).await.unwrap();
     // A request that was being read when the session ended.
     let late = inner.submit(&slot, 2, Ok(Job::Step(OptimConfig::default()))).unwrap_err();
     assert_eq!(late.status, StatusCode::NOT_FOUND);
@@ -203,7 +202,7 @@ fn keys_are_asked_for_when_there_are_any() {
 #[test]
 fn optimiser_settings_have_tinkers_defaults() {
     let step: OptimStep =
-        serde_json::from_value(json!({"model_id": "m", "adam_params": {"beta1": 0.5}})).unwrap();
+        serde_json::from_value(json!({"model_id": "m", "seq_id": 1, "adam_params": {"beta1": 0.5}})).unwrap();
     let adam = step.adam_params.unwrap();
     assert_eq!((adam.learning_rate, adam.beta1, adam.beta2, adam.eps), (1e-4, 0.5, 0.95, 1e-12));
     assert_eq!((adam.weight_decay, adam.grad_clip_norm), (0.0, 0.0));
