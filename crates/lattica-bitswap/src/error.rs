@@ -88,6 +88,59 @@ pub enum ManifestError {
     },
 }
 
+/// Why a graph of UnixFS nodes was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnixfsError {
+    /// A block is malformed.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// Something that exists in IPFS and is not read here.
+    #[error("{what} {code:#x} of IPFS is not read here; files and directories are")]
+    Unsupported {
+        /// What kind of thing.
+        what: &'static str,
+        /// Its number.
+        code: u64,
+    },
+    /// A directory where a piece of a file belongs.
+    #[error("{cid} is no part of a file")]
+    NotAFile {
+        /// The block.
+        cid: Cid,
+    },
+    /// A node does not hold as much as the node above it says.
+    #[error("{cid} should hold {expected_bytes} bytes of a file but holds {got_bytes}")]
+    WrongLength {
+        /// The block.
+        cid: Cid,
+        /// What the node above says.
+        expected_bytes: u64,
+        /// What it says itself.
+        got_bytes: u64,
+    },
+    /// A part of a large directory is no such part.
+    #[error("{cid} is no part of a directory")]
+    BadShard {
+        /// The block.
+        cid: Cid,
+    },
+    /// A name that no file can have, or that is there twice.
+    #[error("the directory has an entry named {name:?}, which is no file name, too long, or there twice")]
+    BadName {
+        /// The name.
+        name: String,
+    },
+    /// More than was allowed.
+    #[error("it has more than {limit} {what}; allow more if you expect that")]
+    TooLarge {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much is allowed.
+        limit: u64,
+    },
+}
+
 /// Why a store did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -161,6 +214,30 @@ pub enum PublishError {
     /// The artefact cannot be described by one manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// A block of what is published is not stored here.
+    #[error("block {cid} is not stored here; publish the artefact again")]
+    NotHere {
+        /// The block.
+        cid: Box<Cid>,
+    },
+    /// An entry's name is no path of a file, or the path of another entry or of a directory.
+    #[error("entry {entry} cannot be a file's path in a directory; rename it")]
+    EntryPath {
+        /// The name.
+        entry: String,
+    },
+    /// A directory that does not fit one block.
+    #[error(
+        "directory {directory} takes {got_bytes} bytes, over the {limit_bytes} bytes of one block; use subdirectories"
+    )]
+    DirectoryTooLarge {
+        /// The directory's name.
+        directory: String,
+        /// The encoded length.
+        got_bytes: usize,
+        /// The limit.
+        limit_bytes: usize,
+    },
     /// A file to publish could not be read.
     #[error("reading {path}: {source}", path = path.display())]
     Read {
@@ -202,6 +279,22 @@ pub enum FetchError {
         root: Box<Cid>,
         /// What is wrong with it.
         source: ManifestError,
+    },
+    /// The root is no file or directory of IPFS.
+    #[error("{root} cannot be read: {source}")]
+    Unixfs {
+        /// The root.
+        root: Box<Cid>,
+        /// What is wrong with it.
+        source: UnixfsError,
+    },
+    /// A name that this machine's file system does not take, or something that is there already.
+    #[error("{path} cannot be written: {reason}", path = path.display())]
+    Target {
+        /// Where it should go.
+        path: PathBuf,
+        /// Why it cannot.
+        reason: &'static str,
     },
     /// A block is not as long as the manifest says.
     #[error("manifest {root} gives block {cid} {expected_bytes} bytes but it has {got_bytes}")]

@@ -14,7 +14,8 @@
 //! ```
 //!
 //! Map: [`block`] (bytes that match their CID), [`chunker`], [`manifest`] (what an artefact is), [`publish`] (bytes to
-//! stored blocks and a root), [`delta`] and [`update`] (from one version to the next with few bytes), [`wire`] (Bitswap messages), [`session`] (one fetch: whom to ask for what), [`serve`] (which
+//! stored blocks and a root), [`delta`] and [`update`] (from one version to the next with few bytes), [`unixfs`] (the same leaves as a file or
+//! directory of IPFS, and reading those), [`wire`] (Bitswap messages), [`session`] (one fetch: whom to ask for what), [`serve`] (which
 //! wanted block goes to whom next), [`ledger`] (who can be relied on), [`spread`] (one artefact to a whole fleet), [`store`] (where blocks are kept, with a
 //! conformance suite); `service` (feature `service`): `FsStore` on disk, `Blocks` on a lattica-net node.
 
@@ -32,12 +33,14 @@ pub mod service;
 pub mod session;
 pub mod spread;
 pub mod store;
+pub mod unixfs;
 pub mod update;
+mod varint;
 pub mod wire;
 
 pub use block::{Block, HashKind};
 pub use config::{ExchangeConfig, ServeConfig, SessionConfig};
-pub use error::{BlockError, FetchError, ManifestError, PublishError, StoreError};
+pub use error::{BlockError, FetchError, ManifestError, PublishError, StoreError, UnixfsError};
 pub use ledger::Ledger;
 pub use manifest::{BlockRef, Entry, Manifest, Update};
 pub use serve::Server;

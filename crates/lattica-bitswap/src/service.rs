@@ -6,6 +6,7 @@ mod files;
 mod fs_store;
 mod spreading;
 mod streams;
+mod unixfs;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -280,10 +281,21 @@ impl Blocks {
         manifest: &Manifest,
         spans: &[(u64, u64)],
         from: &[PeerId],
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<(), FetchError> {
+        let wanted = wanted_blocks(root, manifest, spans)?;
+        self.fetch_listed(root, wanted, from, progress).await
+    }
+
+    /// Gets blocks of known lengths.
+    async fn fetch_listed(
+        &self,
+        root: &Cid,
+        wanted: Vec<Wanted>,
+        from: &[PeerId],
         mut progress: impl FnMut(Progress) + Send,
     ) -> Result<(), FetchError> {
         let root = *root;
-        let wanted = wanted_blocks(&root, manifest, spans)?;
         let total_bytes = wanted.iter().map(|w| u64::from(w.length)).sum();
         let missing = self.exchange.blocking(move |store| missing_blocks(store, &root, wanted)).await??;
         let missing_bytes: u64 = missing.iter().map(|w| u64::from(w.length)).sum();

@@ -43,6 +43,14 @@ pub trait BlockStore: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
+    /// Keeps a second name of a block that is stored as `of`; `alias` is that block under its second name. The bytes are
+    /// stored no second time; when the block goes, so may its second name. Of a block that is not here it is a plain
+    /// [`BlockStore::put`].
+    ///
+    /// # Errors
+    /// As [`BlockStore::put`].
+    fn put_alias(&self, alias: &Block, of: &Cid) -> Result<(), StoreError>;
+
     /// Makes everything that was put survive a power cut.
     ///
     /// # Errors

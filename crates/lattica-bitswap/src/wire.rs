@@ -14,7 +14,7 @@ use swarm_wire::limits::{BITSWAP_MESSAGE_MAX_BYTES, BLOCK_MAX_BYTES};
 use swarm_wire::repeated::{self, Element};
 use swarm_wire::{Cid, DecodeError, cid, frame};
 
-use crate::{Block, HashKind};
+use crate::{Block, HashKind, varint};
 
 /// The protocol that stock IPFS peers speak too.
 pub const PROTOCOL: &str = "/ipfs/bitswap/1.2.0";
@@ -217,12 +217,7 @@ fn entry_to_proto(entry: &WantEntry) -> ProtoEntry {
 fn prefix(cid: &Cid) -> Vec<u8> {
     let mut out = Vec::with_capacity(8);
     for number in [u64::from(cid.version()), cid.codec(), cid.hash().code(), u64::from(cid.hash().size())] {
-        let mut rest = number;
-        while rest >= 0x80 {
-            out.push((rest & 0x7f) as u8 | 0x80);
-            rest >>= 7;
-        }
-        out.push(rest as u8);
+        varint::write(&mut out, number);
     }
     out
 }
@@ -237,7 +232,8 @@ fn block_from_prefix(mut prefix: &[u8], data: Bytes) -> Result<Block, DecodeErro
     }
     let mut numbers = [0u64; 4];
     for number in &mut numbers {
-        *number = varint(&mut prefix)?;
+        *number = varint::read(&mut prefix)
+            .ok_or_else(|| DecodeError::invalid("block prefix", "an endless or missing number"))?;
     }
     let [version, codec, hash_code, digest_bytes] = numbers;
     if version > 1 || digest_bytes != 32 || !prefix.is_empty() {
@@ -255,18 +251,6 @@ fn block_from_prefix(mut prefix: &[u8], data: Bytes) -> Result<Block, DecodeErro
     };
     // Hashed above; `verify` would hash a second time.
     Ok(Block::from_checked(cid, data))
-}
-
-fn varint(bytes: &mut &[u8]) -> Result<u64, DecodeError> {
-    let mut number = 0u64;
-    for (i, &byte) in bytes.iter().enumerate().take(9) {
-        number |= u64::from(byte & 0x7f) << (7 * i);
-        if byte & 0x80 == 0 {
-            *bytes = &bytes[i + 1..];
-            return Ok(number);
-        }
-    }
-    Err(DecodeError::invalid("block prefix", "an endless varint"))
 }
 
 #[cfg(test)]

@@ -128,7 +128,7 @@ pub(super) fn read_bytes(
     Ok(bytes.freeze())
 }
 
-/// Writes an artefact, or one entry of it, to `path`: into a temporary file beside it, synced, then renamed.
+/// Writes an artefact, or one entry of it, to `path`: completely or not at all.
 pub(super) fn write_file(
     store: &dyn BlockStore,
     root: &Cid,
@@ -143,16 +143,28 @@ pub(super) fn write_file(
             .map(|e| (e.offset, e.length))
             .ok_or_else(|| FetchError::NoEntry { root: Box::new(*root), entry: name.to_owned() })?,
     };
+    whole_file(path, span.1, |file, left| {
+        read_span(store, root, &manifest, span, |part| {
+            file.write_all(part).map_err(|e| StoreError::io("writing", path, *left, e))?;
+            *left -= part.len() as u64;
+            Ok(())
+        })
+    })
+}
+
+/// Makes a file of `bytes` bytes at `path` as `fill` writes it, which also counts down the bytes that are still to come: into
+/// a temporary file beside it, synced, then renamed.
+pub(super) fn whole_file(
+    path: &Path,
+    bytes: u64,
+    fill: impl FnOnce(&mut File, &mut u64) -> Result<(), FetchError>,
+) -> Result<(), FetchError> {
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-    let mut left = span.1;
+    let mut left = bytes;
     let failed = |action, needed, source| FetchError::from(StoreError::io(action, path, needed, source));
     std::fs::create_dir_all(dir).map_err(|e| failed("creating the directory of", left, e))?;
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(|e| failed("creating", left, e))?;
-    read_span(store, root, &manifest, span, |part| {
-        file.write_all(part).map_err(|e| failed("writing", left, e))?;
-        left -= part.len() as u64;
-        Ok(())
-    })?;
+    fill(file.as_file_mut(), &mut left)?;
     file.as_file().sync_all().map_err(|e| failed("syncing", left, e))?;
     file.persist(path).map_err(|e| failed("renaming to", 0, e.error))?;
     #[cfg(unix)]

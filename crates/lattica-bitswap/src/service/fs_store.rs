@@ -270,6 +270,23 @@ impl BlockStore for FsStore {
         Ok(true)
     }
 
+    fn put_alias(&self, alias: &Block, of: &Cid) -> Result<(), StoreError> {
+        let mut state = self.lock();
+        let intact = |state: &State, cid| {
+            Ok::<_, StoreError>(self.place(state, cid)?.filter(|&place| Self::intact(state, place)))
+        };
+        if intact(&state, alias.cid())?.is_some() {
+            return Ok(());
+        }
+        if let Some(place) = intact(&state, of)? {
+            state.damaged.remove(alias.cid());
+            state.pending.insert(*alias.cid(), place);
+            return Ok(());
+        }
+        drop(state);
+        self.put(alias).map(drop)
+    }
+
     fn flush(&self) -> Result<(), StoreError> {
         self.flush_locked(&mut self.lock())
     }

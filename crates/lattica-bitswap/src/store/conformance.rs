@@ -17,6 +17,7 @@ pub const SMALL_QUOTA_BYTES: u64 = 10_000;
 pub fn check(fresh: impl Fn() -> Box<dyn BlockStore>) {
     put_get_and_absence(&*fresh());
     agrees_with_a_map(&*fresh());
+    both_names_of_a_block_are_served(&*fresh());
     concurrent_puts_of_one_block_keep_one(&*fresh());
 }
 
@@ -42,6 +43,8 @@ pub fn check_full(store: &dyn BlockStore) {
         other => panic!("a full store answered {other:?}"),
     }
     assert!(!stored.is_empty(), "something fits");
+    let alias = Block::new(HashKind::Sha2, stored[0].bytes().clone()).expect("it is a block");
+    store.put_alias(&alias, stored[0].cid()).expect("a second name takes no room");
     for block in stored {
         assert_eq!(store.get(block.cid()).expect("readable"), Some(block), "a full store keeps what it has");
     }
@@ -80,6 +83,23 @@ fn agrees_with_a_map(store: &dyn BlockStore) {
         if step % 97 == 0 {
             store.flush().expect("flush");
         }
+    }
+}
+
+fn both_names_of_a_block_are_served(store: &dyn BlockStore) {
+    for (seed, stored) in [(1, true), (2, false)] {
+        let (first, second) = (block(HashKind::Blake3, seed, 3000), block(HashKind::Sha2, seed, 3000));
+        if stored {
+            store.put(&first).expect("room");
+        }
+        for _ in 0..2 {
+            store.put_alias(&second, first.cid()).expect("room");
+            assert_eq!(store.length_of(second.cid()).expect("readable"), Some(3000));
+            assert_eq!(store.get(second.cid()).expect("readable").as_ref(), Some(&second));
+            assert_eq!(store.get(first.cid()).expect("readable").is_some(), stored);
+            store.flush().expect("flush");
+        }
+        assert!(!store.put(&second).expect("room"), "it is here already");
     }
 }
 

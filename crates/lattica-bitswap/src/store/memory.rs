@@ -11,8 +11,22 @@ use crate::{Block, BlockStore, StoreError};
 /// Blocks in a map, with an optional limit on their bytes.
 #[derive(Debug, Default)]
 pub struct MemoryStore {
-    blocks: Mutex<HashMap<Cid, Block>>,
+    state: Mutex<State>,
     quota_bytes: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    blocks: HashMap<Cid, Block>,
+    /// Second names of some of them.
+    aliases: HashMap<Cid, Cid>,
+    used_bytes: u64,
+}
+
+impl State {
+    fn get(&self, cid: &Cid) -> Option<&Block> {
+        self.blocks.get(self.aliases.get(cid).unwrap_or(cid))
+    }
 }
 
 impl MemoryStore {
@@ -26,25 +40,29 @@ impl MemoryStore {
         Self { quota_bytes: Some(quota_bytes), ..Self::default() }
     }
 
-    /// How many blocks there are.
+    /// How many blocks there are, each once whatever it is called.
     pub fn n_blocks(&self) -> usize {
-        self.lock().len()
+        self.lock().blocks.len()
     }
 
     /// Drops a block, for tests of what happens then.
     pub fn remove(&self, cid: &Cid) {
-        self.lock().remove(cid);
+        let mut state = self.lock();
+        if let Some(block) = state.blocks.remove(cid) {
+            state.used_bytes -= block.len() as u64;
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Cid, Block>> {
-        // The map is never left half changed, so a panic elsewhere does not spoil it.
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The maps are never left half changed, so a panic elsewhere does not spoil them.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl BlockStore for MemoryStore {
     fn get(&self, cid: &Cid) -> Result<Option<Block>, StoreError> {
-        Ok(self.lock().get(cid).cloned())
+        // Both names were checked against these bytes.
+        Ok(self.lock().get(cid).map(|block| Block::from_checked(*cid, block.bytes().clone())))
     }
 
     fn length_of(&self, cid: &Cid) -> Result<Option<usize>, StoreError> {
@@ -52,19 +70,34 @@ impl BlockStore for MemoryStore {
     }
 
     fn put(&self, block: &Block) -> Result<bool, StoreError> {
-        let mut blocks = self.lock();
-        if blocks.contains_key(block.cid()) {
+        let mut state = self.lock();
+        if state.get(block.cid()).is_some() {
             return Ok(false);
         }
         if let Some(quota) = self.quota_bytes {
-            let used: u64 = blocks.values().map(|b| b.len() as u64).sum();
-            let over = (used + block.len() as u64).saturating_sub(quota);
+            let over = (state.used_bytes + block.len() as u64).saturating_sub(quota);
             if over > 0 {
                 return Err(StoreError::Full { path: PathBuf::from("(memory)"), needed_bytes: over });
             }
         }
-        blocks.insert(*block.cid(), block.clone());
+        state.used_bytes += block.len() as u64;
+        // A second name of a block that is gone becomes this one's first.
+        state.aliases.remove(block.cid());
+        state.blocks.insert(*block.cid(), block.clone());
         Ok(true)
+    }
+
+    fn put_alias(&self, alias: &Block, of: &Cid) -> Result<(), StoreError> {
+        let mut state = self.lock();
+        if state.blocks.contains_key(alias.cid()) {
+            return Ok(());
+        }
+        if state.blocks.contains_key(of) {
+            state.aliases.insert(*alias.cid(), *of);
+            return Ok(());
+        }
+        drop(state);
+        self.put(alias).map(drop)
     }
 }
 
