@@ -25,6 +25,12 @@ pub struct NodeConfig {
     pub external: Vec<String>,
     /// Name of the network. Nodes of other networks are neither found through the DHT nor kept when mDNS finds them.
     pub network: String,
+    /// Protocol id of the DHT. Default: one of the network's own, `/lattica/kad/2.0.0/<network>`. Another one, such as
+    /// `/ipfs/kad/1.0.0`, joins the DHT of other programs; nodes that are to find each other there need the same one.
+    pub dht_protocol: Option<String>,
+    /// The protocol version in our identify message. Nobody is refused for theirs here; nodes of the original Lattica drop
+    /// everybody who does not have their own. Default: `lattica/2.0.0`.
+    pub identify_version: String,
     /// Whom this node talks to. Default: everybody. With a key or a list, every connection is checked before anything is
     /// said on it.
     pub access: Access,
@@ -67,6 +73,8 @@ impl Default for NodeConfig {
             relay_slots: 2,
             external: Vec::new(),
             network: "default".to_owned(),
+            dht_protocol: None,
+            identify_version: "lattica/2.0.0".to_owned(),
             access: Access::default(),
             mdns: false,
             gossip: false,
@@ -189,6 +197,12 @@ impl NodeConfig {
             && self.network.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
         if !network_ok {
             return bad("network", self.network.clone(), "1 to 64 letters, digits, '-', '_' or '.'");
+        }
+        if let Some(name) = self.dht_protocol.as_ref().filter(|n| !n.starts_with('/') || n.len() > 140) {
+            return bad("dht_protocol", name.clone(), "1 to 140 bytes that begin with '/'");
+        }
+        if !(1..=NAME_MAX_BYTES).contains(&self.identify_version.len()) {
+            return bad("identify_version", self.identify_version.clone(), "1 to 256 bytes");
         }
         for (field, addresses) in [
             ("listen", &self.listen),

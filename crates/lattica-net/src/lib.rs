@@ -38,7 +38,8 @@
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
 //! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`, `service/guess` (ports that
 //! nobody knows) with `service/adopted` (its sockets, for QUIC),
-//! `service/news` with `service/peers_file`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`. On the wire: docs/WIRE.md.
+//! `service/news` with `service/peers_file`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
+//! Feature `v1-compat`: `v1` and `service/v1` (calls to and from the original Lattica). On the wire: docs/WIRE.md.
 
 pub mod access;
 pub mod addr;
@@ -53,6 +54,8 @@ pub mod punch;
 pub mod relays;
 pub mod rpc;
 pub mod status;
+#[cfg(feature = "v1-compat")]
+pub mod v1;
 pub mod wire;
 
 #[cfg(feature = "service")]
@@ -68,6 +71,8 @@ pub use event::NetEvent;
 pub use links::LinkEstimate;
 pub use links::map::{Confidence, PairEstimate};
 pub use peers::{PathInfo, PeerInfo};
+#[cfg(all(feature = "service", feature = "v1-compat"))]
+pub use service::V1;
 #[cfg(feature = "service")]
 pub use service::{
     CallOptions, Identity, Node, Stream, Subscription, Tensor, TensorReceiver, TensorSender,

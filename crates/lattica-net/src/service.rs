@@ -51,6 +51,8 @@ mod stream;
 mod streams;
 mod swarm_key_file;
 mod tensor;
+#[cfg(feature = "v1-compat")]
+mod v1;
 
 pub use gossip::Subscription;
 pub use identity::Identity;
@@ -59,6 +61,8 @@ pub use rpc_client::{CallOptions, RPC_PROTOCOL};
 pub use stream::{Stream, read_bytes, read_frame};
 pub use swarm_key_file::{create_swarm_key, load_swarm_key};
 pub use tensor::{Tensor, TensorReceiver, TensorSender};
+#[cfg(feature = "v1-compat")]
+pub use v1::V1;
 
 /// multistream-select refuses longer names.
 const PROTOCOL_NAME_MAX_BYTES: usize = 140;

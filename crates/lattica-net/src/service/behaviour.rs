@@ -16,8 +16,6 @@ use super::shared::Shared;
 use super::streams;
 use crate::config::NodeConfig;
 
-/// What identify says about us. Peers are never refused for what theirs says.
-const PROTOCOL_VERSION: &str = "lattica/2.0.0";
 /// Records and provider entries that one node keeps for the network.
 const DHT_RECORDS: usize = 16 * 1024;
 /// Largest value of a DHT record.
@@ -49,9 +47,11 @@ pub(crate) struct Behaviour {
     pub(crate) streams: streams::Behaviour,
 }
 
-/// The DHT's protocol id: one per network, so that networks never mix.
-pub(crate) fn kad_protocol(network: &str) -> StreamProtocol {
-    StreamProtocol::try_from_owned(format!("/lattica/kad/2.0.0/{network}")).expect("it begins with a slash")
+/// The DHT's protocol id: one per network, so that networks never mix, unless the operator joins another DHT.
+pub(crate) fn kad_protocol(config: &NodeConfig) -> StreamProtocol {
+    let ours = || format!("/lattica/kad/2.0.0/{}", config.network);
+    let name = config.dht_protocol.clone().unwrap_or_else(ours);
+    StreamProtocol::try_from_owned(name).expect("validated: it begins with a slash")
 }
 
 impl Behaviour {
@@ -71,7 +71,7 @@ impl Behaviour {
             .with_max_established_per_peer(Some(limits.connections_per_peer))
             .with_max_pending_incoming(Some(incoming.min(128)))
             .with_max_pending_outgoing(Some(limits.connections.min(128)));
-        let identify = identify::Config::new(PROTOCOL_VERSION.to_owned(), keypair.public())
+        let identify = identify::Config::new(config.identify_version.clone(), keypair.public())
             .with_agent_version(concat!("lattica-net/", env!("CARGO_PKG_VERSION")).to_owned())
             .with_push_listen_addr_updates(true)
             .with_cache_size(0);
@@ -137,7 +137,7 @@ fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<MemoryStore> {
         max_provided_keys: DHT_RECORDS,
         ..MemoryStoreConfig::default()
     };
-    let mut settings = kad::Config::new(kad_protocol(&config.network));
+    let mut settings = kad::Config::new(kad_protocol(config));
     settings.set_query_timeout(Duration::from_secs(10)).set_max_packet_size(2 * DHT_VALUE_MAX_BYTES);
     let mut kad = kad::Behaviour::with_config(peer, MemoryStore::with_config(peer, store), settings);
     kad.set_mode(Some(if config.dht_server { kad::Mode::Server } else { kad::Mode::Client }));

@@ -298,7 +298,7 @@ impl Driver {
     /// What a peer says about itself: its addresses are kept when they are plausible, for us and for the DHT.
     fn handle_identify(&mut self, peer_id: LibPeerId, connection_id: ConnectionId, info: &identify::Info) {
         let Ok(peer) = wire_peer(&peer_id) else { return };
-        let in_our_network = info.protocols.contains(&kad_protocol(&self.shared.config.network));
+        let in_our_network = info.protocols.contains(&kad_protocol(&self.shared.config));
         // Known from here on, whatever it is: it makes room for the next one that mDNS sees.
         let from_mdns = self.from_mdns.remove(&peer_id);
         if !in_our_network && from_mdns {
