@@ -6,6 +6,7 @@ mod ci;
 mod codegen;
 mod fetch_model;
 mod fuzz;
+mod interop;
 mod layers;
 mod netlab;
 mod tidy;
@@ -60,6 +61,8 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Try our nodes with others' programs in both directions: Helia, Kubo, py-libp2p, the original Lattica (root; skipped without).
+    Interop(interop::InteropArgs),
     /// Pass all tests, as the README says: `cargo test --release --workspace`.
     Test,
     /// What the gate runs, and clippy, the cores alone and the documentation besides.
@@ -81,6 +84,7 @@ fn main() -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(&root, &options),
         Command::Netlab(args) => netlab::run(&root, &args),
         Command::Fuzz { seconds, only, keep } => fuzz::run(&root, seconds, only.as_deref(), keep),
+        Command::Interop(args) => interop::run(&root, &args),
         Command::Test => ci::test(&root),
         Command::Ci => ci::run(&root),
     }

@@ -12,7 +12,7 @@ mod nat;
 mod node;
 mod relay_kill;
 mod shaper;
-mod space;
+pub(crate) mod space;
 mod statistics;
 mod stream;
 
