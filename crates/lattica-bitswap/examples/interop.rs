@@ -92,7 +92,7 @@ fn say(answer: &Value) -> std::io::Result<()> {
 impl Ours {
     async fn answer(&mut self, line: &str) -> Answer {
         let command: Value = serde_json::from_str(line)?;
-        let text = |name: &'static str| command[name].as_str().ok_or(format!("{name} is missing"));
+        let text = |name: &'static str| command[name].as_str().ok_or_else(|| format!("{name} is missing"));
         let peer = || Ok::<PeerId, Box<dyn Error>>(text("peer")?.parse()?);
         let node = &self.node;
         Ok(match text("op")? {

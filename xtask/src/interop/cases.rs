@@ -37,6 +37,7 @@ pub(crate) struct Case {
 
 /// Lengths of files: in one block, inline in a presence, one block of Kubo's and one byte more, many blocks.
 const FILES: [usize; 6] = [0, 1, 1024, 262_144, 262_145, 10 << 20];
+
 /// Protocol that both sides' DHTs speak; py-libp2p and the wheel know one only.
 fn settings(kind: Kind) -> Value {
     match kind {

@@ -28,7 +28,7 @@ impl Blocks {
                 FetchError::BadManifest { source, .. } => PublishError::Manifest(source),
                 _ => PublishError::NotHere { cid: Box::new(root) },
             })?;
-            let manifest = manifest.ok_or(PublishError::NotHere { cid: Box::new(root) })?;
+            let manifest = manifest.ok_or_else(|| PublishError::NotHere { cid: Box::new(root) })?;
             unixfs::publish(store, &manifest)
         })
         .await

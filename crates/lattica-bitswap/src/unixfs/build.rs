@@ -54,7 +54,7 @@ fn leaf(store: &dyn BlockStore, block: &BlockRef) -> Result<Child, PublishError>
     if block.cid.hash().code() == HashKind::Sha2.code() {
         return Ok(Child { cid: block.cid, bytes, graph_bytes: bytes });
     }
-    let stored = store.get(&block.cid)?.ok_or(PublishError::NotHere { cid: Box::new(block.cid) })?;
+    let stored = store.get(&block.cid)?.ok_or_else(|| PublishError::NotHere { cid: Box::new(block.cid) })?;
     let alias = Block::new(HashKind::Sha2, stored.bytes().clone()).expect("it is a block already");
     store.put_alias(&alias, &block.cid)?;
     Ok(Child { cid: *alias.cid(), bytes, graph_bytes: bytes })
@@ -72,7 +72,7 @@ fn file(store: &dyn BlockStore, leaves: &[Child]) -> Result<Child, PublishError>
             .chunks(LINKS_PER_NODE)
             .map(|children| {
                 let bytes = children.iter().map(|c| c.bytes).sum();
-                Ok(node(store, encode_file(children), children.iter(), bytes)?)
+                node(store, encode_file(children), children.iter(), bytes)
             })
             .collect::<Result<_, StoreError>>()?;
     }
