@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use lattica_bitswap::unixfs::Limits;
 use lattica_bitswap::{Blocks, ExchangeConfig, MemoryStore};
 use lattica_net::gossip::Verdict;
@@ -199,7 +198,7 @@ impl Ours {
             }
             #[cfg(feature = "v1-compat")]
             "call_v1" => {
-                let data = Bytes::copy_from_slice(text("data")?.as_bytes());
+                let data = bytes::Bytes::copy_from_slice(text("data")?.as_bytes());
                 let reply = self.v1.call(&peer()?, text("method")?, data, PATIENCE).await?;
                 json!({"data": String::from_utf8_lossy(&reply)})
             }
