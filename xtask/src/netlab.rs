@@ -128,6 +128,8 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
             })?);
         }
     }
+    // Streams have labs of their own, whose namespaces have the same names.
+    drop(lab);
     let mut streams = Vec::new();
     if args.stream {
         for &transport in &transports {
