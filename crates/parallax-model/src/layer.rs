@@ -165,7 +165,7 @@ impl Linear {
                 let n = y.dims()[1];
                 run4(y, x.clone(), part.a.clone(), part.b.clone(), AddLora { n, lora })
             }
-            Route::Composed => composed::lora_add(y, x.clone(), part, lora.rows.as_deref()),
+            Route::Composed => composed::lora_add(y, &x, part, lora.rows.as_deref()),
         })
     }
 }

@@ -5,6 +5,7 @@ use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::generated::veri::v1 as proto;
 use swarm_wire::limits::MESSAGE_MAX_BYTES;
 use swarm_wire::prost::Message;
+use swarm_wire::repeated::{self, Element};
 
 use crate::challenge::Challenge;
 use crate::commitment::{Commitment, SignedCommitment};
@@ -98,11 +99,11 @@ pub fn encode_opening(opening: &Opening) -> Vec<u8> {
 /// # Errors
 /// When the bytes are no opening or a part is larger than any valid one.
 pub fn decode_opening(bytes: &[u8]) -> Result<Opening, DecodeError> {
-    let message = proto::Opening::decode(capped("opening", bytes)?)
-        .map_err(|e| DecodeError::message("veri.v1.Opening", &e))?;
-    if message.rows.len() > MAX_POSITIONS as usize {
-        return Err(DecodeError::invalid("number of opened rows", message.rows.len()));
+    let (bytes, rows) = (capped("opening", bytes)?, MAX_POSITIONS as usize);
+    for (path, most) in [(&[2][..], rows), (&[2, 3], rows * MAX_PATH)] {
+        repeated::check("list in an opening", bytes, (path, Element::Field), most)?;
     }
+    let message = proto::Opening::decode(bytes).map_err(|e| DecodeError::message("veri.v1.Opening", &e))?;
     let rows = message.rows.iter().map(decode_row).collect::<Result<_, _>>()?;
     Ok(Opening { commitment_hash: hash("commitment hash", &message.commitment_hash)?, rows })
 }

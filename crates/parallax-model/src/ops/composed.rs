@@ -19,11 +19,11 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 
 /// y with the adapter's product added to the module's columns.
 /// Only the rows listed, where they are.
-pub(crate) fn lora_add(y: Tensor<2>, x: Tensor<2>, part: &LoraPart, chosen: Option<&Vec<u32>>) -> Tensor<2> {
+pub(crate) fn lora_add(y: Tensor<2>, x: &Tensor<2>, part: &LoraPart, chosen: Option<&Vec<u32>>) -> Tensor<2> {
     let rows = y.dims()[0];
     let added = part.modules.iter().fold(y.clone(), |y, m| {
-        let a = part.a.clone().slice([m.first..m.first + m.rank]);
-        let b = part.b.clone().slice([m.from..m.from + m.outputs * m.rank]).reshape([m.outputs, m.rank]);
+        let a = part.a.clone().narrow(0, m.first, m.rank);
+        let b = part.b.clone().narrow(0, m.from, m.outputs * m.rank).reshape([m.outputs, m.rank]);
         let delta = linear(linear(x.clone(), a), b).mul_scalar(m.scale);
         let columns = [0..rows, m.offset..m.offset + m.outputs];
         let sum = y.clone().slice(columns.clone()) + delta;

@@ -176,7 +176,14 @@ fn answer(
     });
 }
 
+/// Bytes of a member's message; a heartbeat with round trips to a thousand members takes a quarter of it.
+const MESSAGE_MAX_BYTES: usize = 256 << 10;
+
 fn decode<M: Message + Default>(what: &'static str, body: &Bytes) -> Result<M, Status> {
+    if body.len() > MESSAGE_MAX_BYTES {
+        let (limit_bytes, got_bytes) = (MESSAGE_MAX_BYTES, body.len());
+        return Err(Status::invalid_argument(DecodeError::TooLarge { what, limit_bytes, got_bytes }));
+    }
     M::decode(&body[..]).map_err(|e| Status::invalid_argument(DecodeError::message(what, &e)))
 }
 

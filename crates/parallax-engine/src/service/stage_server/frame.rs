@@ -6,11 +6,15 @@ pub use lattica_net::FrameError;
 use prost::Message;
 use swarm_wire::generated::parallax::v1::{StageFrame, stage_frame};
 use swarm_wire::limits::{MESSAGE_MAX_BYTES, TENSOR_MAX_BYTES};
+use swarm_wire::repeated::{self, Element};
 use swarm_wire::{DecodeError, TensorHeader, frame};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The stream protocol between stages.
 pub const STAGE_PROTOCOL: &str = "/parallax/stage/2";
+
+/// Sequences of one step: a step has at most this many rows, and each of its sequences a row.
+const SEQUENCES_MAX: usize = 1 << 16;
 
 /// A frame ready to be written: one buffer, because small writes cost more than the copy.
 #[derive(Debug, Clone)]
@@ -92,6 +96,8 @@ pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Option<R
     let Some(message) = lattica_net::read_frame(reader, "stage frame", MESSAGE_MAX_BYTES).await? else {
         return Ok(None);
     };
+    let sequences = (&[3, 2][..], Element::Field);
+    repeated::check("sequences of a StageFrame", &message, sequences, SEQUENCES_MAX)?;
     let message = StageFrame::decode(message).map_err(|e| DecodeError::message("StageFrame", &e))?;
     let kind = message.kind.ok_or_else(|| DecodeError::invalid("stage frame kind", "none"))?;
     let tail_bytes = message.tensor_bytes as usize;
