@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(diff(&old, &new).unwrap()[..], [4, 2, 0, 3]);
         let index = DeltaIndex { patched: vec![0, 2, 200] };
         let encoded = index.encode();
-        assert_eq!(encoded[..], [0x0a, 4, 0, 1, 0xc5, 1]);
+        assert_eq!(encoded[..], [0x12, 4, 0, 1, 0xc5, 1]);
         assert_eq!(DeltaIndex::decode(&encoded, 201).unwrap(), index);
         assert!(DeltaIndex::decode(&encoded, 200).is_err(), "a block that there is not");
         assert!(DeltaIndex::decode(&encoded[..encoded.len() - 1], 201).is_err());

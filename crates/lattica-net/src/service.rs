@@ -14,7 +14,7 @@ use libp2p::StreamProtocol;
 use swarm_wire::{DecodeError, PeerId};
 use tokio::sync::{broadcast, oneshot};
 
-use self::connection::{Agreement, OpenError};
+use self::connection::OpenError;
 use self::driver::Command;
 use self::shared::{Acceptor, Shared};
 use crate::addr::is_plausible;
@@ -276,7 +276,7 @@ impl Node {
                 DialError::ShutDown => StreamError::ShutDown,
                 error => StreamError::Unreachable { peer: peer.clone(), reason: error.to_string() },
             })?;
-            match connection.open(name.clone(), Agreement::Awaited).await {
+            match connection.open(name.clone()).await {
                 Ok(stream) => return Ok(Stream::new(Arc::clone(self.shared()), connection, stream)),
                 Err(OpenError::Lost) => {}
                 Err(OpenError::Unsupported) => {

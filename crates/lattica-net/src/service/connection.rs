@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libp2p::StreamProtocol;
-use libp2p::core::upgrade::NegotiationError;
 use libp2p::swarm::ConnectionId;
 use swarm_wire::PeerId;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -32,27 +31,10 @@ pub(crate) enum OpenError {
     Io(std::io::Error),
 }
 
-/// When an opened stream is handed out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Agreement {
-    /// When the peer has agreed to the protocol, a round trip later.
-    Awaited,
-    /// At once: the first bytes travel with the question. Where the peer does not speak the protocol, the first read fails
-    /// (see [`is_rejected`]).
-    Assumed,
-}
-
-/// Whether a read failed because the peer does not speak the protocol that was assumed.
-pub(crate) fn is_rejected(error: &std::io::Error) -> bool {
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<NegotiationError>());
-    matches!(cause, Some(NegotiationError::Failed))
-}
-
 /// Asks the connection's handler for a stream.
 #[derive(Debug)]
 pub(crate) struct OpenRequest {
     pub(crate) protocol: StreamProtocol,
-    pub(crate) agreement: Agreement,
     pub(crate) reply: oneshot::Sender<Result<libp2p::Stream, OpenError>>,
 }
 
@@ -124,14 +106,10 @@ impl Connection {
     }
 
     /// Opens a stream. Dropping the future is safe: a stream that comes too late is closed.
-    pub(crate) async fn open(
-        &self,
-        protocol: StreamProtocol,
-        agreement: Agreement,
-    ) -> Result<libp2p::Stream, OpenError> {
+    pub(crate) async fn open(&self, protocol: StreamProtocol) -> Result<libp2p::Stream, OpenError> {
         let (reply, answer) = oneshot::channel();
         let opened = async {
-            self.opens.send(OpenRequest { protocol, agreement, reply }).await.map_err(|_| OpenError::Lost)?;
+            self.opens.send(OpenRequest { protocol, reply }).await.map_err(|_| OpenError::Lost)?;
             answer.await.unwrap_or(Err(OpenError::Lost))
         };
         tokio::select! {

@@ -14,7 +14,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
-use super::connection::{Agreement, Connection, Incoming, OpenError};
+use super::connection::{Connection, Incoming, OpenError};
 use super::driver::Command;
 use super::frames::{FrameReader, write_all};
 use super::punch::is_direct;
@@ -82,7 +82,7 @@ impl Part {
 pub(crate) async fn ask(shared: &Arc<Shared>, connection: &Connection) -> std::io::Result<bool> {
     let Ok(_one) = shared.guessing.try_acquire() else { return Ok(false) };
     let Some(part) = Part::new(shared).await? else { return Ok(false) };
-    let stream = match connection.open(GUESS_PROTOCOL, Agreement::Assumed).await {
+    let stream = match connection.open(GUESS_PROTOCOL).await {
         Ok(stream) => stream,
         Err(OpenError::Io(error)) => return Err(error),
         Err(OpenError::Unsupported) => return Err(ErrorKind::Unsupported.into()),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::AsyncReadExt;
 use libp2p::StreamProtocol;
 
-use super::connection::{Agreement, Connection, Incoming, OpenError};
+use super::connection::{Connection, Incoming, OpenError};
 use super::driver::Command;
 use super::frames::{FrameReader, STALL_TIMEOUT, write_all};
 use super::shared::Shared;
@@ -64,7 +64,7 @@ enum Life {
 }
 
 async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::Result<Life> {
-    let mut stream = match connection.open(LINK_PROTOCOL, Agreement::Awaited).await {
+    let mut stream = match connection.open(LINK_PROTOCOL).await {
         Ok(stream) => stream,
         Err(OpenError::Io(error)) => return Err(error),
         Err(OpenError::Unsupported) => return Ok(Life::Unsupported),

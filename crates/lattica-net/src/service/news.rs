@@ -15,7 +15,7 @@ use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::connection::{Agreement, Connection, OpenError};
+use super::connection::{Connection, OpenError};
 use super::driver::{Command, without_peer};
 use super::identity::Identity;
 use super::shared::{Acceptor, Shared, lock};
@@ -196,7 +196,7 @@ async fn question(
     connection: Arc<Connection>,
     protocol: StreamProtocol,
 ) -> Result<(), FrameError> {
-    let stream = match connection.open(protocol, Agreement::Awaited).await {
+    let stream = match connection.open(protocol).await {
         Ok(stream) => stream,
         // Nodes of other networks, and other programs, do not speak it.
         Err(OpenError::Unsupported | OpenError::Lost | OpenError::Timeout) => return Ok(()),

@@ -13,7 +13,7 @@ use libp2p::core::Multiaddr;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::connection::{Agreement, Connection, Incoming, OpenError, is_rejected};
+use super::connection::{Connection, Incoming, OpenError};
 use super::driver::{Command, without_peer};
 use super::frames::{FrameReader, write_all};
 use super::guess;
@@ -51,7 +51,7 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
                     }
                     wait_direct(&shared, &connection, TRY_TIMEOUT - GUESS_AFTER).await;
                 }
-                Err(error) if error.kind() == ErrorKind::Unsupported || is_rejected(&error) => return,
+                Err(error) if error.kind() == ErrorKind::Unsupported => return,
                 Err(error) => {
                     tracing::debug!(peer = %connection.peer.short(), %error, "no punch agreed upon")
                 }
@@ -80,7 +80,7 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
 /// Tries it with ports that have to be guessed; whether the peer knows how to.
 async fn guess(shared: &Arc<Shared>, connection: &Connection) -> bool {
     match guess::ask(shared, connection).await {
-        Err(error) if error.kind() == ErrorKind::Unsupported || is_rejected(&error) => return false,
+        Err(error) if error.kind() == ErrorKind::Unsupported => return false,
         Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "no port was met"),
         Ok(_) => {}
     }
@@ -102,7 +102,7 @@ async fn ask(shared: &Shared, connection: &Connection, was_direct: bool) -> std:
     if ours.is_empty() {
         return Err(Error::other("nobody has told yet where we are seen"));
     }
-    let stream = match connection.open(PUNCH_PROTOCOL, Agreement::Assumed).await {
+    let stream = match connection.open(PUNCH_PROTOCOL).await {
         Ok(stream) => stream,
         Err(OpenError::Io(error)) => return Err(error),
         Err(OpenError::Unsupported) => return Err(ErrorKind::Unsupported.into()),

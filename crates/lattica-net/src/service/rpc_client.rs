@@ -12,7 +12,7 @@ use libp2p::StreamProtocol;
 use swarm_wire::PeerId;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 
-use super::connection::{Agreement, Connection, OpenError, is_rejected};
+use super::connection::{Connection, OpenError};
 use super::credit::{LARGE_BODY_BYTES, LARGE_CALLS};
 use super::frames::{FrameReader, OutFrame, STALL_TIMEOUT, write_frames};
 use super::rpc_server;
@@ -65,8 +65,6 @@ enum Outcome {
     Lost,
     /// The peer sent what it must not send.
     Broken,
-    /// The peer does not speak the protocol.
-    Unsupported,
 }
 
 /// The RPC streams of one connection, opened when first needed.
@@ -172,7 +170,7 @@ impl Lane {
         if let Some(stream) = self.usable() {
             return Ok(stream);
         }
-        let (reader, writer) = connection.open(RPC_PROTOCOL, Agreement::Assumed).await?.split();
+        let (reader, writer) = connection.open(RPC_PROTOCOL).await?.split();
         let (frames, queue) = mpsc::channel(FRAME_QUEUE);
         let hello = Header::Hello(Hello { incarnation: shared.incarnation, calls: 0, body_bytes: 0 });
         // The queue is empty: there is room.
@@ -183,8 +181,6 @@ impl Lane {
         shared.network.spawn(async move {
             if let Err(error) = write_frames(writer, queue).await {
                 tracing::debug!(%error, "rpc stream: writing ended");
-                // The reader most likely learns why, and says it to those who wait.
-                tokio::time::sleep(BREAK_TIME).await;
                 if let Some(stream) = writing.upgrade() {
                     stream.close(|| Outcome::Lost);
                 }
@@ -243,11 +239,8 @@ async fn read_answers(
             Ok(None) => return stream.close(|| Outcome::Lost),
             Err(error) => {
                 tracing::debug!(peer = %connection.peer.short(), %error, "rpc stream: reading ended");
-                return stream.close(|| match error.kind() {
-                    _ if is_rejected(&error) => Outcome::Unsupported,
-                    std::io::ErrorKind::InvalidData => Outcome::Broken,
-                    _ => Outcome::Lost,
-                });
+                let broken = error.kind() == std::io::ErrorKind::InvalidData;
+                return stream.close(|| if broken { Outcome::Broken } else { Outcome::Lost });
             }
         }
     }
@@ -352,10 +345,6 @@ impl OneCall<'_> {
         CallError::Unreachable { peer: self.peer.clone(), reason }
     }
 
-    fn unsupported(&self) -> CallError {
-        self.unreachable(format!("it does not speak {RPC_PROTOCOL}"))
-    }
-
     /// Sends the call, and again with the same number while its paths break and others stand. The peer runs it once.
     async fn run(&self) -> Result<(Option<Status>, Bytes), CallError> {
         let connection = self.connect().await?;
@@ -428,7 +417,9 @@ impl OneCall<'_> {
         let stream = match lane.stream(shared, connection).await {
             Ok(stream) => stream,
             Err(OpenError::Lost) => return Ok(Sent::Nowhere),
-            Err(OpenError::Unsupported) => return Err(self.unsupported()),
+            Err(OpenError::Unsupported) => {
+                return Err(self.unreachable(format!("it does not speak {RPC_PROTOCOL}")));
+            }
             Err(OpenError::Timeout) => {
                 return Err(self.unreachable(format!("it did not open {RPC_PROTOCOL}")));
             }
@@ -475,7 +466,6 @@ impl OneCall<'_> {
         match outcome.await {
             Ok(Outcome::Answer(refusal, answer)) => Ok(Sent::Answer(refusal, answer)),
             Ok(Outcome::Broken) => Err(self.lost()),
-            Ok(Outcome::Unsupported) => Err(self.unsupported()),
             Ok(Outcome::Lost) | Err(_) => {
                 let said = *stream.incarnation.borrow();
                 Ok(Sent::Lost(if said == 0 { known } else { said }))

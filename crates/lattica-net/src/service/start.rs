@@ -190,9 +190,6 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
     let config = swarm::Config::with_tokio_executor()
         .with_idle_connection_timeout(IDLE_TIMEOUT)
         .with_max_negotiating_inbound_streams(NEGOTIATING_STREAMS)
-        // What a stream is for and its first bytes travel together, which saves a round trip for each stream. Our own streams
-        // that want the peer's answer first ask for it (`streams::handler::Offer`).
-        .with_substream_upgrade_protocol_override(Version::V1Lazy)
         .with_smart_dial();
     Ok(Swarm::new(transport, behaviour, peer, config))
 }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use libp2p::StreamProtocol;
-use libp2p::core::upgrade::{InboundUpgrade, OutboundUpgrade, UpgradeInfo};
+use libp2p::core::upgrade::{InboundUpgrade, ReadyUpgrade, UpgradeInfo};
 use libp2p::swarm::handler::{
     ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
 };
 use libp2p::swarm::{ConnectionHandler, ConnectionHandlerEvent, StreamUpgradeError, SubstreamProtocol};
 use tokio::sync::{mpsc, oneshot};
 
-use super::super::connection::{Agreement, Connection, OpenError, OpenRequest};
+use super::super::connection::{Connection, OpenError, OpenRequest};
 use super::super::shared::{Acceptor, Acceptors, Shared};
 use super::super::stream::Stream;
 use super::super::{guess, link_probe, punch, rpc_server};
@@ -78,7 +78,7 @@ impl ConnectionHandler for Handler {
     type FromBehaviour = Infallible;
     type ToBehaviour = Infallible;
     type InboundProtocol = Accept;
-    type OutboundProtocol = Offer;
+    type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
     type InboundOpenInfo = ();
     type OutboundOpenInfo = Reply;
 
@@ -92,10 +92,13 @@ impl ConnectionHandler for Handler {
         !(self.connection.dialled && self.connection.is_redundant())
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ConnectionHandlerEvent<Offer, Reply, Infallible>> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Reply, Infallible>> {
         match self.requests.poll_recv(cx) {
             Poll::Ready(Some(request)) => Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest {
-                protocol: SubstreamProtocol::new(Offer(request.protocol, request.agreement), request.reply),
+                protocol: SubstreamProtocol::new(ReadyUpgrade::new(request.protocol), request.reply),
             }),
             Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
@@ -105,7 +108,10 @@ impl ConnectionHandler for Handler {
         match event {}
     }
 
-    fn on_connection_event(&mut self, event: ConnectionEvent<'_, Accept, Offer, (), Reply>) {
+    fn on_connection_event(
+        &mut self,
+        event: ConnectionEvent<'_, Accept, ReadyUpgrade<StreamProtocol>, (), Reply>,
+    ) {
         match event {
             ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
                 protocol: (protocol, stream),
@@ -121,61 +127,13 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info: reply, error }) => {
                 let _ = reply.send(Err(match error {
                     StreamUpgradeError::Timeout => OpenError::Timeout,
-                    StreamUpgradeError::NegotiationFailed | StreamUpgradeError::Apply(Rejected) => {
-                        OpenError::Unsupported
-                    }
+                    StreamUpgradeError::NegotiationFailed => OpenError::Unsupported,
                     StreamUpgradeError::Io(error) => OpenError::Io(error),
+                    StreamUpgradeError::Apply(never) => match never {},
                 }));
             }
             _ => {}
         }
-    }
-}
-
-/// A protocol that is offered to the peer. The swarm takes the only name that is offered for agreed upon and lets the first
-/// bytes travel with it; of two names it waits for the answer to the first. So who wants the answer offers the name twice,
-/// and the second one is never used.
-pub(crate) struct Offer(StreamProtocol, Agreement);
-
-/// A name that is offered.
-#[derive(Clone)]
-pub(crate) struct Offered {
-    protocol: StreamProtocol,
-    rejected_before: bool,
-}
-
-impl AsRef<str> for Offered {
-    fn as_ref(&self) -> &str {
-        self.protocol.as_ref()
-    }
-}
-
-/// The peer does not speak the protocol.
-#[derive(Debug, thiserror::Error)]
-#[error("the peer does not speak the protocol")]
-pub(crate) struct Rejected;
-
-impl UpgradeInfo for Offer {
-    type Info = Offered;
-    type InfoIter = std::vec::IntoIter<Offered>;
-
-    fn protocol_info(&self) -> Self::InfoIter {
-        let again: &[bool] = match self.1 {
-            Agreement::Awaited => &[false, true],
-            Agreement::Assumed => &[false],
-        };
-        let offered = |&rejected_before| Offered { protocol: self.0.clone(), rejected_before };
-        again.iter().map(offered).collect::<Vec<_>>().into_iter()
-    }
-}
-
-impl OutboundUpgrade<libp2p::Stream> for Offer {
-    type Output = libp2p::Stream;
-    type Error = Rejected;
-    type Future = Ready<Result<libp2p::Stream, Rejected>>;
-
-    fn upgrade_outbound(self, stream: libp2p::Stream, offered: Offered) -> Self::Future {
-        ready(if offered.rejected_before { Err(Rejected) } else { Ok(stream) })
     }
 }
 
