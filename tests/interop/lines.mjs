@@ -2,6 +2,8 @@
 import { createInterface } from 'node:readline'
 
 export const PATIENCE_MS = 20_000
+// What a command needs is not there yet: who asked asks again.
+export const NOT_YET = { wait: true }
 
 // Reads the settings, starts a node with them, and answers commands by name. `start` gives { hello, ops }.
 export const run = async start => {

@@ -4,7 +4,7 @@ import sys
 import time
 
 import trio
-from lines import answer, say, settings
+from lines import NOT_YET, answer, say, settings
 
 from libp2p import new_host
 from libp2p.bitswap import BitswapClient
@@ -45,8 +45,8 @@ async def main():
 
         async def ping(peer):
             # A connection that came in counts a moment later.
-            while peer not in (str(known) for known in host.get_connected_peers()):
-                await trio.sleep(0.02)
+            if peer not in (str(known) for known in host.get_connected_peers()):
+                return NOT_YET
             times = await PingService(host).ping(ID.from_base58(peer), 1)
             return {"ms": times[0] / 1e3}
 
@@ -79,8 +79,8 @@ async def main():
             topics[topic] = await pubsub.subscribe(topic)
 
         async def publish(topic, data):
-            while not pubsub.peer_topics.get(topic):
-                await trio.sleep(0.02)
+            if not pubsub.peer_topics.get(topic):
+                return NOT_YET
             await pubsub.publish(topic, data.encode())
 
         async def received(topic):

@@ -21,8 +21,6 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Leaves as Kubo cuts files, so that both give a file one name.
 const LEAF_BYTES: usize = 256 * 1024;
-/// How often is looked for what no event tells.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 type Answer = Result<Value, Box<dyn Error>>;
 
@@ -82,6 +80,11 @@ async fn start(settings: &Value) -> Result<Ours, Box<dyn Error>> {
     })
 }
 
+/// What a command needs is not there yet: who asked asks again.
+fn not_yet() -> Value {
+    json!({"wait": true})
+}
+
 fn say(answer: &Value) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{answer}")?;
@@ -97,27 +100,19 @@ impl Ours {
         Ok(match text("op")? {
             "dial" => json!({"peer": node.dial(text("addr")?).await?}),
             "ping" => {
-                let (peer, start) = (peer()?, Instant::now());
-                loop {
-                    // Measured by pings when the peer has no link protocol of ours.
-                    match node.link(&peer) {
-                        Some(link) if node.is_connected(&peer) => break json!({"ms": link.rtt_ms}),
-                        _ if start.elapsed() > PATIENCE => return Err("no ping was answered".into()),
-                        _ => tokio::time::sleep(LOOK_AGAIN).await,
-                    }
+                let peer = peer()?;
+                // Measured by pings when the peer has no link protocol of ours.
+                match node.link(&peer) {
+                    Some(link) if node.is_connected(&peer) => json!({"ms": link.rtt_ms}),
+                    _ => not_yet(),
                 }
             }
             "identify" => {
                 let peer = peer()?;
-                loop {
-                    // A dialler's port is no listener's: what it listens on, it says in its identify message alone.
-                    let known = node.addresses(&peer);
-                    let paths = node.paths(&peer);
-                    if known.iter().any(|address| paths.iter().all(|path| path.address != *address)) {
-                        break json!({"addresses": known});
-                    }
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
+                // A dialler's port is no listener's: what it listens on, it says in its identify message alone.
+                let (known, paths) = (node.addresses(&peer), node.paths(&peer));
+                let said = known.iter().any(|address| paths.iter().all(|path| path.address != *address));
+                if said { json!({"addresses": known}) } else { not_yet() }
             }
             "connected" => {
                 let peer = peer()?;
@@ -146,24 +141,16 @@ impl Ours {
                 json!({})
             }
             "providers" => {
-                let key = dht_key(text("key")?);
-                loop {
-                    let peers = node.providers(&key).await?;
-                    if !peers.is_empty() {
-                        break json!({"peers": peers});
-                    }
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
+                let peers = node.providers(&dht_key(text("key")?)).await?;
+                if peers.is_empty() { not_yet() } else { json!({"peers": peers}) }
             }
             "put" => {
                 node.put_record(text("key")?.as_bytes(), text("value")?.into()).await?;
                 json!({})
             }
-            "find" => loop {
-                if let Some(value) = node.get_record(text("key")?.as_bytes()).await? {
-                    break json!({"value": String::from_utf8_lossy(&value)});
-                }
-                tokio::time::sleep(LOOK_AGAIN).await;
+            "find" => match node.get_record(text("key")?.as_bytes()).await? {
+                Some(value) => json!({"value": String::from_utf8_lossy(&value)}),
+                None => not_yet(),
             },
             "subscribe" => {
                 let topic = text("topic")?;
@@ -171,27 +158,22 @@ impl Ours {
                 self.topics.insert(topic.to_owned(), subscription);
                 json!({})
             }
-            "publish" => loop {
+            "publish" => match node.publish(text("topic")?, text("data")?.into()).await {
+                Ok(()) => json!({}),
                 // The other side's subscription may still be on its way.
-                match node.publish(text("topic")?, text("data")?.into()).await {
-                    Ok(()) => break json!({}),
-                    Err(GossipError::NoListeners) => tokio::time::sleep(LOOK_AGAIN).await,
-                    Err(error) => return Err(error.into()),
-                }
+                Err(GossipError::NoListeners) => not_yet(),
+                Err(error) => return Err(error.into()),
             },
             "received" => {
                 let subscription = self.topics.get_mut(text("topic")?).ok_or("not subscribed")?;
                 let announcement = subscription.recv().await.ok_or("the node has stopped")?;
                 json!({"data": String::from_utf8_lossy(&announcement.data), "from": announcement.author})
             }
-            "relayed" => loop {
+            "relayed" => {
                 let listening = node.listen_addrs().await;
                 let relayed: Vec<_> = listening.into_iter().filter(|a| a.contains("/p2p-circuit")).collect();
-                if !relayed.is_empty() {
-                    break json!({"addresses": relayed});
-                }
-                tokio::time::sleep(LOOK_AGAIN).await;
-            },
+                if relayed.is_empty() { not_yet() } else { json!({"addresses": relayed}) }
+            }
             "disconnect" => {
                 node.disconnect(&peer()?).await;
                 json!({})

@@ -6,9 +6,9 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -17,6 +17,9 @@ use crate::netlab::space::Space;
 
 /// Programs answer within 20 s themselves; a start takes longer where a disk is slow.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// What is not there yet may take this long, and is asked for at these intervals.
+const COMES_WITHIN: Duration = Duration::from_secs(15);
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 const LINES_MAX: usize = 16;
 
 /// What is started.
@@ -113,13 +116,20 @@ impl Peer {
         }
     }
 
-    /// Has a command done: `Ok(None)` when it cannot do such things.
+    /// Has a command done: `Ok(None)` when it cannot do such things. Asks again while what the command needs is not there yet.
     pub(crate) fn ask(&mut self, command: &Value) -> Result<Option<Value>> {
-        let answer = self.say(command)?;
-        if let Some(error) = answer["error"].as_str() {
-            bail!("{}: {error}", command["op"].as_str().unwrap_or_default());
+        let (op, started) = (command["op"].as_str().unwrap_or_default(), Instant::now());
+        loop {
+            let answer = self.say(command)?;
+            if let Some(error) = answer["error"].as_str() {
+                bail!("{op}: {error}");
+            }
+            if answer["wait"].is_null() {
+                return Ok(answer["skip"].is_null().then_some(answer));
+            }
+            ensure!(started.elapsed() < COMES_WITHIN, "{op}: not within {COMES_WITHIN:?}");
+            std::thread::sleep(ASK_AGAIN);
         }
-        Ok(answer["skip"].is_null().then_some(answer))
     }
 
     /// Where it listens on a transport.

@@ -67,6 +67,20 @@ fn height<S: Simd>(left: usize) -> usize {
     }
 }
 
+/// Runs `$tile!(n)` of the height for so many queries that are left, and gives n.
+macro_rules! by_height {
+    ($tile:ident, $left:expr) => {
+        match height::<S>($left) {
+            12 => $tile!(12),
+            6 => $tile!(6),
+            4 => $tile!(4),
+            3 => $tile!(3),
+            2 => $tile!(2),
+            _ => $tile!(1),
+        }
+    };
+}
+
 /// Scores of the queries `mine` of `queries` [D, n] with the sixteen keys of a line, into line `to` of each query's block.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the pieces of one kernel")]
@@ -96,14 +110,7 @@ pub(super) fn score_line<S: Simd, E: Element>(
                 $n
             }};
         }
-        first += match height::<S>(mine.end - first) {
-            12 => tile!(12),
-            6 => tile!(6),
-            4 => tile!(4),
-            3 => tile!(3),
-            2 => tile!(2),
-            _ => tile!(1),
-        };
+        first += by_height!(tile, mine.end - first);
     }
 }
 
@@ -214,14 +221,7 @@ pub(super) fn weighted_column<S: Simd, E: Element>(
                 $n
             }};
         }
-        first += match height::<S>(seen.len()) {
-            12 => tile!(12),
-            6 => tile!(6),
-            4 => tile!(4),
-            3 => tile!(3),
-            2 => tile!(2),
-            _ => tile!(1),
-        };
+        first += by_height!(tile, seen.len());
     }
 }
 

@@ -29,9 +29,7 @@ pub fn head_logprob(
     lse: &mut [f32],
 ) -> Result<(), KernelError> {
     let op = "head_logprob";
-    let rows = rows_of(op, "x", x.len(), head.k())?;
-    check_targets(op, targets, rows, head.n())?;
-    check_len(op, "out", rows, out.len())?;
+    let rows = checked(op, x, head, targets, ("out", out))?;
     check_len(op, "lse", rows, lse.len())?;
     if rows == 0 {
         return Ok(());
@@ -89,9 +87,7 @@ pub fn head_logprob_gradient(
     dx: &mut [f32],
 ) -> Result<(), KernelError> {
     let (op, width) = ("head_logprob_gradient", head.k());
-    let rows = rows_of(op, "x", x.len(), width)?;
-    check_targets(op, targets, rows, head.n())?;
-    check_len(op, "out", rows, out.len())?;
+    let rows = checked(op, x, head, targets, ("out", out))?;
     check_len(op, "dx", x.len(), dx.len())?;
     let isa = dispatch::current();
     let mut whole = vec![Normalizer::EMPTY; rows];
@@ -134,6 +130,20 @@ pub fn head_logprob_gradient(
     Ok(())
 }
 
+/// Rows of `x`, when each has a target and a place in what is named.
+fn checked(
+    op: &'static str,
+    x: &[f32],
+    head: &PackedWeight,
+    targets: &[u32],
+    (what, each): (&'static str, &[f32]),
+) -> Result<usize, KernelError> {
+    let rows = rows_of(op, "x", x.len(), head.k())?;
+    check_targets(op, targets, rows, head.n())?;
+    check_len(op, what, rows, each.len())?;
+    Ok(rows)
+}
+
 /// Calls `f` with the columns of each block of the vocabulary and their weights [columns, H].
 fn for_blocks(
     head: &PackedWeight,
@@ -169,9 +179,7 @@ pub fn head_logprob_backward(
     mut dw: Option<&mut [f32]>,
 ) -> Result<(), KernelError> {
     let (op, width) = ("head_logprob_backward", head.k());
-    let rows = rows_of(op, "x", x.len(), width)?;
-    check_targets(op, targets, rows, head.n())?;
-    check_len(op, "lse", rows, lse.len())?;
+    let rows = checked(op, x, head, targets, ("lse", lse))?;
     check_len(op, "dout", rows, dout.len())?;
     check_len(op, "dx", x.len(), dx.len())?;
     if let Some(dw) = &dw {

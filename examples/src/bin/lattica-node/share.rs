@@ -18,6 +18,16 @@ use crate::node::NodeArgs;
 /// Files that are shared as one artefact.
 const FILES_MAX: usize = 65_536;
 
+/// Where blocks are, on disk and in the network.
+#[derive(Debug, Args)]
+struct Place {
+    /// Where blocks and their index are kept; a fetch that broke off goes on from there. Without it: a temporary directory.
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    #[command(flatten)]
+    node: NodeArgs,
+}
+
 /// What is shared, and how.
 #[derive(Debug, Args)]
 pub(crate) struct PublishArgs {
@@ -31,11 +41,8 @@ pub(crate) struct PublishArgs {
     /// Length of the blocks in KiB, 1 to 2048. With 256, `ipfs add --cid-version=1 --raw-leaves` gives the same name.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=2048))]
     leaf_kib: u32,
-    /// Where the index of blocks is kept. Without it: a temporary directory.
-    #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
     #[command(flatten)]
-    node: NodeArgs,
+    place: Place,
     /// Print one line when everything is served: peer, addresses, root (our name), ipfs (the second one, or null), bytes,
     /// blocks (leaves).
     #[arg(long)]
@@ -56,11 +63,8 @@ pub(crate) struct FetchArgs {
     /// Refuse what is larger, in GB (10^9 bytes).
     #[arg(long, default_value_t = 1000.0)]
     max_gb: f64,
-    /// Where blocks are kept; a fetch that broke off goes on from there. Without it: a temporary directory.
-    #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
     #[command(flatten)]
-    node: NodeArgs,
+    place: Place,
     /// Print, as the last line: cid, kind (artefact, file or directory), files, bytes, ms (from asking to written).
     #[arg(long)]
     json: bool,
@@ -81,8 +85,8 @@ fn open(dir: Option<&Path>) -> anyhow::Result<(Arc<dyn BlockStore>, Option<tempf
 /// Serves the files until it is stopped.
 pub(crate) async fn publish(args: PublishArgs) -> anyhow::Result<()> {
     let (dir, files) = listed(&args.paths)?;
-    let (store, _temporary) = open(args.store.as_deref())?;
-    let node = args.node.start().await?;
+    let (store, _temporary) = open(args.place.store.as_deref())?;
+    let node = args.place.node.start().await?;
     let mut events = node.events();
     let config = ExchangeConfig { leaf_bytes: args.leaf_kib as usize * 1024, ..ExchangeConfig::default() };
     let blocks = Blocks::start_with(node.clone(), Arc::clone(&store), config);
@@ -110,8 +114,8 @@ pub(crate) async fn publish(args: PublishArgs) -> anyhow::Result<()> {
 pub(crate) async fn fetch(args: FetchArgs) -> anyhow::Result<()> {
     ensure!(args.max_gb > 0.0, "--max-gb must be above 0");
     let max_bytes = (args.max_gb * 1e9) as u64;
-    let (store, _temporary) = open(args.store.as_deref())?;
-    let node = args.node.start().await?;
+    let (store, _temporary) = open(args.place.store.as_deref())?;
+    let node = args.place.node.start().await?;
     let blocks = Blocks::start(node.clone(), store);
     let from = dial(&node, &args.from).await?;
     let start = Instant::now();
