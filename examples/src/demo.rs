@@ -3,6 +3,7 @@
 
 pub mod auditor;
 pub mod learner;
+pub mod page;
 pub mod plots;
 pub mod process;
 pub mod report;
@@ -233,7 +234,7 @@ async fn demo(args: &DemoArgs) -> anyhow::Result<Report> {
     report.chat = Some(chat(args, dir, &known, report.adapter.as_deref()).await?);
     bootstrap_process.stop().await;
     report.seconds = started.elapsed().as_secs_f64();
-    report.plot(&args.out)?;
+    report.write(&args.out)?;
     Ok(report)
 }
 

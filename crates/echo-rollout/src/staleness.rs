@@ -22,27 +22,34 @@ impl StalenessBound {
 }
 
 /// Staleness of what was consumed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StalenessStats {
-    /// Largest, in versions.
-    pub max: u64,
-    /// Sum over the trajectories.
-    pub sum: u64,
-    /// How many trajectories.
-    pub n: u64,
+    /// How many trajectories were 0 versions old, 1, and so on up to the oldest.
+    by_age: Vec<u64>,
 }
 
 impl StalenessStats {
-    /// Takes in one trajectory.
+    /// Takes in one trajectory. The budget bounds its age, and with it what is kept.
     pub fn add(&mut self, staleness: u64) {
-        self.max = self.max.max(staleness);
-        self.sum += staleness;
-        self.n += 1;
+        let age = usize::try_from(staleness).expect("ages are within a budget");
+        self.by_age.resize(self.by_age.len().max(age + 1), 0);
+        self.by_age[age] += 1;
+    }
+
+    /// How many trajectories were 0 versions old, 1, and so on up to the oldest.
+    pub fn by_age(&self) -> &[u64] {
+        &self.by_age
+    }
+
+    /// Largest, in versions; 0 when there were none.
+    pub fn max(&self) -> u64 {
+        self.by_age.len().saturating_sub(1) as u64
     }
 
     /// Mean over the trajectories; 0 when there were none.
     pub fn mean(&self) -> f64 {
-        if self.n == 0 { 0.0 } else { self.sum as f64 / self.n as f64 }
+        let sum: u64 = self.by_age.iter().zip(0..).map(|(n, age)| n * age).sum();
+        sum as f64 / self.by_age.iter().sum::<u64>().max(1) as f64
     }
 }
 
@@ -63,8 +70,9 @@ mod tests {
     #[test]
     fn the_mean_is_over_trajectories() {
         let mut stats = StalenessStats::default();
-        assert_eq!(stats.mean(), 0.0);
+        assert_eq!((stats.max(), stats.mean()), (0, 0.0));
         [0, 1, 5].into_iter().for_each(|s| stats.add(s));
-        assert_eq!((stats.max, stats.mean()), (5, 2.0));
+        assert_eq!((stats.max(), stats.mean()), (5, 2.0));
+        assert_eq!(stats.by_age(), [1, 1, 0, 0, 0, 1]);
     }
 }

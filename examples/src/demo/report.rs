@@ -1,11 +1,13 @@
-//! The demo's report, field by field as docs/REPORTS.md has it, built from what the learner says.
+//! The report of a run, field by field as docs/REPORTS.md has it, built from what the learner says; its plots and its page.
 
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::plots::{Series, line_plot};
+use super::page;
+use super::plots::{Series, histogram, line_plot};
 
 /// The report.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -44,6 +46,9 @@ pub struct Report {
     pub update_bytes: u64,
     /// Bytes of all weights in f32.
     pub full_bytes: u64,
+    /// What the run cost at the prices that were given, its start and end without steps left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
     /// The worker with other weights, when there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cheater: Option<Cheater>,
@@ -51,17 +56,35 @@ pub struct Report {
     pub chat: Option<Chat>,
     /// The plots.
     pub plots: Vec<PathBuf>,
+    /// The page with all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page: Option<PathBuf>,
     /// File of the last adapter.
     #[serde(skip)]
     pub adapter: Option<String>,
     #[serde(skip)]
+    prices: Option<Prices>,
+    #[serde(skip)]
     steps: Vec<Value>,
+    /// Version and what was paid until then.
+    #[serde(skip)]
+    costs: Vec<(f64, f64)>,
     #[serde(skip)]
     evals: Vec<(f64, f64)>,
     #[serde(skip)]
     convicted: Vec<(String, u64)>,
     #[serde(skip)]
     poisoned_trained: u64,
+}
+
+/// What an hour costs, in any currency.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prices {
+    /// Of the learner.
+    pub learner_per_hour: f64,
+    /// Of one worker.
+    pub worker_per_hour: f64,
 }
 
 /// What became of the cheater.
@@ -94,6 +117,12 @@ impl Report {
         Self { model: model.to_owned(), env: env.to_owned(), workers, ..Self::default() }
     }
 
+    /// With the cost of the run at these prices.
+    #[must_use]
+    pub fn priced(self, prices: Option<Prices>) -> Self {
+        Self { prices, ..self }
+    }
+
     /// Takes one event of the learner; returns a line for people when it is worth one.
     pub fn take(&mut self, event: &Value) -> Option<String> {
         let number = |field: &str| event[field].as_f64().unwrap_or_default();
@@ -115,6 +144,12 @@ impl Report {
                 self.versions = event["version"].as_u64().unwrap_or_default();
                 self.update_bytes = event["update_bytes"].as_u64().unwrap_or_default();
                 self.ratio_deviation_max = self.ratio_deviation_max.max(number("ratio_deviation_max"));
+                if let Some(prices) = &self.prices {
+                    let per_hour = prices.learner_per_hour + number("workers") * prices.worker_per_hour;
+                    let cost = self.cost.unwrap_or(0.0) + number("step_s") / 3600.0 * per_hour;
+                    self.cost = Some(cost);
+                    self.costs.push((number("version"), cost));
+                }
                 self.steps.push(event.clone());
                 None
             }
@@ -156,11 +191,20 @@ impl Report {
         });
     }
 
-    /// Draws the plots into `dir`.
+    /// Draws the plots into `dir`, and writes `report.html` with all of them and the figures.
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub fn plot(&mut self, dir: &Path) -> anyhow::Result<()> {
+    pub fn write(&mut self, dir: &Path) -> anyhow::Result<()> {
+        self.plot(dir)?;
+        let path = dir.join("report.html");
+        let page = page::page(&serde_json::to_value(&*self)?, &self.plots)?;
+        std::fs::write(&path, page).with_context(|| format!("writing {}", path.display()))?;
+        self.page = Some(path);
+        Ok(())
+    }
+
+    fn plot(&mut self, dir: &Path) -> anyhow::Result<()> {
         let points = |field: &str| {
             let point = |s: &Value| Some((s["version"].as_f64()?, s[field].as_f64()?));
             self.steps.iter().filter_map(point).collect::<Vec<_>>()
@@ -173,6 +217,16 @@ impl Report {
             Series { name: "rollouts", color: "#2f6f5e", points: points("rollouts_s") },
             Series { name: "training", color: "#3b5b92", points: points("train_s") },
         ];
+        let busy = |s: &Value| Some((s["version"].as_f64()?, s["train_s"].as_f64()? / s["step_s"].as_f64()?));
+        let busy = self.steps.iter().filter_map(busy).collect();
+        let busy = [Series { name: "learner", color: "#3b5b92", points: busy }];
+        let full: Vec<_> = points("update_bytes").iter().map(|(v, _)| (*v, self.full_bytes as f64)).collect();
+        let bytes = [
+            Series { name: "published update", color: "#2f6f5e", points: points("update_bytes") },
+            Series { name: "all weights", color: "#8a8a8a", points: full },
+        ];
+        let ages = self.staleness["by_age"].as_array().into_iter().flatten();
+        let ages: Vec<u64> = ages.filter_map(Value::as_u64).collect();
         let title = format!("{} on {}", self.model, self.env);
         self.plots = vec![
             line_plot(&dir.join("reward.svg"), &title, "policy version", "mean reward", &rewards)?,
@@ -183,7 +237,25 @@ impl Report {
                 "seconds per step",
                 &times,
             )?,
+            line_plot(
+                &dir.join("utilisation.svg"),
+                "How busy the learner is",
+                "policy version",
+                "share of the step",
+                &busy,
+            )?,
+            line_plot(&dir.join("bytes.svg"), "What is sent", "policy version", "bytes", &bytes)?,
         ];
+        if !ages.is_empty() {
+            let path = dir.join("staleness.svg");
+            let title = "How old rollouts were when they were trained on";
+            self.plots.push(histogram(&path, title, "versions", "rollouts", &ages)?);
+        }
+        if !self.costs.is_empty() {
+            let paid = [Series { name: "paid", color: "#c2571a", points: self.costs.clone() }];
+            let path = dir.join("cost.svg");
+            self.plots.push(line_plot(&path, "What it costs", "policy version", "paid until then", &paid)?);
+        }
         Ok(())
     }
 
@@ -216,7 +288,9 @@ impl Report {
             lines
                 .push(format!("asked over {} processes: {:?} -> {:?}", chat.stages, chat.prompt, chat.reply));
         }
+        lines.extend(self.cost.map(|cost| format!("cost: {cost:.4}")));
         lines.extend(self.plots.iter().map(|p| format!("plot: {}", p.display())));
+        lines.extend(self.page.iter().map(|p| format!("page: {}", p.display())));
         lines.join("\n")
     }
 }
@@ -229,21 +303,29 @@ mod tests {
 
     #[test]
     fn a_run_becomes_a_report_with_plots() {
-        let mut report = Report::new("tiny", "arithmetic", 3);
+        let prices = Prices { learner_per_hour: 2.0, worker_per_hour: 0.5 };
+        let mut report = Report::new("tiny", "<arithmetic>", 3).priced(Some(prices));
         for event in [
             json!({"event": "eval", "version": 0, "eval": 0.25, "eval_greedy": 0.5}),
-            json!({"event": "step", "version": 1, "reward": 0.3, "update_bytes": 10, "rollouts_s": 1.0, "train_s": 0.5}),
+            json!({"event": "step", "version": 1, "reward": 0.3, "update_bytes": 10, "rollouts_s": 1.0, "train_s": 0.5, "step_s": 1800.0, "workers": 4}),
             json!({"event": "convicted", "peer": "12D3", "audits": 2}),
-            json!({"event": "step", "version": 2, "reward": 0.6, "update_bytes": 12, "rollouts_s": 1.0, "train_s": 0.5}),
+            json!({"event": "step", "version": 2, "reward": 0.6, "update_bytes": 12, "rollouts_s": 1.0, "train_s": 0.5, "step_s": 1800.0, "workers": 2}),
             json!({"event": "eval", "version": 2, "eval": 0.75, "eval_greedy": 0.9}),
-            json!({"event": "done", "trajectories": {"leased": 4}, "staleness": {"max": 0}, "learner_utilisation": 0.5,
+            json!({"event": "done", "trajectories": {"leased": 4}, "staleness": {"max": 1, "by_age": [3, 1]}, "learner_utilisation": 0.5,
                    "full_bytes": 100, "poisoned_trained": 0, "adapter": "a.safetensors"}),
         ] {
             report.take(&event);
         }
         report.judge_cheater("12D3");
         let dir = tempfile::tempdir().unwrap();
-        report.plot(dir.path()).unwrap();
+        report.write(dir.path()).unwrap();
+        let page = std::fs::read_to_string(report.page.as_ref().unwrap()).unwrap();
+        assert_eq!(page.matches("<svg").count(), 6, "reward, seconds, utilisation, bytes, ages, cost");
+        assert!(page.contains("&lt;arithmetic&gt;") && !page.contains("<arithmetic>"));
+        for foreign in ["http://", "https://", "src="] {
+            let own = page.replace("http://www.w3.org/", "");
+            assert!(!own.contains(foreign), "one file, nothing fetched: {foreign}");
+        }
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((json["eval_before"].as_f64(), json["eval_after"].as_f64()), (Some(0.25), Some(0.75)));
         assert_eq!((json["reward_before"].as_f64(), json["reward_after"].as_f64()), (Some(0.3), Some(0.6)));
@@ -252,6 +334,7 @@ mod tests {
             json!({"peer": "12D3", "detected": true, "audits_until_detected": 2, "poisoned_trained": 0})
         );
         assert_eq!(json["trajectories"]["leased"], 4);
+        assert_eq!(json["cost"], 3.5, "half an hour at 4 and one at 3");
         assert!(report.plots.iter().all(|p| p.exists()));
         report.judge_cheater("another");
         assert!(!report.cheater.unwrap().detected);

@@ -12,7 +12,7 @@ use parallax_model::Checkpoint;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::demo::report::Report;
+use crate::demo::report::{Prices, Report};
 use crate::program;
 use crate::rollouts::{memory_blocks, start_learner};
 
@@ -38,6 +38,8 @@ struct Settings {
     /// Threads of the CPU kernels; 0: all cores.
     threads: usize,
     node: NodeSettings,
+    /// What an hour costs; with it the report says what the run cost.
+    prices: Option<Prices>,
     run: RunConfig,
 }
 
@@ -64,6 +66,7 @@ impl Default for Settings {
             dir: PathBuf::from("training-swarm-out"),
             threads: 0,
             node: NodeSettings::default(),
+            prices: None,
             run: RunConfig::default(),
         }
     }
@@ -98,7 +101,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
 }
 
 async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
-    let Settings { model, dir, threads, node, run } = settings;
+    let Settings { model, dir, threads, node, prices, run } = settings;
     if threads > 0 {
         parallax_kernels::pool::set_threads(threads);
     }
@@ -109,7 +112,7 @@ async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
         network: node.network.clone(),
         ..NodeConfig::default()
     };
-    let mut report = Report::new(&model, &run.environment, run.workers);
+    let mut report = Report::new(&model, &run.environment, run.workers).priced(prices);
     let started = std::time::Instant::now();
     let learner = Node::start(Identity::load_or_create(&node.identity)?, config).await?;
     learn(learner, &model, run, &dir, |event| {
@@ -126,6 +129,7 @@ async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
     })
     .await?;
     report.seconds = started.elapsed().as_secs_f64();
+    report.write(&dir)?;
     program::say(&report.for_people());
     if json { program::report(&report) } else { Ok(()) }
 }

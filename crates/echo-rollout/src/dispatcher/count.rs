@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Dispatcher;
 use crate::lease::{DropReason, LeaseId, LeaseState};
+use crate::staleness::StalenessStats;
 
 /// How many leases went where.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -81,9 +82,14 @@ impl Dispatcher {
             consumed_of_convicted: self.consumed_of_convicted,
             groups_consumed: self.groups_consumed,
             groups_abandoned: self.groups_abandoned,
-            staleness_max: self.staleness.max,
+            staleness_max: self.staleness.max(),
             staleness_mean: self.staleness.mean(),
         }
+    }
+
+    /// How old what was trained on was.
+    pub fn staleness(&self) -> &StalenessStats {
+        &self.staleness
     }
 
     /// Checks that all tables say the same. Linear in the leases of the run: for tests and once at the end of a run.

@@ -467,6 +467,11 @@ impl Collector {
         counts
     }
 
+    /// How many trajectories that were trained on were 0 versions old, 1, and so on up to the oldest.
+    pub fn staleness_by_age(&self) -> Vec<u64> {
+        self.inner.state().dispatcher.staleness().by_age().to_vec()
+    }
+
     /// Checks all book-keeping.
     ///
     /// # Errors

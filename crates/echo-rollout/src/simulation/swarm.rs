@@ -212,7 +212,7 @@ impl<'a> Swarm<'a> {
             step_s: seconds / steps,
             utilisation: (self.trained_us - trained_us) as f64 / 1e6 / seconds,
             cost_per_step: (self.paid() - paid + s.learner_price_per_hour * seconds / 3600.0) / steps,
-            max_staleness: self.staleness.max,
+            max_staleness: self.staleness.max(),
             mean_staleness: self.staleness.mean(),
             counts: self.dispatcher.counts(),
             changes: self.changes,

@@ -113,6 +113,8 @@ pub struct StepEvent {
     pub staleness_max: u64,
     /// Mean age of its rollouts.
     pub staleness_mean: f64,
+    /// Workers that were there when it was made.
+    pub workers: usize,
     /// Batches that were open beyond the one in training: the part of the budget that is in use.
     pub ahead: u64,
     /// Bytes of the published update.
@@ -168,7 +170,7 @@ pub struct TrajectoryCounts {
 }
 
 /// Ages of what was trained on, in versions.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StalenessCounts {
     /// Most that is allowed.
     pub budget: u64,
@@ -176,6 +178,8 @@ pub struct StalenessCounts {
     pub max: u64,
     /// Mean.
     pub mean: f64,
+    /// How many trajectories were 0 versions old, 1, and so on up to the oldest.
+    pub by_age: Vec<u64>,
 }
 
 /// Why a run ended early.
@@ -285,8 +289,15 @@ impl<T: FnMut(LearnerEvent)> Loops<T> {
         }
     }
 
-    /// Tells of a step that ran `ahead` batches ahead; times of its rollouts, its training, and the whole.
-    fn tell_step(&mut self, learned: &Learned, ahead: u64, [rollouts, train, step]: [Duration; 3]) {
+    /// Tells of a step that ran `ahead` batches ahead with the rollouts of `workers`; times of its rollouts, its training, and
+    /// the whole.
+    fn tell_step(
+        &mut self,
+        learned: &Learned,
+        ahead: u64,
+        workers: usize,
+        [rollouts, train, step]: [Duration; 3],
+    ) {
         self.training += train;
         let report = &learned.report;
         (self.tell)(LearnerEvent::Step(StepEvent {
@@ -297,6 +308,7 @@ impl<T: FnMut(LearnerEvent)> Loops<T> {
             grad_norm: report.grad_norm,
             staleness_max: report.staleness_max,
             staleness_mean: report.staleness_mean,
+            workers,
             ahead,
             update_bytes: learned.adapter.len() as u64,
             completion_tokens: learned.completion_tokens,
@@ -350,7 +362,7 @@ impl<P: Update + Send + 'static> Learner<P> {
         let publisher = Publisher::new(config.run(), parts.base_model_id.clone(), &parts.node, parts.blocks);
         let published = match config.mode {
             Mode::Sequential => None,
-            Mode::Async => publish_again(&collector, &publisher, dir).await?,
+            Mode::Async => published::again(&collector, &publisher, dir).await?,
         };
         Ok(Self {
             publisher,
@@ -427,7 +439,12 @@ impl<P: Update + Send + 'static> Learner<P> {
             let learned = self.learn(&groups).await.expect("a training step does not panic")?;
             self.collector.commit(&mut sync).await?;
             self.adapter = Some((learned.report.version, learned.adapter.clone()));
-            loops.tell_step(&learned, 0, [rollouts, learning.elapsed(), began.elapsed()]);
+            loops.tell_step(
+                &learned,
+                0,
+                self.workers().len(),
+                [rollouts, learning.elapsed(), began.elapsed()],
+            );
         }
         Ok(())
     }
@@ -514,6 +531,7 @@ impl<P: Update + Send + 'static> Learner<P> {
                 budget: self.config.trainer.max_staleness,
                 max: counts.staleness_max,
                 mean: counts.staleness_mean,
+                by_age: self.collector.staleness_by_age(),
             },
             poisoned_trained: counts.consumed_of_convicted,
             update_bytes: self.adapter.as_ref().map_or(0, |(_, bytes)| bytes.len() as u64),
@@ -531,25 +549,6 @@ fn audit_secret(node: &impl Signer, run: u64) -> u64 {
     let signature = node.signature(&[PURPOSE.as_bytes(), &run.to_le_bytes()].concat());
     let secret = blake3::derive_key(PURPOSE, &signature);
     u64::from_le_bytes(secret[..8].try_into().expect("eight bytes"))
-}
-
-/// Serves the versions in `dir` again that were out before a restart; the newest of them, if it is there.
-async fn publish_again(
-    collector: &Collector,
-    publisher: &Publisher,
-    dir: &Path,
-) -> Result<Option<PolicyVersion>, LearnerError> {
-    let (newest, asked_open) = collector.reached();
-    // Groups are opened after the first version is out.
-    let mut published = (asked_open > 0).then_some(PolicyVersion(0));
-    if published.is_some() {
-        collector.restore(&publisher.base());
-    }
-    for (version, adapter) in published::read(dir, newest)? {
-        collector.restore(&publisher.adapter(version, adapter, &[]).await?);
-        published = Some(version);
-    }
-    Ok(published.filter(|version| *version == newest))
 }
 
 /// The trainer of the checkpoint in `dir`, or a new one. More steps than before may be asked for; nothing else changes.

@@ -60,7 +60,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     collector.commit_step(step).await?;
                     coordinator.handle_committed(collector.now_ms())?;
                     if let Some((learned, times)) = trained.take() {
-                        loops.tell_step(&learned, coordinator.ahead(), times);
+                        loops.tell_step(&learned, coordinator.ahead(), learner.workers().len(), times);
                     }
                     waiting = Instant::now();
                 }

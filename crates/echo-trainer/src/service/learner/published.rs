@@ -5,9 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use echo_rollout::service::Collector;
 use swarm_wire::PolicyVersion;
 
 use super::super::checkpoint_dir::{self, CheckpointDirError, io_error};
+use super::super::publisher::Publisher;
+use super::LearnerError;
 
 fn path(dir: &Path, version: PolicyVersion) -> PathBuf {
     dir.join(format!("adapter-{}.safetensors", version.0))
@@ -56,6 +59,28 @@ pub(super) fn read(
         Ok((version, fs::read(&path).map_err(io_error("reading", &path))?.into()))
     };
     versions(dir)?.into_iter().filter(|version| *version <= newest).map(read).collect()
+}
+
+/// Serves the versions in `dir` again that were out before a restart; the newest of them, if it is there.
+///
+/// # Errors
+/// When the disk refuses, or an adapter there cannot be published.
+pub(super) async fn again(
+    collector: &Collector,
+    publisher: &Publisher,
+    dir: &Path,
+) -> Result<Option<PolicyVersion>, LearnerError> {
+    let (newest, asked_open) = collector.reached();
+    // Groups are opened after the first version is out.
+    let mut published = (asked_open > 0).then_some(PolicyVersion(0));
+    if published.is_some() {
+        collector.restore(&publisher.base());
+    }
+    for (version, adapter) in read(dir, newest)? {
+        collector.restore(&publisher.adapter(version, adapter, &[]).await?);
+        published = Some(version);
+    }
+    Ok(published.filter(|version| *version == newest))
 }
 
 #[cfg(test)]
