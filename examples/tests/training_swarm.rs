@@ -1,12 +1,15 @@
 //! A learner and rollout workers as separate programs, as on two machines: `training-swarm --config` and `rollout-fleet`
 //! with the address that it prints. Stopped after two steps, the run goes on with the third. In the asynchronous mode they learn
-//! as well.
+//! as well, and a learner that is killed at any moment goes on where it was.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::io::{BufRead as _, BufReader, Lines};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use serde_json::Value;
 
 /// A program whose stdout is read line by line; it does not outlive the test.
@@ -37,8 +40,8 @@ impl Drop for Program {
     }
 }
 
-/// Runs learner and workers with these settings; all lines of the learner.
-fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
+/// A learner with these settings.
+fn learner(dir: &Path, run: &str, trainer: &str) -> Program {
     let config = dir.join("run.toml");
     let settings = format!(
         "dir = \"{0}/run\"\nthreads = 1\n[node]\nidentity = \"{0}/learner.key\"\nnetwork = \"training-swarm-test\"\n\
@@ -46,12 +49,13 @@ fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
         dir.display()
     );
     std::fs::write(&config, settings).unwrap();
-    let mut learner = Program::start(
-        env!("CARGO_BIN_EXE_training-swarm"),
-        &["--config", config.to_str().unwrap(), "--json"],
-    );
-    let ready = learner.next().expect("the learner gets ready");
-    let address = ready["addrs"][0].as_str().unwrap();
+    let args = ["--config", config.to_str().unwrap(), "--json"];
+    Program::start(env!("CARGO_BIN_EXE_training-swarm"), &args)
+}
+
+/// Two workers for the learner that says it is `ready`; the same ones each time in one directory.
+fn fleet(dir: &Path, ready: &Value, in_flight: &str) -> Program {
+    let (address, keys) = (ready["addrs"][0].as_str().unwrap(), dir.join("keys"));
     let fleet = [
         "--trainer",
         address,
@@ -59,13 +63,22 @@ fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
         "training-swarm-test",
         "--workers",
         "2",
+        "--keys",
+        keys.to_str().unwrap(),
         "--cache-tokens",
         "1024",
         "--in-flight",
         in_flight,
         "--json",
     ];
-    let mut fleet = Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet);
+    Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet)
+}
+
+/// Runs learner and workers with these settings; all lines of the learner.
+fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
+    let mut learner = learner(dir, run, trainer);
+    let ready = learner.next().expect("the learner gets ready");
+    let mut fleet = fleet(dir, &ready, in_flight);
     let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
     assert!(learner.child.wait().unwrap().success(), "{lines:?}");
     // The workers hear it from the learner; they do not wait for one that is gone.
@@ -73,6 +86,132 @@ fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
     assert!(fleet.child.wait().unwrap().success(), "{last}");
     assert_eq!(last["ended"], serde_json::json!(["the run is finished", "the run is finished"]));
     lines
+}
+
+/// When a learner is killed.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// It has said this.
+    Said(&'static str),
+    /// It has put this file of the run in place.
+    Replaced(&'static str),
+    /// So many writes into the log of rollouts since the workers were started: any part of a commit.
+    Wrote(usize),
+}
+
+impl Moment {
+    /// Waits for it, by what the learner says or by what the kernel tells of its directory; true when the learner was faster.
+    fn wait(self, changes: OwnedFd, learner: &mut Program) -> bool {
+        let (file, kind, mut times) = match self {
+            Self::Said(event) => {
+                return !std::iter::from_fn(|| learner.next()).any(|line| line["event"] == event);
+            }
+            Self::Replaced(file) => (file, ReadFlags::MOVED_TO, 1),
+            Self::Wrote(times) => (LOG, ReadFlags::MODIFY, times),
+        };
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut changes = inotify::Reader::new(changes, &mut buffer);
+        while times > 0 {
+            let change = changes.next().unwrap();
+            let of = |name: &str| change.file_name().is_some_and(|n| n.to_bytes() == name.as_bytes());
+            times -= usize::from(change.events().contains(kind) && of(file));
+            // The log is open for as long as the learner lives.
+            if change.events().contains(ReadFlags::CLOSE_WRITE) && of(LOG) {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// Name of the log of rollouts in a run's directory.
+const LOG: &str = "rollouts.redb";
+
+/// What happens to the files of the run in `dir` from now on.
+fn changes(dir: &Path) -> OwnedFd {
+    let changes = inotify::init(CreateFlags::CLOEXEC).unwrap();
+    let kinds = WatchFlags::MODIFY | WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE;
+    inotify::add_watch(&changes, dir.join("run"), kinds).unwrap();
+    changes
+}
+
+/// Kills a learner, and its workers with it, at each of these moments, then lets one run to its end; its lines.
+fn killed_at(dir: &Path, settings: [&str; 2], moments: &[Moment]) -> Vec<Value> {
+    let [run_settings, trainer] = settings;
+    for moment in moments {
+        let mut learner = learner(dir, run_settings, trainer);
+        let ready = learner.next().expect("the learner gets ready");
+        let changes = changes(dir);
+        let fleet = fleet(dir, &ready, "finish");
+        assert!(!moment.wait(changes, &mut learner), "the run was over before {moment:?}");
+        // SIGKILL: it can neither finish nor tidy up.
+        learner.child.kill().unwrap();
+        learner.child.wait().unwrap();
+        drop(fleet);
+    }
+    run(dir, run_settings, trainer, "finish")
+}
+
+const MOMENTS: [Moment; 7] = [
+    Moment::Wrote(1),
+    Moment::Said("eval"),
+    Moment::Wrote(10),
+    Moment::Said("step"),
+    Moment::Replaced("adapter.safetensors"),
+    Moment::Wrote(25),
+    Moment::Replaced("adapter.safetensors"),
+];
+
+#[test]
+fn a_learner_that_is_killed_again_and_again_ends_where_an_undisturbed_one_does() {
+    let (killed, left_alone) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let settings = ["eval_tasks = 4", "steps = 6\ngroups_per_step = 3\ngroup_size = 4"];
+    let lines = killed_at(killed.path(), settings, &MOMENTS);
+    let undisturbed = run(left_alone.path(), settings[0], settings[1], "finish");
+    let (summary, other) = (lines.last().unwrap(), undisturbed.last().unwrap());
+    for summary in [summary, other] {
+        let counts = &summary["trajectories"];
+        assert_eq!(
+            (&summary["versions"], &counts["consumed"]),
+            (&6.into(), &(6 * 3 * 4).into()),
+            "{summary}"
+        );
+        assert_eq!((&counts["lost"], &counts["duplicated"]), (&0.into(), &0.into()), "{summary}");
+    }
+    assert_eq!(
+        (&summary["eval_after"], &summary["reward_after"]),
+        (&other["eval_after"], &other["reward_after"])
+    );
+    let state = |dir: &Path| {
+        let mut files: Vec<_> =
+            std::fs::read_dir(dir.join("run")).unwrap().map(|f| f.unwrap().path()).collect();
+        files.retain(|f| f.extension().is_some_and(|e| e == "safetensors"));
+        files.sort();
+        files
+            .iter()
+            .map(|f| (f.file_name().unwrap().to_owned(), std::fs::read(f).unwrap()))
+            .collect::<Vec<_>>()
+    };
+    let (killed, left_alone) = (state(killed.path()), state(left_alone.path()));
+    assert!(killed.len() > 1, "the adapter, and weights with moments");
+    assert!(killed == left_alone, "the same weights and moments, bit for bit");
+}
+
+#[test]
+fn an_asynchronous_learner_that_is_killed_trains_nothing_twice_or_too_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = [
+        "mode = \"async\"\neval_tasks = 4",
+        "steps = 8\ngroups_per_step = 4\ngroup_size = 4\nmax_staleness = 2",
+    ];
+    let moments =
+        [Moment::Wrote(15), Moment::Said("step"), Moment::Replaced("adapter.safetensors")];
+    let lines = killed_at(dir.path(), settings, &moments);
+    let summary = lines.last().unwrap();
+    let counts = &summary["trajectories"];
+    assert_eq!((&summary["versions"], &counts["consumed"]), (&8.into(), &(8 * 4 * 4).into()), "{summary}");
+    assert_eq!((&counts["lost"], &counts["duplicated"]), (&0.into(), &0.into()), "{summary}");
+    assert!(summary["staleness"]["max"].as_u64().unwrap() <= 2, "{summary}");
 }
 
 #[test]
