@@ -17,8 +17,10 @@ use crate::{Coordinator, Incarnation, JoinError, NodeId, NodeProfile, PlanView, 
 
 /// The coordinator is ticked this often.
 const TICK: Duration = Duration::from_millis(50);
-/// Link measurements are taken over this often (in ticks).
-const RTT_TICKS: u32 = 20;
+/// Link measurements are taken over this often (in ticks), of so many pairs at most: all of 60 members four times a second, all
+/// of a thousand once a minute.
+const RTT_TICKS: u32 = 5;
+const RTT_PAIRS: usize = 2048;
 /// The head announces itself in the DHT again this often, and this often after an announcement that was not answered in time.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(60);
 const ANNOUNCE_RETRY: Duration = Duration::from_secs(2);
@@ -306,13 +308,12 @@ impl Inner {
         }
     }
 
-    /// Round trips of all pairs: measured here, told by the members, or predicted.
-    fn measure_links(&self) {
+    /// Round trips of the next pairs: measured here, told by the members, or predicted.
+    fn measure_links(&self, turns: &mut PairTurns) {
         let named = |id: &NodeId| Some((id.clone(), id.as_str().parse::<PeerId>().ok()?));
         let members: Vec<(NodeId, PeerId)> =
             self.coordinator().members().filter_map(|(id, _)| named(id)).collect();
-        let ends = members.iter().enumerate();
-        let pairs = ends.flat_map(|(n, a)| members[n + 1..].iter().map(move |b| (a, b)));
+        let pairs = turns.next(members.len(), RTT_PAIRS).map(|(a, b)| (&members[a], &members[b]));
         let known: Vec<(&NodeId, &NodeId, f64)> = pairs
             .filter_map(|((a, peer), (b, other))| Some((a, b, self.node.link_between(peer, other)?.rtt_ms)))
             .collect();
@@ -323,14 +324,31 @@ impl Inner {
     }
 }
 
+/// Whose turn it is among all pairs. Who joins or leaves moves the others' places, so that a pair may wait for another round.
+#[derive(Debug, Default)]
+struct PairTurns {
+    next: usize,
+}
+
+impl PairTurns {
+    /// The next pairs of `n` members, the smaller number first: at most `most`, none twice, up to the end of the round.
+    fn next(&mut self, n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let all = n * n.saturating_sub(1) / 2;
+        let from = if self.next < all { self.next } else { 0 };
+        self.next = from + most.min(all - from);
+        (0..n).flat_map(move |a| (a + 1..n).map(move |b| (a, b))).skip(from).take(self.next - from)
+    }
+}
+
 async fn tick_forever(inner: Arc<Inner>) {
+    let mut turns = PairTurns::default();
     let mut interval = tokio::time::interval(TICK);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     for n in 0u32.. {
         interval.tick().await;
         inner.tick();
         if n % RTT_TICKS == 0 {
-            inner.measure_links();
+            inner.measure_links(&mut turns);
         }
     }
 }
@@ -362,5 +380,34 @@ async fn watch_connections(inner: Arc<Inner>, mut events: broadcast::Receiver<Ne
             Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
             Err(broadcast::error::RecvError::Closed) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pair_has_its_turn_and_no_turn_is_long() {
+        for (n, most) in [(0, 3), (1, 3), (2, 3), (3, 3), (7, 4), (7, 100)] {
+            let all: Vec<(usize, usize)> = (0..n).flat_map(|a| (a + 1..n).map(move |b| (a, b))).collect();
+            let mut turns = PairTurns::default();
+            for round in 0..2 {
+                let mut seen = Vec::new();
+                for _ in 0..all.len().div_ceil(most) {
+                    let turn: Vec<(usize, usize)> = turns.next(n, most).collect();
+                    assert!(turn.len() <= most, "{n} {most} {round}");
+                    seen.extend(turn);
+                }
+                assert_eq!(seen, all, "{n} members, {most} at a time, round {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_swarm_that_shrinks_starts_anew() {
+        let mut turns = PairTurns::default();
+        assert_eq!(turns.next(10, 40).count(), 40);
+        assert_eq!(turns.next(3, 40).collect::<Vec<_>>(), [(0, 1), (0, 2), (1, 2)]);
     }
 }
