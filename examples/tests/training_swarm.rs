@@ -204,8 +204,7 @@ fn an_asynchronous_learner_that_is_killed_trains_nothing_twice_or_too_old() {
         "mode = \"async\"\neval_tasks = 4",
         "steps = 8\ngroups_per_step = 4\ngroup_size = 4\nmax_staleness = 2",
     ];
-    let moments =
-        [Moment::Wrote(15), Moment::Said("step"), Moment::Replaced("adapter.safetensors")];
+    let moments = [Moment::Wrote(15), Moment::Said("step"), Moment::Replaced("adapter.safetensors")];
     let lines = killed_at(dir.path(), settings, &moments);
     let summary = lines.last().unwrap();
     let counts = &summary["trajectories"];
@@ -294,9 +293,9 @@ fn games_are_learnt_and_measured_by_command() {
         ["solo", "--config", &path("run.toml"), "--model", &path("model"), "--out", &path("out"), "--json"];
     let trained = report(&args);
     assert_eq!(trained["steps"], 3);
-    assert!((exploitability(&trained["exploitability_before"]) - exploitability(&before)).abs() < 1e-4);
+    assert!((trained["exploitability_before"].as_f64().unwrap() - exploitability(&before)).abs() < 1e-4);
     let after = gives(&["--adapter", &path("out/adapter.safetensors")]);
-    assert!((exploitability(&trained["exploitability_after"]) - exploitability(&after)).abs() < 1e-4);
+    assert!((trained["exploitability_after"].as_f64().unwrap() - exploitability(&after)).abs() < 1e-4);
     assert!(Path::new(trained["plots"][1].as_str().unwrap()).is_file());
 
     // Against its own past, the same words at another table.

@@ -151,6 +151,19 @@ pub fn pack(samples: &[Sample]) -> Result<PackedBatch, PackError> {
     Ok(batch)
 }
 
+/// Sequences one after another: their tokens, and the `N + 1` offsets between them.
+///
+/// # Errors
+/// More tokens than positions can count.
+pub fn joined<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Result<(Vec<u32>, Vec<u32>), PackError> {
+    let (mut tokens, mut ends) = (Vec::new(), vec![0_u32]);
+    for sequence in sequences {
+        tokens.extend_from_slice(sequence);
+        ends.push(u32::try_from(tokens.len()).map_err(|_| PackError::TooLarge { tokens: tokens.len() })?);
+    }
+    Ok((tokens, ends))
+}
+
 /// Cuts `samples`, of so many `tokens` each, into runs of at most `max_tokens` (a longer one stands alone), keeping their
 /// order.
 pub fn micro_batches<T>(samples: &[T], tokens: impl Fn(&T) -> usize, max_tokens: usize) -> Vec<&[T]> {
@@ -208,6 +221,14 @@ mod tests {
         assert_eq!(pack(&[short]), Err(PackError::Logprobs { index: 0, got: 1, needed: 2 }));
         let empty = sample(&[1, 2], 2, 0.0);
         assert!(matches!(pack(&[sample(&[1, 2], 1, 0.0), empty]), Err(PackError::Empty { index: 1, .. })));
+    }
+
+    #[test]
+    fn joined_sequences_begin_where_the_one_before_ends() {
+        let none = joined(std::iter::empty()).unwrap();
+        assert_eq!(none, (vec![], vec![0]));
+        let some = joined([&[5, 6][..], &[], &[7]]).unwrap();
+        assert_eq!(some, (vec![5, 6, 7], vec![0, 2, 2, 3]));
     }
 
     proptest! {

@@ -6,7 +6,7 @@ use crate::error::StepError;
 use crate::loss::plan::{RowPlan, needs_current};
 use crate::loss::{LossConfig, reference, tensor};
 use crate::metrics::LossMetrics;
-use crate::packing::{PackError, Sample, micro_batches, pack};
+use crate::packing::{PackError, Sample, joined, micro_batches, pack};
 use crate::parameters::Gradients;
 use crate::policy::{Policy, read_gradients, read_parameters, values};
 
@@ -180,13 +180,8 @@ pub(crate) fn labelled_logprobs<'a>(
     policy: &impl Policy,
     sequences: impl IntoIterator<Item = &'a Labelled>,
 ) -> Result<Tensor<1>, StepError> {
-    let (mut tokens, mut cu_seqlens) = (Vec::new(), vec![0_u32]);
-    for s in sequences {
-        tokens.extend_from_slice(&s.tokens);
-        let end = u32::try_from(tokens.len()).map_err(|_| PackError::TooLarge { tokens: tokens.len() })?;
-        cu_seqlens.push(end);
-    }
-    policy.token_logprobs(&tokens, &cu_seqlens)
+    let (tokens, ends) = joined(sequences.into_iter().map(|s| &s.tokens[..]))?;
+    policy.token_logprobs(&tokens, &ends)
 }
 
 pub(crate) fn accumulate(sum: &mut Option<Gradients>, part: Gradients) {

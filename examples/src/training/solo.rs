@@ -12,7 +12,8 @@ use clap::Args;
 use echo_rollout::environment::cards::{Shared, Speaker};
 use echo_rollout::environment::{Environment, Guests, by_name_with};
 use echo_trainer::RunConfig;
-use echo_trainer::exploitability::{Exploitability, strategies};
+use echo_trainer::exploitability::{ExploitabilityError, strategies};
+use echo_trainer::metrics::StepReport;
 use echo_trainer::service::evaluation::{Evaluation, Player};
 use echo_trainer::service::{Solo, learner::ADAPTER};
 use parallax_model::Checkpoint;
@@ -20,6 +21,7 @@ use parallax_model::train::TrainModel;
 use past::PastSelf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use swarm_wire::PolicyVersion;
 
 use crate::demo::plots::{Series, line_plot};
 use crate::program;
@@ -97,8 +99,8 @@ struct Report {
     eval_greedy_after: f64,
     eval_greedy_before_ci95: [f64; 2],
     eval_greedy_after_ci95: [f64; 2],
-    exploitability_before: Option<Exploitability>,
-    exploitability_after: Option<Exploitability>,
+    exploitability_before: Option<f64>,
+    exploitability_after: Option<f64>,
     exploitability_curve: Vec<(f64, f64)>,
     rewards: Vec<f64>,
     seconds: f64,
@@ -132,6 +134,8 @@ pub(super) struct Bench {
     best: Option<Arc<Shared>>,
     /// Kept an earlier version of the policy.
     past: Option<Arc<PastSelf>>,
+    /// The version that was studied last, and what it gives away.
+    studied: Option<(PolicyVersion, Option<f64>)>,
 }
 
 impl Bench {
@@ -166,16 +170,16 @@ impl Bench {
         };
         let player = Player { sampler, text: text.clone(), environment };
         let solo = Solo::new(run, trainable(&checkpoint, run)?, player)?;
-        Ok(Self { solo, text, best, past })
+        Ok(Self { solo, text, best, past, studied: None })
     }
 
-    /// Brings the opponent up to date and makes a step; its mean reward.
+    /// Makes a step against opponents that are up to date.
     ///
     /// # Errors
     /// What the step cannot do.
-    pub(super) async fn step(&mut self) -> anyhow::Result<echo_trainer::metrics::StepReport> {
-        if let Some(best) = &self.best {
-            best.replace(strategies(self.solo_game(), self.solo.policy(), &*self.text)?.best);
+    pub(super) async fn step(&mut self) -> anyhow::Result<StepReport> {
+        if self.best.is_some() {
+            self.study()?;
         }
         if let Some(past) = &self.past {
             past.meet(self.solo.version(), self.solo.adapter()).await?;
@@ -183,17 +187,25 @@ impl Bench {
         Ok(self.solo.step().await?)
     }
 
-    fn solo_game(&self) -> &str {
-        self.solo.environment().name()
-    }
-
-    /// What the policy gives away, in a game that is small enough.
-    fn exploitability(&self) -> anyhow::Result<Option<Exploitability>> {
-        match strategies(self.solo_game(), self.solo.policy(), &*self.text) {
-            Ok(found) => Ok(Some(found.figures)),
-            Err(echo_trainer::exploitability::ExploitabilityError::Game { .. }) => Ok(None),
-            Err(error) => Err(error.into()),
+    /// What the present policy gives away in antes per hand, in a game that is small enough, against a best answer that is
+    /// kept in the other seat where the run plays one. Looks once at each version.
+    fn study(&mut self) -> anyhow::Result<Option<f64>> {
+        let version = self.solo.version();
+        if let Some((_, gives)) = self.studied.filter(|(studied, _)| *studied == version) {
+            return Ok(gives);
         }
+        let gives = match strategies(self.solo.environment().name(), self.solo.policy(), &*self.text) {
+            Ok(found) => {
+                if let Some(best) = &self.best {
+                    best.replace(found.best);
+                }
+                Some(found.figures.exploitability)
+            }
+            Err(ExploitabilityError::Game { .. }) => None,
+            Err(error) => return Err(error.into()),
+        };
+        self.studied = Some((version, gives));
+        Ok(gives)
     }
 }
 
@@ -210,7 +222,7 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
     let before = bench.measure().await?;
     say_measured(0, &before, run.eval_tasks);
     let (mut rewards, mut curve) = (Vec::new(), Vec::new());
-    curve.extend(before.1.map(|e| (0.0, e.exploitability)));
+    curve.extend(before.1.map(|gives| (0.0, gives)));
     let training = Instant::now();
     let every = (run.trainer.steps / CURVE_POINTS).max(1);
     for _ in 0..run.trainer.steps {
@@ -220,17 +232,16 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
         let report = bench.step().await?;
         let version = report.version.0;
         rewards.push(report.reward_mean);
-        let gives = if version.is_multiple_of(every) { bench.exploitability()? } else { None };
-        curve.extend(gives.map(|e| (version as f64, e.exploitability)));
+        let gives = if version.is_multiple_of(every) { bench.study()? } else { None };
+        curve.extend(gives.map(|gives| (version as f64, gives)));
         let line = json!({"event": "step", "version": version, "reward": report.reward_mean, "loss": report.loss.loss,
             "grad_norm": report.grad_norm, "staleness_max": report.staleness_max,
-            "ratio_deviation_max": report.loss.ratio_deviation_max, "exploitability": gives.map(|e| e.exploitability)});
+            "ratio_deviation_max": report.loss.ratio_deviation_max, "exploitability": gives});
         if json {
             program::report(&line)?;
         }
         if version.is_multiple_of(every) {
-            let gives =
-                gives.map(|e| format!(", exploitability {:.4}", e.exploitability)).unwrap_or_default();
+            let gives = gives.map(|gives| format!(", exploitability {gives:.4}")).unwrap_or_default();
             let seconds = started.elapsed().as_secs_f64();
             program::say(&format!(
                 "step {version:4}  reward {:+.3}{gives}  {seconds:.0} s",
@@ -273,20 +284,19 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
     Ok(report)
 }
 
-type Measured = (Evaluation, Option<Exploitability>);
+type Measured = (Evaluation, Option<f64>);
 
 impl Bench {
     async fn measure(&mut self) -> anyhow::Result<Measured> {
-        if let Some(best) = &self.best {
-            best.replace(strategies(self.solo_game(), self.solo.policy(), &*self.text)?.best);
-        }
-        Ok((self.solo.evaluate().await?, self.exploitability()?))
+        // First, because held-out hands may be played against the best answer.
+        let gives = self.study()?;
+        Ok((self.solo.evaluate().await?, gives))
     }
 }
 
 fn say_measured(version: u64, (e, gives): &Measured, tasks: u64) {
     let [low, high] = e.eval_ci95;
-    let gives = gives.map(|g| format!(", exploitability {:.4} antes", g.exploitability)).unwrap_or_default();
+    let gives = gives.map(|gives| format!(", exploitability {gives:.4} antes")).unwrap_or_default();
     program::say(&format!(
         "version {version}: {:+.3} per held-out task (95 % of {tasks}: {low:+.3} to {high:+.3}), greedy {:+.3}{gives}",
         e.eval, e.eval_greedy
@@ -320,10 +330,7 @@ impl Report {
             self.steps, self.train_seconds, self.seconds, self.eval_before, self.eval_after
         )];
         if let (Some(before), Some(after)) = (&self.exploitability_before, &self.exploitability_after) {
-            lines.push(format!(
-                "exploitability {:.4} -> {:.4} antes per hand",
-                before.exploitability, after.exploitability
-            ));
+            lines.push(format!("exploitability {before:.4} -> {after:.4} antes per hand"));
         }
         lines.push(format!("adapter: {}", self.adapter.display()));
         lines.extend(self.plots.iter().map(|p| format!("plot: {}", p.display())));

@@ -1,6 +1,7 @@
 //! `training-swarm staleness`: what training on old rollouts does, with and without corrections. Real learning in one
 //! process: every step's rollouts are just as many versions old as the curve says.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
@@ -27,7 +28,7 @@ pub struct StalenessArgs {
     /// The model, instead of the settings'
     #[arg(long)]
     model: Option<String>,
-    /// How old rollouts are, in versions
+    /// How old rollouts are, in versions; at most six values, each at most 64
     #[arg(long, value_delimiter = ',', default_value = "0,1,3,6,11")]
     staleness: Vec<u64>,
     /// Learner steps of each run, instead of the settings'
@@ -100,12 +101,23 @@ pub fn run(args: &StalenessArgs) -> anyhow::Result<()> {
         "--staleness takes at most {} values, each at most 64",
         COLORS.len()
     );
+    let files: BTreeSet<String> = settings.losses.iter().map(|named| file_name(&named.name)).collect();
+    ensure!(
+        files.len() == settings.losses.len(),
+        "{} has [[losses]] with the same name, as far as letters and digits go; each is drawn into a file of its name",
+        args.config.display()
+    );
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
     let runtime = tokio::runtime::Runtime::new()?;
-    let mut runs = Vec::new();
+    let mut runs: Vec<Outcome> = Vec::new();
     for named in &settings.losses {
         for staleness in &args.staleness {
-            let outcome = runtime.block_on(learn(&settings, named, *staleness))?;
+            let outcome = runtime.block_on(learn(
+                &settings,
+                named,
+                *staleness,
+                runs.first().map(|run| run.eval_before),
+            ))?;
             program::say(&format!(
                 "staleness {staleness:2}, {}: reward {:.3} at the end, held out {:.3} -> {:.3}, {:.0} s",
                 named.name, outcome.reward_last, outcome.eval_before, outcome.eval_after, outcome.seconds
@@ -124,13 +136,22 @@ pub fn run(args: &StalenessArgs) -> anyhow::Result<()> {
     if args.json { program::report(&report) } else { Ok(()) }
 }
 
-async fn learn(settings: &Settings, named: &Named, staleness: u64) -> anyhow::Result<Outcome> {
+/// One run; all begin with the same policy on the same tasks, which the first has measured.
+async fn learn(
+    settings: &Settings,
+    named: &Named,
+    staleness: u64,
+    eval_before: Option<f64>,
+) -> anyhow::Result<Outcome> {
     let started = std::time::Instant::now();
     let mut run = settings.run.clone();
     run.trainer.max_staleness = staleness;
     run.trainer.loss = named.loss;
     let mut bench = Bench::set_up(&settings.model, &run)?;
-    let before = bench.solo.evaluate().await?;
+    let eval_before = match eval_before {
+        Some(measured) => measured,
+        None => bench.solo.evaluate().await?.eval,
+    };
     let (mut rewards, mut staleness_max) = (Vec::new(), 0);
     for _ in 0..run.trainer.steps {
         let report = bench.step().await?;
@@ -144,12 +165,18 @@ async fn learn(settings: &Settings, named: &Named, staleness: u64) -> anyhow::Re
         loss: named.name.clone(),
         staleness_max,
         reward_last: last.iter().sum::<f64>() / last.len().max(1) as f64,
-        eval_before: before.eval,
+        eval_before,
         eval_after: after.eval,
         eval_after_ci95: after.eval_ci95,
         rewards,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Of a loss's plot.
+fn file_name(loss: &str) -> String {
+    let word: String = loss.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    format!("staleness-{}.svg", word.to_ascii_lowercase())
 }
 
 impl Report {
@@ -170,9 +197,7 @@ impl Report {
                 })
                 .collect();
             let title = format!("{} on {}: {loss}", self.model, self.env);
-            let file: String =
-                loss.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-            let path = args.out.join(format!("staleness-{file}.svg"));
+            let path = args.out.join(file_name(loss));
             plots.push(line_plot(&path, &title, "policy version", "mean reward of rollouts", &lines)?);
         }
         for plot in &plots {

@@ -19,7 +19,7 @@ use crate::data::{ChatEncoder, DataError, LineDraws};
 use crate::error::StepError;
 use crate::policy::{Policy, values};
 use crate::pretrain::TextTrainer;
-use crate::step::Labelled;
+use crate::step::{Labelled, labelled_logprobs};
 use crate::vocabulary;
 
 /// Held-out questions that the reported reward is computed over.
@@ -227,12 +227,7 @@ impl<'a> Lessons<'a> {
 pub fn expected_reward(policy: &impl Policy, lines: &[Labelled]) -> Result<f64, StepError> {
     let mut sum = 0.0;
     for part in lines.chunks(64) {
-        let tokens: Vec<u32> = part.iter().flat_map(|l| l.tokens.iter().copied()).collect();
-        let mut ends = vec![0_u32];
-        for line in part {
-            ends.push(ends[ends.len() - 1] + line.tokens.len() as u32);
-        }
-        let logprobs = values(policy.token_logprobs(&tokens, &ends)?.into_data());
+        let logprobs = values(labelled_logprobs(policy, part)?.into_data());
         let mut rows = logprobs.iter();
         for line in part {
             let marked = line.learn[1..].iter().zip(rows.by_ref()).filter(|(learn, _)| **learn);

@@ -7,12 +7,11 @@ use echo_rollout::Task;
 use echo_rollout::environment::cards::{Said, Speaker};
 use echo_rollout::environment::draws::Draws;
 use echo_rollout::text::{Text, TextError};
-use parallax_engine::local::LocalStage;
-use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
+use parallax_engine::{EngineHandle, Request, SamplingParams};
 use parallax_model::{Checkpoint, WeightDtype};
 use swarm_wire::PolicyVersion;
 
-use crate::rollouts::{ModelText, load_options};
+use crate::rollouts::{ModelText, engine};
 
 /// Versions that are kept; when there are more, every other one goes.
 const MOST_KEPT: usize = 32;
@@ -34,8 +33,7 @@ impl PastSelf {
     /// # Errors
     /// Weights that cannot be read.
     pub(super) fn load(checkpoint: &Checkpoint, cache_tokens: usize, seed: u64) -> anyhow::Result<Self> {
-        let stage = LocalStage::load(checkpoint, &load_options(checkpoint, WeightDtype::F32, cache_tokens))?;
-        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
+        let engine = engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         Ok(Self { engine, text: ModelText::open(checkpoint)?, kept: Mutex::default(), seed })
     }
 

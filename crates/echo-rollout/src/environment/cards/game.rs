@@ -105,20 +105,17 @@ pub fn value<G: Game>(game: &G, players: [&dyn Strategy<G>; 2]) -> f64 {
     }
 }
 
-/// What `player` wins on average with the best answer to `opponent`.
-pub fn best_response<G: Game>(player: usize, opponent: &dyn Strategy<G>) -> f64 {
-    Responder { player, opponent, choices: Profile::default() }.best_of(vec![(1.0, G::start())])
-}
-
-/// The best answers of both players to `strategy`: what each would do at its information sets against it.
-pub fn best_responses<G: Game>(strategy: &dyn Strategy<G>) -> Profile {
+/// The best answers of both players to `strategy`: what each wins with it on average, and what each would do at its
+/// information sets.
+pub fn best_responses<G: Game>(strategy: &dyn Strategy<G>) -> ([f64; 2], Profile) {
     let mut both = Profile::default();
-    for player in 0..2 {
+    let won = [0, 1].map(|player| {
         let mut responder = Responder { player, opponent: strategy, choices: Profile::default() };
-        responder.best_of(vec![(1.0, G::start())]);
+        let won = responder.best_of(vec![(1.0, G::start())]);
         both.0.append(&mut responder.choices.0);
-    }
-    both
+        won
+    });
+    (won, both)
 }
 
 struct Responder<'a, G: Game> {
@@ -165,12 +162,7 @@ impl<G: Game> Responder<'_, G> {
 
 /// How much both players together could gain by answering `strategy` best; 0 in an equilibrium.
 pub fn nash_conv<G: Game>(strategy: &dyn Strategy<G>) -> f64 {
-    best_response::<G>(0, strategy) + best_response::<G>(1, strategy)
-}
-
-/// Half of [`nash_conv`]: what a best answer wins per hand on average over both seats.
-pub fn exploitability<G: Game>(strategy: &dyn Strategy<G>) -> f64 {
-    nash_conv::<G>(strategy) / 2.0
+    best_responses::<G>(strategy).0.iter().sum()
 }
 
 /// A position at which somebody acts, as it comes about in a conversation.

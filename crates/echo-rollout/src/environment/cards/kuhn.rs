@@ -92,7 +92,7 @@ impl Game for Kuhn {
 
 #[cfg(test)]
 mod tests {
-    use super::super::game::{best_response, nash_conv, solve, value};
+    use super::super::game::{best_responses, nash_conv, solve, value};
     use super::*;
 
     #[test]
@@ -101,7 +101,7 @@ mod tests {
             let e = Kuhn::equilibrium(alpha);
             assert!((value(&Kuhn::start(), [&e, &e]) + 1.0 / 18.0).abs() < 1e-12);
             assert!(nash_conv::<Kuhn>(&e).abs() < 1e-12);
-            assert!((best_response::<Kuhn>(1, &e) - 1.0 / 18.0).abs() < 1e-12);
+            assert!((best_responses::<Kuhn>(&e).0[1] - 1.0 / 18.0).abs() < 1e-12);
         }
     }
 
