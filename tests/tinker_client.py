@@ -86,6 +86,12 @@ prompt, answer = tasks[0]
 params = types.SamplingParams(max_tokens=8, temperature=0.0)
 greedy = sampler.sample(prompt=types.ModelInput.from_ints(prompt), num_samples=1, sampling_params=params).result()
 seen["greedy"] = [list(greedy.sequences[0].tokens), greedy.sequences[0].stop_reason, answer]
+# A stop text ends an answer wherever the tokenizer cuts it: here each letter is a token, and the text is two.
+short = service.create_sampling_client(base_model="tiny").result().sample(
+    prompt=types.ModelInput.from_ints([1, 3] + [6 + b for b in b"Hello!"] + [4]), num_samples=3,
+    sampling_params=types.SamplingParams(max_tokens=12, temperature=0.0, stop=["lo", "never said"]),
+).result()
+seen["stop_text"] = [[bytes(t - 6 for t in s.tokens).decode(), s.stop_reason] for s in short.sequences]
 base = service.create_sampling_client(base_model="tiny").result()
 scored = base.compute_logprobs(types.ModelInput.from_ints(prompt)).result()
 seen["prompt_logprobs"] = [len(scored), len(prompt), scored[0], all(x <= 0 for x in scored[1:])]

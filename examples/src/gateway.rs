@@ -10,10 +10,12 @@ use echo_trainer::service::evaluation::BoxFuture;
 use echo_trainer::service::gateway::{
     Gateway, GatewayConfig, SampleError, SampleTask, SampledAnswer, SampledAnswers, Stop, TaskSampler,
 };
+use futures::future::try_join_all;
 use parallax_engine::{
-    Completion, EngineConfig, EngineHandle, FinishReason, Request, RequestError, SamplingParams,
+    Completion, EngineConfig, EngineHandle, Event, FinishReason, Request, RequestError, SamplingParams,
+    StopStrings, TokenStream,
 };
-use parallax_model::{Checkpoint, Tokenizer, WeightDtype};
+use parallax_model::{Checkpoint, StreamDecoder, Tokenizer, WeightDtype};
 use serde_json::json;
 
 use crate::program;
@@ -119,23 +121,62 @@ impl EngineTasks {
         Ok(Self { engine, tokenizer, end_ids: checkpoint.config().eos.clone() })
     }
 
-    fn stop_ids(&self, stop: &Stop) -> Result<Vec<u32>, SampleError> {
+    /// The tokens that end an answer, and what looks for texts that do.
+    fn stops(&self, stop: Stop) -> Result<(Vec<u32>, Option<TextStops>), SampleError> {
         let texts = match stop {
-            Stop::Model => return Ok(self.end_ids.clone()),
-            Stop::Tokens(tokens) => return Ok(tokens.clone()),
+            Stop::Model => return Ok((self.end_ids.clone(), None)),
+            Stop::Tokens(tokens) => return Ok((tokens, None)),
             Stop::Texts(texts) => texts,
         };
-        let one = |text: &String| {
-            let tokens = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.encode(text, false).ok());
-            match tokens.as_deref() {
-                Some([token]) => Ok(*token),
-                _ => Err(SampleError::Invalid {
-                    reason: format!("stop {text:?} is not one token of this model; give token ids"),
-                }),
+        let invalid = |reason: String| SampleError::Invalid { reason };
+        let no_tokenizer = || invalid("this model has no tokenizer; give the stop as token ids".to_owned());
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(no_tokenizer)?;
+        // Where the model ends its text, nothing more can match.
+        let mut ids = self.end_ids.clone();
+        for text in &texts {
+            // Markers such as <|im_end|> are not part of the text; they are met as the tokens that they are.
+            if let [token] = tokenizer.encode(text, false).map_err(|e| invalid(e.to_string()))?[..] {
+                ids.push(token);
             }
-        };
-        texts.iter().map(one).collect()
+        }
+        Ok((ids, Some(TextStops { text: tokenizer.stream(), stops: StopStrings::new(texts) })))
     }
+}
+
+/// Looks for stop texts in an answer while its tokens arrive, wherever the tokenizer has cut them.
+#[derive(Debug, Clone)]
+struct TextStops {
+    text: StreamDecoder,
+    stops: StopStrings,
+}
+
+impl TextStops {
+    /// Whether a stop text is complete with this token.
+    fn meets(&mut self, token: u32) -> Result<bool, SampleError> {
+        let piece = self.text.push(token).map_err(|e| SampleError::Failed { reason: e.to_string() })?;
+        Ok(self.stops.push(&piece).1.is_some())
+    }
+}
+
+/// Reads an answer to its end, or to the token that completes a stop text; the rest is not made.
+async fn read(mut stream: TokenStream, mut stops: Option<TextStops>) -> Result<Completion, SampleError> {
+    let mut completion = Completion::default();
+    while let Some(event) = stream.next().await {
+        let met = match (&event, &mut stops) {
+            (Event::Token(token), Some(stops)) => stops.meets(token.id)?,
+            _ => false,
+        };
+        completion.take(event);
+        if met {
+            completion.reason = FinishReason::Stop;
+            return Ok(completion);
+        }
+    }
+    if matches!(completion.reason, FinishReason::Stop | FinishReason::Length) {
+        return Ok(completion);
+    }
+    let failure = completion.error.map(|e| e.to_string());
+    Err(SampleError::Failed { reason: failure.unwrap_or_else(|| "the engine has stopped".to_owned()) })
 }
 
 /// Whose fault it is: a full or stopped engine is not the client's.
@@ -170,7 +211,7 @@ impl TaskSampler for EngineTasks {
     }
 
     fn sample(&self, task: SampleTask) -> BoxFuture<'static, Result<SampledAnswers, SampleError>> {
-        let streams = self.stop_ids(&task.stop).and_then(|stop_ids| {
+        let streams = self.stops(task.stop).and_then(|(stop_ids, stops)| {
             let sampling = SamplingParams {
                 temperature: task.temperature,
                 top_k: task.top_k,
@@ -189,27 +230,18 @@ impl TaskSampler for EngineTasks {
                 ..Request::default()
             };
             let streams = self.engine.submit_n(request, task.samples);
-            streams.map_err(|refused| refusal(&refused))
+            Ok((streams.map_err(|refused| refusal(&refused))?, stops))
         });
         Box::pin(async move {
-            let mut out = SampledAnswers::default();
-            for mut stream in streams? {
-                let mut completion = Completion::default();
-                while let Some(event) = stream.next().await {
-                    completion.take(event);
-                }
-                if !matches!(completion.reason, FinishReason::Stop | FinishReason::Length) {
-                    let failure = completion.error.map(|e| e.to_string());
-                    let reason = failure.unwrap_or_else(|| "the engine has stopped".to_owned());
-                    return Err(SampleError::Failed { reason });
-                }
-                if out.answers.is_empty() {
-                    out.cached_tokens = completion.usage.cached_tokens;
-                    out.prompt_logprobs = std::mem::take(&mut completion.prompt_logprobs);
-                }
-                out.answers.push(answer(&completion));
-            }
-            Ok(out)
+            let (streams, stops) = streams?;
+            // All at once: one that meets a stop text must not go on while another is read.
+            let completions = try_join_all(streams.into_iter().map(|s| read(s, stops.clone()))).await?;
+            let first = completions.first();
+            Ok(SampledAnswers {
+                cached_tokens: first.map_or(0, |c| c.usage.cached_tokens),
+                prompt_logprobs: first.map(|c| c.prompt_logprobs.clone()).unwrap_or_default(),
+                answers: completions.iter().map(answer).collect(),
+            })
         })
     }
 }
@@ -224,5 +256,33 @@ mod tests {
         assert!(matches!(&full, SampleError::Failed { reason } if reason.contains("later")), "{full}");
         assert!(matches!(refusal(&RequestError::Stopped), SampleError::Failed { .. }));
         assert!(matches!(refusal(&RequestError::EmptyPrompt), SampleError::Invalid { .. }));
+    }
+
+    #[test]
+    fn an_answer_ends_with_the_token_that_completes_a_stop_text() {
+        let tokenizer = Checkpoint::resolve("tiny").unwrap().tokenizer().unwrap();
+        let stops = |texts: &[&str]| TextStops {
+            text: tokenizer.stream(),
+            stops: StopStrings::new(texts.iter().map(|t| (*t).to_owned()).collect()),
+        };
+        let read = |answer: &str, mut stops: TextStops| {
+            let tokens = tokenizer.encode(answer, false).unwrap();
+            let end = tokens.iter().position(|token| stops.meets(*token).unwrap());
+            end.map(|at| tokenizer.decode(&tokens[..=at]).unwrap())
+        };
+        let turn = ["\n\nUser:"];
+        assert_eq!(read("4\n\nUser: and 3+3?", stops(&turn)).as_deref(), Some("4\n\nUser:"));
+        assert_eq!(read("4\nUser", stops(&turn)), None);
+        assert_eq!(
+            read("caf\u{e9}!", stops(&["\u{e9}"])).as_deref(),
+            Some("caf\u{e9}"),
+            "two tokens, one letter"
+        );
+        assert_eq!(
+            read("one, two", stops(&["two", ", "])).as_deref(),
+            Some("one, "),
+            "whichever comes first"
+        );
+        assert_eq!(read("anything", stops(&[""])), None, "nothing stops nothing");
     }
 }

@@ -97,6 +97,7 @@ fn the_tinker_client_trains_and_samples() {
     assert_eq!((&got["greedy"][0], &got["greedy"][1]), (&got["greedy"][2], &json!("stop")), "it was learnt");
     assert_eq!(got["prompt_logprobs"][0], got["prompt_logprobs"][1]);
     assert_eq!((&got["prompt_logprobs"][2], &got["prompt_logprobs"][3]), (&Value::Null, &json!(true)));
+    assert_eq!(got["stop_text"], json!([["Hello", "stop"], ["Hello", "stop"], ["Hello", "stop"]]));
     assert_eq!(got["top"], json!([2, "length", [4, 3]]));
     let listed = json!([["sampler_weights/after-sft", "sampler"], ["weights/after-sft", "training"]]);
     assert_eq!(got["checkpoints"], listed);

@@ -1,7 +1,8 @@
 //! Training requests as sequences and a loss. Pure.
 //!
 //! A datum is an input of T tokens with T targets: row t predicts target t from the input up to and with its token t. What is
-//! served are targets that are the input shifted by one, so that input and last target are one sequence of T + 1 tokens.
+//! served are targets that are the input shifted by one, so that input and last target are one sequence of T + 1 tokens. A row
+//! without weight or advantage may have any target, as clients fill up prompts with zeros; its log-probability is not a number.
 //! Losses are sums over tokens, as Tinker's documentation gives them, with `l` the log-probability of a target, `q` the one
 //! it was sampled with, `r = exp(l - q)` and `A` its advantage:
 //!
@@ -40,6 +41,8 @@ pub(super) struct Sequence {
     pub(super) sampled: Option<Vec<f64>>,
     /// Advantages, or weights.
     pub(super) advantages: Vec<f64>,
+    /// Rows whose targets are other tokens than those that follow; they have no weight.
+    pub(super) unscored: Vec<usize>,
 }
 
 /// What to compute.
@@ -84,7 +87,7 @@ pub(super) enum DatumError {
     #[error("datum {index}: {name}[{row}] is {value}, which is no {expected}")]
     Value { index: usize, name: &'static str, row: usize, value: f64, expected: &'static str },
     #[error(
-        "datum {index}: target_tokens[{row}] is {target} but the input goes on with {next}; only targets that are the input shifted by one are served"
+        "datum {index}: target_tokens[{row}] is {target} but the input goes on with {next}; only targets that are the input shifted by one are served, others where weight or advantage is 0"
     )]
     NotShifted { index: usize, row: usize, target: u32, next: u32 },
     #[error("datum {index}: {got} tokens, but this model's sequences have at most {limit}")]
@@ -217,22 +220,25 @@ impl Reader<'_> {
             return Err(DatumError::TooLong { index, got, limit });
         }
         let rows = tokens.len();
-        for (row, value) in self.values("target_tokens", rows)?.into_iter().enumerate() {
-            let target = self.token("target_tokens", row, value)?;
-            match tokens.get(row + 1) {
-                Some(&next) if next != target => {
-                    return Err(DatumError::NotShifted { index, row, target, next });
-                }
-                Some(_) => {}
-                None => tokens.push(target),
-            }
-        }
+        let targets = self.values("target_tokens", rows)?;
         let (advantages, sampled) = if self.loss == "cross_entropy" {
             (self.numbers("weights", rows)?, None)
         } else {
             (self.numbers("advantages", rows)?, Some(self.numbers("logprobs", rows)?))
         };
-        Ok(Sequence { tokens, sampled, advantages })
+        let mut unscored = Vec::new();
+        for (row, value) in targets.into_iter().enumerate() {
+            let target = self.token("target_tokens", row, value)?;
+            match tokens.get(row + 1) {
+                Some(&next) if next != target && advantages[row] != 0.0 => {
+                    return Err(DatumError::NotShifted { index, row, target, next });
+                }
+                Some(&next) if next != target => unscored.push(row),
+                Some(_) => {}
+                None => tokens.push(target),
+            }
+        }
+        Ok(Sequence { tokens, sampled, advantages, unscored })
     }
 
     fn token(&self, name: &'static str, row: usize, value: f64) -> Result<u32, DatumError> {
@@ -383,6 +389,17 @@ pub(super) mod tests {
             assert!((got.loss - expected).abs() < 1e-6, "{name}: {} is not {expected}", got.loss);
             assert_eq!(got.gradient[1], 0.0, "{name}");
         }
+    }
+
+    #[test]
+    fn rows_without_weight_may_have_any_target() {
+        let mut padded = datum("ppo", &[1, 2, 3, 4], &[0.0, 1.0, -1.0], &[0.0, -1.0, -1.0]);
+        padded.loss_fn_inputs.insert("target_tokens".to_owned(), ints(&[0, 3, 4]));
+        let batch = Batch::read(&request("ppo", vec![padded]), &LIMITS).unwrap();
+        assert_eq!(
+            (&batch.sequences[0].tokens[..], &batch.sequences[0].unscored[..]),
+            (&[1, 2, 3, 4][..], &[0][..])
+        );
     }
 
     #[test]

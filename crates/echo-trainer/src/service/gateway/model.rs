@@ -8,7 +8,7 @@ use crate::error::StepError;
 use crate::loss::reference::policy_loss;
 use crate::optim::adamw::UpdateReport;
 use crate::optim::{AdamW, OptimConfig, OptimError};
-use crate::packing::micro_batches;
+use crate::packing::{joined, micro_batches};
 use crate::parameters::{Gradients, Parameters};
 use crate::policy::{Policy, read_gradients, read_parameters, values};
 use crate::step::accumulate;
@@ -74,16 +74,15 @@ impl<P: Policy> Trained<P> {
         let mut out = Passed { logprobs: Vec::new(), loss: 0.0, trained_tokens: 0 };
         let mut gradients = None;
         for part in micro_batches(&batch.sequences, |s| s.tokens.len(), self.micro_batch_tokens) {
-            let tokens: Vec<u32> = part.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-            let mut ends = vec![0_u32];
-            ends.extend(part.iter().scan(0_u32, |end, s| {
-                *end += u32::try_from(s.tokens.len()).unwrap_or(u32::MAX);
-                Some(*end)
-            }));
+            let (tokens, ends) = joined(part.iter().map(|s| &s.tokens[..])).map_err(StepError::from)?;
             let logprobs = self.policy.token_logprobs(&tokens, &ends)?;
             let seen = values(logprobs.clone().into_data());
             let targets = Sequence::targets(part);
-            out.logprobs.extend((0..part.len()).map(|i| seen[targets.range(i)].to_vec()));
+            out.logprobs.extend(part.iter().enumerate().map(|(i, s)| {
+                let mut rows = seen[targets.range(i)].to_vec();
+                s.unscored.iter().for_each(|row| rows[*row] = f32::NAN);
+                rows
+            }));
             let wide: Vec<f64> = seen.into_iter().map(f64::from).collect();
             let loss = policy_loss(&wide, &targets, &batch.loss).map_err(StepError::from)?;
             out.loss += loss.loss;
@@ -177,6 +176,21 @@ mod tests {
         assert!(matches!(parts.step(rate(0.1)), Err(ModelError::NoGradients)));
         assert!(whole.pass(&batch(true, 0)).unwrap().loss < passed.loss);
         assert!(matches!(whole.step(rate(0.1)), Err(ModelError::NoGradients)), "a forward pass leaves none");
+    }
+
+    #[test]
+    fn the_log_probability_of_a_target_that_does_not_follow_is_not_given() {
+        let mut batch = batch(false, 0);
+        let mut model = model(100);
+        let scored = model.pass(&batch).unwrap();
+        batch.sequences[1].unscored = vec![0];
+        let passed = model.pass(&batch).unwrap();
+        assert!(passed.logprobs[1][0].is_nan());
+        assert_eq!(
+            (&passed.logprobs[0], passed.logprobs[1][1]),
+            (&scored.logprobs[0], scored.logprobs[1][1])
+        );
+        assert_eq!(passed.loss, scored.loss);
     }
 
     #[test]
