@@ -89,7 +89,7 @@ pub struct ExchangeConfig {
     pub leaf_bytes: usize,
     /// A fetch that gets no new block for this long gives up; what it has is kept.
     pub give_up_after: Duration,
-    /// Bytes per second that spreads may send from here, above 0; `None`: as fast as it goes.
+    /// Bytes per second that spreads may send from here, at least 1; `None`: as fast as it goes.
     pub spread_bytes_per_s: Option<f64>,
     /// Once every asked peer has said that it lacks what is missing, wait this long for one of them to get it.
     pub dont_have_grace: Duration,

@@ -145,6 +145,20 @@ impl Blocks {
         self.publishing(move |store, leaf_bytes| files::publish(store, &dir, &paths, leaf_bytes)).await
     }
 
+    /// Stops announcing an artefact and drops it from the store, except for the blocks that one of the `kept` artefacts has
+    /// too. A store that cannot remove ([`BlockStore::remove`]) keeps and serves it.
+    ///
+    /// # Errors
+    /// When the store cannot be read or refuses.
+    pub async fn unpublish(&self, root: &Cid, kept: &[Cid]) -> Result<(), FetchError> {
+        if kept.contains(root) {
+            return Ok(());
+        }
+        self.exchange.node.stop_providing(&fetch::provider_key(root)).await;
+        let (root, kept) = (*root, kept.to_vec());
+        Ok(self.exchange.blocking(move |store| publish::unpublish(store, &root, &kept)).await??)
+    }
+
     /// The manifest of `root`: from the store, else from `from`, else from whoever has it.
     ///
     /// # Errors

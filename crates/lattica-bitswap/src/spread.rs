@@ -7,7 +7,7 @@
 //!
 //! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `ask` (what is asked of whom), `offer` (what an idle
 //! uplink offers), `super_seed` (what the source shows to whom),
-//! [`uplink`] (how fast), [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
+//! [`uplink`] (how fast), [`plan`] (star or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
 mod ask;
 pub mod bitmap;
@@ -25,7 +25,7 @@ use std::time::Duration;
 pub use bitmap::Bitmap;
 pub use config::SpreadConfig;
 use neighbour::Neighbour;
-pub use plan::{Fleet, Plan, Shape};
+pub use plan::Fleet;
 use super_seed::SuperSeed;
 pub use uplink::Uplink;
 

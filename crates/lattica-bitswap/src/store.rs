@@ -51,6 +51,14 @@ pub trait BlockStore: Send + Sync + fmt::Debug {
     /// As [`BlockStore::put`].
     fn put_alias(&self, alias: &Block, of: &Cid) -> Result<(), StoreError>;
 
+    /// Drops a block. Returns `false` when this kind of store keeps what it has; the block is then there as before.
+    ///
+    /// # Errors
+    /// When the index refuses.
+    fn remove(&self, _cid: &Cid) -> Result<bool, StoreError> {
+        Ok(false)
+    }
+
     /// Makes everything that was put survive a power cut.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use swarm_wire::Cid;
 
 use crate::delta::{self, DeltaIndex};
 use crate::manifest::Update;
-use crate::publish::{publish_manifest, put, put_leaves};
+use crate::publish::{publish_manifest, put, put_leaves, stored};
 use crate::{Block, BlockStore, HashKind, Manifest, PublishError, StoreError};
 
 /// Stores `bytes` as [`crate::publish::publish_bytes`] does, and what whoever has `parent` needs to make them of it. When the
@@ -117,11 +117,6 @@ pub fn apply_update(store: &dyn BlockStore, manifest: &Manifest) -> Result<usize
     Ok(made)
 }
 
-/// The manifest of `root`, if it is stored and one.
-fn stored(store: &dyn BlockStore, root: &Cid) -> Result<Option<Manifest>, StoreError> {
-    Ok(store.get(root)?.and_then(|block| Manifest::decode(block.bytes()).ok()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,7 +197,9 @@ mod tests {
         assert_eq!(same.update(), None);
         let delta = parent;
         let named = same.clone().with_update(Some(Update { parent, delta }));
-        same.blocks().iter().for_each(|block| store.remove(&block.cid));
+        for block in same.blocks() {
+            store.remove(&block.cid).unwrap();
+        }
         assert_eq!(patchable_bytes(&store, &named).unwrap(), 0, "the same bytes under another name");
     }
 
@@ -214,7 +211,7 @@ mod tests {
         let mut new = bytes(0);
         new[0] ^= 1;
         let (_, manifest) = publish(&store, &new, &parent);
-        store.remove(&manifest.blocks()[0].cid);
+        store.remove(&manifest.blocks()[0].cid).unwrap();
         let lie = |patch: &'static [u8], index: DeltaIndex| {
             let blocks =
                 [index.encode(), Bytes::from_static(patch)].map(|b| put(&store, &block(b)).unwrap()).to_vec();

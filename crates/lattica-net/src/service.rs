@@ -28,6 +28,7 @@ use crate::status::Status;
 use crate::wire::method_is_valid;
 
 mod adopted;
+mod answerless;
 mod behaviour;
 mod connection;
 mod credit;

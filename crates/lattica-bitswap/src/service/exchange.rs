@@ -53,7 +53,6 @@ pub(super) struct State {
     pub(super) next_fetch: u64,
     writers: HashMap<PeerId, mpsc::Sender<Outgoing>>,
     recent: VecDeque<(PeerId, Cid)>,
-    pub(super) uplink: Option<Uplink>,
 }
 
 pub(super) struct Exchange {
@@ -64,6 +63,8 @@ pub(super) struct Exchange {
     started: Instant,
     state: Mutex<State>,
     spreads: Mutex<HashMap<Cid, Weak<Member>>>,
+    /// Held by who has the turn. Who waits for one and leaves has taken none.
+    pub(super) uplink: Option<tokio::sync::Mutex<Uplink>>,
 }
 
 impl Exchange {
@@ -80,8 +81,8 @@ impl Exchange {
             next_fetch: 0,
             writers: HashMap::new(),
             recent: VecDeque::new(),
-            uplink: config.spread_bytes_per_s.map(Uplink::new),
         };
+        let uplink = config.spread_bytes_per_s.map(|rate| tokio::sync::Mutex::new(Uplink::new(rate)));
         Arc::new(Self {
             node,
             store,
@@ -90,6 +91,7 @@ impl Exchange {
             started: Instant::now(),
             state: Mutex::new(state),
             spreads: Mutex::default(),
+            uplink,
         })
     }
 
@@ -295,6 +297,7 @@ impl Exchange {
                 let asked = state.fetches.values().any(|f| f.session.has_asked(peer, &cid));
                 let recent = || state.recent.iter().any(|(p, c)| p == peer && *c == cid);
                 if !asked {
+                    // One is enough: the look into what was taken back is a long one.
                     lied = lied || !recent();
                     continue;
                 }

@@ -333,14 +333,22 @@ impl Member {
 
     /// Queues a chunk for a neighbour, when it is its turn on the uplink; `false` when the neighbour does not read.
     fn upload(&self, queue: &mpsc::Sender<Outgoing>, chunk: u32) -> bool {
+        if self.exchange.uplink.is_none() {
+            return queue.try_send(Outgoing::Chunk(chunk)).is_ok();
+        }
         let n_bytes = self.manifest.blocks()[chunk as usize].length;
-        let now = self.now();
-        let due = self.exchange.lock().uplink.as_mut().map(|uplink| uplink.reserve(n_bytes, now));
-        let Some(due) = due else { return queue.try_send(Outgoing::Chunk(chunk)).is_ok() };
-        let queue = queue.downgrade();
+        let (exchange, queue) = (Arc::clone(&self.exchange), queue.downgrade());
         self.exchange.runtime.spawn(async move {
-            sleep_until(Instant::now() + due.saturating_sub(now)).await;
-            // A neighbour that is gone by then is owed nothing.
+            if let Some(uplink) = &exchange.uplink {
+                let mut turn = uplink.lock().await;
+                // A neighbour that is gone by then is owed nothing, and takes nobody's turn.
+                if queue.upgrade().is_none() {
+                    return;
+                }
+                let now = exchange.now();
+                let due = turn.reserve(n_bytes, now);
+                sleep_until(Instant::now() + due.saturating_sub(now)).await;
+            }
             if let Some(queue) = queue.upgrade() {
                 let _ = queue.send(Outgoing::Chunk(chunk)).await;
             }

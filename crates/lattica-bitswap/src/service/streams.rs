@@ -1,4 +1,5 @@
-//! Bitswap on streams: one for each direction between two peers, as other implementations do it.
+//! Bitswap on streams: one for each direction between two peers, as most implementations do it. Some (py-libp2p) answer on the
+//! stream on which they were asked, so what comes back on ours is read too.
 
 use std::sync::Weak;
 use std::time::Duration;
@@ -6,8 +7,9 @@ use std::time::Duration;
 use lattica_net::{FrameError, Node, Stream, read_frame};
 use swarm_wire::PeerId;
 use swarm_wire::limits::BITSWAP_MESSAGE_MAX_BYTES;
-use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncWriteExt, BufReader, WriteHalf};
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::exchange::{Exchange, Outgoing};
@@ -22,8 +24,21 @@ const READ_BUFFER_BYTES: usize = 64 * 1024;
 /// Shorter messages are decoded at once.
 const DECODE_INLINE_BYTES: usize = 16 * 1024;
 
+/// A stream that we opened.
+struct Open {
+    half: WriteHalf<Stream>,
+    /// Reads what comes back on it.
+    answers: AbortHandle,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.answers.abort();
+    }
+}
+
 /// Takes in what a peer sends, until its stream or the exchange ends.
-pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
+pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: impl AsyncRead + Unpin) {
     let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
     loop {
         let message = match read_frame(&mut reader, "bitswap message", BITSWAP_MESSAGE_MAX_BYTES).await {
@@ -52,7 +67,7 @@ pub(super) async fn write(
     peer: PeerId,
     mut queue: mpsc::Receiver<Outgoing>,
 ) {
-    let mut stream: Option<Stream> = None;
+    let mut stream: Option<Open> = None;
     loop {
         let outgoing = match timeout(IDLE, queue.recv()).await {
             Ok(Some(outgoing)) => outgoing,
@@ -63,9 +78,9 @@ pub(super) async fn write(
             },
         };
         let sent = match &outgoing {
-            Outgoing::Message(message) => send(&node, &peer, &mut stream, message.clone()).await,
+            Outgoing::Message(message) => send(&exchange, &node, &peer, &mut stream, message.clone()).await,
             Outgoing::Served(batch) => match load(&exchange, batch).await {
-                Some(message) => send(&node, &peer, &mut stream, message).await,
+                Some(message) => send(&exchange, &node, &peer, &mut stream, message).await,
                 None => Err(()),
             },
         };
@@ -85,7 +100,7 @@ pub(super) async fn write(
         }
     }
     if let Some(mut stream) = stream {
-        let _ = stream.shutdown().await;
+        let _ = stream.half.shutdown().await;
     }
 }
 
@@ -113,17 +128,26 @@ async fn load(exchange: &Weak<Exchange>, batch: &Batch) -> Option<Message> {
 }
 
 /// Sends a message in parts of the usual size. A stream that broke while it was idle is opened anew once.
-async fn send(node: &Node, peer: &PeerId, stream: &mut Option<Stream>, message: Message) -> Result<(), ()> {
+async fn send(
+    exchange: &Weak<Exchange>,
+    node: &Node,
+    peer: &PeerId,
+    stream: &mut Option<Open>,
+    message: Message,
+) -> Result<(), ()> {
     for part in message.split() {
         let bytes = part.encode();
         let mut fresh = stream.is_none();
         loop {
             if stream.is_none() {
                 let opened = node.open_stream(peer, PROTOCOL).await;
-                *stream =
-                    Some(opened.map_err(|error| tracing::debug!(peer = %peer.short(), %error, "no stream"))?);
+                let opened =
+                    opened.map_err(|error| tracing::debug!(peer = %peer.short(), %error, "no stream"))?;
+                let (other_half, half) = tokio::io::split(opened);
+                let answers = tokio::spawn(read(exchange.clone(), peer.clone(), other_half));
+                *stream = Some(Open { half, answers: answers.abort_handle() });
             }
-            let open = stream.as_mut().expect("opened above");
+            let open = &mut stream.as_mut().expect("opened above").half;
             let written = timeout(WRITE_TIMEOUT, async {
                 open.write_all(&bytes).await?;
                 open.flush().await

@@ -18,6 +18,7 @@ pub fn check(fresh: impl Fn() -> Box<dyn BlockStore>) {
     put_get_and_absence(&*fresh());
     agrees_with_a_map(&*fresh());
     both_names_of_a_block_are_served(&*fresh());
+    removed_is_absent_or_kept(&*fresh());
     concurrent_puts_of_one_block_keep_one(&*fresh());
 }
 
@@ -100,6 +101,21 @@ fn both_names_of_a_block_are_served(store: &dyn BlockStore) {
             store.flush().expect("flush");
         }
         assert!(!store.put(&second).expect("room"), "it is here already");
+    }
+}
+
+fn removed_is_absent_or_kept(store: &dyn BlockStore) {
+    let (gone, kept) = (block(HashKind::Blake3, 1, 1000), block(HashKind::Blake3, 2, 1000));
+    for block in [&gone, &kept] {
+        store.put(block).expect("room");
+    }
+    let removes = store.remove(gone.cid()).expect("removable");
+    assert_eq!(store.get(gone.cid()).expect("readable").is_none(), removes, "as it says");
+    assert_eq!(store.length_of(gone.cid()).expect("readable").is_none(), removes);
+    assert_eq!(store.remove(gone.cid()).expect("removable"), removes, "what is not here is no error");
+    assert_eq!(store.put(&gone).expect("room"), removes, "it can come back");
+    for block in [gone, kept] {
+        assert_eq!(store.get(block.cid()).expect("readable"), Some(block));
     }
 }
 

@@ -45,14 +45,6 @@ impl MemoryStore {
         self.lock().blocks.len()
     }
 
-    /// Drops a block, for tests of what happens then.
-    pub fn remove(&self, cid: &Cid) {
-        let mut state = self.lock();
-        if let Some(block) = state.blocks.remove(cid) {
-            state.used_bytes -= block.len() as u64;
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         // The maps are never left half changed, so a panic elsewhere does not spoil them.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -98,6 +90,17 @@ impl BlockStore for MemoryStore {
         }
         drop(state);
         self.put(alias).map(drop)
+    }
+
+    fn remove(&self, cid: &Cid) -> Result<bool, StoreError> {
+        let mut state = self.lock();
+        state.aliases.remove(cid);
+        if let Some(block) = state.blocks.remove(cid) {
+            state.used_bytes -= block.len() as u64;
+            // Nothing else is named by names that lead nowhere.
+            state.aliases.retain(|_, of| of != cid);
+        }
+        Ok(true)
     }
 }
 

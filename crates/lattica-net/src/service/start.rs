@@ -18,6 +18,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::adopted::Adopting;
+use super::answerless;
 use super::behaviour::Behaviour;
 use super::driver::{Driver, root_cause};
 use super::gate::Gate;
@@ -167,7 +168,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
     quic.handshake_timeout = liveness.dial_timeout;
     quic.max_concurrent_stream_limit = 1024;
     let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted))
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(answerless::Connection(muxer))));
     let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());
     let named =
         dns::tokio::Transport::system(direct).map_err(|error| setup("name lookup", error.to_string()))?;
