@@ -252,7 +252,7 @@ impl Sampler for EngineSampler {
     }
 }
 
-/// A block store in memory: adapters are small, and published anew by whoever restarts.
+/// A block store in memory: adapters are small, only the last are kept, and whoever restarts publishes anew.
 pub fn memory_blocks() -> Arc<dyn BlockStore> {
     Arc::new(MemoryStore::new())
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use echo_rollout::service::{Audited, AuditorConfig, PayloadSource, run_auditor};
+use echo_rollout::service::{Audited, AuditorConfig, PayloadSource, Spreads, run_auditor};
 use lattica_bitswap::Blocks;
 use parallax_model::Checkpoint;
 use rand::RngExt as _;
@@ -45,7 +45,8 @@ pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let mut replay = ModelReplay::load(&checkpoint, MAX_TOKENS)?;
     let node = args.node.start().await?;
     let trainer = node.dial(&args.trainer).await?;
-    let source: Arc<dyn PayloadSource> = Arc::new(Blocks::start(node.clone(), memory_blocks()));
+    let source: Arc<dyn PayloadSource> =
+        Arc::new(Spreads::bystander(Blocks::start(node.clone(), memory_blocks())));
     say(&json!({"event": "ready", "peer": node.peer_id()}));
     let config = AuditorConfig::new(trainer);
     let randomness = || rand::rng().random();

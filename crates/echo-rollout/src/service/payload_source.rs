@@ -10,14 +10,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lattica_bitswap::{Blocks, Spreading};
-use swarm_wire::PeerId;
+use swarm_wire::{Cid, PeerId};
 
 use super::BoxFuture;
 use crate::snapshot::{Artefact, SnapshotManifest};
 
 /// A spread in which nothing came for this long is left for a plain fetch.
 const STALL: Duration = Duration::from_secs(5);
-/// Versions that are passed on after they have come: the newest, and the one that slower workers may still be at.
+/// Versions that are kept and passed on after they have come: the newest, which the next one is made from, and the one that
+/// slower workers may still be at.
 const KEPT: usize = 2;
 
 /// Where a snapshot's bytes come from. The bytes are checked by the caller.
@@ -30,7 +31,7 @@ pub trait PayloadSource: Send + Sync {
     ) -> BoxFuture<'a, Result<Bytes, String>>;
 }
 
-/// Over Bitswap, block by block, from the trainer and from whoever else has been found to have them.
+/// Over Bitswap, block by block, from the trainer and from whoever else has been found to have them. Keeps every version.
 impl PayloadSource for Blocks {
     fn fetch<'a>(
         &'a self,
@@ -47,11 +48,12 @@ impl PayloadSource for Blocks {
     }
 }
 
-/// Takes part in what the trainer spreads, and fetches the rest as [`Blocks`] does.
+/// Takes part in what the trainer spreads, and fetches the rest as [`Blocks`] does. Keeps the last versions only.
 pub struct Spreads {
     blocks: Blocks,
-    /// The newest last.
-    parts: Mutex<VecDeque<Spreading>>,
+    takes_part: bool,
+    /// What was fetched, the newest last, each with our part in its spread.
+    kept: Mutex<VecDeque<(Cid, Option<Spreading>)>>,
     stall: Duration,
 }
 
@@ -64,7 +66,29 @@ impl fmt::Debug for Spreads {
 impl Spreads {
     /// Takes and passes on through `blocks`.
     pub fn new(blocks: Blocks) -> Self {
-        Self { blocks, parts: Mutex::default(), stall: STALL }
+        Self { blocks, takes_part: true, kept: Mutex::default(), stall: STALL }
+    }
+
+    /// As [`Spreads::new`], but fetches from the trainer what it spreads, too: auditors come when a spread is over.
+    pub fn bystander(blocks: Blocks) -> Self {
+        Self { takes_part: false, ..Self::new(blocks) }
+    }
+
+    /// Keeps what is fetched under `root` from now on, and drops what is older than the last versions.
+    async fn begin(&self, root: Cid) {
+        let (old, kept) = {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = kept.iter().position(|(known, _)| *known == root).and_then(|i| kept.remove(i));
+            kept.push_back(known.unwrap_or((root, None)));
+            let excess = kept.len().saturating_sub(KEPT);
+            let old: Vec<Cid> = kept.drain(..excess).map(|(root, _)| root).collect();
+            (old, kept.iter().map(|(root, _)| *root).collect::<Vec<_>>())
+        };
+        for root in old {
+            if let Err(error) = self.blocks.unpublish(&root, &kept).await {
+                tracing::warn!(%root, %error, "blocks of an old version are kept");
+            }
+        }
     }
 
     /// Gets the artefact with the others; what came stays stored when it comes to nothing.
@@ -83,10 +107,10 @@ impl Spreads {
                 Err(_) => seen = arrived.load(Ordering::Relaxed),
             }
         };
-        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
-        parts.push_back(part);
-        let excess = parts.len().saturating_sub(KEPT);
-        parts.drain(..excess);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, ours)) = kept.iter_mut().find(|(root, _)| *root == artefact.root) {
+            *ours = Some(part);
+        }
         Ok(())
     }
 }
@@ -98,7 +122,10 @@ impl PayloadSource for Spreads {
         trainer: &'a PeerId,
     ) -> BoxFuture<'a, Result<Bytes, String>> {
         Box::pin(async move {
-            if let Some(artefact) = manifest.payload.artefact().filter(|a| a.spread)
+            let Some(artefact) = manifest.payload.artefact() else { return Ok(Bytes::new()) };
+            self.begin(artefact.root).await;
+            if artefact.spread
+                && self.takes_part
                 && let Err(reason) = self.take_part(artefact, trainer).await
             {
                 tracing::info!(version = %manifest.version, reason, "not spread; fetched block by block");

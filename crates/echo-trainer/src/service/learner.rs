@@ -358,8 +358,12 @@ impl<P: Update + Send + 'static> Learner<P> {
             version => Some((version, Bytes::from(trainer.policy().update_bytes()?))),
         };
         let journal = Some(dir.join(JOURNAL));
+        // The collector gives out its newest version and so many before it, and the oldest while the next one is published.
+        let kept = usize::try_from(collector_config.dispatch.snapshots_kept()).unwrap_or(usize::MAX);
         let collector = Collector::start(node, collector_config, admission, journal, steps).await?;
-        let publisher = Publisher::new(config.run(), parts.base_model_id.clone(), &parts.node, parts.blocks);
+        let base_model_id = parts.base_model_id.clone();
+        let kept = kept.saturating_add(2);
+        let publisher = Publisher::new(config.run(), base_model_id, &parts.node, parts.blocks, kept);
         let published = match config.mode {
             Mode::Sequential => None,
             Mode::Async => published::again(&collector, &publisher, dir).await?,

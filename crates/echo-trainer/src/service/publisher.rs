@@ -1,5 +1,5 @@
-//! Policy versions on their way out: bytes become blocks, a manifest that names them is signed, and what is large for the
-//! links is spread, so that workers get it from each other.
+//! Policy versions on their way out: bytes become blocks, with patches for whoever has the version before, a manifest that
+//! names them is signed, and what is large for the links is spread, so that workers get it from each other.
 
 use std::collections::VecDeque;
 
@@ -38,7 +38,7 @@ const HOP_S: f64 = 0.05;
 /// Workers whose links with each other are looked at.
 const PAIRED_MAX: usize = 32;
 /// Versions that are spread at a time: the newest, and the one that slower workers may still be at.
-const KEPT: usize = 2;
+const SPREAD: usize = 2;
 
 /// Publishes and signs the versions of one run.
 #[derive(Debug)]
@@ -47,15 +47,31 @@ pub struct Publisher {
     base_model_id: String,
     node: Node,
     blocks: Blocks,
-    /// The newest last, each with our part in its spread if it is spread.
-    published: Mutex<VecDeque<(Cid, Option<Spreading>)>>,
+    /// Versions whose blocks are kept.
+    kept: usize,
+    /// The newest last.
+    published: Mutex<VecDeque<Published>>,
+}
+
+#[derive(Debug)]
+struct Published {
+    version: PolicyVersion,
+    artefact: Artefact,
+    /// Our part in its spread.
+    part: Option<Spreading>,
 }
 
 impl Publisher {
-    /// Signs with the node's key; the blocks are served by `blocks`.
-    pub fn new(run: RunId, base_model_id: impl Into<String>, node: &Node, blocks: Blocks) -> Self {
+    /// Signs with the node's key; the blocks of the newest `kept` versions, at least one, are served by `blocks`.
+    pub fn new(
+        run: RunId,
+        base_model_id: impl Into<String>,
+        node: &Node,
+        blocks: Blocks,
+        kept: usize,
+    ) -> Self {
         let (node, base_model_id) = (node.clone(), base_model_id.into());
-        Self { run, base_model_id, node, blocks, published: Mutex::default() }
+        Self { run, base_model_id, node, blocks, kept: kept.max(1), published: Mutex::default() }
     }
 
     /// Version 0: the base checkpoint as it is.
@@ -63,8 +79,9 @@ impl Publisher {
         self.sign(PolicyVersion(0), Payload::Base)
     }
 
-    /// Publishes an adapter as `version` for `workers`, and spreads it when that is faster than a copy for each of them. One
-    /// that was published already is signed again as it was. Dropping the future leaves stored blocks stored.
+    /// Publishes an adapter as `version` for `workers`, and spreads it when that is faster than a copy for each of them. What
+    /// is not spread is published as an update of the version before. One that was published already is signed again as it
+    /// was. Dropping the future leaves stored blocks stored.
     ///
     /// # Errors
     /// When the blocks cannot be stored.
@@ -75,26 +92,39 @@ impl Publisher {
         workers: &[PeerId],
     ) -> Result<SignedSnapshot, PublishError> {
         let hash = *blake3::hash(&bytes).as_bytes();
-        let length = bytes.len() as u64;
-        let name = format!("adapter-{version}.safetensors");
-        let root = self.blocks.publish_bytes(&name, "adapter", bytes).await?;
         let mut published = self.published.lock().await;
-        let known = published.iter().find(|(known, _)| *known == root).map(|(_, part)| part.is_some());
-        let spread = if let Some(spread) = known {
-            spread
-        } else {
-            let part = if fleet(length, &self.links(workers)).pays_to_spread() {
-                self.spread(&root).await
-            } else {
-                None
-            };
-            let spread = part.is_some();
-            published.push_back((root, part));
-            let excess = published.len().saturating_sub(KEPT);
-            published.drain(..excess);
-            spread
+        let known = published.iter().find(|known| known.version == version && known.artefact.hash == hash);
+        if let Some(known) = known {
+            return Ok(self.sign(version, Payload::Lora(known.artefact.clone())));
+        }
+        let length = bytes.len() as u64;
+        let pays = fleet(length, &self.links(workers)).pays_to_spread();
+        let name = format!("adapter-{version}.safetensors");
+        let root = match published.back() {
+            Some(last) if !pays => {
+                self.blocks.publish_update(&name, "adapter", bytes, &last.artefact.root).await?
+            }
+            _ => self.blocks.publish_bytes(&name, "adapter", bytes).await?,
         };
-        Ok(self.sign(version, Payload::Lora(Artefact { root, hash, bytes: length, spread })))
+        let part = if pays { self.spread(&root).await } else { None };
+        let artefact = Artefact { root, hash, bytes: length, spread: part.is_some() };
+        published.push_back(Published { version, artefact: artefact.clone(), part });
+        self.retire(&mut published).await;
+        Ok(self.sign(version, Payload::Lora(artefact)))
+    }
+
+    /// Ends old spreads and drops the blocks of versions that are older still.
+    async fn retire(&self, published: &mut VecDeque<Published>) {
+        let n_over = published.len().saturating_sub(SPREAD);
+        published.iter_mut().take(n_over).for_each(|old| old.part = None);
+        let n_over = published.len().saturating_sub(self.kept);
+        let old: Vec<Cid> = published.drain(..n_over).map(|old| old.artefact.root).collect();
+        let kept: Vec<Cid> = published.iter().map(|kept| kept.artefact.root).collect();
+        for root in old {
+            if let Err(error) = self.blocks.unpublish(&root, &kept).await {
+                tracing::warn!(%root, %error, "blocks of an old version are kept");
+            }
+        }
     }
 
     /// What is known of the workers' links, to here and among each other.
@@ -170,9 +200,69 @@ fn fleet(bytes: u64, links: &[WorkerLinks]) -> Fleet {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
+    use echo_rollout::service::{PayloadSource, Spreads};
+    use lattica_bitswap::{BlockStore as _, ExchangeConfig, MemoryStore};
+    use lattica_net::{Identity, NodeConfig};
+
     use super::*;
+
+    async fn peer() -> (Node, Arc<MemoryStore>, Blocks) {
+        let config = NodeConfig::loopback("127.0.0.1", "publisher-test");
+        let node = Node::start(Identity::generate(), config).await.unwrap();
+        let store = Arc::new(MemoryStore::new());
+        let config = ExchangeConfig { leaf_bytes: 32 * 1024, ..ExchangeConfig::default() };
+        let blocks = Blocks::start_with(node.clone(), store.clone(), config);
+        (node, store, blocks)
+    }
+
+    /// Weights that repeat nowhere.
+    fn noise(seed: u64) -> Vec<u8> {
+        (0..8192u64)
+            .flat_map(|i| *blake3::hash(&[i, seed].map(u64::to_le_bytes).concat()).as_bytes())
+            .collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_version_costs_what_changed_and_old_ones_go() {
+        let (trainer, store, blocks) = peer().await;
+        let publisher = Publisher::new(RunId(1), "tiny", &trainer, blocks, 3);
+        let (worker, workers_store, copy) = peer().await;
+        worker.dial(&trainer.listen_addrs().await[0]).await.unwrap();
+        let source = Spreads::new(copy.clone());
+        let received = || copy.account(&trainer.peer_id()).bytes_in;
+        let mut bytes = noise(1);
+        let (mut roots, mut costs, mut stored) = (Vec::new(), Vec::new(), Vec::new());
+        for version in 1..=8 {
+            match version {
+                1 => {}
+                // Every weight changes.
+                3 => bytes = noise(3),
+                // One in five hundred does.
+                _ => (version..bytes.len()).step_by(1000).for_each(|i| bytes[i] ^= 1),
+            }
+            let (version, content) = (PolicyVersion(version as u64), Bytes::from(bytes.clone()));
+            let snapshot = publisher.adapter(version, content.clone(), &[]).await.unwrap();
+            let again = publisher.adapter(version, content.clone(), &[]).await.unwrap();
+            assert_eq!(again.manifest(), snapshot.manifest(), "signed again as it was");
+            let before = received();
+            assert_eq!(source.fetch(snapshot.manifest(), &trainer.peer_id()).await.unwrap(), content);
+            costs.push(received() - before);
+            stored.push((store.n_blocks(), workers_store.n_blocks()));
+            roots.push(snapshot.manifest().payload.artefact().unwrap().root);
+        }
+        let whole = bytes.len() as u64;
+        assert!(costs[0] >= whole && costs[2] >= whole, "{costs:?}");
+        let cheap = [1, 3, 4, 5, 6, 7].map(|i| costs[i]);
+        assert!(cheap.iter().all(|cost| *cost < whole / 50), "{costs:?} of {whole}");
+        for (i, root) in roots.iter().enumerate() {
+            assert_eq!(store.get(root).unwrap().is_some(), i >= 5, "version {} at the trainer", i + 1);
+            assert_eq!(workers_store.get(root).unwrap().is_some(), i >= 6, "version {} at the worker", i + 1);
+        }
+        assert_eq!(stored[7], stored[6], "no version leaves anything behind");
+    }
 
     fn link(bytes_per_s: f64) -> WorkerLinks {
         let own = LinkEstimate {
