@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::rpc_client::Lanes;
-use super::shared::PeerState;
+use super::shared::{PeerState, Shared};
 use crate::config::Limits;
 
 /// Stream requests that wait for the connection's task to take them; further callers wait.
@@ -115,6 +115,19 @@ impl Connection {
         tokio::select! {
             result = opened => result,
             () = self.closed.cancelled() => Err(OpenError::Lost),
+        }
+    }
+
+    /// Does `work` as long as the connection and its node stand; `None` when one of them ended first.
+    pub(crate) async fn until_closed<T>(
+        &self,
+        shared: &Shared,
+        work: impl Future<Output = T> + Send,
+    ) -> Option<T> {
+        tokio::select! {
+            done = work => Some(done),
+            () = self.closed.cancelled() => None,
+            () = shared.stopped.cancelled() => None,
         }
     }
 

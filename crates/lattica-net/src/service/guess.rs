@@ -132,14 +132,9 @@ pub(crate) async fn answer(
         let secret = Secret::new(&theirs.nonce, &part.offer.nonce);
         meet(&shared, &connection, part, &theirs, &secret, (&mut reader, &mut writer)).await
     };
-    tokio::select! {
-        result = timeout(AGREEMENT_TIMEOUT + GUESS_TIMEOUT, answering) => {
-            if let Ok(Err(error)) = result {
-                tracing::debug!(peer = %connection.peer.short(), %error, "no port was met");
-            }
-        }
-        () = connection.closed.cancelled() => {}
-        () = shared.stopped.cancelled() => {}
+    let answering = timeout(AGREEMENT_TIMEOUT + GUESS_TIMEOUT, answering);
+    if let Some(Ok(Err(error))) = connection.until_closed(&shared, answering).await {
+        tracing::debug!(peer = %connection.peer.short(), %error, "no port was met");
     }
     drop(place);
 }

@@ -48,11 +48,7 @@ pub(crate) async fn measure(shared: Arc<Shared>, connection: Arc<Connection>) {
             }
         }
     };
-    tokio::select! {
-        () = probing => {}
-        () = connection.closed.cancelled() => {}
-        () = shared.stopped.cancelled() => {}
-    }
+    connection.until_closed(&shared, probing).await;
 }
 
 enum Life {
@@ -142,14 +138,8 @@ pub(crate) async fn answer(
         }
         Ok::<(), std::io::Error>(())
     };
-    tokio::select! {
-        result = echoing => {
-            if let Err(error) = result {
-                tracing::debug!(peer = %connection.peer.short(), %error, "link stream closed");
-            }
-        }
-        () = connection.closed.cancelled() => {}
-        () = shared.stopped.cancelled() => {}
+    if let Some(Err(error)) = connection.until_closed(&shared, echoing).await {
+        tracing::debug!(peer = %connection.peer.short(), %error, "link stream closed");
     }
     drop(place);
 }

@@ -70,11 +70,7 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
             }
         }
     };
-    tokio::select! {
-        () = trying => {}
-        () = connection.closed.cancelled() => {}
-        () = shared.stopped.cancelled() => {}
-    }
+    connection.until_closed(&shared, trying).await;
 }
 
 /// Tries it with ports that have to be guessed; whether the peer knows how to.
@@ -163,14 +159,8 @@ pub(crate) async fn answer(
         sleep(TRY_TIMEOUT).await;
         Ok::<(), Error>(())
     };
-    tokio::select! {
-        result = punching => {
-            if let Err(error) = result {
-                tracing::debug!(peer = %connection.peer.short(), %error, "no punch agreed upon");
-            }
-        }
-        () = connection.closed.cancelled() => {}
-        () = shared.stopped.cancelled() => {}
+    if let Some(Err(error)) = connection.until_closed(&shared, punching).await {
+        tracing::debug!(peer = %connection.peer.short(), %error, "no punch agreed upon");
     }
     drop(place);
 }
