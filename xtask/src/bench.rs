@@ -14,6 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::ci::{commit, release_binary};
+
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
 pub(crate) struct Options {
@@ -105,13 +107,9 @@ pub(crate) fn run(root: &Path, options: &Options) -> Result<()> {
 
 /// Ours, and what lies in the directory.
 fn engines(root: &Path, peers: &Path) -> Result<Vec<Engine>> {
-    let build = ["build", "--release", "--package", "swarm-examples", "--bin", "parallax"];
-    let built = Command::new(env!("CARGO")).args(build).current_dir(root).status().context("cargo build")?;
-    ensure!(built.success(), "parallax does not build");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let mut engines = vec![Engine {
         name: OURS.to_owned(),
-        program: target.join("release").join(format!("parallax{}", std::env::consts::EXE_SUFFIX)),
+        program: release_binary(root, "swarm-examples", "parallax")?,
         kind: Kind::Parallax,
     }];
     let mut found: Vec<PathBuf> = fs::read_dir(peers)
@@ -247,7 +245,9 @@ fn row(work: &str, rates: Rates) -> Value {
     let mut engines = serde_json::Map::new();
     for (name, mut rates) in rates {
         rates.sort_by(f64::total_cmp);
-        let (min, median, max) = (rates[0], rates[rates.len() / 2], rates[rates.len() - 1]);
+        let (n, max) = (rates.len(), rates[rates.len() - 1]);
+        // Of an even number of rounds, the middle of the two in the middle.
+        let (min, median) = (rates[0], f64::midpoint(rates[(n - 1) / 2], rates[n / 2]));
         engines.insert(name.clone(), json!({"tokens_per_s": median, "min": min, "max": max}));
         medians.insert(name, median);
     }
@@ -282,13 +282,6 @@ fn machine() -> String {
     format!("{cores} cores, {}", name.unwrap_or(std::env::consts::ARCH))
 }
 
-fn commit(root: &Path) -> String {
-    let git = Command::new("git").args(["rev-parse", "--short", "HEAD"]).current_dir(root).output();
-    let hash =
-        git.ok().filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
-    hash.unwrap_or_else(|| "unknown".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -314,9 +307,10 @@ mod tests {
     #[test]
     fn ours_is_compared_with_the_best_other() {
         let rates =
-            [("parallax", vec![100.0, 300.0, 200.0]), ("a", vec![50.0]), ("b", vec![80.0, 70.0, 90.0])];
+            [("parallax", vec![100.0, 300.0, 200.0]), ("a", vec![50.0, 20.0]), ("b", vec![80.0, 70.0, 90.0])];
         let row = row("decode", rates.map(|(name, rates)| (name.to_owned(), rates)).into());
         assert_eq!(row["engines"]["parallax"], json!({"tokens_per_s": 200.0, "min": 100.0, "max": 300.0}));
+        assert_eq!(row["engines"]["a"], json!({"tokens_per_s": 35.0, "min": 20.0, "max": 50.0}));
         assert_eq!(row["ratio"], 2.5);
     }
 }

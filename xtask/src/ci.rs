@@ -1,10 +1,11 @@
 //! The gate: cheap checks first, so that a slip is told in seconds and not after the tests.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::{codegen, layers, tidy};
 
@@ -48,6 +49,31 @@ pub(crate) fn cargo(root: &Path, args: &[&str], env: &[(&str, &str)]) -> Result<
         .context("starting cargo")?;
     ensure!(status.success(), "cargo {} failed", args.join(" "));
     Ok(())
+}
+
+/// The workspace as `cargo metadata` tells it.
+pub(crate) fn metadata(root: &Path) -> Result<Value> {
+    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
+    serde_json::from_str(&metadata).context("reading cargo metadata")
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target_dir(root: &Path) -> Result<PathBuf> {
+    let metadata = metadata(root)?;
+    let target = metadata["target_directory"].as_str();
+    Ok(target.context("cargo metadata without a target directory")?.into())
+}
+
+/// Builds a binary of one of our packages for release; where it lies.
+pub(crate) fn release_binary(root: &Path, package: &str, binary: &str) -> Result<PathBuf> {
+    cargo(root, &["build", "--release", "--package", package, "--bin", binary], &[])?;
+    Ok(target_dir(root)?.join("release").join(format!("{binary}{}", std::env::consts::EXE_SUFFIX)))
+}
+
+/// The commit that reports name.
+pub(crate) fn commit(root: &Path) -> String {
+    let hash = output(root, "git", &["rev-parse", "--short", "HEAD"]);
+    hash.map_or_else(|_| "unknown".to_owned(), |hash| hash.trim().to_owned())
 }
 
 /// What a command prints; an error when it fails.

@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::ci::{cargo, output};
+use crate::ci::{cargo, commit, output, target_dir};
 use crate::netlab::space;
 
 /// What is tried.
@@ -113,22 +113,9 @@ pub(crate) fn run(root: &Path, args: &InteropArgs) -> Result<()> {
         return Ok(());
     }
     space::remove_leftovers()?;
-    cargo(
-        root,
-        &[
-            "build",
-            "--release",
-            "--package",
-            "lattica-bitswap",
-            "--features",
-            "v1-compat",
-            "--example",
-            "interop",
-        ],
-        &[],
-    )?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let ours = target.join("release/examples/interop");
+    let build = ["build", "--release", "--package", "lattica-bitswap", "--features", "v1-compat"];
+    cargo(root, &[&build[..], &["--example", "interop"]].concat(), &[])?;
+    let ours = target_dir(root)?.join("release/examples/interop");
     if let Some(logs) = &args.logs {
         std::fs::create_dir_all(logs).with_context(|| format!("making {}", logs.display()))?;
     }
@@ -158,7 +145,7 @@ pub(crate) fn run(root: &Path, args: &InteropArgs) -> Result<()> {
     let count = |outcome| cases.iter().filter(|case: &&cases::Case| case.outcome == outcome).count();
     let failed = count(cases::Outcome::Failed);
     let report = json!({
-        "commit": output(root, "git", &["rev-parse", "--short", "HEAD"]).unwrap_or_default().trim(),
+        "commit": commit(root),
         "passed": count(cases::Outcome::Passed),
         "failed": failed,
         "skipped": count(cases::Outcome::Skipped),

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::ci::{cargo, output};
+use crate::ci::{cargo, metadata, output, target_dir};
 
 /// A library, what its core may import, and what any of its features may import in addition.
 struct Layer {
@@ -128,8 +128,7 @@ impl Dependency {
 }
 
 fn packages(root: &Path) -> Result<BTreeMap<String, Vec<Dependency>>> {
-    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
-    let metadata: Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
+    let metadata = metadata(root)?;
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
     let list = metadata["packages"].as_array().context("cargo metadata without packages")?;
     Ok(list
@@ -158,11 +157,8 @@ fn tree(root: &Path, name: &str, features: &str) -> Result<BTreeSet<String>> {
 
 /// Builds the embedding example as an application of its own, outside the workspace, and looks for network code in it.
 fn standalone(root: &Path) -> Result<()> {
-    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
-    let metadata: Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
-    let target =
-        metadata["target_directory"].as_str().context("cargo metadata without a target directory")?;
-    let dir = Path::new(target).join("standalone");
+    let target = target_dir(root)?;
+    let dir = target.join("standalone");
     let crates = root.join("crates");
     let manifest = format!(
         "[package]\nname = \"standalone\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\n[workspace]\n\n[dependencies]\n\
@@ -176,6 +172,7 @@ fn standalone(root: &Path) -> Result<()> {
     for (from, to) in [("Cargo.lock", "Cargo.lock"), ("examples/src/bin/embed-engine.rs", "src/main.rs")] {
         fs::copy(root.join(from), dir.join(to)).with_context(|| format!("copying {from}"))?;
     }
+    let target = target.to_str().context("the target directory's name is no text")?;
     cargo(&dir, &["check", "--release", "--quiet", "--target-dir", target], &[])?;
     let names = tree(&dir, "standalone", "")?;
     if let Some(found) = NETWORK.iter().find(|n| names.contains(**n)) {

@@ -31,7 +31,7 @@ use self::relay_kill::RelayKill;
 use self::shaper::Line;
 use self::statistics::Pair;
 use self::stream::{Streamed, Way};
-use crate::ci::{cargo, output};
+use crate::ci::{commit, release_binary};
 
 /// What to run.
 #[derive(Debug, Args)]
@@ -51,6 +51,9 @@ pub(crate) struct NetlabArgs {
     /// Share of the packets that the second line of --stream loses.
     #[arg(long, default_value_t = 0.01)]
     loss: f64,
+    /// Packets that are lost in a row, on average.
+    #[arg(long, default_value_t = 1.0)]
+    burst: f64,
     /// Length of the stream, in MiB.
     #[arg(long, default_value_t = 64)]
     stream_mib: u64,
@@ -69,6 +72,9 @@ pub(crate) struct NetlabArgs {
     /// Round trip between any two sites, and between a site and the relay, in ms.
     #[arg(long, default_value_t = 0.0)]
     rtt_ms: f64,
+    /// Packets take up to this much longer on their way to another site, in ms; they keep their order.
+    #[arg(long, default_value_t = 0.0)]
+    jitter_ms: f64,
     /// How long a caller waits for a direct connection, in seconds.
     #[arg(long, default_value_t = 8.0)]
     patience_s: f64,
@@ -83,8 +89,9 @@ pub(crate) struct NetlabArgs {
     logs: Option<PathBuf>,
     /// Print the report as one JSON object, the last line of stdout: pairs (a calls b; direct, relayed and failed runs, and
     /// milliseconds to the direct connection and to the first answer when that came over the relay, counted from the call),
-    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), streams (the
-    /// line, its length, runs that failed, and the share of the line that the stream used, in its last three quarters and from its first byte), rtt_ms, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
+    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), streams (the line, its length, runs
+    /// that failed, and the share of the line that the stream used, in its last three quarters and from its first byte),
+    /// rtt_ms, jitter_ms, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
     #[arg(long)]
     json: bool,
 }
@@ -100,20 +107,29 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     }
     ensure!(args.runs > 0 && args.jobs > 0, "--runs and --jobs must be at least 1");
     ensure!(
-        (0.0..1.0).contains(&args.loss) && args.mbit_per_s > 0,
-        "--loss is from 0 to 1, --mbit-per-s at least 1"
+        (0.0..1.0).contains(&args.loss) && args.burst >= 1.0 && args.mbit_per_s > 0,
+        "--loss is from 0 to 1, --burst and --mbit-per-s at least 1"
     );
-    ensure!((0.0..=10_000.0).contains(&args.rtt_ms), "--rtt-ms must be from 0 to 10000");
+    let times = [args.rtt_ms, args.jitter_ms];
+    ensure!(
+        times.iter().all(|ms| (0.0..=10_000.0).contains(ms)),
+        "--rtt-ms and --jitter-ms must be from 0 to 10000"
+    );
     if let Some(logs) = &args.logs {
         std::fs::create_dir_all(logs).with_context(|| format!("making {}", logs.display()))?;
     }
-    let node = args.node.clone().map_or_else(|| build(root), Ok)?;
+    let built = || release_binary(root, "swarm-examples", "lattica-node");
+    let node = args.node.clone().map_or_else(built, Ok)?;
     let program = Program { node, logs: args.logs.clone(), patience_s: args.patience_s };
     space::remove_leftovers()?;
 
     let start = Instant::now();
-    // Four lines lie on the way to another site and back.
-    let line = Line { delay: Duration::from_secs_f64(args.rtt_ms / 4e3), ..Line::default() };
+    // Four lines lie on the way to another site and back, two on the way there.
+    let line = Line {
+        delay: Duration::from_secs_f64(args.rtt_ms / 4e3),
+        jitter: Duration::from_secs_f64(args.jitter_ms / 2e3),
+        ..Line::default()
+    };
     let mut lab = Lab::new(line)?;
     let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
     let mut pairs = Vec::new();
@@ -134,7 +150,8 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     if args.stream {
         for &transport in &transports {
             for loss in [0.0, args.loss] {
-                let way = Way { rtt_ms: args.rtt_ms, mbit_per_s: args.mbit_per_s, loss };
+                let NetlabArgs { rtt_ms, jitter_ms, mbit_per_s, burst, .. } = *args;
+                let way = Way { rtt_ms, jitter_ms, mbit_per_s, loss, burst };
                 let told = |line: &str| eprintln!("{line}");
                 streams.push(stream::run(&program, transport, way, (args.stream_mib, args.runs), &told)?);
             }
@@ -150,10 +167,11 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
             "streams": streams,
             "runs": args.runs,
             "rtt_ms": args.rtt_ms,
+            "jitter_ms": args.jitter_ms,
             "patience_s": args.patience_s,
             "seconds": start.elapsed().as_secs_f64().round(),
             "command": std::env::args().collect::<Vec<_>>().join(" "),
-            "commit": output(root, "git", &["rev-parse", "--short", "HEAD"]).unwrap_or_default().trim(),
+            "commit": commit(root),
         });
         println!("{report}");
     }
@@ -242,15 +260,6 @@ fn cannot_run() -> Option<String> {
 fn is_root(status: &str) -> bool {
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
     uids.and_then(|uids| uids.split_whitespace().nth(1)) == Some("0")
-}
-
-fn build(root: &Path) -> Result<PathBuf> {
-    cargo(root, &["build", "--release", "-p", "swarm-examples", "--bin", "lattica-node"], &[])?;
-    let metadata = output(root, "cargo", &["metadata", "--format-version", "1", "--no-deps"])?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
-    let target =
-        metadata["target_directory"].as_str().context("cargo metadata without a target directory")?;
-    Ok(Path::new(target).join("release/lattica-node"))
 }
 
 #[cfg(test)]

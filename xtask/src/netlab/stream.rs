@@ -15,9 +15,13 @@ use super::statistics::quantile;
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Way {
     pub(crate) rtt_ms: f64,
+    /// Packets take up to this much longer.
+    pub(crate) jitter_ms: f64,
     pub(crate) mbit_per_s: u64,
-    /// Share of the packets that are lost, one by one, each way.
+    /// Share of the packets that are lost each way.
     pub(crate) loss: f64,
+    /// Packets that are lost in a row, on average.
+    pub(crate) burst: f64,
 }
 
 /// What came of it.
@@ -43,8 +47,9 @@ impl Way {
             rate_bits_per_s: Some(self.mbit_per_s * 1_000_000),
             // As long as a packet and its acknowledgement are under way: the router's usual share of buffer.
             queue: Duration::from_secs_f64(self.rtt_ms / 1e3),
-            loss: (self.loss > 0.0).then(|| Bursts { share: 1.0 - (1.0 - self.loss).sqrt(), length: 1.0 }),
-            ..Line::default()
+            jitter: Duration::from_secs_f64(self.jitter_ms / 2e3),
+            loss: (self.loss > 0.0)
+                .then(|| Bursts { share: 1.0 - (1.0 - self.loss).sqrt(), length: self.burst }),
         }
     }
 }
