@@ -1,6 +1,7 @@
-//! What a measurement has to name: machine, commit, memory.
+//! What a measurement has to name: machine, commit, memory, processor time.
 
 use std::process::Command;
+use std::time::Duration;
 
 /// Processor, cores, memory and system.
 pub fn describe() -> String {
@@ -20,8 +21,17 @@ pub fn commit() -> String {
 
 /// Resident memory of this process in MB, 0 where the system does not tell.
 pub fn resident_mb() -> f64 {
-    let Ok(pid) = sysinfo::get_current_pid() else { return 0.0 };
+    of_this_process(|process| process.memory() as f64 / 1e6)
+}
+
+/// Time that all cores together have worked for this process, 0 where the system does not tell.
+pub fn processor_time() -> Duration {
+    of_this_process(|process| Duration::from_millis(process.accumulated_cpu_time()))
+}
+
+fn of_this_process<T: Default>(figure: impl Fn(&sysinfo::Process) -> T) -> T {
+    let Ok(pid) = sysinfo::get_current_pid() else { return T::default() };
     let mut system = sysinfo::System::new();
     system.refresh_processes(sysinfo::ProcessesToUpdate::Some(&[pid]), true);
-    system.process(pid).map_or(0.0, |process| process.memory() as f64 / 1e6)
+    system.process(pid).map_or_else(T::default, figure)
 }

@@ -19,9 +19,19 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use other::{MIB, Other, PATIENCE, STREAM, peak_rss_mb};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Transport {
+pub(crate) enum Transport {
     Quic,
     Tcp,
+}
+
+impl Transport {
+    /// Where a node listens with it: a free port of `ip`.
+    pub(crate) fn listen(self, ip: &str) -> String {
+        match self {
+            Self::Quic => format!("/ip4/{ip}/udp/0/quic-v1"),
+            Self::Tcp => format!("/ip4/{ip}/tcp/0"),
+        }
+    }
 }
 
 /// What to measure.
@@ -150,10 +160,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<()> {
 
 async fn node(transport: Transport, ip: &str) -> anyhow::Result<Node> {
     let config = NodeConfig {
-        listen: vec![match transport {
-            Transport::Quic => format!("/ip4/{ip}/udp/0/quic-v1"),
-            Transport::Tcp => format!("/ip4/{ip}/tcp/0"),
-        }],
+        listen: vec![transport.listen(ip)],
         network: "bench".to_owned(),
         ..NodeConfig::default()
     };

@@ -1,9 +1,11 @@
 //! `lattica-node`: one node of the network, as bootstrap peer, relay and DHT server; `lattica-node bench` measures two of
-//! them on this machine, `lattica-node bench-spread` many, `lattica-node probe` the way to a peer. `lattica-node publish` and
+//! them on this machine, `lattica-node bench-spread` many, `lattica-node bench-idle` what idle connections take,
+//! `lattica-node probe` the way to a peer. `lattica-node publish` and
 //! `fetch` share files, with IPFS too.
 #![expect(clippy::print_stdout, reason = "a command line tool reports there")]
 
 mod bench;
+mod bench_idle;
 mod bench_spread;
 mod node;
 mod probe;
@@ -35,6 +37,8 @@ struct Cli {
 enum Command {
     /// Two nodes on loopback: calls, a stream and blocks.
     Bench(bench::BenchArgs),
+    /// Many connections over which nobody says anything: memory and processor time of the node that listens.
+    BenchIdle(bench_idle::BenchIdleArgs),
     /// One artefact from one node to many, with slow uplinks, deaths and liars.
     BenchSpread(bench_spread::BenchSpreadArgs),
     /// Reaches a peer over relays and tells how well, or waits to be reached.
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         tokio::runtime::Runtime::new()?.block_on(async {
             match cli.command {
                 Some(Command::Bench(args)) => bench::run(&args).await,
+                Some(Command::BenchIdle(args)) => bench_idle::run(&args).await,
                 Some(Command::BenchSpread(args)) => bench_spread::run(&args).await,
                 Some(Command::Probe(args)) => probe::run(&args).await,
                 Some(Command::Publish(args)) => share::publish(args).await,
