@@ -2,7 +2,8 @@
 //! routers, nftables the NATs, one relay stands outside. Needs root, `ip` and `nft`; says so and does nothing without them.
 //!
 //! Map: `nat` (rules as text), `shaper` (what a line does to frames), `statistics` (sums) are pure; `space` (namespaces), `line`
-//! (emulated lines), `lab` (the map of sites), `node` (processes), `matrix` (who calls whom), `relay_kill`, `stream` do it. It lies here and not in the
+//! (emulated lines), `lab` (the map of sites), `node` (processes), `matrix` (who calls whom), `relay_kill`,
+//! `outage`, `stream` do it. It lies here and not in the
 //! `tests` package because it is a command with a report, needs root, and drives nothing but a binary: so it builds in seconds.
 
 mod lab;
@@ -10,6 +11,7 @@ mod line;
 mod matrix;
 mod nat;
 mod node;
+mod outage;
 mod relay_kill;
 mod shaper;
 pub(crate) mod space;
@@ -27,6 +29,7 @@ use self::lab::Lab;
 use self::matrix::Matrix;
 use self::nat::NatKind;
 use self::node::{Program, Transport};
+use self::outage::{Outage, Outages};
 use self::relay_kill::RelayKill;
 use self::shaper::Line;
 use self::statistics::Pair;
@@ -42,6 +45,9 @@ pub(crate) struct NetlabArgs {
     /// One of three relays is killed: how long until the node behind it keeps a slot at another one.
     #[arg(long)]
     relay_kill: bool,
+    /// What happens to calls when it ends: may be given several times.
+    #[arg(long, value_enum)]
+    outage: Vec<Outage>,
     /// One stream between two sites at the end of a line of --mbit-per-s, with and without --loss.
     #[arg(long)]
     stream: bool,
@@ -89,7 +95,9 @@ pub(crate) struct NetlabArgs {
     logs: Option<PathBuf>,
     /// Print the report as one JSON object, the last line of stdout: pairs (a calls b; direct, relayed and failed runs, and
     /// milliseconds to the direct connection and to the first answer when that came over the relay, counted from the call),
-    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), streams (the line, its length, runs
+    /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), outages (kind, back and failed, and
+    /// milliseconds from the end of the outage to the first answer; calls of others that went on, and those of them that
+    /// failed), streams (the line, its length, runs
     /// that failed, and the share of the line that the stream used, in its last three quarters and from its first byte),
     /// rtt_ms, jitter_ms, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
     #[arg(long)]
@@ -133,7 +141,7 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     let mut lab = Lab::new(line)?;
     let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
     let mut pairs = Vec::new();
-    if args.matrix || !(args.relay_kill || args.stream) {
+    if args.matrix || !(args.relay_kill || args.stream || !args.outage.is_empty()) {
         pairs = matrix(args, &mut lab, &program, &transports)?;
     }
     let mut kills = Vec::new();
@@ -142,6 +150,13 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
             kills.push(relay_kill::run(&mut lab, &program, transport, args.runs, &|line| {
                 eprintln!("{line}")
             })?);
+        }
+    }
+    let mut outages = Vec::new();
+    for &kind in &args.outage {
+        for &transport in &transports {
+            let told = |line: &str| eprintln!("{line}");
+            outages.push(outage::run(&mut lab, &program, (kind, transport), args.runs, &told)?);
         }
     }
     // Streams have labs of their own, whose namespaces have the same names.
@@ -159,11 +174,13 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     }
     pairs.iter().for_each(tell_pair);
     kills.iter().for_each(tell_kill);
+    outages.iter().for_each(tell_outage);
     streams.iter().for_each(tell_stream);
     if args.json {
         let report = json!({
             "pairs": pairs,
             "relay_kills": kills,
+            "outages": outages,
             "streams": streams,
             "runs": args.runs,
             "rtt_ms": args.rtt_ms,
@@ -220,6 +237,19 @@ fn tell_kill(kill: &RelayKill) {
         kill.replaced,
         kill.failed,
         shown(kill.replaced_p95_ms),
+    );
+}
+
+fn tell_outage(outage: &Outages) {
+    eprintln!(
+        "{:>4} {}: answered again {:>3}  failed {:>3}  p95 {:>6} ms  {} of {} calls of others failed",
+        outage.transport,
+        outage.kind.name(),
+        outage.back,
+        outage.failed,
+        shown(outage.back_p95_ms),
+        outage.near_calls_failed,
+        outage.near_calls,
     );
 }
 

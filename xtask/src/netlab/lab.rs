@@ -9,8 +9,11 @@ use super::nat::NatKind;
 use super::shaper::Line;
 use super::space::{Device, Space};
 
-/// Sites of one lab; they share a /24.
-const SITES_MAX: usize = 250;
+/// Sites of one lab; they share a /24, in which each has two addresses.
+const SITES_MAX: usize = 125;
+/// The switch of everybody, and the one of those who are cut off.
+const MAINLAND: &str = "switch";
+const ISLAND: &str = "island";
 
 /// A switch and the sites around it.
 #[derive(Debug)]
@@ -27,7 +30,7 @@ pub(crate) struct Site {
     pub(crate) host: Space,
     /// The address that the internet sees.
     pub(crate) address: Ipv4Addr,
-    _router: Option<Space>,
+    router: Option<Space>,
     _line: Vec<Device>,
 }
 
@@ -35,8 +38,10 @@ impl Lab {
     /// An empty lab; every site will be at the end of such a line.
     pub(crate) fn new(line: Line) -> Result<Self> {
         let internet = Space::new("ix")?;
-        internet.ip(&["link", "add", "switch", "type", "bridge"])?;
-        internet.ip(&["link", "set", "switch", "up"])?;
+        for switch in [MAINLAND, ISLAND] {
+            internet.ip(&["link", "add", switch, "type", "bridge"])?;
+            internet.ip(&["link", "set", switch, "up"])?;
+        }
         Ok(Self { sites: Vec::new(), internet, line })
     }
 
@@ -47,6 +52,33 @@ impl Lab {
         let site = self.site(number, kind).with_context(|| format!("site {number} ({})", kind.name()))?;
         self.sites.push(site);
         Ok(number)
+    }
+
+    /// Cuts these sites off from the others; among each other they are connected as before.
+    pub(crate) fn part(&self, sites: &[usize]) -> Result<()> {
+        self.connect(sites, ISLAND)
+    }
+
+    /// Brings sites that were cut off back.
+    pub(crate) fn heal(&self, sites: &[usize]) -> Result<()> {
+        self.connect(sites, MAINLAND)
+    }
+
+    fn connect(&self, sites: &[usize], switch: &str) -> Result<()> {
+        sites.iter().try_for_each(|site| self.internet.ip(&["link", "set", &port(*site), "master", switch]))
+    }
+
+    /// Gives a site its other address towards the internet, as a provider does over night. Whatever was under way ends.
+    pub(crate) fn change_address(&mut self, number: usize) -> Result<()> {
+        let site = &mut self.sites[number];
+        let other = if site.address == address(number) { number + SITES_MAX } else { number };
+        let (old, new) = (site.address, address(other));
+        let outermost = site.router.as_ref().unwrap_or(&site.host);
+        // In this order, because a second address of the same network would go with the first.
+        outermost.ip(&["address", "delete", &format!("{old}/24"), "dev", "wan"])?;
+        outermost.ip(&["address", "add", &format!("{new}/24"), "dev", "wan"])?;
+        site.address = new;
+        Ok(())
     }
 
     pub(crate) fn get(&self, number: usize) -> &Site {
@@ -71,12 +103,17 @@ impl Lab {
             }
         };
         let outermost = router.as_ref().unwrap_or(&host);
-        let port = format!("port{number}");
+        let port = port(number);
         let line = lay(number, (outermost, "wan"), (&self.internet, &port), &self.line)?;
         outermost.address("wan", &format!("{address}/24"))?;
-        self.internet.ip(&["link", "set", &port, "master", "switch", "up"])?;
-        Ok(Site { host, address, _router: router, _line: line })
+        self.internet.ip(&["link", "set", &port, "master", MAINLAND, "up"])?;
+        Ok(Site { host, address, router, _line: line })
     }
+}
+
+/// The switch's end of a site's line.
+fn port(number: usize) -> String {
+    format!("port{number}")
 }
 
 /// Of the range that is kept for examples (RFC 5737); nodes take it for public.

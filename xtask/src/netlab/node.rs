@@ -48,7 +48,7 @@ pub(crate) struct Program {
 #[derive(Debug)]
 pub(crate) struct Process {
     child: Child,
-    _stdin: Option<ChildStdin>,
+    stdin: Option<ChildStdin>,
     pub(crate) peer: String,
     pub(crate) addresses: Vec<String>,
     /// What it says, line by line.
@@ -60,6 +60,19 @@ pub(crate) struct Process {
 struct Ready {
     peer: String,
     addresses: Vec<String>,
+}
+
+/// The last line of a node that called until it was told to stop.
+#[derive(Deserialize)]
+struct Report {
+    held: Held,
+}
+
+/// What became of those calls.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct Held {
+    pub(crate) calls: u64,
+    pub(crate) calls_failed: u64,
 }
 
 /// A later line of a node that answers: a relay keeps a slot for it.
@@ -84,6 +97,21 @@ impl Process {
     pub(crate) fn slot(&self, patience: Duration) -> Result<String> {
         let slot: Slot = serde_json::from_str(&self.line(patience)?)?;
         Ok(slot.relay)
+    }
+
+    /// Waits until a node that calls is answered again after an outage.
+    pub(crate) fn answered_again(&self, patience: Duration) -> Result<()> {
+        let line = self.line(patience)?;
+        ensure!(line.contains("gap_ms"), "it says {line:?}");
+        Ok(())
+    }
+
+    /// Has a node that calls stop, and tells what became of its calls.
+    pub(crate) fn stop_calling(&mut self) -> Result<Held> {
+        drop(self.stdin.take());
+        let report: Report =
+            serde_json::from_str(&self.line(START_TIMEOUT)?).context("what the caller reports")?;
+        Ok(report.held)
     }
 
     /// The address of a relay over a transport.
@@ -139,6 +167,22 @@ impl Program {
         serde_json::from_str(text.lines().last().unwrap_or_default()).context("what the caller reports")
     }
 
+    /// Starts a node that calls `peer` without a pause, and waits until it does so directly.
+    pub(crate) fn keep_calling(
+        &self,
+        site: &Site,
+        (vias, peer): (&[&str], &str),
+        transport: Transport,
+        name: &str,
+    ) -> Result<Process> {
+        let mut command = self.probe(site, vias, transport);
+        command.args(["--to", peer, "--patience-s", &self.patience_s.to_string(), "--hold"]);
+        let process = self.spawn(command, name)?;
+        let line = process.line(START_TIMEOUT).with_context(|| format!("{name} does not call"))?;
+        ensure!(line.contains("calling"), "{name} says {line:?}");
+        Ok(process)
+    }
+
     fn probe(&self, site: &Site, vias: &[&str], transport: Transport) -> Command {
         let mut command = site.host.command(&self.node);
         command.args(["probe", "--json", "--transport", transport.name()]);
@@ -148,7 +192,16 @@ impl Program {
         command
     }
 
-    fn start(&self, mut command: Command, name: &str) -> Result<Process> {
+    fn start(&self, command: Command, name: &str) -> Result<Process> {
+        let mut process = self.spawn(command, name)?;
+        let line = process.line(START_TIMEOUT).with_context(|| format!("{name} is not up"))?;
+        let ready: Ready =
+            serde_json::from_str(&line).with_context(|| format!("{name} is not up: {line:?}"))?;
+        (process.peer, process.addresses) = (ready.peer, ready.addresses);
+        Ok(process)
+    }
+
+    fn spawn(&self, mut command: Command, name: &str) -> Result<Process> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(self.log(name)?);
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take().context("its output is piped")?);
@@ -162,12 +215,7 @@ impl Program {
             }
         });
         // From here on it is killed whatever happens.
-        let mut process = Process { child, _stdin: stdin, peer: String::new(), addresses: Vec::new(), lines };
-        let line = process.line(START_TIMEOUT).with_context(|| format!("{name} is not up"))?;
-        let ready: Ready =
-            serde_json::from_str(&line).with_context(|| format!("{name} is not up: {line:?}"))?;
-        (process.peer, process.addresses) = (ready.peer, ready.addresses);
-        Ok(process)
+        Ok(Process { child, stdin, peer: String::new(), addresses: Vec::new(), lines })
     }
 
     fn log(&self, name: &str) -> Result<Stdio> {

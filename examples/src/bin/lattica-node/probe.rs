@@ -23,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const PAUSE: Duration = Duration::from_millis(50);
 /// Calls go on for this long over the direct connection, so that the change itself is tried, too.
 const AFTERWARDS: Duration = Duration::from_millis(500);
+/// How long a call may take while outages are waited for.
+const IMPATIENCE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Transport {
@@ -52,11 +54,15 @@ pub(crate) struct ProbeArgs {
     /// Then send a stream of this many MiB to the peer and tell how fast it arrived.
     #[arg(long, default_value_t = 0)]
     stream_mib: u64,
-    /// Who waits prints {"peer":…,"addresses":[…]} once a relay keeps a slot for it, then {"relay":…} for each slot. Who calls prints, as the last line:
-    /// first_call_ms (from the call to its answer), first_relayed (whether that was over a relay), direct_ms (from the same
-    /// call to the first direct connection, null without one), address (where the last connection leads), calls,
-    /// calls_failed, relay_rtt_ms, stream (mbit_per_s from its opening to its last byte, steady_mbit_per_s over its last three
-    /// quarters; null without --stream-mib).
+    /// Then go on calling, half a second at most for each answer, until standard input ends. Prints {"calling":true} before,
+    /// and {"gap_ms":…} when a call is answered after more than half a second without an answer.
+    #[arg(long, requires = "to")]
+    hold: bool,
+    /// Who waits prints {"peer":…,"addresses":[…]} once a relay keeps a slot for it, then {"relay":…} for each slot. Who calls
+    /// prints, as the last line: first_call_ms (from the call to its answer), first_relayed (whether that was over a relay),
+    /// direct_ms (from the same call to the first direct connection, null without one), address (where the last connection
+    /// leads), calls, calls_failed, relay_rtt_ms, stream (mbit_per_s from its opening to its last byte, steady_mbit_per_s over
+    /// its last three quarters; null without --stream-mib), held (calls, calls_failed; null without --hold).
     #[arg(long)]
     json: bool,
 }
@@ -143,6 +149,8 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
     let stream =
         if args.stream_mib > 0 { Some(send(node, peer, args.stream_mib << 20).await?) } else { None };
     let ms = |duration: Duration| (duration.as_secs_f64() * 1e4).round() / 10.0;
+    let held = if args.hold { Some(hold(node, peer).await?) } else { None };
+    let held = held.map(|(calls, calls_failed)| json!({"calls": calls, "calls_failed": calls_failed}));
     let report = json!({
         "peer": peer,
         "first_call_ms": ms(first_call),
@@ -152,6 +160,7 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
         "calls": calls,
         "calls_failed": calls_failed,
         "stream": stream,
+        "held": held,
         "relay_rtt_ms": relay.and_then(|relay| node.link(&relay)).map(|link| link.rtt_ms),
     });
     if args.json {
@@ -189,6 +198,32 @@ async fn send(node: &Node, peer: &PeerId, n_bytes: u64) -> anyhow::Result<serde_
         "mbit_per_s": mbit_per_s(n_bytes, start.elapsed()),
         "steady_mbit_per_s": mbit_per_s(n_bytes - n_bytes / 4, steady),
     }))
+}
+
+/// Calls until standard input ends; how many calls were made, and how many of them failed.
+async fn hold(node: &Node, peer: &PeerId) -> anyhow::Result<(u64, u64)> {
+    program::report(&json!({"calling": true}))?;
+    let (mut input, mut nowhere) = (tokio::io::stdin(), tokio::io::sink());
+    let mut asked_to_stop = std::pin::pin!(tokio::io::copy(&mut input, &mut nowhere));
+    let (mut made, mut failed) = (0u64, 0);
+    let mut answered = Instant::now();
+    loop {
+        let body = Bytes::copy_from_slice(&made.to_le_bytes());
+        made += 1;
+        if node.call(peer, ECHO, body.clone(), IMPATIENCE).await.is_ok_and(|answer| answer == body) {
+            let gap = answered.elapsed();
+            if gap > IMPATIENCE {
+                program::report(&json!({"gap_ms": gap.as_secs_f64() * 1e3}))?;
+            }
+            answered = Instant::now();
+        } else {
+            failed += 1;
+        }
+        tokio::select! {
+            read = &mut asked_to_stop => return Ok(read.map(|_| (made, failed))?),
+            () = tokio::time::sleep(PAUSE) => {}
+        }
+    }
 }
 
 /// Calls until it is stopped; how many calls were made, and how many of them failed.
