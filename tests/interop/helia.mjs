@@ -55,7 +55,15 @@ run(async settings => {
     hello: { peer: libp2p.peerId.toString(), addresses: libp2p.getMultiaddrs().map(String) },
     ops: {
       dial: async ({ addr }) => ({ peer: (await libp2p.dial(multiaddr(addr))).remotePeer.toString() }),
-      ping: async ({ peer }) => ({ ms: await libp2p.services.ping.ping(connection(peer).remotePeer) }),
+      ping: async ({ peer }) => {
+        try {
+          return { ms: await libp2p.services.ping.ping(connection(peer).remotePeer) }
+        } catch (error) {
+          // One ping at a time, and libp2p's own watch over its connections sends some.
+          if (error.name !== 'TooManyOutboundProtocolStreamsError') throw error
+          return NOT_YET
+        }
+      },
       identify: async ({ peer }) => {
         const { agentVersion, protocols } = await libp2p.services.identify.identify(connection(peer))
         return { agent: agentVersion, protocols }

@@ -1,4 +1,4 @@
-"""py-libp2p, on TCP, as `cargo xtask interop` starts it."""
+"""py-libp2p, on TCP and QUIC, as `cargo xtask interop` starts it."""
 import os
 import sys
 import time
@@ -22,16 +22,18 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 PORT = 14003
+ADDRESSES = [f"/ip4/127.0.0.1/tcp/{PORT}", f"/ip4/127.0.0.1/udp/{PORT}/quic-v1"]
 PATIENCE_S = 15
 
 
 async def main():
     settings()
-    host = new_host(key_pair=create_new_key_pair(os.urandom(32)))
+    listen = [Multiaddr(address) for address in ADDRESSES]
+    host = new_host(key_pair=create_new_key_pair(os.urandom(32)), listen_addrs=listen)
     router = GossipSub([TProtocol("/meshsub/1.1.0"), TProtocol("/meshsub/1.0.0")], degree=3, degree_low=1, degree_high=8)
     pubsub = Pubsub(host, router, strict_signing=True)
     topics = {}
-    async with host.run(listen_addrs=[Multiaddr(f"/ip4/127.0.0.1/tcp/{PORT}")]), trio.open_nursery() as nursery:
+    async with host.run(listen_addrs=listen), trio.open_nursery() as nursery:
         bitswap = BitswapClient(host)
         bitswap.set_nursery(nursery)
         await bitswap.start()
@@ -101,7 +103,7 @@ async def main():
         async with background_trio_service(pubsub), background_trio_service(router), background_trio_service(dht):
             await pubsub.wait_until_ready()
             peer = str(host.get_id())
-            say({"peer": peer, "addresses": [f"/ip4/127.0.0.1/tcp/{PORT}/p2p/{peer}"]})
+            say({"peer": peer, "addresses": [f"{address}/p2p/{peer}" for address in ADDRESSES]})
             while line := await trio.to_thread.run_sync(sys.stdin.readline):
                 say(await trio.to_thread.run_sync(answer, ops, line))
             os._exit(0)
