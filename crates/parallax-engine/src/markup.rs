@@ -25,6 +25,15 @@ pub enum Part {
     Call(ToolCall),
 }
 
+/// A tool as calls are held to it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToolSchema {
+    /// Its name.
+    pub name: String,
+    /// JSON schema of its arguments.
+    pub arguments: serde_json::Value,
+}
+
 /// What to look for in an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MarkupOptions {

@@ -4,6 +4,7 @@
 //! A grammar is compiled once per request; every answer follows a copy of the compiled state. White space between the
 //! elements of JSON is limited, because a model that may write spaces for ever sometimes does.
 
+mod calls;
 mod formats;
 
 use std::fmt;
@@ -15,6 +16,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
 use crate::constraint::{Constraint, ConstraintState};
+use crate::markup::{Dialect, ToolSchema};
 
 /// White space that may stand between two elements of a JSON text.
 const JSON_SPACE: &str = "[ \\n]{0,16}";
@@ -27,8 +29,6 @@ const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
 pub enum GrammarSpec {
     /// JSON that is valid under this schema.
     JsonSchema(Value),
-    /// The same, behind a few spaces or line ends.
-    SpacedJsonSchema(Value),
     /// A JSON object.
     JsonObject,
     /// A text that matches this regular expression as a whole.
@@ -122,10 +122,6 @@ impl Grammars {
     pub fn compile(&self, spec: &GrammarSpec) -> Result<Arc<dyn Constraint>, GrammarError> {
         let grammar = match spec {
             GrammarSpec::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_space(schema)),
-            GrammarSpec::SpacedJsonSchema(schema) => TopLevelGrammar::from_lark(format!(
-                "start: /[ \\n]{{0,4}}/ value\nvalue: %json {}",
-                with_space(schema)
-            )),
             GrammarSpec::JsonObject => {
                 TopLevelGrammar::from_json_schema(with_space(&json!({"type": "object"})))
             }
@@ -159,9 +155,27 @@ impl Grammars {
         self.marked(constraint, marker, false)
     }
 
-    /// A constraint on what follows `marker`, every time that it comes; what comes before, between and behind is free.
-    pub fn after_each(&self, constraint: Arc<dyn Constraint>, marker: &str) -> Arc<dyn Constraint> {
-        self.marked(constraint, marker, true)
+    /// A constraint to one call of one of these tools, as an object `{"name", "arguments"}`.
+    ///
+    /// # Errors
+    /// A schema that cannot be followed.
+    pub fn call(&self, tools: &[ToolSchema]) -> Result<Arc<dyn Constraint>, GrammarError> {
+        self.compile(&GrammarSpec::Grammar(calls::object_grammar(tools)))
+    }
+
+    /// A constraint on every call that an answer makes of these tools, as `dialect` writes calls; what comes before, between
+    /// and behind them is free.
+    ///
+    /// # Errors
+    /// A schema that cannot be followed.
+    pub fn calls(&self, dialect: Dialect, tools: &[ToolSchema]) -> Result<Arc<dyn Constraint>, GrammarError> {
+        let trie = self.factory.tok_env().tok_trie();
+        let grammar = calls::grammar(dialect, tools, |text| trie.get_special_token(text));
+        let compiled = self.compile(&GrammarSpec::Grammar(grammar.lark))?;
+        Ok(match grammar.marker {
+            Some(marker) => self.marked(compiled, marker, true),
+            None => compiled,
+        })
     }
 
     fn marked(&self, constraint: Arc<dyn Constraint>, marker: &str, repeats: bool) -> Arc<dyn Constraint> {
@@ -478,32 +492,28 @@ mod tests {
     }
 
     #[test]
-    fn a_form_behind_each_marker_leaves_the_rest_free() {
+    fn calls_are_held_each_time_and_the_rest_is_free() {
         let grammars = bytes();
-        let schema = json!({"type": "object", "required": ["a"], "additionalProperties": false,
-                            "properties": {"a": {"enum": [1]}}});
-        let call = grammars.compile(&GrammarSpec::SpacedJsonSchema(schema)).unwrap();
-        let mut state = grammars.after_each(call, "<c>").start();
+        let arguments = json!({"type": "object", "required": ["a"], "additionalProperties": false,
+                               "properties": {"a": {"enum": [1]}}});
+        let tool = ToolSchema { name: "f".into(), arguments };
+        let mut state = grammars.calls(Dialect::Hermes, &[tool]).unwrap().start();
         let allowed = |state: &mut Box<dyn ConstraintState>| {
             let mut logits = vec![0.0; 257];
             state.mask(&mut logits).unwrap();
             (0..257).filter(|id| logits[*id] == 0.0).collect::<Vec<_>>()
         };
         for _ in 0..2 {
-            for byte in b"free <c" {
+            for byte in b"free <tool_call" {
                 assert_eq!(allowed(&mut state).len(), 257, "anything, and the end too");
                 state.accept(u32::from(*byte)).unwrap();
             }
-            for byte in b">\n{\"a\":1" {
+            for byte in b">\n{\"name\": \"f\", \"arguments\": {\"a\":1}" {
                 assert!(allowed(&mut state).contains(&usize::from(*byte)), "{}", char::from(*byte));
                 state.accept(u32::from(*byte)).unwrap();
             }
             let ends = allowed(&mut state);
-            assert!(
-                ends.contains(&usize::from(b'}'))
-                    && !ends.contains(&256)
-                    && !ends.contains(&usize::from(b'2'))
-            );
+            assert!(ends.contains(&usize::from(b'}')) && !ends.contains(&256) && !ends.contains(&usize::from(b'2')));
             state.accept(u32::from(b'}')).unwrap();
             assert!(!state.is_complete());
         }

@@ -71,8 +71,8 @@ fn read(
         format,
         adapter,
         markup: Some(server.markup(&tools, prompt.in_reasoning)),
-        single_call: tools.single || tools.forced_schema().is_some(),
-        held_calls: server.held_calls(&tools)?,
+        single_call: tools.single || tools.is_forced(),
+        held_calls: tools.held_calls(),
         text_arguments: tools.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };

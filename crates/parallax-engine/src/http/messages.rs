@@ -68,8 +68,8 @@ fn read(
     let ask = Ask {
         adapter: asked.adapter,
         markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
-        single_call: asked.tools.single || asked.tools.forced_schema().is_some(),
-        held_calls: server.held_calls(&asked.tools)?,
+        single_call: asked.tools.single || asked.tools.is_forced(),
+        held_calls: asked.tools.held_calls(),
         text_arguments: asked.tools.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };

@@ -97,8 +97,8 @@ fn read(
         format: form,
         adapter,
         markup: Some(server.markup(&offered, prompt.in_reasoning)),
-        single_call: offered.single || offered.forced_schema().is_some(),
-        held_calls: server.held_calls(&offered)?,
+        single_call: offered.single || offered.is_forced(),
+        held_calls: offered.held_calls(),
         text_arguments: offered.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };

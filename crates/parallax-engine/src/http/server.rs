@@ -185,7 +185,7 @@ impl Server {
             tools: tools.are_offered(),
             reasoning: true,
             in_reasoning,
-            forced_call: tools.forced_schema().is_some(),
+            forced_call: tools.is_forced(),
         }
     }
 
@@ -265,23 +265,6 @@ impl Server {
         Ok(Job { generations, seat: entry.seat })
     }
 
-    /// What sampling holds the calls of an answer to.
-    ///
-    /// # Errors
-    /// 400 for strict tools where calls are not written as one JSON object behind a marker.
-    pub(super) fn held_calls(&self, tools: &Tools) -> Result<HeldCalls, ApiError> {
-        if let Some(schema) = tools.forced_schema() {
-            return Ok(HeldCalls::Whole(schema));
-        }
-        let Some(schema) = tools.strict_schema() else { return Ok(HeldCalls::Free) };
-        if self.dialect.object_call_marker().is_none() {
-            let why = "tools: \"strict\" cannot be kept for the way in which this model writes calls; leave it out, or use \
-                       tool_choice to ask for a call";
-            return Err(ApiError::invalid(Some("tools"), why));
-        }
-        Ok(HeldCalls::Each(schema))
-    }
-
     #[cfg(not(feature = "structured"))]
     fn constraint(&self, ask: &Ask) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
         let field = match (&ask.format, &ask.held_calls) {
@@ -296,17 +279,24 @@ impl Server {
 
     #[cfg(feature = "structured")]
     fn constraint(&self, ask: &Ask) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
+        use crate::markup::ToolSchema;
         use crate::structured::{GrammarSpec, Grammars};
 
         use super::format::Form;
-        let (field, spec) = match (&ask.format, &ask.held_calls) {
+        /// What sampling follows.
+        enum Held<'a> {
+            Form(GrammarSpec),
+            Call(&'a [ToolSchema]),
+            Calls(&'a [ToolSchema]),
+        }
+        let (field, held) = match (&ask.format, &ask.held_calls) {
             (None, HeldCalls::Free) => return Ok(None),
             (Some(format), HeldCalls::Whole(_)) => {
                 let why = format!("tool_choice asks for a call and {} for a form: use one", format.field);
                 return Err(ApiError::invalid(Some("tool_choice"), why));
             }
-            (None, HeldCalls::Whole(schema)) => ("tool_choice", GrammarSpec::JsonSchema(schema.clone())),
-            (None, HeldCalls::Each(schema)) => ("tools", GrammarSpec::SpacedJsonSchema(schema.clone())),
+            (None, HeldCalls::Whole(tools)) => ("tool_choice", Held::Call(tools)),
+            (None, HeldCalls::Each(tools)) => ("tools", Held::Calls(tools)),
             // Inside the form there is no place for a call.
             (Some(format), HeldCalls::Free | HeldCalls::Each(_)) => {
                 let spec = match &format.form {
@@ -316,7 +306,7 @@ impl Server {
                     Form::Grammar(grammar) => GrammarSpec::Grammar(grammar.clone()),
                     Form::Choice(choices) => GrammarSpec::Choice(choices.clone()),
                 };
-                (format.field, spec)
+                (format.field, Held::Form(spec))
             }
         };
         let grammars = self.grammars.get_or_init(|| {
@@ -325,11 +315,12 @@ impl Server {
         });
         let grammars =
             grammars.as_ref().map_err(|why| ApiError::invalid(Some(field), format!("{field}: {why}")))?;
-        let mut compiled =
-            grammars.compile(&spec).map_err(|e| ApiError::invalid(Some(field), format!("{field}: {e}")))?;
-        if let (GrammarSpec::SpacedJsonSchema(_), Some(marker)) = (&spec, self.dialect.object_call_marker()) {
-            compiled = grammars.after_each(compiled, marker);
-        }
+        let compiled = match held {
+            Held::Form(spec) => grammars.compile(&spec),
+            Held::Call(tools) => grammars.call(tools),
+            Held::Calls(tools) => grammars.calls(self.dialect, tools),
+        };
+        let compiled = compiled.map_err(|e| ApiError::invalid(Some(field), format!("{field}: {e}")))?;
         // Thoughts that the prompt has opened are free; the form begins behind them.
         let in_reasoning = ask.markup.is_some_and(|markup| markup.in_reasoning);
         Ok(Some(if in_reasoning { grammars.after(compiled, "</think>") } else { compiled }))

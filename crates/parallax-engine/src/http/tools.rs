@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
+use crate::markup::ToolSchema;
 
 /// Tools of a request.
 const MAX_TOOLS: usize = 128;
@@ -21,16 +22,16 @@ pub(super) struct Tool {
     pub strict: bool,
 }
 
-/// What sampling holds calls to: objects `{"name", "arguments"}` of a schema.
+/// What sampling holds calls to.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) enum HeldCalls {
     /// Nothing.
     #[default]
     Free,
-    /// The answer is one call.
-    Whole(Value),
-    /// Every call that the answer makes.
-    Each(Value),
+    /// The answer is an object `{"name", "arguments"}`: one call of one of these.
+    Whole(Vec<ToolSchema>),
+    /// Every call that the answer makes, as the model writes calls, is one of these.
+    Each(Vec<ToolSchema>),
 }
 
 /// Whether tools are called.
@@ -113,50 +114,30 @@ impl Tools {
         self.tools.iter().map(of_tool).collect()
     }
 
-    /// The schema that the answer must follow when a call is asked for: `{"name", "arguments"}`.
-    pub(super) fn forced_schema(&self) -> Option<Value> {
-        let wanted: Vec<&Tool> = match &self.choice {
-            ToolChoice::Required => self.tools.iter().collect(),
-            ToolChoice::Named(name) => self.tools.iter().filter(|tool| tool.name == *name).collect(),
-            ToolChoice::None | ToolChoice::Auto => return None,
-        };
-        Some(call_schema(wanted.into_iter().map(|tool| (tool, true))))
+    /// The answer is one call and nothing else.
+    pub(super) fn is_forced(&self) -> bool {
+        matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_))
     }
 
-    /// The schema of the calls that a model may make when it makes any, if some tool asks for that.
-    pub(super) fn strict_schema(&self) -> Option<Value> {
-        let held = self.are_offered()
-            && self.choice == ToolChoice::Auto
-            && self.tools.iter().any(|tool| tool.strict);
-        held.then(|| call_schema(self.tools.iter().map(|tool| (tool, tool.strict))))
-    }
-}
-
-/// A call of one of these tools, with arguments by its schema or any object.
-fn call_schema<'a>(tools: impl Iterator<Item = (&'a Tool, bool)>) -> Value {
-    // References inside a tool's schema lead to its own definitions; they move to the root.
-    let mut definitions = serde_json::Map::new();
-    let alternatives: Vec<Value> = tools
-        .map(|(tool, held)| {
-            let mut parameters = if held { tool.parameters.clone() } else { json!({"type": "object"}) };
-            for name in ["$defs", "definitions"] {
-                if let Some(Value::Object(inner)) = parameters.as_object_mut().and_then(|p| p.remove(name)) {
-                    let all = definitions.entry(name).or_insert_with(|| json!({}));
-                    all.as_object_mut().expect("made an object above").extend(inner);
-                }
+    /// What sampling holds the calls of an answer to.
+    pub(super) fn held_calls(&self) -> HeldCalls {
+        let any = json!({"type": "object"});
+        let held = |tool: &Tool, by: &Value| ToolSchema { name: tool.name.clone(), arguments: by.clone() };
+        match &self.choice {
+            ToolChoice::Required => {
+                HeldCalls::Whole(self.tools.iter().map(|tool| held(tool, &tool.parameters)).collect())
             }
-            json!({"type": "object", "required": ["name", "arguments"], "additionalProperties": false,
-                "properties": {"name": {"const": tool.name}, "arguments": parameters}})
-        })
-        .collect();
-    let mut schema = match <[Value; 1]>::try_from(alternatives) {
-        Ok([one]) => one,
-        Err(several) => json!({"anyOf": several}),
-    };
-    for (name, inner) in definitions {
-        schema[name] = inner;
+            ToolChoice::Named(name) => {
+                let wanted = self.tools.iter().filter(|tool| tool.name == *name);
+                HeldCalls::Whole(wanted.map(|tool| held(tool, &tool.parameters)).collect())
+            }
+            ToolChoice::Auto if self.tools.iter().any(|tool| tool.strict) => {
+                let schema = |tool: &Tool| held(tool, if tool.strict { &tool.parameters } else { &any });
+                HeldCalls::Each(self.tools.iter().map(schema).collect())
+            }
+            ToolChoice::None | ToolChoice::Auto => HeldCalls::Free,
+        }
     }
-    schema
 }
 
 /// OpenAI's chat shape: `{"type": "function", "function": {"name", "description", "parameters"}}`; the responses shape has
@@ -291,7 +272,7 @@ mod tests {
         let chat = tools(&chat).unwrap();
         assert_eq!(chat, tools(&responses).unwrap());
         assert_eq!(chat, anthropic(&Fields::of(&messages, "").unwrap()).unwrap());
-        assert_eq!(chat.forced_schema().unwrap()["properties"]["name"]["const"], "w");
+        assert_eq!(chat.held_calls(), HeldCalls::Whole(vec![ToolSchema { name: "w".into(), arguments: schema }]));
         assert_eq!(chat.for_template()[0]["function"]["name"], "w");
     }
 
@@ -300,24 +281,15 @@ mod tests {
         let schema = json!({"type": "object", "properties": {"c": {"type": "string"}}});
         let tool = |name: &str, strict: bool| json!({"type": "function", "function": {"name": name, "parameters": schema, "strict": strict}});
         let body = json!({"tools": [tool("a", true), tool("b", false)]});
-        let held = tools(&body).unwrap().strict_schema().unwrap();
-        assert_eq!(held["anyOf"][0]["properties"]["arguments"], schema);
-        assert_eq!(held["anyOf"][1]["properties"]["arguments"], json!({"type": "object"}));
-        assert_eq!(tools(&json!({"tools": [tool("b", false)]})).unwrap().strict_schema(), None);
-        let never = json!({"tools": [tool("a", true)], "tool_choice": "none"});
-        assert_eq!(tools(&never).unwrap().strict_schema(), None);
-    }
-
-    #[test]
-    fn definitions_move_to_the_root_of_a_forced_schema() {
-        let tool = |name: &str| {
-            json!({"type": "function", "function": {"name": name, "parameters": {"type": "object",
-                "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "string"}}}}})
-        };
-        let body = json!({"tools": [tool("a"), tool("b")], "tool_choice": "required"});
-        let schema = tools(&body).unwrap().forced_schema().unwrap();
-        assert_eq!(schema["$defs"]["P"]["type"], "string");
-        assert_eq!(schema["anyOf"].as_array().unwrap().len(), 2);
+        let HeldCalls::Each(held) = tools(&body).unwrap().held_calls() else { panic!("each call is held") };
+        assert_eq!((&held[0].arguments, &held[1].arguments), (&schema, &json!({"type": "object"})));
+        let free = [
+            json!({"tools": [tool("b", false)]}),
+            json!({"tools": [tool("a", true)], "tool_choice": "none"}),
+        ];
+        for body in free {
+            assert_eq!(tools(&body).unwrap().held_calls(), HeldCalls::Free);
+        }
     }
 
     #[test]

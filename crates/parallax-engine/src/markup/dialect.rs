@@ -95,11 +95,6 @@ impl Dialect {
         }
     }
 
-    /// What stands before a call that is one object `{"name", "arguments"}`, where calls are written so.
-    pub fn object_call_marker(self) -> Option<&'static str> {
-        (self == Self::Hermes).then(|| CallSyntax::Hermes.opening())
-    }
-
     pub(super) fn calls_are_whole_answers(self) -> bool {
         self == Self::Llama3
     }
