@@ -52,7 +52,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             step_tokens: 128,
-            step_ms: 80,
+            step_ms: 60,
             running_sequences: 64,
             queued_requests: 1024,
             on_swap: OnSwap::default(),

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use swarm_wire::{PolicyVersion, RequestId};
 
+use crate::adapter_file::AdapterFile;
 use crate::batch::{Batch, StageOutput, Tensor};
 use crate::batching::Scheduler;
 use crate::config::{EngineConfig, OnSwap};
@@ -246,8 +247,8 @@ impl Engine {
     /// # Errors
     /// The first that does not fit, by name; `runner` is of no use then.
     pub fn hand_adapters_to(&self, runner: &mut dyn StageRunner) -> Result<(), StageError> {
-        for (id, bytes) in self.adapters.all() {
-            runner.add_adapter(id, bytes).map_err(|error| {
+        for (id, adapter) in self.adapters.all() {
+            runner.add_adapter(id, adapter).map_err(|error| {
                 let name = self.adapters.name_of(id).unwrap_or("of a request in flight");
                 StageError::NotReady {
                     reason: format!(
@@ -267,11 +268,11 @@ impl Engine {
         &mut self,
         runner: &mut dyn StageRunner,
         name: &str,
-        bytes: &[u8],
+        adapter: AdapterFile,
     ) -> Result<(), StageError> {
         let id = self.adapters.next_id();
-        runner.add_adapter(id, bytes)?;
-        self.adapters.insert(name, id, bytes);
+        runner.add_adapter(id, &adapter)?;
+        self.adapters.insert(name, id, adapter);
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! peers), and tokens come back as events. The same request gives the same bits whatever runs beside it.
 //!
 //! ```
-//! use parallax_engine::{Batch, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor};
+//! use parallax_engine::{AdapterFile, Batch, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor};
 //! use parallax_engine::{Engine, EngineConfig, Request};
 //! # use swarm_wire::{LayerRange, PolicyVersion};
 //!
@@ -24,7 +24,7 @@
 //!         }
 //!         Ok(StageOutput { hidden: None, logits: Some(Tensor::from_f32(&[rows.len(), 8], logits)) })
 //!     }
-//!     # fn set_adapter(&mut self, _: PolicyVersion, _: Option<&[u8]>) -> Result<(), StageError> { Ok(()) }
+//!     # fn set_adapter(&mut self, _: PolicyVersion, _: Option<&AdapterFile>) -> Result<(), StageError> { Ok(()) }
 //!     # fn log_softmax(&self) -> LogSoftmax { |logits| {
 //!     #     let sum: f32 = logits.iter().map(|l| l.exp()).sum();
 //!     #     logits.iter().map(|l| l - sum.ln()).collect()
@@ -58,6 +58,7 @@
 #[cfg(test)]
 extern crate self as parallax_engine;
 
+mod adapter_file;
 pub mod batch;
 pub mod batching;
 pub mod config;
@@ -86,6 +87,7 @@ pub mod stop_strings;
 pub mod structured;
 pub mod tap;
 
+pub use adapter_file::{AdapterFile, AdapterParser};
 pub use batch::{Batch, BatchSequence, PageCopy, StageOutput, Tensor, Want};
 pub use config::{EngineConfig, OnSwap};
 pub use constraint::{Constraint, ConstraintState};

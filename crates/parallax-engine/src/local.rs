@@ -1,6 +1,10 @@
 //! Stages on this machine: one `parallax_model::Stage`, or several in a chain. The chain gives the bits of the whole.
 
+use std::any::Any;
+use std::borrow::Cow;
+use std::fmt::Display;
 use std::ops::Range;
+use std::sync::Arc;
 
 use parallax_model::{
     Adapter, Checkpoint, ForwardBatch, LoadError, LoadOptions, SequenceRows, Stage, StageInput,
@@ -8,6 +12,7 @@ use parallax_model::{
 };
 use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
 
+use crate::adapter_file::{AdapterFile, AdapterParser};
 use crate::batch::{Batch, StageOutput, Tensor, Want};
 use crate::error::StageError;
 use crate::stage::{LogSoftmax, StageRunner, StageShape};
@@ -135,27 +140,22 @@ impl LocalStage {
             logits: (!wanted.is_empty()).then(|| Tensor::from_f32(&[wanted.len(), vocab], output.logits)),
         }
     }
+}
 
-    fn apply_adapter(&mut self, version: PolicyVersion, adapter: Option<&Adapter>) -> Result<(), StageError> {
-        self.stage.set_adapter(adapter).map_err(|e| StageError::Adapter { version, reason: e.to_string() })
+/// What was read before, or is read now.
+fn parsed(file: &AdapterFile) -> Result<Cow<'_, Adapter>, String> {
+    match file.parsed::<Adapter>() {
+        Some(adapter) => Ok(Cow::Borrowed(adapter)),
+        None => Adapter::from_bytes(file).map(Cow::Owned).map_err(|e| e.to_string()),
     }
 }
 
-/// A resident adapter out of its bytes.
-fn resident(bytes: &[u8]) -> Result<Adapter, StageError> {
-    Adapter::from_bytes(bytes).map_err(|e| misfit(&e))
+fn parse(bytes: &[u8]) -> Result<Arc<dyn Any + Send + Sync>, String> {
+    Adapter::from_bytes(bytes).map(|adapter| Arc::new(adapter) as Arc<_>).map_err(|e| e.to_string())
 }
 
-fn misfit(error: &dyn std::error::Error) -> StageError {
-    StageError::NotReady { reason: format!("the adapter does not fit: {error}") }
-}
-
-fn parse_adapter(version: PolicyVersion, adapter: Option<&[u8]>) -> Result<Option<Adapter>, StageError> {
-    adapter
-        .map(|bytes| {
-            Adapter::from_bytes(bytes).map_err(|e| StageError::Adapter { version, reason: e.to_string() })
-        })
-        .transpose()
+fn misfit(reason: impl Display) -> StageError {
+    StageError::NotReady { reason: format!("the adapter does not fit: {reason}") }
 }
 
 impl StageRunner for LocalStage {
@@ -175,12 +175,22 @@ impl StageRunner for LocalStage {
         Ok(self.pack(batch, output))
     }
 
-    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
-        self.apply_adapter(version, parse_adapter(version, adapter)?.as_ref())
+    fn set_adapter(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
+        let wrong = |reason| StageError::Adapter { version, reason };
+        let adapter = adapter.map(parsed).transpose().map_err(wrong)?;
+        self.stage.set_adapter(adapter.as_deref()).map_err(|e| wrong(e.to_string()))
     }
 
-    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
-        self.stage.add_adapter(id, &resident(adapter)?).map_err(|e| misfit(&e))
+    fn adapter_parser(&self) -> Option<AdapterParser> {
+        Some(parse)
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
+        self.stage.add_adapter(id, &*parsed(adapter).map_err(misfit)?).map_err(misfit)
     }
 
     fn remove_adapter(&mut self, id: u32) {
@@ -265,21 +275,30 @@ impl StageRunner for Pipeline {
         Ok(last.pack(batch, output))
     }
 
-    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
-        let adapter = parse_adapter(version, adapter)?;
+    fn set_adapter(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
+        let wrong = |reason| StageError::Adapter { version, reason };
+        let adapter = adapter.map(parsed).transpose().map_err(wrong)?;
         if let Some(adapter) = &adapter {
             // Before the first stage changes: no half-changed pipeline.
-            let config = self.stages[0].stage.config();
-            adapter.check(config).map_err(|e| StageError::Adapter { version, reason: e.to_string() })?;
+            adapter.check(self.stages[0].stage.config()).map_err(|e| wrong(e.to_string()))?;
         }
-        self.stages.iter_mut().try_for_each(|stage| stage.apply_adapter(version, adapter.as_ref()))
+        let mut stages = self.stages.iter_mut().map(|s| &mut s.stage);
+        stages.try_for_each(|stage| stage.set_adapter(adapter.as_deref())).map_err(|e| wrong(e.to_string()))
     }
 
-    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
-        let adapter = resident(adapter)?;
+    fn adapter_parser(&self) -> Option<AdapterParser> {
+        Some(parse)
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
+        let adapter = parsed(adapter).map_err(misfit)?;
         // Before the first stage changes: no half-changed pipeline.
-        adapter.check(self.stages[0].stage.config()).map_err(|e| misfit(&e))?;
-        self.stages.iter_mut().try_for_each(|s| s.stage.add_adapter(id, &adapter).map_err(|e| misfit(&e)))
+        adapter.check(self.stages[0].stage.config()).map_err(misfit)?;
+        self.stages.iter_mut().try_for_each(|s| s.stage.add_adapter(id, &adapter)).map_err(misfit)
     }
 
     fn remove_adapter(&mut self, id: u32) {

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use swarm_wire::{PolicyVersion, RequestId};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::adapter_file::{AdapterFile, AdapterParser};
 use crate::config::{EngineConfig, OnSwap};
 use crate::engine::Engine;
 use crate::error::{ConfigError, Failure, RequestError, StageError};
@@ -57,6 +58,7 @@ struct Shared {
     aborted: Mutex<BTreeSet<RequestId>>,
     metrics: Mutex<EngineMetrics>,
     adapters: Mutex<BTreeSet<String>>,
+    adapter_parser: Option<AdapterParser>,
 }
 
 type Reply = oneshot::Sender<Result<(), StageError>>;
@@ -72,7 +74,7 @@ enum Command {
     Swap(Swap),
     AddAdapter {
         name: String,
-        adapter: Vec<u8>,
+        adapter: AdapterFile,
         reply: Reply,
     },
     RemoveAdapter {
@@ -91,7 +93,7 @@ struct Swap {
 
 enum Weights {
     /// The runner's own adapter; `None` is the base model.
-    Adapter(Option<Vec<u8>>),
+    Adapter(Option<AdapterFile>),
     /// All of them: another runner, loaded while the old one served.
     Runner(Box<dyn StageRunner>),
 }
@@ -151,6 +153,7 @@ impl EngineHandle {
             aborted: Mutex::default(),
             metrics: Mutex::new(engine.metrics()),
             adapters: Mutex::default(),
+            adapter_parser: runner.adapter_parser(),
             on_swap,
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
@@ -284,6 +287,12 @@ impl EngineHandle {
         adapter: Option<Vec<u8>>,
         on_swap: OnSwap,
     ) -> Result<(), StageError> {
+        let adapter = match adapter {
+            Some(bytes) => {
+                Some(self.read(bytes).await.map_err(|reason| StageError::Adapter { version, reason })?)
+            }
+            None => None,
+        };
         self.swap(version, Weights::Adapter(adapter), on_swap)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -296,6 +305,8 @@ impl EngineHandle {
         version: PolicyVersion,
         adapter: Option<Vec<u8>>,
     ) -> Result<(), StageError> {
+        let adapter = adapter.map(|bytes| self.read_here(bytes)).transpose();
+        let adapter = adapter.map_err(|reason| StageError::Adapter { version, reason })?;
         self.swap(version, Weights::Adapter(adapter), self.shared.on_swap)?
             .blocking_recv()
             .unwrap_or_else(|_| Err(stopped()))
@@ -348,6 +359,7 @@ impl EngineHandle {
     /// # Errors
     /// An adapter that does not fit, a runner that holds one at a time, or an engine that has stopped.
     pub async fn add_adapter(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
+        let adapter = self.read(adapter).await.map_err(misfit)?;
         self.send_adapter(name, adapter)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -356,6 +368,7 @@ impl EngineHandle {
     /// # Errors
     /// As [`Self::add_adapter`].
     pub fn add_adapter_blocking(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
+        let adapter = self.read_here(adapter).map_err(misfit)?;
         self.send_adapter(name, adapter)?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -380,10 +393,26 @@ impl EngineHandle {
         self.shared.adapters.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Reads an adapter on a thread of its own: neither the engine nor the caller's runtime waits.
+    async fn read(&self, bytes: Vec<u8>) -> Result<AdapterFile, String> {
+        let (reply, read) = oneshot::channel();
+        let handle = self.clone();
+        let thread = std::thread::Builder::new().name("adapter-reader".into());
+        thread.spawn(move || reply.send(handle.read_here(bytes))).map_err(|e| e.to_string())?;
+        read.await.unwrap_or_else(|_| Err("its reader has stopped".to_owned()))
+    }
+
+    fn read_here(&self, bytes: Vec<u8>) -> Result<AdapterFile, String> {
+        match self.shared.adapter_parser {
+            Some(parser) => AdapterFile::parsed_by(bytes, parser),
+            None => Ok(AdapterFile::new(bytes)),
+        }
+    }
+
     fn send_adapter(
         &self,
         name: &str,
-        adapter: Vec<u8>,
+        adapter: AdapterFile,
     ) -> Result<oneshot::Receiver<Result<(), StageError>>, StageError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::AddAdapter { name: name.to_owned(), adapter, reply })?;
@@ -415,6 +444,10 @@ impl EngineHandle {
             TrySendError::Disconnected(_) => stopped(),
         })
     }
+}
+
+fn misfit(reason: String) -> StageError {
+    StageError::NotReady { reason: format!("the adapter does not fit: {reason}") }
 }
 
 fn stopped() -> StageError {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use swarm_wire::{LayerRange, PolicyVersion, RequestId};
 
+use crate::adapter_file::{AdapterFile, AdapterParser};
 use crate::batch::{Batch, StageOutput, Tensor};
 use crate::error::StageError;
 
@@ -68,18 +69,27 @@ pub trait StageRunner: Send {
     /// may call again with new ones.
     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError>;
 
-    /// Replaces the adapter from the next forward pass on; `None` is the base model. Bytes are a PEFT safetensors file.
+    /// Replaces the adapter from the next forward pass on; `None` is the base model.
     ///
     /// # Errors
     /// An adapter that does not fit; the old one stays.
-    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError>;
+    fn set_adapter(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError>;
+
+    /// What reads adapters for this runner before it takes them up; without one it reads them then.
+    fn adapter_parser(&self) -> Option<AdapterParser> {
+        None
+    }
 
     /// Makes an adapter resident under `id`, beside what [`Self::set_adapter`] installed; rows name it with
-    /// [`crate::BatchSequence::adapter`]. Bytes are a PEFT safetensors file; numbers begin at 1.
+    /// [`crate::BatchSequence::adapter`]. Numbers begin at 1.
     ///
     /// # Errors
     /// An adapter that does not fit, or a runner that holds one adapter at a time.
-    fn add_adapter(&mut self, _id: u32, _adapter: &[u8]) -> Result<(), StageError> {
+    fn add_adapter(&mut self, _id: u32, _adapter: &AdapterFile) -> Result<(), StageError> {
         Err(StageError::NotReady {
             reason: "this runner holds one adapter at a time; swap it instead".into(),
         })

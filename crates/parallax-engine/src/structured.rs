@@ -513,7 +513,11 @@ mod tests {
                 state.accept(u32::from(*byte)).unwrap();
             }
             let ends = allowed(&mut state);
-            assert!(ends.contains(&usize::from(b'}')) && !ends.contains(&256) && !ends.contains(&usize::from(b'2')));
+            assert!(
+                ends.contains(&usize::from(b'}'))
+                    && !ends.contains(&256)
+                    && !ends.contains(&usize::from(b'2'))
+            );
             state.accept(u32::from(b'}')).unwrap();
             assert!(!state.is_complete());
         }

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use parallax_engine::batching::LOGITS_BYTES;
 use parallax_engine::speculate::DraftQuery;
 use parallax_engine::{
-    Completion, Constraint, ConstraintState, DraftModel, Drafter, Engine, EngineConfig, Event, FinishReason,
-    PromptLookup, Request, StageOutput, StageRunner, StageShape, Tensor,
+    AdapterFile, Completion, Constraint, ConstraintState, DraftModel, Drafter, Engine, EngineConfig, Event,
+    FinishReason, PromptLookup, Request, StageOutput, StageRunner, StageShape, Tensor,
 };
 use proptest::prelude::*;
 use swarm_wire::{PolicyVersion, RequestId};
@@ -166,7 +166,7 @@ fn tokens_after_a_swap_carry_the_version_and_are_those_of_the_new_weights_alone(
     let mut completion = Completion::default();
     for step in 0.. {
         if step == 3 {
-            model.set_adapter(PolicyVersion(4), Some(b"new")).unwrap();
+            model.set_adapter(PolicyVersion(4), Some(&AdapterFile::new(*b"new"))).unwrap();
             engine.set_version(PolicyVersion(4));
         }
         let events = engine.step(&mut model);
@@ -189,7 +189,7 @@ fn a_version_that_comes_again_is_not_answered_from_pages_of_other_weights() {
     let mut engine = engine(&model, 64, 4);
     let prompt = vec![7; 11];
     for adapter in [b"one".as_slice(), b"two", b"one"] {
-        model.set_adapter(PolicyVersion(1), Some(adapter)).unwrap();
+        model.set_adapter(PolicyVersion(1), Some(&AdapterFile::new(adapter))).unwrap();
         engine.set_version(PolicyVersion(1));
         let id = engine.add(Request::greedy(prompt.clone(), 5)).unwrap();
         let completion = run(&mut engine, &mut model).remove(&id).unwrap();
@@ -207,7 +207,7 @@ fn prompt_log_probabilities_are_of_one_version_also_when_a_swap_comes_between() 
     for _ in 0..2 {
         assert!(engine.step(&mut model).is_empty(), "the prompt is longer than two steps");
     }
-    model.set_adapter(PolicyVersion(1), Some(b"new")).unwrap();
+    model.set_adapter(PolicyVersion(1), Some(&AdapterFile::new(*b"new"))).unwrap();
     engine.set_version(PolicyVersion(1));
     let swapped = run(&mut engine, &mut model).remove(&id).unwrap();
     let mut fresh = Engine::new(model.shape(), model.log_softmax(), EngineConfig::default()).unwrap();
@@ -368,11 +368,11 @@ fn a_common_beginning_is_computed_once_and_named_by_weights_adapter_and_salt() {
     );
     assert_eq!(cached(&mut engine, &mut model, &|r| r.cache_salt = "mine".into()), (0, plain.clone()));
     assert_eq!(cached(&mut engine, &mut model, &|r| r.cache_salt = "mine".into()), (20, plain.clone()));
-    engine.add_adapter(&mut model, "pirate", b"arr").unwrap();
+    engine.add_adapter(&mut model, "pirate", AdapterFile::new(*b"arr")).unwrap();
     let pirate = toy_greedy(&(0..21).collect::<Vec<_>>(), 3, u64::from(b'a') + 2 * u64::from(b'r'));
     assert_eq!(cached(&mut engine, &mut model, &|r| r.adapter = Some("pirate".into())), (0, pirate.clone()));
     assert_eq!(cached(&mut engine, &mut model, &|r| r.adapter = Some("pirate".into())), (20, pirate));
-    model.set_adapter(PolicyVersion(1), Some(b"v1")).unwrap();
+    model.set_adapter(PolicyVersion(1), Some(&AdapterFile::new(*b"v1"))).unwrap();
     engine.set_version(PolicyVersion(1));
     assert_eq!(cached(&mut engine, &mut model, &|_| ()).0, 0, "pages of other weights never answer");
     assert_eq!(cached(&mut engine, &mut model, &|_| ()).0, 20);
@@ -410,8 +410,8 @@ fn several_answers_to_one_prompt_compute_it_once_and_are_those_of_single_request
 fn adapters_are_chosen_per_request_and_go_when_the_last_one_is_done() {
     let mut model = ToyModel::new(64, 4);
     let mut engine = engine(&model, 64, 4);
-    engine.add_adapter(&mut model, "a", b"a").unwrap();
-    assert!(engine.add_adapter(&mut model, "b", b"bad").is_err());
+    engine.add_adapter(&mut model, "a", AdapterFile::new(*b"a")).unwrap();
+    assert!(engine.add_adapter(&mut model, "b", AdapterFile::new(*b"bad")).is_err());
     let with = |adapter: Option<&str>| Request {
         adapter: adapter.map(str::to_owned),
         ..Request::greedy(vec![1, 2, 3], 6)
@@ -423,7 +423,7 @@ fn adapters_are_chosen_per_request_and_go_when_the_last_one_is_done() {
     for event in engine.step(&mut model) {
         completions.entry(event.request).or_default().take(event.event);
     }
-    engine.add_adapter(&mut model, "a", b"A").unwrap();
+    engine.add_adapter(&mut model, "a", AdapterFile::new(*b"A")).unwrap();
     let new = engine.add(with(Some("a"))).unwrap();
     assert_eq!(model.adapters.len(), 2, "the old one is still in use");
     while engine.is_busy() {
@@ -558,7 +558,7 @@ fn a_limit_cuts_prompts_shorter_and_leaves_every_answer_its_row() {
     engine.step(&mut model);
     engine.add(Request::greedy(vec![3; 300], 4)).unwrap();
     engine.limit_rows(10);
-    assert_eq!(engine.plan().unwrap().0.n_rows(), 20 + 16, "a row for each answer, and some of the prompt");
+    assert_eq!(engine.plan().unwrap().0.n_rows(), 20 + 32, "a row for each answer, and some of the prompt");
 }
 
 proptest! {

@@ -6,8 +6,8 @@
 mod toy;
 
 use parallax_engine::{
-    Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Request, RequestError,
-    StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
+    AdapterFile, Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Request,
+    RequestError, StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
 };
 use swarm_wire::PolicyVersion;
 use toy::{ToyModel, sampled, toy_greedy};
@@ -109,7 +109,7 @@ impl StageRunner for Panics {
     fn forward(&mut self, _: &Batch, _: Tensor) -> Result<StageOutput, StageError> {
         panic!("a bug in a runner");
     }
-    fn set_adapter(&mut self, _: PolicyVersion, _: Option<&[u8]>) -> Result<(), StageError> {
+    fn set_adapter(&mut self, _: PolicyVersion, _: Option<&AdapterFile>) -> Result<(), StageError> {
         Ok(())
     }
     fn log_softmax(&self) -> LogSoftmax {

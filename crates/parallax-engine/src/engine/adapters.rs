@@ -1,8 +1,8 @@
 //! The adapters that requests can name, and those that only running requests still use.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
+use crate::adapter_file::AdapterFile;
 use crate::error::RequestError;
 use crate::sequence::ResidentAdapter;
 
@@ -11,7 +11,7 @@ use crate::sequence::ResidentAdapter;
 pub struct Adapters {
     by_name: BTreeMap<String, ResidentAdapter>,
     /// For the next runner, retired ones too.
-    bytes: BTreeMap<u32, Arc<[u8]>>,
+    files: BTreeMap<u32, AdapterFile>,
     retired: BTreeSet<u32>,
     issued: u32,
 }
@@ -37,9 +37,9 @@ impl Adapters {
         self.issued
     }
 
-    pub(super) fn insert(&mut self, name: &str, id: u32, bytes: &[u8]) {
-        let adapter = ResidentAdapter { id, hash: *blake3::hash(bytes).as_bytes() };
-        self.bytes.insert(id, bytes.into());
+    pub(super) fn insert(&mut self, name: &str, id: u32, file: AdapterFile) {
+        let adapter = ResidentAdapter { id, hash: file.hash() };
+        self.files.insert(id, file);
         if let Some(before) = self.by_name.insert(name.to_owned(), adapter) {
             self.retired.insert(before.id);
         }
@@ -51,9 +51,9 @@ impl Adapters {
         removed.is_some()
     }
 
-    /// All that requests may still pass through: number and bytes.
-    pub(super) fn all(&self) -> impl Iterator<Item = (u32, &[u8])> {
-        self.bytes.iter().map(|(id, bytes)| (*id, &**bytes))
+    /// All that requests may still pass through, by number.
+    pub(super) fn all(&self) -> impl Iterator<Item = (u32, &AdapterFile)> {
+        self.files.iter().map(|(id, file)| (*id, file))
     }
 
     /// What an adapter is called; nothing once it is retired.
@@ -69,7 +69,7 @@ impl Adapters {
     pub(super) fn take_unused(&mut self, used: &BTreeSet<u32>) -> Vec<u32> {
         let unused: Vec<u32> = self.retired.difference(used).copied().collect();
         self.retired.retain(|id| used.contains(id));
-        unused.iter().for_each(|id| drop(self.bytes.remove(id)));
+        unused.iter().for_each(|id| drop(self.files.remove(id)));
         unused
     }
 }

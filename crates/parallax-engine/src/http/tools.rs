@@ -272,7 +272,10 @@ mod tests {
         let chat = tools(&chat).unwrap();
         assert_eq!(chat, tools(&responses).unwrap());
         assert_eq!(chat, anthropic(&Fields::of(&messages, "").unwrap()).unwrap());
-        assert_eq!(chat.held_calls(), HeldCalls::Whole(vec![ToolSchema { name: "w".into(), arguments: schema }]));
+        assert_eq!(
+            chat.held_calls(),
+            HeldCalls::Whole(vec![ToolSchema { name: "w".into(), arguments: schema }])
+        );
         assert_eq!(chat.for_template()[0]["function"]["name"], "w");
     }
 

@@ -113,7 +113,7 @@ impl EngineThread {
             }
             Command::Swap(swap) => self.swap(swap),
             Command::AddAdapter { name, adapter, reply } => {
-                let added = self.engine.add_adapter(&mut *self.runner, &name, &adapter);
+                let added = self.engine.add_adapter(&mut *self.runner, &name, adapter);
                 self.publish_adapters();
                 let _ = reply.send(added);
             }
@@ -134,7 +134,7 @@ impl EngineThread {
     fn swap(&mut self, swap: Swap) {
         let Swap { version, weights, on_swap, reply } = swap;
         let done = match weights {
-            Weights::Adapter(adapter) => self.runner.set_adapter(version, adapter.as_deref()),
+            Weights::Adapter(adapter) => self.runner.set_adapter(version, adapter.as_ref()),
             Weights::Runner(runner) => self.replace(runner),
         };
         if done.is_ok() {

@@ -23,6 +23,7 @@ use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::adapter_file::AdapterFile;
 use crate::batch::{Batch, StageOutput, Tensor};
 use crate::error::StageError;
 use crate::service::stage_server::StageStats;
@@ -67,8 +68,8 @@ pub struct Head {
     tasks: Vec<JoinHandle<()>>,
 }
 
-/// A version and the bytes of its adapter; none is the base model.
-type WantedAdapter = (PolicyVersion, Option<Vec<u8>>);
+/// A version and its adapter; none is the base model.
+type WantedAdapter = (PolicyVersion, Option<AdapterFile>);
 
 #[derive(Clone)]
 enum State {
@@ -305,8 +306,8 @@ pub struct PipelineRunner {
     /// The epoch whose stages know what the encoder says they know.
     link_epoch: Option<u64>,
     adapter_sent: Option<PolicyVersion>,
-    /// Bytes of the resident adapters, for stages that come later.
-    residents: BTreeMap<u32, Vec<u8>>,
+    /// The resident adapters, for stages that come later.
+    residents: BTreeMap<u32, AdapterFile>,
     /// Those that the stages of this epoch have.
     residents_sent: BTreeSet<u32>,
     /// Those that some of them may still have.
@@ -355,10 +356,14 @@ impl StageRunner for PipelineRunner {
         self.output(batch, &reply)
     }
 
-    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
-        check_size(adapter.map_or(0, <[u8]>::len))
+    fn set_adapter(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
+        check_size(adapter.map_or(0, |file| file.len()))
             .map_err(|reason| StageError::Adapter { version, reason })?;
-        let wanted = (version, adapter.map(<[u8]>::to_vec));
+        let wanted = (version, adapter.cloned());
         let old = lock(&self.shared.adapter).replace(wanted);
         self.adapter_sent = None;
         // Taking up the link brings its stages to the wanted adapter.
@@ -370,12 +375,12 @@ impl StageRunner for PipelineRunner {
         sent
     }
 
-    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+    fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
         let fits = if adapter.is_empty() { Err("it is empty".to_owned()) } else { check_size(adapter.len()) };
         fits.map_err(|reason| StageError::NotReady {
             reason: format!("the adapter does not fit: {reason}"),
         })?;
-        self.residents.insert(id, adapter.to_vec());
+        self.residents.insert(id, adapter.clone());
         // Taking up the link brings it to the stages.
         let sent = self.link().map(|_| ());
         if sent.is_err() {
@@ -447,14 +452,14 @@ impl PipelineRunner {
             self.send_adapter(&link, &wanted)?;
         }
         while let Some(&id) = self.residents_gone.first() {
-            self.send_resident(&link, id, &[])?;
+            self.send_resident(&link, id, None)?;
             self.residents_gone.remove(&id);
         }
-        let unsent = |(id, _): &(&u32, &Vec<u8>)| !self.residents_sent.contains(id);
-        let missing: Vec<(u32, Vec<u8>)> =
-            self.residents.iter().filter(unsent).map(|(id, bytes)| (*id, bytes.clone())).collect();
-        for (id, bytes) in missing {
-            self.send_resident(&link, id, &bytes)?;
+        let unsent = |(id, _): &(&u32, &AdapterFile)| !self.residents_sent.contains(id);
+        let missing: Vec<(u32, AdapterFile)> =
+            self.residents.iter().filter(unsent).map(|(id, file)| (*id, file.clone())).collect();
+        for (id, file) in missing {
+            self.send_resident(&link, id, Some(&file))?;
             self.residents_sent.insert(id);
         }
         Ok(link)
@@ -473,30 +478,34 @@ impl PipelineRunner {
         Ok(output)
     }
 
-    fn send_adapter(&mut self, link: &Arc<Link>, (version, bytes): &WantedAdapter) -> Result<(), StageError> {
+    fn send_adapter(&mut self, link: &Arc<Link>, (version, file): &WantedAdapter) -> Result<(), StageError> {
         let version = *version;
         if link.local.is_some()
             && let Some(runner) = lock(&self.shared.local).as_mut()
         {
-            runner.set_adapter(version, bytes.as_deref())?;
+            runner.set_adapter(version, file.as_ref())?;
         }
-        self.send_bytes(link, version, 0, bytes.as_deref().unwrap_or_default())?;
+        self.send_bytes(link, version, 0, file.as_deref().unwrap_or_default())?;
         self.adapter_sent = Some(version);
         Ok(())
     }
 
-    /// A resident adapter to all stages; without bytes it goes.
-    fn send_resident(&mut self, link: &Arc<Link>, id: u32, bytes: &[u8]) -> Result<(), StageError> {
+    /// A resident adapter to all stages; without one it goes.
+    fn send_resident(
+        &mut self,
+        link: &Arc<Link>,
+        id: u32,
+        file: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
         if link.local.is_some()
             && let Some(runner) = lock(&self.shared.local).as_mut()
         {
-            if bytes.is_empty() {
-                runner.remove_adapter(id);
-            } else {
-                runner.add_adapter(id, bytes)?;
+            match file {
+                None => runner.remove_adapter(id),
+                Some(file) => runner.add_adapter(id, file)?,
             }
         }
-        self.send_bytes(link, PolicyVersion(0), id, bytes)
+        self.send_bytes(link, PolicyVersion(0), id, file.map_or(&[], |file| &**file))
     }
 
     fn send_bytes(

@@ -113,7 +113,9 @@ fn object(tools: &[ToolSchema], arguments: &str) -> String {
     let arguments = quoted(&quoted(arguments));
     each(tools, |i, name| {
         let name = quoted(&quoted(name));
-        format!("\"{{\" S \"\\\"name\\\"\" S \":\" S {name} S \",\" S {arguments} S \":\" S args_{i} S \"}}\"")
+        format!(
+            "\"{{\" S \"\\\"name\\\"\" S \":\" S {name} S \",\" S {arguments} S \":\" S args_{i} S \"}}\""
+        )
     })
 }
 

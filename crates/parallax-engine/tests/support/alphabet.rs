@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use parallax_engine::http::{HttpLimits, HttpState, Readiness, Updates, router, serve_until};
 use parallax_engine::{
-    Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner, StageShape, Tensor,
+    AdapterFile, Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner,
+    StageShape, Tensor,
 };
 use parallax_model::{ChatTemplate, Tokenizer};
 use serde_json::{Value, json};
@@ -63,11 +64,15 @@ impl StageRunner for Alphabet {
         })
     }
 
-    fn set_adapter(&mut self, _version: PolicyVersion, _adapter: Option<&[u8]>) -> Result<(), StageError> {
+    fn set_adapter(
+        &mut self,
+        _version: PolicyVersion,
+        _adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
         Ok(())
     }
 
-    fn add_adapter(&mut self, _id: u32, _adapter: &[u8]) -> Result<(), StageError> {
+    fn add_adapter(&mut self, _id: u32, _adapter: &AdapterFile) -> Result<(), StageError> {
         Ok(())
     }
 

@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use parallax_engine::{
-    Batch, LogSoftmax, Request, SamplingParams, StageError, StageOutput, StageRunner, StageShape, Tensor,
+    AdapterFile, AdapterParser, Batch, LogSoftmax, Request, SamplingParams, StageError, StageOutput,
+    StageRunner, StageShape, Tensor,
 };
 use swarm_wire::{LayerRange, PolicyVersion};
 
@@ -106,6 +107,15 @@ pub fn toy_log_softmax(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|l| (f64::from(*l) - sum.ln()) as f32).collect()
 }
 
+/// What an adapter adds: parsed before, or here for who calls the engine without a thread.
+fn salt(adapter: &AdapterFile) -> Result<u64, String> {
+    match adapter.parsed() {
+        Some(salt) => Ok(*salt),
+        None => AdapterFile::parsed_by(&**adapter, ToyModel::new(1, 1).adapter_parser().unwrap())
+            .and_then(|f| salt(&f)),
+    }
+}
+
 impl StageRunner for ToyModel {
     fn shape(&self) -> StageShape {
         self.shape
@@ -164,19 +174,26 @@ impl StageRunner for ToyModel {
         })
     }
 
-    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
-        if adapter == Some(b"bad".as_slice()) {
-            return Err(StageError::Adapter { version, reason: "not an adapter".into() });
-        }
-        self.salt = adapter.map_or(0, |bytes| bytes.iter().map(|b| u64::from(*b)).sum());
+    fn set_adapter(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
+        let wrong = |reason| StageError::Adapter { version, reason };
+        self.salt = adapter.map_or(Ok(0), salt).map_err(wrong)?;
         Ok(())
     }
 
-    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
-        if adapter == b"bad" {
-            return Err(StageError::NotReady { reason: "not an adapter".into() });
-        }
-        self.adapters.insert(id, adapter.iter().map(|b| u64::from(*b)).sum());
+    fn adapter_parser(&self) -> Option<AdapterParser> {
+        Some(|bytes| match bytes {
+            b"bad" => Err("not an adapter".into()),
+            good => Ok(Arc::new(good.iter().map(|b| u64::from(*b)).sum::<u64>())),
+        })
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
+        let salt = salt(adapter).map_err(|reason| StageError::NotReady { reason })?;
+        self.adapters.insert(id, salt);
         Ok(())
     }
 

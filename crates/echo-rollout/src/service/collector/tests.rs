@@ -10,8 +10,8 @@ use lattica_bitswap::{Blocks, MemoryStore};
 use lattica_net::{Identity, NodeConfig};
 use parallax_engine::sampler::Place;
 use parallax_engine::{
-    Batch, EngineConfig, EngineHandle, LogSoftmax, SamplingParams, StageError, StageOutput, StageRunner,
-    StageShape, Tensor,
+    AdapterFile, Batch, EngineConfig, EngineHandle, LogSoftmax, SamplingParams, StageError, StageOutput,
+    StageRunner, StageShape, Tensor,
 };
 use swarm_wire::{LayerRange, RunId};
 use veri_verify::{Answer, Job};
@@ -79,7 +79,7 @@ impl StageRunner for Model {
         })
     }
 
-    fn set_adapter(&mut self, _: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+    fn set_adapter(&mut self, _: PolicyVersion, adapter: Option<&AdapterFile>) -> Result<(), StageError> {
         self.weights = adapter.map_or(self.base, |bytes| f32::from(bytes[0]) + self.base);
         Ok(())
     }

@@ -11,6 +11,7 @@ use swarm_wire::generated::parallax::v1 as pb;
 use tokio::io::AsyncWriteExt;
 
 use super::*;
+use crate::adapter_file::AdapterFile;
 use crate::config::EngineConfig;
 use crate::request::{Completion, FinishReason, Request};
 use crate::service::EngineHandle;
@@ -115,7 +116,11 @@ impl StageRunner for Toy {
         })
     }
 
-    fn set_adapter(&mut self, version: PolicyVersion, adapter: Option<&[u8]>) -> Result<(), StageError> {
+    fn set_adapter(
+        &mut self,
+        version: PolicyVersion,
+        adapter: Option<&AdapterFile>,
+    ) -> Result<(), StageError> {
         if self.refuses_adapters && adapter.is_some() {
             return Err(StageError::Adapter { version, reason: "another rank".into() });
         }
@@ -123,7 +128,7 @@ impl StageRunner for Toy {
         Ok(())
     }
 
-    fn add_adapter(&mut self, id: u32, adapter: &[u8]) -> Result<(), StageError> {
+    fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
         if self.refuses_adapters {
             return Err(StageError::NotReady { reason: "another rank".into() });
         }

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::StageStats;
 use super::frame::{EncodedFrame, ReceivedFrame};
 use super::steps::StepDecoder;
+use crate::adapter_file::AdapterFile;
 use crate::batch::{StageOutput, Tensor};
 use crate::stage::StageRunner;
 
@@ -131,11 +132,13 @@ impl Worker {
     }
 
     fn adapter(&mut self, adapter: StageAdapter, frame: &ReceivedFrame) -> StepResult {
-        let bytes = (!frame.tail.is_empty()).then_some(&frame.tail[..]);
+        let file = (!frame.tail.is_empty()).then(|| AdapterFile::new(&frame.tail[..]));
         let StageAdapter { step_id, version, resident } = adapter;
-        match (resident, bytes) {
-            (0, _) => self.runner.set_adapter(PolicyVersion(version), bytes).map_err(|e| e.to_string())?,
-            (id, Some(bytes)) => self.runner.add_adapter(id, bytes).map_err(|e| e.to_string())?,
+        match (resident, &file) {
+            (0, file) => {
+                self.runner.set_adapter(PolicyVersion(version), file.as_ref()).map_err(|e| e.to_string())?;
+            }
+            (id, Some(file)) => self.runner.add_adapter(id, file).map_err(|e| e.to_string())?,
             (id, None) => self.runner.remove_adapter(id),
         }
         Ok(if self.last {

@@ -80,17 +80,44 @@ fn tools() -> Vec<ToolSchema> {
 
 /// A call of each dialect with `DAYS` where the number of days stands and `FN` where the name does.
 const CALLS: [(Dialect, &str); 11] = [
-    (Dialect::Hermes, "Let me see.\n<tool_call>\n{\"name\": \"FN\", \"arguments\": {\"city\": \"Ulm\", \"days\": DAYS}}\n</tool_call>"),
+    (
+        Dialect::Hermes,
+        "Let me see.\n<tool_call>\n{\"name\": \"FN\", \"arguments\": {\"city\": \"Ulm\", \"days\": DAYS}}\n</tool_call>",
+    ),
     (Dialect::Llama3, "{\"name\": \"FN\", \"parameters\": {\"city\": \"Ulm\", \"days\": DAYS}}"),
-    (Dialect::Mistral, "[TOOL_CALLS][{\"name\": \"FN\", \"arguments\": {\"city\": \"Ulm\", \"days\": DAYS}}]"),
+    (
+        Dialect::Mistral,
+        "[TOOL_CALLS][{\"name\": \"FN\", \"arguments\": {\"city\": \"Ulm\", \"days\": DAYS}}]",
+    ),
     (Dialect::Mistral, "[TOOL_CALLS]FN[ARGS]{\"city\": \"Ulm\", \"days\": DAYS}"),
-    (Dialect::DeepSeek, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>FN\n```json\n{\"city\": \"Ulm\", \"days\": DAYS}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
-    (Dialect::DeepSeek, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>FN<｜tool▁sep｜>{\"city\": \"Ulm\", \"days\": DAYS}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
-    (Dialect::Kimi, "<|tool_calls_section_begin|><|tool_call_begin|>functions.FN:0<|tool_call_argument_begin|>{\"city\": \"Ulm\", \"days\": DAYS}<|tool_call_end|><|tool_calls_section_end|>"),
-    (Dialect::Glm, "<tool_call>FN\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n<arg_key>days</arg_key>\n<arg_value>DAYS</arg_value>\n</tool_call>"),
-    (Dialect::QwenXml, "<tool_call>\n<function=FN>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\nDAYS\n</parameter>\n</function>\n</tool_call>"),
-    (Dialect::MiniMax, "<minimax:tool_call>\n<invoke name=\"FN\">\n<parameter name=\"city\">Ulm</parameter>\n<parameter name=\"days\">DAYS</parameter>\n</invoke>\n</minimax:tool_call>"),
-    (Dialect::Harmony, "<|channel|>commentary to=functions.FN <|constrain|>json<|message|>{\"city\": \"Ulm\", \"days\": DAYS}<|call|>"),
+    (
+        Dialect::DeepSeek,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>FN\n```json\n{\"city\": \"Ulm\", \"days\": DAYS}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        Dialect::DeepSeek,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>FN<｜tool▁sep｜>{\"city\": \"Ulm\", \"days\": DAYS}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        Dialect::Kimi,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.FN:0<|tool_call_argument_begin|>{\"city\": \"Ulm\", \"days\": DAYS}<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    (
+        Dialect::Glm,
+        "<tool_call>FN\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n<arg_key>days</arg_key>\n<arg_value>DAYS</arg_value>\n</tool_call>",
+    ),
+    (
+        Dialect::QwenXml,
+        "<tool_call>\n<function=FN>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\nDAYS\n</parameter>\n</function>\n</tool_call>",
+    ),
+    (
+        Dialect::MiniMax,
+        "<minimax:tool_call>\n<invoke name=\"FN\">\n<parameter name=\"city\">Ulm</parameter>\n<parameter name=\"days\">DAYS</parameter>\n</invoke>\n</minimax:tool_call>",
+    ),
+    (
+        Dialect::Harmony,
+        "<|channel|>commentary to=functions.FN <|constrain|>json<|message|>{\"city\": \"Ulm\", \"days\": DAYS}<|call|>",
+    ),
 ];
 
 #[test]
@@ -120,7 +147,11 @@ fn what_a_grammar_allows_is_read_as_the_call_that_it_is() {
         let calls: Vec<&Part> = parts.iter().filter(|part| matches!(part, Part::Call(_))).collect();
         let [Part::Call(call)] = calls[..] else { panic!("{dialect:?}: {parts:?}") };
         let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
-        assert_eq!((call.name.as_str(), arguments), ("weather", json!({"city": "Ulm", "days": 7})), "{dialect:?}");
+        assert_eq!(
+            (call.name.as_str(), arguments),
+            ("weather", json!({"city": "Ulm", "days": 7})),
+            "{dialect:?}"
+        );
     }
 }
 
@@ -163,6 +194,8 @@ fn arguments_in_markup_may_be_left_out_listed_or_anything() {
     };
     assert!(allows(&weather("")) && allows(&weather("<parameter=unit>\nF\n</parameter>\n")));
     assert!(!allows(&weather("<parameter=unit>\nK</parameter>")));
-    assert!(allows("<function=any.thing><parameter=x>\n1</parameter><parameter=y>\nz\n</parameter></function>"));
+    assert!(allows(
+        "<function=any.thing><parameter=x>\n1</parameter><parameter=y>\nz\n</parameter></function>"
+    ));
     assert!(!allows("<function=closing></function>"));
 }
