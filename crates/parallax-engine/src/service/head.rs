@@ -6,6 +6,7 @@
 //! the plan's epoch changes, which ends the wait at once with an error that names the peer and its layers; until a new
 //! pipeline stands, every batch is refused with what is missing.
 
+mod adapters;
 mod link;
 mod status;
 
@@ -17,8 +18,7 @@ use std::time::{Duration, Instant};
 use lattica_net::{Node, StreamError};
 use parallax_sched::service::MembershipServer;
 use parallax_sched::{MemberState, NodeId, Pipeline, PlanView, Report};
-use swarm_wire::generated::parallax::v1::{StageAdapter, StageStep, stage_frame};
-use swarm_wire::limits::TENSOR_MAX_BYTES;
+use swarm_wire::generated::parallax::v1::{StageStep, stage_frame};
 use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -361,7 +361,7 @@ impl StageRunner for PipelineRunner {
         version: PolicyVersion,
         adapter: Option<&AdapterFile>,
     ) -> Result<(), StageError> {
-        check_size(adapter.map_or(0, |file| file.len()))
+        adapters::check_size(adapter.map_or(0, |file| file.len()))
             .map_err(|reason| StageError::Adapter { version, reason })?;
         let wanted = (version, adapter.cloned());
         let old = lock(&self.shared.adapter).replace(wanted);
@@ -376,7 +376,11 @@ impl StageRunner for PipelineRunner {
     }
 
     fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
-        let fits = if adapter.is_empty() { Err("it is empty".to_owned()) } else { check_size(adapter.len()) };
+        let fits = if adapter.is_empty() {
+            Err("it is empty".to_owned())
+        } else {
+            adapters::check_size(adapter.len())
+        };
         fits.map_err(|reason| StageError::NotReady {
             reason: format!("the adapter does not fit: {reason}"),
         })?;
@@ -419,14 +423,6 @@ impl StageRunner for PipelineRunner {
             runner.close(request);
         }
     }
-}
-
-/// Whether stages take an adapter of so many bytes.
-fn check_size(bytes: usize) -> Result<(), String> {
-    if bytes > TENSOR_MAX_BYTES {
-        return Err(format!("it has {bytes} bytes, stages take at most {TENSOR_MAX_BYTES}"));
-    }
-    Ok(())
 }
 
 impl PipelineRunner {
@@ -476,53 +472,6 @@ impl PipelineRunner {
             self.shared.stats.measure_decode(started.elapsed(), runner.shape().layers.len());
         }
         Ok(output)
-    }
-
-    fn send_adapter(&mut self, link: &Arc<Link>, (version, file): &WantedAdapter) -> Result<(), StageError> {
-        let version = *version;
-        if link.local.is_some()
-            && let Some(runner) = lock(&self.shared.local).as_mut()
-        {
-            runner.set_adapter(version, file.as_ref())?;
-        }
-        self.send_bytes(link, version, 0, file.as_deref().unwrap_or_default())?;
-        self.adapter_sent = Some(version);
-        Ok(())
-    }
-
-    /// A resident adapter to all stages; without one it goes.
-    fn send_resident(
-        &mut self,
-        link: &Arc<Link>,
-        id: u32,
-        file: Option<&AdapterFile>,
-    ) -> Result<(), StageError> {
-        if link.local.is_some()
-            && let Some(runner) = lock(&self.shared.local).as_mut()
-        {
-            match file {
-                None => runner.remove_adapter(id),
-                Some(file) => runner.add_adapter(id, file)?,
-            }
-        }
-        self.send_bytes(link, PolicyVersion(0), id, file.map_or(&[], |file| &**file))
-    }
-
-    fn send_bytes(
-        &mut self,
-        link: &Arc<Link>,
-        version: PolicyVersion,
-        resident: u32,
-        bytes: &[u8],
-    ) -> Result<(), StageError> {
-        if link.remote.is_none() {
-            return Ok(());
-        }
-        self.next_step += 1;
-        let step_id = self.next_step;
-        let kind = stage_frame::Kind::Adapter(StageAdapter { step_id, version: version.0, resident });
-        self.exchange(link, EncodedFrame::with_bytes(kind, bytes), step_id)?;
-        Ok(())
     }
 
     /// Sends a frame and waits for its answer, for a loss, or for the deadline.

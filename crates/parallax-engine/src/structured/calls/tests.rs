@@ -1,3 +1,5 @@
+//! Calls in every family's way of writing them: those that schemas allow and no others.
+
 use serde_json::{Value, json};
 
 use crate::constraint::{Constraint, ConstraintState};
