@@ -359,7 +359,7 @@ impl EngineHandle {
     /// # Errors
     /// An adapter that does not fit, a runner that holds one at a time, or an engine that has stopped.
     pub async fn add_adapter(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
-        let adapter = self.read(adapter).await.map_err(misfit)?;
+        let adapter = self.read(adapter).await.map_err(|reason| misfit(&reason))?;
         self.send_adapter(name, adapter)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -368,7 +368,7 @@ impl EngineHandle {
     /// # Errors
     /// As [`Self::add_adapter`].
     pub fn add_adapter_blocking(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
-        let adapter = self.read_here(adapter).map_err(misfit)?;
+        let adapter = self.read_here(adapter).map_err(|reason| misfit(&reason))?;
         self.send_adapter(name, adapter)?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -446,7 +446,7 @@ impl EngineHandle {
     }
 }
 
-fn misfit(reason: String) -> StageError {
+fn misfit(reason: &str) -> StageError {
     StageError::NotReady { reason: format!("the adapter does not fit: {reason}") }
 }
 

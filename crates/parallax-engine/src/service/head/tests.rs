@@ -8,10 +8,10 @@ use lattica_net::{Identity, Liveness, Node, NodeConfig};
 use parallax_sched::service::{JoinOptions, MemberClient, MembershipServer, find_head};
 use parallax_sched::{Coordinator, CoordinatorConfig, ModelProfile, NodeProfile, PlanOptions, Report};
 use swarm_wire::generated::parallax::v1 as pb;
+use swarm_wire::limits::TENSOR_MAX_BYTES;
 use tokio::io::AsyncWriteExt;
 
 use super::*;
-use crate::adapter_file::AdapterFile;
 use crate::config::EngineConfig;
 use crate::request::{Completion, FinishReason, Request};
 use crate::service::EngineHandle;
