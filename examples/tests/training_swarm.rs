@@ -8,14 +8,36 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use serde_json::Value;
 
 /// A program whose stdout is read line by line; it does not outlive the test.
 struct Program {
-    child: Child,
+    process: Process,
     lines: Lines<BufReader<ChildStdout>>,
+}
+
+/// A process that ends with the first of its clones that goes.
+#[derive(Clone)]
+struct Process(Arc<Mutex<Child>>);
+
+impl Process {
+    /// Waits for its end; true when it had done what it was to do.
+    fn succeeds(&self) -> bool {
+        self.0.lock().unwrap().wait().unwrap().success()
+    }
+}
+
+impl Drop for Process {
+    /// SIGKILL: it can neither finish nor tidy up.
+    fn drop(&mut self) {
+        let mut child = self.0.lock().unwrap();
+        // One that has ended needs neither.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
 }
 
 impl Program {
@@ -23,20 +45,12 @@ impl Program {
         let mut command = Command::new(binary);
         let mut child = command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { child, lines }
+        Self { process: Process(Arc::new(Mutex::new(child))), lines }
     }
 
     /// The next line; `None` at the end.
     fn next(&mut self) -> Option<Value> {
         self.lines.next().map(|line| serde_json::from_str(&line.unwrap()).unwrap())
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // One that has ended needs neither.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -80,10 +94,10 @@ fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
     let ready = learner.next().expect("the learner gets ready");
     let mut fleet = fleet(dir, &ready, in_flight);
     let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
-    assert!(learner.child.wait().unwrap().success(), "{lines:?}");
+    assert!(learner.process.succeeds(), "{lines:?}");
     // The workers hear it from the learner; they do not wait for one that is gone.
     let last = std::iter::from_fn(|| fleet.next()).last().unwrap();
-    assert!(fleet.child.wait().unwrap().success(), "{last}");
+    assert!(fleet.process.succeeds(), "{last}");
     assert_eq!(last["ended"], serde_json::json!(["the run is finished", "the run is finished"]));
     lines
 }
@@ -142,12 +156,17 @@ fn killed_at(dir: &Path, settings: [&str; 2], moments: &[Moment]) -> Vec<Value> 
         let mut learner = learner(dir, run_settings, trainer);
         let ready = learner.next().expect("the learner gets ready");
         let changes = changes(dir);
-        let fleet = fleet(dir, &ready, "finish");
-        assert!(!moment.wait(changes, &mut learner), "the run was over before {moment:?}");
-        // SIGKILL: it can neither finish nor tidy up.
-        learner.child.kill().unwrap();
-        learner.child.wait().unwrap();
-        drop(fleet);
+        let Program { process: workers, lines } = fleet(dir, &ready, "finish");
+        // A learner would wait for other workers when these are gone, and the test with it.
+        let learning = learner.process.clone();
+        let watch = std::thread::spawn(move || {
+            lines.for_each(drop);
+            drop(learning);
+        });
+        assert!(!moment.wait(changes, &mut learner), "learner or workers were gone before {moment:?}");
+        drop(learner);
+        drop(workers);
+        watch.join().unwrap();
     }
     run(dir, run_settings, trainer, "finish")
 }
@@ -265,7 +284,7 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
 fn report(args: &[&str]) -> Value {
     let mut program = Program::start(env!("CARGO_BIN_EXE_training-swarm"), args);
     let last = std::iter::from_fn(|| program.next()).last().expect("a report");
-    assert!(program.child.wait().unwrap().success(), "{last}");
+    assert!(program.process.succeeds(), "{last}");
     last
 }
 
