@@ -1,5 +1,6 @@
 //! A model cut over three operating system processes: the tokens of one process, and a killed stage that is reported
-//! within two seconds. Runs the real `parallax` binary, which `cargo test --workspace` builds beside this test.
+//! within two seconds, or replaced without a trace in the answer. Runs the real `parallax` binary, which
+//! `cargo test --workspace` builds beside this test.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -47,6 +48,36 @@ fn three_processes_give_the_tokens_of_one_and_a_killed_stage_is_reported_in_time
     let again = swarm.join("again", 4, "4..6");
     swarm.wait_until_ready(&[&middle, &again]);
     swarm.check_tokens();
+}
+
+#[test]
+fn an_answer_goes_on_with_the_same_text_when_its_last_stage_is_killed_and_another_holds_the_layers() {
+    let swarm = Swarm::start();
+    let middle = swarm.join("middle", 2, "2..4");
+    let mut holders = [swarm.join("one", 3, "4..6"), swarm.join("other", 4, "4..6")];
+    swarm.wait_until_ready(&[&middle, &holders[0], &holders[1]]);
+
+    let body = json!({"prompt": "w1 w2", "max_tokens": 2000, "temperature": 1, "seed": 7});
+    let (status, whole) = swarm.complete(&body);
+    assert_eq!(status, 200, "{whole}");
+    let mut streamed = body;
+    streamed["stream"] = json!(true);
+    let stream = send(&swarm.address, "POST", "/v1/completions", &streamed.to_string());
+    let events = BufReader::new(stream).lines().map(Result::unwrap);
+    let mut text = String::new();
+    for (n, event) in events.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned)).enumerate() {
+        if event == "[DONE]" {
+            break;
+        }
+        let event: Value = serde_json::from_str(&event).unwrap();
+        text += event["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("{event}"));
+        if n == 5 {
+            let last = swarm.status()["pipelines"][0]["stages"][2]["peer"].as_str().unwrap().to_owned();
+            let at = usize::from(!holders[0].log().contains(&last));
+            holders[at].kill();
+        }
+    }
+    assert_eq!(json!(text), whole["choices"][0]["text"]);
 }
 
 #[test]

@@ -202,7 +202,8 @@ impl Swarm {
         }
     }
 
-    fn complete(&self, request: &Value) -> (u16, Value) {
+    /// Status and answer of a completion.
+    pub fn complete(&self, request: &Value) -> (u16, Value) {
         call(&self.address, "POST", "/v1/completions", request)
     }
 

@@ -15,6 +15,9 @@ pub struct EngineConfig {
     /// [`crate::EngineHandle`] takes smaller pieces of prompts, though at least 32 tokens: a step is what new tokens, new
     /// requests and the pages of broken-off ones wait for.
     pub step_ms: u64,
+    /// Milliseconds that requests wait at most for others to take the place of a lost stage. They are computed again there
+    /// and go on with the same tokens; without anybody who could take the place they end at once.
+    pub patience_ms: u64,
     /// Sequences that hold cache pages at the same time, 1..=`step_tokens`, so that each can decode in every step.
     pub running_sequences: usize,
     /// Requests in the engine, waiting and running; one more is refused. At least 1.
@@ -53,6 +56,7 @@ impl Default for EngineConfig {
         Self {
             step_tokens: 128,
             step_ms: 60,
+            patience_ms: 60_000,
             running_sequences: 64,
             queued_requests: 1024,
             on_swap: OnSwap::default(),

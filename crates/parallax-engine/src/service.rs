@@ -139,6 +139,7 @@ impl EngineHandle {
         let queued_requests = config.queued_requests;
         let on_swap = config.on_swap;
         let pace = Pace::new(Duration::from_millis(config.step_ms));
+        let patience = Duration::from_millis(config.patience_ms);
         let mut engine = Engine::new(shape, runner.log_softmax(), config)?;
         if let Some(drafter) = drafter {
             engine.set_drafter(drafter);
@@ -157,7 +158,7 @@ impl EngineHandle {
             on_swap,
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
-        let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared), pace);
+        let thread = EngineThread::new(engine, runner, queue, Arc::clone(&shared), pace, patience);
         Ok((Self { commands, shared }, thread))
     }
 

@@ -107,6 +107,11 @@ pub trait StageRunner: Send {
         0
     }
 
+    /// After a lost stage: whether others are about to take its place, so that it is worth trying again soon.
+    fn is_recovering(&self) -> bool {
+        false
+    }
+
     /// The log-softmax that belongs to the model being run.
     fn log_softmax(&self) -> LogSoftmax;
 

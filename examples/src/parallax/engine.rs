@@ -28,6 +28,10 @@ pub struct EngineArgs {
     /// Milliseconds that a step should take at most; prompts are then taken in smaller pieces. 0: any time
     #[arg(long, default_value_t = EngineConfig::default().step_ms, value_name = "MS")]
     step_ms: u64,
+    /// Seconds that answers in the making wait when a machine is lost and others can take its place; then they end with an
+    /// error
+    #[arg(long, default_value_t = EngineConfig::default().patience_ms / 1000, value_name = "S")]
+    patience_s: u64,
     /// Requests that are computed together; others wait in a queue that is fair between API keys
     #[arg(long, default_value_t = EngineConfig::default().running_sequences, value_name = "N")]
     running_sequences: usize,
@@ -64,6 +68,7 @@ impl EngineArgs {
         let config = EngineConfig {
             step_tokens: self.step_tokens,
             step_ms: self.step_ms,
+            patience_ms: self.patience_s.saturating_mul(1000),
             running_sequences: self.running_sequences,
             queued_requests: self.queued_requests,
             on_swap: match self.on_swap {

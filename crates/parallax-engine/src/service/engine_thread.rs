@@ -1,9 +1,9 @@
 //! The loop of the engine thread: take commands, drop what nobody waits for, run a step, hand out events.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, PoisonError, atomic::Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use swarm_wire::RequestId;
 use tokio::sync::mpsc;
@@ -16,6 +16,9 @@ use crate::metrics::Latencies;
 use crate::pace::Pace;
 use crate::request::{Event, FinishReason, RequestEvent, Usage};
 use crate::stage::StageRunner;
+
+/// Between two attempts while a lost stage is being replaced.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// A request whose stream is being fed.
 struct Listener {
@@ -35,6 +38,10 @@ pub(super) struct EngineThread {
     listeners: BTreeMap<RequestId, Listener>,
     latencies: Latencies,
     pace: Pace,
+    /// Longest wait for a replacement.
+    patience: Duration,
+    /// Since when a stage is missing, and how that was noticed.
+    interrupted: Option<(Instant, StageError)>,
     /// Waits until every request that came before it is finished; so do the commands behind it.
     pending: Option<Swap>,
     /// False once every handle is gone.
@@ -48,9 +55,21 @@ impl EngineThread {
         commands: Receiver<Command>,
         shared: Arc<Shared>,
         pace: Pace,
+        patience: Duration,
     ) -> Self {
-        let (listeners, latencies) = (BTreeMap::new(), Latencies::default());
-        Self { engine, runner, commands, shared, listeners, latencies, pace, pending: None, accepting: true }
+        Self {
+            engine,
+            runner,
+            commands,
+            shared,
+            listeners: BTreeMap::new(),
+            latencies: Latencies::default(),
+            pace,
+            patience,
+            interrupted: None,
+            pending: None,
+            accepting: true,
+        }
     }
 
     pub(super) fn run(mut self) {
@@ -75,12 +94,18 @@ impl EngineThread {
                 self.pending.take().into_iter().for_each(|swap| self.swap(swap));
                 continue;
             }
-            let command = if self.engine.is_busy() {
+            let command = if self.engine.is_busy() && self.interrupted.is_some() {
+                match self.commands.recv_timeout(RETRY) {
+                    Err(RecvTimeoutError::Timeout) => return,
+                    received => received.ok(),
+                }
+            } else if self.engine.is_busy() {
                 match self.commands.try_recv() {
                     Err(TryRecvError::Empty) => return,
                     received => received.ok(),
                 }
             } else {
+                self.interrupted = None;
                 self.publish();
                 self.commands.recv().ok()
             };
@@ -195,8 +220,26 @@ impl EngineThread {
                 listener.started.get_or_insert(forward_started);
             }
         }
-        let result = self.runner.forward(&batch, input);
+        let mut result = self.runner.forward(&batch, input);
         let forward = forward_started.elapsed();
+        if let Err(error @ (StageError::Lost { .. } | StageError::NotReady { .. })) = &result {
+            let (since, first) = self.interrupted.get_or_insert_with(|| {
+                tracing::warn!(%error, step = batch.step, "a stage is lost");
+                (forward_started, error.clone())
+            });
+            if self.runner.is_recovering() && since.elapsed() < self.patience {
+                if !self.accepting {
+                    // No command can come, which would be waited for otherwise.
+                    std::thread::sleep(RETRY);
+                }
+                return self.engine.lose_pages();
+            }
+            // What was lost says more than that it has not come back.
+            result = Err(first.clone());
+        }
+        if let Some((since, _)) = self.interrupted.take().filter(|_| result.is_ok()) {
+            tracing::info!(waited_ms = since.elapsed().as_millis(), "requests in flight go on");
+        }
         if let Err(error) = &result {
             tracing::warn!(%error, step = batch.step, "stage failed, every request in flight ends");
         }

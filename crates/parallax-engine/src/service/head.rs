@@ -413,6 +413,10 @@ impl StageRunner for PipelineRunner {
         }
     }
 
+    fn is_recovering(&self) -> bool {
+        self.shared.membership.read(|c| c.view().plan.is_ok())
+    }
+
     fn log_softmax(&self) -> LogSoftmax {
         self.shared.options.log_softmax
     }

@@ -424,6 +424,37 @@ async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pip
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_goes_on_with_the_same_tokens_when_another_takes_a_killed_stages_place() {
+    let head = head(2, 4.0).await;
+    let slow = |layers| Toy { delay: Duration::from_millis(5), ..Toy::new(layers) };
+    let mut members = Vec::new();
+    for _ in 0..3 {
+        members.push(TestMember::join(&head, 2, slow).await);
+    }
+    ready(&head).await;
+
+    let asked = Request::greedy(vec![1, 2, 3], 120);
+    let wanted = tokio::task::spawn_blocking({
+        let asked = asked.clone();
+        move || expected(&[asked]).remove(0)
+    });
+    let mut stream = head.engine.submit(asked).unwrap();
+    let mut completion = Completion::default();
+    completion.take(stream.next().await.unwrap());
+    let last = head.membership.read(|c| {
+        let plan = c.view().plan.as_ref().unwrap();
+        plan.pipelines[0].stages.last().unwrap().node.clone()
+    });
+    let last = members.iter().position(|m| NodeId::from(&m.node.peer_id()) == last).unwrap();
+    members.remove(last).kill().await;
+    while let Some(event) = stream.next().await {
+        completion.take(event);
+    }
+    assert_eq!((completion.error.clone(), completion.reason), (None, FinishReason::Length));
+    assert_eq!(ids(&completion), wanted.await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_step_that_a_stage_refuses_fails_with_its_layers_and_the_pipeline_goes_on() {
     let head = head(0, 1.0).await;
     let picky = |layers| Toy { fail_at_token: Some(30.0), ..Toy::new(layers) };
