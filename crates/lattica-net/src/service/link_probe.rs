@@ -6,18 +6,23 @@ use std::time::Duration;
 
 use futures::AsyncReadExt;
 use libp2p::StreamProtocol;
+use swarm_wire::frame;
 
 use super::connection::{Connection, Incoming, OpenError};
 use super::driver::Command;
 use super::frames::{FrameReader, STALL_TIMEOUT, write_all};
 use super::shared::Shared;
 use crate::links::probe::{ProbeAction, ProbeTracker};
-use crate::wire::{decode_echo, decode_probe, encode_echo, encode_probe};
+use crate::wire::{LINK_FRAME_MAX_BYTES, decode_echo, decode_probe, encode_echo, encode_probe};
 
 /// The protocol of link measurements.
 pub const LINK_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/link/1.0.0");
 /// A redundant connection whose last call is older than this gives its RPC streams up.
 const RELEASE_AFTER_MS: u64 = 2000;
+
+/// Every connection has two streams for probes as long as it stands.
+const READ_BUFFER_BYTES: usize = 512;
+const _: () = assert!(READ_BUFFER_BYTES > LINK_FRAME_MAX_BYTES + frame::LENGTH_MAX_BYTES);
 
 /// Probe intervals after which another stream for probes is tried.
 const TRY_AGAIN_AFTER: u32 = 5;
@@ -68,7 +73,7 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
     };
     stream.ignore_for_keep_alive();
     let (reader, mut writer) = stream.split();
-    let mut reader = FrameReader::new(reader, STALL_TIMEOUT);
+    let mut reader = FrameReader::with_buffer(reader, STALL_TIMEOUT, READ_BUFFER_BYTES);
     let liveness = &shared.config.liveness;
     let mut tracker = ProbeTracker::new(shared.now(), liveness.probe_interval, liveness.probe_timeout);
     loop {
@@ -127,7 +132,7 @@ pub(crate) async fn answer(
     stream.ignore_for_keep_alive();
     let echoing = async {
         let (reader, mut writer) = stream.split();
-        let mut reader = FrameReader::new(reader, STALL_TIMEOUT);
+        let mut reader = FrameReader::with_buffer(reader, STALL_TIMEOUT, READ_BUFFER_BYTES);
         // A peer that probes without pause costs no more than this many echoes per second.
         let mut pace = tokio::time::interval(Duration::from_millis(5));
         pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
