@@ -87,7 +87,10 @@ impl Behaviour {
                 .relay_server
                 .then(|| relay::Behaviour::new(peer, relay_config(config)))
                 .into(),
-            autonat_client: config.autonat.then(autonat::v2::client::Behaviour::default).into(),
+            // Who listens nowhere needs not ask where it can be reached: others would dial in vain, for ten seconds each.
+            autonat_client: (config.autonat && !config.listen.is_empty())
+                .then(autonat::v2::client::Behaviour::default)
+                .into(),
             autonat_server: config.autonat.then(autonat::v2::server::Behaviour::default).into(),
             identify: identify::Behaviour::new(identify),
             ping: ping::Behaviour::new(ping::Config::new()),

@@ -41,6 +41,10 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Read at once from a TCP socket. Memory that no data has passed through costs nothing.
 const TCP_READ_BYTES: usize = 64 * 1024;
+/// Streams that a peer may have open on one QUIC connection beside those of the limits: libp2p's protocols, and what is being
+/// reset. Each connection holds two tables for all of them from its beginning; with the default limits they are 448, the most
+/// that 512 places hold.
+const OTHER_STREAMS: usize = 128;
 /// Incoming streams of a connection whose protocol is not agreed upon yet.
 const NEGOTIATING_STREAMS: usize = 128;
 
@@ -166,7 +170,9 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
     quic.keep_alive_interval = liveness.quic_keep_alive;
     quic.handshake_timeout = liveness.dial_timeout;
-    quic.max_concurrent_stream_limit = 1024;
+    let limits = &shared.config.limits;
+    let streams = limits.streams_per_connection + limits.waiting_streams_per_connection + OTHER_STREAMS;
+    quic.max_concurrent_stream_limit = u32::try_from(streams).expect("validated: three millions at most");
     let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted))
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(answerless::Connection(muxer))));
     let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());

@@ -179,7 +179,8 @@ impl Rates {
         values.sort_by(f64::total_cmp);
         let round = |value: f64| (value * 10.0).round() / 10.0;
         Self {
-            median: round(values[values.len() / 2]),
+            // Of an even number of rounds, the middle of the two in the middle.
+            median: round(f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])),
             min: round(values[0]),
             max: round(values[values.len() - 1]),
         }

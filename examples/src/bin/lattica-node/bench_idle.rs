@@ -20,6 +20,8 @@ use super::bench::Transport;
 const NODES_OF_A_PROCESS: usize = 250;
 /// Dials that are under way at the same time, in each of the others.
 const DIALS: usize = 8;
+/// How often each node tries: hundreds of them on a few cores keep each other waiting.
+const TRIES: usize = 5;
 /// How long all of them may take to connect.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -164,7 +166,12 @@ async fn stay(n: usize, address: &str) -> anyhow::Result<()> {
                 ..NodeConfig::default()
             };
             let node = Node::start(Identity::generate(), config).await?;
-            node.dial(&address).await?;
+            let mut tries = 1;
+            while let Err(error) = node.dial(&address).await {
+                tracing::info!(%error, tries, "not connected");
+                anyhow::ensure!(tries < TRIES, error);
+                tries += 1;
+            }
             anyhow::Ok(node)
         });
     }
