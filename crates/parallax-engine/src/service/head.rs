@@ -11,7 +11,7 @@ mod link;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -82,6 +82,8 @@ struct Shared {
     membership: MembershipServer,
     options: HeadOptions,
     state: watch::Sender<State>,
+    /// A pipeline has stood before.
+    formed: AtomicBool,
     /// The head's own stage: kept over epochs while its layers stay the same. Locked for whole forward passes.
     local: Mutex<Option<Box<dyn StageRunner>>>,
     /// The layers of `local`, for those who must not wait for a pass.
@@ -121,6 +123,7 @@ impl Head {
             membership,
             options,
             state: watch::Sender::new(State::Forming("the swarm has just started".to_owned())),
+            formed: AtomicBool::new(false),
             local: Mutex::new(None),
             held: Mutex::new(None),
             adapter: Mutex::new(None),
@@ -150,7 +153,7 @@ impl Head {
         Ok((Self { shared, tasks }, runner))
     }
 
-    /// Whether requests can be served; otherwise what is missing.
+    /// Whether requests can be served, perhaps once others have taken the place of a lost stage; otherwise what is missing.
     ///
     /// # Errors
     /// The reason, for people.
@@ -195,8 +198,13 @@ impl Shared {
     fn ready(&self) -> Result<(), String> {
         match &*self.state.borrow() {
             State::Ready(_) => Ok(()),
+            State::Forming(_) if self.formed.load(Ordering::Relaxed) && self.has_plan() => Ok(()),
             State::Forming(why) => Err(why.clone()),
         }
+    }
+
+    fn has_plan(&self) -> bool {
+        self.membership.read(|c| c.view().plan.is_ok())
     }
 
     fn forming(&self) {
@@ -253,6 +261,7 @@ async fn serve_plan(shared: &Arc<Shared>, view: &PlanView) {
             return shared.membership.rebuild(&reason);
         }
     };
+    shared.formed.store(true, Ordering::Relaxed);
     shared.state.send_replace(State::Ready(Arc::clone(&link)));
     tracing::info!(epoch = view.epoch, stages = pipeline.stages.len(), "pipeline is ready");
     let reason = link.until_broken().await;
@@ -414,7 +423,7 @@ impl StageRunner for PipelineRunner {
     }
 
     fn is_recovering(&self) -> bool {
-        self.shared.membership.read(|c| c.view().plan.is_ok())
+        self.shared.has_plan()
     }
 
     fn log_softmax(&self) -> LogSoftmax {

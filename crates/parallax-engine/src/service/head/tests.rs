@@ -413,6 +413,14 @@ async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pip
     let error = error.to_string();
     assert!(error.contains(&name) && error.contains(".."), "{error}");
 
+    // The error may be out a moment before the plan.
+    tokio::time::timeout(PATIENCE, async {
+        while head.head.ready().is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
     let refused = head.engine.generate(request(0)).await.unwrap();
     let error = refused.error.unwrap().to_string();
     assert!(error.contains("2 more of 6 layers"), "{error}");
@@ -447,9 +455,18 @@ async fn an_answer_goes_on_with_the_same_tokens_when_another_takes_a_killed_stag
     });
     let last = members.iter().position(|m| NodeId::from(&m.node.peer_id()) == last).unwrap();
     members.remove(last).kill().await;
-    while let Some(event) = stream.next().await {
-        completion.take(event);
+    let (readiness, mut refused) = (head.head.readiness(), Vec::new());
+    let mut looks = tokio::time::interval(Duration::from_millis(5));
+    loop {
+        tokio::select! {
+            event = stream.next() => match event {
+                Some(event) => completion.take(event),
+                None => break,
+            },
+            _ = looks.tick() => refused.extend(readiness().err()),
+        }
     }
+    assert_eq!(refused, Vec::<String>::new(), "new requests wait, too");
     assert_eq!((completion.error.clone(), completion.reason), (None, FinishReason::Length));
     assert_eq!(ids(&completion), wanted.await.unwrap());
 }
