@@ -31,7 +31,7 @@ use crate::staleness::StalenessStats;
 pub use command::{AuditOutcome, Command, Outcome, Refusal, Submission};
 pub use count::{Broken, Counts};
 use table::LeaseTable;
-use workers::Worker;
+use workers::{Presence, Worker};
 
 /// The book-keeping of one run.
 #[derive(Debug, Clone, PartialEq)]
@@ -317,8 +317,12 @@ impl Dispatcher {
     }
 
     /// After a restart: steps below `steps` are in the trainer's checkpoint and so consumed; the groups of the next one
-    /// go back to the queue, for the same step. Connections are gone, so leases run until their deadlines.
+    /// go back to the queue, for the same step. Connections are gone: leases run until their deadlines, and a worker is not
+    /// there before it is heard again.
     fn recover(&mut self, steps: u64) -> Outcome {
+        for worker in self.workers.values_mut().filter(|w| w.presence == Presence::Here) {
+            worker.presence = Presence::Unheard;
+        }
         let taken: BTreeSet<u64> = self.groups.values().filter_map(|g| g.step).collect();
         taken.range(..steps).for_each(|step| {
             self.commit(*step);

@@ -142,6 +142,26 @@ fn a_step_that_was_begun_gets_the_same_groups_after_a_restart() {
 }
 
 #[test]
+fn workers_of_an_earlier_life_are_there_once_they_are_heard() {
+    let mut d = open(config());
+    let leases = leased(&mut d, 0, 1, 2);
+    leased(&mut d, 0, 2, 1);
+    leased(&mut d, 0, 3, 1);
+    d.handle(1, Command::Disconnect { worker: worker(3) });
+    d.handle(2, Command::Recover { steps: 0 });
+    assert_eq!(d.active_versions(), [], "nobody has said anything yet");
+    assert!(d.is_unheard(&worker(1)) && !d.is_unheard(&worker(3)));
+    // What they had installed and hold is still theirs.
+    assert_eq!(d.active_version(&worker(1)), Some(PolicyVersion(0)));
+    assert_eq!(submit(&mut d, 3, 1, leases[0]), Submission::Accepted);
+    assert_eq!(d.active_versions(), [(worker(1), Some(PolicyVersion(0)))]);
+    d.handle(4, Command::Register { worker: worker(2), incarnation: 1 });
+    assert_eq!(d.active_versions().len(), 2);
+    assert_eq!(submit(&mut d, 5, 1, leases[1]), Submission::Accepted);
+    d.check_invariants().unwrap();
+}
+
+#[test]
 fn a_lease_broken_off_for_a_newer_policy_is_no_attempt() {
     let mut d = open(DispatchConfig { max_attempts: 2, ..config() });
     for n in 0..5 {

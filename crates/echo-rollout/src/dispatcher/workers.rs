@@ -8,13 +8,24 @@ use super::{AuditOutcome, Dispatcher, Filled, Outcome, Refusal, Submission};
 use crate::lease::{DropReason, GroupId, Lease, LeaseId, LeaseState, SamplingSpec};
 use crate::rollout::Trajectory;
 
+/// Whether a worker is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Presence {
+    /// It was heard from and has not left.
+    #[default]
+    Here,
+    /// It was here before the trainer's restart and has said nothing since: it may be dead.
+    Unheard,
+    /// Left, or silent for too long: nobody waits for it.
+    Gone,
+}
+
 /// What is known of a worker.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Worker {
     pub(super) incarnation: u64,
     pub(super) active: Option<PolicyVersion>,
-    /// Left, or silent for too long: nobody waits for it.
-    pub(super) gone: bool,
+    pub(super) presence: Presence,
     pub(super) held: BTreeSet<LeaseId>,
     pub(super) accepted: u64,
     pub(super) consumed: u64,
@@ -50,12 +61,18 @@ impl Dispatcher {
 
     /// Whether `worker` has left or is counted out.
     pub fn is_gone(&self, worker: &PeerId) -> bool {
-        self.workers.get(worker).is_none_or(|w| w.gone)
+        self.workers.get(worker).is_none_or(|w| w.presence == Presence::Gone)
     }
 
-    /// Admitted workers that are there, with the version that each of them has installed.
+    /// Whether `worker` was here before a restart and has said nothing since.
+    pub fn is_unheard(&self, worker: &PeerId) -> bool {
+        self.workers.get(worker).is_some_and(|w| w.presence == Presence::Unheard)
+    }
+
+    /// Admitted workers that are there and were heard from since the last restart, with the version that each of them has installed.
     pub fn active_versions(&self) -> Vec<(PeerId, Option<PolicyVersion>)> {
-        let there = self.workers.iter().filter(|(_, w)| w.convicted.is_none() && !w.gone);
+        let there =
+            self.workers.iter().filter(|(_, w)| w.convicted.is_none() && w.presence == Presence::Here);
         there.map(|(id, w)| (id.clone(), w.active)).collect()
     }
 
@@ -103,7 +120,7 @@ impl Dispatcher {
         if incarnation < worker.incarnation {
             return Outcome::Refused(Refusal::OldIncarnation);
         }
-        worker.gone = false;
+        worker.presence = Presence::Here;
         if incarnation > worker.incarnation {
             worker.incarnation = incarnation;
             worker.active = None;
@@ -118,7 +135,7 @@ impl Dispatcher {
             Some(_) if version > self.version => Outcome::Refused(Refusal::UnknownVersion),
             Some(worker) => {
                 worker.active = Some(version);
-                worker.gone = false;
+                worker.presence = Presence::Here;
                 Outcome::Done
             }
         }
@@ -240,6 +257,7 @@ impl Dispatcher {
         let worker = self.workers.get_mut(trajectory.worker()).expect("a lease holder is registered");
         let ordinal = worker.accepted;
         worker.accepted += 1;
+        worker.presence = Presence::Here;
         if audited || ordinal < u64::from(self.config.audit.first) {
             worker.audits.insert(ordinal, id);
         }
@@ -260,7 +278,7 @@ impl Dispatcher {
         self.release_held(worker, DropReason::Disconnected);
         if let Some(worker) = self.workers.get_mut(worker) {
             worker.active = None;
-            worker.gone = true;
+            worker.presence = Presence::Gone;
         }
         Outcome::Done
     }

@@ -293,6 +293,11 @@ fn finished(mode: Mode, kills: &[usize]) -> (Learner, Swarm) {
         disk.kill_at = kills.next().map(|after| disk.writes + after);
         let mut learner = Learner::open(mode, disk);
         if learner.run(&mut swarm).is_ok() {
+            // One that was killed near the end has not heard all workers since; they ask once more, and hear that it is over.
+            for i in 0..WORKERS {
+                let asks = Command::Register { worker: worker(i), incarnation: 1 };
+                learner.dispatcher.handle(learner.leased(), asks);
+            }
             return (learner, swarm);
         }
         disk = learner.disk;

@@ -70,7 +70,8 @@ async fn register(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Byte
     }
     let known = {
         let d = &inner.state().dispatcher;
-        d.is_admitted(&worker) && !d.is_gone(&worker) && d.incarnation(&worker) == Some(m.incarnation)
+        let here = !d.is_gone(&worker) && !d.is_unheard(&worker);
+        here && d.is_admitted(&worker) && d.incarnation(&worker) == Some(m.incarnation)
     };
     if !known {
         let command = Command::Register { worker, incarnation: m.incarnation };
@@ -131,6 +132,10 @@ fn look(inner: &Inner, worker: &PeerId, m: &proto::LeaseRequest) -> Result<Found
             found.commands.push(Command::Disconnect { worker: worker.clone() });
         }
         return Ok(found);
+    }
+    if dispatcher.is_unheard(worker) {
+        // It need not know that the trainer was started again.
+        found.commands.push(Command::Register { worker: worker.clone(), incarnation: m.incarnation });
     }
     let active = m.active_version.map(PolicyVersion);
     if dispatcher.active_version(worker) > active {

@@ -67,6 +67,53 @@ async fn a_worker_that_is_asked_to_stop_delivers_what_it_has_begun_and_holds_not
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_of_the_journal_is_there_once_it_has_asked_a_restarted_trainer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal.redb");
+    let trainer = node(81).await;
+    let rollouts = connected(82, &trainer).await;
+    let start = || Collector::start(trainer.clone(), config(vec![]), admission(), Some(path.clone()), 0);
+    let ask = |active: Option<u64>| proto::LeaseRequest {
+        incarnation: 5,
+        active_version: active,
+        max_leases: 0,
+        known_version: active,
+        leaving: false,
+    };
+    let collector = start().await.unwrap();
+    let _: proto::RegisterReply = call(&rollouts, &trainer, REGISTER, &registration(5)).await.unwrap();
+    assert_eq!(collector.workers().len(), 1);
+    collector.close();
+
+    // It has installed nothing yet, goes on asking and hears nothing of the restart.
+    let resumed = start().await.unwrap();
+    assert_eq!(resumed.wait_for_workers(1, Duration::ZERO).await, 0, "it may be dead");
+    let _: proto::LeaseReply = call(&rollouts, &trainer, LEASE, &ask(None)).await.unwrap();
+    assert_eq!(resumed.wait_for_workers(1, Duration::ZERO).await, 1);
+    resumed.publish(&snapshot(81, 0)).await.unwrap();
+    let _: proto::LeaseReply = call(&rollouts, &trainer, LEASE, &ask(Some(0))).await.unwrap();
+    assert_eq!(resumed.view().up_to_date, 1);
+    resumed.close();
+
+    // The same with a version that the journal knows it has.
+    let again = start().await.unwrap();
+    assert_eq!((again.wait_for_workers(1, Duration::ZERO).await, again.view().up_to_date), (0, 0));
+    let _: proto::LeaseReply = call(&rollouts, &trainer, LEASE, &ask(Some(0))).await.unwrap();
+    assert_eq!((again.wait_for_workers(1, Duration::ZERO).await, again.view().up_to_date), (1, 1));
+    again.check().unwrap();
+    again.close();
+
+    // One that comes back and goes without a question is waited for no longer than its goodbye.
+    let last = start().await.unwrap();
+    let goodbye = proto::LeaseRequest { leaving: true, ..ask(Some(0)) };
+    let _: proto::LeaseReply = call(&rollouts, &trainer, LEASE, &goodbye).await.unwrap();
+    assert!(last.inner.state().dispatcher.is_gone(&rollouts.peer_id()));
+    assert_eq!(last.workers().len(), 0);
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_the_run_is_finished_workers_and_auditors_hear_it_and_end() {
     let trainer = node(61).await;
     let rollouts = connected(62, &trainer).await;
