@@ -1,8 +1,11 @@
 //! What ties rollouts to a real model: its tokenizer and chat template as [`Text`], its forward pass as an auditor's
 //! [`Replay`], its engine as a learner's [`Sampler`].
 
+mod reach;
+
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use echo_rollout::Task;
 use echo_rollout::environment::cards::Speaker;
@@ -349,6 +352,8 @@ pub async fn start_learner(
 pub struct WorkerOptions {
     /// Address of the trainer, with its /p2p/ part.
     pub trainer: String,
+    /// How long to dial a trainer that does not answer.
+    pub patience: Duration,
     /// The trainer's environment.
     pub environment: String,
     /// The program that is the environment, with its arguments; empty for a built-in one.
@@ -363,16 +368,16 @@ pub struct WorkerOptions {
     pub in_flight: InFlight,
 }
 
-/// Loads the model, dials the trainer and makes a worker that is ready to run, commitments included unless samples switch policies.
+/// Reaches the trainer, loads the model and makes a worker that is ready to run, commitments included unless samples switch policies.
 ///
 /// # Errors
-/// A trainer that cannot be reached, weights that cannot be read, an unknown environment.
+/// A trainer that cannot be reached in that time, weights that cannot be read, an unknown environment.
 pub async fn start_worker(
     node: Node,
     checkpoint: &Checkpoint,
     options: &WorkerOptions,
 ) -> anyhow::Result<Worker> {
-    let trainer = node.dial(&options.trainer).await?;
+    let trainer = reach::reach(&node, &options.trainer, options.patience).await?;
     let source = Arc::new(Spreads::new(Blocks::start(node.clone(), memory_blocks())));
     let engine = engine(checkpoint, options.dtype, options.cache_tokens)?;
     let id = checkpoint.id()?;

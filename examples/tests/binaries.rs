@@ -112,6 +112,7 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
     let settings = &file("pretrain.toml", "steps = 1\nbatch = 1\n");
     let out = dir.path().join("out");
     let out = out.to_str().unwrap();
+    let nobody = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN";
     let cases: &[(&str, &[&str], &str)] = &[
         (PARALLAX, &["generate", "--model", "/no/such/model", "--prompt", "hi"], "/no/such/model"),
         (PARALLAX, &["generate", "--model", broken, "--prompt", "hi"], "broken.gguf"),
@@ -124,6 +125,8 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
         (DEMO_SWARM, &["--mode", "async", "--staleness", "0"], "staleness"),
         (DEMO_SWARM, &["--cheater", "--workers", "1"], "--workers"),
         (ROLLOUT_FLEET, &[], "--trainer"),
+        (ROLLOUT_FLEET, &["--trainer", nobody, "--patience-s", "0"], "tries: 1, 0 s"),
+        (ROLLOUT_FLEET, &["--trainer", "nonsense"], "trainer nonsense: "),
         (LATTICA_NODE, &["--listen", "nonsense"], "nonsense"),
         (LATTICA_NODE, &["--listen", &taken_address], "already in use"),
         (PARALLAX, &["serve", "--model", "tiny", "--swarm", "s", "--port", taken.as_str()], "--port"),

@@ -27,6 +27,9 @@ struct Args {
     /// Address of the trainer, with its /p2p/ part
     #[arg(long, default_value = "")]
     trainer: String,
+    /// How long to dial a trainer that does not answer, with growing pauses
+    #[arg(long, default_value_t = 60)]
+    patience_s: u64,
     /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache; the one that the trainer has
     #[arg(long, default_value = "tiny")]
     model: String,
@@ -199,6 +202,7 @@ async fn worker(args: &Args, checkpoint: &Checkpoint, index: usize) -> anyhow::R
     let node = Node::start(identity, NodeConfig::loopback(&args.listen.to_string(), &args.network)).await?;
     let options = WorkerOptions {
         trainer: args.trainer.clone(),
+        patience: std::time::Duration::from_secs(args.patience_s),
         environment: args.env.clone(),
         environment_program: args.env_program.clone(),
         dtype: args

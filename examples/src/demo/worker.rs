@@ -36,6 +36,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let node = args.node.start().await?;
     let options = WorkerOptions {
         trainer: args.trainer.clone(),
+        patience: std::time::Duration::from_secs(60),
         environment: args.env.clone(),
         environment_program: Vec::new(),
         dtype: args.dtype,
