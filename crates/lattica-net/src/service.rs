@@ -426,6 +426,8 @@ impl Node {
     }
 
     /// Stores a record of at most 64 KiB in the DHT. Records are not signed: sign the value if it matters.
+    /// Like the other queries it waits, at most ten seconds, for peers that have just connected to say what they are, and
+    /// is made again, at most three times, where nobody's answer came through.
     ///
     /// # Errors
     /// When no peer stored it.

@@ -99,6 +99,8 @@ pub(crate) struct Driver {
     remotes: HashMap<ConnectionId, Multiaddr>,
     /// Connections that this end dialled.
     dialled: HashSet<ConnectionId>,
+    /// Connections whose peer has not said yet what it is.
+    unidentified: HashSet<ConnectionId>,
     /// Peers that we dialled because mDNS saw them; they may belong to another network.
     from_mdns: HashSet<LibPeerId>,
 }
@@ -121,6 +123,7 @@ impl Driver {
             seen: Seen::default(),
             remotes: HashMap::new(),
             dialled: HashSet::new(),
+            unidentified: HashSet::new(),
             from_mdns: HashSet::new(),
         }
     }
@@ -217,6 +220,7 @@ impl Driver {
                 if endpoint.is_dialer() {
                     self.dialled.insert(connection_id);
                 }
+                self.unidentified.insert(connection_id);
                 self.remotes.insert(connection_id, remote);
                 self.dials.handle_established(connection_id, peer_id);
                 self.upkeep.handle_established(peer_id);
@@ -226,6 +230,7 @@ impl Driver {
                 self.remotes.remove(&connection_id);
                 self.handle_unseen(connection_id);
                 self.dialled.remove(&connection_id);
+                self.handle_identified(connection_id);
                 if num_established == 0 {
                     self.from_mdns.remove(&peer_id);
                 }
@@ -265,6 +270,10 @@ impl Driver {
         match event {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, connection_id, info }) => {
                 self.handle_identify(peer_id, connection_id, &info);
+                self.handle_identified(connection_id);
+            }
+            BehaviourEvent::Identify(identify::Event::Error { connection_id, .. }) => {
+                self.handle_identified(connection_id);
             }
             BehaviourEvent::Ping(ping::Event { peer, connection: _, result: Ok(rtt) }) => {
                 self.handle_ping(peer, rtt)
@@ -329,8 +338,20 @@ impl Driver {
             }
         }
         if in_our_network {
+            // It may listen nowhere that we could reach, but here it answers.
+            let alone = self.dht_is_empty();
+            let dialled = self.remotes.get(&connection_id).filter(|_| self.dialled.contains(&connection_id));
+            if let Some(address) = dialled.map(without_peer).filter(|_| alone) {
+                self.swarm.behaviour_mut().kad.add_address(&peer_id, address);
+            }
             self.announce_waiting();
         }
+    }
+
+    /// What a peer is, is known now, or will not be learnt on this connection.
+    fn handle_identified(&mut self, connection_id: ConnectionId) {
+        self.unidentified.remove(&connection_id);
+        self.make_waiting();
     }
 
     /// Pings measure peers that have no link protocol of ours, such as stock libp2p nodes.

@@ -4,6 +4,7 @@
 
 mod calls;
 mod death;
+mod dht;
 mod discovery;
 mod gossip;
 mod hostile;

@@ -1,6 +1,7 @@
 //! Queries to the DHT and who waits for them.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use libp2p::PeerId as LibPeerId;
 use libp2p::core::Multiaddr;
@@ -21,31 +22,76 @@ const QUERIES_MAX: usize = 1024;
 const PROVIDERS_MAX: usize = 64;
 /// Announcements that wait for the first peer.
 const WAITING_MAX: usize = 4096;
+/// Times that one query is made while nobody answers it. A stream that breaks takes its answer along: over QUIC a peer that
+/// resets a stream after answering (js-libp2p does, when it looks for a next question before it has seen that none
+/// follows) discards what was not yet read.
+const TRIES: u32 = 4;
+/// How long a query may wait for peers, and from when on it is not made again.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// See the module.
 #[derive(Default)]
 pub(super) struct Queries {
     running: HashMap<QueryId, Query>,
+    /// Those that are made when it is known whether a peer that is connected takes part.
+    waiting: Vec<Query>,
     /// Keys that were announced while nobody was there to hear it.
     waiting_keys: HashSet<RecordKey>,
 }
 
-enum Query {
-    Provide { reply: Option<Reply<(), DhtError>> },
-    Providers { found: HashSet<PeerId>, reply: Reply<Vec<PeerId>, DhtError> },
-    Put { reply: Reply<(), DhtError> },
-    Get { reply: Reply<Option<Vec<u8>>, DhtError> },
+struct Query {
+    what: What,
+    tries: u32,
+    /// When it ceases to wait and to be made again.
+    until: Duration,
+}
+
+enum What {
+    Provide { key: RecordKey, reply: Option<Reply<(), DhtError>> },
+    Providers { key: RecordKey, found: HashSet<PeerId>, reply: Reply<Vec<PeerId>, DhtError> },
+    Put { record: Record, reply: Reply<(), DhtError> },
+    Get { key: RecordKey, reply: Reply<Option<Vec<u8>>, DhtError> },
     Find { peer: LibPeerId },
 }
 
+impl Query {
+    /// Whether to make it again, when nobody answered.
+    fn goes_on(&self, now: Duration) -> bool {
+        let wanted = match &self.what {
+            What::Provide { reply, .. } => reply.as_ref().is_none_or(|reply| !reply.is_closed()),
+            What::Providers { reply, .. } => !reply.is_closed(),
+            What::Put { reply, .. } => !reply.is_closed(),
+            What::Get { reply, .. } => !reply.is_closed(),
+            What::Find { .. } => false,
+        };
+        wanted && self.tries < TRIES && now < self.until
+    }
+
+    fn fail(self, error: DhtError) {
+        match self.what {
+            What::Provide { reply: Some(reply), .. } | What::Put { reply, .. } => {
+                let _ = reply.send(Err(error));
+            }
+            What::Providers { reply, .. } => {
+                let _ = reply.send(Err(error));
+            }
+            What::Get { reply, .. } => {
+                let _ = reply.send(Err(error));
+            }
+            What::Provide { reply: None, .. } | What::Find { .. } => {}
+        }
+    }
+}
+
 impl Driver {
-    fn dht_is_empty(&mut self) -> bool {
+    pub(super) fn dht_is_empty(&mut self) -> bool {
         self.swarm.behaviour_mut().kad.kbuckets().all(|bucket| bucket.is_empty())
     }
 
     fn too_many_queries(&self) -> Option<DhtError> {
         let reason = format!("{QUERIES_MAX} queries run already");
-        (self.queries.running.len() >= QUERIES_MAX).then_some(DhtError::Store { reason })
+        (self.queries.running.len() + self.queries.waiting.len() >= QUERIES_MAX)
+            .then_some(DhtError::Store { reason })
     }
 
     /// Announces a key. With nobody there yet the announcement is kept and made when the first peer joins.
@@ -65,7 +111,8 @@ impl Driver {
                 let _ = reply.send(Ok(()));
             }
             Ok(id) => {
-                self.queries.running.insert(id, Query::Provide { reply: Some(reply) });
+                let query = self.query(What::Provide { key, reply: Some(reply) });
+                self.queries.running.insert(id, Query { tries: 1, ..query });
             }
             Err(error) => {
                 let _ = reply.send(Err(store_error(&error)));
@@ -76,9 +123,8 @@ impl Driver {
     /// Peers are there now: makes the announcements that waited for them.
     pub(super) fn announce_waiting(&mut self) {
         for key in std::mem::take(&mut self.queries.waiting_keys) {
-            if let Ok(id) = self.swarm.behaviour_mut().kad.start_providing(key) {
-                self.queries.running.insert(id, Query::Provide { reply: None });
-            }
+            let query = self.query(What::Provide { key, reply: None });
+            self.make(query);
         }
     }
 
@@ -87,16 +133,14 @@ impl Driver {
             let _ = reply.send(Err(error));
             return;
         }
-        let id = self.swarm.behaviour_mut().kad.get_providers(key.into());
-        self.queries.running.insert(id, Query::Providers { found: HashSet::new(), reply });
+        let query = self.query(What::Providers { key: key.into(), found: HashSet::new(), reply });
+        self.make_when_known(query);
     }
 
     pub(super) fn put_record(&mut self, key: Vec<u8>, value: Vec<u8>, reply: Reply<(), DhtError>) {
         let refusal = if value.len() > DHT_VALUE_MAX_BYTES {
             let reason = format!("{} bytes are over the limit of {DHT_VALUE_MAX_BYTES}", value.len());
             Some(DhtError::Store { reason })
-        } else if self.dht_is_empty() {
-            Some(DhtError::NoPeers)
         } else {
             self.too_many_queries()
         };
@@ -104,14 +148,8 @@ impl Driver {
             let _ = reply.send(Err(error));
             return;
         }
-        match self.swarm.behaviour_mut().kad.put_record(Record::new(key, value), Quorum::One) {
-            Ok(id) => {
-                self.queries.running.insert(id, Query::Put { reply });
-            }
-            Err(error) => {
-                let _ = reply.send(Err(store_error(&error)));
-            }
-        }
+        let query = self.query(What::Put { record: Record::new(key, value), reply });
+        self.make_when_known(query);
     }
 
     pub(super) fn get_record(&mut self, key: Vec<u8>, reply: Reply<Option<Vec<u8>>, DhtError>) {
@@ -119,8 +157,57 @@ impl Driver {
             let _ = reply.send(Err(error));
             return;
         }
-        let id = self.swarm.behaviour_mut().kad.get_record(key.into());
-        self.queries.running.insert(id, Query::Get { reply });
+        let query = self.query(What::Get { key: key.into(), reply });
+        self.make_when_known(query);
+    }
+
+    fn query(&self, what: What) -> Query {
+        Query { what, tries: 0, until: self.shared.now() + PATIENCE }
+    }
+
+    /// Makes a query, once it is known whether somebody who is connected takes part.
+    fn make_when_known(&mut self, query: Query) {
+        if self.dht_is_empty() && !self.unidentified.is_empty() {
+            self.queries.waiting.push(query);
+        } else {
+            self.make(query);
+        }
+    }
+
+    /// Makes the queries that waited, where there is nothing to wait for any more.
+    pub(super) fn make_waiting(&mut self) {
+        if self.queries.waiting.is_empty() {
+            return;
+        }
+        let now = self.shared.now();
+        let waits = self.dht_is_empty() && !self.unidentified.is_empty();
+        let (wait, due) =
+            std::mem::take(&mut self.queries.waiting).into_iter().partition(|q| waits && now < q.until);
+        self.queries.waiting = wait;
+        let due: Vec<Query> = due;
+        for query in due {
+            self.make(query);
+        }
+    }
+
+    fn make(&mut self, mut query: Query) {
+        query.tries += 1;
+        let alone = self.dht_is_empty();
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let id = match &query.what {
+            What::Provide { key, .. } => kad.start_providing(key.clone()),
+            What::Providers { key, .. } => Ok(kad.get_providers(key.clone())),
+            What::Put { .. } if alone => return query.fail(DhtError::NoPeers),
+            What::Put { record, .. } => kad.put_record(record.clone(), Quorum::One),
+            What::Get { key, .. } => Ok(kad.get_record(key.clone())),
+            What::Find { peer } => Ok(kad.get_closest_peers(*peer)),
+        };
+        match id {
+            Ok(id) => {
+                self.queries.running.insert(id, query);
+            }
+            Err(error) => query.fail(store_error(&error)),
+        }
     }
 
     /// Looks for the addresses of a peer; `false` when nobody can be asked.
@@ -128,16 +215,26 @@ impl Driver {
         if self.dht_is_empty() || self.too_many_queries().is_some() {
             return false;
         }
-        let id = self.swarm.behaviour_mut().kad.get_closest_peers(peer);
-        self.queries.running.insert(id, Query::Find { peer });
+        let query = self.query(What::Find { peer });
+        self.make(query);
         true
     }
 
     pub(super) fn handle_kad_event(&mut self, event: kad::Event) {
-        let kad::Event::OutboundQueryProgressed { id, result, step, .. } = event else { return };
+        let kad::Event::OutboundQueryProgressed { id, result, step, stats } = event else { return };
         let Some(query) = self.queries.running.remove(&id) else { return };
-        match (query, result) {
-            (Query::Providers { mut found, reply }, QueryResult::GetProviders(result)) => {
+        // Others may have answered where one failed, but a record is stored nowhere.
+        let unheard = match &result {
+            QueryResult::PutRecord(Err(PutRecordError::QuorumFailed { .. })) => true,
+            QueryResult::PutRecord(_) => false,
+            _ => step.last && stats.num_successes() == 0,
+        };
+        if unheard && stats.num_failures() > 0 && query.goes_on(self.shared.now()) {
+            return self.make(query);
+        }
+        let Query { what, tries, until } = query;
+        match (what, result) {
+            (What::Providers { key, mut found, reply }, QueryResult::GetProviders(result)) => {
                 if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = result {
                     found.extend(providers.iter().filter_map(|p| wire_peer(p).ok()).take(PROVIDERS_MAX));
                 }
@@ -147,16 +244,17 @@ impl Driver {
                     found.truncate(PROVIDERS_MAX);
                     let _ = reply.send(Ok(found));
                 } else {
-                    self.queries.running.insert(id, Query::Providers { found, reply });
+                    let what = What::Providers { key, found, reply };
+                    self.queries.running.insert(id, Query { what, tries, until });
                 }
             }
-            (Query::Provide { reply }, QueryResult::StartProviding(result)) => {
+            (What::Provide { reply, .. }, QueryResult::StartProviding(result)) => {
                 let result = result.map(|_| ()).map_err(|AddProviderError::Timeout { .. }| DhtError::Timeout);
                 if let Some(reply) = reply {
                     let _ = reply.send(result);
                 }
             }
-            (Query::Put { reply }, QueryResult::PutRecord(result)) => {
+            (What::Put { reply, .. }, QueryResult::PutRecord(result)) => {
                 let _ = reply.send(match result {
                     Ok(_) => Ok(()),
                     Err(PutRecordError::Timeout { .. }) => Err(DhtError::Timeout),
@@ -165,7 +263,7 @@ impl Driver {
                     }
                 });
             }
-            (Query::Get { reply }, QueryResult::GetRecord(result)) => match result {
+            (What::Get { reply, .. }, QueryResult::GetRecord(result)) => match result {
                 Ok(GetRecordOk::FoundRecord(found)) => {
                     let _ = reply.send(Ok(Some(found.record.value)));
                     if let Some(mut query) = self.swarm.behaviour_mut().kad.query_mut(&id) {
@@ -180,7 +278,7 @@ impl Driver {
                     let _ = reply.send(Err(DhtError::Timeout));
                 }
             },
-            (Query::Find { peer }, QueryResult::GetClosestPeers(result)) => {
+            (What::Find { peer }, QueryResult::GetClosestPeers(result)) => {
                 let peers = match result {
                     Ok(GetClosestPeersOk { peers, .. })
                     | Err(GetClosestPeersError::Timeout { peers, .. }) => peers,
