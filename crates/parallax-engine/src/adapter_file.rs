@@ -33,6 +33,11 @@ impl AdapterFile {
         Ok(Self { parsed: Some(parser(&file.bytes)?), ..file })
     }
 
+    /// The bytes alone: what was made of them need not be kept beside what the runner made of that.
+    pub(crate) fn unparsed(self) -> Self {
+        Self { parsed: None, ..self }
+    }
+
     /// BLAKE3 of the bytes.
     pub fn hash(&self) -> [u8; 32] {
         self.hash

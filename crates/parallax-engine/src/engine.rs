@@ -1,7 +1,7 @@
 //! `Engine`: requests in, batches out to a runner, tokens back.
 //!
 //! Getters: `limits`, `version`, `metrics`, `is_busy`, `adapters`. Commands: `add`, `add_group`, `abort`, `set_version`,
-//! `lose_pages`, `abort_all`, `hand_adapters_to`, `add_adapter`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
+//! `lose_pages`, `postpone`, `abort_all`, `hand_adapters_to`, `add_adapter`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
 //! `housekeep`, `plan`, run the batch elsewhere, and `complete` it; never plan twice without completing.
 
 mod adapters;
@@ -24,6 +24,9 @@ use crate::sequence::Sequence;
 use crate::speculate::Drafter;
 use crate::stage::{LogSoftmax, StageRunner, StageShape};
 pub use adapters::Adapters;
+
+/// Lost stages that a request survives.
+pub const MAX_LOSSES: u32 = 8;
 
 /// The pure engine: no clock, no thread, no randomness of its own.
 #[derive(Debug)]
@@ -237,6 +240,22 @@ impl Engine {
         self.cache.forget();
     }
 
+    /// A planned batch was lost with a stage that others replace: all is computed again, and the requests go on with the same
+    /// tokens. One that was in [`MAX_LOSSES`] such batches before ends with the error: perhaps it is what stages die of.
+    pub fn postpone(&mut self, batch: &Batch, error: &StageError) -> Vec<RequestEvent> {
+        let mut hopeless = Vec::new();
+        for planned in &batch.sequences {
+            let sequence = self.scheduler.running_mut(planned.request);
+            if sequence.is_some_and(|sequence| sequence.count_loss() > MAX_LOSSES) {
+                hopeless.push(planned.request);
+            }
+        }
+        self.lose_pages();
+        let ended = hopeless.into_iter().filter_map(|id| self.scheduler.remove(id)).collect::<Vec<_>>();
+        let failure = || Some(error.clone().into());
+        ended.iter().map(|sequence| self.finished(sequence, FinishReason::Error, failure())).collect()
+    }
+
     /// Adapters that requests can name.
     pub fn adapters(&self) -> &Adapters {
         &self.adapters
@@ -250,7 +269,7 @@ impl Engine {
         for (id, adapter) in self.adapters.all() {
             runner.add_adapter(id, adapter).map_err(|error| {
                 let name = self.adapters.name_of(id).unwrap_or("of a request in flight");
-                StageError::NotReady {
+                StageError::Unfit {
                     reason: format!(
                         "adapter {name:?} does not go with the new weights, unload it first: {error}"
                     ),

@@ -117,6 +117,12 @@ pub enum StageError {
         /// What is missing.
         reason: String,
     },
+    /// Weights or an adapter that the runner cannot take up.
+    #[error("{reason}")]
+    Unfit {
+        /// Why.
+        reason: String,
+    },
     /// An adapter that does not fit.
     #[error("adapter {version}: {reason}")]
     Adapter {

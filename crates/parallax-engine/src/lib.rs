@@ -101,6 +101,6 @@ pub use score::{ScoreError, Scored, score};
 #[cfg(feature = "service")]
 pub use service::{EngineHandle, TokenStream};
 pub use speculate::{DraftModel, Drafter, PromptLookup};
-pub use stage::{LogSoftmax, StageRunner, StageShape};
+pub use stage::{LogSoftmax, Recovery, StageRunner, StageShape};
 pub use stop_strings::StopStrings;
 pub use tap::ActivationTap;

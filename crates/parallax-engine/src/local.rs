@@ -155,7 +155,29 @@ fn parse(bytes: &[u8]) -> Result<Arc<dyn Any + Send + Sync>, String> {
 }
 
 fn misfit(reason: impl Display) -> StageError {
-    StageError::NotReady { reason: format!("the adapter does not fit: {reason}") }
+    StageError::Unfit { reason: format!("the adapter does not fit: {reason}") }
+}
+
+/// To all stages of a chain, or to none.
+fn set_adapter(
+    stages: &mut [LocalStage],
+    version: PolicyVersion,
+    adapter: Option<&AdapterFile>,
+) -> Result<(), StageError> {
+    let wrong = |reason| StageError::Adapter { version, reason };
+    let adapter = adapter.map(parsed).transpose().map_err(wrong)?;
+    if let Some(adapter) = &adapter {
+        adapter.check(stages[0].stage.config()).map_err(|e| wrong(e.to_string()))?;
+    }
+    let mut stages = stages.iter_mut().map(|s| &mut s.stage);
+    stages.try_for_each(|stage| stage.set_adapter(adapter.as_deref())).map_err(|e| wrong(e.to_string()))
+}
+
+/// To all stages of a chain, or to none.
+fn add_adapter(stages: &mut [LocalStage], id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
+    let adapter = parsed(adapter).map_err(misfit)?;
+    adapter.check(stages[0].stage.config()).map_err(misfit)?;
+    stages.iter_mut().try_for_each(|s| s.stage.add_adapter(id, &adapter)).map_err(misfit)
 }
 
 impl StageRunner for LocalStage {
@@ -180,9 +202,7 @@ impl StageRunner for LocalStage {
         version: PolicyVersion,
         adapter: Option<&AdapterFile>,
     ) -> Result<(), StageError> {
-        let wrong = |reason| StageError::Adapter { version, reason };
-        let adapter = adapter.map(parsed).transpose().map_err(wrong)?;
-        self.stage.set_adapter(adapter.as_deref()).map_err(|e| wrong(e.to_string()))
+        set_adapter(std::slice::from_mut(self), version, adapter)
     }
 
     fn adapter_parser(&self) -> Option<AdapterParser> {
@@ -190,7 +210,7 @@ impl StageRunner for LocalStage {
     }
 
     fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
-        self.stage.add_adapter(id, &*parsed(adapter).map_err(misfit)?).map_err(misfit)
+        add_adapter(std::slice::from_mut(self), id, adapter)
     }
 
     fn remove_adapter(&mut self, id: u32) {
@@ -280,14 +300,7 @@ impl StageRunner for Pipeline {
         version: PolicyVersion,
         adapter: Option<&AdapterFile>,
     ) -> Result<(), StageError> {
-        let wrong = |reason| StageError::Adapter { version, reason };
-        let adapter = adapter.map(parsed).transpose().map_err(wrong)?;
-        if let Some(adapter) = &adapter {
-            // Before the first stage changes: no half-changed pipeline.
-            adapter.check(self.stages[0].stage.config()).map_err(|e| wrong(e.to_string()))?;
-        }
-        let mut stages = self.stages.iter_mut().map(|s| &mut s.stage);
-        stages.try_for_each(|stage| stage.set_adapter(adapter.as_deref())).map_err(|e| wrong(e.to_string()))
+        set_adapter(&mut self.stages, version, adapter)
     }
 
     fn adapter_parser(&self) -> Option<AdapterParser> {
@@ -295,10 +308,7 @@ impl StageRunner for Pipeline {
     }
 
     fn add_adapter(&mut self, id: u32, adapter: &AdapterFile) -> Result<(), StageError> {
-        let adapter = parsed(adapter).map_err(misfit)?;
-        // Before the first stage changes: no half-changed pipeline.
-        adapter.check(self.stages[0].stage.config()).map_err(misfit)?;
-        self.stages.iter_mut().try_for_each(|s| s.stage.add_adapter(id, &adapter)).map_err(misfit)
+        add_adapter(&mut self.stages, id, adapter)
     }
 
     fn remove_adapter(&mut self, id: u32) {

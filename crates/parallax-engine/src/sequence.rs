@@ -21,6 +21,7 @@ pub struct Sequence {
     prompt_tokens: usize,
     cached: usize,
     reused: usize,
+    losses: u32,
     allowance: usize,
     sampling: SamplingParams,
     capture_hidden: bool,
@@ -78,6 +79,7 @@ impl Sequence {
             tokens: prompt,
             cached: 0,
             reused: 0,
+            losses: 0,
             allowance,
             sampling,
             capture_hidden,
@@ -302,6 +304,12 @@ impl Sequence {
     pub fn forget_cache(&mut self) {
         self.cached = 0;
         self.draft.clear();
+    }
+
+    /// A stage was lost with a batch that it was in. Returns how often that has happened.
+    pub fn count_loss(&mut self) -> u32 {
+        self.losses += 1;
+        self.losses
     }
 
     /// It begins with the cached prompt of its leader.

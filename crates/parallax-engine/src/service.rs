@@ -59,6 +59,8 @@ struct Shared {
     metrics: Mutex<EngineMetrics>,
     adapters: Mutex<BTreeSet<String>>,
     adapter_parser: Option<AdapterParser>,
+    /// One adapter is read at a time, whoever brings how many.
+    reading: tokio::sync::Mutex<()>,
 }
 
 type Reply = oneshot::Sender<Result<(), StageError>>;
@@ -155,6 +157,7 @@ impl EngineHandle {
             metrics: Mutex::new(engine.metrics()),
             adapters: Mutex::default(),
             adapter_parser: runner.adapter_parser(),
+            reading: tokio::sync::Mutex::default(),
             on_swap,
         });
         let (commands, queue) = sync_channel(queued_requests + SPARE_COMMANDS);
@@ -396,6 +399,7 @@ impl EngineHandle {
 
     /// Reads an adapter on a thread of its own: neither the engine nor the caller's runtime waits.
     async fn read(&self, bytes: Vec<u8>) -> Result<AdapterFile, String> {
+        let _turn = self.shared.reading.lock().await;
         let (reply, read) = oneshot::channel();
         let handle = self.clone();
         let thread = std::thread::Builder::new().name("adapter-reader".into());
@@ -448,7 +452,7 @@ impl EngineHandle {
 }
 
 fn misfit(reason: &str) -> StageError {
-    StageError::NotReady { reason: format!("the adapter does not fit: {reason}") }
+    StageError::Unfit { reason: format!("the adapter does not fit: {reason}") }
 }
 
 fn stopped() -> StageError {

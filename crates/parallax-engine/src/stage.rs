@@ -47,6 +47,18 @@ impl StageShape {
     }
 }
 
+/// Whether others take the place of a lost stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Recovery {
+    /// Nobody does.
+    #[default]
+    None,
+    /// They are about to.
+    Pending,
+    /// They have, or nothing is lost.
+    Done,
+}
+
 /// The log-softmax `[V]` of logits `[V]`.
 ///
 /// There is one log-probability in this workspace, `parallax_model::logprob`; runners pass it on, so that sampler,
@@ -90,9 +102,7 @@ pub trait StageRunner: Send {
     /// # Errors
     /// An adapter that does not fit, or a runner that holds one adapter at a time.
     fn add_adapter(&mut self, _id: u32, _adapter: &AdapterFile) -> Result<(), StageError> {
-        Err(StageError::NotReady {
-            reason: "this runner holds one adapter at a time; swap it instead".into(),
-        })
+        Err(StageError::Unfit { reason: "this runner holds one adapter at a time; swap it instead".into() })
     }
 
     /// A resident adapter is no longer used.
@@ -107,9 +117,9 @@ pub trait StageRunner: Send {
         0
     }
 
-    /// After a lost stage: whether others are about to take its place, so that it is worth trying again soon.
-    fn is_recovering(&self) -> bool {
-        false
+    /// What becomes of a lost stage.
+    fn recovery(&self) -> Recovery {
+        Recovery::None
     }
 
     /// The log-softmax that belongs to the model being run.

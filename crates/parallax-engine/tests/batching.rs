@@ -8,10 +8,11 @@ mod toy;
 use std::collections::BTreeMap;
 
 use parallax_engine::batching::LOGITS_BYTES;
+use parallax_engine::engine::MAX_LOSSES;
 use parallax_engine::speculate::DraftQuery;
 use parallax_engine::{
     AdapterFile, Completion, Constraint, ConstraintState, DraftModel, Drafter, Engine, EngineConfig, Event,
-    FinishReason, PromptLookup, Request, StageOutput, StageRunner, StageShape, Tensor,
+    FinishReason, PromptLookup, Request, StageError, StageOutput, StageRunner, StageShape, Tensor,
 };
 use proptest::prelude::*;
 use swarm_wire::{PolicyVersion, RequestId};
@@ -106,6 +107,28 @@ fn a_lost_stage_ends_every_request_with_its_text_and_the_engine_goes_on() {
     }
     let id = engine.add(Request::greedy(vec![5, 6], 4)).unwrap();
     assert_eq!(run(&mut engine, &mut model)[&id].token_ids(), toy_greedy(&[5, 6], 4, 0));
+}
+
+#[test]
+fn a_request_that_is_there_whenever_a_stage_dies_ends_and_others_go_on() {
+    let mut model = ToyModel::new(64, 4);
+    let mut engine = engine(&model, 32, 4);
+    let asked = Request::greedy(vec![1, 2, 3], 12);
+    let (always, mut late) = (engine.add(asked.clone()).unwrap(), None);
+    let error = StageError::NotReady { reason: "unplugged".into() };
+    for loss in 1..=MAX_LOSSES + 1 {
+        engine.step(&mut model);
+        let (batch, _) = engine.plan().unwrap();
+        let ended = engine.postpone(&batch, &error);
+        engine.check_integrity();
+        assert_eq!(
+            ended.iter().map(|e| e.request).collect::<Vec<_>>(),
+            [always][..usize::from(loss > MAX_LOSSES)]
+        );
+        late = late.or_else(|| Some(engine.add(asked.clone()).unwrap()));
+    }
+    let completions = run(&mut engine, &mut model);
+    assert_eq!(completions[&late.unwrap()].token_ids().last(), toy_greedy(&asked.prompt, 12, 0).last());
 }
 
 #[test]

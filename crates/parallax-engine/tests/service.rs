@@ -6,8 +6,8 @@
 mod toy;
 
 use parallax_engine::{
-    AdapterFile, Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Request,
-    RequestError, StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
+    AdapterFile, Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Recovery,
+    Request, RequestError, StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
 };
 use swarm_wire::PolicyVersion;
 use toy::{ToyModel, sampled, toy_greedy};
@@ -97,6 +97,26 @@ fn a_failing_stage_ends_all_requests_with_its_text() {
     assert!(completion.error.unwrap().to_string().contains("unplugged"));
     let again = handle.generate_blocking(Request::greedy(vec![4, 5], 6)).unwrap();
     assert_eq!(again.token_ids(), toy_greedy(&[4, 5], 6, 0));
+}
+
+#[test]
+fn an_answer_survives_a_stage_whose_place_others_take() {
+    let mut model = ToyModel::new(64, 4);
+    (model.fail_at, model.recovery) = (Some(3), Recovery::Done);
+    let handle = start(model);
+    let completion = handle.generate_blocking(Request::greedy(vec![4, 5], 6)).unwrap();
+    assert_eq!((completion.error.as_ref(), completion.token_ids()), (None, toy_greedy(&[4, 5], 6, 0)));
+}
+
+#[test]
+fn a_place_that_nobody_takes_is_waited_for_in_patience_and_no_longer() {
+    let mut model = ToyModel::new(64, 4);
+    (model.fail_at, model.recovery) = (Some(2), Recovery::Pending);
+    let config = EngineConfig { patience_ms: 0, ..EngineConfig::default() };
+    let handle = EngineHandle::start(Box::new(model), config).unwrap();
+    let completion = handle.generate_blocking(Request::greedy(vec![4, 5], 6)).unwrap();
+    assert_eq!((completion.tokens.len(), completion.reason), (1, FinishReason::Error));
+    assert!(completion.error.unwrap().to_string().contains("unplugged"));
 }
 
 /// A runner with a bug.

@@ -39,7 +39,7 @@ impl Adapters {
 
     pub(super) fn insert(&mut self, name: &str, id: u32, file: AdapterFile) {
         let adapter = ResidentAdapter { id, hash: file.hash() };
-        self.files.insert(id, file);
+        self.files.insert(id, file.unparsed());
         if let Some(before) = self.by_name.insert(name.to_owned(), adapter) {
             self.retired.insert(before.id);
         }

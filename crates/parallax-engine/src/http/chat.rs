@@ -71,7 +71,7 @@ fn read(
         format,
         adapter,
         markup: Some(server.markup(&tools, prompt.in_reasoning)),
-        single_call: tools.single || tools.is_forced(),
+        single_call: tools.is_single(),
         held_calls: tools.held_calls(),
         text_arguments: tools.text_arguments(),
         ..Ask::new(vec![tokens], sampling)

@@ -68,7 +68,7 @@ fn read(
     let ask = Ask {
         adapter: asked.adapter,
         markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
-        single_call: asked.tools.single || asked.tools.is_forced(),
+        single_call: asked.tools.is_single(),
         held_calls: asked.tools.held_calls(),
         text_arguments: asked.tools.text_arguments(),
         ..Ask::new(vec![tokens], sampling)

@@ -97,7 +97,7 @@ fn read(
         format: form,
         adapter,
         markup: Some(server.markup(&offered, prompt.in_reasoning)),
-        single_call: offered.single || offered.is_forced(),
+        single_call: offered.is_single(),
         held_calls: offered.held_calls(),
         text_arguments: offered.text_arguments(),
         ..Ask::new(vec![tokens], sampling)

@@ -119,6 +119,11 @@ impl Tools {
         matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_))
     }
 
+    /// One call at most is given out.
+    pub(super) fn is_single(&self) -> bool {
+        self.single || self.is_forced()
+    }
+
     /// What sampling holds the calls of an answer to.
     pub(super) fn held_calls(&self) -> HeldCalls {
         let any = json!({"type": "object"});

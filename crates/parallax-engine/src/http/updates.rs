@@ -56,7 +56,7 @@ pub(super) async fn load_adapter(
     server.check_ready()?;
     let (name, bytes) = server.read(body, |server, body, _| adapter(server, body)).await?;
     server.state.engine.add_adapter(&name, bytes).await.map_err(|error| match error {
-        StageError::Lost { .. } => ApiError::unavailable(error.to_string()),
+        StageError::Lost { .. } | StageError::NotReady { .. } => ApiError::unavailable(error.to_string()),
         error => ApiError::invalid(Some("lora_path"), error.to_string()),
     })?;
     Ok(format!("Success: LoRA adapter '{name}' added successfully."))

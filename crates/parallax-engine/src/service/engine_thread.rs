@@ -1,7 +1,7 @@
 //! The loop of the engine thread: take commands, drop what nobody waits for, run a step, hand out events.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, PoisonError, atomic::Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::error::StageError;
 use crate::metrics::Latencies;
 use crate::pace::Pace;
 use crate::request::{Event, FinishReason, RequestEvent, Usage};
-use crate::stage::StageRunner;
+use crate::stage::{Recovery, StageRunner};
 
 /// Between two attempts while a lost stage is being replaced.
 const RETRY: Duration = Duration::from_millis(20);
@@ -94,12 +94,7 @@ impl EngineThread {
                 self.pending.take().into_iter().for_each(|swap| self.swap(swap));
                 continue;
             }
-            let command = if self.engine.is_busy() && self.interrupted.is_some() {
-                match self.commands.recv_timeout(RETRY) {
-                    Err(RecvTimeoutError::Timeout) => return,
-                    received => received.ok(),
-                }
-            } else if self.engine.is_busy() {
+            let command = if self.engine.is_busy() {
                 match self.commands.try_recv() {
                     Err(TryRecvError::Empty) => return,
                     received => received.ok(),
@@ -180,7 +175,7 @@ impl EngineThread {
         let (has, gets) = (self.runner.shape(), runner.shape());
         if has != gets {
             let reason = format!("the new weights have another shape: {gets:?}, not {has:?}");
-            return Err(StageError::NotReady { reason });
+            return Err(StageError::Unfit { reason });
         }
         self.engine.housekeep(&mut *self.runner);
         self.engine.hand_adapters_to(&mut *runner)?;
@@ -209,7 +204,15 @@ impl EngineThread {
         }
     }
 
+    /// A stage is missing, and there is time left for others to take its place.
+    fn must_wait(&self) -> bool {
+        self.interrupted.as_ref().is_some_and(|(since, _)| since.elapsed() < self.patience)
+    }
+
     fn step(&mut self) {
+        if self.must_wait() && self.runner.recovery() == Recovery::Pending {
+            return std::thread::sleep(RETRY);
+        }
         let started = Instant::now();
         self.engine.limit_rows(self.pace.rows());
         self.engine.housekeep(&mut *self.runner);
@@ -223,19 +226,19 @@ impl EngineThread {
         let mut result = self.runner.forward(&batch, input);
         let forward = forward_started.elapsed();
         if let Err(error @ (StageError::Lost { .. } | StageError::NotReady { .. })) = &result {
-            let (since, first) = self.interrupted.get_or_insert_with(|| {
+            let mut ended = Vec::new();
+            let (_, first) = self.interrupted.get_or_insert_with(|| {
                 tracing::warn!(%error, step = batch.step, "a stage is lost");
+                ended = self.engine.postpone(&batch, error);
                 (forward_started, error.clone())
             });
-            if self.runner.is_recovering() && since.elapsed() < self.patience {
-                if !self.accepting {
-                    // No command can come, which would be waited for otherwise.
-                    std::thread::sleep(RETRY);
-                }
-                return self.engine.lose_pages();
-            }
             // What was lost says more than that it has not come back.
             result = Err(first.clone());
+            self.deliver(ended);
+            if self.must_wait() && self.runner.recovery() != Recovery::None {
+                self.engine.lose_pages();
+                return std::thread::sleep(RETRY);
+            }
         }
         if let Some((since, _)) = self.interrupted.take().filter(|_| result.is_ok()) {
             tracing::info!(waited_ms = since.elapsed().as_millis(), "requests in flight go on");

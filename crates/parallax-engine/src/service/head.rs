@@ -29,7 +29,7 @@ use crate::error::StageError;
 use crate::service::stage_server::StageStats;
 use crate::service::stage_server::frame::{EncodedFrame, ReceivedFrame};
 use crate::service::stage_server::steps::StepEncoder;
-use crate::stage::{LogSoftmax, StageRunner, StageShape};
+use crate::stage::{LogSoftmax, Recovery, StageRunner, StageShape};
 use link::Link;
 
 /// Loads the runner of a range of layers at the head itself; blocking.
@@ -390,9 +390,7 @@ impl StageRunner for PipelineRunner {
         } else {
             adapters::check_size(adapter.len())
         };
-        fits.map_err(|reason| StageError::NotReady {
-            reason: format!("the adapter does not fit: {reason}"),
-        })?;
+        fits.map_err(|reason| StageError::Unfit { reason: format!("the adapter does not fit: {reason}") })?;
         self.residents.insert(id, adapter.clone());
         // Taking up the link brings it to the stages.
         let sent = self.link().map(|_| ());
@@ -422,8 +420,12 @@ impl StageRunner for PipelineRunner {
         }
     }
 
-    fn is_recovering(&self) -> bool {
-        self.shared.has_plan()
+    fn recovery(&self) -> Recovery {
+        match &*self.shared.state.borrow() {
+            _ if !self.shared.has_plan() => Recovery::None,
+            State::Forming(_) => Recovery::Pending,
+            State::Ready(_) => Recovery::Done,
+        }
     }
 
     fn log_softmax(&self) -> LogSoftmax {

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use parallax_engine::{
-    AdapterFile, AdapterParser, Batch, LogSoftmax, Request, SamplingParams, StageError, StageOutput,
-    StageRunner, StageShape, Tensor,
+    AdapterFile, AdapterParser, Batch, LogSoftmax, Recovery, Request, SamplingParams, StageError,
+    StageOutput, StageRunner, StageShape, Tensor,
 };
 use swarm_wire::{LayerRange, PolicyVersion};
 
@@ -39,6 +39,8 @@ pub struct ToyModel {
     rows_per_step: Arc<Mutex<Vec<usize>>>,
     /// Fail at this step.
     pub fail_at: Option<u64>,
+    /// What becomes of the stage that failed.
+    pub recovery: Recovery,
 }
 
 impl ToyModel {
@@ -64,6 +66,7 @@ impl ToyModel {
             salt: 0,
             rows_per_step: Arc::default(),
             fail_at: None,
+            recovery: Recovery::None,
         }
     }
 }
@@ -199,6 +202,10 @@ impl StageRunner for ToyModel {
 
     fn remove_adapter(&mut self, id: u32) {
         self.adapters.remove(&id);
+    }
+
+    fn recovery(&self) -> Recovery {
+        self.recovery
     }
 
     fn generation(&self) -> u64 {
