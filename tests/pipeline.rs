@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use swarm_tests::swarm::{Swarm, parallax, send};
+use swarm_tests::swarm::{Swarm, call, parallax, send};
 
 /// A killed stage has to be reported within this.
 const DETECTED_WITHIN: Duration = Duration::from_secs(2);
@@ -60,16 +60,8 @@ fn an_answer_goes_on_with_the_same_text_when_its_last_stage_is_killed_and_anothe
     let body = json!({"prompt": "w1 w2", "max_tokens": 2000, "temperature": 1, "seed": 7});
     let (status, whole) = swarm.complete(&body);
     assert_eq!(status, 200, "{whole}");
-    let mut streamed = body;
-    streamed["stream"] = json!(true);
-    let stream = send(&swarm.address, "POST", "/v1/completions", &streamed.to_string());
-    let events = BufReader::new(stream).lines().map(Result::unwrap);
     let mut text = String::new();
-    for (n, event) in events.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned)).enumerate() {
-        if event == "[DONE]" {
-            break;
-        }
-        let event: Value = serde_json::from_str(&event).unwrap();
+    for (n, event) in events(&swarm, &body).enumerate() {
         text += event["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("{event}"));
         if n == 5 {
             let last = swarm.status()["pipelines"][0]["stages"][2]["peer"].as_str().unwrap().to_owned();
@@ -78,6 +70,54 @@ fn an_answer_goes_on_with_the_same_text_when_its_last_stage_is_killed_and_anothe
         }
     }
     assert_eq!(json!(text), whole["choices"][0]["text"]);
+}
+
+/// The events of a streamed completion.
+fn events(swarm: &Swarm, body: &Value) -> impl Iterator<Item = Value> {
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    let stream = send(&swarm.address, "POST", "/v1/completions", &streamed.to_string());
+    let lines = BufReader::new(stream).lines().map(Result::unwrap);
+    let data = lines.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned));
+    data.take_while(|event| event != "[DONE]").map(|event| serde_json::from_str(&event).unwrap())
+}
+
+#[test]
+fn other_weights_are_taken_up_by_all_machines_at_once_while_answers_go_on() {
+    let swarm = Swarm::start();
+    let middle = swarm.join("middle", 2, "2..4");
+    let mut last = swarm.join("last", 3, "4..6");
+    swarm.wait_until_ready(&[&middle, &last]);
+    swarm.check_tokens();
+    let other = swarm.other_weights();
+    let update = |path: &str, on_swap: &str| {
+        call(&swarm.address, "POST", "/v1/update_weights", &json!({"path": path, "on_swap": on_swap}))
+    };
+    let (status, refused) = update("/nowhere", "finish");
+    assert!(status == 400 && refused.to_string().contains("/nowhere"), "{status} {refused}");
+    let (status, refused) = update("../assets/tiny", "finish");
+    assert!(status == 400 && refused.to_string().contains("configuration differs"), "{status} {refused}");
+
+    let body = json!({"prompt": "w1 w2", "max_tokens": 1500, "temperature": 0});
+    let mut words = 0;
+    for (n, event) in events(&swarm, &body).enumerate() {
+        let text = event["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("{event}"));
+        words += text.split_whitespace().count();
+        if n == 5 {
+            let (status, updated) = update(&other, "switch");
+            assert_eq!((status, &updated["version"]), (200, &json!(1)), "{updated}\n{}", middle.log());
+        }
+    }
+    assert_eq!(words, 1500);
+    swarm.check_tokens_of(&other);
+    assert!(middle.log().contains("the next weights are here"), "{}", middle.log());
+
+    // Who comes later gets the weights that are served.
+    last.kill();
+    swarm.wait_until_refused("nobody holds layers 4..6");
+    let again = swarm.join("again", 4, "4..6");
+    swarm.wait_until_ready(&[&middle, &again]);
+    swarm.check_tokens_of(&other);
 }
 
 #[test]

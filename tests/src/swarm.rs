@@ -29,7 +29,7 @@ pub fn parallax() -> PathBuf {
 }
 
 /// A random model of six layers whose words are w0 ... w63.
-fn random_checkpoint(dir: &Path) {
+fn random_checkpoint(dir: &Path, seed: u64) {
     let config = json!({
         "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": WORDS,
@@ -42,7 +42,7 @@ fn random_checkpoint(dir: &Path) {
         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
     });
-    let mut model = TrainModel::new_random(&config, 20_260).unwrap();
+    let mut model = TrainModel::new_random(&config, seed).unwrap();
     model.set_text_file("tokenizer.json", tokenizer.to_string().into_bytes());
     model.save_checkpoint(dir).unwrap();
 }
@@ -149,17 +149,24 @@ pub struct Swarm {
 }
 
 impl Swarm {
-    /// Starts the head, which then waits for layers 2..6.
+    /// Starts the head, which then waits for layers 2..6; it takes other weights.
     pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let model = dir.path().join("model");
-        random_checkpoint(&model);
+        random_checkpoint(&model, 20_260);
         let model = model.to_str().unwrap().to_owned();
-        let command = ["serve", "--model", &model, "--port", "0"];
+        let command = ["serve", "--model", &model, "--port", "0", "--allow-weight-updates"];
         let mut head = member(dir.path(), "serve", 1, "0..2", &command);
         let address = head.wait_for("serving on http://");
         let bootstrap = head.wait_for("--bootstrap ");
         Self { dir, head, address, bootstrap, model }
+    }
+
+    /// Other weights of the same model.
+    pub fn other_weights(&self) -> String {
+        let model = self.dir.path().join("other");
+        random_checkpoint(&model, 20_261);
+        model.to_str().unwrap().to_owned()
     }
 
     /// A stage on a loopback address of its own; it gets its weights from the head.
@@ -209,7 +216,12 @@ impl Swarm {
 
     /// The swarm gives the tokens of one process.
     pub fn check_tokens(&self) {
-        for (body, expected) in expected(&self.model) {
+        self.check_tokens_of(&self.model);
+    }
+
+    /// The swarm gives the tokens of one process with this model.
+    pub fn check_tokens_of(&self, model: &str) {
+        for (body, expected) in expected(model) {
             let (status, answer) = self.complete(&body);
             assert_eq!(
                 (status, answer["choices"][0]["text"].as_str()),

@@ -111,6 +111,9 @@ pub trait StageRunner: Send {
     /// No resident adapter is used any more: somebody else takes the runner over.
     fn remove_adapters(&mut self) {}
 
+    /// It takes the place of another runner now, between two steps.
+    fn take_over(&mut self) {}
+
     /// Counts how often the pages were lost without the engine's doing (another machine took the layers over). When it
     /// changes, nothing that was cached before is used again.
     fn generation(&self) -> u64 {

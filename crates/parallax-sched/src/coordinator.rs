@@ -11,7 +11,7 @@ use swarm_wire::LayerRange;
 
 use crate::{
     CoordinatorConfig, JoinError, ModelProfile, NodeId, NodeProfile, Pipeline, Plan, PlanError, RttMatrix,
-    plan,
+    StagingError, plan,
 };
 
 /// Grows with every start of a member's process.
@@ -43,6 +43,15 @@ impl MemberState {
     }
 }
 
+/// What became of weights that a member was asked to read beside those that it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Staged {
+    /// The checkpoint that they are of.
+    pub checkpoint_id: String,
+    /// Why they are not in memory.
+    pub failure: Option<String>,
+}
+
 /// What a heartbeat brings.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Report {
@@ -62,6 +71,8 @@ pub struct Report {
     pub sent_payload_bytes: u64,
     /// Rows that these frames carried.
     pub sent_tokens: u64,
+    /// The next weights.
+    pub staged: Option<Staged>,
 }
 
 /// One member.
@@ -236,6 +247,35 @@ impl Coordinator {
         }
     }
 
+    /// The same plan in a new epoch: its members take it up again, with the weights that the head names now. A plan that is due
+    /// is made at the next tick all the same.
+    pub fn renew(&mut self) {
+        if self.view.plan.is_ok() {
+            self.view.epoch += 1;
+            self.stand_by();
+        }
+    }
+
+    /// The members of the plan that have not staged this checkpoint yet.
+    ///
+    /// # Errors
+    /// When there is no plan, or the first member that cannot stage it.
+    pub fn unstaged(&self, checkpoint_id: &str) -> Result<Vec<NodeId>, StagingError> {
+        let plan = self.view.plan.as_ref().map_err(|error| StagingError::NoPlan(error.clone()))?;
+        let mut unstaged = Vec::new();
+        for stage in plan.pipelines.iter().flat_map(|p| &p.stages) {
+            let staged = self.members.get(&stage.node).and_then(|m| m.report.staged.as_ref());
+            match staged.filter(|s| s.checkpoint_id == checkpoint_id).map(|s| &s.failure) {
+                Some(None) => {}
+                Some(Some(reason)) => {
+                    return Err(StagingError::Refused { node: stage.node.clone(), reason: reason.clone() });
+                }
+                None => unstaged.push(stage.node.clone()),
+            }
+        }
+        Ok(unstaged)
+    }
+
     /// Records a round-trip time for the order of stages.
     pub fn set_rtt(&mut self, a: &NodeId, b: &NodeId, rtt_ms: f64) {
         if self.members.contains_key(a) && self.members.contains_key(b) {
@@ -390,11 +430,15 @@ impl Coordinator {
             _ => false,
         };
         if new.is_ok() && !same {
-            for member in self.members.values_mut() {
-                member.report.state = MemberState::Standby;
-            }
+            self.stand_by();
         }
         self.view = PlanView { epoch: self.view.epoch + u64::from(!same), plan: new };
+    }
+
+    fn stand_by(&mut self) {
+        for member in self.members.values_mut() {
+            member.report.state = MemberState::Standby;
+        }
     }
 }
 

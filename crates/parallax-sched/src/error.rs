@@ -85,6 +85,23 @@ pub enum PlanError {
     },
 }
 
+/// Why other weights cannot take the place of those that serve.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StagingError {
+    /// Nobody serves.
+    #[error("the swarm does not serve: {0}")]
+    NoPlan(PlanError),
+    /// A member of the plan says no.
+    #[error("{node} cannot stage them: {reason}")]
+    Refused {
+        /// Who.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
+}
+
 /// Why a member was not let in.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]

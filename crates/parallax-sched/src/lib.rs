@@ -37,8 +37,8 @@ pub mod split;
 pub mod wire;
 
 pub use config::{Algorithm, CoordinatorConfig, PlanOptions};
-pub use coordinator::{Coordinator, Incarnation, Member, MemberState, PlanView, Report};
-pub use error::{JoinError, PlanError};
+pub use coordinator::{Coordinator, Incarnation, Member, MemberState, PlanView, Report, Staged};
+pub use error::{JoinError, PlanError, StagingError};
 pub use plan::{Pipeline, Plan, StagePlan};
 pub use planner::plan;
 pub use profile::{ModelProfile, NodeId, NodeProfile, RttMatrix};

@@ -4,7 +4,7 @@ use swarm_wire::generated::parallax::v1 as pb;
 use swarm_wire::limits::NAME_MAX_BYTES;
 use swarm_wire::{DecodeError, LayerRange};
 
-use crate::coordinator::Report;
+use crate::coordinator::{Report, Staged};
 use crate::{MemberState, ModelProfile, NodeId, NodeProfile};
 
 /// A member may listen on this many addresses.
@@ -80,13 +80,19 @@ pub fn report(heartbeat: pb::Heartbeat) -> Result<Report, DecodeError> {
     if pb::MemberState::try_from(heartbeat.state).is_err() {
         return Err(DecodeError::invalid("member state", heartbeat.state));
     }
-    if heartbeat.detail.len() > DETAIL_MAX_BYTES {
-        return Err(DecodeError::TooLarge {
-            what: "heartbeat text",
-            limit_bytes: DETAIL_MAX_BYTES,
-            got_bytes: heartbeat.detail.len(),
-        });
+    for text in [&heartbeat.detail, &heartbeat.staged_checkpoint_id, &heartbeat.staged_failure] {
+        if text.len() > DETAIL_MAX_BYTES {
+            return Err(DecodeError::TooLarge {
+                what: "heartbeat text",
+                limit_bytes: DETAIL_MAX_BYTES,
+                got_bytes: text.len(),
+            });
+        }
     }
+    let staged = (!heartbeat.staged_checkpoint_id.is_empty()).then(|| Staged {
+        checkpoint_id: heartbeat.staged_checkpoint_id,
+        failure: (!heartbeat.staged_failure.is_empty()).then_some(heartbeat.staged_failure),
+    });
     Ok(Report {
         epoch: heartbeat.epoch,
         state,
@@ -96,6 +102,7 @@ pub fn report(heartbeat: pb::Heartbeat) -> Result<Report, DecodeError> {
         sent_bytes: heartbeat.sent_bytes,
         sent_payload_bytes: heartbeat.sent_payload_bytes,
         sent_tokens: heartbeat.sent_tokens,
+        staged,
     })
 }
 
@@ -107,21 +114,28 @@ pub fn heartbeat(incarnation: u64, report: &Report) -> pb::Heartbeat {
         MemberState::Ready => pb::MemberState::Ready,
         MemberState::Failed => pb::MemberState::Failed,
     };
-    let mut cut = report.detail.len().min(DETAIL_MAX_BYTES);
-    while !report.detail.is_char_boundary(cut) {
-        cut -= 1;
-    }
+    let (staged, failure) = match &report.staged {
+        Some(staged) => (staged.checkpoint_id.as_str(), staged.failure.as_deref().unwrap_or_default()),
+        None => ("", ""),
+    };
     pb::Heartbeat {
         incarnation,
         epoch: report.epoch,
         state: state.into(),
-        detail: report.detail[..cut].to_owned(),
+        detail: cut(&report.detail),
         decode_ms_per_layer: report.decode_ms_per_layer.unwrap_or(0.0),
         kv_free_tokens: report.kv_free_tokens,
         sent_bytes: report.sent_bytes,
         sent_payload_bytes: report.sent_payload_bytes,
         sent_tokens: report.sent_tokens,
+        staged_checkpoint_id: staged.to_owned(),
+        staged_failure: cut(failure),
     }
+}
+
+/// The beginning of a text, as much as a heartbeat may bring.
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(DETAIL_MAX_BYTES)].to_owned()
 }
 
 /// The planner's view of a described model.
@@ -154,6 +168,7 @@ mod tests {
             detail: "why".into(),
             decode_ms_per_layer: Some(0.25),
             kv_free_tokens: 9,
+            staged: Some(Staged { checkpoint_id: "c".into(), failure: Some("no room".into()) }),
             ..Report::default()
         };
         assert_eq!(report(heartbeat(1, &sent)).unwrap(), sent);

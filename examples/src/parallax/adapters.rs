@@ -15,7 +15,7 @@ pub struct AdapterArgs {
     /// NAME: the last part of PATH]
     #[arg(long, value_name = "[NAME=]PATH")]
     adapter: Vec<String>,
-    /// Let clients load and unload adapters, and replace the weights where one machine holds them, from paths on this machine
+    /// Let clients load and unload adapters, and replace the weights (in a swarm on all its machines), from paths on this machine
     /// (POST /v1/load_lora_adapter, /v1/unload_lora_adapter, /v1/update_weights)
     #[arg(long)]
     allow_weight_updates: bool,

@@ -72,6 +72,11 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
             }
             MemberNews::Loading { layers, from } => format!("loading layers {layers} from {from}"),
             MemberNews::Ready { layers } => format!("ready with layers {layers}"),
+            MemberNews::Staging { layers } => format!("getting the next weights of layers {layers}"),
+            MemberNews::Staged { failure: None } => "the next weights are here".to_owned(),
+            MemberNews::Staged { failure: Some(reason) } => {
+                format!("the next weights cannot be had: {reason}")
+            }
             MemberNews::Standby => "standing by".to_owned(),
             MemberNews::Failed { reason } => format!("failed: {reason}"),
             other => format!("{other:?}"),

@@ -9,9 +9,9 @@ use axum::routing::get;
 use clap::Args;
 use lattica_bitswap::Blocks;
 use parallax_engine::EngineHandle;
-use parallax_engine::http::{self, HttpState, Readiness};
+use parallax_engine::http::{self, HttpState, Readiness, WeightLoader};
 use parallax_engine::service::head::Head;
-use parallax_engine::service::membership::{self, ServeOptions};
+use parallax_engine::service::membership::{self, ServeOptions, WeightUpdates};
 use parallax_model::{Checkpoint, DeviceKind, KvFormat, WeightDtype};
 use serde_json::json;
 
@@ -91,13 +91,18 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let checkpoint = Arc::new(hub::open(&args.model)?);
     let named = args.adapters.read(&checkpoint, &name)?;
     let (node, blocks) = args.node.start().await?;
-    let (head, engine) = start_head(&args, &node, &blocks, &checkpoint).await?;
+    let options = options(&args, &checkpoint)?;
+    let (head, runner) =
+        membership::serve(&node, Some(&blocks), Arc::clone(&checkpoint), options.clone()).await?;
+    let head = Arc::new(head);
+    let engine = args.engine.start(&model_name(&args.model), &checkpoint, Box::new(runner), args.device)?;
+    let updates = WeightUpdates::new(Arc::clone(&head), blocks, Arc::clone(&checkpoint), options);
     let readiness = adapted(head.readiness(), named, &engine);
     let state = HttpState {
         limits,
         readiness: Some(readiness),
         cluster: Some(head.status_source()),
-        updates: args.adapters.updates(None),
+        updates: args.adapters.updates(Some(loader(updates))),
         ..http_state(engine, &checkpoint, name)?
     };
     let status = head.status_source();
@@ -145,14 +150,9 @@ fn adapted(pipeline: Readiness, named: adapters::Named, engine: &EngineHandle) -
     })
 }
 
-async fn start_head(
-    args: &ServeArgs,
-    node: &lattica_net::Node,
-    blocks: &Blocks,
-    checkpoint: &Arc<Checkpoint>,
-) -> anyhow::Result<(Head, EngineHandle)> {
+fn options(args: &ServeArgs, checkpoint: &Checkpoint) -> anyhow::Result<ServeOptions> {
     let context = args.context_tokens.unwrap_or_else(|| checkpoint.config().max_context.min(8192));
-    let options = ServeOptions {
+    Ok(ServeOptions {
         swarm: args.node.swarm.clone(),
         model: model_name(&args.model),
         dtype: args.dtype,
@@ -164,10 +164,17 @@ async fn start_head(
         kv_page_tokens: PAGE_TOKENS,
         kv_format: args.kv,
         step_timeout: Duration::from_secs(args.step_timeout_s.max(1)),
-    };
-    let (head, runner) = membership::serve(node, Some(blocks), Arc::clone(checkpoint), options).await?;
-    let engine = args.engine.start(&model_name(&args.model), checkpoint, Box::new(runner), args.device)?;
-    Ok((head, engine))
+    })
+}
+
+/// Has the whole swarm read other weights.
+fn loader(updates: WeightUpdates<Blocks>) -> WeightLoader {
+    let runtime = tokio::runtime::Handle::current();
+    Arc::new(move |path| {
+        let checkpoint = Checkpoint::open(path).map_err(|error| error.to_string())?;
+        let runner = runtime.block_on(updates.stage(Arc::new(checkpoint)));
+        Ok(Box::new(runner.map_err(|error| error.to_string())?))
+    })
 }
 
 /// One line for every change of what the swarm can do; never ends.

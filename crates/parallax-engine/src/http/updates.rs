@@ -111,10 +111,7 @@ pub(super) async fn update_weights(
 ) -> Result<Json<Value>, ApiError> {
     let loader = server.updates()?.loader.clone();
     let loader = loader.ok_or_else(|| {
-        ApiError::invalid(
-            None,
-            "the weights of a swarm stay as they are; adapters can be loaded and unloaded",
-        )
+        ApiError::invalid(None, "this server cannot read other weights; adapters can be loaded and unloaded")
     })?;
     let (path, on_swap) = server.read(body, |_, body, _| change(body)).await?;
     let _turn = server.updating.lock().await;

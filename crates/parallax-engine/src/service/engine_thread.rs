@@ -179,6 +179,7 @@ impl EngineThread {
         }
         self.engine.housekeep(&mut *self.runner);
         self.engine.hand_adapters_to(&mut *runner)?;
+        runner.take_over();
         self.runner = runner;
         self.engine.lose_pages();
         Ok(())

@@ -7,7 +7,10 @@
 //! pipeline stands, every batch is refused with what is missing.
 
 mod adapters;
+mod forming;
 mod link;
+mod own_stage;
+mod staging;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,9 +20,8 @@ use std::time::{Duration, Instant};
 
 use lattica_net::{Node, StreamError};
 use parallax_sched::service::MembershipServer;
-use parallax_sched::{MemberState, NodeId, Pipeline, PlanView, Report};
 use swarm_wire::generated::parallax::v1::{StageStep, stage_frame};
-use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
+use swarm_wire::{Cid, DType, LayerRange, PolicyVersion, RequestId};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -30,17 +32,17 @@ use crate::service::stage_server::StageStats;
 use crate::service::stage_server::frame::{EncodedFrame, ReceivedFrame};
 use crate::service::stage_server::steps::StepEncoder;
 use crate::stage::{LogSoftmax, Recovery, StageRunner, StageShape};
+use forming::{form_forever, watch_idleness};
 use link::Link;
+use own_stage::OwnStage;
+use staging::Next;
+pub use staging::StageWeightsError;
 
 /// Loads the runner of a range of layers at the head itself; blocking.
 pub type StageLoader = Arc<dyn Fn(LayerRange) -> Result<Box<dyn StageRunner>, String> + Send + Sync>;
 
-/// How often readiness of the members is looked at while a pipeline forms.
-const FORM_POLL: Duration = Duration::from_millis(20);
 /// How long a broken stream waits for the membership to say who died, before everybody starts over.
 const BLAME_WAIT: Duration = Duration::from_millis(1600);
-/// Without batches for this long, better plans may be adopted.
-const IDLE_AFTER: Duration = Duration::from_millis(500);
 
 /// What the head needs to know beside the membership.
 #[derive(Clone)]
@@ -80,14 +82,15 @@ enum State {
 struct Shared {
     node: Node,
     membership: MembershipServer,
-    options: HeadOptions,
+    shape: StageShape,
+    log_softmax: LogSoftmax,
+    step_timeout: Duration,
     state: watch::Sender<State>,
     /// A pipeline has stood before.
     formed: AtomicBool,
-    /// The head's own stage: kept over epochs while its layers stay the same. Locked for whole forward passes.
-    local: Mutex<Option<Box<dyn StageRunner>>>,
-    /// The layers of `local`, for those who must not wait for a pass.
-    held: Mutex<Option<LayerRange>>,
+    own: Arc<OwnStage>,
+    /// Held by whoever replaces the weights.
+    staging: Arc<tokio::sync::Mutex<()>>,
     /// The adapter that stages must have, once one was asked for.
     adapter: Mutex<Option<WantedAdapter>>,
     stats: Arc<StageStats>,
@@ -100,7 +103,7 @@ struct Shared {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("options", &self.options).finish_non_exhaustive()
+        f.debug_struct("Shared").field("shape", &self.shape).finish_non_exhaustive()
     }
 }
 
@@ -118,14 +121,17 @@ impl Head {
         membership: MembershipServer,
         options: HeadOptions,
     ) -> Result<(Self, PipelineRunner), StreamError> {
+        let HeadOptions { shape, log_softmax, local, step_timeout } = options;
         let shared = Arc::new(Shared {
             node: node.clone(),
             membership,
-            options,
+            shape,
+            log_softmax,
+            step_timeout,
             state: watch::Sender::new(State::Forming("the swarm has just started".to_owned())),
             formed: AtomicBool::new(false),
-            local: Mutex::new(None),
-            held: Mutex::new(None),
+            own: Arc::new(OwnStage::new(local)),
+            staging: Arc::default(),
             adapter: Mutex::new(None),
             stats: Arc::default(),
             expected_return: Mutex::new(None),
@@ -138,18 +144,7 @@ impl Head {
             tokio::spawn(form_forever(Arc::clone(&shared))),
             tokio::spawn(watch_idleness(Arc::clone(&shared))),
         ];
-        let runner = PipelineRunner {
-            shared: Arc::clone(&shared),
-            runtime: tokio::runtime::Handle::current(),
-            link_epoch: None,
-            adapter_sent: None,
-            residents: BTreeMap::new(),
-            residents_sent: BTreeSet::new(),
-            residents_gone: BTreeSet::new(),
-            pages_epoch: None,
-            encoder: StepEncoder::default(),
-            next_step: 0,
-        };
+        let runner = PipelineRunner::new(Arc::clone(&shared), None);
         Ok((Self { shared, tasks }, runner))
     }
 
@@ -172,6 +167,16 @@ impl Head {
         let mut state = self.shared.state.subscribe();
         // The sender lives in `shared`, so this ends with the state wanted.
         let _ = state.wait_for(|state| matches!(state, State::Ready(_))).await;
+    }
+
+    /// The layers that the head runs itself at the moment.
+    pub fn own_layers(&self) -> Option<LayerRange> {
+        self.shared.own.layers()
+    }
+
+    /// The root of the published weights that are served, if they are published.
+    pub fn weights_root(&self) -> Option<Cid> {
+        swarm_wire::cid::decode(&self.shared.membership.description().weights_root).ok()
     }
 
     /// The report of `parallax status`: nodes, pipelines, and why it does or does not serve.
@@ -212,106 +217,13 @@ impl Shared {
     }
 }
 
-async fn watch_idleness(shared: Arc<Shared>) {
-    let mut interval = tokio::time::interval(IDLE_AFTER / 4);
-    loop {
-        interval.tick().await;
-        let last = Duration::from_millis(shared.last_batch_ms.load(Ordering::Relaxed));
-        let busy = !last.is_zero() && shared.started.elapsed().saturating_sub(last) < IDLE_AFTER;
-        shared.membership.set_busy(busy);
-    }
-}
-
-async fn form_forever(shared: Arc<Shared>) {
-    let mut plans = shared.membership.watch();
-    loop {
-        let view = plans.borrow_and_update().clone();
-        shared.forming();
-        tokio::select! {
-            changed = plans.changed() => if changed.is_err() { return },
-            () = serve_plan(&shared, &view) => {}
-        }
-    }
-}
-
-/// Brings the plan's pipeline up and stays until it breaks without the membership noticing.
-async fn serve_plan(shared: &Arc<Shared>, view: &PlanView) {
-    let pipeline = view.plan.as_ref().ok().and_then(|plan| plan.pipelines.first());
-    let Some(pipeline) = pipeline else {
-        // Whoever asks wants to know what is missing now.
-        loop {
-            shared.forming();
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-    };
-    if let Err(reason) = load_local(shared, view.epoch, pipeline).await {
-        let report =
-            Report { epoch: view.epoch, state: MemberState::Failed, detail: reason, ..Report::default() };
-        shared.membership.report_local(report);
-        return std::future::pending().await;
-    }
-    while !shared.membership.read(|c| c.is_ready(pipeline)) {
-        shared.forming();
-        tokio::time::sleep(FORM_POLL).await;
-    }
-    let link = match Link::open(shared, view.epoch, pipeline).await {
-        Ok(link) => Arc::new(link),
-        Err(reason) => {
-            tokio::time::sleep(BLAME_WAIT).await;
-            return shared.membership.rebuild(&reason);
-        }
-    };
-    shared.formed.store(true, Ordering::Relaxed);
-    shared.state.send_replace(State::Ready(Arc::clone(&link)));
-    tracing::info!(epoch = view.epoch, stages = pipeline.stages.len(), "pipeline is ready");
-    let reason = link.until_broken().await;
-    // If a member died, its epoch is over in a moment and this future is dropped.
-    tokio::time::sleep(BLAME_WAIT).await;
-    shared.membership.rebuild(&reason);
-}
-
-/// The head's own layers, loaded or kept.
-async fn load_local(shared: &Arc<Shared>, epoch: u64, pipeline: &Pipeline) -> Result<(), String> {
-    let me = NodeId::from(&shared.node.peer_id());
-    let Some((index, stage)) = pipeline.stage_of(&me) else { return Ok(()) };
-    if index != 0 {
-        return Err(format!("the head was given stage {index}, it can only be the first"));
-    }
-    let layers = stage.layers;
-    let report = |state, detail: &str| {
-        let (detail, decode_ms_per_layer) = (detail.to_owned(), shared.stats.decode_ms_per_layer());
-        shared.membership.report_local(Report {
-            epoch,
-            state,
-            detail,
-            decode_ms_per_layer,
-            ..Report::default()
-        });
-    };
-    if *lock(&shared.held) != Some(layers) {
-        report(MemberState::Loading, "loading weights");
-        let loader = shared.options.local.clone().ok_or("the head has no layers to give")?;
-        *lock(&shared.held) = None;
-        let into = Arc::clone(shared);
-        // The old layers go first, so that there is room; a pass that still runs on them is waited for here.
-        let loading = tokio::task::spawn_blocking(move || {
-            drop(lock(&into.local).take());
-            let loaded = loader(layers)?;
-            *lock(&into.local) = Some(loaded);
-            *lock(&into.held) = Some(layers);
-            Ok::<(), String>(())
-        });
-        loading.await.map_err(|e| e.to_string())??;
-    }
-    report(MemberState::Ready, "");
-    Ok(())
-}
-
 /// The whole model as one runner; its layers run at the head and at peers.
 #[derive(Debug)]
 pub struct PipelineRunner {
     shared: Arc<Shared>,
     runtime: tokio::runtime::Handle,
+    /// What it serves once it has taken over.
+    next: Option<Next>,
     /// The epoch whose stages know what the encoder says they know.
     link_epoch: Option<u64>,
     adapter_sent: Option<PolicyVersion>,
@@ -329,7 +241,7 @@ pub struct PipelineRunner {
 
 impl StageRunner for PipelineRunner {
     fn shape(&self) -> StageShape {
-        self.shared.options.shape
+        self.shared.shape
     }
 
     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
@@ -392,6 +304,10 @@ impl StageRunner for PipelineRunner {
         };
         fits.map_err(|reason| StageError::Unfit { reason: format!("the adapter does not fit: {reason}") })?;
         self.residents.insert(id, adapter.clone());
+        if self.next.is_some() {
+            // The stages of the pipeline to come get it with their first link.
+            return Ok(());
+        }
         // Taking up the link brings it to the stages.
         let sent = self.link().map(|_| ());
         if sent.is_err() {
@@ -413,6 +329,12 @@ impl StageRunner for PipelineRunner {
         }
     }
 
+    fn take_over(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.runtime.block_on(next.adopt());
+        }
+    }
+
     fn generation(&self) -> u64 {
         match &*self.shared.state.borrow() {
             State::Ready(link) => link.epoch,
@@ -429,18 +351,34 @@ impl StageRunner for PipelineRunner {
     }
 
     fn log_softmax(&self) -> LogSoftmax {
-        self.shared.options.log_softmax
+        self.shared.log_softmax
     }
 
     fn close(&mut self, request: RequestId) {
         self.encoder.release(request);
-        if let Some(runner) = lock(&self.shared.local).as_mut() {
+        if let Some(runner) = self.shared.own.runner().as_mut() {
             runner.close(request);
         }
     }
 }
 
 impl PipelineRunner {
+    fn new(shared: Arc<Shared>, next: Option<Next>) -> Self {
+        Self {
+            shared,
+            runtime: tokio::runtime::Handle::current(),
+            next,
+            link_epoch: None,
+            adapter_sent: None,
+            residents: BTreeMap::new(),
+            residents_sent: BTreeSet::new(),
+            residents_gone: BTreeSet::new(),
+            pages_epoch: None,
+            encoder: StepEncoder::default(),
+            next_step: 0,
+        }
+    }
+
     /// The pipeline that stands, with stages that have the right adapter and know no old sequence.
     fn link(&mut self) -> Result<Arc<Link>, StageError> {
         let link = match &*self.shared.state.borrow() {
@@ -452,7 +390,7 @@ impl PipelineRunner {
             self.link_epoch = Some(link.epoch);
             self.adapter_sent = None;
             // Members begin an epoch without adapters; so does the head's own stage.
-            if let Some(runner) = lock(&self.shared.local).as_mut() {
+            if let Some(runner) = self.shared.own.runner().as_mut() {
                 runner.remove_adapters();
             }
             self.residents_sent.clear();
@@ -477,10 +415,9 @@ impl PipelineRunner {
     }
 
     fn run_local(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
-        let mut local = lock(&self.shared.local);
-        let runner = local
-            .as_mut()
-            .ok_or_else(|| StageError::NotReady { reason: "the head is loading".to_owned() })?;
+        let mut own = self.shared.own.runner();
+        let runner =
+            own.as_mut().ok_or_else(|| StageError::NotReady { reason: "the head is loading".to_owned() })?;
         let started = Instant::now();
         let output = runner.forward(batch, input)?;
         if batch.n_rows() == 1 {
@@ -497,7 +434,7 @@ impl PipelineRunner {
         step_id: u64,
     ) -> Result<ReceivedFrame, StageError> {
         let mut state = self.shared.state.subscribe();
-        let timeout = self.shared.options.step_timeout;
+        let timeout = self.shared.step_timeout;
         self.runtime.block_on(async {
             let over = state.wait_for(|state| !matches!(state, State::Ready(now) if now.epoch == link.epoch));
             tokio::select! {
@@ -545,7 +482,7 @@ impl PipelineRunner {
 
     /// Logits [W, V] and final-norm rows [W, H] out of the flat tensor of the last stage.
     fn output(&self, batch: &Batch, reply: &ReceivedFrame) -> Result<StageOutput, StageError> {
-        let shape = self.shared.options.shape;
+        let shape = self.shared.shape;
         let bad = |reason: String| StageError::Forward { layers: "last stage".to_owned(), reason };
         let stage_frame::Kind::Step(StageStep { hidden_rows, .. }) = reply.kind else {
             return Err(bad("answered with another kind of frame".to_owned()));

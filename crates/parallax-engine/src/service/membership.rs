@@ -1,10 +1,12 @@
-//! Taking part in a swarm with a real model: [`serve`] at the head, [`join`] everywhere else.
+//! Taking part in a swarm with a real model: [`serve`] at the head, [`join`] everywhere else; [`WeightUpdates`] replaces what
+//! the swarm serves.
 //!
 //! The head publishes its checkpoint by reference and plans from what members report; a member measures itself, joins,
 //! gets the bytes of its layers if it has no copy, loads them, and serves its stage until it is told otherwise.
 
 mod measure;
 mod member;
+mod updates;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,7 +15,8 @@ use lattica_net::{Node, StreamError};
 use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions, WeightDtype};
 use parallax_sched::service::MembershipServer;
 use parallax_sched::{
-    Coordinator, CoordinatorConfig, JoinError, NodeId, NodeProfile, PlanError, PlanOptions, profile::roofline,
+    Coordinator, CoordinatorConfig, JoinError, ModelProfile, NodeId, NodeProfile, PlanError, PlanOptions,
+    profile::roofline,
 };
 use swarm_wire::LayerRange;
 use swarm_wire::generated::parallax::v1 as pb;
@@ -24,6 +27,7 @@ use crate::service::weights::{self, WeightExchange};
 use crate::stage::{StageRunner, StageShape};
 pub use measure::bandwidth_gbps;
 pub use member::{JoinOptions, MemberError, MemberNews, join};
+pub use updates::{UpdateError, WeightUpdates};
 
 /// How the head serves a model.
 #[derive(Debug, Clone)]
@@ -102,62 +106,20 @@ pub async fn serve(
     checkpoint: Arc<Checkpoint>,
     options: ServeOptions,
 ) -> Result<(Head, PipelineRunner), ServeError> {
-    let model = weights::model_profile(&options.model, &checkpoint, options.dtype, options.kv_format);
-    let files = weights::published_files(&checkpoint);
-    let weights_root = match (files.first().and_then(|f| f.parent()), exchange) {
-        (Some(dir), Some(exchange)) => exchange.publish(dir, &files).await?.to_bytes().into(),
-        _ => bytes::Bytes::new(),
-    };
-    let checkpoint_id = {
-        let checkpoint = Arc::clone(&checkpoint);
-        let id = tokio::task::spawn_blocking(move || checkpoint.id()).await;
-        id.map_err(|e| ServeError::Hash(e.to_string()))??
-    };
-    let size = |what, value: usize| u32::try_from(value).map_err(|_| ServeError::Size { what, value });
-    let (kv_pages, kv_page_tokens) =
-        (size("kv_pages", options.kv_pages)?, size("kv_page_tokens", options.kv_page_tokens)?);
-    let context_tokens = u64::from(kv_pages) * u64::from(kv_page_tokens);
+    let local = own_loader(&checkpoint, &options);
+    let Offer { model, description, complete } = offer(exchange, &checkpoint, &options).await?;
     let head_id = NodeId::from(&node.peer_id());
     let config = CoordinatorConfig {
         first_epoch: incarnation_now(),
         plan: PlanOptions {
-            context_tokens,
+            context_tokens: description.context_tokens,
             first_stage: options.take_layers.then(|| head_id.clone()),
             ..CoordinatorConfig::default().plan
         },
         ..CoordinatorConfig::default()
     };
-    let description = pb::ModelDescription {
-        swarm: options.swarm.clone(),
-        name: options.model.clone(),
-        checkpoint_id: checkpoint_id.clone(),
-        n_layers: model.n_layers,
-        hidden: model.hidden,
-        layer_bytes: model.layer_bytes,
-        embedding_bytes: model.embedding_bytes,
-        head_bytes: if model.tied { 0 } else { model.head_bytes },
-        kv_bytes_per_token_layer: model.kv_bytes_per_token_layer,
-        weight_dtype: options.dtype.to_string(),
-        kv_format: options.kv_format.to_string(),
-        weights_root,
-        context_tokens,
-        head_version: env!("CARGO_PKG_VERSION").to_owned(),
-    };
-    let spans_of = Arc::clone(&checkpoint);
-    let published = !description.weights_root.is_empty();
     let coordinator = Coordinator::new(model.clone(), config)?;
-    let membership = MembershipServer::start(node, coordinator, description, move |assignment| {
-        (assignment.kv_pages, assignment.kv_page_tokens) = (kv_pages, kv_page_tokens);
-        assignment.checkpoint_id.clone_from(&checkpoint_id);
-        if let (true, Ok(layers)) =
-            (published, LayerRange::new(assignment.layers_start, assignment.layers_end))
-        {
-            match weights::file_spans(&spans_of, layers) {
-                Ok(files) => assignment.files = files,
-                Err(error) => tracing::warn!(%error, "the model's files cannot be listed for a member"),
-            }
-        }
-    });
+    let membership = MembershipServer::start(node, coordinator, description, complete);
     if options.take_layers {
         let (decode_ms_per_layer, head_ms) = roofline(&model, bandwidth_gbps(), 0.0);
         let profile = NodeProfile {
@@ -183,8 +145,18 @@ pub async fn serve(
         n_pages: options.kv_pages,
         recurrent: config.is_recurrent(),
     };
-    let local: Option<StageLoader> = options.take_layers.then(|| {
-        let (checkpoint, options) = (Arc::clone(&checkpoint), options.clone());
+    let log_softmax = crate::local::log_softmax;
+    Ok(Head::start(
+        node,
+        membership,
+        HeadOptions { shape, log_softmax, local, step_timeout: options.step_timeout },
+    )?)
+}
+
+/// Reads the head's own layers, if it takes any.
+fn own_loader(checkpoint: &Arc<Checkpoint>, options: &ServeOptions) -> Option<StageLoader> {
+    options.take_layers.then(|| {
+        let (checkpoint, options) = (Arc::clone(checkpoint), options.clone());
         let load = move |layers: LayerRange| {
             let load = LoadOptions {
                 layers: layers.as_range(),
@@ -197,13 +169,67 @@ pub async fn serve(
             load_stage(&checkpoint, &load)
         };
         Arc::new(load) as StageLoader
-    });
-    let log_softmax = crate::local::log_softmax;
-    Ok(Head::start(
-        node,
-        membership,
-        HeadOptions { shape, log_softmax, local, step_timeout: options.step_timeout },
-    )?)
+    })
+}
+
+/// A checkpoint as members hear of it.
+struct Offer<C> {
+    model: ModelProfile,
+    description: pb::ModelDescription,
+    /// Completes assignments of its layers.
+    complete: C,
+}
+
+/// Publishes a checkpoint and describes it.
+async fn offer(
+    exchange: Option<&impl WeightExchange>,
+    checkpoint: &Arc<Checkpoint>,
+    options: &ServeOptions,
+) -> Result<Offer<impl Fn(&mut pb::Assignment) + Send + Sync + 'static>, ServeError> {
+    let model = weights::model_profile(&options.model, checkpoint, options.dtype, options.kv_format);
+    let files = weights::published_files(checkpoint);
+    let weights_root = match (files.first().and_then(|f| f.parent()), exchange) {
+        (Some(dir), Some(exchange)) => exchange.publish(dir, &files).await?.to_bytes().into(),
+        _ => bytes::Bytes::new(),
+    };
+    let checkpoint_id = {
+        let checkpoint = Arc::clone(checkpoint);
+        let id = tokio::task::spawn_blocking(move || checkpoint.id()).await;
+        id.map_err(|e| ServeError::Hash(e.to_string()))??
+    };
+    let size = |what, value: usize| u32::try_from(value).map_err(|_| ServeError::Size { what, value });
+    let (kv_pages, kv_page_tokens) =
+        (size("kv_pages", options.kv_pages)?, size("kv_page_tokens", options.kv_page_tokens)?);
+    let description = pb::ModelDescription {
+        swarm: options.swarm.clone(),
+        name: options.model.clone(),
+        checkpoint_id: checkpoint_id.clone(),
+        n_layers: model.n_layers,
+        hidden: model.hidden,
+        layer_bytes: model.layer_bytes,
+        embedding_bytes: model.embedding_bytes,
+        head_bytes: if model.tied { 0 } else { model.head_bytes },
+        kv_bytes_per_token_layer: model.kv_bytes_per_token_layer,
+        weight_dtype: options.dtype.to_string(),
+        kv_format: options.kv_format.to_string(),
+        weights_root,
+        context_tokens: u64::from(kv_pages) * u64::from(kv_page_tokens),
+        head_version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let (checkpoint, published) = (Arc::clone(checkpoint), !description.weights_root.is_empty());
+    let complete = move |assignment: &mut pb::Assignment| {
+        (assignment.kv_pages, assignment.kv_page_tokens) = (kv_pages, kv_page_tokens);
+        assignment.checkpoint_id.clone_from(&checkpoint_id);
+        if let (true, Ok(layers)) =
+            (published, LayerRange::new(assignment.layers_start, assignment.layers_end))
+        {
+            match weights::file_spans(&checkpoint, layers) {
+                Ok(files) => assignment.files = files,
+                Err(error) => tracing::warn!(%error, "the model's files cannot be listed for a member"),
+            }
+        }
+    };
+    Ok(Offer { model, description, complete })
 }
 
 fn load_stage(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Box<dyn StageRunner>, String> {

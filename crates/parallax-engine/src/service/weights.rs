@@ -69,6 +69,9 @@ pub trait WeightExchange: Send + Sync {
         files: &[PathBuf],
     ) -> impl Future<Output = Result<Cid, PublishError>> + Send;
 
+    /// Neither serves nor keeps an artefact any more, except for what one of `kept` has too.
+    fn unpublish(&self, root: &Cid, kept: &[Cid]) -> impl Future<Output = Result<(), FetchError>> + Send;
+
     /// The manifest of a root, from here or from these peers.
     fn manifest(
         &self,
@@ -97,6 +100,10 @@ pub trait WeightExchange: Send + Sync {
 impl WeightExchange for Blocks {
     async fn publish(&self, dir: &Path, files: &[PathBuf]) -> Result<Cid, PublishError> {
         self.publish_files(dir, files).await
+    }
+
+    async fn unpublish(&self, root: &Cid, kept: &[Cid]) -> Result<(), FetchError> {
+        Self::unpublish(self, root, kept).await
     }
 
     async fn manifest(&self, root: &Cid, from: &[PeerId]) -> Result<Manifest, FetchError> {
@@ -280,6 +287,14 @@ pub fn sparse_dir(cache_dir: &Path, root: &Cid, layers: LayerRange) -> PathBuf {
     ))
 }
 
+/// Removes a sparse copy; files that are mapped stay readable where the system can do that.
+pub async fn remove_copy(cache_dir: &Path, root: &Cid, layers: LayerRange) {
+    let dir = sparse_dir(cache_dir, root, layers);
+    if let Err(error) = tokio::fs::remove_dir_all(&dir).await {
+        tracing::warn!(dir = %dir.display(), %error, "a copy of replaced weights stays");
+    }
+}
+
 /// A finished sparse copy, as a path for [`Checkpoint::open`].
 pub fn finished_copy(cache_dir: &Path, root: &Cid, layers: LayerRange) -> Option<PathBuf> {
     let dir = sparse_dir(cache_dir, root, layers);
@@ -415,6 +430,10 @@ mod tests {
     impl WeightExchange for Toy {
         async fn publish(&self, _: &Path, _: &[PathBuf]) -> Result<Cid, PublishError> {
             Ok(self.root())
+        }
+
+        async fn unpublish(&self, _: &Cid, _: &[Cid]) -> Result<(), FetchError> {
+            Ok(())
         }
 
         async fn manifest(&self, _: &Cid, _: &[PeerId]) -> Result<Manifest, FetchError> {

@@ -42,6 +42,34 @@ fn two_joins_make_one_plan_and_it_serves_when_both_are_ready() {
 }
 
 #[test]
+fn weights_are_staged_when_every_member_says_so_and_the_plan_goes_on_in_a_new_epoch() {
+    let mut c = coordinator(4);
+    assert!(matches!(c.unstaged("next"), Err(StagingError::NoPlan(_))));
+    join(&mut c, 0, "a", 2, 1).unwrap();
+    join(&mut c, 0, "b", 2, 1).unwrap();
+    c.tick(ms(300), false);
+    let say = |c: &mut Coordinator, name: &str, id: &str, failure: Option<&str>| {
+        let staged = Staged { checkpoint_id: id.into(), failure: failure.map(str::to_owned) };
+        let state = MemberState::Ready;
+        let report = Report { epoch: c.view().epoch, state, staged: Some(staged), ..Report::default() };
+        c.heartbeat(ms(300), &NodeId::new(name), 1, report);
+        c.unstaged("next")
+    };
+    assert_eq!(say(&mut c, "a", "next", None).unwrap(), [NodeId::new("b")]);
+    assert_eq!(say(&mut c, "b", "an older one", None).unwrap(), [NodeId::new("b")]);
+    let refusal = say(&mut c, "b", "next", Some("no room")).unwrap_err();
+    assert_eq!(refusal.to_string(), "b cannot stage them: no room");
+    assert_eq!(say(&mut c, "b", "next", None).unwrap(), []);
+
+    let before = c.view().clone();
+    assert!(c.is_serving());
+    c.renew();
+    assert_eq!((c.view().epoch, &c.view().plan), (before.epoch + 1, &before.plan));
+    assert!(!c.is_serving(), "the members have it to take up");
+    assert!(!c.tick(ms(310), false));
+}
+
+#[test]
 fn a_silent_member_is_forgotten_and_named_and_its_return_makes_a_new_epoch() {
     let mut c = coordinator(4);
     join(&mut c, 0, "a", 2, 1).unwrap();

@@ -96,9 +96,12 @@ pub struct MemberClient {
     node: Node,
     options: Arc<JoinOptions>,
     report: watch::Sender<Report>,
-    assignment: watch::Receiver<Option<pb::Assignment>>,
+    orders: Orders,
     task: JoinHandle<()>,
 }
+
+/// What the head wants of a member.
+type Orders = (watch::Receiver<Option<pb::Assignment>>, watch::Receiver<Option<pb::NextWeights>>);
 
 impl MemberClient {
     /// Joins, then sends heartbeats in the background; a head that went away is looked for at its addresses.
@@ -109,16 +112,27 @@ impl MemberClient {
         let options = Arc::new(options);
         let reply = send_join(node, &options).await?;
         let report = watch::Sender::new(Report::default());
-        let (assignments, assignment) = watch::channel(None);
+        let ((assignments, assignment), (nexts, next)) = (watch::channel(None), watch::channel(None));
         let heartbeat = Duration::from_millis(u64::from(reply.heartbeat_ms.clamp(10, 60_000)));
-        let task =
-            tokio::spawn(run(node.clone(), Arc::clone(&options), report.subscribe(), assignments, heartbeat));
-        Ok(Self { node: node.clone(), options, report, assignment, task })
+        let task = tokio::spawn(run(
+            node.clone(),
+            Arc::clone(&options),
+            report.subscribe(),
+            (assignments, nexts),
+            heartbeat,
+        ));
+        Ok(Self { node: node.clone(), options, report, orders: (assignment, next), task })
     }
 
     /// What the head wants run; the newest assignment only. `None` until the first one.
     pub fn assignments(&self) -> watch::Receiver<Option<pb::Assignment>> {
-        self.assignment.clone()
+        self.orders.0.clone()
+    }
+
+    /// Weights that the head wants read beside those that serve; an assignment that takes them into service comes before they
+    /// are wanted no more.
+    pub fn next_weights(&self) -> watch::Receiver<Option<pb::NextWeights>> {
+        self.orders.1.clone()
     }
 
     /// What the next heartbeats report; a change is sent at once.
@@ -173,7 +187,7 @@ async fn run(
     node: Node,
     options: Arc<JoinOptions>,
     mut report: watch::Receiver<Report>,
-    assignments: watch::Sender<Option<pb::Assignment>>,
+    (assignments, nexts): (watch::Sender<Option<pb::Assignment>>, watch::Sender<Option<pb::NextWeights>>),
     heartbeat: Duration,
 ) {
     loop {
@@ -192,6 +206,13 @@ async fn run(
                         assignments.send_replace(Some(new));
                     }
                 }
+                nexts.send_if_modified(|next| {
+                    let is_news = is_news(next.as_ref(), reply.next.as_ref());
+                    if is_news {
+                        *next = reply.next;
+                    }
+                    is_news
+                });
             }
             Err(error) => {
                 tracing::warn!(%error, "no answer to a heartbeat");
@@ -206,6 +227,17 @@ async fn run(
             () = tokio::time::sleep(heartbeat) => {}
             changed = report.changed() => if changed.is_err() { return },
         }
+    }
+}
+
+/// Whether the head wants something else than it did; it sends the list of files only until it hears that they are here.
+fn is_news(before: Option<&pb::NextWeights>, now: Option<&pb::NextWeights>) -> bool {
+    match (before, now) {
+        (Some(before), Some(now)) => {
+            (before.epoch, &before.model) != (now.epoch, &now.model)
+                || (before.files.is_empty() && !now.files.is_empty())
+        }
+        (before, now) => before.is_some() != now.is_some(),
     }
 }
 

@@ -37,9 +37,7 @@ pub struct MembershipServer {
 
 impl std::fmt::Debug for MembershipServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MembershipServer")
-            .field("swarm", &self.inner.description.swarm)
-            .finish_non_exhaustive()
+        f.debug_struct("MembershipServer").field("swarm", &self.inner.swarm).finish_non_exhaustive()
     }
 }
 
@@ -47,11 +45,18 @@ struct Inner {
     node: Node,
     coordinator: Mutex<Coordinator>,
     local: Mutex<Option<(NodeId, Incarnation, Report)>>,
-    description: pb::ModelDescription,
-    complete: Box<Answer>,
+    swarm: String,
+    served: Mutex<Arc<Served>>,
+    next: Mutex<Option<Arc<Served>>>,
     view: watch::Sender<PlanView>,
     busy: AtomicBool,
     started: Instant,
+}
+
+/// A model, and what completes the assignments of its layers.
+struct Served {
+    description: pb::ModelDescription,
+    complete: Box<Answer>,
 }
 
 struct Tasks(Vec<JoinHandle<()>>);
@@ -77,8 +82,9 @@ impl MembershipServer {
             node: node.clone(),
             coordinator: Mutex::new(coordinator),
             local: Mutex::new(None),
-            description,
-            complete: Box::new(complete),
+            swarm: description.swarm.clone(),
+            served: Mutex::new(Arc::new(Served { description, complete: Box::new(complete) })),
+            next: Mutex::new(None),
             view,
             busy: AtomicBool::new(false),
             started: Instant::now(),
@@ -106,8 +112,32 @@ impl MembershipServer {
     }
 
     /// What the swarm serves.
-    pub fn description(&self) -> &pb::ModelDescription {
-        &self.inner.description
+    pub fn description(&self) -> pb::ModelDescription {
+        self.inner.served().description.clone()
+    }
+
+    /// From now on the members of the plan are asked to read their layers of this model beside those that they serve;
+    /// [`Coordinator::unstaged`] says how far they are.
+    pub fn stage(
+        &self,
+        description: pb::ModelDescription,
+        complete: impl Fn(&mut pb::Assignment) + Send + Sync + 'static,
+    ) {
+        *lock(&self.inner.next) = Some(Arc::new(Served { description, complete: Box::new(complete) }));
+    }
+
+    /// The next model is not wanted any more.
+    pub fn withdraw(&self) {
+        *lock(&self.inner.next) = None;
+    }
+
+    /// The next model is the one that the swarm serves, in a new epoch of the same plan.
+    pub fn adopt(&self) {
+        let mut coordinator = self.inner.coordinator();
+        let Some(next) = lock(&self.inner.next).take() else { return };
+        *lock(&self.inner.served) = next;
+        coordinator.renew();
+        self.inner.view.send_replace(coordinator.view().clone());
     }
 
     /// While busy, plans that are merely better wait.
@@ -198,20 +228,21 @@ impl Inner {
         self.started.elapsed()
     }
 
+    fn served(&self) -> Arc<Served> {
+        Arc::clone(&lock(&self.served))
+    }
+
     fn check_swarm(&self, swarm: &str) -> Result<(), Status> {
-        if swarm == self.description.swarm {
+        if swarm == self.swarm {
             return Ok(());
         }
-        Err(Status::not_found(format!(
-            "this is the head of swarm `{}`, not `{swarm}`",
-            self.description.swarm
-        )))
+        Err(Status::not_found(format!("this is the head of swarm `{}`, not `{swarm}`", self.swarm)))
     }
 
     fn describe(&self, body: &Bytes) -> Result<Vec<u8>, Status> {
         let request: pb::DescribeRequest = decode("DescribeRequest", body)?;
         self.check_swarm(&request.swarm)?;
-        Ok(self.description.encode_to_vec())
+        Ok(self.served().description.encode_to_vec())
     }
 
     fn join(&self, peer: &PeerId, body: &Bytes) -> Result<Vec<u8>, Status> {
@@ -246,17 +277,30 @@ impl Inner {
         let report = wire::report(heartbeat).map_err(Status::invalid_argument)?;
         let id = NodeId::from(peer);
         let mut coordinator = self.coordinator();
+        let staged = report.staged.as_ref().map(|staged| staged.checkpoint_id.clone());
         let known = coordinator.heartbeat(self.now(), &id, incarnation, report);
         let current = coordinator.view().epoch;
-        let assignment = (known && epoch != current).then(|| self.assignment(&coordinator, &id));
+        // With the lock held, in which the served model changes together with the epoch.
+        let (served, next) = (self.served(), lock(&self.next).clone());
+        let mut own = known.then(|| self.assignment(&coordinator, &id));
         drop(coordinator);
-        let assignment = assignment.map(|mut assignment| {
-            if assignment.layers_start < assignment.layers_end {
-                (self.complete)(&mut assignment);
+        let runs = own.as_ref().is_some_and(|own| own.layers_start < own.layers_end);
+        let next = next.filter(|_| runs).map(|next| {
+            let has_it = staged.is_some_and(|staged| staged == next.description.checkpoint_id);
+            let files = own.clone().filter(|_| !has_it).map(|mut own| {
+                (next.complete)(&mut own);
+                own.files
+            });
+            let model = Some(next.description.clone());
+            pb::NextWeights { model, files: files.unwrap_or_default(), epoch: current }
+        });
+        let assignment = own.take_if(|_| epoch != current).map(|mut assignment| {
+            if runs {
+                (served.complete)(&mut assignment);
             }
             assignment
         });
-        Ok(pb::HeartbeatReply { epoch: current, known, assignment }.encode_to_vec())
+        Ok(pb::HeartbeatReply { epoch: current, known, assignment, next }.encode_to_vec())
     }
 
     fn leave(&self, peer: &PeerId, body: &Bytes) -> Result<Vec<u8>, Status> {
@@ -355,7 +399,7 @@ async fn tick_forever(inner: Arc<Inner>) {
 
 /// Lets members that share only a bootstrap peer with the head find it.
 async fn announce_forever(inner: Arc<Inner>) {
-    let key = head_key(&inner.description.swarm);
+    let key = head_key(&inner.swarm);
     loop {
         let pause = match inner.node.provide(&key).await {
             Ok(()) => ANNOUNCE_EVERY,

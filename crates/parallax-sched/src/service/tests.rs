@@ -83,6 +83,40 @@ async fn members_get_layers_and_a_lost_one_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_model_is_staged_then_withdrawn_or_served_in_a_new_epoch() {
+    let (head, a) = (node().await, node().await);
+    let server = serve(&head);
+    let client = member(&a, &head, 4).await;
+    let first = assigned(&client).await;
+    assert_eq!(first.kv_pages, 7);
+    client.report(Report { epoch: first.epoch, state: MemberState::Ready, ..Report::default() });
+    let (mut next, mut assignments) = (client.next_weights(), client.assignments());
+    let stage = |id: &str| {
+        server.stage(pb::ModelDescription { checkpoint_id: id.into(), ..description() }, |assignment| {
+            assignment.kv_pages = 9;
+            assignment.files = vec![pb::FileSpans { name: "w".into(), ..Default::default() }];
+        });
+    };
+    let id = |next: &Option<pb::NextWeights>| next.clone().and_then(|n| n.model).map(|m| m.checkpoint_id);
+    let within = Duration::from_secs(20);
+    stage("bad");
+    let wanted = tokio::time::timeout(within, next.wait_for(|n| id(n).as_deref() == Some("bad"))).await;
+    assert_eq!(wanted.unwrap().unwrap().as_ref().unwrap().files[0].name, "w");
+    server.withdraw();
+    tokio::time::timeout(within, next.wait_for(Option::is_none)).await.unwrap().unwrap();
+
+    stage("good");
+    tokio::time::timeout(within, next.wait_for(|n| id(n).as_deref() == Some("good"))).await.unwrap().unwrap();
+    assert_eq!(server.description().checkpoint_id, "");
+    server.adopt();
+    tokio::time::timeout(within, next.wait_for(Option::is_none)).await.unwrap().unwrap();
+    let second = assignments.borrow_and_update().clone().unwrap();
+    assert_eq!((second.epoch, second.layers_end, second.kv_pages), (first.epoch + 1, 4, 9));
+    let (_, model) = find_head(&a, "s", &[], within).await.unwrap();
+    assert_eq!(model.checkpoint_id, "good");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goodbye_takes_effect_and_other_swarms_are_not_joined() {
     let (head, a) = (node().await, node().await);
     let server = serve(&head);

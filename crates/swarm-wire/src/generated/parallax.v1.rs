@@ -129,6 +129,12 @@ pub struct Heartbeat {
     pub sent_payload_bytes: u64,
     #[prost(uint64, tag = "9")]
     pub sent_tokens: u64,
+    /// The checkpoint whose weights are in memory beside those that serve, as `HeartbeatReply.next` asked for.
+    #[prost(string, tag = "10")]
+    pub staged_checkpoint_id: ::prost::alloc::string::String,
+    /// Why they are not, and will not be.
+    #[prost(string, tag = "11")]
+    pub staged_failure: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HeartbeatReply {
@@ -140,6 +146,21 @@ pub struct HeartbeatReply {
     /// Present when the member's epoch is not the current one.
     #[prost(message, optional, tag = "3")]
     pub assignment: ::core::option::Option<Assignment>,
+    /// Present as long as the head wants other weights read beside those that serve.
+    #[prost(message, optional, tag = "4")]
+    pub next: ::core::option::Option<NextWeights>,
+}
+/// Weights for the layers that a member runs, which take the place of those that serve in a later epoch.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NextWeights {
+    #[prost(message, optional, tag = "1")]
+    pub model: ::core::option::Option<ModelDescription>,
+    /// As in Assignment; empty for a member that has them in memory.
+    #[prost(message, repeated, tag = "2")]
+    pub files: ::prost::alloc::vec::Vec<FileSpans>,
+    /// The epoch whose assignment says which layers these are.
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
 }
 /// What a member has to run in one epoch. `layers_start == layers_end`: nothing, stand by.
 #[derive(Clone, PartialEq, ::prost::Message)]

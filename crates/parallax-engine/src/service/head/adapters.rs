@@ -7,7 +7,7 @@ use swarm_wire::generated::parallax::v1::{StageAdapter, stage_frame};
 use swarm_wire::limits::TENSOR_MAX_BYTES;
 
 use super::link::Link;
-use super::{PipelineRunner, WantedAdapter, lock};
+use super::{PipelineRunner, WantedAdapter};
 use crate::adapter_file::AdapterFile;
 use crate::error::StageError;
 use crate::service::stage_server::frame::EncodedFrame;
@@ -29,7 +29,7 @@ impl PipelineRunner {
     ) -> Result<(), StageError> {
         let version = *version;
         if link.local.is_some()
-            && let Some(runner) = lock(&self.shared.local).as_mut()
+            && let Some(runner) = self.shared.own.runner().as_mut()
         {
             runner.set_adapter(version, file.as_ref())?;
         }
@@ -46,7 +46,7 @@ impl PipelineRunner {
         file: Option<&AdapterFile>,
     ) -> Result<(), StageError> {
         if link.local.is_some()
-            && let Some(runner) = lock(&self.shared.local).as_mut()
+            && let Some(runner) = self.shared.own.runner().as_mut()
         {
             match file {
                 None => runner.remove_adapter(id),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Shared;
 
 pub(super) fn status(shared: &Shared) -> Value {
-    let shape = shared.options.shape;
+    let shape = shared.shape;
     let me = NodeId::from(&shared.node.peer_id());
     let used_pages = usize::try_from(shared.used_pages.load(Ordering::Relaxed)).unwrap_or(usize::MAX);
     let kv_free_tokens = shape.n_pages.saturating_sub(used_pages) * shape.page_tokens;

@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 
 use lattica_net::{Identity, Liveness, Node, NodeConfig};
 use parallax_sched::service::{JoinOptions, MemberClient, MembershipServer, find_head};
-use parallax_sched::{Coordinator, CoordinatorConfig, ModelProfile, NodeProfile, PlanOptions, Report};
+use parallax_sched::{
+    Coordinator, CoordinatorConfig, MemberState, ModelProfile, NodeId, NodeProfile, PlanOptions, Report,
+    Staged,
+};
 use swarm_wire::generated::parallax::v1 as pb;
 use swarm_wire::limits::TENSOR_MAX_BYTES;
 use tokio::io::AsyncWriteExt;
@@ -230,16 +233,29 @@ impl TestMember {
         };
         let client = MemberClient::join(&node, options).await.unwrap();
         let task = tokio::spawn(async move {
-            let mut assignments = client.assignments();
-            while assignments.changed().await.is_ok() {
+            let (mut assignments, mut next) = (client.assignments(), client.next_weights());
+            let mut report = Report::default();
+            loop {
+                tokio::select! {
+                    changed = assignments.changed() => if changed.is_err() { return },
+                    Ok(()) = next.changed() => {
+                        let next = next.borrow_and_update().clone();
+                        report.staged = next.and_then(|next| next.model).map(|model| Staged {
+                            checkpoint_id: model.checkpoint_id,
+                            failure: Some("no room".into()),
+                        });
+                        client.report(report.clone());
+                        continue;
+                    }
+                }
                 let Some(assignment) = assignments.borrow_and_update().clone() else { continue };
                 stage.deactivate().await;
-                let mut report = Report { epoch: assignment.epoch, ..Report::default() };
+                report = Report { epoch: assignment.epoch, ..Report::default() };
                 if let Ok(layers) = LayerRange::new(assignment.layers_start, assignment.layers_end) {
                     stage.activate(&assignment, Box::new(make(layers))).unwrap();
                     report.state = MemberState::Ready;
                 }
-                client.report(report);
+                client.report(report.clone());
             }
         });
         Self { node, task }
@@ -516,4 +532,51 @@ async fn strangers_and_garbage_on_stage_streams_change_nothing() {
         let _ = tokio::time::timeout(PATIENCE, end).await.expect("the stream ends");
     }
     check_tokens(&head).await;
+}
+
+/// Weights of which every layer adds three.
+async fn stage_other_weights(head: &TestHead) -> Result<PipelineRunner, StageWeightsError> {
+    let description = pb::ModelDescription { checkpoint_id: "other".into(), ..head.membership.description() };
+    let loader: StageLoader =
+        Arc::new(|layers| Ok(Box::new(Toy { adapter: 3, ..Toy::new(layers) }) as Box<dyn StageRunner>));
+    head.head.stage(description, |_| (), Some(loader)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_weights_serve_from_the_swap_on_and_adapters_stay() {
+    let head = head(u64::from(N_LAYERS), 1.0).await;
+    ready(&head).await;
+    head.engine.add_adapter("nine", vec![9]).await.unwrap();
+    let adapted = Request { adapter: Some("nine".into()), ..request(1) };
+    let before = ids(&head.engine.generate(adapted.clone()).await.unwrap());
+    let epoch = head.membership.read(|c| c.view().epoch);
+
+    drop(stage_other_weights(&head).await.unwrap());
+    check_tokens(&head).await;
+    let runner = stage_other_weights(&head).await.unwrap();
+    assert!(matches!(stage_other_weights(&head).await, Err(StageWeightsError::Busy)));
+    check_tokens(&head).await;
+    assert_eq!(head.membership.read(|c| c.view().epoch), epoch, "nothing has changed yet");
+
+    head.engine.swap_weights(PolicyVersion(1), Box::new(runner)).await.unwrap();
+    let alone =
+        EngineHandle::start(Box::new(Toy { adapter: 3, ..Toy::whole() }), EngineConfig::default()).unwrap();
+    let wanted = alone.generate(request(1)).await.unwrap();
+    assert_eq!(ids(&head.engine.generate(request(1)).await.unwrap()), ids(&wanted));
+    assert_eq!(ids(&head.engine.generate(adapted).await.unwrap()), before);
+    assert_eq!(head.membership.read(|c| c.view().epoch), epoch + 1);
+    assert_eq!(head.membership.description().checkpoint_id, "other");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn weights_that_a_member_cannot_have_change_nothing() {
+    let head = head(2, 4.0).await;
+    let a = TestMember::join(&head, 4, Toy::new).await;
+    ready(&head).await;
+    for _ in 0..2 {
+        let refused = stage_other_weights(&head).await.unwrap_err().to_string();
+        assert_eq!(refused, format!("{} cannot stage them: no room", a.node.peer_id()));
+    }
+    check_tokens(&head).await;
+    assert_eq!(head.membership.description().checkpoint_id, "");
 }

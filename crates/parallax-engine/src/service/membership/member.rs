@@ -1,5 +1,7 @@
 //! A member's life: find the head, join, and run whatever is assigned, until it is told to stop.
 
+mod staging;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,15 +10,17 @@ use lattica_net::{Node, StreamError};
 use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions};
 use parallax_sched::profile::roofline;
 use parallax_sched::service::{JoinOptions as SchedJoin, MemberClient, SwarmError, find_head};
-use parallax_sched::{MemberState, NodeId, NodeProfile, Report, wire};
+use parallax_sched::{MemberState, NodeId, NodeProfile, Report, Staged as StagedReport, wire};
 use swarm_wire::generated::parallax::v1 as pb;
 use swarm_wire::{DecodeError, LayerRange, PeerId, PolicyVersion};
 use tokio::task::JoinHandle;
 
+use super::updates::NoRoom;
 use super::{bandwidth_gbps, incarnation_now, load_stage};
 use crate::service::stage_server::{StageServer, StageServerError};
 use crate::service::weights::{self, WeightExchange, WeightsError};
 use crate::stage::StageRunner;
+use staging::{Staged, Staging, checkpoint_id, outcome, stage};
 
 /// Reports carry fresh counters at least this often.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -67,6 +71,16 @@ pub enum MemberNews {
         /// From here.
         from: String,
     },
+    /// Other weights are being read beside those that serve.
+    Staging {
+        /// For these layers.
+        layers: LayerRange,
+    },
+    /// They wait to be taken into service, or cannot.
+    Staged {
+        /// Why not.
+        failure: Option<String>,
+    },
     /// The stage answers.
     Ready {
         /// With these layers.
@@ -112,6 +126,9 @@ pub enum MemberError {
         /// Why.
         reason: String,
     },
+    /// Other weights have no room beside those that serve.
+    #[error(transparent)]
+    Room(#[from] NoRoom),
     /// The stage could not be hosted.
     #[error(transparent)]
     Stage(#[from] StageServerError),
@@ -134,9 +151,9 @@ pub async fn join(
 ) -> Result<(), MemberError> {
     let stage = StageServer::start(node)?;
     let mut stop = std::pin::pin!(stop);
-    loop {
+    for round in 0.. {
         let found = tokio::select! {
-            found = look(node, options, &mut news) => found?,
+            found = look(node, options, round > 0, &mut news) => found?,
             () = &mut stop => return Ok(()),
         };
         // To its end: a head that has let this member in must hear the goodbye.
@@ -152,6 +169,7 @@ pub async fn join(
         followed?;
         // The head serves another model now: look at it afresh.
     }
+    Ok(())
 }
 
 /// A head that was not joined yet.
@@ -165,11 +183,16 @@ struct Found {
 async fn look(
     node: &Node,
     options: &JoinOptions,
+    again: bool,
     news: &mut (impl FnMut(MemberNews) + Send),
 ) -> Result<Found, MemberError> {
     let (head, model) = find_head(node, &options.swarm, &options.bootstrap, options.patience).await?;
     news(MemberNews::Joined { head: head.clone(), model: model.name.clone() });
-    let own_copy = own_copy(options, &model).await?;
+    let own_copy = match own_copy(options, &model).await {
+        // It was the right one once; the swarm has had other weights since.
+        Err(MemberError::OtherModel { .. }) if again && !model.weights_root.is_empty() => None,
+        own_copy => own_copy?,
+    };
     Ok(Found { head, model, own_copy })
 }
 
@@ -225,6 +248,8 @@ struct Member<'a, X> {
     /// A load that goes on though its assignment is over: it cannot be stopped, and two at once would take the memory of
     /// two.
     loading: Option<Loading>,
+    /// What is to replace the weights that serve.
+    staged: Option<Staged>,
 }
 
 impl<'a, X: WeightExchange> Member<'a, X> {
@@ -246,13 +271,24 @@ impl<'a, X: WeightExchange> Member<'a, X> {
             device: options.device.to_string(),
         };
         let client = MemberClient::join(node, client).await?;
-        Ok(Self { exchange, options, model, own_copy, stage, client, spare: None, loading: None })
+        Ok(Self {
+            exchange,
+            options,
+            model,
+            own_copy,
+            stage,
+            client,
+            spare: None,
+            loading: None,
+            staged: None,
+        })
     }
 
     /// Follows assignments until the head serves another model.
     async fn run(&mut self, news: &mut (impl FnMut(MemberNews) + Send)) -> Result<(), MemberError> {
-        let mut assignments = self.client.assignments();
-        let mut report = Report::default();
+        let (mut assignments, mut next) = (self.client.assignments(), self.client.next_weights());
+        let mut current = pb::Assignment::default();
+        let (mut report, mut staging) = (Report::default(), None::<Staging<'a>>);
         let mut interval = tokio::time::interval(REPORT_EVERY);
         loop {
             tokio::select! {
@@ -260,7 +296,11 @@ impl<'a, X: WeightExchange> Member<'a, X> {
                     let new = if changed.is_ok() { assignments.borrow_and_update().clone() } else { None };
                     let Some(assignment) = new else { continue };
                     let nothing = assignment.layers_start == assignment.layers_end;
-                    if !nothing && assignment.checkpoint_id != self.model.checkpoint_id {
+                    let other = !nothing && assignment.checkpoint_id != self.model.checkpoint_id;
+                    let is_new = |staged: &mut Staged| staged.model.checkpoint_id == assignment.checkpoint_id;
+                    if other && let Some(staged) = self.staged.take_if(is_new) {
+                        self.adopt(staged).await;
+                    } else if other {
                         self.stage.deactivate().await;
                         if let Some(loading) = self.loading.take() {
                             // Whatever came of it is of the model before.
@@ -274,12 +314,76 @@ impl<'a, X: WeightExchange> Member<'a, X> {
                         // A newer assignment makes this one pointless; what was fetched so far is kept.
                         _ = changed.changed() => continue,
                     };
+                    current = assignment;
+                    staging = self.restage(next.borrow().as_ref(), &current, &mut report, news);
+                    self.client.report(report.clone());
+                }
+                Ok(()) = next.changed() => {
+                    let wanted = next.borrow_and_update().clone();
+                    // Wanted no more because an assignment takes it into service?
+                    let coming = assignments.borrow().as_ref().map(|a| a.checkpoint_id.clone());
+                    if wanted.is_some() || self.staged.as_ref().is_none_or(|s| Some(&s.model.checkpoint_id) != coming.as_ref()) {
+                        staging = self.restage(wanted.as_ref(), &current, &mut report, news);
+                        self.client.report(report.clone());
+                    }
+                }
+                staged = outcome(&mut staging) => {
+                    let failure = staged.as_ref().err().map(ToString::to_string);
+                    self.staged = staged.ok();
+                    if let Some(next) = next.borrow().as_ref() {
+                        let checkpoint_id = checkpoint_id(next).to_owned();
+                        report.staged = Some(StagedReport { checkpoint_id, failure: failure.clone() });
+                    }
+                    news(MemberNews::Staged { failure });
                     self.client.report(report.clone());
                 }
                 _ = interval.tick() => {
                     self.count(&mut report);
                     self.client.report(report.clone());
                 }
+            }
+        }
+    }
+
+    /// Looks at what the head wants staged for an assignment: begins with it, unless it is here, and forgets what is not wanted.
+    fn restage(
+        &mut self,
+        next: Option<&pb::NextWeights>,
+        assignment: &pb::Assignment,
+        report: &mut Report,
+        news: &mut (impl FnMut(MemberNews) + Send),
+    ) -> Option<Staging<'a>> {
+        self.staged.take_if(|staged| !next.is_some_and(|next| staged.is(next, assignment)));
+        report.staged = self
+            .staged
+            .as_ref()
+            .map(|staged| StagedReport { checkpoint_id: staged.model.checkpoint_id.clone(), failure: None });
+        let published =
+            |next: &pb::NextWeights| next.model.as_ref().is_some_and(|m| !m.weights_root.is_empty());
+        let next = next.filter(|_| self.staged.is_none()).filter(|next| next.epoch == assignment.epoch)?;
+        if published(next) && next.files.is_empty() {
+            // The head heard that they are here, and will hear that they are not.
+            return None;
+        }
+        if let Ok(layers) = LayerRange::new(assignment.layers_start, assignment.layers_end) {
+            news(MemberNews::Staging { layers });
+        }
+        let head = self.client.head().clone();
+        Some(Box::pin(stage(self.exchange, self.options, head, next.clone(), assignment.clone())))
+    }
+
+    /// The staged weights take the place of those that served, whose copy goes.
+    async fn adopt(&mut self, staged: Staged) {
+        drop(self.stage.deactivate().await);
+        self.spare = Some(staged.runner);
+        let old = std::mem::replace(&mut self.model, staged.model);
+        let copied = self.own_copy.take().is_none();
+        let roots = swarm_wire::cid::decode(&old.weights_root).ok().filter(|_| copied);
+        if let (Some(root), Some(exchange)) = (roots, self.exchange) {
+            weights::remove_copy(&self.options.cache_dir, &root, staged.layers).await;
+            let kept: Vec<_> = swarm_wire::cid::decode(&self.model.weights_root).into_iter().collect();
+            if let Err(error) = exchange.unpublish(&root, &kept).await {
+                tracing::warn!(%root, %error, "replaced weights stay in the store");
             }
         }
     }
@@ -366,50 +470,65 @@ impl<'a, X: WeightExchange> Member<'a, X> {
             ..Report::default()
         };
         self.client.report(loading("getting weights".to_owned()));
-        let (checkpoint, from) = match &self.own_copy {
-            Some(copy) => (Arc::clone(copy), copy.location().display().to_string()),
+        let checkpoint = match &self.own_copy {
+            Some(copy) => Arc::clone(copy),
             None => {
-                let path = self.fetch(assignment, layers, news).await?;
-                let from = path.display().to_string();
-                let opened = tokio::task::spawn_blocking(move || Checkpoint::open(&path)).await;
-                let failed = |reason: String| MemberError::Load { layers, reason };
-                let opened = opened.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
-                (Arc::new(opened), from)
+                let wanted = (&assignment.files[..], layers);
+                let progress =
+                    |done_bytes, total_bytes| news(MemberNews::Fetching { done_bytes, total_bytes });
+                let head = self.client.head();
+                fetched(self.exchange, self.options, head, &self.model, wanted, progress).await?
             }
         };
-        news(MemberNews::Loading { layers, from });
+        news(MemberNews::Loading { layers, from: checkpoint.location().display().to_string() });
         self.client.report(loading("loading weights".to_owned()));
-        let failed = |reason: String| MemberError::Load { layers, reason };
-        let options = LoadOptions {
-            layers: layers.as_range(),
-            dtype: self.model.weight_dtype.parse().map_err(failed)?,
-            device: self.options.device,
-            kv_page_tokens: assignment.kv_page_tokens as usize,
-            kv_pages: assignment.kv_pages as usize,
-            kv_format: match self.model.kv_format.as_str() {
-                "" => KvFormat::F32,
-                name => name.parse().map_err(failed)?,
-            },
-        };
+        let options = load_options(self.options, &self.model, layers, assignment)?;
         let load = tokio::task::spawn_blocking(move || load_stage(&checkpoint, &options));
         let loaded = self.loading.insert(load).await;
         self.loading = None;
+        let failed = |reason: String| MemberError::Load { layers, reason };
         loaded.map_err(|e| failed(e.to_string()))?.map_err(failed)
     }
+}
 
-    async fn fetch(
-        &self,
-        assignment: &pb::Assignment,
-        layers: LayerRange,
-        news: &mut (impl FnMut(MemberNews) + Send),
-    ) -> Result<PathBuf, MemberError> {
-        let root = swarm_wire::cid::decode(&self.model.weights_root)?;
-        let (from, cache) = ([self.client.head().clone()], &self.options.cache_dir);
-        let progress = |done_bytes, total_bytes| news(MemberNews::Fetching { done_bytes, total_bytes });
-        let missing = || WeightsError::NotPublished { model: self.model.name.clone() };
-        let exchange = self.exchange.ok_or_else(missing)?;
-        Ok(weights::fetch(exchange, &root, &assignment.files, layers, &from, cache, progress).await?)
-    }
+/// How the stage of an assignment is loaded.
+fn load_options(
+    options: &JoinOptions,
+    model: &pb::ModelDescription,
+    layers: LayerRange,
+    assignment: &pb::Assignment,
+) -> Result<LoadOptions, MemberError> {
+    let failed = |reason: String| MemberError::Load { layers, reason };
+    Ok(LoadOptions {
+        layers: layers.as_range(),
+        dtype: model.weight_dtype.parse().map_err(failed)?,
+        device: options.device,
+        kv_page_tokens: assignment.kv_page_tokens as usize,
+        kv_pages: assignment.kv_pages as usize,
+        kv_format: match model.kv_format.as_str() {
+            "" => KvFormat::F32,
+            name => name.parse().map_err(failed)?,
+        },
+    })
+}
+
+/// A sparse copy of these files for these layers, from the head.
+async fn fetched<X: WeightExchange>(
+    exchange: Option<&X>,
+    options: &JoinOptions,
+    head: &PeerId,
+    model: &pb::ModelDescription,
+    (files, layers): (&[pb::FileSpans], LayerRange),
+    progress: impl FnMut(u64, u64) + Send,
+) -> Result<Arc<Checkpoint>, MemberError> {
+    let missing = || WeightsError::NotPublished { model: model.name.clone() };
+    let exchange = exchange.filter(|_| !model.weights_root.is_empty()).ok_or_else(missing)?;
+    let root = swarm_wire::cid::decode(&model.weights_root)?;
+    let (from, cache) = ([head.clone()], &options.cache_dir);
+    let path = weights::fetch(exchange, &root, files, layers, &from, cache, progress).await?;
+    let failed = |reason: String| MemberError::Load { layers, reason };
+    let opened = tokio::task::spawn_blocking(move || Checkpoint::open(&path)).await;
+    Ok(Arc::new(opened.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?))
 }
 
 #[cfg(test)]
