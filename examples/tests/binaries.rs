@@ -37,7 +37,10 @@ fn every_binary_and_command_explains_itself() {
             ],
         ),
         (DEMO_SWARM, &[]),
-        (LATTICA_NODE, &["bench", "bench-spread", "probe", "swarm-key"]),
+        (
+            LATTICA_NODE,
+            &["bench", "bench-idle", "bench-spread", "probe", "publish", "fetch", "store", "swarm-key"],
+        ),
         (ROLLOUT_FLEET, &[]),
         (TINKER_GATEWAY, &[]),
         (
@@ -129,6 +132,7 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
         (ROLLOUT_FLEET, &["--trainer", "nonsense"], "trainer nonsense: "),
         (LATTICA_NODE, &["--listen", "nonsense"], "nonsense"),
         (LATTICA_NODE, &["--listen", &taken_address], "already in use"),
+        (LATTICA_NODE, &["store", no_directory, "list"], no_directory),
         (PARALLAX, &["serve", "--model", "tiny", "--swarm", "s", "--port", taken.as_str()], "--port"),
         (
             PARALLAX,

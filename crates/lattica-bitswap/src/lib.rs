@@ -17,13 +17,14 @@
 //! stored blocks and a root), [`delta`] and [`update`] (from one version to the next with few bytes), [`unixfs`] (the same leaves as a file or
 //! directory of IPFS, and reading those), [`wire`] (Bitswap messages), [`session`] (one fetch: whom to ask for what), [`serve`] (which
 //! wanted block goes to whom next), [`ledger`] (who can be relied on), [`spread`] (one artefact to a whole fleet), [`store`] (where blocks are kept, with a
-//! conformance suite); `service` (feature `service`): `FsStore` on disk, `Blocks` on a lattica-net node.
+//! conformance suite), [`garbage`] (what no pinned root names); `service` (feature `service`): `FsStore` on disk, `Blocks` on a lattica-net node.
 
 pub mod block;
 pub mod chunker;
 pub mod config;
 pub mod delta;
 pub mod error;
+pub mod garbage;
 pub mod ledger;
 pub mod manifest;
 pub mod publish;
@@ -45,7 +46,7 @@ pub use ledger::Ledger;
 pub use manifest::{BlockRef, Entry, Manifest, Update};
 pub use serve::Server;
 #[cfg(feature = "service")]
-pub use service::{Blocks, FsStore, FsStoreConfig, Progress, Spreading};
+pub use service::{Blocks, FsStore, FsStoreConfig, Progress, Scrubbed, Spreading};
 pub use session::Session;
 pub use spread::{Spread, SpreadConfig};
 pub use store::{BlockStore, MemoryStore};

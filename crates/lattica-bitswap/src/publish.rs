@@ -57,7 +57,7 @@ pub fn publish_manifest(store: &dyn BlockStore, manifest: &Manifest) -> Result<C
     Ok(*root.cid())
 }
 
-/// Drops what `root` names, its delta included, except for what one of `kept` names too. Stores that cannot remove keep it.
+/// Unpins `root` and drops what it names, its delta included, except for what one of `kept` names too. Stores that cannot remove keep it.
 ///
 /// # Errors
 /// When the store cannot be read or refuses.
@@ -66,14 +66,17 @@ pub fn unpublish(store: &dyn BlockStore, root: &Cid, kept: &[Cid]) -> Result<(),
     for root in kept {
         spared.extend(named(store, root)?);
     }
-    for cid in named(store, root)?.iter().filter(|cid| !spared.contains(cid)) {
-        store.remove(cid)?;
+    let mut gone = named(store, root)?;
+    gone.retain(|cid| !spared.contains(cid));
+    store.unpin(root)?;
+    if store.remove(&gone)? {
+        store.reclaim()?;
     }
     Ok(())
 }
 
 /// The root itself, the blocks of its artefact, and those of its delta, as far as the manifests are stored.
-fn named(store: &dyn BlockStore, root: &Cid) -> Result<Vec<Cid>, StoreError> {
+pub(crate) fn named(store: &dyn BlockStore, root: &Cid) -> Result<Vec<Cid>, StoreError> {
     let mut cids = vec![*root];
     let Some(manifest) = stored(store, root)? else { return Ok(cids) };
     cids.extend(manifest.blocks().iter().map(|block| block.cid));

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use exchange::Exchange;
 use fetch::Order;
-pub use fs_store::{FsStore, FsStoreConfig};
+pub use fs_store::{FsStore, FsStoreConfig, Scrubbed};
 use lattica_net::Node;
 pub use spreading::Spreading;
 use swarm_wire::{Cid, PeerId};
@@ -145,7 +145,7 @@ impl Blocks {
         self.publishing(move |store, leaf_bytes| files::publish(store, &dir, &paths, leaf_bytes)).await
     }
 
-    /// Stops announcing an artefact and drops it from the store, except for the blocks that one of the `kept` artefacts has
+    /// Stops announcing an artefact, unpins it and drops it from the store, except for the blocks that one of the `kept` artefacts has
     /// too. A store that cannot remove ([`BlockStore::remove`]) keeps and serves it.
     ///
     /// # Errors
@@ -329,14 +329,19 @@ impl Blocks {
         Ok(())
     }
 
-    /// Runs `work` on the store, with the length of the leaves that are published, and announces the root that it returns.
+    /// Runs `work` on the store, with the length of the leaves that are published; pins and announces the root that it returns.
     async fn publishing(
         &self,
         work: impl FnOnce(&dyn BlockStore, usize) -> Result<Cid, PublishError> + Send + 'static,
     ) -> Result<Cid, PublishError> {
         let store = Arc::clone(&self.exchange.store);
         let leaf_bytes = self.exchange.config.leaf_bytes;
-        let root = match self.exchange.runtime.spawn_blocking(move || work(&*store, leaf_bytes)).await {
+        let pinned = move || {
+            let root = work(&*store, leaf_bytes)?;
+            store.pin(&root)?;
+            Ok::<_, PublishError>(root)
+        };
+        let root = match self.exchange.runtime.spawn_blocking(pinned).await {
             Ok(result) => result?,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };

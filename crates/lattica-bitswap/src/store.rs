@@ -51,13 +51,46 @@ pub trait BlockStore: Send + Sync + fmt::Debug {
     /// As [`BlockStore::put`].
     fn put_alias(&self, alias: &Block, of: &Cid) -> Result<(), StoreError>;
 
-    /// Drops a block. Returns `false` when this kind of store keeps what it has; the block is then there as before.
+    /// Drops blocks, as far as they are here. Returns `false` when this kind of store keeps what it has; they are then there as
+    /// before. Their room may be given back later ([`BlockStore::reclaim`]).
     ///
     /// # Errors
     /// When the index refuses.
-    fn remove(&self, _cid: &Cid) -> Result<bool, StoreError> {
+    fn remove(&self, _cids: &[Cid]) -> Result<bool, StoreError> {
         Ok(false)
     }
+
+    /// The names of all blocks, in no particular order.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    fn cids(&self) -> Result<Vec<Cid>, StoreError>;
+
+    /// Gives the room of removed blocks back, as far as that pays. Returns how many bytes.
+    ///
+    /// # Errors
+    /// When the disk or the index refuses; no block is lost by that.
+    fn reclaim(&self) -> Result<u64, StoreError> {
+        Ok(0)
+    }
+
+    /// Remembers a root that [`crate::garbage::collect`] spares, with all that it names. It need not be here.
+    ///
+    /// # Errors
+    /// When the index refuses.
+    fn pin(&self, root: &Cid) -> Result<(), StoreError>;
+
+    /// Forgets a pin. Returns whether there was one.
+    ///
+    /// # Errors
+    /// When the index refuses.
+    fn unpin(&self, root: &Cid) -> Result<bool, StoreError>;
+
+    /// The pinned roots.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    fn pins(&self) -> Result<Vec<Cid>, StoreError>;
 
     /// Makes everything that was put survive a power cut.
     ///

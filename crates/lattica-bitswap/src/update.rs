@@ -198,7 +198,7 @@ mod tests {
         let delta = parent;
         let named = same.clone().with_update(Some(Update { parent, delta }));
         for block in same.blocks() {
-            store.remove(&block.cid).unwrap();
+            store.remove(&[block.cid]).unwrap();
         }
         assert_eq!(patchable_bytes(&store, &named).unwrap(), 0, "the same bytes under another name");
     }
@@ -211,7 +211,7 @@ mod tests {
         let mut new = bytes(0);
         new[0] ^= 1;
         let (_, manifest) = publish(&store, &new, &parent);
-        store.remove(&manifest.blocks()[0].cid).unwrap();
+        store.remove(&[manifest.blocks()[0].cid]).unwrap();
         let lie = |patch: &'static [u8], index: DeltaIndex| {
             let blocks =
                 [index.encode(), Bytes::from_static(patch)].map(|b| put(&store, &block(b)).unwrap()).to_vec();

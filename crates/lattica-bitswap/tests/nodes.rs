@@ -359,7 +359,7 @@ async fn a_delta_that_does_not_come_costs_nothing_but_its_bytes() {
     receiver.fetch(&parent, &[a.peer_id()], |_| ()).await.unwrap();
     let root = publisher.publish_update("weights", "weights", new.clone(), &parent).await.unwrap();
     let manifest = Manifest::decode(store.get(&root).unwrap().unwrap().bytes()).unwrap();
-    store.remove(&manifest.update().unwrap().delta).unwrap();
+    store.remove(&[manifest.update().unwrap().delta]).unwrap();
     receiver.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
     assert_eq!(receiver.read(&root).await.unwrap(), new);
 }

@@ -2,8 +2,11 @@
 //!
 //! A block is written with a header, then synced, then indexed, so the index never points at bytes that may vanish. What a
 //! kill leaves unindexed at a segment's end is found again at the next open: each record carries its CID and is checked.
+//! What is removed goes from the index; `compact.rs` gives its room back.
 
+mod compact;
 mod index;
+mod scrub;
 mod segment;
 
 use std::collections::{HashMap, HashSet};
@@ -15,6 +18,7 @@ use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 use index::Index;
+pub use scrub::Scrubbed;
 use segment::{Segment, segment_path};
 use swarm_wire::Cid;
 
@@ -69,6 +73,8 @@ struct State {
     new_files: Vec<u32>,
     /// Found damaged: treated as absent, so that they are fetched again.
     damaged: HashSet<Cid>,
+    /// How often a place got a second name.
+    second_names: u64,
 }
 
 /// Blocks in a directory. One process at a time.
@@ -102,7 +108,9 @@ impl FsStore {
         let mut pending = HashMap::new();
         let mut used_bytes = 0;
         let mut last = 0;
-        for number in segment::list(&dir)? {
+        let segments = segment::list(&dir)?;
+        index.keep_segments(&segments)?;
+        for number in segments {
             let recovered = segment::recover(&dir, number, index.segment_end(number)?)?;
             used_bytes += recovered.end;
             last = last.max(number);
@@ -118,6 +126,7 @@ impl FsStore {
             numbers,
             new_files: Vec::new(),
             damaged: HashSet::new(),
+            second_names: 0,
         };
         let store = Self { dir, config, index, state: Mutex::new(state) };
         store.flush()?;
@@ -163,9 +172,34 @@ impl FsStore {
         Ok(())
     }
 
-    fn read(&self, cid: &Cid, place: Place, path: &Path) -> Result<Block, StoreError> {
+    /// Writes a block into the open segment, or a new one when that is long enough.
+    fn append(&self, state: &mut State, block: &Block) -> Result<Place, StoreError> {
+        if state.segment.end >= self.config.segment_bytes {
+            self.roll_over(state)?;
+        }
+        let offset = state.segment.append(block)?;
+        let record_bytes = segment::record_bytes(block);
+        state.used_bytes += record_bytes;
+        state.pending_bytes += record_bytes;
+        let (file, length) = (state.segment.number, block.len() as u32);
+        Ok(Place { by_reference: false, file, offset, length })
+    }
+
+    /// Begins a new segment.
+    fn roll_over(&self, state: &mut State) -> Result<(), StoreError> {
+        self.flush_locked(state)?;
+        state.segment = Segment::open(&self.dir, state.segment.number + 1)?;
+        Ok(())
+    }
+
+    fn read(
+        cid: &Cid,
+        place: Place,
+        path: &Path,
+        opened: std::io::Result<File>,
+    ) -> Result<Block, StoreError> {
         let failed = |e| StoreError::io("reading", path, 0, e);
-        let mut file = File::open(path).map_err(failed)?;
+        let mut file = opened.map_err(failed)?;
         file.seek(SeekFrom::Start(place.offset)).map_err(failed)?;
         let mut bytes = vec![0; place.length as usize];
         let damaged = |_| StoreError::Damaged { cid: Box::new(*cid), path: path.to_owned() };
@@ -181,7 +215,7 @@ impl FsStore {
 
 impl BlockStore for FsStore {
     fn get(&self, cid: &Cid) -> Result<Option<Block>, StoreError> {
-        let (place, path) = {
+        let (place, path, opened) = {
             let state = self.lock();
             let Some(place) = self.place(&state, cid)? else { return Ok(None) };
             if place.by_reference {
@@ -189,12 +223,15 @@ impl BlockStore for FsStore {
                 if !Self::intact(&state, place) {
                     return Err(StoreError::FileChanged { path: file.path.clone() });
                 }
-                (place, file.path.clone())
+                (place, file.path.clone(), File::open(&file.path))
             } else {
-                (place, segment_path(&self.dir, place.file))
+                let path = segment_path(&self.dir, place.file);
+                // While the state is locked: afterwards the block may have moved and the segment be gone.
+                let opened = File::open(&path);
+                (place, path, opened)
             }
         };
-        match self.read(cid, place, &path) {
+        match Self::read(cid, place, &path, opened) {
             Ok(block) => Ok(Some(block)),
             Err(StoreError::Damaged { .. }) if place.by_reference => {
                 self.lock().damaged.insert(*cid);
@@ -227,21 +264,44 @@ impl BlockStore for FsStore {
                 return Err(StoreError::Full { path: self.dir.clone(), needed_bytes: over });
             }
         }
-        if state.segment.end >= self.config.segment_bytes {
-            self.flush_locked(&mut state)?;
-            state.segment = Segment::open(&self.dir, state.segment.number + 1)?;
-        }
-        let offset = state.segment.append(block)?;
-        let file = state.segment.number;
-        let place = Place { by_reference: false, file, offset, length: block.len() as u32 };
-        state.used_bytes += record_bytes;
-        state.pending_bytes += record_bytes;
+        let place = self.append(&mut state, block)?;
         state.damaged.remove(block.cid());
         state.pending.insert(*block.cid(), place);
         if state.pending_bytes >= self.config.flush_bytes {
             self.flush_locked(&mut state)?;
         }
         Ok(true)
+    }
+
+    fn remove(&self, cids: &[Cid]) -> Result<bool, StoreError> {
+        let mut state = self.lock();
+        // What is indexed is not found again in its segment.
+        self.flush_locked(&mut state)?;
+        self.index.remove(cids)?;
+        state.damaged.retain(|cid| !cids.contains(cid));
+        Ok(true)
+    }
+
+    fn cids(&self) -> Result<Vec<Cid>, StoreError> {
+        let mut state = self.lock();
+        self.flush_locked(&mut state)?;
+        Ok(self.index.blocks()?.into_iter().map(|(cid, _)| cid).collect())
+    }
+
+    fn reclaim(&self) -> Result<u64, StoreError> {
+        self.compact()
+    }
+
+    fn pin(&self, root: &Cid) -> Result<(), StoreError> {
+        self.index.pin(root)
+    }
+
+    fn unpin(&self, root: &Cid) -> Result<bool, StoreError> {
+        self.index.unpin(root)
+    }
+
+    fn pins(&self) -> Result<Vec<Cid>, StoreError> {
+        self.index.pins()
     }
 
     fn put_reference(&self, block: &Block, file: &Path, offset: u64) -> Result<bool, StoreError> {
@@ -281,6 +341,7 @@ impl BlockStore for FsStore {
         if let Some(place) = intact(&state, of)? {
             state.damaged.remove(alias.cid());
             state.pending.insert(*alias.cid(), place);
+            state.second_names += 1;
             return Ok(());
         }
         drop(state);

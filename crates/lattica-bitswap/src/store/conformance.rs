@@ -19,6 +19,7 @@ pub fn check(fresh: impl Fn() -> Box<dyn BlockStore>) {
     agrees_with_a_map(&*fresh());
     both_names_of_a_block_are_served(&*fresh());
     removed_is_absent_or_kept(&*fresh());
+    everything_has_a_name_and_pins_are_kept(&*fresh());
     concurrent_puts_of_one_block_keep_one(&*fresh());
 }
 
@@ -109,14 +110,41 @@ fn removed_is_absent_or_kept(store: &dyn BlockStore) {
     for block in [&gone, &kept] {
         store.put(block).expect("room");
     }
-    let removes = store.remove(gone.cid()).expect("removable");
+    let removes = store.remove(&[*gone.cid()]).expect("removable");
     assert_eq!(store.get(gone.cid()).expect("readable").is_none(), removes, "as it says");
     assert_eq!(store.length_of(gone.cid()).expect("readable").is_none(), removes);
-    assert_eq!(store.remove(gone.cid()).expect("removable"), removes, "what is not here is no error");
+    assert_eq!(store.remove(&[*gone.cid()]).expect("removable"), removes, "what is not here is no error");
+    store.reclaim().expect("room");
     assert_eq!(store.put(&gone).expect("room"), removes, "it can come back");
     for block in [gone, kept] {
         assert_eq!(store.get(block.cid()).expect("readable"), Some(block));
     }
+}
+
+fn everything_has_a_name_and_pins_are_kept(store: &dyn BlockStore) {
+    let blocks: Vec<Block> = (0..5).map(|seed| block(HashKind::Blake3, seed, 100)).collect();
+    for (i, block) in blocks.iter().enumerate() {
+        store.put(block).expect("room");
+        if i == 2 {
+            store.flush().expect("flush");
+        }
+    }
+    let alias = block(HashKind::Sha2, 0, 100);
+    store.put_alias(&alias, blocks[0].cid()).expect("room");
+    let mut names: Vec<Cid> = blocks.iter().chain([&alias]).map(|block| *block.cid()).collect();
+    let mut listed = store.cids().expect("readable");
+    names.sort();
+    listed.sort();
+    assert_eq!(listed, names);
+
+    assert!(store.pins().expect("readable").is_empty());
+    for _ in 0..2 {
+        store.pin(&names[0]).expect("pinned");
+    }
+    store.pin(&names[1]).expect("pinned");
+    assert!(store.unpin(&names[1]).expect("readable"));
+    assert!(!store.unpin(&names[1]).expect("readable"));
+    assert_eq!(store.pins().expect("readable"), names[..1]);
 }
 
 fn concurrent_puts_of_one_block_keep_one(store: &dyn BlockStore) {

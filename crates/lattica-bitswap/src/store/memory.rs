@@ -1,6 +1,6 @@
 //! Blocks in memory: for tests, and for nodes that only publish small things.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -20,6 +20,7 @@ struct State {
     blocks: HashMap<Cid, Block>,
     /// Second names of some of them.
     aliases: HashMap<Cid, Cid>,
+    pins: HashSet<Cid>,
     used_bytes: u64,
 }
 
@@ -92,15 +93,36 @@ impl BlockStore for MemoryStore {
         self.put(alias).map(drop)
     }
 
-    fn remove(&self, cid: &Cid) -> Result<bool, StoreError> {
+    fn remove(&self, cids: &[Cid]) -> Result<bool, StoreError> {
         let mut state = self.lock();
-        state.aliases.remove(cid);
-        if let Some(block) = state.blocks.remove(cid) {
-            state.used_bytes -= block.len() as u64;
-            // Nothing else is named by names that lead nowhere.
-            state.aliases.retain(|_, of| of != cid);
+        for cid in cids {
+            state.aliases.remove(cid);
+            if let Some(block) = state.blocks.remove(cid) {
+                state.used_bytes -= block.len() as u64;
+            }
         }
+        // Names that lead nowhere.
+        let State { blocks, aliases, .. } = &mut *state;
+        aliases.retain(|_, of| blocks.contains_key(of));
         Ok(true)
+    }
+
+    fn cids(&self) -> Result<Vec<Cid>, StoreError> {
+        let state = self.lock();
+        Ok(state.blocks.keys().chain(state.aliases.keys()).copied().collect())
+    }
+
+    fn pin(&self, root: &Cid) -> Result<(), StoreError> {
+        self.lock().pins.insert(*root);
+        Ok(())
+    }
+
+    fn unpin(&self, root: &Cid) -> Result<bool, StoreError> {
+        Ok(self.lock().pins.remove(root))
+    }
+
+    fn pins(&self) -> Result<Vec<Cid>, StoreError> {
+        Ok(self.lock().pins.iter().copied().collect())
     }
 }
 

@@ -1,7 +1,7 @@
 //! `lattica-node`: one node of the network, as bootstrap peer, relay and DHT server; `lattica-node bench` measures two of
 //! them on this machine, `lattica-node bench-spread` many, `lattica-node bench-idle` what idle connections take,
 //! `lattica-node probe` the way to a peer. `lattica-node publish` and
-//! `fetch` share files, with IPFS too.
+//! `fetch` share files, with IPFS too, `lattica-node store` looks after what they keep.
 #![expect(clippy::print_stdout, reason = "a command line tool reports there")]
 
 mod bench;
@@ -10,6 +10,7 @@ mod bench_spread;
 mod node;
 mod probe;
 mod share;
+mod store;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,6 +48,8 @@ enum Command {
     Publish(share::PublishArgs),
     /// Gets what somebody shares: an artefact of this network, or a file or directory of IPFS.
     Fetch(share::FetchArgs),
+    /// Looks after a directory of blocks: what is pinned, whether all is whole, what nobody needs.
+    Store(store::StoreArgs),
     /// Makes the key of a private swarm; copy the file to every member.
     SwarmKey {
         /// The new file; one that exists is left alone.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
                 Some(Command::Probe(args)) => probe::run(&args).await,
                 Some(Command::Publish(args)) => share::publish(args).await,
                 Some(Command::Fetch(args)) => share::fetch(args).await,
+                Some(Command::Store(args)) => store::run(&args),
                 Some(Command::SwarmKey { file }) => Ok(create_swarm_key(&file).map(|_| ())?),
                 None => run(cli.node, cli.json).await,
             }

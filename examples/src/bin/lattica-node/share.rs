@@ -60,6 +60,9 @@ pub(crate) struct FetchArgs {
     /// Address of a peer that has it, with its /p2p/ part; may be given several times. Without: the DHT is asked.
     #[arg(long, value_name = "ADDR")]
     from: Vec<String>,
+    /// Keep it in --store when `lattica-node store DIR gc` cleans up.
+    #[arg(long, requires = "store")]
+    pin: bool,
     /// Refuse what is larger, in GB (10^9 bytes).
     #[arg(long, default_value_t = 1000.0)]
     max_gb: f64,
@@ -116,7 +119,7 @@ pub(crate) async fn fetch(args: FetchArgs) -> anyhow::Result<()> {
     let max_bytes = (args.max_gb * 1e9) as u64;
     let (store, _temporary) = open(args.place.store.as_deref())?;
     let node = args.place.node.start().await?;
-    let blocks = Blocks::start(node.clone(), store);
+    let blocks = Blocks::start(node.clone(), Arc::clone(&store));
     let from = dial(&node, &args.from).await?;
     let start = Instant::now();
     let (kind, files, bytes) = if names_an_artefact(&args.cid) {
@@ -132,6 +135,9 @@ pub(crate) async fn fetch(args: FetchArgs) -> anyhow::Result<()> {
         blocks.write_unixfs_to(&args.cid, &tree, &args.out).await?;
         (if tree.directories.is_some() { "directory" } else { "file" }, tree.files.len(), tree.bytes())
     };
+    if args.pin {
+        store.pin(&args.cid)?;
+    }
     let ms = (start.elapsed().as_secs_f64() * 1e4).round() / 10.0;
     let report = json!({"cid": args.cid.to_string(), "kind": kind, "files": files, "bytes": bytes, "ms": ms});
     tell(&report, args.json)?;

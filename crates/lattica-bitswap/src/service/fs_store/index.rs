@@ -1,12 +1,12 @@
-//! The index of a store on disk: CID to place, in redb. Also which files are served by reference, and how far each
-//! segment is indexed.
+//! The index of a store on disk: CID to place, in redb. Also which files are served by reference, how far each segment is
+//! indexed, and which roots are pinned.
 
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use swarm_wire::Cid;
+use swarm_wire::{Cid, cid};
 
 use super::{Place, ReferencedFile};
 use crate::StoreError;
@@ -15,6 +15,7 @@ const BLOCKS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("blocks")
 /// Number to (length, modified ns, path).
 const FILES: TableDefinition<'_, u32, (u64, u128, &str)> = TableDefinition::new("files");
 const SEGMENT_ENDS: TableDefinition<'_, u32, u64> = TableDefinition::new("segment_ends");
+const PINS: TableDefinition<'_, &[u8], ()> = TableDefinition::new("pins");
 const PLACE_BYTES: usize = 17;
 /// redb keeps little in memory: the blocks are what memory is for.
 const CACHE_BYTES: usize = 16 << 20;
@@ -42,9 +43,82 @@ impl Index {
             transaction.open_table(BLOCKS)?;
             transaction.open_table(FILES)?;
             transaction.open_table(SEGMENT_ENDS)?;
+            transaction.open_table(PINS)?;
             Ok(())
         })?;
         Ok(index)
+    }
+
+    /// All blocks with their places.
+    pub(super) fn blocks(&self) -> Result<Vec<(Cid, Place)>, StoreError> {
+        let read = || -> Result<Vec<(Cid, Place)>, redb::Error> {
+            let table = self.database.begin_read()?.open_table(BLOCKS)?;
+            let mut blocks = Vec::new();
+            for row in table.iter()? {
+                let (name, value) = row?;
+                blocks.extend(cid::decode(name.value()).ok().zip(decode(value.value())));
+            }
+            Ok(blocks)
+        };
+        read().map_err(|e| refused(&self.path, e))
+    }
+
+    pub(super) fn remove(&self, cids: &[Cid]) -> Result<(), StoreError> {
+        self.with_write(|transaction| {
+            let mut table = transaction.open_table(BLOCKS)?;
+            for cid in cids {
+                table.remove(&cid.to_bytes()[..])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Knows nothing more of segments other than these.
+    pub(super) fn keep_segments(&self, numbers: &[u32]) -> Result<(), StoreError> {
+        self.with_write(|transaction| {
+            let mut table = transaction.open_table(SEGMENT_ENDS)?;
+            table.retain(|number, _| numbers.contains(&number))?;
+            Ok(())
+        })
+    }
+
+    /// Knows nothing more of the files with these numbers.
+    pub(super) fn remove_files(&self, numbers: &[u32]) -> Result<(), StoreError> {
+        self.with_write(|transaction| {
+            let mut table = transaction.open_table(FILES)?;
+            for number in numbers {
+                table.remove(number)?;
+            }
+            Ok(())
+        })
+    }
+
+    pub(super) fn pin(&self, root: &Cid) -> Result<(), StoreError> {
+        self.with_write(|transaction| {
+            transaction.open_table(PINS)?.insert(&root.to_bytes()[..], ())?;
+            Ok(())
+        })
+    }
+
+    pub(super) fn unpin(&self, root: &Cid) -> Result<bool, StoreError> {
+        let mut was_pinned = false;
+        self.with_write(|transaction| {
+            was_pinned = transaction.open_table(PINS)?.remove(&root.to_bytes()[..])?.is_some();
+            Ok(())
+        })?;
+        Ok(was_pinned)
+    }
+
+    pub(super) fn pins(&self) -> Result<Vec<Cid>, StoreError> {
+        let read = || -> Result<Vec<Cid>, redb::Error> {
+            let table = self.database.begin_read()?.open_table(PINS)?;
+            let mut pins = Vec::new();
+            for row in table.iter()? {
+                pins.extend(cid::decode(row?.0.value()).ok());
+            }
+            Ok(pins)
+        };
+        read().map_err(|e| refused(&self.path, e))
     }
 
     pub(super) fn get(&self, cid: &Cid) -> Result<Option<Place>, StoreError> {

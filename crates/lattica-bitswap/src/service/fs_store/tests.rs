@@ -31,11 +31,7 @@ fn blocks_survive_reopening_with_and_without_a_flush() {
     store.flush().unwrap();
     store.put(&block(2, 2000)).unwrap();
     // A kill: nothing is dropped in order, so neither flush nor index commit happen for the second block.
-    let copy = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(dir.path()).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-    }
+    let copy = killed(dir.path());
     let store = FsStore::open(copy.path()).unwrap();
     for block in [block(1, 1000), block(2, 2000)] {
         assert_eq!(store.get(block.cid()).unwrap(), Some(block));
@@ -100,6 +96,169 @@ fn damage_is_noticed_and_healed_by_the_next_put() {
     assert_eq!(store.length_of(&cid).unwrap(), None);
     assert!(store.put(&block(1, 1000)).unwrap());
     assert_eq!(store.get(&cid).unwrap(), Some(block(1, 1000)));
+}
+
+/// The directory as a kill would leave it.
+fn killed(dir: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(dir).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
+fn segments_bytes(dir: &Path) -> u64 {
+    let numbers = segment::list(dir).unwrap();
+    numbers.into_iter().map(|n| fs::metadata(segment_path(dir, n)).unwrap().len()).sum()
+}
+
+#[test]
+fn removed_blocks_stay_gone_and_their_room_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = FsStoreConfig { segment_bytes: 2000, flush_bytes: 700, ..FsStoreConfig::default() };
+    let store = FsStore::open_with(dir.path(), config.clone()).unwrap();
+    let blocks: Vec<Block> = (0..30).map(|seed| block(seed, 400)).collect();
+    for block in &blocks {
+        store.put(block).unwrap();
+    }
+    let second = Block::new(HashKind::Sha2, blocks[7].bytes().clone()).unwrap();
+    store.put_alias(&second, blocks[7].cid()).unwrap();
+    let is_kept = |seed: usize| seed.is_multiple_of(7);
+    let gone: Vec<Cid> = (0..30).filter(|&seed| !is_kept(seed)).map(|seed| *blocks[seed].cid()).collect();
+    let before = segments_bytes(dir.path());
+    assert!(store.remove(&gone).unwrap());
+    let old = segment_path(dir.path(), 0);
+    let old_bytes = fs::read(&old).unwrap();
+    let freed = store.reclaim().unwrap();
+    assert_eq!(freed, before - segments_bytes(dir.path()));
+    assert!(freed > before / 2 && !old.exists(), "{freed} of {before}");
+    assert_eq!(store.reclaim().unwrap(), 0, "once is enough");
+
+    let check = |store: &FsStore| {
+        for (seed, block) in blocks.iter().enumerate() {
+            assert_eq!(store.get(block.cid()).unwrap().is_some(), is_kept(seed), "{seed}");
+        }
+        assert_eq!(store.get(second.cid()).unwrap().as_ref(), Some(&second));
+    };
+    check(&store);
+    let copy = killed(dir.path());
+    check(&FsStore::open_with(copy.path(), config.clone()).unwrap());
+    // A kill between the new index and the end of the old file.
+    let copy = killed(dir.path());
+    fs::write(segment_path(copy.path(), 0), old_bytes).unwrap();
+    let store = FsStore::open_with(copy.path(), config).unwrap();
+    for (_, block) in blocks.iter().enumerate().filter(|(seed, _)| is_kept(*seed)) {
+        assert_eq!(store.get(block.cid()).unwrap().as_ref(), Some(block));
+    }
+    store.remove(&gone).unwrap();
+    store.reclaim().unwrap();
+    check(&store);
+}
+
+#[test]
+fn any_history_of_puts_removals_and_reopenings_agrees_with_a_map() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = FsStoreConfig { segment_bytes: 3000, flush_bytes: 1500, ..FsStoreConfig::default() };
+    let mut store = FsStore::open_with(dir.path(), config.clone()).unwrap();
+    let mut model = HashMap::new();
+    let mut state = 1u32;
+    for step in 0..1500 {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let (seed, choice) = ((state >> 8) as u8 % 40, (state >> 24) % 16);
+        let block = block(seed, 100 + 10 * usize::from(seed));
+        match choice {
+            0..8 => assert_eq!(store.put(&block).unwrap(), model.insert(*block.cid(), block).is_none()),
+            8..13 => {
+                model.remove(block.cid());
+                store.remove(&[*block.cid()]).unwrap();
+            }
+            13 => assert!(store.reclaim().is_ok()),
+            14 => store.flush().unwrap(),
+            _ => {
+                drop(store);
+                store = FsStore::open_with(dir.path(), config.clone()).unwrap();
+            }
+        }
+        if step % 50 == 0 {
+            let listed: HashSet<Cid> = store.cids().unwrap().into_iter().collect();
+            assert_eq!(listed, model.keys().copied().collect(), "step {step}");
+            model.iter().for_each(|(cid, block)| assert_eq!(store.get(cid).unwrap().as_ref(), Some(block)));
+        }
+    }
+    store.reclaim().unwrap();
+    let live: u64 = model.values().map(segment::record_bytes).sum();
+    let used = segments_bytes(dir.path());
+    assert!(used < 3 * live + 3000, "{used} bytes for {live}");
+    assert_eq!(store.lock().used_bytes, used);
+}
+
+#[test]
+fn a_reader_does_not_notice_that_blocks_move() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = FsStoreConfig { segment_bytes: 20_000, ..FsStoreConfig::default() };
+    let store = FsStore::open_with(dir.path(), config).unwrap();
+    let kept = block(200, 300);
+    store.put(&kept).unwrap();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            while store.pins().unwrap().is_empty() {
+                assert_eq!(store.get(kept.cid()).unwrap().as_ref(), Some(&kept));
+            }
+        });
+        for round in 0..20 {
+            let others: Vec<Block> = (0..100).map(|seed| block(seed, 300 + round)).collect();
+            for block in &others {
+                store.put(block).unwrap();
+            }
+            store.remove(&others.iter().map(|block| *block.cid()).collect::<Vec<_>>()).unwrap();
+            assert!(store.reclaim().unwrap() > 0);
+        }
+        store.pin(kept.cid()).unwrap();
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn a_scrub_drops_what_is_damaged_or_changed_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FsStore::open(dir.path().join("store")).unwrap();
+    for seed in 0..4 {
+        store.put(&block(seed, 1000)).unwrap();
+    }
+    let file = dir.path().join("weights");
+    fs::write(&file, vec![9; 5000]).unwrap();
+    let referenced = block(9, 5000);
+    assert!(store.put_reference(&referenced, &file, 0).unwrap());
+    let clean = store.scrub(|_, _| ()).unwrap();
+    assert_eq!(clean, Scrubbed { intact: 5, bytes: 9000, dropped: Vec::new() });
+
+    let mut segment = File::options().write(true).open(segment_path(store.dir(), 0)).unwrap();
+    segment.seek(SeekFrom::End(-10)).unwrap();
+    segment.write_all(b"damaged!").unwrap();
+    fs::write(&file, vec![8; 5001]).unwrap();
+    let mut told = Vec::new();
+    let mut found = store.scrub(|done, all| told.push((done, all))).unwrap();
+    let mut wanted = vec![*block(3, 1000).cid(), *referenced.cid()];
+    wanted.sort();
+    found.dropped.sort();
+    assert_eq!((found.intact, found.bytes, found.dropped), (3, 3000, wanted));
+    assert_eq!((told.first(), told.last()), (Some(&(0, 5)), Some(&(5, 5))));
+    drop(store);
+    let store = FsStore::open(dir.path().join("store")).unwrap();
+    assert_eq!(store.get(block(3, 1000).cid()).unwrap(), None);
+    assert!(store.put(&block(3, 1000)).unwrap());
+    assert_eq!(store.scrub(|_, _| ()).unwrap().intact, 4);
+}
+
+#[test]
+fn pins_survive_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = *block(1, 10).cid();
+    FsStore::open(dir.path()).unwrap().pin(&root).unwrap();
+    let store = FsStore::open(dir.path()).unwrap();
+    assert_eq!(store.pins().unwrap(), [root]);
+    assert!(store.unpin(&root).unwrap());
 }
 
 #[test]
