@@ -14,7 +14,7 @@
 //!
 //! Requests to one model are carried out in the order of their numbers; a number that was used gives the same promise again, so
 //! that a client may repeat what it is not sure of. What is not served is refused with a message: images, sparse tensors,
-//! targets that are not the input shifted by one, other losses, other optimisers than Adam, likeliest prompt tokens.
+//! targets with weight that are not the input shifted by one, other losses, other optimisers than Adam, likeliest prompt tokens.
 //!
 //! Map: [`config`] (limits), `routes` and `api_error` (HTTP), `desk` (requests to queues), `sessions` (who is here), `training` (models and their queues), `sampling`,
 //! `promises`, `store` (the disk); pure: `datum` (requests to sequences), `model` (gradients and steps), `order`, `proto`.

@@ -14,6 +14,8 @@ use super::store::SavedPath;
 
 /// Most likeliest tokens that are given with each token.
 const MOST_TOP_LOGPROBS: usize = 64;
+/// Most stop texts or tokens: each is looked for with every token of every answer.
+const MOST_STOPS: usize = 64;
 
 /// One part of a prompt.
 #[derive(Debug, Deserialize)]
@@ -100,6 +102,8 @@ pub(super) enum SampleFault {
     TooLong { got: usize, limit: usize },
     #[error("topk_sample_logprobs is {got}, at most {limit} are given")]
     TopLogprobs { got: usize, limit: usize },
+    #[error("stop has {got} texts or tokens, at most {limit} are looked for")]
+    Stops { got: usize, limit: usize },
     #[error(
         "prompt_logprobs_last_n is {got}, 1 to {limit} are allowed with this prompt, and prompt_logprobs must be set"
     )]
@@ -151,6 +155,15 @@ impl SampleBody {
                 limit: MOST_TOP_LOGPROBS,
             });
         }
+        let params = self.sampling_params;
+        let n_stops = match &params.stop {
+            Some(StopField::Texts(texts)) => texts.len(),
+            Some(StopField::Tokens(tokens)) => tokens.len(),
+            None | Some(StopField::Text(_)) => 1,
+        };
+        if n_stops > MOST_STOPS {
+            return Err(SampleFault::Stops { got: n_stops, limit: MOST_STOPS });
+        }
         let mut prompt = Vec::new();
         for part in self.prompt.chunks {
             let Part::EncodedText { tokens } = part else { return Err(SampleFault::NotText) };
@@ -172,7 +185,6 @@ impl SampleBody {
             last_n: self.prompt_logprobs_last_n,
             top_logprobs: self.topk_sample_logprobs,
         };
-        let params = self.sampling_params;
         let task = SampleTask {
             adapter: None,
             prompt,
@@ -340,6 +352,8 @@ mod tests {
                 "4 tokens, the context holds 3",
             ),
             (json!({"topk_sample_logprobs": 65}), "is 65, at most 64"),
+            (json!({"sampling_params": {"stop": vec!["a"; 65]}}), "stop has 65"),
+            (json!({"sampling_params": {"stop": vec![1; 65]}}), "at most 64 are looked for"),
             (json!({"prompt_logprobs_last_n": 1}), "prompt_logprobs must be set"),
             (json!({"prompt_logprobs_last_n": 3, "prompt_logprobs": true}), "is 3, 1 to 2"),
         ] {
