@@ -2,6 +2,7 @@
 
 mod protocol;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
@@ -187,6 +188,16 @@ fn admission() -> Arc<dyn Admission> {
     Arc::new(All(vec![Box::new(shape), Box::new(regrade)]))
 }
 
+/// The collector of a trainer that writes nothing down.
+async fn collecting(trainer: &Node, config: CollectorConfig) -> Collector {
+    Collector::start(trainer.clone(), config, admission(), None, 0).await.unwrap()
+}
+
+/// One that goes on from the journal at `path`, with a checkpoint of so many steps.
+async fn going_on(trainer: &Node, path: &Path, steps: u64) -> Result<Collector, CollectorError> {
+    Collector::start(trainer.clone(), config(vec![]), admission(), Some(path.to_path_buf()), steps).await
+}
+
 /// A worker whose base weights are off by `error`.
 fn worker(node: &Node, trainer: &PeerId, seed: u8, error: f32, corrupt: bool) -> Worker {
     worker_with(node, trainer, seed, error, Arc::new(Adapters { corrupt, ..Adapters::default() }))
@@ -220,9 +231,7 @@ fn round_config() -> SequentialConfig {
 async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_trained_on() {
     let trainer = node(1).await;
     let auditor = connected(4, &trainer).await;
-    let collector = Collector::start(trainer.clone(), config(vec![auditor.peer_id()]), admission(), None, 0)
-        .await
-        .unwrap();
+    let collector = collecting(&trainer, config(vec![auditor.peer_id()])).await;
     let (honest, liar) = (connected(2, &trainer).await, connected(3, &trainer).await);
     let id = trainer.peer_id();
     let honest_worker = worker(&honest, &id, 2, 0.0, false);
@@ -296,7 +305,7 @@ async fn a_version_is_acknowledged_as_soon_as_it_is_installed() {
     let rollouts = connected(92, &trainer).await;
     // Whoever waits for an open question to run out waits longer than this test.
     let settings = CollectorConfig { long_poll: Duration::from_secs(300), ..config(vec![]) };
-    let collector = Collector::start(trainer.clone(), settings, admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, settings).await;
     let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 92, 0.0, false).run());
     let mut sync = SequentialSync::new(
         SequentialConfig { ack_timeout_ms: 600_000, ..round_config() },
@@ -323,8 +332,7 @@ async fn a_restarted_trainer_goes_on_where_its_checkpoint_is() {
     let rollouts = connected(12, &trainer).await;
     let adapters = Arc::new(Adapters::default());
     let run = tokio::spawn(worker_with(&rollouts, &trainer.peer_id(), 12, 0.0, Arc::clone(&adapters)).run());
-    let start =
-        |steps| Collector::start(trainer.clone(), config(vec![]), admission(), Some(path.clone()), steps);
+    let start = |steps| going_on(&trainer, &path, steps);
 
     let collector = start(0).await.unwrap();
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
@@ -360,7 +368,7 @@ async fn a_restarted_trainer_goes_on_where_its_checkpoint_is() {
 async fn a_version_is_only_reported_after_its_hash_matched() {
     let trainer = node(21).await;
     let rollouts = connected(22, &trainer).await;
-    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, config(vec![])).await;
     let broken = worker(&rollouts, &trainer.peer_id(), 22, 0.0, true);
     let stats = broken.stats();
     let run = tokio::spawn(broken.run());
@@ -408,8 +416,7 @@ async fn strangers_and_nonsense_get_an_answer_and_change_nothing() {
     let trainer = node(31).await;
     let stranger = connected(32, &trainer).await;
     let auditor = PeerId::from_ed25519(&[9; 32]);
-    let collector =
-        Collector::start(trainer.clone(), config(vec![auditor]), admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, config(vec![auditor])).await;
     let before = collector.counts();
     for method in [
         "echo/register",

@@ -10,7 +10,7 @@ use crate::service::{AUDIT_NEXT, LEASE, REGISTER, SUBMIT};
 async fn a_round_that_is_dropped_anywhere_goes_on() {
     let trainer = node(51).await;
     let rollouts = connected(52, &trainer).await;
-    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, config(vec![])).await;
     let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 52, 0.0, false).run());
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
     for version in 0..3 {
@@ -41,7 +41,7 @@ async fn a_round_that_is_dropped_anywhere_goes_on() {
 async fn a_worker_that_is_asked_to_stop_delivers_what_it_has_begun_and_holds_nothing() {
     let trainer = node(56).await;
     let rollouts = connected(57, &trainer).await;
-    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, config(vec![])).await;
     let worker = worker(&rollouts, &trainer.peer_id(), 57, 0.0, false);
     let (stopper, mut stats) = (worker.stopper(), worker.stats());
     let run = tokio::spawn(worker.run());
@@ -72,7 +72,7 @@ async fn a_worker_of_the_journal_is_there_once_it_has_asked_a_restarted_trainer(
     let path = dir.path().join("journal.redb");
     let trainer = node(81).await;
     let rollouts = connected(82, &trainer).await;
-    let start = || Collector::start(trainer.clone(), config(vec![]), admission(), Some(path.clone()), 0);
+    let start = || going_on(&trainer, &path, 0);
     let ask = |active: Option<u64>| proto::LeaseRequest {
         incarnation: 5,
         active_version: active,
@@ -118,9 +118,7 @@ async fn when_the_run_is_finished_workers_and_auditors_hear_it_and_end() {
     let trainer = node(61).await;
     let rollouts = connected(62, &trainer).await;
     let auditor = connected(63, &trainer).await;
-    let collector = Collector::start(trainer.clone(), config(vec![auditor.peer_id()]), admission(), None, 0)
-        .await
-        .unwrap();
+    let collector = collecting(&trainer, config(vec![auditor.peer_id()])).await;
     let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 62, 0.0, false).run());
     let id = trainer.peer_id();
     let audits = tokio::spawn(async move {
@@ -170,7 +168,7 @@ fn registration(incarnation: u64) -> proto::RegisterRequest {
 async fn only_the_last_start_of_a_worker_has_a_say() {
     let trainer = node(71).await;
     let rollouts = connected(72, &trainer).await;
-    let collector = Collector::start(trainer.clone(), config(vec![]), admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, config(vec![])).await;
     collector.publish(&snapshot(71, 0)).await.unwrap();
     for incarnation in [5, 6] {
         let _: proto::RegisterReply =
@@ -202,10 +200,7 @@ async fn junk_of_a_registered_worker_is_answered_and_not_written_down() {
     let path = dir.path().join("journal.redb");
     let trainer = node(81).await;
     let rollouts = connected(82, &trainer).await;
-    let settings = config(vec![]);
-    let hash = settings.settings_hash();
-    let collector =
-        Collector::start(trainer.clone(), settings, admission(), Some(path.clone()), 0).await.unwrap();
+    let collector = going_on(&trainer, &path, 0).await.unwrap();
     collector.publish(&snapshot(81, 0)).await.unwrap();
     let one = crate::lease::tests::lease(3);
     let junk: proto::Trajectory =
@@ -228,7 +223,7 @@ async fn junk_of_a_registered_worker_is_answered_and_not_written_down() {
     assert_eq!(collector.counts().late_refused, 100);
     collector.close();
     let mut written = Vec::new();
-    Journal::open(&path, &hash, |_, command| written.push(command)).unwrap();
+    Journal::open(&path, &config(vec![]).settings_hash(), |_, command| written.push(command)).unwrap();
     assert_eq!(written.len(), 2, "a version and a registration: {written:?}");
     trainer.shutdown().await;
     rollouts.shutdown().await;
@@ -241,7 +236,7 @@ async fn an_audit_that_nobody_can_make_does_not_hold_the_run_up() {
     let mut settings = config(vec![auditor.peer_id()]);
     settings.audit_timeout = Duration::ZERO;
     settings.dispatch.audit = AuditPolicy { fraction: 0.0, first: 1, seed: 1 };
-    let collector = Collector::start(trainer.clone(), settings, admission(), None, 0).await.unwrap();
+    let collector = collecting(&trainer, settings).await;
     let run = tokio::spawn(worker(&rollouts, &trainer.peer_id(), 92, 0.0, false).run());
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
     // An auditor that takes jobs and never says anything.
