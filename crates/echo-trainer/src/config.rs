@@ -162,8 +162,9 @@ pub struct PretrainConfig {
     /// What is learnt: questions with one answer such as `arithmetic` or `countdown-sums`, or a game such as `kuhn` or
     /// `holdem:station`, in which the teacher is a beginner that plays by its cards.
     pub environment: String,
-    /// Largest operand of the arithmetic questions; the environment's default.
-    pub max_operand: u32,
+    /// Largest number in the questions of `arithmetic` and `countdown-sums`; `None`: the environment's own. What is held out by
+    /// the environment is held out of a wider range, too.
+    pub max_operand: Option<u32>,
     /// The teacher.
     pub teacher: TeacherConfig,
     /// The optimiser.
@@ -183,7 +184,7 @@ impl Default for PretrainConfig {
             kv_heads: 2,
             max_context: 512,
             environment: "arithmetic".to_owned(),
-            max_operand: 49,
+            max_operand: None,
             teacher: TeacherConfig::default(),
             optim: OptimConfig::default(),
         }

@@ -42,7 +42,13 @@ struct Problem {
 impl Countdown {
     /// Two or three numbers up to 9 and sums only: within reach of a model of a million parameters.
     pub fn tiny() -> Self {
-        Self { min_numbers: 2, max_numbers: 3, max_number: 9, max_target: 27, products: false, partial: 0.1 }
+        Self::sums(9)
+    }
+
+    /// Two or three numbers up to `max_number` and sums only. What one range holds out, a wider one does.
+    pub fn sums(max_number: i64) -> Self {
+        let max_target = max_number.saturating_mul(3);
+        Self { min_numbers: 2, max_numbers: 3, max_number, max_target, products: false, partial: 0.1 }
     }
 
     fn problem(&self, seed: u64) -> Option<Problem> {
@@ -188,14 +194,18 @@ mod tests {
 
     #[test]
     fn held_out_problems_are_never_trained_on() {
-        let env = Countdown::default();
-        let key = |seed| {
+        let key = |env: &Countdown, seed| {
             let mut p = env.problem(seed).unwrap();
             p.numbers.sort_unstable();
             (p.numbers, p.target)
         };
-        let train: BTreeSet<_> = (0..500).map(key).collect();
-        assert!((0..100).all(|i| !train.contains(&key(held_out_seed(i)))));
-        assert_eq!(env.task(5).unwrap(), env.task(5).unwrap());
+        for (env, wider) in
+            [(Countdown::default(), Countdown::default()), (Countdown::tiny(), Countdown::sums(12))]
+        {
+            let train: BTreeSet<_> = (0..3000).map(|seed| key(&wider, seed)).collect();
+            assert!((0..100).all(|i| !train.contains(&key(&env, held_out_seed(i)))));
+            assert!((0..100).any(|seed| train.contains(&key(&env, seed))), "they overlap otherwise");
+            assert_eq!(env.task(5).unwrap(), env.task(5).unwrap());
+        }
     }
 }

@@ -6,7 +6,9 @@
 use std::path::Path;
 use std::time::Instant;
 
-use echo_rollout::environment::{Arithmetic, Environment, UnknownEnvironment, by_name, held_out_seed};
+use echo_rollout::environment::{
+    Arithmetic, Countdown, Environment, UnknownEnvironment, by_name, held_out_seed,
+};
 use parallax_model::tokenizer::Tokenizer;
 use parallax_model::train::TrainModel;
 use parallax_model::{ChatTemplate, ModelConfig};
@@ -171,9 +173,10 @@ struct Lessons<'a> {
 
 impl<'a> Lessons<'a> {
     fn new(config: &'a PretrainConfig, encoder: ChatEncoder) -> Result<Self, PretrainError> {
-        let environment = match config.environment.as_str() {
-            "arithmetic" => Box::new(Arithmetic::new(config.max_operand, true)),
-            other => by_name(other)?,
+        let environment: Box<dyn Environment> = match (config.environment.as_str(), config.max_operand) {
+            ("arithmetic", Some(most)) => Box::new(Arithmetic::new(most, true)),
+            ("countdown-sums", Some(most)) => Box::new(Countdown::sums(i64::from(most))),
+            (other, _) => by_name(other)?,
         };
         let game = environment.turns() > 1;
         Ok(Self { config, encoder, environment, game })
