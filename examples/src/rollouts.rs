@@ -321,7 +321,14 @@ pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<
     Ok(TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?)
 }
 
-/// Loads the model, with an adapter to train and once more to evaluate, and makes a learner that answers workers.
+/// What reports call the environment of a run: the name in its settings, or what its program calls itself.
+pub fn environment_name(config: &RunConfig, environment: &dyn Environment) -> String {
+    let named = if config.environment_program.is_empty() { &config.environment } else { environment.name() };
+    named.to_owned()
+}
+
+/// Loads the model, with an adapter to train and once more to evaluate, and makes a learner of `environment` that answers
+/// workers.
 ///
 /// # Errors
 /// Settings out of range, weights that cannot be read, a directory that cannot be written.
@@ -329,12 +336,13 @@ pub async fn start_learner(
     node: Node,
     blocks: Blocks,
     checkpoint: &Checkpoint,
+    environment: Arc<dyn Environment>,
     config: RunConfig,
     dir: &Path,
 ) -> anyhow::Result<Learner<TrainModel>> {
     let shape = checkpoint.config();
     let parts = Parts {
-        environment: environment(&config.environment, &config.environment_program)?,
+        environment,
         node,
         blocks,
         policy: trainable(checkpoint, &config)?,

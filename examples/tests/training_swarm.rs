@@ -1,6 +1,6 @@
 //! A learner and rollout workers as separate programs, as on two machines: `training-swarm --config` and `rollout-fleet`
 //! with the address that it prints. Stopped after two steps, the run goes on with the third. In the asynchronous mode they learn
-//! as well, and a learner that is killed at any moment goes on where it was.
+//! as well, and a learner that is killed at any moment goes on where it was. What is played may be a program in Python.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::io::{BufRead as _, BufReader, Lines};
@@ -67,8 +67,8 @@ fn learner(dir: &Path, run: &str, trainer: &str) -> Program {
     Program::start(env!("CARGO_BIN_EXE_training-swarm"), &args)
 }
 
-/// Two workers for the learner that says it is `ready`; the same ones each time in one directory.
-fn fleet(dir: &Path, ready: &Value, in_flight: &str) -> Program {
+/// Two workers with these options for the learner that says it is `ready`; the same ones each time in one directory.
+fn fleet(dir: &Path, ready: &Value, options: &[&str]) -> Program {
     let (address, keys) = (ready["addrs"][0].as_str().unwrap(), dir.join("keys"));
     let fleet = [
         "--trainer",
@@ -81,18 +81,16 @@ fn fleet(dir: &Path, ready: &Value, in_flight: &str) -> Program {
         keys.to_str().unwrap(),
         "--cache-tokens",
         "1024",
-        "--in-flight",
-        in_flight,
         "--json",
     ];
-    Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &fleet)
+    Program::start(env!("CARGO_BIN_EXE_rollout-fleet"), &[&fleet, options].concat())
 }
 
-/// Runs learner and workers with these settings; all lines of the learner.
-fn run(dir: &Path, run: &str, trainer: &str, in_flight: &str) -> Vec<Value> {
+/// Runs a learner with these settings and workers with these options; all lines of the learner.
+fn run(dir: &Path, run: &str, trainer: &str, options: &[&str]) -> Vec<Value> {
     let mut learner = learner(dir, run, trainer);
     let ready = learner.next().expect("the learner gets ready");
-    let mut fleet = fleet(dir, &ready, in_flight);
+    let mut fleet = fleet(dir, &ready, options);
     let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
     assert!(learner.process.succeeds(), "{lines:?}");
     // The workers hear it from the learner; they do not wait for one that is gone.
@@ -156,7 +154,7 @@ fn killed_at(dir: &Path, settings: [&str; 2], moments: &[Moment]) -> Vec<Value> 
         let mut learner = learner(dir, run_settings, trainer);
         let ready = learner.next().expect("the learner gets ready");
         let changes = changes(dir);
-        let Program { process: workers, lines } = fleet(dir, &ready, "finish");
+        let Program { process: workers, lines } = fleet(dir, &ready, &[]);
         // A learner would wait for other workers when these are gone, and the test with it.
         let learning = learner.process.clone();
         let watch = std::thread::spawn(move || {
@@ -168,7 +166,7 @@ fn killed_at(dir: &Path, settings: [&str; 2], moments: &[Moment]) -> Vec<Value> 
         drop(workers);
         watch.join().unwrap();
     }
-    run(dir, run_settings, trainer, "finish")
+    run(dir, run_settings, trainer, &[])
 }
 
 const MOMENTS: [Moment; 7] = [
@@ -186,7 +184,7 @@ fn a_learner_that_is_killed_again_and_again_ends_where_an_undisturbed_one_does()
     let (killed, left_alone) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let settings = ["eval_tasks = 4", "steps = 6\ngroups_per_step = 3\ngroup_size = 4"];
     let lines = killed_at(killed.path(), settings, &MOMENTS);
-    let undisturbed = run(left_alone.path(), settings[0], settings[1], "finish");
+    let undisturbed = run(left_alone.path(), settings[0], settings[1], &[]);
     let (summary, other) = (lines.last().unwrap(), undisturbed.last().unwrap());
     for summary in [summary, other] {
         let counts = &summary["trajectories"];
@@ -240,7 +238,7 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
         let steps = lines.iter().filter(|l| l["event"] == "step");
         steps.map(|l| l["version"].as_u64().unwrap()).collect()
     };
-    let first = run(dir.path(), "eval_tasks = 4", &steps_up_to(2), "finish");
+    let first = run(dir.path(), "eval_tasks = 4", &steps_up_to(2), &[]);
     assert_eq!(steps(&first), [1, 2]);
     for step in first.iter().filter(|l| l["event"] == "step") {
         assert_eq!(
@@ -257,7 +255,7 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
     }
     assert!(dir.path().join("run/adapter.safetensors").is_file());
 
-    let second = run(dir.path(), "eval_tasks = 4", &steps_up_to(3), "finish");
+    let second = run(dir.path(), "eval_tasks = 4", &steps_up_to(3), &[]);
     assert_eq!(second[0]["version"], 2, "it goes on with the weights of its checkpoint: {}", second[0]);
     assert_eq!(second[0]["eval"], summary["eval_after"], "the same weights, the same answers");
     assert_eq!(steps(&second), [3]);
@@ -266,18 +264,40 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
         (&summary["versions"], &summary["trajectories"]["consumed"]),
         (&3.into(), &(3 * 3 * 4).into())
     );
-    // One process with the same settings makes the same adapter, bit for bit.
-    let config = dir.path().join("solo.toml");
-    let settings = format!("[run]\nseed = 7\neval_tasks = 4\n[run.trainer]\n{}\n", steps_up_to(3));
-    std::fs::write(&config, settings).unwrap();
-    let out = dir.path().join("solo");
+    assert_eq!(summary["env"], "arithmetic");
+    learns_what_one_process_learns(dir.path(), ["eval_tasks = 4", &steps_up_to(3)], summary);
+}
+
+/// One process with the same settings makes the same adapter, bit for bit, and reports the same of it.
+fn learns_what_one_process_learns(dir: &Path, [run, trainer]: [&str; 2], summary: &Value) {
+    let (config, out) = (dir.join("solo.toml"), dir.join("solo"));
+    std::fs::write(&config, format!("[run]\nseed = 7\n{run}\n[run.trainer]\n{trainer}\n")).unwrap();
     let (config, out_text) = (config.to_str().unwrap(), out.to_str().unwrap());
-    let args = ["solo", "--config", config, "--out", out_text, "--json"];
-    let mut solo = Program::start(env!("CARGO_BIN_EXE_training-swarm"), &args);
-    let report = std::iter::from_fn(|| solo.next()).last().unwrap();
-    assert_eq!((&report["steps"], &report["eval_after"]), (&3.into(), &summary["eval_after"]), "{report}");
+    let alone = report(&["solo", "--config", config, "--out", out_text, "--json"]);
+    for same in ["env", "eval_after", "eval_greedy_after"] {
+        assert_eq!(alone[same], summary[same], "{same}: {alone} {summary}");
+    }
+    assert_eq!(alone["steps"], summary["versions"]);
     let adapter = |path: &Path| std::fs::read(path.join("adapter.safetensors")).unwrap();
-    assert_eq!(adapter(&out), adapter(&dir.path().join("run")), "the swarm learns what one process learns");
+    assert_eq!(adapter(&out), adapter(&dir.join("run")), "the swarm learns what one process learns");
+}
+
+#[test]
+fn a_game_in_python_is_played_by_a_swarm() {
+    if !Command::new("python3").arg("--version").status().is_ok_and(|status| status.success()) {
+        eprintln!("skipped: needs python3");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let game = concat!(env!("CARGO_MANIFEST_DIR"), "/environments/guess.py");
+    let settings = [
+        &*format!("eval_tasks = 6\nenvironment_program = [\"python3\", \"{game}\"]"),
+        "steps = 3\ngroups_per_step = 3\ngroup_size = 4\nmax_completion_tokens = 48",
+    ];
+    let lines = run(dir.path(), settings[0], settings[1], &["--env-program", "python3", game]);
+    let summary = lines.last().unwrap();
+    assert_eq!((&summary["env"], &summary["trajectories"]["consumed"]), (&"guess".into(), &36.into()));
+    learns_what_one_process_learns(dir.path(), settings, summary);
 }
 
 /// What `training-swarm` prints last.
@@ -353,10 +373,10 @@ fn games_are_learnt_and_measured_by_command() {
 }
 
 /// Rollouts that run ahead are counted once and never too old, whatever becomes of those that a new policy finds unfinished.
-fn asynchronous(steps: u64, in_flight: &str) -> Vec<Value> {
+fn asynchronous(steps: u64, options: &[&str]) -> Vec<Value> {
     let dir = tempfile::tempdir().unwrap();
     let trainer = format!("steps = {steps}\ngroups_per_step = 16\ngroup_size = 8\nmax_staleness = 2");
-    let lines = run(dir.path(), "mode = \"async\"\neval_tasks = 50", &trainer, in_flight);
+    let lines = run(dir.path(), "mode = \"async\"\neval_tasks = 50", &trainer, options);
     let summary = lines.last().unwrap();
     assert_eq!((&summary["versions"], &summary["staleness"]["budget"]), (&steps.into(), &2.into()));
     assert_eq!(summary["trajectories"]["consumed"], steps * 16 * 8, "{summary}");
@@ -370,7 +390,7 @@ fn asynchronous(steps: u64, in_flight: &str) -> Vec<Value> {
 
 #[test]
 fn the_asynchronous_mode_learns_within_its_staleness_budget() {
-    let steps = asynchronous(24, "finish");
+    let steps = asynchronous(24, &[]);
     assert!(steps.iter().all(|s| s["staleness_max"].as_u64().unwrap() <= 2), "{steps:?}");
     let reward =
         |part: &[Value]| part.iter().map(|s| s["reward"].as_f64().unwrap()).sum::<f64>() / part.len() as f64;
@@ -381,6 +401,6 @@ fn the_asynchronous_mode_learns_within_its_staleness_budget() {
 #[test]
 fn samples_that_a_new_policy_finds_unfinished_switch_to_it_or_are_broken_off() {
     for in_flight in ["switch", "abort"] {
-        assert_eq!(asynchronous(6, in_flight).len(), 6);
+        assert_eq!(asynchronous(6, &["--in-flight", in_flight]).len(), 6);
     }
 }

@@ -36,8 +36,8 @@ struct Args {
     /// The trainer's environment
     #[arg(long, default_value = "arithmetic")]
     env: String,
-    /// A program that is the environment instead, and its arguments (`--env-program python3 game.py`); the trainer has
-    /// the same one
+    /// A program that is the environment instead, and its arguments (`--env-program python3 examples/environments/guess.py`);
+    /// the trainer has the same one
     #[arg(long, num_args = 1.., allow_hyphen_values = true, value_name = "PROGRAM")]
     env_program: Vec<String>,
     /// How many workers, each with its own copy of the model

@@ -10,7 +10,7 @@ use swarm_examples::training::{
 
 /// Train with rollouts from many machines (--config); pre-train and fine-tune on one, check losses, measure the training step.
 ///
-/// Report of a run (--json): one line per event, {"event":"ready",peer,addrs}, {"event":"eval",version,eval,eval_greedy},
+/// Report of a run (--json): one line per event, {"event":"ready",peer,addrs,env}, {"event":"eval",version,eval,eval_greedy},
 /// {"event":"step",version,reward,loss,ratio_deviation_max,grad_norm,staleness_max,staleness_mean,workers,ahead,
 /// update_bytes,completion_tokens,rollouts_s,train_s,step_s}, {"event":"convicted",peer,audits}; the last line is the summary, in the fields of demo-swarm's report.
 /// Plots (SVG) and report.html, one page with all of them, go into the run's directory.

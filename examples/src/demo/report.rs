@@ -127,6 +127,11 @@ impl Report {
     pub fn take(&mut self, event: &Value) -> Option<String> {
         let number = |field: &str| event[field].as_f64().unwrap_or_default();
         match event["event"].as_str()? {
+            "ready" => {
+                // A program says itself what it is called.
+                self.env = event["env"].as_str()?.to_owned();
+                None
+            }
             "eval" => {
                 let (version, eval, greedy) = (number("version"), number("eval"), number("eval_greedy"));
                 if self.evals.is_empty() {
@@ -304,8 +309,9 @@ mod tests {
     #[test]
     fn a_run_becomes_a_report_with_plots() {
         let prices = Prices { learner_per_hour: 2.0, worker_per_hour: 0.5 };
-        let mut report = Report::new("tiny", "<arithmetic>", 3).priced(Some(prices));
+        let mut report = Report::new("tiny", "arithmetic", 3).priced(Some(prices));
         for event in [
+            json!({"event": "ready", "peer": "12D3", "addrs": [], "env": "<guess>"}),
             json!({"event": "eval", "version": 0, "eval": 0.25, "eval_greedy": 0.5}),
             json!({"event": "step", "version": 1, "reward": 0.3, "update_bytes": 10, "rollouts_s": 1.0, "train_s": 0.5, "step_s": 1800.0, "workers": 4}),
             json!({"event": "convicted", "peer": "12D3", "audits": 2}),
@@ -321,7 +327,7 @@ mod tests {
         report.write(dir.path()).unwrap();
         let page = std::fs::read_to_string(report.page.as_ref().unwrap()).unwrap();
         assert_eq!(page.matches("<svg").count(), 6, "reward, seconds, utilisation, bytes, ages, cost");
-        assert!(page.contains("&lt;arithmetic&gt;") && !page.contains("<arithmetic>"));
+        assert!(page.contains("&lt;guess&gt;") && !page.contains("<guess>"));
         for foreign in ["http://", "https://", "src="] {
             let own = page.replace("http://www.w3.org/", "");
             assert!(!own.contains(foreign), "one file, nothing fetched: {foreign}");

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::demo::report::{Prices, Report};
 use crate::program;
-use crate::rollouts::{memory_blocks, start_learner};
+use crate::rollouts::{environment, environment_name, memory_blocks, start_learner};
 
 /// Train with rollouts from many machines.
 #[derive(Debug, Clone, Args)]
@@ -115,12 +115,9 @@ async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
     let mut report = Report::new(&model, &run.environment, run.workers).priced(prices);
     let started = std::time::Instant::now();
     let learner = Node::start(Identity::load_or_create(&node.identity)?, config).await?;
-    learn(learner, &model, run, &dir, |event| {
+    learn(learner, &model, run.clone(), &dir, |event| {
         for address in event["addrs"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-            let network = &node.network;
-            program::say(&format!(
-                "workers: rollout-fleet --model {model} --network {network} --trainer {address}"
-            ));
+            program::say(&format!("workers: {}", join_command(&model, &node.network, address, &run)));
         }
         if let Some(news) = report.take(event) {
             program::say(&news);
@@ -132,6 +129,27 @@ async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
     report.write(&dir)?;
     program::say(&report.for_people());
     if json { program::report(&report) } else { Ok(()) }
+}
+
+/// What starts workers of `run`. The environment comes last: a program takes all words that follow.
+fn join_command(model: &str, network: &str, address: &str, run: &RunConfig) -> String {
+    let mut words = vec!["rollout-fleet", "--model", model, "--network", network, "--trainer", address];
+    if run.environment_program.is_empty() {
+        words.extend(["--env", &run.environment]);
+    } else {
+        words.push("--env-program");
+        words.extend(run.environment_program.iter().map(String::as_str));
+    }
+    words.into_iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// Runs a learner on `node` to its end, and tells what happens: `ready`, what the learner says, `done` with the summary.
@@ -147,8 +165,11 @@ pub async fn learn(
 ) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(model)?;
     let blocks = Blocks::start(node.clone(), memory_blocks());
-    let mut learner = start_learner(node.clone(), blocks, &checkpoint, config, dir).await?;
-    tell(&json!({"event": "ready", "peer": node.peer_id(), "addrs": node.listen_addrs().await}))?;
+    let environment = environment(&config.environment, &config.environment_program)?;
+    let env = environment_name(&config, &*environment);
+    let mut learner = start_learner(node.clone(), blocks, &checkpoint, environment, config, dir).await?;
+    let addrs = node.listen_addrs().await;
+    tell(&json!({"event": "ready", "peer": node.peer_id(), "addrs": addrs, "env": env}))?;
     let mut told = Ok(());
     let summary = learner
         .run(|event| {
@@ -164,4 +185,21 @@ pub async fn learn(
     tell(&done)?;
     node.shutdown().await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_told_what_the_learner_trains_on() {
+        let mut run = RunConfig { environment: "holdem:station".to_owned(), ..RunConfig::default() };
+        let command =
+            |run: &RunConfig| join_command("a model", "default", "/ip4/127.0.0.1/tcp/1/p2p/12D3", run);
+        let start =
+            "rollout-fleet --model 'a model' --network default --trainer /ip4/127.0.0.1/tcp/1/p2p/12D3";
+        assert_eq!(command(&run), format!("{start} --env holdem:station"));
+        run.environment_program = ["python3", "game.py", "--say", "it's"].map(str::to_owned).to_vec();
+        assert_eq!(command(&run), format!(r"{start} --env-program python3 game.py --say 'it'\''s'"));
+    }
 }

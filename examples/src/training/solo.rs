@@ -25,7 +25,9 @@ use swarm_wire::PolicyVersion;
 
 use crate::demo::plots::{Series, line_plot};
 use crate::program;
-use crate::rollouts::{EngineSampler, ModelText, endpoint, environment, questions, trainable};
+use crate::rollouts::{
+    EngineSampler, ModelText, endpoint, environment, environment_name, questions, trainable,
+};
 
 /// Cached positions of the engine.
 const CACHE_TOKENS: usize = 32 * 1024;
@@ -136,6 +138,8 @@ pub(super) struct Bench {
     past: Option<Arc<PastSelf>>,
     /// The version that was studied last, and what it gives away.
     studied: Option<(PolicyVersion, Option<f64>)>,
+    /// What reports call the environment.
+    pub(super) env: String,
 }
 
 impl Bench {
@@ -168,9 +172,10 @@ impl Bench {
         } else {
             environment(&run.environment, &run.environment_program)?
         };
+        let env = environment_name(run, &*environment);
         let player = Player { sampler, text: text.clone(), environment };
         let solo = Solo::new(run, trainable(&checkpoint, run)?, player)?;
-        Ok(Self { solo, text, best, past, studied: None })
+        Ok(Self { solo, text, best, past, studied: None, env })
     }
 
     /// Makes a step against opponents that are up to date.
@@ -259,7 +264,7 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
     let ((one, gave), (two, gives)) = (before, after);
     let mut report = Report {
         model: settings.model.clone(),
-        env: run.environment.clone(),
+        env: bench.env.clone(),
         steps: bench.solo.version().0,
         eval_tasks: run.eval_tasks,
         eval_before: one.eval,

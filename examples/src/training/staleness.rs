@@ -109,68 +109,24 @@ pub fn run(args: &StalenessArgs) -> anyhow::Result<()> {
     );
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
     let runtime = tokio::runtime::Runtime::new()?;
-    let mut runs: Vec<Outcome> = Vec::new();
-    for named in &settings.losses {
-        for staleness in &args.staleness {
-            let outcome = runtime.block_on(learn(
-                &settings,
-                named,
-                *staleness,
-                runs.first().map(|run| run.eval_before),
-            ))?;
-            program::say(&format!(
-                "staleness {staleness:2}, {}: reward {:.3} at the end, held out {:.3} -> {:.3}, {:.0} s",
-                named.name, outcome.reward_last, outcome.eval_before, outcome.eval_after, outcome.seconds
-            ));
-            runs.push(outcome);
-        }
-    }
     let mut report = Report {
-        env: settings.run.environment.clone(),
+        model: settings.model.clone(),
+        env: String::new(),
         steps: settings.run.trainer.steps,
-        model: settings.model,
-        runs,
+        runs: Vec::new(),
         plots: Vec::new(),
     };
+    for named in &settings.losses {
+        for staleness in &args.staleness {
+            let run = runtime.block_on(report.learn(&settings, named, *staleness))?;
+            program::say(&format!(
+                "staleness {staleness:2}, {}: reward {:.3} at the end, held out {:.3} -> {:.3}, {:.0} s",
+                named.name, run.reward_last, run.eval_before, run.eval_after, run.seconds
+            ));
+        }
+    }
     report.plot(args)?;
     if args.json { program::report(&report) } else { Ok(()) }
-}
-
-/// One run; all begin with the same policy on the same tasks, which the first has measured.
-async fn learn(
-    settings: &Settings,
-    named: &Named,
-    staleness: u64,
-    eval_before: Option<f64>,
-) -> anyhow::Result<Outcome> {
-    let started = std::time::Instant::now();
-    let mut run = settings.run.clone();
-    run.trainer.max_staleness = staleness;
-    run.trainer.loss = named.loss;
-    let mut bench = Bench::set_up(&settings.model, &run)?;
-    let eval_before = match eval_before {
-        Some(measured) => measured,
-        None => bench.solo.evaluate().await?.eval,
-    };
-    let (mut rewards, mut staleness_max) = (Vec::new(), 0);
-    for _ in 0..run.trainer.steps {
-        let report = bench.step().await?;
-        rewards.push(report.reward_mean);
-        staleness_max = staleness_max.max(report.staleness_max);
-    }
-    let after = bench.solo.evaluate().await?;
-    let last = &rewards[rewards.len() - rewards.len().div_ceil(5)..];
-    Ok(Outcome {
-        staleness,
-        loss: named.name.clone(),
-        staleness_max,
-        reward_last: last.iter().sum::<f64>() / last.len().max(1) as f64,
-        eval_before,
-        eval_after: after.eval,
-        eval_after_ci95: after.eval_ci95,
-        rewards,
-        seconds: started.elapsed().as_secs_f64(),
-    })
 }
 
 /// Of a loss's plot.
@@ -180,6 +136,46 @@ fn file_name(loss: &str) -> String {
 }
 
 impl Report {
+    /// Adds one run; all begin with the same policy on the same tasks, which the first has measured.
+    async fn learn(
+        &mut self,
+        settings: &Settings,
+        named: &Named,
+        staleness: u64,
+    ) -> anyhow::Result<&Outcome> {
+        let started = std::time::Instant::now();
+        let mut run = settings.run.clone();
+        run.trainer.max_staleness = staleness;
+        run.trainer.loss = named.loss;
+        let mut bench = Bench::set_up(&settings.model, &run)?;
+        let eval_before = match self.runs.first() {
+            Some(first) => first.eval_before,
+            None => bench.solo.evaluate().await?.eval,
+        };
+        let (mut rewards, mut staleness_max) = (Vec::new(), 0);
+        for _ in 0..run.trainer.steps {
+            let report = bench.step().await?;
+            rewards.push(report.reward_mean);
+            staleness_max = staleness_max.max(report.staleness_max);
+        }
+        let after = bench.solo.evaluate().await?;
+        let last = &rewards[rewards.len() - rewards.len().div_ceil(5)..];
+        self.env = bench.env;
+        let outcome = Outcome {
+            staleness,
+            loss: named.name.clone(),
+            staleness_max,
+            reward_last: last.iter().sum::<f64>() / last.len().max(1) as f64,
+            eval_before,
+            eval_after: after.eval,
+            eval_after_ci95: after.eval_ci95,
+            rewards,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        self.runs.push(outcome);
+        Ok(&self.runs[self.runs.len() - 1])
+    }
+
     /// One plot for each loss, with a line for each age.
     fn plot(&mut self, args: &StalenessArgs) -> anyhow::Result<()> {
         let mut losses: Vec<&str> = self.runs.iter().map(|r| r.loss.as_str()).collect();
