@@ -45,7 +45,7 @@ pub(crate) struct NetlabArgs {
     /// One of three relays is killed: how long until the node behind it keeps a slot at another one.
     #[arg(long)]
     relay_kill: bool,
-    /// What happens to calls when it ends: may be given several times.
+    /// Something happens to the network under calls: how long until they are answered again. May be given several times.
     #[arg(long, value_enum)]
     outage: Vec<Outage>,
     /// One stream between two sites at the end of a line of --mbit-per-s, with and without --loss.
@@ -97,8 +97,8 @@ pub(crate) struct NetlabArgs {
     /// milliseconds to the direct connection and to the first answer when that came over the relay, counted from the call),
     /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), outages (kind, back and failed, and
     /// milliseconds from the end of the outage to the first answer; calls of others that went on, and those of them that
-    /// failed), streams (the line, its length, runs
-    /// that failed, and the share of the line that the stream used, in its last three quarters and from its first byte),
+    /// failed), streams (the line, its length, runs that failed, and the share of the line that the stream used, in its last
+    /// three quarters and from its first byte),
     /// rtt_ms, jitter_ms, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
     #[arg(long)]
     json: bool,

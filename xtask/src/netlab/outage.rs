@@ -45,7 +45,7 @@ pub(crate) struct Outages {
     /// From the end of the outage (the change of address) to the first answer.
     back_p50_ms: Option<f64>,
     pub(crate) back_p95_ms: Option<f64>,
-    /// Calls within one half during a partition, and those of them that failed.
+    /// Calls meanwhile between two of the island, whom it does not concern, and those of them that failed.
     pub(crate) near_calls: u64,
     pub(crate) near_calls_failed: u64,
 }

@@ -186,7 +186,7 @@ impl Driver {
                 self.judged(&message_id, &propagation_source, verdict);
             }
             Command::Provide { key, reply } => self.provide(key, reply),
-            Command::StopProviding { key } => self.swarm.behaviour_mut().kad.stop_providing(&key.into()),
+            Command::StopProviding { key } => self.stop_providing(key),
             Command::Providers { key, reply } => self.providers(key, reply),
             Command::PutRecord { key, value, reply } => self.put_record(key, value, reply),
             Command::GetRecord { key, reply } => self.get_record(key, reply),
@@ -344,7 +344,6 @@ impl Driver {
             if let Some(address) = dialled.map(without_peer).filter(|_| alone) {
                 self.swarm.behaviour_mut().kad.add_address(&peer_id, address);
             }
-            self.announce_waiting();
         }
     }
 

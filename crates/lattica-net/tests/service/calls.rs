@@ -8,7 +8,7 @@ use lattica_net::{CallError, Limits, NetEvent, Status, StatusCode};
 
 use super::{PATIENCE, Transport, config, connect, eventually, gate, hang, pair, start, stranger, until};
 
-async fn echoes(transport: Transport) {
+async fn bodies_of_every_size_come_back(transport: Transport) {
     let (a, b) = pair(transport).await;
     b.handle("echo", |_, body| async move { Ok(body) });
     for n_bytes in [0, 1, 1000, 65_535, 65_536, 300_000, 8 * 1024 * 1024] {
@@ -27,15 +27,7 @@ async fn echoes(transport: Transport) {
     }
 }
 
-#[tokio::test]
-async fn bodies_of_every_size_come_back_over_quic() {
-    echoes(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn bodies_of_every_size_come_back_over_tcp() {
-    echoes(Transport::Tcp).await;
-}
+over_quic_and_tcp!(bodies_of_every_size_come_back);
 
 #[tokio::test]
 async fn both_sides_call_each_other_at_the_same_time() {
@@ -181,7 +173,7 @@ async fn a_known_address_is_dialled_when_it_is_needed() {
     assert_eq!(a.call(&b.peer_id(), "echo", Bytes::from_static(b"hi"), PATIENCE).await.unwrap(), "hi");
 }
 
-async fn loses_peer(transport: Transport) {
+async fn a_peer_that_leaves_ends_its_calls(transport: Transport) {
     let (a, b) = pair(transport).await;
     let hanging = hang(&b, "hang");
     let (peer, mut events) = (b.peer_id(), a.events());
@@ -199,15 +191,7 @@ async fn loses_peer(transport: Transport) {
     assert!(!a.is_connected(&peer));
 }
 
-#[tokio::test]
-async fn a_peer_that_leaves_ends_its_calls_over_quic() {
-    loses_peer(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn a_peer_that_leaves_ends_its_calls_over_tcp() {
-    loses_peer(Transport::Tcp).await;
-}
+over_quic_and_tcp!(a_peer_that_leaves_ends_its_calls);
 
 #[tokio::test]
 async fn a_node_that_was_shut_down_says_so() {

@@ -18,7 +18,7 @@ async fn relayed(transport: Transport, hole_punching: bool) -> (Node, Node, Stri
     (relay, hidden, address)
 }
 
-async fn works_over_a_relay(transport: Transport) {
+async fn calls_work_over_a_relay(transport: Transport) {
     let (relay, hidden, address) = relayed(transport, false).await;
     hidden.handle("echo", |_, body| async move { Ok(body) });
     // Nobody listens but the relay: whatever arrives came through it.
@@ -47,15 +47,7 @@ async fn works_over_a_relay(transport: Transport) {
     until(&mut events, &NetEvent::Disconnected(hidden.peer_id())).await;
 }
 
-#[tokio::test]
-async fn calls_work_over_a_quic_relay() {
-    works_over_a_relay(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn calls_work_over_a_tcp_relay() {
-    works_over_a_relay(Transport::Tcp).await;
-}
+over_quic_and_tcp!(calls_work_over_a_relay);
 
 #[tokio::test]
 async fn a_lost_relay_is_replaced_by_another_one() {

@@ -39,7 +39,7 @@ async fn serves(friend: &Node, victim: &Node) {
     assert_eq!(friend.call(&victim.peer_id(), "echo", body.clone(), PATIENCE).await.unwrap(), body);
 }
 
-async fn closes_bad_streams(transport: Transport) {
+async fn streams_that_break_the_protocol_are_closed(transport: Transport) {
     let (hostile, victim, friend) = scene(transport).await;
     let noise: Vec<u8> = (0..5000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let cases: [(&str, Vec<u8>); 8] = [
@@ -69,15 +69,7 @@ async fn closes_bad_streams(transport: Transport) {
     serves(&hostile, &victim).await;
 }
 
-#[tokio::test]
-async fn streams_that_break_the_protocol_are_closed_over_quic() {
-    closes_bad_streams(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn streams_that_break_the_protocol_are_closed_over_tcp() {
-    closes_bad_streams(Transport::Tcp).await;
-}
+over_quic_and_tcp!(streams_that_break_the_protocol_are_closed);
 
 #[tokio::test]
 async fn a_flood_of_calls_is_held_back_and_others_are_served() {

@@ -2,6 +2,23 @@
 //! swarms and hostile peers.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a broken expectation ends the test")]
 
+/// Has a check made twice, as tests of the names `over_quic` and `over_tcp`.
+macro_rules! over_quic_and_tcp {
+    ($check:ident $(, $($setting:tt)+)?) => {
+        mod $check {
+            #[tokio::test$(($($setting)+))?]
+            async fn over_quic() {
+                super::$check(crate::Transport::Quic).await;
+            }
+
+            #[tokio::test$(($($setting)+))?]
+            async fn over_tcp() {
+                super::$check(crate::Transport::Tcp).await;
+            }
+        }
+    };
+}
+
 mod calls;
 mod death;
 mod dht;

@@ -68,7 +68,7 @@ async fn networks_do_not_hear_of_each_other() {
     assert!(a.addresses(&c.peer_id()).is_empty());
 }
 
-async fn survives_its_bootstrap(transport: Transport) {
+async fn a_swarm_outlives_its_bootstrap_peer(transport: Transport) {
     let mut nodes = swarm(transport, 5).await;
     let peers = ids(&nodes[1..]);
     for node in &nodes {
@@ -89,15 +89,7 @@ async fn survives_its_bootstrap(transport: Transport) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_swarm_outlives_its_bootstrap_peer_over_quic() {
-    survives_its_bootstrap(Transport::Quic).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_swarm_outlives_its_bootstrap_peer_over_tcp() {
-    survives_its_bootstrap(Transport::Tcp).await;
-}
+over_quic_and_tcp!(a_swarm_outlives_its_bootstrap_peer, flavor = "multi_thread", worker_threads = 2);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_restarts_finds_back_without_its_bootstrap_peer() {

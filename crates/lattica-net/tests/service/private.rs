@@ -24,7 +24,7 @@ async fn refuses(dialler: &Node, listener: &Node, expected: Refusal) {
     eventually("it is gone", || !listener.is_connected(&dialler.peer_id())).await;
 }
 
-async fn members_only(transport: Transport) {
+async fn only_members_get_in(transport: Transport) {
     let (a, b) = (start(keyed(transport, 1)).await, start(keyed(transport, 1)).await);
     b.handle("echo", |_, body| async move { Ok(body) });
     connect(&a, &b).await;
@@ -47,15 +47,7 @@ async fn members_only(transport: Transport) {
     assert_eq!(a.call(&b.peer_id(), "echo", Bytes::from_static(b"on"), PATIENCE).await.unwrap(), "on");
 }
 
-#[tokio::test]
-async fn only_members_get_in_over_quic() {
-    members_only(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn only_members_get_in_over_tcp() {
-    members_only(Transport::Tcp).await;
-}
+over_quic_and_tcp!(only_members_get_in);
 
 async fn narrows(transport: Transport, key: Option<SwarmKey>) {
     let (friend, stranger) = (lattica_net::Identity::generate(), lattica_net::Identity::generate());

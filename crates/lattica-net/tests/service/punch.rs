@@ -27,7 +27,7 @@ fn quiet(transport: Transport) -> NodeConfig {
     NodeConfig { listen: vec![listen.to_owned()], autonat: false, ..config(transport) }
 }
 
-async fn becomes_direct(transport: Transport) {
+async fn a_relayed_connection_becomes_direct_and_calls_go_on(transport: Transport) {
     let (relay, via) = relay_over(transport).await;
     let hidden = start(NodeConfig { relays: vec![via.clone()], ..quiet(transport) }).await;
     hidden.handle("echo", |_, body| async move { Ok(body) });
@@ -51,15 +51,7 @@ async fn becomes_direct(transport: Transport) {
     client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
 }
 
-#[tokio::test]
-async fn a_relayed_quic_connection_becomes_direct_and_calls_go_on() {
-    becomes_direct(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn a_relayed_tcp_connection_becomes_direct_and_calls_go_on() {
-    becomes_direct(Transport::Tcp).await;
-}
+over_quic_and_tcp!(a_relayed_connection_becomes_direct_and_calls_go_on);
 
 #[derive(NetworkBehaviour)]
 struct Stock {

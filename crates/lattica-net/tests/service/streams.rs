@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger};
 
-async fn carries_bytes(transport: Transport) {
+async fn twenty_megabytes_go_there_and_back(transport: Transport) {
     let (a, b) = pair(transport).await;
     b.handle_stream("/test/echo/1.0.0", |_, stream| async move {
         let (mut reader, mut writer) = tokio::io::split(stream);
@@ -34,15 +34,7 @@ async fn carries_bytes(transport: Transport) {
     assert!(link.goodput_in_bytes_per_s.unwrap() > 1e6, "{link:?}");
 }
 
-#[tokio::test]
-async fn twenty_megabytes_go_there_and_back_over_quic() {
-    carries_bytes(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn twenty_megabytes_go_there_and_back_over_tcp() {
-    carries_bytes(Transport::Tcp).await;
-}
+over_quic_and_tcp!(twenty_megabytes_go_there_and_back);
 
 #[tokio::test]
 async fn tensors_travel_and_the_end_is_told() {
@@ -84,7 +76,7 @@ async fn a_peer_that_lacks_the_protocol_says_so() {
     assert!(matches!(error, StreamError::Unreachable { .. }), "{error}");
 }
 
-async fn loses_peer(transport: Transport) {
+async fn a_peer_that_leaves_ends_its_streams(transport: Transport) {
     let (a, b) = pair(transport).await;
     b.handle_stream("/test/hang/1.0.0", |_, mut stream| async move {
         stream.write_all(b"x").await.unwrap();
@@ -99,15 +91,7 @@ async fn loses_peer(transport: Transport) {
     assert!(ended.is_err(), "a lost peer looks like a proper end: {ended:?}");
 }
 
-#[tokio::test]
-async fn a_peer_that_leaves_ends_its_streams_over_quic() {
-    loses_peer(Transport::Quic).await;
-}
-
-#[tokio::test]
-async fn a_peer_that_leaves_ends_its_streams_over_tcp() {
-    loses_peer(Transport::Tcp).await;
-}
+over_quic_and_tcp!(a_peer_that_leaves_ends_its_streams);
 
 #[tokio::test]
 async fn streams_beyond_the_limit_wait_and_beyond_that_are_reset() {

@@ -101,28 +101,45 @@ impl Driver {
             return;
         }
         let key = RecordKey::from(key);
-        let alone = self.dht_is_empty();
-        match self.swarm.behaviour_mut().kad.start_providing(key.clone()) {
-            Ok(_) if alone => {
-                // Those who announce again and again wait once.
-                if self.queries.waiting_keys.len() < WAITING_MAX {
-                    self.queries.waiting_keys.insert(key);
-                }
-                let _ = reply.send(Ok(()));
-            }
-            Ok(id) => {
-                let query = self.query(What::Provide { key, reply: Some(reply) });
-                self.queries.running.insert(id, Query { tries: 1, ..query });
-            }
-            Err(error) => {
-                let _ = reply.send(Err(store_error(&error)));
+        if !self.dht_is_empty() {
+            let query = self.query(What::Provide { key, reply: Some(reply) });
+            return self.make(query);
+        }
+        let waiting = &mut self.queries.waiting_keys;
+        // Those who announce again and again wait once.
+        let _ = reply.send(if waiting.len() >= WAITING_MAX && !waiting.contains(&key) {
+            let reason = format!("{WAITING_MAX} announcements wait for the first peer");
+            Err(DhtError::Store { reason })
+        } else if let Err(error) = self.swarm.behaviour_mut().kad.start_providing(key.clone()) {
+            Err(store_error(&error))
+        } else {
+            // Whoever asks this node is told already.
+            waiting.insert(key);
+            Ok(())
+        });
+    }
+
+    /// Takes an announcement back, also one that waits or is to be repeated.
+    pub(super) fn stop_providing(&mut self, key: Vec<u8>) {
+        let stopped = RecordKey::from(key);
+        self.swarm.behaviour_mut().kad.stop_providing(&stopped);
+        self.queries.waiting_keys.remove(&stopped);
+        for query in self.queries.running.values_mut() {
+            if matches!(&query.what, What::Provide { key, .. } if *key == stopped) {
+                query.tries = TRIES;
             }
         }
     }
 
-    /// Peers are there now: makes the announcements that waited for them.
-    pub(super) fn announce_waiting(&mut self) {
-        for key in std::mem::take(&mut self.queries.waiting_keys) {
+    /// Makes the announcements that waited for peers, where there are some now.
+    fn announce_waiting(&mut self) {
+        if self.queries.waiting_keys.is_empty() || self.dht_is_empty() {
+            return;
+        }
+        let room = QUERIES_MAX.saturating_sub(self.queries.running.len() + self.queries.waiting.len());
+        let keys: Vec<RecordKey> = self.queries.waiting_keys.iter().take(room).cloned().collect();
+        for key in keys {
+            self.queries.waiting_keys.remove(&key);
             let query = self.query(What::Provide { key, reply: None });
             self.make(query);
         }
@@ -174,17 +191,17 @@ impl Driver {
         }
     }
 
-    /// Makes the queries that waited, where there is nothing to wait for any more.
+    /// Makes the announcements and the queries that waited, where there is nothing to wait for any more.
     pub(super) fn make_waiting(&mut self) {
+        self.announce_waiting();
         if self.queries.waiting.is_empty() {
             return;
         }
         let now = self.shared.now();
         let waits = self.dht_is_empty() && !self.unidentified.is_empty();
-        let (wait, due) =
+        let (wait, due): (Vec<Query>, Vec<Query>) =
             std::mem::take(&mut self.queries.waiting).into_iter().partition(|q| waits && now < q.until);
         self.queries.waiting = wait;
-        let due: Vec<Query> = due;
         for query in due {
             self.make(query);
         }
