@@ -18,6 +18,8 @@ use lattica_bitswap::{Block, HashKind};
 use lattica_net::access;
 use lattica_net::news::wire::{LINKS_DOMAIN, Reply, Request, decode_vector};
 use lattica_net::punch::guess::{GuessMessage, GuessOffer, Packet, Secret};
+use lattica_net::rendezvous::wire::{Answer, Question};
+use lattica_net::rendezvous::{Found, Registration};
 use lattica_net::wire::{
     Header, PunchMessage, decode_echo, decode_guess, decode_probe, decode_punch, encode_echo, encode_guess,
     encode_probe, encode_punch,
@@ -72,6 +74,7 @@ pub const DECODERS: &[Decoder] = &[
     Decoder::new("gate-hello", gate_hello, || vec![access::hello(&[7; 32]).to_vec()]),
     Decoder::new("news", news, news_seeds),
     Decoder::new("link-vector", link_vector, vector_seeds),
+    Decoder::new("rendezvous", rendezvous, rendezvous_seeds),
     Decoder::long("bitswap-message", bitswap_message, bitswap_seeds),
     Decoder::long("manifest", manifest, manifest_seeds),
     Decoder::new("delta-index", delta_index, delta_seeds),
@@ -238,6 +241,29 @@ fn news_seeds() -> Vec<Vec<u8>> {
     let item = (Bytes::from_static(b"statement"), Duration::from_secs(1));
     let reply = Reply { vectors: vec![item.clone()], records: vec![item] };
     vec![request.encode().to_vec(), reply.encode().to_vec()]
+}
+
+fn rendezvous(bytes: &[u8]) {
+    let bytes = Bytes::copy_from_slice(bytes);
+    if let Ok(question) = Question::decode(bytes.clone()) {
+        assert_eq!(Question::decode(question.encode()).expect("it was one"), question);
+    }
+    if let Ok(answer) = Answer::decode(bytes) {
+        assert_eq!(Answer::decode(answer.encode()).expect("it was one"), answer);
+    }
+}
+
+fn rendezvous_seeds() -> Vec<Vec<u8>> {
+    let (namespace, record) = ("swarm".to_owned(), Bytes::from_static(b"record"));
+    let registration = Registration { namespace: namespace.clone(), record: record.clone(), ttl_s: 7200 };
+    let found =
+        Found { registrations: vec![registration], cookie: Bytes::from_static(b"\0\0\0\0\0\0\0\x01swarm") };
+    vec![
+        Question::Register { namespace: namespace.clone(), record, ttl_s: None }.encode().to_vec(),
+        Question::Discover { namespace: Some(namespace), limit: Some(9), cookie: None }.encode().to_vec(),
+        Answer::Registered(Ok(7200)).encode().to_vec(),
+        Answer::Discovered(Ok(found)).encode().to_vec(),
+    ]
 }
 
 fn link_vector(bytes: &[u8]) {

@@ -9,6 +9,9 @@ use crate::access::Access;
 use crate::error::ConfigError;
 use crate::relays::CANDIDATES_MAX;
 
+/// Rendezvous points of one node: each is visited by a task of its own.
+const RENDEZVOUS_MAX: usize = 16;
+
 /// How a node listens, whom it looks for, and what it allows others.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
@@ -19,6 +22,12 @@ pub struct NodeConfig {
     /// Relays (with `/p2p/` part) at which this node may reserve slots, so that peers reach it through them. Not empty: relays
     /// that it meets otherwise are used as well when these are lost.
     pub relays: Vec<String>,
+    /// Rendezvous points (with `/p2p/` part): the node registers there under the name of its network, and connects to others
+    /// who did while it has few peers. At most 16. A point may belong to another
+    /// network, but not where there is a swarm key: proofs name the network.
+    pub rendezvous: Vec<String>,
+    /// Be such a point for others. Default: off.
+    pub rendezvous_point: bool,
     /// Slots kept at the same time, at the nearest relays; a lost one is replaced by one elsewhere. Default: 2.
     pub relay_slots: usize,
     /// Addresses under which this node is known to be reachable, when the operator knows them.
@@ -70,6 +79,8 @@ impl Default for NodeConfig {
             listen: vec!["/ip4/127.0.0.1/udp/0/quic-v1".to_owned(), "/ip4/127.0.0.1/tcp/0".to_owned()],
             bootstrap: Vec::new(),
             relays: Vec::new(),
+            rendezvous: Vec::new(),
+            rendezvous_point: false,
             relay_slots: 2,
             external: Vec::new(),
             network: "default".to_owned(),
@@ -208,6 +219,7 @@ impl NodeConfig {
             ("listen", &self.listen),
             ("bootstrap", &self.bootstrap),
             ("relays", &self.relays),
+            ("rendezvous", &self.rendezvous),
             ("external", &self.external),
         ] {
             if addresses.len() > 64 {
@@ -218,13 +230,18 @@ impl NodeConfig {
                 return bad(field, address.clone(), "a multiaddress such as /ip4/127.0.0.1/tcp/4001");
             }
         }
-        for (field, addresses) in [("bootstrap", &self.bootstrap), ("relays", &self.relays)] {
+        for (field, addresses) in
+            [("bootstrap", &self.bootstrap), ("relays", &self.relays), ("rendezvous", &self.rendezvous)]
+        {
             if let Some(address) = addresses.iter().find(|a| !a.contains("/p2p/")) {
                 return bad(field, address.clone(), "an address that ends with /p2p/PEER_ID");
             }
         }
         if self.relays.len() > CANDIDATES_MAX {
             return bad("relays", format!("{} addresses", self.relays.len()), "at most 32 addresses");
+        }
+        if self.rendezvous.len() > RENDEZVOUS_MAX {
+            return bad("rendezvous", format!("{} addresses", self.rendezvous.len()), "at most 16 addresses");
         }
         if !(1..=16).contains(&self.relay_slots) {
             return bad("relay_slots", self.relay_slots.to_string(), "1 to 16");
@@ -335,6 +352,8 @@ mod tests {
             NodeConfig { news_interval: Duration::ZERO, ..good() },
             NodeConfig { keep_peers: 65, ..good() },
             NodeConfig { relays: vec!["/ip4/127.0.0.1/tcp/1/p2p/x".to_owned(); 33], ..good() },
+            NodeConfig { rendezvous: vec!["/ip4/127.0.0.1/tcp/1".to_owned()], ..good() },
+            NodeConfig { rendezvous: vec!["/ip4/127.0.0.1/tcp/1/p2p/x".to_owned(); 17], ..good() },
             NodeConfig { limits: Limits { calls_per_peer: 0, ..limits() }, ..good() },
             NodeConfig { limits: Limits { body_bytes: RPC_BODY_MAX_BYTES + 1, ..limits() }, ..good() },
             NodeConfig { limits: Limits { call_bytes_per_peer: 1, ..limits() }, ..good() },

@@ -1,6 +1,6 @@
 //! Peer-to-peer network: identity, encrypted connections, discovery, relays, RPC, tensor streams and link measurements.
 //!
-//! A [`Node`] listens on QUIC and TCP, finds peers through bootstrap nodes, a Kademlia DHT or mDNS, reaches those behind
+//! A [`Node`] listens on QUIC and TCP, finds peers through bootstrap nodes, a Kademlia DHT, rendezvous points or mDNS, reaches those behind
 //! NATs through relays (calls and streams work there too) and moves to a direct path where one can be punched. Peers call
 //! each other's methods and open named streams; every byte that comes from a peer is bounded before it is kept.
 //!
@@ -30,15 +30,15 @@
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
 //! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates,
 //! the probe schedule, `links::map`: the links of others), [`news`] (what nodes tell each other), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
-//! swarms), [`relays`] (which relays to keep slots at), [`punch`] (how two peers behind NATs reach
-//! each other). Shell,
+//! swarms), [`relays`] (which relays to keep slots at), [`rendezvous`] (a point's book of who is where), [`punch`] (how two peers behind
+//! NATs reach each other). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
 //! (nobody unproved gets in), `service/answerless` (openers of streams that do not wait for an answer), `service/shared` (what all tasks see), `service/connection`, `service/stream`,
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
 //! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`, `service/guess` (ports that
 //! nobody knows) with `service/adopted` (its sockets, for QUIC),
-//! `service/news` with `service/peers_file`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
+//! `service/news` with `service/peers_file`, `service/rendezvous`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
 //! Feature `v1-compat`: `v1` and `service/v1` (calls to and from the original Lattica). On the wire: docs/WIRE.md.
 
 pub mod access;
@@ -52,6 +52,7 @@ pub mod news;
 pub mod peers;
 pub mod punch;
 pub mod relays;
+pub mod rendezvous;
 pub mod rpc;
 pub mod status;
 #[cfg(feature = "v1-compat")]

@@ -43,6 +43,7 @@ mod news;
 mod peers_file;
 mod private_file;
 mod punch;
+mod rendezvous;
 mod rpc_client;
 mod rpc_server;
 mod served;

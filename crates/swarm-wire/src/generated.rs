@@ -28,6 +28,9 @@ pub mod parallax {
         include!("generated/parallax.v1.rs");
     }
 }
+pub mod rendezvous {
+    include!("generated/rendezvous.rs");
+}
 pub mod swarm {
     pub mod v1 {
         include!("generated/swarm.v1.rs");

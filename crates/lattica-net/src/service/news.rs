@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, SystemTime};
 
 use libp2p::StreamProtocol;
+use libp2p::core::peer_record::FromEnvelopeError;
 use libp2p::core::{Multiaddr, PeerRecord, SignedEnvelope};
 use libp2p::identity::Keypair;
 use rand::RngExt as _;
@@ -66,12 +67,23 @@ pub(crate) struct State {
     pub(crate) links: LinkMap,
     /// Where peers can be reached, as they say.
     records: Newest<()>,
+    /// Peers that a rendezvous point named, and until when that counts.
+    met: HashMap<PeerId, Duration>,
+}
+
+impl State {
+    /// A rendezvous point named a peer: until then a connection to it may be tried.
+    pub(super) fn meet(&mut self, peer: PeerId, until: Duration) {
+        if self.met.len() < AUTHORS_MAX || self.met.contains_key(&peer) {
+            self.met.insert(peer, until);
+        }
+    }
 }
 
 impl News {
     pub(crate) fn new(own: PeerId) -> Self {
         let records = Newest::new(AUTHORS_MAX, RECORD_EXPIRES);
-        Self { state: Mutex::new(State { links: LinkMap::new(own), records }) }
+        Self { state: Mutex::new(State { links: LinkMap::new(own), records, met: HashMap::new() }) }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -273,20 +285,35 @@ fn is_usable(shared: &Shared, from: &Connection, author: &PeerId, written: Durat
     usable
 }
 
-fn unix_now() -> Duration {
+/// The time of day.
+pub(super) fn unix_now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// A peer record: of whom, when (Unix time in seconds), and its addresses.
-pub(super) fn decode_record(statement: &[u8]) -> Result<(PeerId, u64, Vec<String>), DecodeError> {
+type DecodedRecord = (PeerId, u64, Vec<String>);
+
+/// A peer record as RFC 0003 has it.
+pub(super) fn decode_record(statement: &[u8]) -> Result<DecodedRecord, DecodeError> {
+    decode_record_as(statement, PeerRecord::from_signed_envelope_interop)
+}
+
+/// A peer record as RFC 0003 has it, or as libp2p's rendezvous does (with another name of what is signed).
+pub(super) fn decode_record_of_any_form(statement: &[u8]) -> Result<DecodedRecord, DecodeError> {
+    decode_record_as(statement, PeerRecord::from_signed_envelope).or_else(|_| decode_record(statement))
+}
+
+fn decode_record_as(
+    statement: &[u8],
+    read: impl FnOnce(SignedEnvelope) -> Result<PeerRecord, FromEnvelopeError>,
+) -> Result<DecodedRecord, DecodeError> {
     let invalid = |reason: String| DecodeError::invalid("peer record", reason);
     if statement.len() > STATEMENT_MAX_BYTES {
         return Err(invalid(format!("{} bytes", statement.len())));
     }
     let envelope =
         SignedEnvelope::from_protobuf_encoding(statement).map_err(|error| invalid(error.to_string()))?;
-    let record =
-        PeerRecord::from_signed_envelope_interop(envelope).map_err(|error| invalid(error.to_string()))?;
+    let record = read(envelope).map_err(|error| invalid(error.to_string()))?;
     let addresses = record.addresses().iter().map(|address| without_peer(address).to_string()).collect();
     Ok((wire_peer(&record.peer_id())?, record.seq(), addresses))
 }
@@ -301,6 +328,7 @@ impl Teller {
             let mut state = shared.news.lock();
             state.links.vectors_mut().expire(now);
             state.records.expire(now);
+            state.met.retain(|_, until| now < *until);
             state.links.handle_links(now, measured(), rand::rng().random());
             state.links.vectors().len() as u32
         };
@@ -318,13 +346,7 @@ impl Teller {
     }
 
     async fn tell_addresses(&mut self, shared: &Shared, now: Duration) {
-        let (reply, answer) = oneshot::channel();
-        if shared.command(Command::OwnAddrs { reply }).await.is_err() {
-            return;
-        }
-        let own: Vec<String> = answer.await.unwrap_or_default().iter().map(ToString::to_string).collect();
-        let told = worth_telling(own, shared.config.limits.addresses_per_peer);
-        let addresses: Vec<Multiaddr> = told.iter().filter_map(|a| a.parse().ok()).collect();
+        let addresses = own_addresses(shared).await;
         let current =
             self.record.as_ref().is_some_and(|(said, at)| *said == addresses && now < *at + RECORD_RENEWED);
         if addresses.is_empty() || current {
@@ -354,7 +376,12 @@ impl Teller {
         self.tried.retain(|_, at| now < *at + TRIED_AGAIN);
         let candidate = {
             let state = shared.news.lock();
-            let heard = state.records.iter().map(|(author, ())| author).chain(&self.remembered);
+            let heard = state
+                .records
+                .iter()
+                .map(|(author, ())| author)
+                .chain(&self.remembered)
+                .chain(state.met.keys());
             let fresh =
                 |p: &&PeerId| **p != shared.local && !connected.contains(*p) && !self.tried.contains_key(*p);
             heard.filter(fresh).choose(&mut rand::rng()).cloned()
@@ -397,6 +424,17 @@ pub(super) fn save(shared: &Shared) {
     if let Err(error) = peers_file::save(path, &statements) {
         tracing::warn!(path = %path.display(), %error, "peers are not remembered on disk");
     }
+}
+
+/// The addresses of this node that others are told; none when it is about to stop.
+pub(super) async fn own_addresses(shared: &Shared) -> Vec<Multiaddr> {
+    let (reply, answer) = oneshot::channel();
+    if shared.command(Command::OwnAddrs { reply }).await.is_err() {
+        return Vec::new();
+    }
+    let own: Vec<String> = answer.await.unwrap_or_default().iter().map(ToString::to_string).collect();
+    let told = worth_telling(own, shared.config.limits.addresses_per_peer);
+    told.iter().filter_map(|a| a.parse().ok()).collect()
 }
 
 /// Links to connected peers that were measured lately.

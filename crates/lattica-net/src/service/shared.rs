@@ -85,6 +85,8 @@ pub(crate) struct PeerState {
     incarnation: AtomicU64,
     /// The peer's question for news that is being answered.
     asking: OneAtATime,
+    /// The peer's question to this node as a rendezvous point.
+    meeting: OneAtATime,
     /// When ports were guessed together with the peer.
     guesses: Mutex<Tries>,
 }
@@ -128,6 +130,11 @@ impl PeerState {
     /// The permit for a question for news of the peer.
     pub(crate) fn asking(&self) -> &Semaphore {
         &self.asking.0
+    }
+
+    /// The permit for a question of the peer to this node as a rendezvous point.
+    pub(crate) fn meeting(&self) -> &Semaphore {
+        &self.meeting.0
     }
 
     /// Whether ports may be guessed together with the peer now; it counts then.

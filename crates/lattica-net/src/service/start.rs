@@ -27,6 +27,7 @@ use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::news;
 use super::punch::PUNCH_PROTOCOL;
+use super::rendezvous;
 use super::rpc_client::RPC_PROTOCOL;
 use super::shared::{Acceptor, Shared, lock};
 use crate::addr::is_relayed;
@@ -109,6 +110,7 @@ pub(super) async fn start(
     match started.await {
         Ok(result) => result.map(|()| {
             news::start(&shared, identity.clone());
+            rendezvous::start(&shared, &identity.libp2p_keypair());
             (shared, ended)
         }),
         Err(_) => Err(StartError::Setup { what: "the swarm", reason: "its thread ended".to_owned() }),

@@ -28,6 +28,7 @@ mod hostile;
 mod news;
 mod private;
 mod punch;
+mod rendezvous;
 mod stock;
 mod streams;
 mod switching;

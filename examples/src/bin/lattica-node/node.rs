@@ -11,7 +11,8 @@ pub(crate) struct NodeArgs {
     /// Address to listen on; may be given several times. Port 0 picks a free one.
     #[arg(long, value_name = "MULTIADDR", default_values = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"])]
     listen: Vec<String>,
-    /// Carry connections of peers that cannot reach each other. The listen addresses (or --external) must be reachable.
+    /// Carry connections of peers that cannot reach each other, and be a rendezvous point: tell who is where to those who
+    /// name the same network. The listen addresses (or --external) must be reachable.
     #[arg(long)]
     relay: bool,
     /// A node to join through, with its /p2p/ part; may be given several times.
@@ -20,6 +21,10 @@ pub(crate) struct NodeArgs {
     /// A relay at which to be reachable, with its /p2p/ part; may be given several times.
     #[arg(long, value_name = "ADDR")]
     via: Vec<String>,
+    /// A rendezvous point, with its /p2p/ part, at which to register and to look for peers of the network, whatever the point's
+    /// own network is (with --swarm-key the same one); may be given several times.
+    #[arg(long, value_name = "ADDR")]
+    rendezvous: Vec<String>,
     /// An address under which this node can be reached from outside; may be given several times.
     #[arg(long, value_name = "MULTIADDR")]
     external: Vec<String>,
@@ -57,6 +62,8 @@ impl NodeArgs {
             listen: self.listen,
             bootstrap: self.bootstrap,
             relays: self.via,
+            rendezvous: self.rendezvous,
+            rendezvous_point: self.relay,
             external: self.external,
             network: self.network,
             access: Access {
