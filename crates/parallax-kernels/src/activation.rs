@@ -6,7 +6,7 @@ use crate::parallel::for_rows;
 use crate::simd::{LANES, Simd, exp, read, tanh, write};
 
 /// What is done to the gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Activation {
     /// x / (1 + e^-x): SwiGLU.

@@ -54,7 +54,7 @@ impl Scoring<'_> {
         self.window.map_or(0, |window| n_keys.saturating_sub(window))
     }
 
-    fn check(&self, op: &'static str, n_heads: usize) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, op: &'static str, n_heads: usize) -> Result<(), KernelError> {
         if self.window == Some(0) {
             return Err(KernelError::BadDimension { op, what: "window", got: 0, rule: "must be positive" });
         }

@@ -56,6 +56,14 @@ pub enum KernelError {
         /// The rule, as a phrase that ends the message.
         rule: &'static str,
     },
+    /// A device did not do what was asked of it.
+    #[error("{op} failed on the device: {reason}")]
+    Device {
+        /// The kernel, or the copy.
+        op: &'static str,
+        /// What the device's driver or compiler says.
+        reason: String,
+    },
 }
 
 /// `Ok` when `got` elements are what the other operands imply.

@@ -54,6 +54,8 @@ pub mod dispatch;
 pub mod dtype;
 mod error;
 pub mod gates;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod linear;
 pub mod logprob;
 mod math;

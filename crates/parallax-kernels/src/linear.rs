@@ -400,4 +400,4 @@ pub(crate) fn row_blocks(rows: Range<usize>, k: usize) -> impl Iterator<Item = R
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

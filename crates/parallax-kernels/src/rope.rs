@@ -65,6 +65,30 @@ impl RopeTable {
     pub fn max_pos(&self) -> usize {
         self.max_pos
     }
+
+    /// Pairs that are rotated.
+    pub fn pairs(&self) -> usize {
+        self.half
+    }
+
+    /// Cosine and sine of every pair at each position, for kernels elsewhere. [T, pairs, 2]
+    ///
+    /// # Errors
+    /// When a position is not in the table.
+    pub fn angles(&self, positions: &[u32]) -> Result<Vec<f32>, KernelError> {
+        self.check("rope angles", positions)?;
+        let entry = |p: &u32| *p as usize * self.half..(*p as usize + 1) * self.half;
+        let pair = |i: usize| [self.cos[i], self.sin[i]];
+        Ok(positions.iter().flat_map(entry).flat_map(pair).collect())
+    }
+
+    fn check(&self, op: &'static str, positions: &[u32]) -> Result<(), KernelError> {
+        let limit = self.max_pos;
+        match positions.iter().find(|p| **p as usize >= limit) {
+            Some(far) => Err(KernelError::OutOfRange { op, what: "position", limit, got: *far as usize }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Rotates `x` [T, heads, D] in place; row `t` stands at `positions[t]`.
@@ -103,14 +127,7 @@ fn apply(
     let (op, width) = ("rope", heads * table.layout.head_dim);
     let rows = rows_of(op, "x", x.len(), width)?;
     check_len(op, "positions", rows, positions.len())?;
-    if let Some(&far) = positions.iter().find(|&&p| p as usize >= table.max_pos) {
-        return Err(KernelError::OutOfRange {
-            op,
-            what: "position",
-            limit: table.max_pos,
-            got: far as usize,
-        });
-    }
+    table.check(op, positions)?;
     let isa = dispatch::current();
     for_rows(x, width, width * 4, |rows, x| rotate(isa, x, width, &positions[rows], table, direction));
     Ok(())

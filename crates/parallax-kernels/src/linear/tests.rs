@@ -8,7 +8,7 @@ use crate::testing::{bits, noise, same_at_every_level};
 const KINDS: [WeightKind; 15] = WeightKind::ALL;
 
 /// Stored bytes of `n * k` weights: quantised noise, or noise of which only the scales are kept within reason.
-fn stored(kind: WeightKind, n: usize, k: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn stored(kind: WeightKind, n: usize, k: usize, seed: u64) -> Vec<u8> {
     let noise = noise(n * k, seed);
     if kind.has_quantizer() && seed.is_multiple_of(2) {
         return dtype::quantize(kind, &noise).unwrap();
