@@ -185,13 +185,13 @@ impl Reward {
     /// Most parts of one reward.
     pub const MAX_COMPONENTS: usize = 16;
 
-    /// A reward of `value` within `range`.
+    /// A reward of `value` within `range`; minus zero is zero, because a message keeps no sign of it.
     ///
     /// # Errors
     /// When the value or a part is not finite, the value is outside of `range`, or there are too many parts.
     pub fn new(
         value: f32,
-        components: Vec<(String, f32)>,
+        mut components: Vec<(String, f32)>,
         range: &RangeInclusive<f32>,
     ) -> Result<Self, RewardError> {
         if !value.is_finite() {
@@ -206,7 +206,9 @@ impl Reward {
         if components.len() > Self::MAX_COMPONENTS {
             return Err(RewardError::TooManyComponents { got: components.len() });
         }
-        Ok(Self { value, components })
+        // The sum of the two zeros is the positive one.
+        components.iter_mut().for_each(|(_, value)| *value += 0.0);
+        Ok(Self { value: value + 0.0, components })
     }
 
     /// What the learner sees.
@@ -359,6 +361,12 @@ pub enum UnknownEnvironment {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reward_of_minus_zero_is_zero_as_on_the_wire() {
+        let nothing = Reward::new(-0.0, vec![("chips".to_owned(), -0.0)], &(-1.0..=1.0)).unwrap();
+        assert_eq!((nothing.value().to_bits(), nothing.components()[0].1.to_bits()), (0, 0));
+    }
 
     #[test]
     fn rewards_that_no_gradient_should_see_are_refused() {
