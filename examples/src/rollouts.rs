@@ -318,7 +318,9 @@ pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<
         targets: Vec::new(),
         seed: config.seed,
     };
-    Ok(TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?)
+    let mut model = TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
+    model.set_activation_checkpointing(config.trainer.activation_checkpointing);
+    Ok(model)
 }
 
 /// What reports call the environment of a run: the name in its settings, or what its program calls itself.

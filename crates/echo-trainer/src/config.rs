@@ -25,6 +25,8 @@ pub struct TrainerConfig {
     pub max_staleness: u64,
     /// Most tokens of one micro-batch; bounds memory.
     pub micro_batch_tokens: usize,
+    /// Keep only the layers' inputs for the backward pass and compute the rest again: less memory, 1.4 times the time.
+    pub activation_checkpointing: bool,
     /// Most groups that wait for a step.
     pub max_pending_groups: usize,
     /// Inner width of the adapter.
@@ -57,6 +59,7 @@ impl Default for TrainerConfig {
             max_completion_tokens: 8,
             max_staleness: 0,
             micro_batch_tokens: 8192,
+            activation_checkpointing: false,
             max_pending_groups: 256,
             lora_rank: 8,
             lora_alpha: 16.0,
@@ -207,6 +210,8 @@ pub struct FinetuneConfig {
     pub max_tokens: usize,
     /// Most tokens of one micro-batch; bounds memory.
     pub micro_batch_tokens: usize,
+    /// Keep only the layers' inputs for the backward pass and compute the rest again: less memory, 1.4 times the time.
+    pub activation_checkpointing: bool,
     /// What to do about lines that cannot be used.
     pub on_broken: BrokenLines,
     /// Supervised: learn the prompts' tokens too.
@@ -234,6 +239,7 @@ impl Default for FinetuneConfig {
             batch: 16,
             max_tokens: 1024,
             micro_batch_tokens: 8192,
+            activation_checkpointing: false,
             on_broken: BrokenLines::default(),
             learn_prompt: false,
             full: false,

@@ -11,6 +11,9 @@ pub fn training_device() -> Device {
     Device::flex().autodiff()
 }
 
+/// Makes the gradients of a loss of one forward pass's log-probabilities, in the order of [`Policy::leaves`].
+pub type Backward<'a> = Box<dyn FnOnce(&Tensor<1>) -> Result<Gradients, StepError> + 'a>;
+
 /// A model with trainable matrices and differentiable token log-probabilities.
 pub trait Policy {
     /// The trainable matrices as leaves of the gradient tape, always in the same order.
@@ -27,6 +30,17 @@ pub trait Policy {
     /// # Errors
     /// When a token is not in the vocabulary or a sequence is longer than the context.
     fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, StepError>;
+
+    /// The same for learning: with what goes back through the model.
+    ///
+    /// # Errors
+    /// As [`Policy::token_logprobs`].
+    fn pass(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<(Tensor<1>, Backward<'_>), StepError>
+    where
+        Self: Sized,
+    {
+        Ok((self.token_logprobs(tokens, cu_seqlens)?, Box::new(|loss| read_gradients(self, loss))))
+    }
 }
 
 impl Policy for TrainModel {
@@ -52,6 +66,15 @@ impl Policy for TrainModel {
     fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, StepError> {
         Self::token_logprobs(self, tokens, cu_seqlens).map_err(StepError::model)
     }
+
+    fn pass(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<(Tensor<1>, Backward<'_>), StepError> {
+        if !self.activation_checkpointing() {
+            let logprobs = Policy::token_logprobs(self, tokens, cu_seqlens)?;
+            return Ok((logprobs, Box::new(|loss| read_gradients(self, loss))));
+        }
+        let (logprobs, pass) = self.checkpointed_logprobs(tokens, cu_seqlens).map_err(StepError::model)?;
+        Ok((logprobs, Box::new(|loss| read(self, pass.gradients(loss)))))
+    }
 }
 
 /// The values of all leaves, copied to the host.
@@ -64,16 +87,18 @@ pub fn read_parameters(policy: &impl Policy) -> Parameters {
 }
 
 /// Runs the backward pass of the scalar `loss` and reads every leaf's gradient.
-///
-/// # Errors
-/// When a leaf takes no part in the loss.
-pub fn read_gradients(policy: &impl Policy, loss: &Tensor<1>) -> Result<Gradients, StepError> {
+fn read_gradients(policy: &impl Policy, loss: &Tensor<1>) -> Result<Gradients, StepError> {
     let tape = loss.backward();
-    let read = |(name, leaf): (String, Tensor<2>)| match leaf.grad(&tape) {
+    read(policy, policy.leaves().iter().map(|(_, leaf)| leaf.grad(&tape)).collect())
+}
+
+/// The gradient of each leaf, each of which takes part.
+fn read(policy: &impl Policy, by_leaf: Vec<Option<Tensor<2>>>) -> Result<Gradients, StepError> {
+    let value = |((name, _), gradient): ((String, Tensor<2>), Option<Tensor<2>>)| match gradient {
         Some(gradient) => Ok(values(gradient.into_data())),
         None => Err(StepError::NoGradient { name }),
     };
-    Ok(Gradients { values: policy.leaves().into_iter().map(read).collect::<Result<_, _>>()? })
+    Ok(Gradients { values: policy.leaves().into_iter().zip(by_leaf).map(value).collect::<Result<_, _>>()? })
 }
 
 /// A tensor's values as f32, without a copy where it already holds f32.

@@ -8,7 +8,7 @@ use crate::loss::{LossConfig, reference, tensor};
 use crate::metrics::LossMetrics;
 use crate::packing::{PackError, Sample, joined, micro_batches, pack};
 use crate::parameters::Gradients;
-use crate::policy::{Policy, read_gradients, read_parameters, values};
+use crate::policy::{Backward, Policy, read_parameters, values};
 
 /// Gradients of the policy loss over `samples`, cut into micro-batches of at most `max_tokens` tokens. The cut changes
 /// memory and last bits, not the meaning: row weights are those of the whole batch. A loss whose corrections depend on
@@ -43,7 +43,7 @@ pub fn policy_gradients(
     let mut start = 0;
     for part in parts {
         let batch = pack(part)?;
-        let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
+        let (logprobs, backward) = policy.pass(&batch.tokens, &batch.cu_seqlens)?;
         let seen = values(logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
         let plan = match &plan {
             Some(plan) => plan,
@@ -53,7 +53,7 @@ pub fn policy_gradients(
         start += batch.targets.rows();
         let figures = reference::planned_loss(&seen, &batch.targets, config, &rows)?;
         let loss = tensor::planned_loss(&logprobs, &batch.targets, config, &rows)?;
-        accumulate(&mut gradients, read_gradients(policy, &loss)?);
+        accumulate(&mut gradients, backward(&loss)?);
 
         let part_tokens = batch.targets.mask.iter().filter(|m| **m).count();
         let tokens_share = part_tokens as f64 / total;
@@ -117,8 +117,9 @@ pub fn cross_entropy_gradients(
     let marked = marked(sequences)?;
     let (mut gradients, mut mean) = (None, 0.0);
     for part in micro_batches(sequences, |s| s.tokens.len(), max_tokens) {
-        let (loss, figure) = part_of_cross_entropy(policy, part, marked)?;
-        accumulate(&mut gradients, read_gradients(policy, &loss)?);
+        let (logprobs, backward) = labelled_pass(policy, part)?;
+        let (loss, figure) = part_of_cross_entropy(logprobs, part, marked);
+        accumulate(&mut gradients, backward(&loss)?);
         mean += figure;
     }
     Ok((gradients.expect("marked tokens are in a part"), mean))
@@ -136,7 +137,7 @@ pub fn cross_entropy(
     let marked = marked(sequences)?;
     micro_batches(sequences, |s| s.tokens.len(), max_tokens)
         .into_iter()
-        .map(|part| Ok(part_of_cross_entropy(policy, part, marked)?.1))
+        .map(|part| Ok(part_of_cross_entropy(labelled_logprobs(policy, part)?, part, marked).1))
         .sum()
 }
 
@@ -159,12 +160,7 @@ fn marked(sequences: &[Labelled]) -> Result<usize, StepError> {
 }
 
 /// What `sequences` add to a mean over `marked` tokens, as a differentiable scalar and as a number.
-fn part_of_cross_entropy(
-    policy: &impl Policy,
-    sequences: &[Labelled],
-    marked: usize,
-) -> Result<(Tensor<1>, f64), StepError> {
-    let logprobs = labelled_logprobs(policy, sequences)?;
+fn part_of_cross_entropy(logprobs: Tensor<1>, sequences: &[Labelled], marked: usize) -> (Tensor<1>, f64) {
     let share = 1.0 / marked as f32;
     let rows = sequences.iter().flat_map(|s| &s.learn[1..]);
     let weights: Vec<f32> = rows.map(|learn| if *learn { -share } else { 0.0 }).collect();
@@ -172,7 +168,7 @@ fn part_of_cross_entropy(
     let weights = Tensor::<1>::from_data(TensorData::new(weights, [n]), &logprobs.device());
     let loss = (logprobs * weights).sum();
     let figure = loss.clone().into_data().iter::<f64>().sum();
-    Ok((loss, figure))
+    (loss, figure)
 }
 
 /// Log-probabilities of all tokens but the first of each sequence, one after the other.
@@ -182,6 +178,15 @@ pub(crate) fn labelled_logprobs<'a>(
 ) -> Result<Tensor<1>, StepError> {
     let (tokens, ends) = joined(sequences.into_iter().map(|s| &s.tokens[..]))?;
     policy.token_logprobs(&tokens, &ends)
+}
+
+/// The same for learning.
+pub(crate) fn labelled_pass<'a, 'p>(
+    policy: &'p impl Policy,
+    sequences: impl IntoIterator<Item = &'a Labelled>,
+) -> Result<(Tensor<1>, Backward<'p>), StepError> {
+    let (tokens, ends) = joined(sequences.into_iter().map(|s| &s.tokens[..]))?;
+    policy.pass(&tokens, &ends)
 }
 
 pub(crate) fn accumulate(sum: &mut Option<Gradients>, part: Gradients) {

@@ -315,6 +315,13 @@ pub(crate) enum Attend {
     Packed { positions: Arc<Vec<u32>>, cu_seqlens: Arc<Vec<u32>> },
 }
 
+impl Attend {
+    /// Packed sequences `cu_seqlens[i]..cu_seqlens[i + 1]`.
+    pub(crate) fn packed(positions: Vec<u32>, cu_seqlens: &[u32]) -> Self {
+        Self::Packed { positions: Arc::new(positions), cu_seqlens: Arc::new(cu_seqlens.to_vec()) }
+    }
+}
+
 /// Rows of the embedding table, [T, H], scaled as the configuration says; without gradient for packed tables.
 ///
 /// # Errors

@@ -3,6 +3,7 @@
 //! On the CPU its values equal [`crate::Stage`]'s bit for bit (f32 weights, same kernels, same adapter formula).
 
 mod init;
+mod recompute;
 mod save;
 
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor, TensorData};
 
 pub use init::LoraConfig;
+pub use recompute::Pass;
 
 use crate::{
     adapter::{Adapter, LoraTensors},
@@ -67,6 +69,7 @@ pub struct TrainModel {
     frozen: Option<Frozen>,
     /// Files to write beside saved weights.
     text_files: Vec<(String, Vec<u8>)>,
+    recomputes: bool,
 }
 
 #[derive(Debug)]
@@ -208,7 +211,17 @@ impl TrainModel {
                 return Err(invalid("train options", value, "exactly one of them is trained"));
             }
         };
-        Ok(Self { config, device, route, geometries, mode, parameters, frozen, text_files })
+        Ok(Self {
+            config,
+            device,
+            route,
+            geometries,
+            mode,
+            parameters,
+            frozen,
+            text_files,
+            recomputes: false,
+        })
     }
 
     /// A new model with random weights, all trained: normal with standard deviation 0.02, the matrices that
@@ -230,6 +243,7 @@ impl TrainModel {
             parameters,
             frozen: None,
             text_files: Vec::new(),
+            recomputes: false,
         })
     }
 
@@ -257,6 +271,16 @@ impl TrainModel {
         let head =
             if config.tied_embeddings { embedding.clone() } else { tables.table(load::head_name(config))? };
         Ok(Frozen { layers, embedding, norm: tables.final_norm()?, head })
+    }
+
+    /// Whether those who train it should keep only the layers' inputs for the backward pass ([`Self::checkpointed_logprobs`]).
+    pub fn set_activation_checkpointing(&mut self, on: bool) {
+        self.recomputes = on;
+    }
+
+    /// What [`Self::set_activation_checkpointing`] said; off at first.
+    pub fn activation_checkpointing(&self) -> bool {
+        self.recomputes
     }
 
     /// The model's shape.
@@ -287,7 +311,8 @@ impl TrainModel {
         }
     }
 
-    fn assemble(&self) -> Assembled {
+    /// `leaf` makes of a parameter what the pass reads.
+    fn assemble(&self, leaf: impl Fn(&Tensor<2>) -> Tensor<2>) -> Assembled {
         match (&self.mode, &self.frozen) {
             (Mode::Lora { rank, alpha, modules }, Some(frozen)) => {
                 let mut layers = frozen.layers.clone();
@@ -297,18 +322,18 @@ impl TrainModel {
                         load::linear_of(&mut layers[layer], name, &self.config.layers[layer])
                     });
                     let (linear, offset) = place.expect("modules were checked when they were made");
-                    let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
+                    let (a, b) = (leaf(&pair[0].1), leaf(&pair[1].1));
                     linear.add_module(&AdapterSlot::default(), a, b, offset, scale);
                 }
                 let (embedding, head) = (frozen.embedding.clone(), frozen.head.clone());
                 Assembled { layers, embedding, norm: frozen.norm.clone(), head }
             }
-            _ => self.assemble_full(),
+            _ => self.assemble_full(leaf),
         }
     }
 
-    fn assemble_full(&self) -> Assembled {
-        let mut leaves = Leaves { next: self.parameters.iter().map(|(_, tensor)| tensor.clone()) };
+    fn assemble_full(&self, leaf: impl Fn(&Tensor<2>) -> Tensor<2>) -> Assembled {
+        let mut leaves = Leaves { next: self.parameters.iter().map(|(_, tensor)| leaf(tensor)) };
         let embedding = LinearWeight::Dense(leaves.take());
         let layers = self.config.layers.iter().zip(&self.geometries);
         let layers = layers.map(|(config, geometry)| leaves.layer(config, geometry)).collect();
@@ -325,45 +350,38 @@ impl TrainModel {
     /// Lengths that do not fit, a token outside the vocabulary, a sequence longer than the context.
     pub fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, ForwardError> {
         let (positions, targets) = self.check(tokens, cu_seqlens)?;
-        let weights = self.assemble();
-        let x = self.hidden(&weights, tokens, positions, cu_seqlens)?;
+        let weights = self.assemble(Tensor::clone);
+        let mut x = layer::embed(&weights.embedding, tokens, &self.config, self.route, &self.device)?;
+        let attend = Attend::packed(positions, cu_seqlens);
+        for (index, layer) in weights.layers.iter().enumerate() {
+            x = layer::forward(layer, x, index, &attend, self.route);
+        }
+        Ok(self.logprobs(weights, x, targets))
+    }
+
+    /// Of the last layer's output `x` `[T, H]`.
+    fn logprobs(&self, weights: Assembled, x: Tensor<2>, targets: Targets) -> Tensor<1> {
+        let x = weights.norm.forward(x, self.route);
         let targets = Arc::new(targets);
         let (vocab, hidden) = (self.config.vocab, self.config.hidden);
         if bends_logits(&self.config) {
             let head = Linear::bare(weights.head);
             let logits = head.forward(&composed::select(&x, &targets.rows), self.route);
             let (scale, softcap) = (self.config.logit_scale, self.config.logit_softcap);
-            return Ok(match self.route {
+            return match self.route {
                 Route::Kernels => run1(logits, BentLogProbs { vocab, scale, softcap, targets }),
                 Route::Composed => {
                     composed::logprobs(composed::softcap(logits.mul_scalar(scale), softcap), &targets)
                 }
-            });
+            };
         }
-        Ok(match (weights.head, self.route) {
+        match (weights.head, self.route) {
             (LinearWeight::Packed(weight), _) => run1(x, FrozenHead { weight, targets }),
             (LinearWeight::Dense(weight), Route::Kernels) => {
                 run2(x, weight, DenseHead { vocab, hidden, targets })
             }
             (LinearWeight::Dense(weight), Route::Composed) => composed::token_logprobs(&x, weight, &targets),
-        })
-    }
-
-    /// Rows after the final norm, [T, H].
-    fn hidden(
-        &self,
-        weights: &Assembled,
-        tokens: &[u32],
-        positions: Vec<u32>,
-        cu_seqlens: &[u32],
-    ) -> Result<Tensor<2>, ForwardError> {
-        let mut x = layer::embed(&weights.embedding, tokens, &self.config, self.route, &self.device)?;
-        let attend =
-            Attend::Packed { positions: Arc::new(positions), cu_seqlens: Arc::new(cu_seqlens.to_vec()) };
-        for (index, layer) in weights.layers.iter().enumerate() {
-            x = layer::forward(layer, x, index, &attend, self.route);
         }
-        Ok(weights.norm.forward(x, self.route))
     }
 
     /// Positions of all rows, and what each row but the last of its sequence predicts.

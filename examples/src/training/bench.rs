@@ -32,6 +32,9 @@ pub struct BenchArgs {
     /// Inner width of the adapter
     #[arg(long, default_value_t = 8)]
     lora_rank: usize,
+    /// Keep only the layers' inputs for the backward pass and compute the rest again
+    #[arg(long)]
+    activation_checkpointing: bool,
     /// Measurements
     #[arg(long, default_value_t = 3)]
     repeats: usize,
@@ -50,7 +53,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let vocabulary = checkpoint.config().vocab as u64;
     let lora = LoraConfig { rank: args.lora_rank, alpha: 16.0, targets: Vec::new(), seed: 1 };
-    let model = TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
+    let mut model =
+        TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
+    model.set_activation_checkpointing(args.activation_checkpointing);
     let sample = |row: u64| {
         let mut draws = Draws::new("training-swarm bench tokens", row);
         let tokens = (0..args.seq).map(|_| (draws.next_u64() % vocabulary) as u32).collect();
@@ -76,6 +81,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "tokens_per_s": tokens_per_s, "forward_backward_ms": median, "forward_backward_ms_min": times_ms[0],
         "forward_backward_ms_max": times_ms[times_ms.len() - 1], "rss_mb": machine::resident_mb(), "model": args.model,
         "batch": args.batch, "seq": args.seq, "lora_rank": args.lora_rank, "repeats": args.repeats,
+        "activation_checkpointing": args.activation_checkpointing,
         "machine": machine::describe(), "commit": machine::commit()
     }))
 }

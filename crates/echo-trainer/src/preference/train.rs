@@ -10,8 +10,8 @@ use crate::error::StepError;
 use crate::optim::{AdamW, OptimConfig};
 use crate::packing::micro_batches;
 use crate::parameters::{Gradients, Parameters};
-use crate::policy::{Policy, read_gradients, read_parameters, values};
-use crate::step::{Labelled, accumulate, labelled_logprobs};
+use crate::policy::{Backward, Policy, read_parameters, values};
+use crate::step::{Labelled, accumulate, labelled_logprobs, labelled_pass};
 
 /// Two answers to one prompt; the marked tokens count.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +73,8 @@ impl<P: Policy> PairTrainer<P> {
         let optimiser = AdamW::new(optim, &masters)?;
         let mut offsets = Vec::with_capacity(pairs.len());
         for part in micro_batches(&pairs, Pair::tokens, micro_batch_tokens) {
-            let sums = values(answers(&policy, part, &config)?.into_data());
+            let logprobs = labelled_logprobs(&policy, lines(part))?;
+            let sums = values(answers(&logprobs, lines(part), &config).into_data());
             offsets.extend(sums.chunks_exact(2).map(|pair| f64::from(pair[0]) - f64::from(pair[1])));
         }
         Ok(Self { policy, masters, optimiser, config, pairs, offsets, micro_batch_tokens })
@@ -85,8 +86,8 @@ impl<P: Policy> PairTrainer<P> {
     /// When the model refuses a pair or a gradient is not finite; nothing has changed then.
     pub fn step(&mut self, batch: &[usize]) -> Result<PairReport, StepError> {
         let mut gradients: Option<Gradients> = None;
-        let mut report = self.each_part(batch, |policy, loss| {
-            accumulate(&mut gradients, read_gradients(policy, loss)?);
+        let mut report = self.each_part(batch, |backward, loss| {
+            accumulate(&mut gradients, backward(loss)?);
             Ok(())
         })?;
         let Some(mut gradients) = gradients else { return Ok(report) };
@@ -111,14 +112,15 @@ impl<P: Policy> PairTrainer<P> {
     fn each_part(
         &self,
         batch: &[usize],
-        mut with: impl FnMut(&P, &Tensor<1>) -> Result<(), StepError>,
+        mut with: impl FnMut(Backward<'_>, &Tensor<1>) -> Result<(), StepError>,
     ) -> Result<PairReport, StepError> {
         let mut report = PairReport::default();
         for part in micro_batches(batch, |i| self.pairs[*i].tokens(), self.micro_batch_tokens) {
             let pairs: Vec<&Pair> = part.iter().map(|i| &self.pairs[*i]).collect();
             let offsets: Vec<f64> = part.iter().map(|i| self.offsets[*i]).collect();
             let n = part.len();
-            let sums = answers(&self.policy, pairs, &self.config)?;
+            let (logprobs, backward) = labelled_pass(&self.policy, lines(pairs.iter().copied()))?;
+            let sums = answers(&logprobs, lines(pairs), &self.config);
             let seen = values(sums.clone().into_data());
             let columns = sums.reshape([n, 2]);
             let [chosen, rejected] = [0, 1].map(|i| columns.clone().narrow(1, i, 1).reshape([n]));
@@ -131,7 +133,7 @@ impl<P: Policy> PairTrainer<P> {
                 report.accuracy += f64::from(u8::from(h > 0.0)) / batch.len() as f64;
                 report.margin += self.config.beta * h / batch.len() as f64;
             }
-            with(&self.policy, &loss)?;
+            with(backward, &loss)?;
         }
         Ok(report)
     }
@@ -139,12 +141,11 @@ impl<P: Policy> PairTrainer<P> {
 
 /// Each answer's log-probability, or its mean per token where the loss wants that: chosen and rejected in turn, `[2 pairs]`.
 fn answers<'a>(
-    policy: &impl Policy,
-    pairs: impl IntoIterator<Item = &'a Pair>,
+    logprobs: &Tensor<1>,
+    lines: impl IntoIterator<Item = &'a Labelled>,
     config: &PreferenceConfig,
-) -> Result<Tensor<1>, StepError> {
-    let lines: Vec<&Labelled> = pairs.into_iter().flat_map(|p| [&p.chosen, &p.rejected]).collect();
-    let logprobs = labelled_logprobs(policy, lines.iter().copied())?;
+) -> Tensor<1> {
+    let lines: Vec<&Labelled> = lines.into_iter().collect();
     let rows = logprobs.dims()[0];
     let mut weights = vec![0_f32; lines.len() * rows];
     let mut row = 0;
@@ -157,7 +158,12 @@ fn answers<'a>(
     }
     let weights = TensorData::new(weights, [lines.len(), rows]);
     let weights = Tensor::<2>::from_data(weights, &logprobs.device());
-    Ok(weights.matmul(logprobs.reshape([rows, 1])).reshape([lines.len()]))
+    weights.matmul(logprobs.clone().reshape([rows, 1])).reshape([lines.len()])
+}
+
+/// Chosen and rejected answers in turn.
+fn lines<'a>(pairs: impl IntoIterator<Item = &'a Pair>) -> impl Iterator<Item = &'a Labelled> {
+    pairs.into_iter().flat_map(|pair| [&pair.chosen, &pair.rejected])
 }
 
 #[cfg(test)]
@@ -207,7 +213,9 @@ mod tests {
                 assert!((a - b).abs() < 1e-5, "{kind:?}: {a} {b}");
             }
             let sums = |policy: &Bigram| -> (Vec<f64>, Vec<f64>) {
-                let sums = values(answers(policy, &pairs(), &config).unwrap().into_data());
+                let pairs = pairs();
+                let logprobs = labelled_logprobs(policy, lines(&pairs)).unwrap();
+                let sums = values(answers(&logprobs, lines(&pairs), &config).into_data());
                 sums.chunks_exact(2).map(|p| (f64::from(p[0]), f64::from(p[1]))).unzip()
             };
             let (now, reference) = (sums(&whole.policy), sums(&Bigram::new(4)));

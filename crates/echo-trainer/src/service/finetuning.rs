@@ -193,6 +193,7 @@ impl Job<'_> {
             (false, adapter) => TrainOptions { lora: Some(self.lora(adapter)), full: false },
         };
         let mut model = TrainModel::from_checkpoint(self.checkpoint, &options).map_err(model_error)?;
+        model.set_activation_checkpointing(self.config.activation_checkpointing);
         if let Some(adapter) = self.adapter {
             model.set_adapter(adapter).map_err(model_error)?;
         }

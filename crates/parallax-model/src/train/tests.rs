@@ -96,14 +96,18 @@ fn training_values_equal_inference_bit_for_bit() {
     }
 }
 
-/// Gradients of a weighted sum of log-probabilities, by parameter.
-fn gradients(model: &TrainModel) -> Vec<(String, Vec<f32>)> {
-    let (tokens, bounds) = packed();
-    let logprobs = model.token_logprobs(&tokens, &bounds).unwrap();
+/// A weighted sum of log-probabilities.
+fn weighted(logprobs: Tensor<1>, model: &TrainModel) -> Tensor<1> {
     let n = logprobs.dims()[0];
     let weights: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
     let weights = Tensor::<1>::from_data(TensorData::new(weights, [n]), model.device());
-    let grads = (logprobs * weights).sum().backward();
+    (logprobs * weights).sum()
+}
+
+/// Gradients of a weighted sum of log-probabilities, by parameter.
+fn gradients(model: &TrainModel) -> Vec<(String, Vec<f32>)> {
+    let (tokens, bounds) = packed();
+    let grads = weighted(model.token_logprobs(&tokens, &bounds).unwrap(), model).backward();
     let parameters = model.parameters().iter();
     parameters
         .map(|(name, p)| {
@@ -192,6 +196,29 @@ fn a_saved_checkpoint_computes_the_same() {
     assert_ne!(Checkpoint::open(dir.path()).unwrap().id().unwrap(), checkpoint.id().unwrap());
     let adapter_model = TrainModel::from_checkpoint(&checkpoint, &lora(2)).unwrap();
     assert!(adapter_model.save_checkpoint(dir.path()).is_err());
+}
+
+#[test]
+fn activation_checkpointing_changes_no_bit_of_values_and_gradients() {
+    for family in testing::trainable() {
+        let (_dir, checkpoint) = testing::checkpoint(family);
+        for options in [lora(4), FULL] {
+            let mut model = TrainModel::from_checkpoint(&checkpoint, &options).unwrap();
+            if options.lora.is_some() {
+                model.set_adapter(&testing::adapter(checkpoint.config(), 4)).unwrap();
+            }
+            let (tokens, bounds) = packed();
+            let whole = model.token_logprobs(&tokens, &bounds).unwrap();
+            let (logprobs, pass) = model.checkpointed_logprobs(&tokens, &bounds).unwrap();
+            assert_eq!(bits(&values(logprobs.clone())), bits(&values(whole)), "{family:?}");
+            let by_parameter = pass.gradients(&weighted(logprobs, &model));
+            for ((name, wanted), got) in gradients(&model).iter().zip(by_parameter) {
+                let got = got.unwrap_or_else(|| panic!("{name} has no gradient"));
+                let got: Vec<f32> = got.into_data().try_to_vec().unwrap();
+                assert_eq!(bits(&got), bits(wanted), "{family:?} {name}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::optim::adamw::UpdateReport;
 use crate::optim::{AdamW, OptimConfig, OptimError};
 use crate::packing::{joined, micro_batches};
 use crate::parameters::{Gradients, Parameters};
-use crate::policy::{Policy, read_gradients, read_parameters, values};
+use crate::policy::{Policy, read_parameters, values};
 use crate::step::accumulate;
 
 /// A policy, its masters, its optimiser, and the gradients of the step that comes.
@@ -75,7 +75,7 @@ impl<P: Policy> Trained<P> {
         let mut gradients = None;
         for part in micro_batches(&batch.sequences, |s| s.tokens.len(), self.micro_batch_tokens) {
             let (tokens, ends) = joined(part.iter().map(|s| &s.tokens[..])).map_err(StepError::from)?;
-            let logprobs = self.policy.token_logprobs(&tokens, &ends)?;
+            let (logprobs, backward) = self.policy.pass(&tokens, &ends)?;
             let seen = values(logprobs.clone().into_data());
             let targets = Sequence::targets(part);
             out.logprobs.extend(part.iter().enumerate().map(|(i, s)| {
@@ -93,7 +93,7 @@ impl<P: Policy> Trained<P> {
                 let slopes: Vec<f32> = loss.gradient.iter().map(|g| *g as f32).collect();
                 let rows = slopes.len();
                 let slopes = Tensor::<1>::from_data(TensorData::new(slopes, [rows]), &logprobs.device());
-                accumulate(&mut gradients, read_gradients(&self.policy, &(logprobs * slopes).sum())?);
+                accumulate(&mut gradients, backward(&(logprobs * slopes).sum())?);
             }
         }
         if !batch.forward_only {
