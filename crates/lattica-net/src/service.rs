@@ -31,6 +31,7 @@ mod adopted;
 mod answerless;
 mod behaviour;
 mod connection;
+mod counters;
 mod credit;
 mod driver;
 mod frames;
@@ -56,6 +57,7 @@ mod tensor;
 #[cfg(feature = "v1-compat")]
 mod v1;
 
+pub use counters::NetCounters;
 pub use gossip::Subscription;
 pub use identity::Identity;
 pub use link_probe::LINK_PROTOCOL;
@@ -358,6 +360,11 @@ impl Node {
         if let Some(connection) = found {
             let _ = self.shared().command(Command::Close { id: connection.id }).await;
         }
+    }
+
+    /// What the node has done since its start.
+    pub fn counters(&self) -> NetCounters {
+        self.shared().counters.read()
     }
 
     /// Every peer that is connected or remembered.

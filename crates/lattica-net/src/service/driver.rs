@@ -15,6 +15,7 @@ use swarm_wire::PeerId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::behaviour::{Behaviour, BehaviourEvent, kad_protocol};
+use super::counters;
 use super::gossip::Validator;
 use super::shared::Shared;
 use super::{libp2p_peer, wire_peer};
@@ -205,6 +206,7 @@ impl Driver {
         match event {
             SwarmEvent::Behaviour(event) => self.handle_behaviour_event(event),
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
+                counters::add(&self.shared.counters.connections_opened);
                 let remote = leads_to(&endpoint);
                 // A socket that was adopted is seen at a port where no other connection will come from.
                 if !self.shared.adopted.leads_to(&remote) {
@@ -227,6 +229,7 @@ impl Driver {
             }
             SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, num_established, .. } => {
                 tracing::debug!(peer = %peer_id, ?cause, "connection closed");
+                counters::add(&self.shared.counters.connections_closed);
                 self.remotes.remove(&connection_id);
                 self.handle_unseen(connection_id);
                 self.dialled.remove(&connection_id);
@@ -297,6 +300,7 @@ impl Driver {
                     self.shared.emit(NetEvent::RelayReserved(peer));
                 }
             }
+            BehaviourEvent::RelayServer(event) => self.shared.counters.handle_relay(&event),
             BehaviourEvent::AutonatClient(autonat::v2::client::Event { tested_addr, result, .. }) => {
                 tracing::debug!(address = %tested_addr, reachable = result.is_ok(), "reachability tested");
             }

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::adopted::Adopted;
 use super::connection::Connection;
+use super::counters::{self, Counters};
 use super::credit::Credit;
 use super::driver::Command;
 use super::news::News;
@@ -150,6 +151,7 @@ impl PeerState {
             .get_or_init(|| Mutex::new(Admission::new(limits.calls_per_peer, limits.call_bytes_per_peer)));
         lock(admission).admit(body_bytes)?;
         shared.calls_served.send_modify(|n| *n += 1);
+        counters::add(&shared.counters.calls_admitted);
         Ok(Held { state: Arc::clone(self), shared: Arc::clone(shared), n_bytes: body_bytes })
     }
 
@@ -251,6 +253,8 @@ pub(crate) struct Shared {
     pub(crate) next_call: AtomicU64,
     /// Calls of peers that are not answered yet.
     pub(crate) calls_served: watch::Sender<usize>,
+    /// For those who watch over the node.
+    pub(crate) counters: Counters,
     /// What was heard of the network.
     pub(crate) news: News,
     /// Addresses at which peers see this node, the most promising first.
@@ -295,6 +299,7 @@ impl Shared {
             streams_served: AtomicU64::new(0),
             next_call: AtomicU64::new(1),
             calls_served: watch::channel(0).0,
+            counters: Counters::default(),
             seen_at: watch::channel(Vec::new()).0,
             adopted: Arc::default(),
             guessing: Semaphore::new(1),

@@ -32,6 +32,10 @@ async fn calls_work_over_a_relay(transport: Transport) {
         assert_eq!(answer, body);
     }
     assert!(client.link(&hidden.peer_id()).unwrap().relayed);
+    let counted = relay.counters();
+    assert_eq!((counted.relay_slots, counted.relay_circuits, counted.relay_circuits_opened), (1, 1, 1));
+    assert!(counted.connections_opened >= 2 && counted.relay_refusals == 0, "{counted:?}");
+    assert_eq!(hidden.counters().calls_admitted, 2);
 
     // The relay goes: the call that hangs ends, and both learn that the other is gone.
     let hanging = hang(&hidden, "hang");

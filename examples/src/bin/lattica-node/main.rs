@@ -7,11 +7,13 @@
 mod bench;
 mod bench_idle;
 mod bench_spread;
+mod metrics;
 mod node;
 mod probe;
 mod share;
 mod store;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -29,6 +31,9 @@ struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     node: NodeArgs,
+    /// Answer GET /metrics for Prometheus at this address, for example 127.0.0.1:9464.
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics: Option<SocketAddr>,
     /// Print {"peer":…,"addresses":[…]} as one line when the node is up; everything else goes to stderr.
     #[arg(long)]
     json: bool,
@@ -70,14 +75,17 @@ fn main() -> ExitCode {
                 Some(Command::Fetch(args)) => share::fetch(args).await,
                 Some(Command::Store(args)) => store::run(&args),
                 Some(Command::SwarmKey { file }) => Ok(create_swarm_key(&file).map(|_| ())?),
-                None => run(cli.node, cli.json).await,
+                None => run(cli.node, cli.metrics, cli.json).await,
             }
         })
     })
 }
 
-async fn run(args: NodeArgs, json: bool) -> anyhow::Result<()> {
+async fn run(args: NodeArgs, metrics: Option<SocketAddr>, json: bool) -> anyhow::Result<()> {
     let node = args.start().await?;
+    if let Some(address) = metrics {
+        metrics::serve(&node, address).await?;
+    }
     let mut events = node.events();
     let addresses = node.listen_addrs().await;
     if json {

@@ -159,7 +159,13 @@ impl Driver {
         {
             self.shared.table().handle_dead_address(&peer, &without_peer(address).to_string());
         }
-        let Some(dial) = self.dials.by_connection.remove(&id) else { return };
+        let Some(dial) = self.dials.by_connection.remove(&id) else {
+            if let Some(address) = peer.and_then(|peer| self.upkeep.handle_unreachable(peer)) {
+                let reason = explain(&address, error);
+                tracing::warn!(%reason, "a bootstrap peer does not answer; it is tried again and again");
+            }
+            return;
+        };
         let explained = explain(&dial.target, error);
         if let Some(waiter) = dial.waiter {
             let _ = waiter.send(Err(explained));

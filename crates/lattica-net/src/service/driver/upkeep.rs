@@ -39,6 +39,8 @@ struct Contact {
     address: Multiaddr,
     try_at: Duration,
     pause: Duration,
+    /// The operator knows that it does not answer.
+    told: bool,
 }
 
 impl Contact {
@@ -85,7 +87,15 @@ impl Upkeep {
     pub(super) fn handle_established(&mut self, peer: LibPeerId) {
         for contact in self.bootstrap.iter_mut().filter(|c| c.peer == peer) {
             contact.pause = FIRST_PAUSE;
+            contact.told = false;
         }
+    }
+
+    /// Dialling a peer failed. Where it is a bootstrap peer of which that is news: its address.
+    pub(super) fn handle_unreachable(&mut self, peer: LibPeerId) -> Option<String> {
+        let contact = self.bootstrap.iter_mut().find(|c| c.peer == peer && !c.told)?;
+        contact.told = true;
+        Some(contact.address.to_string())
     }
 
     /// Whether the listener that stands now is a relay slot.
@@ -107,7 +117,7 @@ fn contacts(addresses: &[String]) -> Vec<Contact> {
         let address: Multiaddr = address.parse().ok()?;
         let Some(Protocol::P2p(peer)) = address.iter().last() else { return None };
         let address = without_peer(&address);
-        Some(Contact { peer, address, try_at: Duration::ZERO, pause: FIRST_PAUSE })
+        Some(Contact { peer, address, try_at: Duration::ZERO, pause: FIRST_PAUSE, told: false })
     };
     addresses.iter().filter_map(contact).collect()
 }
