@@ -30,10 +30,6 @@
 //! A launch takes lengths on trust, so every one is behind a function that compares the buffers with the shape first;
 //! [`Values`] and [`Ids`] know how long they are. Indices inside a buffer (pages, ids) are compared with its length on
 //! the host before they are uploaded.
-#![expect(
-    clippy::too_many_arguments,
-    reason = "a kernel's arguments are its buffers and sizes, and the macro adds the grid's"
-)]
 
 pub mod activation;
 pub mod attention;

@@ -52,7 +52,7 @@ pub(super) fn gated_elements(
         let z = if comptime!(activation == Activation::Silu) {
             gate
         } else {
-            1.595_769_1 * (gate + 0.044_715 * gate * gate * gate)
+            1.595_769 * (gate + 0.044_715 * gate * gate * gate)
         };
         y[ABSOLUTE_POS] = gate / (1.0 + (-z).exp()) * gate_up[at + ffn];
     }

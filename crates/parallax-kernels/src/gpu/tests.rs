@@ -1,5 +1,11 @@
 //! Every kernel against its scalar reference, on a device of wgpu; without one these tests say so and pass.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "tests: their helpers too, and what was skipped is said"
+)]
+
 mod attention;
 mod linear;
 mod rows;
