@@ -28,6 +28,19 @@ turns = ask["messages"] + [
     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]},
 ]
 out["tools"] = client.messages.create(**{**ask, "messages": turns, "tools": [tool]}).stop_reason
+forced = {**ask, "tools": [{**tool, "input_schema": {**tool["input_schema"], "required": ["c"],
+          "properties": {"c": {"enum": ["a", "b"]}}, "additionalProperties": False}, "strict": True}], "max_tokens": 80,
+          "extra_body": {"temperature": 0.8, "seed": 11}}
+out["forced"] = []
+for wanted in [{"type": "tool", "name": "w"}, {"type": "any"}]:
+    called = client.messages.create(**forced, tool_choice=wanted)
+    block = called.content[-1]
+    with client.messages.stream(**forced, tool_choice=wanted) as stream:
+        kinds = [event.type for event in stream if event.type == "input_json"]
+        final = stream.get_final_message().content[-1]
+    out["forced"].append([called.stop_reason, block.type, block.name, block.input["c"] in "ab",
+                          final.input == block.input, bool(kinds)])
+out["thinking"] = client.messages.create(**ask, thinking={"type": "disabled"}).stop_reason
 sampled = {"temperature": 0.9, "top_p": 0.5, "top_k": 4}
 out["parameters"] = client.messages.create(**{**ask, "extra_body": sampled, "metadata": {"user_id": "u"}}).stop_reason
 

@@ -5,6 +5,7 @@ import sys
 import openai
 
 url = sys.argv[1]
+LETTERS = "abcdefghijklmnopqrstuvwxyz .?{}\":,0123456789"
 client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0)
 out = {}
 messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
@@ -90,6 +91,31 @@ for name, wanted in {"named": {"type": "function", "function": {"name": "w"}}, "
     forced = choice(tools=[weather], tool_choice=wanted, max_tokens=80)
     call = forced.message.tool_calls[0].function
     out["forced_" + name] = [forced.finish_reason, call.name, json.loads(call.arguments)["c"] in "ab"]
+
+forced = dict(tools=[weather], tool_choice="required", max_tokens=80)
+call = choice(**forced).message.tool_calls[0]
+names, arguments, ids, finish = "", "", set(), None
+for chunk in chat(**{**ask, **forced}, stream=True):
+    for one in chunk.choices:
+        finish = one.finish_reason or finish
+        for delta in one.delta.tool_calls or []:
+            names += delta.function.name or ""
+            arguments += delta.function.arguments or ""
+            ids.add(delta.id)
+out["streamed_call"] = [finish, names, arguments == call.function.arguments, len(ids - {None})]
+closing = {str(LETTERS.index("}")): 50}
+anything = choice(response_format={"type": "json_object"}, logit_bias=closing)
+out["json_object"] = [anything.finish_reason, json.loads(anything.message.content)]
+function = {"type": "function", "name": "w", "parameters": weather["function"]["parameters"], "strict": True}
+called = client.responses.create(model="toy", input="hello", tools=[function], tool_choice="required",
+                                 max_output_tokens=80)
+item = called.output[-1]
+out["response_call"] = [called.status, item.type, item.name, json.loads(item.arguments)["c"] in "ab"]
+with client.responses.stream(model="toy", input="hello", tools=[function], tool_choice="required",
+                             max_output_tokens=80) as events:
+    seen = [event.type for event in events]
+    out["response_call_stream"] = [seen[-1], "response.function_call_arguments.delta" in seen,
+                                   seen.count("response.function_call_arguments.done")]
 
 text = client.completions.create(model="toy", prompt=["hello", "there"], max_tokens=5, logprobs=2, echo=True, seed=1)
 out["completions"] = [[one.text[:5], one.finish_reason, len(one.logprobs.tokens)] for one in text.choices]

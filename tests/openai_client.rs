@@ -115,6 +115,10 @@ fn the_openai_client_is_served() {
         assert_eq!(answer["texts"].as_array().unwrap().len(), choices, "{name}");
         assert_eq!(answer["logprobs"], json!(if name == "logprobs" { 24 } else { 0 }), "{name}");
     }
+    assert_eq!(got["streamed_call"], json!(["tool_calls", "w", true, 1]));
+    assert_eq!(got["json_object"], json!(["stop", {}]));
+    assert_eq!(got["response_call"], json!(["completed", "function_call", "w", true]));
+    assert_eq!(got["response_call_stream"], json!(["response.completed", true, 1]));
     assert_eq!(matrix["bias"]["texts"][0], "d".repeat(24));
     assert_eq!(matrix["max_completion_tokens"]["texts"][0].as_str().unwrap().chars().count(), 5);
     let late = |name: &str| matrix[name]["texts"][0].as_str().unwrap();
@@ -152,7 +156,8 @@ fn the_anthropic_client_is_served() {
     assert_eq!((events[0], events[events.len() - 1]), ("message_start", "message_stop"));
     assert_eq!(got["counted"], json!(true));
     assert_eq!(got["stopped"], json!(["stop_sequence", true, true]));
-    for name in ["prefilled", "tools", "parameters"] {
+    assert_eq!(got["forced"], json!(vec![json!(["tool_use", "tool_use", "w", true, true, true]); 2]));
+    for name in ["prefilled", "tools", "parameters", "thinking"] {
         assert_eq!(got[name], json!("max_tokens"), "{name}");
     }
     check_failure(&got["too_hot"], "BadRequestError", 400, "temperature");
