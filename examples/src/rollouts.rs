@@ -315,7 +315,7 @@ pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<
     let lora = LoraConfig {
         rank: config.trainer.lora_rank,
         alpha: config.trainer.lora_alpha,
-        targets: Vec::new(),
+        targets: config.trainer.lora_targets.clone(),
         seed: config.seed,
     };
     let mut model = TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?;

@@ -6,11 +6,12 @@ use crate::advantage::{AdvantageConfig, RewardShaping};
 use crate::data::TeacherConfig;
 use crate::dataset::BrokenLines;
 use crate::loss::LossConfig;
+use crate::loss::kl::KlTerm;
 use crate::optim::{OptimConfig, Schedule};
 use crate::preference::{PreferenceConfig, PreferenceError};
 
 /// One reinforcement-learning run.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainerConfig {
     /// Groups of one step.
@@ -33,6 +34,8 @@ pub struct TrainerConfig {
     pub lora_rank: usize,
     /// Numerator of the adapter's scale.
     pub lora_alpha: f32,
+    /// Which projections it is put on, for example `q_proj`; empty: all linear ones.
+    pub lora_targets: Vec<String>,
     /// Credit.
     pub advantage: AdvantageConfig,
     /// What is taken off rewards before credit is given.
@@ -63,6 +66,7 @@ impl Default for TrainerConfig {
             max_pending_groups: 256,
             lora_rank: 8,
             lora_alpha: 16.0,
+            lora_targets: Vec::new(),
             advantage: AdvantageConfig::grpo(),
             shaping: RewardShaping::default(),
             dynamic_sampling: false,
@@ -98,17 +102,14 @@ pub enum ConfigError {
     /// The optimiser.
     #[error(transparent)]
     Optim(#[from] crate::optim::OptimError),
-    /// A loss that needs a reference policy, which a run with an adapter would have to keep beside the trained one.
-    #[error(
-        "a KL weight of {weight} needs a reference policy: attach one with Trainer::set_reference, or set it to 0"
-    )]
-    Reference {
-        /// The weight.
-        weight: f64,
-    },
 }
 
 impl TrainerConfig {
+    /// The divergence from the policy of version 0 that is a cost of rewards or part of the loss.
+    pub fn divergence(&self) -> Option<KlTerm> {
+        self.shaping.divergence().or_else(|| self.loss.divergence())
+    }
+
     /// Checks ranges.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! A loss is `sum over rows of w_r rho_r token_loss_r + beta v_r kl_r`: [`config::Surrogate`] is the token loss,
 //! [`config::RatioLevel`] and [`config::Anchor`] say what its ratio is, [`config::Normaliser`] gives `w`,
 //! [`config::Correction`] gives `rho` and leaves tokens out, [`kl`] is the divergence. [`presets`] have the names that
-//! papers and other trainers use.
+//! papers and other trainers use; `settings` reads either from a file.
 //!
 //! Two implementations share [`LossConfig`], [`PolicyTargets`] and the row weights of [`plan`]: [`mod@reference`] is plain
 //! f64 with the derivative written out, the specification and the test oracle; [`tensor`] is the one that trains, through
@@ -27,6 +27,7 @@ pub mod kl;
 pub mod plan;
 pub mod presets;
 pub mod reference;
+mod settings;
 pub mod tensor;
 
 use std::ops::Range;

@@ -120,14 +120,6 @@ pub enum RunFault {
     /// A round of the learner is one step.
     #[error("trainer.dynamic_sampling drops groups that a round of the learner counts on: set it to false")]
     DynamicSampling,
-    /// A divergence from a policy that the learner does not keep.
-    #[error(
-        "a KL weight of {weight} in trainer.loss or trainer.shaping needs a reference policy, which the learner does not keep: set it to 0"
-    )]
-    Reference {
-        /// The weight.
-        weight: f64,
-    },
     /// The trainer's settings.
     #[error("trainer: {0}")]
     Trainer(ConfigError),
@@ -197,10 +189,6 @@ impl RunConfig {
         }
         if self.trainer.dynamic_sampling {
             faults.push(RunFault::DynamicSampling);
-        }
-        let in_reward = self.trainer.shaping.kl.filter(|kl| kl.weight > 0.0);
-        if let Some(kl) = in_reward.or_else(|| self.trainer.loss.divergence()) {
-            faults.push(RunFault::Reference { weight: kl.weight });
         }
         // Checked here for the trainer's names of the settings; the dispatcher would name its own.
         faults.extend(self.trainer.faults().into_iter().map(RunFault::Trainer));

@@ -66,7 +66,8 @@ impl From<&echo_rollout::Group> for Group {
 pub struct Trainer<P> {
     pub(crate) config: TrainerConfig,
     pub(crate) policy: P,
-    pub(crate) reference: Option<P>,
+    /// The values at version 0, for a divergence from them.
+    pub(crate) origin: Option<Parameters>,
     pub(crate) masters: Parameters,
     pub(crate) optimiser: AdamW,
     pub(crate) version: PolicyVersion,
@@ -94,10 +95,11 @@ impl<P: Policy> Trainer<P> {
         config.validate().map_err(StepError::model)?;
         let masters = read_parameters(&policy);
         let optimiser = AdamW::new(config.optim, &masters)?;
+        let origin = origin(&config, &policy);
         Ok(Self {
             config,
             policy,
-            reference: None,
+            origin,
             masters,
             optimiser,
             version: PolicyVersion(0),
@@ -106,11 +108,6 @@ impl<P: Policy> Trainer<P> {
             dropped_stale: 0,
             flat_groups: 0,
         })
-    }
-
-    /// Attaches the reference policy that a loss with `beta` above 0 measures the divergence from.
-    pub fn set_reference(&mut self, reference: P) {
-        self.reference = Some(reference);
     }
 
     /// The version of the present weights.
@@ -222,27 +219,11 @@ impl<P: Policy> Trainer<P> {
         self.dropped_stale += (before - after) as u64;
     }
 
-    /// The samples of `batch` with credit and, where something needs it, the reference's log-probabilities.
-    fn samples(&self, batch: &[&Group]) -> Result<Vec<Sample>, StepError> {
+    /// Gives `samples` of `batch` their credit.
+    fn give_credit(&self, batch: &[&Group], samples: &mut [Sample]) -> Result<(), StepError> {
         let rollouts: Vec<(u64, &Rollout)> =
             batch.iter().flat_map(|g| g.rollouts.iter().map(|r| (g.id, r))).collect();
-        let mut samples: Vec<Sample> = rollouts
-            .iter()
-            .map(|(_, r)| Sample {
-                trainable: r.trainable.clone(),
-                ..Sample::new(r.tokens.clone(), r.prompt_tokens, r.logprobs.clone(), 0.0)
-            })
-            .collect();
-        let in_reward = self.config.shaping.kl.filter(|kl| kl.weight > 0.0);
-        let kl = in_reward.or_else(|| self.config.loss.divergence());
-        if let Some(kl) = kl {
-            let missing = || crate::config::ConfigError::Reference { weight: kl.weight };
-            let reference = self.reference.as_ref().ok_or_else(|| StepError::model(missing()))?;
-            let logprobs = completion_logprobs(reference, &samples, self.config.micro_batch_tokens)?;
-            for (sample, logprobs) in samples.iter_mut().zip(logprobs) {
-                sample.reference_logprobs = Some(logprobs);
-            }
-        }
+        let in_reward = self.config.shaping.divergence();
         let cost = |sample: &Sample| -> Vec<f64> {
             let (Some(kl), Some(reference)) = (in_reward, &sample.reference_logprobs) else {
                 return Vec::new();
@@ -265,7 +246,7 @@ impl<P: Policy> Trainer<P> {
         for (sample, credit) in samples.iter_mut().zip(credit) {
             sample.advantages = credit;
         }
-        Ok(samples)
+        Ok(())
     }
 
     /// Consumes the groups with the smallest numbers and makes the next version. When all of them are degenerate
@@ -283,7 +264,17 @@ impl<P: Policy> Trainer<P> {
         let degenerate =
             |g: &&&Group| is_degenerate(&g.rollouts.iter().map(|r| self.shaped(r)).collect::<Vec<_>>());
         let degenerate_groups = batch.iter().filter(degenerate).count();
-        let samples = self.samples(&batch)?;
+        let mut samples = samples(&batch);
+        if let Some(origin) = &self.origin {
+            // The same model with the values that it began with: a second one would need its memory again.
+            self.policy.assign(origin)?;
+            let logprobs = completion_logprobs(&self.policy, &samples, self.config.micro_batch_tokens);
+            self.policy.assign(&self.masters)?;
+            for (sample, logprobs) in samples.iter_mut().zip(logprobs?) {
+                sample.reference_logprobs = Some(logprobs);
+            }
+        }
+        self.give_credit(&batch, &mut samples)?;
         let (mut gradients, loss) =
             policy_gradients(&self.policy, &samples, &self.config.loss, self.config.micro_batch_tokens)?;
         let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
@@ -315,11 +306,26 @@ impl<P: Policy> Trainer<P> {
     }
 }
 
+/// The values that `policy` begins with, where a divergence from them counts.
+pub(crate) fn origin(config: &TrainerConfig, policy: &impl Policy) -> Option<Parameters> {
+    config.divergence().map(|_| read_parameters(policy))
+}
+
+/// What `batch` says, without credit.
+fn samples(batch: &[&Group]) -> Vec<Sample> {
+    let sample = |r: &Rollout| Sample {
+        trainable: r.trainable.clone(),
+        ..Sample::new(r.tokens.clone(), r.prompt_tokens, r.logprobs.clone(), 0.0)
+    };
+    batch.iter().flat_map(|group| &group.rollouts).map(sample).collect()
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::advantage::RewardShaping;
     use crate::data::LineDraws;
+    use crate::loss::kl::{KlEstimator, KlGradient, KlTerm};
     use crate::optim::OptimConfig;
     use crate::policy::values;
     use crate::step::tests::Bigram;
@@ -428,32 +434,35 @@ pub(crate) mod tests {
         assert_eq!(trainer.shaped(&rollout), rollout.reward - 0.5);
     }
 
-    #[test]
-    fn a_divergence_without_a_reference_is_refused_and_with_one_it_is_a_cost() {
-        let kl = crate::loss::kl::KlTerm {
-            estimator: crate::loss::kl::KlEstimator::K1,
-            ..crate::loss::kl::KlTerm::trl(0.5)
+    /// The mean reward of the last ten of 60 steps with this divergence, and how far log-probabilities are from where they began.
+    fn learnt(in_reward: Option<KlTerm>, in_loss: Option<KlTerm>) -> (f64, f64) {
+        let mut settings = config();
+        settings.shaping.kl = in_reward;
+        settings.loss.kl = in_loss;
+        let mut trainer = Trainer::new(Bigram::new(4), settings).unwrap();
+        let logprobs = |policy: &Bigram| {
+            let all = [0, 0, 0, 1, 0, 2, 0, 3, 1, 0, 1, 1, 1, 2, 1, 3];
+            let ends: Vec<u32> = (0..=8).map(|i| 2 * i).collect();
+            values(policy.token_logprobs(&all, &ends).unwrap().into_data())
         };
-        let shaping = RewardShaping { overlong: None, kl: Some(kl) };
-        let config_plain = config();
-        let config = TrainerConfig { shaping, ..config_plain };
-        let mut trainer = Trainer::new(Bigram::new(4), config).unwrap();
-        for id in 0..2 {
-            trainer.add_group(group(&trainer.policy().clone(), id, PolicyVersion(0))).unwrap();
+        let began = logprobs(trainer.policy());
+        let rewards: Vec<f64> = (0..60).map(|_| round(&mut trainer).reward_mean).collect();
+        let reward = rewards[50..].iter().sum::<f64>() / 10.0;
+        let far = logprobs(trainer.policy()).into_iter().zip(&began).map(|(l, p)| f64::from((l - p).abs()));
+        (reward, far.sum())
+    }
+
+    #[test]
+    fn a_divergence_pulls_towards_the_policy_that_the_run_began_with() {
+        let term = |weight| KlTerm { gradient: KlGradient::K2, ..KlTerm::trl(weight) };
+        let cost = |weight| KlTerm { estimator: KlEstimator::K1, ..KlTerm::trl(weight) };
+        let (reward, far) = learnt(None, None);
+        assert!(reward > 0.9, "it learns when nothing holds it: {reward}");
+        assert_eq!((reward, far), learnt(Some(cost(0.0)), Some(term(0.0))), "no weight, no pull");
+        for (in_reward, in_loss) in [(Some(cost(5.0)), None), (None, Some(term(5.0)))] {
+            let (held_reward, held) = learnt(in_reward, in_loss);
+            assert!(held < far / 2.0 && held_reward < reward, "{held} of {far}, {held_reward} of {reward}");
         }
-        assert!(trainer.train_step().unwrap_err().to_string().contains("reference"));
-        let mut other = Bigram::new(4);
-        let mut shifted = read_parameters(&other);
-        shifted[0].values.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 3) as f32);
-        other.assign(&shifted).unwrap();
-        let mut plain = Trainer::new(Bigram::new(4), config_plain).unwrap();
-        for id in 0..2 {
-            plain.add_group(group(&plain.policy().clone(), id, PolicyVersion(0))).unwrap();
-        }
-        trainer.set_reference(other);
-        let (with, without) = (trainer.train_step().unwrap(), plain.train_step().unwrap());
-        assert_eq!(with.reward_mean, without.reward_mean);
-        assert_ne!(with.grad_norm, without.grad_norm);
     }
 
     #[test]

@@ -33,12 +33,17 @@ impl OverlongPenalty {
 pub struct RewardShaping {
     /// Takes from answers that are too long.
     pub overlong: Option<OverlongPenalty>,
-    /// Takes the divergence from the reference policy, token by token, as it was at sampling (verl's
-    /// `use_kl_in_reward`; usual estimator: `k1`). Needs a reference policy.
+    /// Takes the divergence from the policy that the run began with, token by token, as it was at sampling (verl's
+    /// `use_kl_in_reward`; usual estimator: `k1`).
     pub kl: Option<KlTerm>,
 }
 
 impl RewardShaping {
+    /// The divergence, unless its weight is 0.
+    pub fn divergence(&self) -> Option<KlTerm> {
+        self.kl.filter(|term| term.weight > 0.0)
+    }
+
     /// Checks ranges.
     ///
     /// # Errors

@@ -112,7 +112,7 @@ impl Learner {
             dispatcher.handle(now_ms, command);
         }
         let trainer = match &disk.checkpoint {
-            None => Trainer::new(Bigram::new(4), trainer).unwrap(),
+            None => Trainer::new(Bigram::new(4), run.trainer.clone()).unwrap(),
             Some((manifest, payload)) => {
                 let manifest = serde_json::from_slice(manifest).unwrap();
                 let checkpoint = TrainerCheckpoint::decode(manifest, payload.clone()).unwrap();

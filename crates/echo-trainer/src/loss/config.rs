@@ -1,12 +1,13 @@
 //! The parts of a policy loss as settings: surrogate, ratio, normaliser, correction, divergence.
 //!
 //! Every choice on which public trainers differ is a field here with its source; [`super::presets`] fills them in as
-//! TRL or verl do.
+//! TRL or verl do, `loss/settings.rs` reads them from files.
 
 use serde::{Deserialize, Serialize};
 
 use super::LossError;
 use super::kl::KlTerm;
+use super::settings::LossSettings;
 
 /// The token loss, before weights. `r` is the importance ratio, `A` the advantage, `l` the current log-probability, `sg`
 /// a value without gradient.
@@ -282,36 +283,27 @@ impl Correction {
     }
 }
 
-/// Everything that a policy loss depends on besides the batch.
+/// Everything that a policy loss depends on besides the batch. A file may begin with `preset = "dapo"` and change parts of it,
+/// see [`LossConfig::preset`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "LossSettings")]
 pub struct LossConfig {
     /// The token loss.
     pub surrogate: Surrogate,
     /// What the sum is divided by.
     pub normaliser: Normaliser,
     /// Whether sequences without a trainable token count where sequences are counted (TRL: yes; verl: no).
-    #[serde(default = "yes")]
     pub count_empty: bool,
     /// Where the ratio is taken.
-    #[serde(default)]
     pub level: RatioLevel,
     /// What the ratio is against.
-    #[serde(default)]
     pub anchor: Anchor,
     /// Bounds on the log ratio.
-    #[serde(default)]
     pub log_ratio: LogRatioLimits,
     /// What is done about samples of other policies.
-    #[serde(default)]
     pub correction: Correction,
     /// The divergence term; `None` needs no reference policy.
-    #[serde(default)]
     pub kl: Option<KlTerm>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 impl LossConfig {

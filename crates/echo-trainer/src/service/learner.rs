@@ -564,9 +564,9 @@ fn open_trainer<P: Update>(
 ) -> Result<Trainer<P>, LearnerError> {
     checkpoint_dir::create(dir)?;
     let Some(checkpoint) = checkpoint_dir::load(dir)? else {
-        return Ok(Trainer::new(policy, config.trainer)?);
+        return Ok(Trainer::new(policy, config.trainer.clone())?);
     };
-    let mut saved = checkpoint.manifest.config;
+    let mut saved = checkpoint.manifest.config.clone();
     saved.steps = config.trainer.steps;
     if saved != config.trainer {
         return Err(LearnerError::OtherSettings { path: dir.to_owned() });

@@ -71,7 +71,7 @@ impl<P: Update> Solo<P> {
     /// # Errors
     /// A setting that is out of range.
     pub fn new(config: &RunConfig, policy: P, player: Player) -> Result<Self, SoloError> {
-        let trainer = Trainer::new(policy, config.trainer)?;
+        let trainer = Trainer::new(policy, config.trainer.clone())?;
         Ok(Self {
             lag: config.trainer.max_staleness,
             dispatch: config.dispatch(0),
