@@ -1,8 +1,9 @@
-//! What the example binaries share: starting, logging, reports; and the commands of `parallax`.
+//! What the example binaries share: starting, logging, reports, the network; and the commands of `parallax`.
 
 pub mod demo;
 pub mod gateway;
 pub mod machine;
+pub mod network;
 pub mod parallax;
 pub mod program;
 pub mod rollouts;

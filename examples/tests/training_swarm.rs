@@ -56,9 +56,14 @@ impl Program {
 
 /// A learner with these settings.
 fn learner(dir: &Path, run: &str, trainer: &str) -> Program {
+    learner_at(dir, "", run, trainer)
+}
+
+/// A learner with these settings and a place in the network.
+fn learner_at(dir: &Path, node: &str, run: &str, trainer: &str) -> Program {
     let config = dir.join("run.toml");
     let settings = format!(
-        "dir = \"{0}/run\"\nthreads = 1\n[node]\nidentity = \"{0}/learner.key\"\nnetwork = \"training-swarm-test\"\n\
+        "dir = \"{0}/run\"\nthreads = 1\n[node]\nidentity = \"{0}/learner.key\"\nnetwork = \"training-swarm-test\"\n{node}\n\
          [run]\nseed = 7\nworkers = 2\n{run}\n[run.trainer]\n{trainer}\n",
         dir.display()
     );
@@ -98,6 +103,47 @@ fn run(dir: &Path, run: &str, trainer: &str, options: &[&str]) -> Vec<Value> {
     assert!(fleet.process.succeeds(), "{last}");
     assert_eq!(last["ended"], serde_json::json!(["the run is finished", "the run is finished"]));
     lines
+}
+
+#[test]
+fn a_private_swarm_takes_workers_with_its_key_and_tells_the_others_why_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = |name: &str| {
+        let path = dir.path().join(name);
+        lattica_net::create_swarm_key(&path).unwrap();
+        path.display().to_string()
+    };
+    let (ours, another) = (key("swarm.key"), key("another.key"));
+    // A relay, and a loss by name that holds the policy near the model on two projections.
+    let node = format!("swarm_key = \"{ours}\"\nrelay = true");
+    let trainer = "steps = 2\ngroups_per_step = 3\ngroup_size = 4\nlora_targets = [\"q_proj\", \"v_proj\"]\n\
+                   [run.trainer.loss]\npreset = \"dapo\"\nsurrogate = { high = 0.3 }\nkl = { weight = 0.1 }";
+    let mut learner = learner_at(dir.path(), &node, "eval_tasks = 4", trainer);
+    let ready = learner.next().expect("the learner gets ready");
+    let address = ready["addrs"][0].as_str().unwrap();
+    let refused = |options: &[&str]| {
+        let args = ["--trainer", address, "--network", "training-swarm-test", "--patience-s", "5"];
+        let binary = env!("CARGO_BIN_EXE_rollout-fleet");
+        let output = Command::new(binary).args([&args[..], options].concat()).output().unwrap();
+        assert!(!output.status.success(), "{options:?} got in");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let stranger = refused(&[]);
+    assert!(stranger.contains("private swarm") && stranger.contains("--swarm-key"), "{stranger}");
+    let other = refused(&["--swarm-key", &another]);
+    assert!(other.contains("its swarm key or network name is not ours"), "{other}");
+
+    let mut fleet = fleet(dir.path(), &ready, &["--swarm-key", &ours, "--via", address]);
+    let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
+    let last = std::iter::from_fn(|| fleet.next()).last().unwrap();
+    assert!(learner.process.succeeds() && fleet.process.succeeds(), "{lines:?} {last}");
+    assert_eq!(lines.last().unwrap()["trajectories"]["consumed"], 2 * 3 * 4, "{lines:?}");
+    let adapter = std::fs::read(dir.path().join("run/adapter.safetensors")).unwrap();
+    let names = String::from_utf8_lossy(&adapter).into_owned();
+    assert!(
+        names.contains("q_proj") && names.contains("v_proj") && !names.contains("o_proj"),
+        "only its targets"
+    );
 }
 
 /// When a learner is killed.

@@ -1,15 +1,14 @@
 //! Rollout workers for a trainer: they sample what it leases, with the policies that it publishes.
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use echo_rollout::service::{InFlight, Stopper, Worker, WorkerStats};
 use lattica_net::{Identity, Node, NodeConfig};
-use parallax_model::Checkpoint;
+use parallax_model::{Checkpoint, WeightDtype};
 use serde::{Deserialize, Serialize};
+use swarm_examples::network::{EVERYWHERE, NetworkArgs};
 use swarm_examples::program;
 use swarm_examples::rollouts::{WorkerOptions, start_worker};
 
@@ -18,6 +17,10 @@ use swarm_examples::rollouts::{WorkerOptions, start_worker};
 /// With --json: one line per change, `{"workers":[STATS,…]}`, where STATS is `{"peer":…,"version":…,"sampled":…,
 /// "accepted":…,"refused":…,"failed":…,"tokens":…,"reward_sum":…}`; the last line has `"ended":[REASON,…]` as well.
 #[derive(Debug, Clone, Parser, Deserialize)]
+#[command(
+    after_help = "Examples:\n  rollout-fleet --trainer /ip4/192.0.2.1/udp/4001/quic-v1/p2p/12D3KooW... --workers 2\n  behind a NAT, in a private \
+                  swarm whose trainer has relay = true:\n  rollout-fleet --trainer ADDRESS --via ADDRESS --swarm-key swarm.key"
+)]
 #[serde(default, deny_unknown_fields)]
 struct Args {
     /// A TOML file with these options (dashes become underscores) instead of flags
@@ -46,9 +49,12 @@ struct Args {
     /// The network's name, as the trainer has it
     #[arg(long, default_value = "default")]
     network: String,
-    /// Address to listen on, for auditors' challenges and other workers
-    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
-    listen: IpAddr,
+    #[command(flatten)]
+    #[serde(flatten)]
+    place: NetworkArgs,
+    /// Look for other workers on the local network, to pass policies on to them
+    #[arg(long)]
+    mdns: bool,
     /// Directory of the workers' keys, so that they are the same peers after a restart [default: new keys]
     #[arg(long)]
     keys: Option<PathBuf>,
@@ -121,18 +127,61 @@ fn main() -> ExitCode {
         if let Some(path) = &args.config {
             args = program::settings(path)?;
         }
-        anyhow::ensure!(!args.trainer.is_empty(), "no trainer named; give --trainer ADDR/p2p/PEER_ID");
-        anyhow::ensure!(args.workers > 0, "--workers must be at least 1");
-        tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(fleet(&args))
+        let settled = settle(&args).map_err(|faults| anyhow::anyhow!(faults.join("\n")))?;
+        tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(fleet(&args, &settled))
     })
 }
 
-async fn fleet(args: &Args) -> anyhow::Result<()> {
+/// What the words in the options mean.
+struct Settled {
+    node: NodeConfig,
+    dtype: WeightDtype,
+}
+
+/// Checks all options.
+///
+/// # Errors
+/// Everything that is wrong, one sentence each.
+fn settle(args: &Args) -> Result<Settled, Vec<String>> {
+    let mut faults = Vec::new();
+    if args.trainer.is_empty() {
+        faults.push("no trainer named; give --trainer ADDR/p2p/PEER_ID".to_owned());
+    }
+    for (name, value) in [
+        ("--workers", args.workers),
+        ("--leases", args.leases as usize),
+        ("--cache-tokens", args.cache_tokens),
+    ] {
+        if value == 0 {
+            faults.push(format!("{name} must be at least 1"));
+        }
+    }
+    if args.workers > 1 {
+        let fixed = args.place.fixed_ports();
+        faults.extend(fixed.map(|address| {
+            format!(
+                "--listen {address}: {} workers cannot share a port; give port 0, or --workers 1",
+                args.workers
+            )
+        }));
+    }
+    let dtype = args.dtype.parse::<WeightDtype>();
+    let dtype = dtype.map_err(|reason| faults.push(format!("--dtype {}: {reason}", args.dtype)));
+    let node = args.place.config(&args.network, EVERYWHERE).map_err(|found| faults.extend(found));
+    match (dtype, node) {
+        (Ok(dtype), Ok(node)) if faults.is_empty() => {
+            Ok(Settled { node: NodeConfig { mdns: args.mdns, ..node }, dtype })
+        }
+        _ => Err(faults),
+    }
+}
+
+async fn fleet(args: &Args, settled: &Settled) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let (mut running, mut stats, mut peers) = (tokio::task::JoinSet::new(), Vec::new(), Vec::new());
     let (mut nodes, mut stoppers) = (Vec::new(), Vec::new());
     for index in 0..args.workers {
-        let (node, worker) = worker(args, &checkpoint, index).await?;
+        let (node, worker) = worker(args, settled, &checkpoint, index).await?;
         peers.push(node.peer_id().to_string());
         nodes.push(node);
         stats.push(worker.stats());
@@ -194,25 +243,75 @@ async fn until(time: Option<tokio::time::Instant>) {
     }
 }
 
-async fn worker(args: &Args, checkpoint: &Checkpoint, index: usize) -> anyhow::Result<(Node, Worker)> {
+async fn worker(
+    args: &Args,
+    settled: &Settled,
+    checkpoint: &Checkpoint,
+    index: usize,
+) -> anyhow::Result<(Node, Worker)> {
     let identity = match &args.keys {
         Some(dir) => Identity::load_or_create(&dir.join(format!("worker-{index}.key")))?,
         None => Identity::generate(),
     };
-    let node = Node::start(identity, NodeConfig::loopback(&args.listen.to_string(), &args.network)).await?;
+    let node = Node::start(identity, settled.node.clone()).await?;
     let options = WorkerOptions {
         trainer: args.trainer.clone(),
         patience: std::time::Duration::from_secs(args.patience_s),
         environment: args.env.clone(),
         environment_program: args.env_program.clone(),
-        dtype: args
-            .dtype
-            .parse()
-            .map_err(anyhow::Error::msg)
-            .with_context(|| format!("--dtype {}", args.dtype))?,
+        dtype: settled.dtype,
         leases: args.leases,
         cache_tokens: args.cache_tokens,
         in_flight: args.in_flight.into(),
     };
     Ok((node.clone(), start_worker(node, checkpoint, &options).await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_says_what_flags_say_and_unknown_settings_are_named() {
+        let flags = [
+            "rollout-fleet",
+            "--trainer",
+            "T",
+            "--bootstrap",
+            "B",
+            "--bootstrap",
+            "C",
+            "--listen",
+            "L",
+            "--mdns",
+        ];
+        let flags = Args::parse_from(flags);
+        let file: Args =
+            toml::from_str("trainer = \"T\"\nbootstrap = [\"B\", \"C\"]\nlisten = [\"L\"]\nmdns = true\n")
+                .unwrap();
+        assert_eq!((&file.trainer, &file.place, file.mdns), (&flags.trainer, &flags.place, flags.mdns));
+        assert_eq!(file.place.bootstrap, ["B", "C"]);
+        let unknown = toml::from_str::<Args>("swarmkey = \"k\"").unwrap_err().to_string();
+        assert!(unknown.contains("swarmkey"), "{unknown}");
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said_at_once() {
+        let args = [
+            "rollout-fleet",
+            "--workers",
+            "2",
+            "--listen",
+            "/ip4/0.0.0.0/tcp/4001",
+            "--dtype",
+            "f99",
+            "--via",
+            "x",
+        ];
+        let faults = settle(&Args::parse_from(args)).err().unwrap();
+        for (fault, named) in faults.iter().zip(["--trainer", "cannot share a port", "f99", "via x"]) {
+            assert!(fault.contains(named), "{named}: {fault}");
+        }
+        assert_eq!(faults.len(), 4, "{faults:?}");
+    }
 }

@@ -30,7 +30,7 @@ pub enum Role {
     /// Recomputes challenged rollouts.
     Auditor(AuditorArgs),
     /// Head of the chat pipeline.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// A stage of the chat pipeline.
     Join(JoinArgs),
 }
@@ -83,7 +83,7 @@ impl Role {
             Self::Learner(args) => runtime.block_on(learner::run(args)),
             Self::Worker(args) => runtime.block_on(worker::run(args)),
             Self::Auditor(args) => runtime.block_on(auditor::run(args)),
-            Self::Serve(args) => serve::run(args),
+            Self::Serve(args) => serve::run(*args),
             Self::Join(args) => join::run(args),
         }
     }

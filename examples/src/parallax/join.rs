@@ -11,7 +11,8 @@ use crate::program;
 
 /// Take part in a swarm: get some layers of its model, load only those, and compute them for everybody.
 ///
-/// Weights come from the other machines, every block checked, unless --model names a local copy.
+/// Weights come from the other machines, every block checked, unless --model names a local copy. Without --bootstrap the
+/// machines of the local network find each other.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  parallax join --swarm home --bootstrap /ip4/192.168.1.2/tcp/4001/p2p/12D3KooW..."
@@ -46,7 +47,7 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
     let (node, blocks) = args.node.start().await?;
     let options = JoinOptions {
         swarm: args.node.swarm.clone(),
-        bootstrap: args.node.bootstrap.clone(),
+        bootstrap: args.node.network.bootstrap.clone(),
         memory_bytes: args.node.memory_bytes()?,
         device: args.device,
         pinned: args.node.layers,

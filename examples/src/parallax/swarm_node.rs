@@ -4,12 +4,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use clap::Args;
 use lattica_bitswap::{Blocks, FsStore, StoreError};
-use lattica_net::{Access, Identity, Liveness, Node, NodeConfig, load_swarm_key};
+use lattica_net::{Identity, Liveness, Node, NodeConfig};
 use swarm_wire::LayerRange;
 
+use crate::network::{EVERYWHERE, NetworkArgs};
+
+/// Name of the network that all swarms share; each looks for its own head in it.
+const NETWORK: &str = "default";
 /// Processes of one machine that share a cache directory; each has a block store of its own in it.
 const MAX_STORES: usize = 64;
 
@@ -19,19 +23,12 @@ pub struct SwarmNodeArgs {
     /// Name of the swarm: everybody who gives the same one works together
     #[arg(long)]
     pub swarm: String,
-    /// Address of a peer that is in the network already, with its /p2p/ part; repeat for more. Without one, peers on the
-    /// local network are found by mDNS
-    #[arg(long, value_name = "MULTIADDR")]
-    pub bootstrap: Vec<String>,
-    /// Where to listen [default: QUIC and TCP on all interfaces, free ports]
-    #[arg(long, value_name = "MULTIADDR")]
-    pub listen: Vec<String>,
+    /// Without a bootstrap peer, peers on the local network are found by mDNS.
+    #[command(flatten)]
+    pub network: NetworkArgs,
     /// Key file: keeps the peer id over restarts [default: a new id each time]
     #[arg(long, value_name = "FILE")]
     pub identity: Option<PathBuf>,
-    /// Key of a private swarm (made by `lattica-node swarm-key FILE`): only peers that have it too are talked to
-    #[arg(long, value_name = "FILE")]
-    pub swarm_key: Option<PathBuf>,
     /// Where weights from peers are kept [default: the user's cache directory]
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
@@ -60,22 +57,15 @@ impl SwarmNodeArgs {
             Some(path) => Identity::load_or_create(path)?,
             None => Identity::generate(),
         };
-        let everywhere = || ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"].map(str::to_owned).to_vec();
         let config = NodeConfig {
-            listen: if self.listen.is_empty() { everywhere() } else { self.listen.clone() },
-            bootstrap: self.bootstrap.clone(),
-            mdns: self.bootstrap.is_empty(),
-            access: Access {
-                key: self.swarm_key.as_deref().map(load_swarm_key).transpose()?,
-                ..Access::default()
-            },
+            mdns: self.network.bootstrap.is_empty(),
             // A dead stage has to be known within two seconds.
             liveness: Liveness {
                 quic_idle: Duration::from_millis(1200),
                 quic_keep_alive: Duration::from_millis(200),
                 ..Liveness::default()
             },
-            ..NodeConfig::default()
+            ..self.network.config(NETWORK, EVERYWHERE).map_err(|faults| anyhow!(faults.join("\n")))?
         };
         let node = Node::start(identity, config).await?;
         let blocks = Blocks::start(node.clone(), Arc::new(self.store()?));

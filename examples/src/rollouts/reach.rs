@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lattica_net::{DialError, Node};
+use lattica_net::{CallError, DialError, Node};
 use swarm_wire::PeerId;
 
-use crate::program;
+use crate::{network, program};
 
 /// Pause after the first vain try; it doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -20,20 +20,22 @@ fn pause_after(failed: u32, elapsed: Duration, patience: Duration) -> Option<Dur
     Some((FIRST_PAUSE * 2u32.pow(doublings)).min(LONGEST_PAUSE).min(left))
 }
 
-/// Whether the same try can end better later.
-fn may_pass(error: &DialError) -> bool {
-    matches!(error, DialError::Unreachable { .. } | DialError::Timeout { .. })
+/// Whether the same try can end better later: nobody there, or a member of our swarm that went away just now.
+fn may_pass(error: &anyhow::Error) -> bool {
+    let silent = |dial: &DialError| matches!(dial, DialError::Unreachable { .. } | DialError::Timeout { .. });
+    error.downcast_ref().is_some_and(silent) || error.is::<CallError>()
 }
 
 /// Dials the trainer at `address`, again and again for `patience`, and says so.
 ///
 /// # Errors
-/// Nobody answers there in that time; at once: an address that is none, another peer or another swarm at it.
+/// Nobody answers there in that time; at once: an address that is none, another peer or another swarm at it, a private
+/// swarm without its key.
 pub(super) async fn reach(node: &Node, address: &str, patience: Duration) -> anyhow::Result<PeerId> {
     let began = Instant::now();
     let mut failed = 0;
     loop {
-        let error = match node.dial(address).await {
+        let error = match network::contact(node, address).await {
             Ok(peer) => return Ok(peer),
             Err(error) => error,
         };
@@ -99,6 +101,7 @@ mod tests {
     fn what_no_waiting_mends_is_said_at_once() {
         let address = DialError::Address { address: "x".to_owned(), reason: "no".to_owned() };
         let silent = DialError::Unreachable { target: "x".to_owned(), reason: "refused".to_owned() };
-        assert!(!may_pass(&address) && may_pass(&silent));
+        assert!(!may_pass(&address.into()) && may_pass(&silent.into()));
+        assert!(!may_pass(&anyhow::anyhow!("it hangs up")), "a private swarm stays one");
     }
 }

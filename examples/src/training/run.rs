@@ -1,5 +1,6 @@
 //! `training-swarm --config`: the learner of a swarm over many machines. Workers join it with `rollout-fleet`.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::demo::report::{Prices, Report};
+use crate::network::{NetworkArgs, THIS_MACHINE};
 use crate::program;
 use crate::rollouts::{environment, environment_name, memory_blocks, start_learner};
 
@@ -49,14 +51,17 @@ struct Settings {
 struct NodeSettings {
     /// Key file; made when it does not exist. Workers know the learner by this key.
     identity: PathBuf,
-    /// Where to listen.
-    listen: Vec<String>,
-    /// Addresses under which it can be reached from outside.
-    external: Vec<String>,
-    /// Nodes to join through.
-    bootstrap: Vec<String>,
     /// Name of the network.
     network: String,
+    /// Where it listens (else on this machine only), whom it joins through, the swarm's key.
+    #[serde(flatten)]
+    place: NetworkArgs,
+    /// Carry connections of workers that cannot reach each other.
+    relay: bool,
+    /// Look for workers on the local network.
+    mdns: bool,
+    /// Remember peers here, and find back through them when no bootstrap peer is left.
+    peers_file: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -76,11 +81,36 @@ impl Default for NodeSettings {
     fn default() -> Self {
         Self {
             identity: PathBuf::from("training-swarm.key"),
-            listen: ["/ip4/127.0.0.1/udp/0/quic-v1", "/ip4/127.0.0.1/tcp/0"].map(str::to_owned).to_vec(),
-            external: Vec::new(),
-            bootstrap: Vec::new(),
             network: "default".to_owned(),
+            place: NetworkArgs::default(),
+            relay: false,
+            mdns: false,
+            peers_file: None,
         }
+    }
+}
+
+impl NodeSettings {
+    /// What the node is started with.
+    ///
+    /// # Errors
+    /// Everything that is wrong, one sentence each.
+    fn config(&self) -> Result<NodeConfig, Vec<String>> {
+        let place = self.place.config(&self.network, THIS_MACHINE)?;
+        let peers_file = self.peers_file.clone();
+        Ok(NodeConfig { relay_server: self.relay, mdns: self.mdns, peers_file, ..place })
+    }
+
+    /// What workers in this network are told with the learner's `address`.
+    fn worker_words<'a>(&'a self, address: &'a str) -> Vec<Cow<'a, str>> {
+        let mut words = ["--network", &self.network, "--trainer", address].map(Cow::from).to_vec();
+        if self.relay {
+            words.extend(["--via", address].map(Cow::from));
+        }
+        if let Some(key) = &self.place.swarm_key {
+            words.extend(["--swarm-key".into(), key.to_string_lossy()]);
+        }
+        words
     }
 }
 
@@ -94,30 +124,34 @@ const GOODBYE: Duration = Duration::from_secs(5);
 pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let path = args.config.as_ref().context("no run named; give --config FILE, or a command (see --help)")?;
     let settings: Settings = program::settings(path)?;
-    if let Err(faults) = settings.run.validate() {
-        bail!("settings in {}:\n{faults}", path.display());
+    let node = settings.node.config();
+    let run = settings.run.validate().err().into_iter().flat_map(|faults| faults.0);
+    let mut faults: Vec<String> = run.map(|fault| fault.to_string()).collect();
+    faults.extend(node.as_ref().err().into_iter().flatten().map(|fault| format!("node: {fault}")));
+    match node {
+        Ok(node) if faults.is_empty() => {
+            tokio::runtime::Runtime::new()?.block_on(serve(settings, node, args.json))
+        }
+        _ => bail!("settings in {}:\n{}", path.display(), faults.join("\n")),
     }
-    tokio::runtime::Runtime::new()?.block_on(serve(settings, args.json))
 }
 
-async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
+async fn serve(settings: Settings, config: NodeConfig, json: bool) -> anyhow::Result<()> {
     let Settings { model, dir, threads, node, prices, run } = settings;
     if threads > 0 {
         parallax_kernels::pool::set_threads(threads);
     }
-    let config = NodeConfig {
-        listen: node.listen,
-        external: node.external,
-        bootstrap: node.bootstrap,
-        network: node.network.clone(),
-        ..NodeConfig::default()
-    };
     let mut report = Report::new(&model, &run.environment, run.workers).priced(prices);
     let started = std::time::Instant::now();
     let learner = Node::start(Identity::load_or_create(&node.identity)?, config).await?;
     learn(learner, &model, run.clone(), &dir, |event| {
-        for address in event["addrs"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-            program::say(&format!("workers: {}", join_command(&model, &node.network, address, &run)));
+        let listening = event["addrs"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let mut addresses: Vec<String> = listening.map(str::to_owned).collect();
+        if let (false, Some(peer)) = (addresses.is_empty(), event["peer"].as_str()) {
+            addresses.extend(node.place.external.iter().map(|address| format!("{address}/p2p/{peer}")));
+        }
+        for address in &addresses {
+            program::say(&format!("workers: {}", join_command(&model, &node, address, &run)));
         }
         if let Some(news) = report.take(event) {
             program::say(&news);
@@ -132,15 +166,16 @@ async fn serve(settings: Settings, json: bool) -> anyhow::Result<()> {
 }
 
 /// What starts workers of `run`. The environment comes last: a program takes all words that follow.
-fn join_command(model: &str, network: &str, address: &str, run: &RunConfig) -> String {
-    let mut words = vec!["rollout-fleet", "--model", model, "--network", network, "--trainer", address];
+fn join_command(model: &str, node: &NodeSettings, address: &str, run: &RunConfig) -> String {
+    let mut words: Vec<Cow<'_, str>> = ["rollout-fleet", "--model", model].map(Cow::from).to_vec();
+    words.extend(node.worker_words(address));
     if run.environment_program.is_empty() {
-        words.extend(["--env", &run.environment]);
+        words.extend(["--env", &run.environment].map(Cow::from));
     } else {
-        words.push("--env-program");
-        words.extend(run.environment_program.iter().map(String::as_str));
+        words.push("--env-program".into());
+        words.extend(run.environment_program.iter().map(Cow::from));
     }
-    words.into_iter().map(quoted).collect::<Vec<_>>().join(" ")
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
 }
 
 /// A word as a shell takes it.
@@ -192,14 +227,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_example_settings_are_the_defaults_and_unknown_ones_are_named() {
+        let example = include_str!("../../configs/training-swarm.toml");
+        let settings: Settings = toml::from_str(example).unwrap();
+        assert_eq!(settings.run, RunConfig::default());
+        let (given, default) = (settings.node.config().unwrap(), NodeSettings::default().config().unwrap());
+        assert_eq!(format!("{given:?}"), format!("{default:?}"));
+        let unknown = toml::from_str::<Settings>("[node]\nswarmkey = \"k\"\n").unwrap_err();
+        assert!(unknown.to_string().contains("swarmkey"), "{unknown}");
+    }
+
+    #[test]
     fn workers_are_told_what_the_learner_trains_on() {
         let mut run = RunConfig { environment: "holdem:station".to_owned(), ..RunConfig::default() };
-        let command =
-            |run: &RunConfig| join_command("a model", "default", "/ip4/127.0.0.1/tcp/1/p2p/12D3", run);
+        let mut node = NodeSettings::default();
+        let address = "/ip4/127.0.0.1/tcp/1/p2p/12D3";
+        let command = |run: &RunConfig| join_command("a model", &NodeSettings::default(), address, run);
         let start =
             "rollout-fleet --model 'a model' --network default --trainer /ip4/127.0.0.1/tcp/1/p2p/12D3";
         assert_eq!(command(&run), format!("{start} --env holdem:station"));
         run.environment_program = ["python3", "game.py", "--say", "it's"].map(str::to_owned).to_vec();
         assert_eq!(command(&run), format!(r"{start} --env-program python3 game.py --say 'it'\''s'"));
+        node.relay = true;
+        node.place.swarm_key = Some("swarm.key".into());
+        let private = join_command("tiny", &node, address, &run);
+        assert!(
+            private.contains(&format!("--via {address} --swarm-key swarm.key --env-program")),
+            "{private}"
+        );
     }
 }
