@@ -86,7 +86,12 @@ async fn lease(inner: Arc<Inner>, worker: PeerId, body: Bytes) -> Result<Bytes, 
     let m: proto::LeaseRequest = message("lease request", &body).map_err(Status::invalid_argument)?;
     let until = tokio::time::Instant::now() + inner.config.long_poll;
     let mut changed = inner.changed.subscribe();
+    let mut waited = false;
     loop {
+        // It left while it asked, and only a later question means that it is back.
+        if std::mem::replace(&mut waited, true) && inner.state().dispatcher.is_gone(&worker) {
+            return Ok(encode(&proto::LeaseReply::default()));
+        }
         let Found { snapshot, finished, outdated, commands } = look(&inner, &worker, &m)?;
         let news = snapshot.is_some() || finished || outdated || m.leaving;
         let mut leases: Vec<Lease> = Vec::new();

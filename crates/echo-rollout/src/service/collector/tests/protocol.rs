@@ -67,6 +67,36 @@ async fn a_worker_that_is_asked_to_stop_delivers_what_it_has_begun_and_holds_not
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_question_that_is_still_open_does_not_bring_a_worker_back_that_has_left() {
+    let trainer = node(83).await;
+    let rollouts = connected(84, &trainer).await;
+    let collector = collecting(&trainer, config(vec![])).await;
+    let _: proto::RegisterReply = call(&rollouts, &trainer, REGISTER, &registration(5)).await.unwrap();
+    collector.publish(&snapshot(83, 0)).await.unwrap();
+    let question = proto::LeaseRequest {
+        incarnation: 5,
+        active_version: Some(0),
+        max_leases: 0,
+        known_version: Some(0),
+        leaving: false,
+    };
+    let goodbye = proto::LeaseRequest { leaving: true, ..question };
+    let asking = call::<_, proto::LeaseReply>(&rollouts, &trainer, LEASE, &question);
+    let leaving = async {
+        let mut changed = collector.changes();
+        while collector.view().up_to_date == 0 {
+            changed.changed().await.unwrap();
+        }
+        call::<_, proto::LeaseReply>(&rollouts, &trainer, LEASE, &goodbye).await
+    };
+    let (asked, left) = tokio::join!(asking, leaving);
+    assert!(asked.is_ok() && left.is_ok());
+    assert!(collector.inner.state().dispatcher.is_gone(&rollouts.peer_id()));
+    trainer.shutdown().await;
+    rollouts.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_of_the_journal_is_there_once_it_has_asked_a_restarted_trainer() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("journal.redb");
