@@ -1,4 +1,5 @@
-//! Kernel benches on the shapes of SmolLM2-135M: linear layers against the memory bandwidth, and the small kernels.
+//! Kernel benches on the shapes of SmolLM2-135M: linear layers against the memory bandwidth, one product in every format, and the
+//! small kernels.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -90,6 +91,24 @@ fn sweeps(c: &mut Criterion) {
     }
 }
 
+/// One large matrix in every format that can be made here: what leaves the memory at one row, what the units can do at 32.
+fn formats(c: &mut Criterion) {
+    let (n, k) = (8192, 2048);
+    let matrix = noise(n * k, 1);
+    for kind in WeightKind::ALL.into_iter().filter(|kind| kind.has_quantizer()) {
+        let weight = PackedWeight::pack_f32(kind, &matrix, n, k).expect("shapes fit");
+        let mut group = c.benchmark_group(format!("linear_{n}x{k}_{kind:?}"));
+        group.sample_size(10).measurement_time(Duration::from_secs(1));
+        for rows in [1, 32] {
+            let (x, mut y) = (noise(rows * k, 2), vec![0.0; rows * n]);
+            group.throughput(Throughput::Elements((2 * rows * n * k) as u64));
+            group.bench_function(BenchmarkId::from_parameter(rows), |b| {
+                b.iter(|| linear(black_box(&x), &weight, &mut y).expect("shapes fit"));
+            });
+        }
+    }
+}
+
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("gemm_512x1536x576");
     group.sample_size(10).measurement_time(Duration::from_secs(2));
@@ -142,5 +161,5 @@ fn small(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, sweeps, products, small);
+criterion_group!(benches, sweeps, formats, products, small);
 criterion_main!(benches);

@@ -1,3 +1,4 @@
 //! Shared harness of the cross-crate tests.
 
 pub mod swarm;
+pub mod toy_server;

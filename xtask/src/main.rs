@@ -6,6 +6,7 @@ mod ci;
 mod codegen;
 mod fetch_model;
 mod fuzz;
+mod instructions;
 mod interop;
 mod layers;
 mod netlab;
@@ -47,6 +48,12 @@ enum Command {
     },
     /// Measure our engine beside others on the same model files, in turn.
     Bench(bench::Options),
+    /// Count the instructions of the engine's hot loops with callgrind, against those that are committed.
+    Instructions {
+        /// Replace the committed counts.
+        #[arg(long)]
+        write: bool,
+    },
     /// Try real nodes behind real NATs: direct, relayed or failed, for every pair of kinds (root; skipped without).
     Netlab(netlab::NetlabArgs),
     /// Look for bytes that break a decoder of the network layers, or make it allocate too much (libFuzzer).
@@ -82,6 +89,7 @@ fn main() -> anyhow::Result<()> {
         Command::Layers { declared_only } => layers::run(&root, declared_only),
         Command::FetchModel { model } => fetch_model::run(&root, model),
         Command::Bench(options) => bench::run(&root, &options),
+        Command::Instructions { write } => instructions::run(&root, write),
         Command::Netlab(args) => netlab::run(&root, &args),
         Command::Fuzz { seconds, only, keep } => fuzz::run(&root, seconds, only.as_deref(), keep),
         Command::Interop(args) => interop::run(&root, &args),
