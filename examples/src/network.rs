@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::bail;
 use bytes::Bytes;
 use clap::Args;
-use lattica_net::addr::scope;
+use lattica_net::addr::{last_peer, scope};
 use lattica_net::{Access, CallError, NetEvent, Node, NodeConfig, load_swarm_key};
 use serde::Deserialize;
 use swarm_wire::PeerId;
@@ -94,11 +94,6 @@ impl NetworkArgs {
             parts.windows(2).any(|pair| matches!(pair[0], "tcp" | "udp") && pair[1] != "0")
         })
     }
-}
-
-/// The peer at the end of an address.
-fn last_peer(address: &str) -> Option<PeerId> {
-    address.rsplit_once("/p2p/").and_then(|(_, peer)| peer.parse().ok())
 }
 
 /// Connects to `address` and waits for a sign that the peer there talks to us. A member of a private swarm hangs up on a

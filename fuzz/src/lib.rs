@@ -1,8 +1,8 @@
 //! Every decoder that a peer's bytes reach in the network layers, as functions that take any bytes: they may refuse them,
 //! not panic, and what they accept must survive being encoded and decoded again.
 //!
-//! `cargo xtask fuzz` searches for bytes that break one ; `tests/replay.rs` gives what was found, and the
-//! corpus, to all of them on the stable one.
+//! `cargo xtask fuzz` searches for bytes that break one; `tests/replay.rs` gives what was found, and the corpus, to all of
+//! them on the stable toolchain.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

@@ -2,6 +2,8 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use swarm_wire::PeerId;
+
 /// Longest address that is kept.
 pub const ADDRESS_MAX_BYTES: usize = 256;
 
@@ -19,6 +21,11 @@ pub enum Scope {
 /// Whether the address leads through a relay.
 pub fn is_relayed(address: &str) -> bool {
     address.split('/').any(|part| part == "p2p-circuit")
+}
+
+/// The peer that an address ends with.
+pub fn last_peer(address: &str) -> Option<PeerId> {
+    address.rsplit_once("/p2p/").and_then(|(_, peer)| peer.parse().ok())
 }
 
 /// The scope of an address; `None` when it does not begin with an IP address or a name.

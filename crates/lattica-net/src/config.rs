@@ -6,6 +6,7 @@ use std::time::Duration;
 use swarm_wire::limits::{NAME_MAX_BYTES, RPC_BODY_MAX_BYTES};
 
 use crate::access::Access;
+use crate::addr::last_peer;
 use crate::error::ConfigError;
 use crate::relays::CANDIDATES_MAX;
 
@@ -233,7 +234,7 @@ impl NodeConfig {
         for (field, addresses) in
             [("bootstrap", &self.bootstrap), ("relays", &self.relays), ("rendezvous", &self.rendezvous)]
         {
-            if let Some(address) = addresses.iter().find(|a| !a.contains("/p2p/")) {
+            if let Some(address) = addresses.iter().find(|a| last_peer(a).is_none()) {
                 return bad(field, address.clone(), "an address that ends with /p2p/PEER_ID");
             }
         }
@@ -344,16 +345,24 @@ mod tests {
     fn every_kind_of_bad_value_is_refused() {
         let good = NodeConfig::default;
         let limits = Limits::default;
+        let peer = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN";
+        let at = |tail: String| format!("/ip4/127.0.0.1/tcp/1{tail}");
+        let relay = at(format!("/p2p/{peer}"));
+        NodeConfig { relays: vec![relay.clone(); 32], rendezvous: vec![relay.clone(); 16], ..good() }
+            .validate()
+            .unwrap();
         let bad = [
             NodeConfig { listen: vec!["127.0.0.1:80".to_owned()], ..good() },
-            NodeConfig { bootstrap: vec!["/ip4/127.0.0.1/tcp/1".to_owned()], ..good() },
+            NodeConfig { bootstrap: vec![at(String::new())], ..good() },
+            NodeConfig { bootstrap: vec![at("/p2p/nobody".to_owned())], ..good() },
+            NodeConfig { bootstrap: vec![at(format!("/p2p/{peer}/p2p-circuit"))], ..good() },
             NodeConfig { io_threads: 0, ..good() },
             NodeConfig { relay_slots: 0, ..good() },
             NodeConfig { news_interval: Duration::ZERO, ..good() },
             NodeConfig { keep_peers: 65, ..good() },
-            NodeConfig { relays: vec!["/ip4/127.0.0.1/tcp/1/p2p/x".to_owned(); 33], ..good() },
-            NodeConfig { rendezvous: vec!["/ip4/127.0.0.1/tcp/1".to_owned()], ..good() },
-            NodeConfig { rendezvous: vec!["/ip4/127.0.0.1/tcp/1/p2p/x".to_owned(); 17], ..good() },
+            NodeConfig { relays: vec![relay.clone(); 33], ..good() },
+            NodeConfig { rendezvous: vec![at(String::new())], ..good() },
+            NodeConfig { rendezvous: vec![relay; 17], ..good() },
             NodeConfig { limits: Limits { calls_per_peer: 0, ..limits() }, ..good() },
             NodeConfig { limits: Limits { body_bytes: RPC_BODY_MAX_BYTES + 1, ..limits() }, ..good() },
             NodeConfig { limits: Limits { call_bytes_per_peer: 1, ..limits() }, ..good() },

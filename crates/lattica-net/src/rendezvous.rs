@@ -6,7 +6,7 @@
 
 pub mod wire;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::time::Duration;
 
@@ -87,8 +87,8 @@ struct Entry {
 /// See the module.
 #[derive(Debug)]
 pub struct Book {
+    /// By number.
     entries: BTreeMap<u64, Entry>,
-    numbers: HashMap<(PeerId, String), u64>,
     next: u64,
 }
 
@@ -96,7 +96,7 @@ impl Book {
     /// An empty book whose numbers begin behind `after`: the time of day in milliseconds, so that cookies of an earlier start
     /// leave nobody out.
     pub fn new(after: u64) -> Self {
-        Self { entries: BTreeMap::new(), numbers: HashMap::new(), next: after + 1 }
+        Self { entries: BTreeMap::new(), next: after + 1 }
     }
 
     /// Writes `peer` down under `namespace`, in place of what it registered there before. Returns for how many seconds.
@@ -119,7 +119,7 @@ impl Book {
         if !(1..=TTL_MAX_S).contains(&ttl_s) {
             return Err(Refusal::InvalidTtl);
         }
-        self.expire(now);
+        self.entries.retain(|_, entry| entry.expires_at > now);
         self.unregister(peer, namespace);
         let of_peer = self.entries.values().filter(|entry| entry.peer == *peer).count();
         if self.entries.len() >= REGISTRATIONS_MAX || of_peer >= REGISTRATIONS_OF_A_PEER {
@@ -127,7 +127,6 @@ impl Book {
         }
         let expires_at = now + Duration::from_secs(ttl_s);
         let entry = Entry { peer: peer.clone(), namespace: namespace.to_owned(), record, expires_at };
-        self.numbers.insert((peer.clone(), namespace.to_owned()), self.next);
         self.entries.insert(self.next, entry);
         self.next += 1;
         Ok(ttl_s)
@@ -135,9 +134,7 @@ impl Book {
 
     /// Strikes `peer` out under `namespace`.
     pub fn unregister(&mut self, peer: &PeerId, namespace: &str) {
-        if let Some(number) = self.numbers.remove(&(peer.clone(), namespace.to_owned())) {
-            self.entries.remove(&number);
-        }
+        self.entries.retain(|_, entry| entry.peer != *peer || entry.namespace != namespace);
     }
 
     /// Who is registered under `namespace`, at most `limit` and [`ANSWER_MAX`]: with a cookie, those who came since it was made.
@@ -182,12 +179,6 @@ impl Book {
         }
         let cookie = [&last.to_be_bytes(), namespace.as_bytes()].concat().into();
         Ok(Found { registrations, cookie })
-    }
-
-    fn expire(&mut self, now: Duration) {
-        self.entries.retain(|_, entry| entry.expires_at > now);
-        let entries = &self.entries;
-        self.numbers.retain(|_, number| entries.contains_key(number));
     }
 }
 

@@ -192,57 +192,48 @@ impl FsStore {
         Ok(())
     }
 
-    fn read(
-        cid: &Cid,
-        place: Place,
-        path: &Path,
-        opened: std::io::Result<File>,
-    ) -> Result<Block, StoreError> {
-        let failed = |e| StoreError::io("reading", path, 0, e);
-        let mut file = opened.map_err(failed)?;
+    /// Opens the file that a place lies in. While the state is locked: afterwards the block may have moved, and the segment
+    /// be gone.
+    fn open_at(&self, state: &State, place: Place) -> Result<(PathBuf, File), StoreError> {
+        let referenced = state.files.get(&place.file).filter(|_| place.by_reference);
+        let path = referenced.map_or_else(|| segment_path(&self.dir, place.file), |file| file.path.clone());
+        if !Self::intact(state, place) {
+            return Err(StoreError::FileChanged { path });
+        }
+        let file = File::open(&path).map_err(|e| StoreError::io("reading", &path, 0, e))?;
+        Ok((path, file))
+    }
+
+    fn read(cid: &Cid, place: Place, (path, mut file): (PathBuf, File)) -> Result<Block, StoreError> {
+        let failed = |e| StoreError::io("reading", &path, 0, e);
         file.seek(SeekFrom::Start(place.offset)).map_err(failed)?;
         let mut bytes = vec![0; place.length as usize];
-        let damaged = |_| StoreError::Damaged { cid: Box::new(*cid), path: path.to_owned() };
+        let damaged = || StoreError::Damaged { cid: Box::new(*cid), path: path.clone() };
         match file.read_exact(&mut bytes) {
-            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-                return Err(StoreError::Damaged { cid: Box::new(*cid), path: path.to_owned() });
-            }
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Err(damaged()),
             other => other.map_err(failed)?,
         }
-        Block::verify(*cid, Bytes::from(bytes)).map_err(damaged)
+        Block::verify(*cid, Bytes::from(bytes)).map_err(|_| damaged())
     }
 }
 
 impl BlockStore for FsStore {
     fn get(&self, cid: &Cid) -> Result<Option<Block>, StoreError> {
-        let (place, path, opened) = {
+        let (place, opened) = {
             let state = self.lock();
             let Some(place) = self.place(&state, cid)? else { return Ok(None) };
-            if place.by_reference {
-                let Some(file) = state.files.get(&place.file) else { return Ok(None) };
-                if !Self::intact(&state, place) {
-                    return Err(StoreError::FileChanged { path: file.path.clone() });
-                }
-                (place, file.path.clone(), File::open(&file.path))
-            } else {
-                let path = segment_path(&self.dir, place.file);
-                // While the state is locked: afterwards the block may have moved and the segment be gone.
-                let opened = File::open(&path);
-                (place, path, opened)
-            }
+            (place, self.open_at(&state, place)?)
         };
-        match Self::read(cid, place, &path, opened) {
-            Ok(block) => Ok(Some(block)),
-            Err(StoreError::Damaged { .. }) if place.by_reference => {
+        match Self::read(cid, place, opened) {
+            Err(StoreError::Damaged { path, cid }) => {
                 self.lock().damaged.insert(*cid);
-                Err(StoreError::FileChanged { path })
+                Err(if place.by_reference {
+                    StoreError::FileChanged { path }
+                } else {
+                    StoreError::Damaged { path, cid }
+                })
             }
-            Err(error) => {
-                if matches!(error, StoreError::Damaged { .. }) {
-                    self.lock().damaged.insert(*cid);
-                }
-                Err(error)
-            }
+            read => read.map(Some),
         }
     }
 
@@ -278,7 +269,9 @@ impl BlockStore for FsStore {
         // What is indexed is not found again in its segment.
         self.flush_locked(&mut state)?;
         self.index.remove(cids)?;
-        state.damaged.retain(|cid| !cids.contains(cid));
+        for cid in cids {
+            state.damaged.remove(cid);
+        }
         Ok(true)
     }
 

@@ -88,10 +88,9 @@ impl Question {
     /// # Errors
     /// When it is malformed or no question.
     pub fn decode(bytes: Bytes) -> Result<Self, DecodeError> {
-        let message = message(bytes)?;
-        let (kind, missing) = (message.r#type(), || DecodeError::invalid(WHAT, "a part is missing"));
+        let (kind, message) = message(bytes)?;
         match kind {
-            MessageType::Register if message.r#type.is_some() => {
+            MessageType::Register => {
                 let register = message.register.ok_or_else(missing)?;
                 Ok(Self::Register {
                     namespace: register.ns.unwrap_or_default(),
@@ -154,8 +153,7 @@ impl Answer {
     /// # Errors
     /// When it is malformed, no answer, or has more registrations than are asked for.
     pub fn decode(bytes: Bytes) -> Result<Self, DecodeError> {
-        let message = message(bytes)?;
-        let (kind, missing) = (message.r#type(), || DecodeError::invalid(WHAT, "a part is missing"));
+        let (kind, message) = message(bytes)?;
         match kind {
             MessageType::RegisterResponse => {
                 let answer = message.register_response.ok_or_else(missing)?;
@@ -182,9 +180,16 @@ impl Answer {
     }
 }
 
-fn message(bytes: Bytes) -> Result<pb::Message, DecodeError> {
+/// What kind of message it is, and its parts. One without a kind, or with a kind that nobody knows, is none.
+fn message(bytes: Bytes) -> Result<(MessageType, pb::Message), DecodeError> {
     repeated::check("registrations", &bytes, (&[6, 1], Element::Field), ANSWER_MAX)?;
-    pb::Message::decode(bytes).map_err(|error| DecodeError::message(WHAT, &error))
+    let message = pb::Message::decode(bytes).map_err(|error| DecodeError::message(WHAT, &error))?;
+    let kind = message.r#type.and_then(|kind| MessageType::try_from(kind).ok());
+    Ok((kind.ok_or_else(|| DecodeError::invalid(WHAT, "of no known kind"))?, message))
+}
+
+fn missing() -> DecodeError {
+    DecodeError::invalid(WHAT, "a part is missing")
 }
 
 fn status(refusal: Option<&Refusal>) -> i32 {
@@ -254,6 +259,16 @@ mod tests {
         let found = |n| Found { registrations: vec![registration.clone(); n], cookie: Bytes::new() };
         assert!(Answer::decode(Answer::Discovered(Ok(found(ANSWER_MAX))).encode()).is_ok());
         assert!(Answer::decode(Answer::Discovered(Ok(found(ANSWER_MAX + 1))).encode()).is_err());
-        assert!(Question::decode(Bytes::new()).is_err(), "a message without a kind is none");
+    }
+
+    #[test]
+    fn a_message_of_no_known_kind_is_none() {
+        let register = pb::message::Register { ns: Some("a".to_owned()), ..Default::default() };
+        for kind in [None, Some(5), Some(-1)] {
+            let message =
+                pb::Message { r#type: kind, register: Some(register.clone()), ..pb::Message::default() };
+            let bytes = Bytes::from(message.encode_to_vec());
+            assert!(Question::decode(bytes.clone()).is_err() && Answer::decode(bytes).is_err(), "{kind:?}");
+        }
     }
 }

@@ -11,8 +11,8 @@ use libp2p::core::{Multiaddr, PeerRecord, SignedEnvelope};
 use libp2p::identity::Keypair;
 use rand::RngExt as _;
 use rand::seq::IteratorRandom as _;
-use swarm_wire::{DecodeError, PeerId, frame};
-use tokio::io::{AsyncWriteExt as _, BufReader};
+use swarm_wire::{DecodeError, PeerId};
+use tokio::io::BufReader;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -20,7 +20,7 @@ use super::connection::{Connection, OpenError};
 use super::driver::{Command, without_peer};
 use super::identity::Identity;
 use super::shared::{Acceptor, Shared, lock};
-use super::stream::{Stream, read_frame};
+use super::stream::{Stream, read_frame, send_last_frame};
 use super::{peers_file, wire_peer};
 use crate::addr::{is_plausible, worth_telling};
 use crate::error::FrameError;
@@ -136,15 +136,8 @@ async fn answer(shared: &Shared, stream: Stream) -> Result<(), FrameError> {
         let vectors = state.links.vectors().missing(now, &request.vectors, REPLY_MAX_BYTES / 2);
         Reply { vectors, records }
     };
-    send(&mut stream, &reply.encode()).await?;
+    send_last_frame(&mut stream, &reply.encode()).await?;
     Ok(())
-}
-
-async fn send(stream: &mut BufReader<Stream>, payload: &[u8]) -> std::io::Result<()> {
-    let mut bytes = Vec::with_capacity(payload.len() + frame::LENGTH_MAX_BYTES);
-    frame::encode(payload, &mut bytes);
-    stream.write_all(&bytes).await?;
-    stream.shutdown().await
 }
 
 /// What one node says, and whom it asks.
@@ -219,7 +212,7 @@ async fn question(
         let state = shared.news.lock();
         Request { vectors: state.links.vectors().known(), records: state.records.known() }
     };
-    send(&mut stream, &request.encode()).await?;
+    send_last_frame(&mut stream, &request.encode()).await?;
     let Some(reply) = read_frame(&mut stream, "news", REPLY_FRAME_MAX_BYTES).await? else {
         return Ok(());
     };

@@ -11,8 +11,8 @@ use bytes::Bytes;
 use libp2p::StreamProtocol;
 use libp2p::core::{Multiaddr, PeerRecord, multiaddr::Protocol};
 use libp2p::identity::Keypair;
-use swarm_wire::{DecodeError, PeerId, frame};
-use tokio::io::{AsyncWriteExt as _, BufReader};
+use swarm_wire::{DecodeError, PeerId};
+use tokio::io::BufReader;
 use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -20,7 +20,7 @@ use super::connection::{Connection, OpenError};
 use super::driver::Command;
 use super::news::{decode_record_of_any_form, own_addresses, unix_now};
 use super::shared::{Acceptor, BoxFuture, Shared, lock};
-use super::stream::{Stream, read_frame};
+use super::stream::{Stream, read_frame, send_last_frame};
 use super::wire_peer;
 use crate::addr::is_plausible;
 use crate::error::{DialError, FrameError};
@@ -146,15 +146,8 @@ async fn answer(
             Answer::Discovered(lock(book).discover(now, namespace.as_deref(), limit, cookie.as_deref()))
         }
     };
-    send(&mut stream, &answer.encode()).await?;
+    send_last_frame(&mut stream, &answer.encode()).await?;
     Ok(())
-}
-
-async fn send(stream: &mut BufReader<Stream>, message: &[u8]) -> std::io::Result<()> {
-    let mut bytes = Vec::with_capacity(message.len() + frame::LENGTH_MAX_BYTES);
-    frame::encode(message, &mut bytes);
-    stream.write_all(&bytes).await?;
-    stream.shutdown().await
 }
 
 /// What a node has to do with one point.
@@ -271,7 +264,7 @@ async fn ask(
     let asking = async {
         let stream = connection.open(RENDEZVOUS_PROTOCOL).await?;
         let mut stream = BufReader::new(Stream::new(Arc::clone(shared), Arc::clone(connection), stream));
-        send(&mut stream, &question.encode()).await.map_err(FrameError::from)?;
+        send_last_frame(&mut stream, &question.encode()).await.map_err(FrameError::from)?;
         let answer = read_frame(&mut stream, "rendezvous point's answer", ANSWER_FRAME_MAX_BYTES).await?;
         Ok(Answer::decode(answer.ok_or(VisitError::NoAnswer)?)?)
     };

@@ -64,6 +64,7 @@ pub(super) async fn start(
     let external = parse_all(&config.external)?;
     parse_all(&config.bootstrap)?;
     parse_all(&config.relays)?;
+    parse_all(&config.rendezvous)?;
     for address in &listen {
         refuse_taken_port(address)?;
     }

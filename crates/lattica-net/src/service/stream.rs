@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use swarm_wire::{PeerId, frame};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use super::connection::Connection;
@@ -108,6 +108,17 @@ pub async fn read_frame(
             return Ok(Some(read_bytes(reader, length).await?));
         }
     }
+}
+
+/// Sends one frame, and that nothing follows it. Not cancel safe.
+pub(super) async fn send_last_frame(
+    writer: &mut (impl AsyncWrite + Unpin),
+    payload: &[u8],
+) -> std::io::Result<()> {
+    let mut bytes = Vec::with_capacity(payload.len() + frame::LENGTH_MAX_BYTES);
+    frame::encode(payload, &mut bytes);
+    writer.write_all(&bytes).await?;
+    writer.shutdown().await
 }
 
 /// The next `n_bytes`. As [`read_frame`] otherwise.

@@ -166,6 +166,21 @@ async fn a_taken_port_is_named_with_the_remedy() {
 }
 
 #[tokio::test]
+async fn addresses_that_lead_nowhere_are_named_at_the_start() {
+    let malformed = format!("/ip4/300.0.0.1/tcp/1/p2p/{}", stranger());
+    let addresses = || vec![malformed.clone()];
+    let base = || config(Transport::Quic);
+    for config in [
+        NodeConfig { bootstrap: addresses(), ..base() },
+        NodeConfig { relays: addresses(), ..base() },
+        NodeConfig { rendezvous: addresses(), ..base() },
+    ] {
+        let error = Node::start(lattica_net::Identity::generate(), config).await.unwrap_err();
+        assert!(matches!(&error, StartError::Address { address, .. } if *address == malformed), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn networks_do_not_share_a_dht() {
     let hub = start(config(Transport::Quic)).await;
     let stranger = start(NodeConfig { network: "other".to_owned(), ..config(Transport::Quic) }).await;

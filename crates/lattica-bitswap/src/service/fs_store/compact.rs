@@ -4,7 +4,7 @@
 //! meanwhile, block by block.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs;
 
 use swarm_wire::Cid;
 
@@ -95,12 +95,11 @@ impl FsStore {
         if self.place(&state, cid)? != Some(from) {
             return Ok(());
         }
-        let path = segment_path(&self.dir, from.file);
         let to = match moved.get(&from.offset) {
             Some(to) => *to,
-            None => match Self::read(cid, from, &path, File::open(&path)) {
+            None => match self.open_at(&state, from).and_then(|opened| Self::read(cid, from, opened)) {
                 Ok(block) => self.append(&mut state, &block)?,
-                Err(StoreError::Damaged { .. }) => {
+                Err(StoreError::Damaged { path, .. }) => {
                     // Nothing is left of it.
                     tracing::warn!(%cid, path = %path.display(), "a stored block was damaged; fetch it again");
                     return self.index.remove(&[*cid]);

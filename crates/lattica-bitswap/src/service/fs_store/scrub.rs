@@ -1,11 +1,8 @@
 //! Reads everything that is stored and drops what no longer matches its name.
 
-use std::fs::File;
-
 use swarm_wire::Cid;
 
 use super::FsStore;
-use super::segment::segment_path;
 use crate::{BlockStore, StoreError};
 
 /// What a scrub found.
@@ -31,8 +28,8 @@ impl FsStore {
         for (done, cid) in (0u64..).zip(&cids) {
             progress(done, cids.len() as u64);
             // Removed meanwhile: none of our business.
-            let Some(opened) = self.opened(cid)? else { continue };
-            match opened {
+            let Some(whole) = self.whole(cid)? else { continue };
+            match whole {
                 Ok(length) => {
                     found.intact += 1;
                     found.bytes += length;
@@ -46,25 +43,19 @@ impl FsStore {
     }
 
     /// The length of a block that is whole; `Err` for one that is not.
-    fn opened(&self, cid: &Cid) -> Result<Option<Result<u64, ()>>, StoreError> {
-        let (place, path, opened) = {
+    fn whole(&self, cid: &Cid) -> Result<Option<Result<u64, ()>>, StoreError> {
+        let (place, opened) = {
             let state = self.lock();
             // Not by `place`, which hides what was found damaged before.
             let pending = state.pending.get(cid).copied();
             let Some(place) = pending.map_or_else(|| self.index.get(cid), |place| Ok(Some(place)))? else {
                 return Ok(None);
             };
-            if !Self::intact(&state, place) {
-                return Ok(Some(Err(())));
-            }
-            let file = state.files.get(&place.file).filter(|_| place.by_reference);
-            let path = file.map_or_else(|| segment_path(&self.dir, place.file), |file| file.path.clone());
-            let opened = File::open(&path);
-            (place, path, opened)
+            (place, self.open_at(&state, place))
         };
-        match Self::read(cid, place, &path, opened) {
+        match opened.and_then(|opened| Self::read(cid, place, opened)) {
             Ok(block) => Ok(Some(Ok(block.len() as u64))),
-            Err(StoreError::Damaged { .. }) => Ok(Some(Err(()))),
+            Err(StoreError::Damaged { .. } | StoreError::FileChanged { .. }) => Ok(Some(Err(()))),
             Err(error) => Err(error),
         }
     }
