@@ -13,13 +13,16 @@ use lattica_bitswap::delta::{self, DeltaIndex};
 use lattica_bitswap::manifest::{BlockRef, Entry, Manifest};
 use lattica_bitswap::spread::wire::Frame;
 use lattica_bitswap::spread::{Bitmap, SpreadMessage};
+use lattica_bitswap::unixfs::{self, Limits, Node, Tree, Walk};
 use lattica_bitswap::wire::Message;
-use lattica_bitswap::{Block, HashKind};
+use lattica_bitswap::{Block, BlockStore, HashKind, MemoryStore, UnixfsError};
 use lattica_net::access;
+use lattica_net::news::record;
 use lattica_net::news::wire::{LINKS_DOMAIN, Reply, Request, decode_vector};
 use lattica_net::punch::guess::{GuessMessage, GuessOffer, Packet, Secret};
 use lattica_net::rendezvous::wire::{Answer, Question};
 use lattica_net::rendezvous::{Found, Registration};
+use lattica_net::v1;
 use lattica_net::wire::{
     Header, PunchMessage, decode_echo, decode_guess, decode_probe, decode_punch, encode_echo, encode_guess,
     encode_probe, encode_punch,
@@ -29,7 +32,7 @@ use swarm_wire::limits::RPC_BODY_MAX_BYTES;
 use swarm_wire::prost::Message as _;
 use swarm_wire::repeated::{self, Element};
 use swarm_wire::signed::{self, Signer as _};
-use swarm_wire::{DType, PeerId, TensorHeader, cid, frame};
+use swarm_wire::{Cid, DType, PeerId, TensorHeader, cid, frame};
 
 /// One decoder.
 #[derive(Debug)]
@@ -74,12 +77,16 @@ pub const DECODERS: &[Decoder] = &[
     Decoder::new("gate-hello", gate_hello, || vec![access::hello(&[7; 32]).to_vec()]),
     Decoder::new("news", news, news_seeds),
     Decoder::new("link-vector", link_vector, vector_seeds),
+    Decoder::new("peer-record", peer_record, record_seeds),
     Decoder::new("rendezvous", rendezvous, rendezvous_seeds),
+    Decoder::new("v1-message", v1_message, v1_seeds),
     Decoder::long("bitswap-message", bitswap_message, bitswap_seeds),
     Decoder::long("manifest", manifest, manifest_seeds),
     Decoder::new("delta-index", delta_index, delta_seeds),
     Decoder::new("patch", patch, patch_seeds),
     Decoder::long("spread-frame", spread_frame, spread_seeds),
+    Decoder::long("unixfs-node", unixfs_node, unixfs_seeds),
+    Decoder::new("unixfs-walk", unixfs_walk, walk_seeds),
 ];
 
 fn key() -> SigningKey {
@@ -90,7 +97,7 @@ fn peer() -> PeerId {
     PeerId::from_ed25519(&key().public_key())
 }
 
-fn root() -> swarm_wire::Cid {
+fn root() -> Cid {
     cid::raw(HashKind::Blake3.code(), &[3; 32])
 }
 
@@ -243,6 +250,65 @@ fn news_seeds() -> Vec<Vec<u8>> {
     vec![request.encode().to_vec(), reply.encode().to_vec()]
 }
 
+/// What is signed in a peer record, and as what (RFC 0003).
+const RECORD_DOMAIN: &[u8] = b"libp2p-peer-record";
+const RECORD_TYPE: &[u8] = &[3, 1];
+
+fn peer_record(bytes: &[u8]) {
+    for read in [record::decode, record::decode_of_any_form] {
+        let _ = read(bytes);
+        // Behind a good signature, where no random bytes get.
+        if let Ok(found) = read(&signed_record(bytes)) {
+            assert!(found.author == peer() && found.addresses.len() <= bytes.len() / 2);
+        }
+    }
+}
+
+/// The bytes in an envelope (RFC 0002) of our key's: its fields are the key, the type, the payload and the signature.
+fn signed_record(payload: &[u8]) -> Vec<u8> {
+    let mut signed = Vec::new();
+    for part in [RECORD_DOMAIN, RECORD_TYPE, payload] {
+        frame::encode(part, &mut signed);
+    }
+    let (key, signature) = (key().public_key(), key().signature(&signed));
+    // An Ed25519 key, as libp2p writes it.
+    let key = [&[8, 1, 18, 32][..], &key].concat();
+    fields(&[(1, &key), (2, RECORD_TYPE), (3, payload), (5, &signature)])
+}
+
+/// A protobuf message of byte strings.
+fn fields(fields: &[(u8, &[u8])]) -> Vec<u8> {
+    let mut message = Vec::new();
+    for (number, bytes) in fields {
+        message.push(number << 3 | 2);
+        frame::encode(bytes, &mut message);
+    }
+    message
+}
+
+fn record_seeds() -> Vec<Vec<u8>> {
+    let address = fields(&[(1, &[4, 127, 0, 0, 1, 6, 16, 1])]);
+    let record = fields(&[(1, peer().as_bytes()), (3, &address), (3, &address)]);
+    let record = [&record[..], &[16, 7]].concat();
+    vec![signed_record(&record), record]
+}
+
+fn v1_message(bytes: &[u8]) {
+    if let Ok(message) = v1::Message::decode(&Bytes::copy_from_slice(bytes)) {
+        assert_eq!(v1::Message::decode(&message.encode().into()), Ok(message));
+    }
+}
+
+fn v1_seeds() -> Vec<Vec<u8>> {
+    let (id, data) = ("7".to_owned(), Bytes::from(vec![1; 300]));
+    let request =
+        v1::Message::Request { id: id.clone(), method: "Service.method".to_owned(), data: data.clone() };
+    let answers =
+        [v1::Message::Response { id: id.clone(), data }, v1::Message::Error { id, error: "no".to_owned() }];
+    let compressed = vec![1, 1, b'7', 3, 1, 2, 3, 1, 2];
+    [request].iter().chain(&answers).map(v1::Message::encode).chain([compressed]).collect()
+}
+
 fn rendezvous(bytes: &[u8]) {
     let bytes = Bytes::copy_from_slice(bytes);
     if let Ok(question) = Question::decode(bytes.clone()) {
@@ -388,4 +454,88 @@ fn spread_seeds() -> Vec<Vec<u8>> {
         [&[9, 0][..], payload].concat()
     };
     frames.into_iter().map(seed).collect()
+}
+
+/// Any bytes as a block of this codec.
+fn block_of(codec: u64, bytes: &[u8]) -> Option<Block> {
+    let bytes = Bytes::copy_from_slice(bytes);
+    let raw = Block::new(HashKind::Sha2, bytes.clone()).ok()?;
+    Block::verify(Cid::new_v1(codec, *raw.cid().hash()), bytes).ok()
+}
+
+fn unixfs_node(bytes: &[u8]) {
+    let Some(block) = block_of(unixfs::CODEC_DAG_PB, bytes) else { return };
+    if let Ok(Node::File { data, children }) = Node::decode(&block) {
+        // A link has a name of 34 bytes or more, and a length.
+        assert!(data.len() + children.len() * 36 <= bytes.len());
+        assert_eq!(unixfs::content(&block).ok(), Some(data));
+    }
+}
+
+/// What the reader of a graph refuses to go beyond here, so that few bytes reach it.
+const LIMITS: Limits = Limits { bytes: 1 << 24, blocks: 512, depth: 8 };
+
+/// Blocks, each with its length in front, the root first. A link leads to one of them by the first byte of its digest, so
+/// that graphs with circles are found, which no honest hash gives.
+fn unixfs_walk(mut bytes: &[u8]) {
+    let mut blocks = Vec::new();
+    while let Some((length, rest)) = bytes.split_first_chunk::<2>() {
+        let (block, rest) = rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len()));
+        blocks.push(block);
+        bytes = rest;
+    }
+    let Some(root) = blocks.first().and_then(|root| block_of(unixfs::CODEC_DAG_PB, root)) else { return };
+    let refused = || UnixfsError::NotAFile { cid: *root.cid() };
+    let load = |cid: &Cid| {
+        let bytes = if cid == root.cid() {
+            blocks[0]
+        } else {
+            blocks[usize::from(cid.hash().digest()[0]) % blocks.len()]
+        };
+        block_of(cid.codec(), bytes).ok_or_else(refused)
+    };
+    let mut walk = Walk::new(*root.cid(), LIMITS);
+    while !walk.wanted().is_empty() {
+        if walk.advance(load).is_err() {
+            return;
+        }
+    }
+    let tree = walk.finish();
+    assert!(tree.bytes() <= LIMITS.bytes && n_parts(&tree) <= LIMITS.blocks);
+    for file in &tree.files {
+        assert!(!file.path.split('/').any(|name| matches!(name, "." | "..")) && !file.path.starts_with('/'));
+    }
+}
+
+fn n_parts(tree: &Tree) -> usize {
+    tree.files.iter().map(|file| file.parts.len()).sum()
+}
+
+/// Nodes of a directory with a file of two leaves and a directory below it, the root first.
+fn unixfs_seeds() -> Vec<Vec<u8>> {
+    let store = MemoryStore::new();
+    let mut blocks = Vec::new();
+    let mut add = |bytes: &'static [u8]| {
+        let block = Block::new(HashKind::Sha2, Bytes::from_static(bytes)).expect("a small block");
+        store.put(&block).expect("it keeps all");
+        blocks.push(BlockRef { cid: *block.cid(), length: block.len() as u32 });
+    };
+    for leaf in [&b"the first leaf"[..], b"another leaf", b"below"] {
+        add(leaf);
+    }
+    let entries = [("file", 0, 26), ("below/file", 26, 5)];
+    let entries =
+        entries.map(|(name, offset, length)| Entry { name: name.to_owned(), offset, length }).to_vec();
+    let manifest = Manifest::new("name", "files", HashKind::Sha2, entries, blocks).expect("a small one");
+    let root = unixfs::publish(&store, &manifest).expect("it keeps all");
+    let mut nodes = store.cids().expect("in memory");
+    nodes.retain(|cid| cid.codec() == unixfs::CODEC_DAG_PB);
+    nodes.sort_by_key(|cid| (*cid != root, *cid));
+    let bytes = |cid: &Cid| store.get(cid).expect("in memory").expect("it was listed").bytes().to_vec();
+    nodes.iter().map(bytes).collect()
+}
+
+fn walk_seeds() -> Vec<Vec<u8>> {
+    let block = |node: Vec<u8>| [&(node.len() as u16).to_le_bytes()[..], &node].concat();
+    vec![unixfs_seeds().into_iter().map(block).collect::<Vec<_>>().concat()]
 }

@@ -2,6 +2,8 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+#[cfg(feature = "records")]
+use libp2p_core::{Multiaddr, multiaddr::Protocol};
 use swarm_wire::PeerId;
 
 /// Longest address that is kept.
@@ -26,6 +28,16 @@ pub fn is_relayed(address: &str) -> bool {
 /// The peer that an address ends with.
 pub fn last_peer(address: &str) -> Option<PeerId> {
     address.rsplit_once("/p2p/").and_then(|(_, peer)| peer.parse().ok())
+}
+
+/// The address without the peer at its end. In `/p2p/RELAY/p2p-circuit/p2p/PEER` only the last one goes.
+#[cfg(feature = "records")]
+pub fn without_peer(address: &Multiaddr) -> Multiaddr {
+    let mut address = address.clone();
+    if matches!(address.iter().last(), Some(Protocol::P2p(_))) {
+        address.pop();
+    }
+    address
 }
 
 /// The scope of an address; `None` when it does not begin with an IP address or a name.

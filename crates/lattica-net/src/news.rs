@@ -4,6 +4,8 @@
 //! Which of two statements is newer is the author's business (its times grow); how old one is, is counted along the way, so
 //! that nobody's clock matters.
 
+#[cfg(feature = "records")]
+pub mod record;
 pub mod wire;
 
 use std::collections::HashMap;

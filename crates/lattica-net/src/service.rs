@@ -17,7 +17,7 @@ use tokio::sync::{broadcast, oneshot};
 use self::connection::OpenError;
 use self::driver::Command;
 use self::shared::{Acceptor, Shared};
-use crate::addr::is_plausible;
+use crate::addr::{is_plausible, without_peer};
 use crate::config::NodeConfig;
 use crate::error::{CallError, DhtError, DialError, StartError, StreamError};
 use crate::event::NetEvent;
@@ -185,7 +185,7 @@ impl Node {
         let bad = |reason: String| DialError::Address { address: addr.to_owned(), reason };
         let address: libp2p::Multiaddr =
             addr.parse().map_err(|error: libp2p::multiaddr::Error| bad(error.to_string()))?;
-        let text = driver::without_peer(&address).to_string();
+        let text = without_peer(&address).to_string();
         self.shared().table().handle_address(self.shared().now(), peer, &text);
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! News as bytes: questions, answers and signed link vectors become checked types here and nowhere else. Peer records are
-//! libp2p's own format; the shell checks them.
+//! News as bytes: questions, answers and signed link vectors become checked types here and nowhere else, peer records in
+//! `record`.
 
 use std::time::Duration;
 

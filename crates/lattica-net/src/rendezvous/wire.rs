@@ -1,5 +1,5 @@
-//! Rendezvous as bytes (`proto/rendezvous/message.proto`): messages become checked types here and nowhere else. Records are
-//! libp2p's own format; the shell checks them.
+//! Rendezvous as bytes (`proto/rendezvous/message.proto`): messages become checked types here and nowhere else,
+//! their records in `news::record`.
 
 use bytes::Bytes;
 use prost::Message as _;

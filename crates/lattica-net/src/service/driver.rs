@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use libp2p::core::{ConnectedPoint, Multiaddr, multiaddr::Protocol};
+use libp2p::core::{ConnectedPoint, Multiaddr};
 use libp2p::gossipsub::{MessageId, TopicHash};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, SwarmEvent};
@@ -19,7 +19,7 @@ use super::counters;
 use super::gossip::Validator;
 use super::shared::Shared;
 use super::{libp2p_peer, wire_peer};
-use crate::addr::is_plausible;
+use crate::addr::{is_plausible, without_peer};
 use crate::error::{DhtError, DialError, GossipError};
 use crate::event::NetEvent;
 use crate::gossip::{Announcement, Verdict};
@@ -397,13 +397,4 @@ fn leads_to(endpoint: &ConnectedPoint) -> Multiaddr {
         ConnectedPoint::Listener { local_addr, .. } if endpoint.is_relayed() => local_addr.clone(),
         _ => endpoint.get_remote_address().clone(),
     }
-}
-
-/// The address without the peer id at its end. In `/p2p/RELAY/p2p-circuit/p2p/PEER` only the last one goes.
-pub(crate) fn without_peer(address: &Multiaddr) -> Multiaddr {
-    let mut address = address.clone();
-    if matches!(address.iter().last(), Some(Protocol::P2p(_))) {
-        address.pop();
-    }
-    address
 }

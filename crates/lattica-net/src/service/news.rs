@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, SystemTime};
 
 use libp2p::StreamProtocol;
-use libp2p::core::peer_record::FromEnvelopeError;
-use libp2p::core::{Multiaddr, PeerRecord, SignedEnvelope};
+use libp2p::core::{Multiaddr, PeerRecord};
 use libp2p::identity::Keypair;
 use rand::RngExt as _;
 use rand::seq::IteratorRandom as _;
@@ -17,18 +16,19 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::connection::{Connection, OpenError};
-use super::driver::{Command, without_peer};
+use super::driver::Command;
 use super::identity::Identity;
+use super::peers_file;
 use super::shared::{Acceptor, Shared, lock};
 use super::stream::{Stream, read_frame, send_last_frame};
-use super::{peers_file, wire_peer};
 use crate::addr::{is_plausible, worth_telling};
 use crate::error::FrameError;
 use crate::event::NetEvent;
 use crate::links::LinkEstimate;
 use crate::links::map::LinkMap;
+use crate::news::record::{self, Record};
 use crate::news::wire::{Reply, Request, decode_vector, encode_vector};
-use crate::news::{AUTHORS_MAX, Item, Newest, REPLY_MAX_BYTES, STATEMENT_MAX_BYTES};
+use crate::news::{AUTHORS_MAX, Item, Newest, REPLY_MAX_BYTES};
 
 /// Longest question: two kinds of statements, a tag and a time of each author.
 const REQUEST_MAX_BYTES: usize = 64 * 1024;
@@ -247,13 +247,13 @@ fn take_vector(shared: &Shared, from: &Connection, (statement, age): Item) -> Re
 }
 
 fn take_record(shared: &Shared, from: &Connection, (statement, age): Item) -> Result<(), DecodeError> {
-    let (author, time, addresses) = decode_record(&statement)?;
-    let news = shared.news.lock().records.wants(&author, time);
-    if !news || !is_usable(shared, from, &author, Duration::from_secs(time)) {
+    let Record { author, written_s, addresses } = record::decode(&statement)?;
+    let news = shared.news.lock().records.wants(&author, written_s);
+    if !news || !is_usable(shared, from, &author, Duration::from_secs(written_s)) {
         return Ok(());
     }
     let now = shared.now();
-    if shared.news.lock().records.insert(now, &author, time, (statement, age), ()) {
+    if shared.news.lock().records.insert(now, &author, written_s, (statement, age), ()) {
         for address in addresses.iter().filter(|a| is_plausible(a, &from.address)) {
             shared.table().handle_address(now, &author, address);
         }
@@ -281,34 +281,6 @@ fn is_usable(shared: &Shared, from: &Connection, author: &PeerId, written: Durat
 /// The time of day.
 pub(super) fn unix_now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
-}
-
-/// A peer record: of whom, when (Unix time in seconds), and its addresses.
-type DecodedRecord = (PeerId, u64, Vec<String>);
-
-/// A peer record as RFC 0003 has it.
-pub(super) fn decode_record(statement: &[u8]) -> Result<DecodedRecord, DecodeError> {
-    decode_record_as(statement, PeerRecord::from_signed_envelope_interop)
-}
-
-/// A peer record as RFC 0003 has it, or as libp2p's rendezvous does (with another name of what is signed).
-pub(super) fn decode_record_of_any_form(statement: &[u8]) -> Result<DecodedRecord, DecodeError> {
-    decode_record_as(statement, PeerRecord::from_signed_envelope).or_else(|_| decode_record(statement))
-}
-
-fn decode_record_as(
-    statement: &[u8],
-    read: impl FnOnce(SignedEnvelope) -> Result<PeerRecord, FromEnvelopeError>,
-) -> Result<DecodedRecord, DecodeError> {
-    let invalid = |reason: String| DecodeError::invalid("peer record", reason);
-    if statement.len() > STATEMENT_MAX_BYTES {
-        return Err(invalid(format!("{} bytes", statement.len())));
-    }
-    let envelope =
-        SignedEnvelope::from_protobuf_encoding(statement).map_err(|error| invalid(error.to_string()))?;
-    let record = read(envelope).map_err(|error| invalid(error.to_string()))?;
-    let addresses = record.addresses().iter().map(|address| without_peer(address).to_string()).collect();
-    Ok((wire_peer(&record.peer_id())?, record.seq(), addresses))
 }
 
 impl Teller {
@@ -392,11 +364,11 @@ impl Teller {
         let Some(path) = shared.config.peers_file.clone() else { return };
         let read = tokio::task::spawn_blocking(move || peers_file::load(&path)).await;
         for statement in read.unwrap_or_default() {
-            let Ok((peer, _, addresses)) = decode_record(&statement) else { continue };
-            for address in &addresses {
-                shared.table().handle_address(shared.now(), &peer, address);
+            let Ok(record) = record::decode(&statement) else { continue };
+            for address in &record.addresses {
+                shared.table().handle_address(shared.now(), &record.author, address);
             }
-            self.remembered.push(peer);
+            self.remembered.push(record.author);
         }
     }
 }

@@ -14,10 +14,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::connection::{Connection, Incoming, OpenError};
-use super::driver::{Command, without_peer};
+use super::driver::Command;
 use super::frames::{FrameReader, write_all};
 use super::guess;
 use super::shared::Shared;
+use crate::addr::without_peer;
 use crate::punch::{
     FIRST_LONG_PAUSE, GUESS_AFTER, PunchDial, TRY_TIMEOUT, answerer_dials, asker_dials, pause_after,
     worth_dialling,

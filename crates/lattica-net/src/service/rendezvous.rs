@@ -18,12 +18,13 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::connection::{Connection, OpenError};
 use super::driver::Command;
-use super::news::{decode_record_of_any_form, own_addresses, unix_now};
+use super::news::{own_addresses, unix_now};
 use super::shared::{Acceptor, BoxFuture, Shared, lock};
 use super::stream::{Stream, read_frame, send_last_frame};
 use super::wire_peer;
 use crate::addr::is_plausible;
 use crate::error::{DialError, FrameError};
+use crate::news::record::{self, Record};
 use crate::rendezvous::wire::{ANSWER_FRAME_MAX_BYTES, Answer, QUESTION_MAX_BYTES, Question};
 use crate::rendezvous::{ANSWER_MAX, Book, Refusal, TTL_DEFAULT_S};
 
@@ -124,8 +125,8 @@ async fn answer(
     let now = shared.now();
     let answer = match Question::decode(question)? {
         Question::Register { namespace, record, ttl_s } => {
-            let registered = match decode_record_of_any_form(&record) {
-                Ok((author, _, _)) if author == *peer => {
+            let registered = match record::decode_of_any_form(&record) {
+                Ok(signed) if signed.author == *peer => {
                     // Copied: what is kept must not hold on to the whole question that it came in.
                     let record = Bytes::copy_from_slice(&record);
                     lock(book).register(now, peer, &namespace, record, ttl_s)
@@ -228,7 +229,8 @@ impl Visitor {
         self.cookie = Some(found.cookie).filter(|cookie| !cookie.is_empty());
         for registration in found.registrations.iter().filter(|found| found.namespace == self.namespace) {
             // One that cannot be read does not hide the others.
-            let Ok((author, _, addresses)) = decode_record_of_any_form(&registration.record) else {
+            let Ok(Record { author, addresses, .. }) = record::decode_of_any_form(&registration.record)
+            else {
                 continue;
             };
             if author == shared.local {

@@ -12,8 +12,8 @@ use swarm_wire::PeerId;
 
 use super::super::gate::PeerRefused;
 use super::super::{libp2p_peer, wire_peer};
-use super::{Driver, Reply, without_peer};
-use crate::addr::is_relayed;
+use super::{Driver, Reply};
+use crate::addr::{is_relayed, without_peer};
 use crate::error::DialError;
 use crate::punch::PunchDial;
 

@@ -9,7 +9,8 @@ use libp2p::core::transport::PortUse;
 use libp2p::core::{ConnectedPoint, Multiaddr};
 use libp2p::swarm::ConnectionId;
 
-use super::{Driver, without_peer};
+use super::Driver;
+use crate::addr::without_peer;
 use crate::punch::candidates;
 
 /// See the module. At most one entry for each connection.

@@ -11,7 +11,8 @@ use libp2p::core::{Multiaddr, multiaddr::Protocol};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 
 use super::super::wire_peer;
-use super::{Driver, without_peer};
+use super::Driver;
+use crate::addr::without_peer;
 use crate::config::NodeConfig;
 use crate::relays::RelayPlan;
 
