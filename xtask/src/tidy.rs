@@ -20,6 +20,9 @@ const UNFINISHED: &[&str] =
 /// Module names that say nothing.
 const EMPTY_NAMES: &[&str] = &["utils", "util", "common", "helpers", "base", "manager", "misc", "mod"];
 
+/// Whose public async functions say whether they are cancel safe.
+const CANCEL_SAFETY: &[&str] = &["crates/lattica-net/src/", "crates/lattica-bitswap/src/"];
+
 /// Checks every tracked file; fails with all complaints at once.
 pub(crate) fn run(root: &Path) -> Result<()> {
     let listed = output(root, "git", &["ls-files", "--cached", "--others", "--exclude-standard"])?;
@@ -60,6 +63,7 @@ fn rust(name: &str, text: &str, faults: &mut Vec<String>) {
     // This file names the words that it looks for.
     let may_be_unsafe = name.starts_with("crates/parallax-kernels/") || name == "xtask/src/tidy.rs";
     let is_core = name.starts_with("crates/") && name.contains("/src/") && !name.contains("/service");
+    let says_cancel_safety = CANCEL_SAFETY.iter().any(|folder| name.starts_with(folder));
     for (i, line) in text.lines().enumerate().take(code_lines) {
         let code = line.split("//").next().unwrap_or_default();
         let mut fault = |what: &str| faults.push(format!("{name}:{}: {what}", i + 1));
@@ -72,11 +76,22 @@ fn rust(name: &str, text: &str, faults: &mut Vec<String>) {
         {
             fault("cores get time as an argument; only service/ reads a clock");
         }
+        if says_cancel_safety && code.trim_start().starts_with("pub async fn ") && !is_cancel_noted(text, i) {
+            fault("say whether dropping the future is safe: \"Cancel safe: ..\" or \"Not cancel safe: ..\"");
+        }
         if is_core && (code.contains("rand::rng(") || code.contains("from_os_rng") || code.contains("OsRng"))
         {
             fault("cores get seeds as arguments");
         }
     }
+}
+
+/// Whether the documentation above a line says "cancel safe", or that it is not.
+fn is_cancel_noted(text: &str, line: usize) -> bool {
+    let above: Vec<&str> = text.lines().take(line).map(str::trim_start).collect();
+    let mut attached =
+        above.iter().rev().take_while(|line| line.starts_with("///") || line.starts_with("#["));
+    attached.any(|line| line.to_lowercase().contains("cancel safe"))
 }
 
 /// Lines before the tests at the end. `mod tests;` at the top names another file and ends nothing.
@@ -105,7 +120,13 @@ fn lines(name: &str, text: &str, faults: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::code_lines;
+    use super::{code_lines, is_cancel_noted};
+
+    #[test]
+    fn cancel_safety_is_looked_for_in_the_documentation_of_the_function_itself() {
+        let text = "/// Cancel safe.\npub async fn a() {}\n\n/// B.\n#[must_use]\npub async fn b() {}\n\n/// Not cancel safe: c.\n#[x]\n";
+        assert_eq!([1, 5, 9].map(|line| is_cancel_noted(text, line)), [true, false, true]);
+    }
 
     #[test]
     fn only_tests_with_a_body_end_the_code() {

@@ -92,7 +92,9 @@ impl Blocks {
         self.exchange.lock().ledger.account(peer)
     }
 
-    /// Publishes bytes as an artefact with one entry named `name`. Dropping the future leaves stored blocks stored.
+    /// Publishes bytes as an artefact with one entry named `name`.
+    ///
+    /// Cancel safe: a publication that has begun ends in the store, pinned, but is not announced.
     ///
     /// # Errors
     /// When the store refuses or the artefact is too large.
@@ -107,6 +109,8 @@ impl Blocks {
     /// As [`Blocks::publish_bytes`], as the version after `parent`: whoever has that one fetches only what differs. With a
     /// delta the root is another than that of the same bytes without a parent; there is none when it would not pay, or the
     /// parent is not stored.
+    ///
+    /// Cancel safe: a publication that has begun ends in the store, pinned, but is not announced.
     ///
     /// # Errors
     /// When the store refuses or the artefact is too large.
@@ -126,6 +130,8 @@ impl Blocks {
 
     /// Publishes one file as an artefact, without copying it when the store can refer to files.
     ///
+    /// Cancel safe: a publication that has begun ends in the store, pinned, but is not announced.
+    ///
     /// # Errors
     /// When the file cannot be read or the store refuses.
     pub async fn publish_file(&self, path: &Path) -> Result<Cid, PublishError> {
@@ -138,6 +144,8 @@ impl Blocks {
     /// the store can refer to files. Relative paths are looked up in `dir`. The files must stay as they are: a block of a
     /// file that changed is not served any more.
     ///
+    /// Cancel safe: a publication that has begun ends in the store, pinned, but is not announced.
+    ///
     /// # Errors
     /// When a file cannot be read, two have one name, or the store refuses.
     pub async fn publish_files(&self, dir: &Path, paths: &[PathBuf]) -> Result<Cid, PublishError> {
@@ -147,6 +155,8 @@ impl Blocks {
 
     /// Stops announcing an artefact, unpins it and drops it from the store, except for the blocks that one of the `kept` artefacts has
     /// too. A store that cannot remove ([`BlockStore::remove`]) keeps and serves it.
+    ///
+    /// Cancel safe: a removal that has begun goes on; before it, the artefact is at most announced no longer.
     ///
     /// # Errors
     /// When the store cannot be read or refuses.
@@ -160,6 +170,8 @@ impl Blocks {
     }
 
     /// The manifest of `root`: from the store, else from `from`, else from whoever has it.
+    ///
+    /// Cancel safe: dropping the future stops the fetch and keeps what came.
     ///
     /// # Errors
     /// When no peer delivers it or it is no manifest.
@@ -184,7 +196,9 @@ impl Blocks {
 
     /// Gets a whole artefact into the store. `from` are peers that have it; without any, the DHT and the connected peers
     /// are asked. What is stored already is not fetched again, and what can be made from the version before is, when that is
-    /// stored. Dropping the future stops the fetch and keeps what came.
+    /// stored.
+    ///
+    /// Cancel safe: dropping the future stops the fetch and keeps what came.
     ///
     /// # Errors
     /// When it is no artefact, no peer delivers what is missing, or the store refuses, for example because the disk is full.
@@ -205,6 +219,8 @@ impl Blocks {
     /// Gets the blocks that hold these spans (offset, length) of an artefact into the store, earlier spans first; as
     /// [`Blocks::fetch`] otherwise.
     ///
+    /// Cancel safe: dropping the future stops the fetch and keeps what came.
+    ///
     /// # Errors
     /// As [`Blocks::fetch`]; also when a span ends beyond the artefact.
     pub async fn fetch_spans(
@@ -221,6 +237,8 @@ impl Blocks {
 
     /// All bytes of a stored artefact, checked.
     ///
+    /// Cancel safe.
+    ///
     /// # Errors
     /// When a block is not stored or damaged.
     pub async fn read(&self, root: &Cid) -> Result<Bytes, FetchError> {
@@ -229,6 +247,8 @@ impl Blocks {
     }
 
     /// The bytes `offset .. offset + length` of a stored artefact, checked. Only their blocks must be stored.
+    ///
+    /// Cancel safe.
     ///
     /// # Errors
     /// When a block is not stored or damaged, or the span ends beyond the artefact.
@@ -239,6 +259,8 @@ impl Blocks {
 
     /// Writes a stored artefact to a file: completely, or not at all.
     ///
+    /// Cancel safe: a file that has been begun is written to its end all the same.
+    ///
     /// # Errors
     /// When a block is not stored or damaged, or the disk refuses; a full disk is named with the bytes that are missing.
     pub async fn write_to(&self, root: &Cid, path: &Path) -> Result<(), FetchError> {
@@ -247,6 +269,8 @@ impl Blocks {
     }
 
     /// As [`Blocks::write_to`], only the entry of that name.
+    ///
+    /// Cancel safe: a file that has been begun is written to its end all the same.
     ///
     /// # Errors
     /// As [`Blocks::write_to`]; also when there is no such entry.

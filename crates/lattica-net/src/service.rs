@@ -141,8 +141,9 @@ impl Node {
         answer.await.unwrap_or_default().iter().map(ToString::to_string).collect()
     }
 
-    /// Connects to `addr`, with or without a `/p2p/` part. A peer that is connected already is returned at once. Dropping
-    /// the future is safe and does not stop the dial.
+    /// Connects to `addr`, with or without a `/p2p/` part. A peer that is connected already is returned at once.
+    ///
+    /// Cancel safe: a dial that has begun goes on.
     ///
     /// # Errors
     /// When the address is malformed, nobody answers, or somebody else does.
@@ -154,8 +155,9 @@ impl Node {
         self.dialled(addr, |reply| Command::Dial { address, reply }).await
     }
 
-    /// Connects to a peer wherever it can be found: at known addresses, then through the DHT. Dropping the future is safe and
-    /// does not stop the search.
+    /// Connects to a peer wherever it can be found: at known addresses, then through the DHT.
+    ///
+    /// Cancel safe: a search that has begun goes on.
     ///
     /// # Errors
     /// When no address is known or none leads to the peer.
@@ -211,7 +213,9 @@ impl Node {
         self.shared().table().addresses(peer)
     }
 
-    /// Closes every connection to `peer`. Bootstrap peers are dialled again. Cancel safe.
+    /// Closes every connection to `peer`. Bootstrap peers are dialled again.
+    ///
+    /// Cancel safe: all are closed or none.
     pub async fn disconnect(&self, peer: &PeerId) {
         let _ = self.shared().command(Command::Disconnect { peer: peer.clone() }).await;
     }
@@ -269,7 +273,9 @@ impl Node {
         rpc_client::call_any(self.shared(), peers, method, &body, hedge_after, options).await
     }
 
-    /// Opens a stream of `protocol` (begins with '/') to `peer`, which is dialled if need be. Dropping the future is safe.
+    /// Opens a stream of `protocol` (begins with '/') to `peer`, which is dialled if need be.
+    ///
+    /// Cancel safe: a stream that comes too late is closed.
     ///
     /// # Errors
     /// When the peer cannot be reached or does not speak the protocol.
@@ -414,6 +420,8 @@ impl Node {
     /// Announces in the DHT that this node has what `key` names, and again every few hours. With nobody there yet the
     /// announcement waits for the first peer.
     ///
+    /// Cancel safe: an announcement that has begun goes on, but is not made again where nobody's answer came through.
+    ///
     /// # Errors
     /// When the query is not answered in time or too much is announced.
     pub async fn provide(&self, key: &[u8]) -> Result<(), DhtError> {
@@ -421,11 +429,15 @@ impl Node {
     }
 
     /// Stops announcing `key`; what others know expires by itself.
+    ///
+    /// Cancel safe: it is taken back or not.
     pub async fn stop_providing(&self, key: &[u8]) {
         let _ = self.shared().command(Command::StopProviding { key: key.to_vec() }).await;
     }
 
     /// Peers that announced `key`, at most 64.
+    ///
+    /// Cancel safe: a question that has been asked is answered to nobody.
     ///
     /// # Errors
     /// When the node was shut down or runs too many queries.
@@ -437,6 +449,8 @@ impl Node {
     /// Like the other queries it waits, at most ten seconds, for peers that have just connected to say what they are, and
     /// is made again, at most three times, where nobody's answer came through.
     ///
+    /// Cancel safe: the record is stored or not; what has begun goes on, but is not made again.
+    ///
     /// # Errors
     /// When no peer stored it.
     pub async fn put_record(&self, key: &[u8], value: Vec<u8>) -> Result<(), DhtError> {
@@ -444,6 +458,8 @@ impl Node {
     }
 
     /// Reads a record from the DHT; `None` when nobody has it.
+    ///
+    /// Cancel safe: a question that has been asked is answered to nobody.
     ///
     /// # Errors
     /// When the query is not answered in time.

@@ -128,7 +128,9 @@ impl Spreading {
         self.member.lock().spread.neighbours().cloned().collect()
     }
 
-    /// Waits until everything is here and on disk; `progress` hears of what came. Cancel-safe.
+    /// Waits until everything is here and on disk; `progress` hears of what came.
+    ///
+    /// Cancel safe.
     ///
     /// # Errors
     /// When nobody delivers what is missing, or the store refuses, for example because the disk is full.
@@ -156,6 +158,8 @@ impl Blocks {
     /// Takes part in spreading the artefact `root`: as its source when `source` is `None` and all blocks are stored here,
     /// else as a member that begins with `source` and finds the others through it. What is stored is not fetched again,
     /// so a member that was killed goes on where it was.
+    ///
+    /// Cancel safe: this node takes part only when what is returned is there.
     ///
     /// # Errors
     /// When the manifest cannot be had, or a source lacks blocks.
@@ -220,8 +224,9 @@ impl Blocks {
 
 impl Blocks {
     /// Gets a whole artefact by taking part in its spread, which begins at `source`: most of it comes from other members.
-    /// Returns when all of it is on disk; what is returned passes chunks on until it is dropped. Dropping the future
-    /// leaves the spread and keeps what came.
+    /// Returns when all of it is on disk; what is returned passes chunks on until it is dropped.
+    ///
+    /// Cancel safe: dropping the future leaves the spread and keeps what came.
     ///
     /// # Errors
     /// As [`Spreading::done`]; also when the manifest cannot be had. Nobody delivers when `source` does not spread it.

@@ -18,6 +18,8 @@ impl Blocks {
     /// Makes a stored artefact a file (one entry) or a directory (several) of IPFS too, under the root that is returned, and
     /// announces that. Reads every leaf once, for its SHA2-256 name; no byte is stored again. See [`unixfs::publish`].
     ///
+    /// Cancel safe: a publication that has begun ends in the store, pinned, but is not announced.
+    ///
     /// # Errors
     /// When the artefact or one of its blocks is not stored, or it cannot be a directory.
     pub async fn publish_unixfs(&self, root: &Cid) -> Result<Cid, PublishError> {
@@ -36,6 +38,8 @@ impl Blocks {
 
     /// Gets a file or directory of IPFS into the store, from our peers or stock ones, and tells what it holds; as
     /// [`Blocks::fetch`] otherwise. `progress` hears of the files' blocks, once all of them are known by name.
+    ///
+    /// Cancel safe: dropping the future stops the fetch and keeps what came.
     ///
     /// # Errors
     /// When it is no file or directory, larger than `limits`, no peer delivers what is missing, or the store refuses.
@@ -64,6 +68,8 @@ impl Blocks {
 
     /// Writes what [`Blocks::fetch_unixfs`] found to `path`, a file or a directory that is not there yet: completely, or not
     /// at all.
+    ///
+    /// Cancel safe: what has been begun is written to its end all the same.
     ///
     /// # Errors
     /// When a block is not stored or damaged, a name cannot be a file's here, a directory is in the way, or the disk refuses.

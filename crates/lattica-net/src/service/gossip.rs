@@ -69,6 +69,8 @@ impl Node {
 
     /// Announces `data`, signed by this node, to everybody who listens to `topic`; this node itself does not hear it.
     ///
+    /// Cancel safe: it is announced or not.
+    ///
     /// # Errors
     /// When gossip is off, the data is too large, or no listener is known (yet).
     pub async fn publish(&self, topic: &str, data: Vec<u8>) -> Result<(), GossipError> {

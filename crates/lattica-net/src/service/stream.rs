@@ -86,8 +86,10 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// One frame's payload: a varint length and that many bytes; `None` at a clean end. Not safe to drop half way: the stream is
-/// then out of step. Reads single bytes, so give it a buffered reader.
+/// One frame's payload: a varint length and that many bytes; `None` at a clean end. Reads single bytes, so give it a buffered
+/// reader.
+///
+/// Not cancel safe: after a dropped future the stream is out of step.
 ///
 /// # Errors
 /// When the stream breaks, or the length is malformed or above `limit_bytes`; nothing is allocated before.
@@ -121,7 +123,9 @@ pub(super) async fn send_last_frame(
     writer.shutdown().await
 }
 
-/// The next `n_bytes`. As [`read_frame`] otherwise.
+/// The next `n_bytes`.
+///
+/// Not cancel safe: after a dropped future the stream is out of step.
 ///
 /// # Errors
 /// When the stream breaks or ends before.

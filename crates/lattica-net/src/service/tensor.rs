@@ -37,7 +37,9 @@ impl<W: AsyncWrite + Unpin> TensorSender<W> {
         Self { writer }
     }
 
-    /// Sends one tensor and flushes. Not safe to cancel: after a dropped future the stream is of no more use.
+    /// Sends one tensor and flushes.
+    ///
+    /// Not cancel safe: after a dropped future the stream is of no more use.
     ///
     /// # Errors
     /// When the payload's length is not what the header says, or the stream broke.
@@ -59,6 +61,8 @@ impl<W: AsyncWrite + Unpin> TensorSender<W> {
     }
 
     /// Tells the receiver that no tensor follows, and closes this direction.
+    ///
+    /// Not cancel safe: the receiver may see a stream that was cut off.
     ///
     /// # Errors
     /// When the stream broke.
@@ -89,7 +93,9 @@ impl<R: AsyncRead + Unpin> TensorReceiver<R> {
         Self { reader, limit_bytes, finished: false }
     }
 
-    /// The next tensor; `None` when the sender finished. Not safe to cancel.
+    /// The next tensor; `None` when the sender finished.
+    ///
+    /// Not cancel safe: after a dropped future the stream is of no more use.
     ///
     /// # Errors
     /// `InvalidData` when the peer sent something else or too much; `UnexpectedEof` when the stream ended without the

@@ -59,7 +59,9 @@ impl V1 {
         self.methods.lock().unwrap_or_else(PoisonError::into_inner).insert(method.to_owned(), handler);
     }
 
-    /// Calls `method` of a peer. Dropping the future resets the stream; the peer may do the work all the same.
+    /// Calls `method` of a peer.
+    ///
+    /// Cancel safe: dropping the future resets the stream; the peer may do the work all the same.
     ///
     /// # Errors
     /// When the peer cannot be reached, answers with an error or nonsense, or takes longer than `timeout`.
