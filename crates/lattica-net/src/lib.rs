@@ -28,8 +28,8 @@
 //! ```
 //!
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
-//! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates,
-//! the probe schedule, `links::map`: the links of others), [`news`] (what nodes tell each other; `news::record`: signed addresses), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
+//! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates
+//! of each path, the probe schedule, `links::map`: the links of others), [`news`] (what nodes tell each other; `news::record`: signed addresses), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
 //! swarms), [`relays`] (which relays to keep slots at), [`rendezvous`] (a point's book of who is where), [`punch`] (how two peers behind
 //! NATs reach each other). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
@@ -69,8 +69,8 @@ pub use error::{
     StreamError, SwarmKeyFileError,
 };
 pub use event::NetEvent;
-pub use links::LinkEstimate;
 pub use links::map::{Confidence, PairEstimate};
+pub use links::{LinkEstimate, PathKind};
 pub use peers::{PathInfo, PeerInfo};
 #[cfg(all(feature = "service", feature = "v1-compat"))]
 pub use service::V1;

@@ -1,16 +1,21 @@
-//! What a link is like: round trips, lost probes and goodput, with the age of the knowledge. Pure: time is an argument.
-//! [`map`] is the same for pairs of other nodes, by what they say or by [`coordinate`]s.
+//! What a link is like: round trips, lost probes, goodput and how much it can be relied on, with the age of the knowledge, for
+//! each [`path`] to a peer. Pure: time is an argument. [`map`] is the same for pairs of other nodes, by what they say or by
+//! [`coordinate`]s.
 //!
 //! Probes travel on a reliable stream, so "loss" here is the share of probes that stayed unanswered for longer than the
 //! probe timeout, not of packets.
 
 pub mod coordinate;
 pub mod map;
+pub mod path;
 pub mod probe;
+mod reliability;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+pub use path::{PathKind, PeerLinks};
+use reliability::Reliability;
 use serde::Serialize;
 
 /// Round trips kept for the percentiles.
@@ -24,7 +29,7 @@ const BURST_MAX: Duration = Duration::from_millis(500);
 /// Smaller bursts are dominated by latency, not by rate.
 const BURST_MIN_BYTES: u64 = 256 * 1024;
 
-/// What is known about the link to a peer.
+/// What is known about one path to a peer, as this node measured it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LinkEstimate {
     /// Smoothed round trip.
@@ -43,15 +48,20 @@ pub struct LinkEstimate {
     pub goodput_in_bytes_per_s: Option<f64>,
     /// Bytes per second that the peer says arrived there. A claim of the peer.
     pub goodput_out_bytes_per_s: Option<f64>,
+    /// Time since the last transfer, of either direction, that was large enough to tell the goodput.
+    pub goodput_age: Option<Duration>,
+    /// Share of probes that were answered in time, 0 to 1, over hours: what was an hour ago counts half. A connection that
+    /// broke while it was in use counts as a minute without answers.
+    pub reliability: f64,
     /// Time since the last answered probe.
     pub age: Duration,
     /// Answered probes so far.
     pub n_samples: u64,
-    /// Whether the best path to the peer goes through a relay.
-    pub relayed: bool,
+    /// Which path this is.
+    pub path: PathKind,
 }
 
-/// Collects the probes of one peer.
+/// Collects the probes of one path.
 #[derive(Debug, Clone, Default)]
 pub struct LinkEstimator {
     /// Round trips in milliseconds, `None` for a probe that was lost; the latest last.
@@ -61,7 +71,9 @@ pub struct LinkEstimator {
     last_answer: Option<Duration>,
     n_samples: u64,
     incoming: GoodputMeter,
-    reported_out: Option<f64>,
+    /// What the peer reports, and when that last changed.
+    reported_out: Option<(f64, Duration)>,
+    reliability: Reliability,
 }
 
 impl LinkEstimator {
@@ -77,12 +89,19 @@ impl LinkEstimator {
         }
         self.n_samples += 1;
         self.last_answer = Some(now);
+        self.reliability.handle_answer(now);
         self.push(Some(rtt_ms));
     }
 
     /// A probe stayed unanswered.
-    pub fn handle_loss(&mut self) {
+    pub fn handle_loss(&mut self, now: Duration) {
+        self.reliability.handle_loss(now);
         self.push(None);
+    }
+
+    /// The path broke while it was in use.
+    pub fn handle_break(&mut self, now: Duration) {
+        self.reliability.handle_break(now);
     }
 
     /// `n_bytes` arrived from the peer.
@@ -91,9 +110,11 @@ impl LinkEstimator {
     }
 
     /// The peer says at what rate our bytes reach it. Values that are not sane rates are ignored.
-    pub fn handle_reported_goodput(&mut self, bytes_per_s: f64) {
-        if bytes_per_s.is_finite() && bytes_per_s > 0.0 {
-            self.reported_out = Some(bytes_per_s);
+    pub fn handle_reported_goodput(&mut self, now: Duration, bytes_per_s: f64) {
+        let sane = bytes_per_s.is_finite() && bytes_per_s > 0.0;
+        // The same again is what every echo says until there was another transfer.
+        if sane && self.reported_out.is_none_or(|(known, _)| known != bytes_per_s) {
+            self.reported_out = Some((bytes_per_s, now));
         }
     }
 
@@ -103,7 +124,7 @@ impl LinkEstimator {
     }
 
     /// What is known at `now`; `None` before the first answered probe.
-    pub fn estimate(&self, now: Duration, relayed: bool) -> Option<LinkEstimate> {
+    pub fn estimate(&self, now: Duration, path: PathKind) -> Option<LinkEstimate> {
         let last_answer = self.last_answer?;
         let mut sorted: Vec<f64> = self.probes.iter().filter_map(|p| *p).collect();
         sorted.sort_by(f64::total_cmp);
@@ -111,18 +132,24 @@ impl LinkEstimator {
         // When the window holds losses only, the smoothed value is the best that is known.
         let rtt_min_ms = sorted.first().copied().unwrap_or(self.smoothed_ms);
         let rtt_p95_ms = percentile(&sorted, 0.95).unwrap_or(self.smoothed_ms);
+        let (incoming, reported) = (self.incoming.bytes_per_s(), self.reported_out.map(|(rate, _)| rate));
+        let told = self.reported_out.map(|(_, at)| at).into_iter().chain(self.incoming.judged_at).max();
         Some(LinkEstimate {
             rtt_ms: self.smoothed_ms,
             rtt_min_ms,
             rtt_p95_ms,
             jitter_ms: self.deviation_ms,
             loss: lost as f64 / self.probes.len() as f64,
-            goodput_bytes_per_s: self.reported_out.or_else(|| self.incoming.bytes_per_s()),
-            goodput_in_bytes_per_s: self.incoming.bytes_per_s(),
-            goodput_out_bytes_per_s: self.reported_out,
+            goodput_bytes_per_s: reported.or(incoming),
+            goodput_in_bytes_per_s: incoming,
+            goodput_out_bytes_per_s: reported,
+            goodput_age: reported
+                .or(incoming)
+                .map(|_| told.map_or(Duration::ZERO, |at| now.saturating_sub(at))),
+            reliability: self.reliability.share(),
             age: now.saturating_sub(last_answer),
             n_samples: self.n_samples,
-            relayed,
+            path,
         })
     }
 
@@ -146,6 +173,8 @@ fn percentile(sorted: &[f64], share: f64) -> Option<f64> {
 struct GoodputMeter {
     burst: Option<Burst>,
     smoothed: Option<f64>,
+    /// When the last of the bursts ended that were long enough.
+    judged_at: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]
@@ -177,6 +206,7 @@ impl GoodputMeter {
     fn judge(&mut self, burst: &Burst) {
         if let Some(rate) = burst.bytes_per_s() {
             self.smoothed = Some(self.smoothed.map_or(rate, |old| old + 0.3 * (rate - old)));
+            self.judged_at = Some(burst.last);
         }
     }
 
@@ -204,8 +234,8 @@ mod tests {
     #[test]
     fn nothing_is_known_before_the_first_answer() {
         let mut estimator = LinkEstimator::default();
-        estimator.handle_loss();
-        assert_eq!(estimator.estimate(MS, false), None);
+        estimator.handle_loss(MS);
+        assert_eq!(estimator.estimate(MS, PathKind::Quic), None);
     }
 
     #[test]
@@ -214,9 +244,9 @@ mod tests {
         for second in 0..100 {
             estimator.handle_answer(Duration::from_secs(second), 20 * MS);
         }
-        let estimate = estimator.estimate(Duration::from_secs(102), true).unwrap();
+        let estimate = estimator.estimate(Duration::from_secs(102), PathKind::Relayed).unwrap();
         assert!((estimate.rtt_ms - 20.0).abs() < 1e-9 && (estimate.rtt_p95_ms - 20.0).abs() < 1e-9);
-        assert!(estimate.jitter_ms < 1e-3 && estimate.loss == 0.0 && estimate.relayed);
+        assert!(estimate.jitter_ms < 1e-3 && estimate.loss == 0.0 && estimate.path.is_relayed());
         assert_eq!((estimate.age, estimate.n_samples), (Duration::from_secs(3), 100));
     }
 
@@ -229,7 +259,7 @@ mod tests {
         for _ in 0..20 {
             estimator.handle_answer(MS, 10 * MS);
         }
-        let estimate = estimator.estimate(MS, false).unwrap();
+        let estimate = estimator.estimate(MS, PathKind::Tcp).unwrap();
         assert!(estimate.rtt_ms < 16.0 && (estimate.rtt_min_ms - 10.0).abs() < 1e-9, "{estimate:?}");
     }
 
@@ -260,9 +290,27 @@ mod tests {
         let mut estimator = LinkEstimator::default();
         estimator.handle_answer(MS, MS);
         for claim in [f64::NAN, f64::INFINITY, -1.0, 0.0] {
-            estimator.handle_reported_goodput(claim);
+            estimator.handle_reported_goodput(MS, claim);
         }
-        assert_eq!(estimator.estimate(MS, false).unwrap().goodput_bytes_per_s, None);
+        assert_eq!(estimator.estimate(MS, PathKind::Quic).unwrap().goodput_bytes_per_s, None);
+    }
+
+    #[test]
+    fn goodput_is_as_old_as_the_last_transfer_not_as_the_last_echo() {
+        let (mut estimator, s) = (LinkEstimator::default(), Duration::from_secs);
+        for second in 0..100 {
+            estimator.handle_answer(s(second), MS);
+            estimator.handle_reported_goodput(s(second), 5e6);
+        }
+        let age = |estimator: &LinkEstimator| estimator.estimate(s(100), PathKind::Quic).unwrap().goodput_age;
+        assert_eq!(age(&estimator), Some(s(100)));
+        estimator.handle_reported_goodput(s(60), 4e6);
+        assert_eq!(age(&estimator), Some(s(40)));
+        for step in 0..100u32 {
+            estimator.handle_received(s(90) + step * MS, 65_536);
+        }
+        estimator.handle_received(s(99), 1);
+        assert_eq!(age(&estimator), Some(s(10) - 99 * MS));
     }
 
     proptest! {
@@ -273,13 +321,13 @@ mod tests {
             for (i, probe) in probes.iter().enumerate() {
                 match probe {
                     Some(ms) => estimator.handle_answer(i as u32 * MS, Duration::from_millis(*ms)),
-                    None => estimator.handle_loss(),
+                    None => estimator.handle_loss(i as u32 * MS),
                 }
             }
             let window = &probes[probes.len().saturating_sub(64)..];
             let mut answered: Vec<u64> = window.iter().filter_map(|p| *p).collect();
             answered.sort_unstable();
-            if let (Some(estimate), false) = (estimator.estimate(Duration::from_secs(1), false), answered.is_empty()) {
+            if let (Some(estimate), false) = (estimator.estimate(Duration::from_secs(1), PathKind::Quic), answered.is_empty()) {
                 let expected_loss = (window.len() - answered.len()) as f64 / window.len() as f64;
                 prop_assert!((estimate.loss - expected_loss).abs() < 1e-12);
                 prop_assert!((estimate.rtt_min_ms - answered[0] as f64).abs() < 1e-6);

@@ -197,8 +197,8 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
         self.peers.iter().filter(|(_, p)| !p.connections.is_empty()).map(|(id, _)| id.clone()).collect()
     }
 
-    /// Everything, in the order of peer ids. `rtt_ms` reads the round trip out of the shell's state.
-    pub fn infos(&self, rtt_ms: impl Fn(&S) -> Option<f64>) -> Vec<PeerInfo> {
+    /// Everything, in the order of peer ids. `rtt_ms` reads the round trip out of the shell's state and the connection in use.
+    pub fn infos(&self, rtt_ms: impl Fn(&S, Option<&C>) -> Option<f64>) -> Vec<PeerInfo> {
         let mut infos: Vec<PeerInfo> = self
             .peers
             .iter()
@@ -207,7 +207,7 @@ impl<C: Clone, S: Clone + Default> PeerTable<C, S> {
                 addrs: self.addresses(peer),
                 connected: !entry.connections.is_empty(),
                 relayed: entry.connections.first().is_some_and(|c| c.rank.relayed),
-                rtt_ms: rtt_ms(&entry.state),
+                rtt_ms: rtt_ms(&entry.state, entry.connections.first().map(|c| &c.handle)),
             })
             .collect();
         infos.sort_by(|a, b| a.peer.cmp(&b.peer));

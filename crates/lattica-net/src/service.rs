@@ -351,7 +351,7 @@ impl Node {
             .iter()
             .map(|c| PathInfo {
                 key: c.key,
-                relayed: c.relayed,
+                relayed: c.is_relayed(),
                 dialled: c.dialled,
                 address: c.address.clone(),
             })
@@ -376,7 +376,9 @@ impl Node {
     /// Every peer that is connected or remembered.
     pub fn peers(&self) -> Vec<PeerInfo> {
         let now = self.shared().now();
-        self.shared().table().infos(|state| state.link().estimate(now, false).map(|e| e.rtt_ms))
+        self.shared()
+            .table()
+            .infos(|state, best| state.links().estimate(now, best.map(|c| c.path)).map(|link| link.rtt_ms))
     }
 
     /// Peers that are connected.
@@ -389,27 +391,40 @@ impl Node {
         self.shared().table().connected(peer).is_some()
     }
 
-    /// What is known about the link to a peer; `None` before the first measurement, which comes within a round trip of
-    /// connecting. Look at the age: a peer that left keeps its last estimate.
+    /// What is known about the path to a peer that is in use (until it was measured, about the one that answered last);
+    /// `None` before the first measurement, which comes within a round trip of connecting. Look at the age: a peer that left
+    /// keeps its last estimate.
     pub fn link(&self, peer: &PeerId) -> Option<LinkEstimate> {
-        let (state, relayed) = {
-            let table = self.shared().table();
-            (table.known_state(peer)?, table.connected(peer).is_some_and(|r| r.0))
-        };
-        state.link().estimate(self.shared().now(), relayed)
+        self.links(peer).into_iter().next()
     }
 
-    /// What is known about the link from `a` to `b`, whoever they are: measured where this node is one of them, else heard
-    /// from them, else predicted from where in the network they are. `None` where nothing is known yet.
+    /// What is known about every path to a peer that was ever measured, the one in use first. A path that is gone keeps its
+    /// last estimate, with its age.
+    pub fn links(&self, peer: &PeerId) -> Vec<LinkEstimate> {
+        let (state, in_use) = {
+            let table = self.shared().table();
+            let Some(state) = table.known_state(peer) else { return Vec::new() };
+            (state, table.best(peer).map(|connection| connection.path))
+        };
+        state.links().estimates(self.shared().now(), in_use)
+    }
+
+    /// What is known about the path from `a` to `b` that is in use, whoever they are: measured where this node is one of
+    /// them, else heard from them, else predicted from where in the network they are. `None` where nothing is known yet.
     pub fn link_between(&self, a: &PeerId, b: &PeerId) -> Option<PairEstimate> {
+        self.links_between(a, b).into_iter().next()
+    }
+
+    /// As [`Node::link_between`] of every path, the one in use first.
+    pub fn links_between(&self, a: &PeerId, b: &PeerId) -> Vec<PairEstimate> {
         let local = &self.shared().local;
         let measured = match (a == local, b == local) {
-            (true, false) => self.link(b),
-            (false, true) => self.link(a),
-            _ => None,
+            (true, false) => self.links(b),
+            (false, true) => self.links(a),
+            _ => Vec::new(),
         };
         let now = self.shared().now();
-        self.shared().news.lock().links.between(now, a, b, measured.as_ref())
+        self.shared().news.lock().links.paths(now, a, b, &measured)
     }
 
     /// Events from now on. A receiver that lags behind by more than 1024 events is told so and loses the oldest.

@@ -205,7 +205,7 @@ mod tests {
 
     use echo_rollout::service::{PayloadSource, Spreads};
     use lattica_bitswap::{BlockStore as _, ExchangeConfig, MemoryStore};
-    use lattica_net::{Identity, NodeConfig};
+    use lattica_net::{Identity, NodeConfig, PathKind};
 
     use super::*;
 
@@ -274,9 +274,11 @@ mod tests {
             goodput_bytes_per_s: Some(bytes_per_s),
             goodput_in_bytes_per_s: Some(bytes_per_s),
             goodput_out_bytes_per_s: Some(bytes_per_s),
+            goodput_age: Some(Duration::ZERO),
+            reliability: 1.0,
             age: Duration::ZERO,
             n_samples: 9,
-            relayed: false,
+            path: PathKind::Quic,
         };
         WorkerLinks { own: Some(own), ..WorkerLinks::default() }
     }

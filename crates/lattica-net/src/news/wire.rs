@@ -6,14 +6,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use prost::Message as _;
 use swarm_wire::generated::lattica::v1 as pb;
+use swarm_wire::generated::lattica::v1::link_neighbour::Path;
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::repeated::{self, Element};
 use swarm_wire::signed::{self, Signer};
 use swarm_wire::{DecodeError, PeerId};
 
 use super::{AUTHORS_MAX, Item, Known, STATEMENT_MAX_BYTES};
+use crate::links::PathKind;
 use crate::links::coordinate::Coordinate;
-use crate::links::map::{Claim, LinkVector, NEIGHBOURS_MAX};
+use crate::links::map::{CLAIMS_MAX, Claim, LinkVector};
 
 /// What a link vector is signed as.
 pub const LINKS_DOMAIN: &str = "lattica/v1/links";
@@ -119,7 +121,14 @@ pub fn encode_vector(vector: &LinkVector, signer: &impl Signer) -> Bytes {
         loss: claim.loss as f32,
         out_bytes_per_s: claim.out_bytes_per_s.unwrap_or_default() as f32,
         in_bytes_per_s: claim.in_bytes_per_s.unwrap_or_default() as f32,
-        relayed: claim.relayed,
+        relayed: claim.path.is_relayed(),
+        failed: (1.0 - claim.reliability) as f32,
+        path: match claim.path {
+            PathKind::Quic => Path::Quic,
+            PathKind::Tcp => Path::Tcp,
+            PathKind::Relayed => Path::Relayed,
+        }
+        .into(),
     };
     let message = pb::LinkVector {
         written_ms: vector.written_ms,
@@ -141,7 +150,7 @@ pub fn decode_vector(
     let what = "link vector";
     let signed = Signed::decode(statement.clone()).map_err(|e| DecodeError::message(what, &e))?;
     let neighbours = (&[3][..], Element::Field);
-    repeated::check("neighbours in a link vector", &signed.payload, neighbours, NEIGHBOURS_MAX)?;
+    repeated::check("neighbours in a link vector", &signed.payload, neighbours, CLAIMS_MAX)?;
     let message =
         pb::LinkVector::decode(signed.payload.clone()).map_err(|e| DecodeError::message(what, &e))?;
     let key: [u8; 32] = signed
@@ -161,11 +170,13 @@ pub fn decode_vector(
         f64::from(place.error).min(1.0),
     )
     .ok_or_else(|| DecodeError::invalid("coordinate", format!("{place:?}")))?;
-    let neighbours = message.neighbours.iter().map(neighbour).collect::<Result<_, _>>()?;
+    let neighbours =
+        message.neighbours.iter().filter_map(|n| neighbour(n).transpose()).collect::<Result<_, _>>()?;
     Ok(Some((author, LinkVector { written_ms: message.written_ms, coordinate, neighbours })))
 }
 
-fn neighbour(message: &pb::LinkNeighbour) -> Result<(PeerId, Claim), DecodeError> {
+/// `None` for a kind of path that is not known here yet.
+fn neighbour(message: &pb::LinkNeighbour) -> Result<Option<(PeerId, Claim)>, DecodeError> {
     let within = |what: &'static str, value: f32, most: f64| {
         let value = f64::from(value);
         if (0.0..=most).contains(&value) { Ok(value) } else { Err(DecodeError::invalid(what, value)) }
@@ -174,15 +185,23 @@ fn neighbour(message: &pb::LinkNeighbour) -> Result<(PeerId, Claim), DecodeError
         let rate = within("rate of a link", value, 1e15)?;
         Ok((rate > 0.0).then_some(rate))
     };
+    let path = match Path::try_from(message.path) {
+        Ok(Path::Unknown) if message.relayed => PathKind::Relayed,
+        Ok(Path::Unknown | Path::Quic) => PathKind::Quic,
+        Ok(Path::Tcp) => PathKind::Tcp,
+        Ok(Path::Relayed) => PathKind::Relayed,
+        Err(_) => return Ok(None),
+    };
     let claim = Claim {
         rtt_ms: within("round trip of a link", message.rtt_ms, RTT_MAX_MS)?,
         jitter_ms: within("jitter of a link", message.jitter_ms, RTT_MAX_MS)?,
         loss: within("loss of a link", message.loss, 1.0)?,
         out_bytes_per_s: rate(message.out_bytes_per_s)?,
         in_bytes_per_s: rate(message.in_bytes_per_s)?,
-        relayed: message.relayed,
+        reliability: 1.0 - within("failures of a link", message.failed, 1.0)?,
+        path,
     };
-    Ok((PeerId::from_bytes(&message.peer)?, claim))
+    Ok(Some((PeerId::from_bytes(&message.peer)?, claim)))
 }
 
 #[cfg(test)]
@@ -203,7 +222,8 @@ mod tests {
             loss: 0.125,
             out_bytes_per_s: Some(1e6),
             in_bytes_per_s: None,
-            relayed: true,
+            reliability: 0.75,
+            path: PathKind::Tcp,
         };
         let coordinate = Coordinate::checked([1.0, -2.0, 3.5], 0.5, 0.25).unwrap();
         let neighbours = (0..neighbours).map(|n| (peer(n), claim)).collect();
@@ -213,7 +233,7 @@ mod tests {
     #[test]
     fn vectors_round_trip_and_fit() {
         let key = SigningKey::from_bytes(&[7; 32]);
-        let full = vector(NEIGHBOURS_MAX as u8);
+        let full = vector(CLAIMS_MAX as u8);
         let statement = encode_vector(&full, &key);
         assert!(statement.len() <= STATEMENT_MAX_BYTES, "{} bytes", statement.len());
         let author = PeerId::from_ed25519(&key.public_key());
@@ -250,12 +270,29 @@ mod tests {
             said(|c| c.rtt_ms = f64::NAN),
             said(|c| c.jitter_ms = 1e9),
             said(|c| c.loss = 1.5),
+            said(|c| c.reliability = -0.5),
             said(|c| c.out_bytes_per_s = Some(f64::INFINITY)),
         ] {
             assert!(impossible.is_err(), "{impossible:?}");
         }
-        let many = encode_vector(&vector(NEIGHBOURS_MAX as u8 + 1), &key);
+        let many = encode_vector(&vector(CLAIMS_MAX as u8 + 1), &key);
         assert!(decode_vector(&many, |_, _| true).is_err());
+    }
+
+    #[test]
+    fn older_nodes_and_kinds_of_paths_to_come_are_understood() {
+        let key = SigningKey::from_bytes(&[7; 32]);
+        let read = |relayed, path| {
+            let peer = Bytes::copy_from_slice(peer(1).as_bytes());
+            let neighbour = pb::LinkNeighbour { peer, relayed, path, ..pb::LinkNeighbour::default() };
+            let vector = pb::LinkVector { neighbours: vec![neighbour], ..pb::LinkVector::default() };
+            let statement = key.signed(LINKS_DOMAIN, &vector.encode_to_vec()).encode_to_vec();
+            let (_, vector) = decode_vector(&statement.into(), |_, _| true).unwrap().unwrap();
+            vector.neighbours.first().map(|(_, claim)| (claim.path, claim.reliability))
+        };
+        assert_eq!(read(true, 0), Some((PathKind::Relayed, 1.0)));
+        assert_eq!(read(false, 0), Some((PathKind::Quic, 1.0)));
+        assert_eq!(read(false, 9), None);
     }
 
     #[test]

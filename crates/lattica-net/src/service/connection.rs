@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::rpc_client::Lanes;
 use super::shared::{PeerState, Shared};
 use crate::config::Limits;
+use crate::links::{LinkEstimator, PathKind};
 
 /// Stream requests that wait for the connection's task to take them; further callers wait.
 const OPEN_QUEUE: usize = 64;
@@ -44,7 +45,7 @@ pub(crate) struct Connection {
     pub(crate) key: u64,
     pub(crate) id: ConnectionId,
     pub(crate) peer: PeerId,
-    pub(crate) relayed: bool,
+    pub(crate) path: PathKind,
     /// Whether this end dialled.
     pub(crate) dialled: bool,
     /// When it was made.
@@ -68,7 +69,7 @@ pub(crate) struct Connection {
 
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Connection({} {}{})", self.peer, self.key, if self.relayed { " relayed" } else { "" })
+        write!(f, "Connection({} {}{})", self.peer, self.key, if self.is_relayed() { " relayed" } else { "" })
     }
 }
 
@@ -78,7 +79,7 @@ impl Connection {
         id: ConnectionId,
         peer: PeerId,
         made: Duration,
-        (relayed, dialled, address): (bool, bool, String),
+        (dialled, address): (bool, String),
         state: Arc<PeerState>,
         limits: &Limits,
     ) -> (Arc<Self>, mpsc::Receiver<OpenRequest>) {
@@ -87,7 +88,7 @@ impl Connection {
             key,
             id,
             peer,
-            relayed,
+            path: PathKind::of(&address),
             dialled,
             made,
             address,
@@ -103,6 +104,16 @@ impl Connection {
             last_use_ms: AtomicU64::new(0),
         });
         (connection, requests)
+    }
+
+    /// Whether it goes through a relay.
+    pub(crate) fn is_relayed(&self) -> bool {
+        self.path.is_relayed()
+    }
+
+    /// Tells or asks what is measured of the connection's path.
+    pub(crate) fn measured<T>(&self, tell: impl FnOnce(&mut LinkEstimator) -> T) -> T {
+        tell(self.state.links().path(self.path))
     }
 
     /// Opens a stream. Dropping the future is safe: a stream that comes too late is closed.

@@ -23,6 +23,7 @@ use crate::addr::{is_plausible, without_peer};
 use crate::error::{DhtError, DialError, GossipError};
 use crate::event::NetEvent;
 use crate::gossip::{Announcement, Verdict};
+use crate::links::PathKind;
 use crate::punch::PunchDial;
 
 mod dht;
@@ -278,8 +279,8 @@ impl Driver {
             BehaviourEvent::Identify(identify::Event::Error { connection_id, .. }) => {
                 self.handle_identified(connection_id);
             }
-            BehaviourEvent::Ping(ping::Event { peer, connection: _, result: Ok(rtt) }) => {
-                self.handle_ping(peer, rtt)
+            BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(rtt) }) => {
+                self.handle_ping(peer, connection, rtt);
             }
             BehaviourEvent::Kad(event) => self.handle_kad_event(event),
             BehaviourEvent::Gossip(event) => self.handle_gossip(event),
@@ -358,16 +359,15 @@ impl Driver {
     }
 
     /// Pings measure peers that have no link protocol of ours, such as stock libp2p nodes.
-    fn handle_ping(&mut self, peer: LibPeerId, rtt: Duration) {
-        let Ok(peer) = wire_peer(&peer) else { return };
+    fn handle_ping(&mut self, peer: LibPeerId, connection: ConnectionId, rtt: Duration) {
+        let (Ok(peer), Some(leads_to)) = (wire_peer(&peer), self.remotes.get(&connection)) else { return };
         let state = self.shared.table().known_state(&peer);
         if let Some(state) = state {
-            let now = self.shared.now();
-            let mut link = state.link();
-            if link
-                .estimate(now, false)
-                .is_none_or(|e| e.age > 5 * self.shared.config.liveness.probe_interval)
-            {
+            let (now, path) = (self.shared.now(), PathKind::of(&leads_to.to_string()));
+            let mut links = state.links();
+            let link = links.path(path);
+            let unprobed = 5 * self.shared.config.liveness.probe_interval;
+            if link.estimate(now, path).is_none_or(|known| known.age > unprobed) {
                 link.handle_answer(now, rtt);
             }
         }

@@ -121,7 +121,7 @@ pub(crate) async fn answer(
             return Err(Error::new(ErrorKind::InvalidData, "an offer was expected"));
         };
         let one = shared.guessing.try_acquire();
-        let needed = connection.relayed && !is_direct(&shared, &connection) && one.is_ok();
+        let needed = connection.is_relayed() && !is_direct(&shared, &connection) && one.is_ok();
         let part = if needed { Part::new(&shared).await? } else { None };
         let Some(part) = part.filter(|part| {
             part.fits(&theirs, &connection.address) && connection.state.may_guess(shared.now())

@@ -35,6 +35,7 @@ pub(crate) async fn measure(shared: Arc<Shared>, connection: Arc<Connection>) {
             let pause = match probe(&shared, &connection).await {
                 Ok(Life::Silent) => {
                     tracing::info!(peer = %connection.peer.short(), "connection closed: the peer fell silent");
+                    connection.measured(|link| link.handle_break(shared.now()));
                     connection.fail();
                     let _ = shared.command(Command::Close { id: connection.id }).await;
                     return;
@@ -81,12 +82,10 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
             reader.consume(n_bytes);
             let now = shared.now();
             if let Some(rtt) = tracker.handle_echo(now, sequence) {
-                let mut link = connection.state.link();
-                // Measurements of a spare path would blur those of the path in use.
-                if !connection.is_redundant() {
+                connection.measured(|link| {
                     link.handle_answer(now, rtt);
-                }
-                link.handle_reported_goodput(rate);
+                    link.handle_reported_goodput(now, rate);
+                });
             }
         }
         let wait = tracker.next_tick().saturating_sub(shared.now());
@@ -98,10 +97,9 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
             }
             () = tokio::time::sleep(wait) => {
                 tidy(shared, connection);
-                let (action, newly_late) = tracker.handle_tick(shared.now());
-                for _ in 0..newly_late {
-                    connection.state.link().handle_loss();
-                }
+                let now = shared.now();
+                let (action, newly_late) = tracker.handle_tick(now);
+                connection.measured(|link| (0..newly_late).for_each(|_| link.handle_loss(now)));
                 match action {
                     ProbeAction::Send(sequence) => write_all(&mut writer, &encode_probe(sequence)).await?,
                     ProbeAction::Wait => {}
@@ -138,7 +136,7 @@ pub(crate) async fn answer(
         pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while let Some(sequence) = reader.header(decode_probe).await? {
             pace.tick().await;
-            let rate = connection.state.link().incoming_bytes_per_s();
+            let rate = connection.measured(|link| link.incoming_bytes_per_s());
             write_all(&mut writer, &encode_echo(sequence, rate)).await?;
         }
         Ok::<(), std::io::Error>(())

@@ -288,13 +288,12 @@ impl Teller {
     async fn tell(&mut self, shared: &Arc<Shared>) {
         let now = shared.now();
         let links = fresh_links(shared, now);
-        let measured = || links.iter().map(|(peer, link)| (peer, link));
         let n_authors = {
             let mut state = shared.news.lock();
             state.links.vectors_mut().expire(now);
             state.records.expire(now);
             state.met.retain(|_, until| now < *until);
-            state.links.handle_links(now, measured(), rand::rng().random());
+            state.links.handle_links(now, &links, rand::rng().random());
             state.links.vectors().len() as u32
         };
         let pause = (shared.config.news_interval * VECTOR_INTERVALS).max(VECTOR_PER_AUTHOR * n_authors);
@@ -303,7 +302,7 @@ impl Teller {
             // Later than the last one even when the clock was set back.
             self.written_ms = (unix_now().as_millis() as u64).max(self.written_ms + 1);
             let mut state = shared.news.lock();
-            let vector = state.links.own_vector(self.written_ms, measured());
+            let vector = state.links.own_vector(self.written_ms, &links);
             let statement = (encode_vector(&vector, &self.identity), Duration::ZERO);
             state.links.vectors_mut().insert(now, &shared.local, self.written_ms, statement, vector);
         }
@@ -402,13 +401,14 @@ pub(super) async fn own_addresses(shared: &Shared) -> Vec<Multiaddr> {
     told.iter().filter_map(|a| a.parse().ok()).collect()
 }
 
-/// Links to connected peers that were measured lately.
-pub(super) fn fresh_links(shared: &Shared, now: Duration) -> Vec<(PeerId, LinkEstimate)> {
+/// Paths to connected peers that were measured lately, of each peer the one in use first.
+fn fresh_links(shared: &Shared, now: Duration) -> Vec<(PeerId, Vec<LinkEstimate>)> {
     let table = shared.table();
-    let estimate = |peer: PeerId| {
-        let relayed = table.connected(&peer)?.0;
-        let link = table.known_state(&peer)?.link().estimate(now, relayed)?;
-        (link.age <= LINK_FRESH).then_some((peer, link))
+    let estimates = |peer: PeerId| {
+        let in_use = table.best(&peer)?.path;
+        let mut paths = table.known_state(&peer)?.links().estimates(now, Some(in_use));
+        paths.retain(|link| link.age <= LINK_FRESH);
+        (!paths.is_empty()).then_some((peer, paths))
     };
-    table.connected_peers().into_iter().filter_map(estimate).collect()
+    table.connected_peers().into_iter().filter_map(estimates).collect()
 }

@@ -35,16 +35,16 @@ const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Tries for a direct connection whenever there is none, as long as the relayed one stands.
 pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>) {
     let trying = async {
-        let (mut failed, mut was_direct, mut guesses) = (0, false, true);
+        let (mut failed, mut guesses) = (0, true);
         let mut seen = shared.seen_at.subscribe();
         loop {
             if is_direct(&shared, &connection) {
-                (failed, was_direct) = (0, true);
+                failed = 0;
                 sleep(shared.config.liveness.probe_interval).await;
                 continue;
             }
             seen.mark_unchanged();
-            match ask(&shared, &connection, was_direct).await {
+            match ask(&shared, &connection).await {
                 Ok(()) => {
                     wait_direct(&shared, &connection, GUESS_AFTER).await;
                     if guesses && !is_direct(&shared, &connection) {
@@ -94,7 +94,7 @@ async fn moved(
 }
 
 /// One try from the side that asks.
-async fn ask(shared: &Shared, connection: &Connection, was_direct: bool) -> std::io::Result<()> {
+async fn ask(shared: &Shared, connection: &Connection) -> std::io::Result<()> {
     let ours = seen_at(shared).await;
     if ours.is_empty() {
         return Err(Error::other("nobody has told yet where we are seen"));
@@ -116,10 +116,9 @@ async fn ask(shared: &Shared, connection: &Connection, was_direct: bool) -> std:
         let mut rtt = sent.elapsed();
         write_all(&mut writer, &encode_punch(PunchMessage::Sync)).await?;
         writer.flush().await?;
-        // The peer may have waited before it answered; probes know better, unless they speak of a direct path that was lost.
-        let probed = connection.state.link().estimate(shared.now(), true).map(|link| link.rtt_ms / 1e3);
-        let probed = probed.filter(|_| !was_direct);
-        if let Some(probed) = probed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+        // The peer may have waited before it answered; probes know better.
+        let probed = connection.measured(|link| link.estimate(shared.now(), connection.path));
+        if let Some(probed) = probed.and_then(|link| Duration::try_from_secs_f64(link.rtt_ms / 1e3).ok()) {
             rtt = rtt.min(probed);
         }
         sleep(rtt / 2).await;
@@ -138,7 +137,7 @@ pub(crate) async fn answer(
 ) {
     // One try at a time, and only for who cannot reach us otherwise: it makes us dial.
     let Ok(_punching) = connection.punching.try_acquire() else { return };
-    if !connection.relayed || is_direct(&shared, &connection) {
+    if !connection.is_relayed() || is_direct(&shared, &connection) {
         return;
     }
     let exchange = async {

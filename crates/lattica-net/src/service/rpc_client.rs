@@ -226,7 +226,7 @@ async fn read_answers(
         let Some(stream) = stream.upgrade() else { return };
         match incoming {
             Ok(Some(Incoming::Answer(call_id, refusal, body))) => {
-                connection.state.link().handle_received(shared.now(), body.len());
+                connection.measured(|link| link.handle_received(shared.now(), body.len()));
                 // A call that was given up meanwhile is not waiting any more: its answer is dropped.
                 if let Some(completion) = lock(&stream.calls).remove(call_id) {
                     let _ = completion.send(Outcome::Answer(refusal, body));

@@ -119,7 +119,8 @@ impl Server {
                         None => match self.admit(body_bytes) {
                             Ok(held) => {
                                 let body = reader.body(body_bytes).await?;
-                                self.connection.state.link().handle_received(shared.now(), body.len());
+                                self.connection
+                                    .measured(|link| link.handle_received(shared.now(), body.len()));
                                 self.arrived(
                                     Call { call_id, method, deadline, body, held },
                                     done_below,

@@ -28,7 +28,7 @@ use super::stream::Stream;
 use crate::config::NodeConfig;
 use crate::error::DialError;
 use crate::event::NetEvent;
-use crate::links::LinkEstimator;
+use crate::links::PeerLinks;
 use crate::peers::PeerTable;
 use crate::punch::guess::Tries;
 use crate::rpc::hedge::Latencies;
@@ -75,7 +75,7 @@ impl Acceptors {
 /// What is kept for each peer beside its addresses.
 #[derive(Default)]
 pub(crate) struct PeerState {
-    link: Mutex<LinkEstimator>,
+    links: Mutex<PeerLinks>,
     admission: OnceLock<Mutex<Admission>>,
     credit: OnceLock<Credit>,
     served: Served,
@@ -124,8 +124,8 @@ impl Drop for CallNumber<'_> {
 }
 
 impl PeerState {
-    pub(crate) fn link(&self) -> MutexGuard<'_, LinkEstimator> {
-        lock(&self.link)
+    pub(crate) fn links(&self) -> MutexGuard<'_, PeerLinks> {
+        lock(&self.links)
     }
 
     /// The permit for a question for news of the peer.

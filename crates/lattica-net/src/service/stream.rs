@@ -42,7 +42,7 @@ impl Stream {
 
     /// Whether the bytes go through a relay.
     pub fn is_relayed(&self) -> bool {
-        self.connection.relayed
+        self.connection.is_relayed()
     }
 }
 
@@ -62,7 +62,8 @@ impl AsyncRead for Stream {
         ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
         let n_bytes = buf.filled().len() - before;
         if n_bytes > 0 {
-            self.connection.state.link().handle_received(self.shared.now(), n_bytes);
+            let now = self.shared.now();
+            self.connection.measured(|link| link.handle_received(now, n_bytes));
         }
         Poll::Ready(Ok(()))
     }

@@ -13,8 +13,8 @@ use libp2p::PeerId as LibPeerId;
 use libp2p::core::transport::PortUse;
 use libp2p::core::{Endpoint, Multiaddr, multiaddr::Protocol};
 use libp2p::swarm::{
-    ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent, THandlerOutEvent,
-    ToSwarm,
+    ConnectionDenied, ConnectionError, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
+    THandlerOutEvent, ToSwarm,
 };
 
 use super::connection::Connection;
@@ -46,13 +46,13 @@ impl Behaviour {
         id: ConnectionId,
         peer: LibPeerId,
         address: &Multiaddr,
-        (relayed, dialled): (bool, bool),
+        dialled: bool,
     ) -> Result<Handler, ConnectionDenied> {
         let peer = wire_peer(&peer).map_err(ConnectionDenied::new)?;
         let state = self.shared.table().state(self.shared.now(), &peer);
         let key = self.next_key;
         self.next_key += 1;
-        let (made, leads) = (self.shared.now(), (relayed, dialled, address.to_string()));
+        let (made, leads) = (self.shared.now(), (dialled, address.to_string()));
         let limits = &self.shared.config.limits;
         let (connection, requests) = Connection::new(key, id, peer, made, leads, state, limits);
         self.pending.insert(id, Arc::clone(&connection));
@@ -65,14 +65,14 @@ impl Behaviour {
         let now = self.shared.now();
         let change = {
             let rank = Rank {
-                relayed: connection.relayed,
+                relayed: connection.is_relayed(),
                 dialled_by_larger: connection.dialled == (self.shared.local > peer),
             };
             self.shared.table().handle_connected(now, &peer, connection.key, rank, Arc::clone(&connection))
         };
         self.established.insert(id, Arc::clone(&connection));
         // Who was dialled over a relay asks for a direct connection.
-        if connection.relayed && !connection.dialled && self.shared.config.hole_punching {
+        if connection.is_relayed() && !connection.dialled && self.shared.config.hole_punching {
             self.shared.network.spawn(punch::keep_direct(Arc::clone(&self.shared), Arc::clone(&connection)));
         }
         self.shared.network.spawn(link_probe::measure(Arc::clone(&self.shared), connection));
@@ -83,19 +83,19 @@ impl Behaviour {
         }
     }
 
-    fn handle_closed(&mut self, id: ConnectionId) {
+    /// `broke`: neither this end closed the connection, nor did it lie idle.
+    fn handle_closed(&mut self, id: ConnectionId, broke: bool) {
         let Some(connection) = self.established.remove(&id) else { return };
         let now = self.shared.now();
+        if broke && !connection.is_redundant() {
+            connection.measured(|link| link.handle_break(now));
+        }
         let change = self.shared.table().handle_disconnected(now, &connection.peer, connection.key);
         connection.fail();
         if change == Change::Disconnected {
             self.shared.emit(NetEvent::Disconnected(connection.peer.clone()));
         }
     }
-}
-
-fn is_relayed(address: &Multiaddr) -> bool {
-    address.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
 impl NetworkBehaviour for Behaviour {
@@ -110,8 +110,8 @@ impl NetworkBehaviour for Behaviour {
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
         // The remote address of a relayed connection is only a name; the relay's is in the local one.
-        let (relayed, leads) = if is_relayed(local) { (true, local) } else { (is_relayed(remote), remote) };
-        self.handler(id, peer, leads, (relayed, false))
+        let leads = if local.iter().any(|part| part == Protocol::P2pCircuit) { local } else { remote };
+        self.handler(id, peer, leads, false)
     }
 
     fn handle_established_outbound_connection(
@@ -123,13 +123,16 @@ impl NetworkBehaviour for Behaviour {
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
         // In a punched hole both ends have dialled and one plays the listener.
-        self.handler(id, peer, address, (is_relayed(address), role == Endpoint::Dialer))
+        self.handler(id, peer, address, role == Endpoint::Dialer)
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
             FromSwarm::ConnectionEstablished(event) => self.handle_established(event.connection_id),
-            FromSwarm::ConnectionClosed(event) => self.handle_closed(event.connection_id),
+            FromSwarm::ConnectionClosed(event) => {
+                let broke = matches!(event.cause, Some(ConnectionError::IO(_)));
+                self.handle_closed(event.connection_id, broke);
+            }
             FromSwarm::DialFailure(event) => {
                 self.pending.remove(&event.connection_id);
             }

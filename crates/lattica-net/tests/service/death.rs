@@ -8,7 +8,7 @@ use bytes::Bytes;
 use lattica_net::{CallError, NetEvent, NodeConfig, Status};
 use tokio::io::AsyncReadExt;
 
-use super::{Transport, config, start, until};
+use super::{Transport, config, eventually, start, until};
 
 /// Set for the process that is to be killed: the address to listen on.
 const ROLE: &str = "LATTICA_NET_TEST_VICTIM";
@@ -58,13 +58,16 @@ async fn is_noticed(listen: &str, within: Duration) {
     };
     // A call that had not arrived would be told that the peer cannot be reached.
     assert!(tokio::task::spawn_blocking(move || lines.any(|l| l == "called")).await.unwrap());
+    eventually("the link is measured", || node.link(&peer).is_some_and(|link| link.reliability == 1.0)).await;
 
     victim.0.kill().unwrap();
     let start = Instant::now();
     let error = call.await.unwrap().unwrap_err();
     let noticed = start.elapsed();
     assert!(matches!(error, CallError::ConnectionLost { .. }), "{error}");
-    until(&mut events, &NetEvent::Disconnected(peer)).await;
+    until(&mut events, &NetEvent::Disconnected(peer.clone())).await;
+    let reliability = node.link(&peer).unwrap().reliability;
+    assert!(reliability < 0.5, "{reliability} after a break");
     assert!(!matches!(stream.read(&mut [0; 8]).await, Ok(n) if n > 0));
     println!("{listen}: noticed after {noticed:?}");
     assert!(noticed < within, "noticed after {noticed:?}");

@@ -31,7 +31,7 @@ async fn calls_work_over_a_relay(transport: Transport) {
         let answer = client.call(&hidden.peer_id(), "echo", body.clone(), PATIENCE).await.unwrap();
         assert_eq!(answer, body);
     }
-    assert!(client.link(&hidden.peer_id()).unwrap().relayed);
+    assert!(client.link(&hidden.peer_id()).unwrap().path.is_relayed());
     let counted = relay.counters();
     assert_eq!((counted.relay_slots, counted.relay_circuits, counted.relay_circuits_opened), (1, 1, 1));
     assert!(counted.connections_opened >= 2 && counted.relay_refusals == 0, "{counted:?}");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lattica_net::{Confidence, Identity, NetEvent, Node, NodeConfig};
+use lattica_net::{Confidence, Identity, NetEvent, Node, NodeConfig, PathKind};
 use swarm_wire::PeerId;
 
 use super::{Transport, config, connect, eventually, start, until};
@@ -43,7 +43,8 @@ async fn links_of_others_are_told_and_own_ones_are_measured() {
     eventually("a hears of the link from b to c", || confidence(&b, &c) == Some(Confidence::Heard)).await;
     eventually("and of the way back", || confidence(&c, &b) == Some(Confidence::Heard)).await;
     let heard = a.link_between(&b.peer_id(), &c.peer_id()).unwrap();
-    assert!(heard.rtt_ms > 0.0 && heard.loss == Some(0.0) && heard.relayed == Some(false), "{heard:?}");
+    assert!(heard.rtt_ms > 0.0 && heard.loss == Some(0.0), "{heard:?}");
+    assert_eq!((heard.path, heard.reliability), (Some(PathKind::Quic), Some(1.0)), "{heard:?}");
     assert!(heard.age < Duration::from_secs(20), "{heard:?}");
     assert_eq!(confidence(&a, &b), Some(Confidence::Measured));
     assert_eq!(confidence(&a, &a), None);

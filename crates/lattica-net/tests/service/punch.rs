@@ -48,6 +48,11 @@ async fn a_relayed_connection_becomes_direct_and_calls_go_on(transport: Transpor
     }
     let stream = client.open_stream(&hidden.peer_id(), "/lattica/link/1.0.0").await.unwrap();
     assert!(!stream.is_relayed());
+    // Either path is measured for itself.
+    let relayed = || -> Vec<bool> {
+        client.links(&hidden.peer_id()).iter().map(|link| link.path.is_relayed()).collect()
+    };
+    eventually("both paths are measured", || relayed() == [false, true]).await;
     client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
 }
 

@@ -119,6 +119,7 @@ pub struct Coordinate {
     #[prost(float, tag = "5")]
     pub error: f32,
 }
+/// A path to a neighbour. Of several to one neighbour the first is in use.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LinkNeighbour {
     /// The peer id's multihash bytes.
@@ -137,9 +138,50 @@ pub struct LinkNeighbour {
     /// Bytes per second from the neighbour; 0 when not known.
     #[prost(float, tag = "6")]
     pub in_bytes_per_s: f32,
-    /// The best path goes through a relay.
+    /// It goes through a relay.
     #[prost(bool, tag = "7")]
     pub relayed: bool,
+    /// Share of probes that were not answered, over hours: what was an hour ago counts half, a broken connection as a minute.
+    #[prost(float, tag = "8")]
+    pub failed: f32,
+    #[prost(enumeration = "link_neighbour::Path", tag = "9")]
+    pub path: i32,
+}
+/// Nested message and enum types in `LinkNeighbour`.
+pub mod link_neighbour {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+    #[repr(i32)]
+    pub enum Path {
+        /// Older nodes do not say: `relayed` does, and direct counts as QUIC.
+        Unknown = 0,
+        Quic = 1,
+        Tcp = 2,
+        Relayed = 3,
+    }
+    impl Path {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unknown => "UNKNOWN",
+                Self::Quic => "QUIC",
+                Self::Tcp => "TCP",
+                Self::Relayed => "RELAYED",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "UNKNOWN" => Some(Self::Unknown),
+                "QUIC" => Some(Self::Quic),
+                "TCP" => Some(Self::Tcp),
+                "RELAYED" => Some(Self::Relayed),
+                _ => None,
+            }
+        }
+    }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GuessFrame {

@@ -143,7 +143,7 @@ impl Driver {
         let shared = Arc::clone(&self.shared);
         let rtt = |relay: &LibPeerId| {
             let state = shared.table().known_state(&wire_peer(relay).ok()?)?;
-            let rtt_ms = state.link().estimate(now, false)?.rtt_ms;
+            let rtt_ms = state.links().estimate(now, None)?.rtt_ms;
             Duration::try_from_secs_f64(rtt_ms / 1e3).ok()
         };
         while let Some(relay) = self.upkeep.relays.next(now, rtt) {
