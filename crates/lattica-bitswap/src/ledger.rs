@@ -53,14 +53,17 @@ impl Ledger {
     /// `peer` sent a block that it was not asked for, or bytes that are no message.
     pub fn wrong(&mut self, peer: &PeerId) {
         let account = self.account_mut(peer);
-        account.wrong_blocks += 1;
-        account.score -= WRONG_BLOCK_COST;
+        account.wrong_blocks = account.wrong_blocks.saturating_add(1);
+        account.score = account.score.saturating_sub(WRONG_BLOCK_COST);
     }
 
     /// `peer` did not answer in time.
     pub fn stalled(&mut self, peer: &PeerId) {
         let account = self.account_mut(peer);
-        account.score = (account.score - STALL_COST).max(-SCORE_MAX + 1);
+        // Who has lied is not pardoned for being slow besides.
+        if account.score > -SCORE_MAX {
+            account.score = (account.score - STALL_COST).max(-SCORE_MAX + 1);
+        }
     }
 
     /// Whether `peer` has lied and is not asked any more. Slowness alone never leads here.
@@ -108,6 +111,19 @@ mod tests {
             ledger.stalled(&slow);
         }
         assert!(!ledger.is_shunned(&slow));
+    }
+
+    #[test]
+    fn a_liar_stays_shunned_however_slow_and_however_long_it_lies() {
+        let peer = PeerId::from_ed25519(&[1; 32]);
+        let mut ledger = Ledger::new();
+        ledger.wrong(&peer);
+        ledger.stalled(&peer);
+        assert!(ledger.is_shunned(&peer));
+        let account = Account { score: i32::MIN + 1, wrong_blocks: u32::MAX, ..Account::default() };
+        ledger.accounts.insert(peer.clone(), account);
+        ledger.wrong(&peer);
+        assert!(ledger.is_shunned(&peer) && ledger.account(&peer).wrong_blocks == u32::MAX);
     }
 
     #[test]

@@ -147,6 +147,31 @@ async fn a_liar_is_shunned_and_none_of_its_bytes_are_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_that_nobody_asked_for_end_their_stream_and_large_ones_are_not_taken_in_again() {
+    let (a, store, victim) = memory_peer().await;
+    let hostile = node().await;
+    connect(&hostile, &a).await;
+    let unasked = |n_bytes| {
+        let block = Block::new(HashKind::Sha2, content(n_bytes, 7)).unwrap();
+        Message { blocks: vec![block], ..Message::default() }.encode()
+    };
+    for (n_bytes, wrong) in [(1000, 1), (1000, 2), (MIB, 2)] {
+        let mut stream = hostile.open_stream(&a.peer_id(), PROTOCOL).await.unwrap();
+        // The other side may have seen enough before all of it has left.
+        let _ = stream.write_all(&unasked(n_bytes)).await;
+        let _ = stream.flush().await;
+        let ended = tokio::time::timeout(Duration::from_secs(20), stream.read(&mut [0; 8])).await;
+        assert!(!matches!(ended.expect("the stream is closed"), Ok(n) if n > 0));
+        assert_eq!(victim.account(&hostile.peer_id()).wrong_blocks, wrong, "{n_bytes}");
+    }
+    assert_eq!(store.n_blocks(), 0);
+    // It may still be served: what it wants costs no more than what others want.
+    let root = victim.publish_bytes("x", "test", content(1000, 1)).await.unwrap();
+    let wants = Blocks::start_with(hostile.clone(), Arc::new(MemoryStore::new()), impatient());
+    wants.fetch(&root, &[a.peer_id()], |_| ()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_nodes_pass_blocks_on() {
     let (a, _, publisher) = memory_peer().await;
     let (b, _, first) = memory_peer().await;

@@ -77,6 +77,6 @@ pub use service::V1;
 #[cfg(feature = "service")]
 pub use service::{
     CallOptions, Identity, NetCounters, Node, Stream, Subscription, Tensor, TensorReceiver, TensorSender,
-    create_swarm_key, load_swarm_key, read_bytes, read_frame,
+    create_swarm_key, load_swarm_key, read_bytes, read_frame, read_length,
 };
 pub use status::{Status, StatusCode};

@@ -62,7 +62,7 @@ pub use gossip::Subscription;
 pub use identity::Identity;
 pub use link_probe::LINK_PROTOCOL;
 pub use rpc_client::{CallOptions, RPC_PROTOCOL};
-pub use stream::{Stream, read_bytes, read_frame};
+pub use stream::{Stream, read_bytes, read_frame, read_length};
 pub use swarm_key_file::{create_swarm_key, load_swarm_key};
 pub use tensor::{Tensor, TensorReceiver, TensorSender};
 #[cfg(feature = "v1-compat")]

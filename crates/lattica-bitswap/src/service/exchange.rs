@@ -11,6 +11,7 @@ use tokio::sync::{Notify, broadcast, mpsc};
 
 use super::fetch::provider_key;
 use super::spreading::Member;
+use super::streams::Room;
 use super::{files, streams};
 use crate::serve::Batch;
 use crate::session::Arrival;
@@ -52,6 +53,8 @@ pub(super) struct State {
     pub(super) fetches: HashMap<u64, Fetch>,
     pub(super) next_fetch: u64,
     writers: HashMap<PeerId, mpsc::Sender<Outgoing>>,
+    /// Room for messages that are being taken in, by peer, as long as one of its streams is read.
+    rooms: HashMap<PeerId, Weak<Room>>,
     recent: VecDeque<(PeerId, Cid)>,
 }
 
@@ -80,6 +83,7 @@ impl Exchange {
             fetches: HashMap::new(),
             next_fetch: 0,
             writers: HashMap::new(),
+            rooms: HashMap::new(),
             recent: VecDeque::new(),
         };
         let uplink = config.spread_bytes_per_s.map(|rate| tokio::sync::Mutex::new(Uplink::new(rate)));
@@ -93,6 +97,18 @@ impl Exchange {
             spreads: Mutex::default(),
             uplink,
         })
+    }
+
+    /// The room for messages of `peer`, whichever stream brings them.
+    pub(super) fn room(&self, peer: &PeerId) -> Arc<Room> {
+        let mut state = self.lock();
+        if let Some(room) = state.rooms.get(peer).and_then(Weak::upgrade) {
+            return room;
+        }
+        state.rooms.retain(|_, room| room.strong_count() > 0);
+        let room = Arc::new(Room::default());
+        state.rooms.insert(peer.clone(), Arc::downgrade(&room));
+        room
     }
 
     /// Time for the pure parts.
@@ -243,8 +259,8 @@ impl Exchange {
         }
     }
 
-    /// One message from `peer`. Returns when its blocks are stored: that is the back-pressure on the sender.
-    pub(super) async fn handle_message(self: &Arc<Self>, peer: &PeerId, message: Message) {
+    /// One message from `peer`. Returns when its blocks are stored: that is the back-pressure on the sender. `false`: it lied.
+    pub(super) async fn handle_message(self: &Arc<Self>, peer: &PeerId, message: Message) -> bool {
         let Message { entries, full, blocks, presences, .. } = message;
         if !presences.is_empty() {
             let now = self.now();
@@ -256,13 +272,12 @@ impl Exchange {
                 fetch.wake.notify_one();
             }
         }
-        if !blocks.is_empty() {
-            self.handle_blocks(peer, blocks).await;
-        }
+        let honest = blocks.is_empty() || self.handle_blocks(peer, blocks).await;
         if full || !entries.is_empty() {
             self.handle_wants(peer, entries, full).await;
         }
         self.pump();
+        honest
     }
 
     async fn handle_wants(self: &Arc<Self>, peer: &PeerId, entries: Vec<WantEntry>, full: bool) {
@@ -287,7 +302,8 @@ impl Exchange {
         }
     }
 
-    async fn handle_blocks(self: &Arc<Self>, peer: &PeerId, blocks: Vec<Block>) {
+    /// `false` when one of the blocks was not asked for.
+    async fn handle_blocks(self: &Arc<Self>, peer: &PeerId, blocks: Vec<Block>) -> bool {
         let mut wanted = Vec::with_capacity(blocks.len());
         let mut lied = false;
         {
@@ -318,7 +334,7 @@ impl Exchange {
             self.peer_lied(peer, "a block that was not asked for");
         }
         if wanted.is_empty() {
-            return;
+            return !lied;
         }
         let stored = self
             .blocking(move |store| {
@@ -326,7 +342,7 @@ impl Exchange {
                 (wanted, results)
             })
             .await;
-        let Ok((blocks, results)) = stored else { return };
+        let Ok((blocks, results)) = stored else { return !lied };
         let mut arrived = Vec::with_capacity(blocks.len());
         for (block, result) in blocks.into_iter().zip(results) {
             match result {
@@ -343,6 +359,7 @@ impl Exchange {
             }
         }
         self.stored(peer, &arrived);
+        !lied
     }
 
     /// Blocks of `peer` are stored: those who wait for them here hear of it. Call [`Exchange::pump`] for those elsewhere.

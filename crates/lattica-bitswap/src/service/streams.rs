@@ -1,14 +1,14 @@
 //! Bitswap on streams: one for each direction between two peers, as most implementations do it. Some (py-libp2p) answer on the
 //! stream on which they were asked, so what comes back on ours is read too.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use lattica_net::{FrameError, Node, Stream, read_frame};
+use lattica_net::{FrameError, Node, Stream, read_bytes, read_length};
 use swarm_wire::PeerId;
 use swarm_wire::limits::BITSWAP_MESSAGE_MAX_BYTES;
 use tokio::io::{AsyncRead, AsyncWriteExt, BufReader, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{AcquireError, Semaphore, SemaphorePermit, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
@@ -23,6 +23,29 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const READ_BUFFER_BYTES: usize = 64 * 1024;
 /// Shorter messages are decoded at once.
 const DECODE_INLINE_BYTES: usize = 16 * 1024;
+/// Messages of one peer that are being taken in, on all its streams: two of the largest.
+const ROOM_BYTES: usize = 2 * BITSWAP_MESSAGE_MAX_BYTES;
+/// Longer messages of a peer that has lied are not taken in: no list of wants is that long, and blocks it would have to be
+/// asked for.
+const OF_LIARS_MAX_BYTES: usize = 256 * 1024;
+/// Room is counted in these.
+const ROOM_STEP_BYTES: usize = 1024;
+
+/// Room for the messages of one peer.
+pub(super) struct Room(Semaphore);
+
+impl Default for Room {
+    fn default() -> Self {
+        Self(Semaphore::new(ROOM_BYTES / ROOM_STEP_BYTES))
+    }
+}
+
+impl Room {
+    /// Waits until there is room for a message.
+    async fn take(&self, n_bytes: usize) -> Result<SemaphorePermit<'_>, AcquireError> {
+        self.0.acquire_many(n_bytes.div_ceil(ROOM_STEP_BYTES) as u32).await
+    }
+}
 
 /// A stream that we opened.
 struct Open {
@@ -40,22 +63,40 @@ impl Drop for Open {
 /// Takes in what a peer sends, until its stream or the exchange ends.
 pub(super) async fn read(exchange: Weak<Exchange>, peer: PeerId, stream: impl AsyncRead + Unpin) {
     let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
+    let Some(room) = exchange.upgrade().map(|exchange| exchange.room(&peer)) else { return };
     loop {
-        let message = match read_frame(&mut reader, "bitswap message", BITSWAP_MESSAGE_MAX_BYTES).await {
-            Ok(Some(bytes)) if bytes.len() <= DECODE_INLINE_BYTES => Message::decode(bytes),
-            // Blocks are hashed to learn what they are: not on a thread that others wait for.
-            Ok(Some(bytes)) => match tokio::task::spawn_blocking(move || Message::decode(bytes)).await {
-                Ok(message) => message,
-                Err(_) => return,
-            },
-            Ok(None) => return,
-            Err(FrameError::Malformed(error)) => Err(error),
-            Err(_) => return,
+        let length = read_length(&mut reader, "bitswap message", BITSWAP_MESSAGE_MAX_BYTES).await;
+        let shuns = |exchange: Arc<Exchange>| exchange.lock().ledger.is_shunned(&peer);
+        let (message, _place) = match length {
+            Ok(Some(n_bytes)) => {
+                if n_bytes > OF_LIARS_MAX_BYTES && exchange.upgrade().is_none_or(shuns) {
+                    return;
+                }
+                let Ok(place) = room.take(n_bytes).await else { return };
+                let Ok(bytes) = read_bytes(&mut reader, n_bytes).await else { return };
+                let message = match n_bytes {
+                    ..=DECODE_INLINE_BYTES => Message::decode(bytes),
+                    // Blocks are hashed to learn what they are: not on a thread that others wait for.
+                    _ => match tokio::task::spawn_blocking(move || Message::decode(bytes)).await {
+                        Ok(message) => message,
+                        Err(_) => return,
+                    },
+                };
+                (message, Some(place))
+            }
+            Err(FrameError::Malformed(error)) => (Err(error), None),
+            Ok(None) | Err(_) => return,
         };
         let Some(exchange) = exchange.upgrade() else { return };
-        match message {
+        let honest = match message {
             Ok(message) => exchange.handle_message(&peer, message).await,
-            Err(error) => return exchange.peer_lied(&peer, &error.to_string()),
+            Err(error) => {
+                exchange.peer_lied(&peer, &error.to_string());
+                false
+            }
+        };
+        if !honest {
+            return;
         }
     }
 }

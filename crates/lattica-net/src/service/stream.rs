@@ -99,6 +99,23 @@ pub async fn read_frame(
     what: &'static str,
     limit_bytes: usize,
 ) -> Result<Option<Bytes>, FrameError> {
+    match read_length(reader, what, limit_bytes).await? {
+        Some(n_bytes) => Ok(Some(read_bytes(reader, n_bytes).await?)),
+        None => Ok(None),
+    }
+}
+
+/// The length of the next frame, whose payload [`read_bytes`] reads; `None` at a clean end. As [`read_frame`] otherwise.
+///
+/// Not cancel safe: after a dropped future the stream is out of step.
+///
+/// # Errors
+/// As [`read_frame`].
+pub async fn read_length(
+    reader: &mut (impl AsyncRead + Unpin),
+    what: &'static str,
+    limit_bytes: usize,
+) -> Result<Option<usize>, FrameError> {
     let mut prefix = [0u8; frame::LENGTH_MAX_BYTES];
     let mut n = 0;
     loop {
@@ -108,7 +125,7 @@ pub async fn read_frame(
             _ => n += 1,
         }
         if let Some((length, _)) = frame::decode_length(what, &prefix[..n], limit_bytes)? {
-            return Ok(Some(read_bytes(reader, length).await?));
+            return Ok(Some(length));
         }
     }
 }

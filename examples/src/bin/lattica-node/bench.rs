@@ -3,7 +3,7 @@
 //! MB are 10^6 bytes. Rates are medians of the rounds; the smallest and largest are reported beside them.
 
 mod crowd;
-mod other;
+pub(crate) mod other;
 
 use std::time::{Duration, Instant};
 
@@ -168,14 +168,14 @@ async fn node(transport: Transport, ip: &str) -> anyhow::Result<Node> {
 }
 
 /// Median, smallest and largest of the rounds.
-struct Rates {
-    median: f64,
-    min: f64,
-    max: f64,
+pub(crate) struct Rates {
+    pub(crate) median: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
 }
 
 impl Rates {
-    fn of(mut values: Vec<f64>) -> Self {
+    pub(crate) fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let round = |value: f64| (value * 10.0).round() / 10.0;
         Self {
@@ -188,27 +188,27 @@ impl Rates {
 }
 
 /// Callers that call again as soon as they are answered.
-struct Load {
-    n_bytes: usize,
-    in_flight: usize,
-    seconds: f64,
-    rounds: usize,
+pub(crate) struct Load {
+    pub(crate) n_bytes: usize,
+    pub(crate) in_flight: usize,
+    pub(crate) seconds: f64,
+    pub(crate) rounds: usize,
 }
 
-struct Round {
+pub(crate) struct Round {
     qps: f64,
     p50_us: f64,
-    p99_us: f64,
+    pub(crate) p99_us: f64,
 }
 
-struct Calls {
+pub(crate) struct Calls {
     qps: Rates,
     p50_us: f64,
-    p99_us: f64,
+    pub(crate) p99_us: f64,
 }
 
 impl Load {
-    async fn measure(&self, node: &Node, peer: &PeerId) -> anyhow::Result<Calls> {
+    pub(crate) async fn measure(&self, node: &Node, peer: &PeerId) -> anyhow::Result<Calls> {
         self.round(node, peer, Duration::from_millis(300)).await?;
         let mut rounds = Vec::new();
         for _ in 0..self.rounds {
@@ -221,7 +221,7 @@ impl Load {
         })
     }
 
-    async fn round(&self, node: &Node, peer: &PeerId, time: Duration) -> anyhow::Result<Round> {
+    pub(crate) async fn round(&self, node: &Node, peer: &PeerId, time: Duration) -> anyhow::Result<Round> {
         let body = Bytes::from(vec![0x5a; self.n_bytes]);
         let start = Instant::now();
         let callers: Vec<_> = (0..self.in_flight)

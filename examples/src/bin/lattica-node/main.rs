@@ -1,10 +1,11 @@
 //! `lattica-node`: one node of the network, as bootstrap peer, relay and DHT server; `lattica-node bench` measures two of
-//! them on this machine, `lattica-node bench-spread` many, `lattica-node bench-idle` what idle connections take,
+//! them on this machine, `lattica-node bench-spread` many, `lattica-node bench-idle` what idle connections take, `lattica-node bench-hostile` what a hostile peer costs,
 //! `lattica-node probe` the way to a peer. `lattica-node publish` and
 //! `fetch` share files, with IPFS too, `lattica-node store` looks after what they keep.
 #![expect(clippy::print_stdout, reason = "a command line tool reports there")]
 
 mod bench;
+mod bench_hostile;
 mod bench_idle;
 mod bench_spread;
 mod metrics;
@@ -43,6 +44,8 @@ struct Cli {
 enum Command {
     /// Two nodes on loopback: calls, a stream and blocks.
     Bench(bench::BenchArgs),
+    /// What a hostile peer costs a node and those whom it serves: their calls' p99, its memory.
+    BenchHostile(bench_hostile::BenchHostileArgs),
     /// Many connections over which nobody says anything: memory and processor time of the node that listens.
     BenchIdle(bench_idle::BenchIdleArgs),
     /// One artefact from one node to many, with slow uplinks, deaths and liars.
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         tokio::runtime::Runtime::new()?.block_on(async {
             match cli.command {
                 Some(Command::Bench(args)) => bench::run(&args).await,
+                Some(Command::BenchHostile(args)) => bench_hostile::run(&args).await,
                 Some(Command::BenchIdle(args)) => bench_idle::run(&args).await,
                 Some(Command::BenchSpread(args)) => bench_spread::run(&args).await,
                 Some(Command::Probe(args)) => probe::run(&args).await,

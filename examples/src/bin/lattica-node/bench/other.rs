@@ -9,23 +9,26 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use lattica_bitswap::{Blocks, FsStore};
+use lattica_bitswap::{Blocks, FsStore, SpreadConfig};
 use lattica_net::{Node, Status};
 use serde::{Deserialize, Serialize};
-use swarm_examples::program;
+use swarm_examples::{machine, program};
 use swarm_wire::{Cid, PeerId};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
 
 /// The protocol of the stream that is measured.
-pub(super) const STREAM: &str = "/lattica/bench/1.0.0";
+pub(crate) const STREAM: &str = "/lattica/bench/1.0.0";
 /// How long anything may take.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes.
-pub(super) const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 const PUBLISH: &str = "bench/publish";
 const PEAK_RSS: &str = "bench/peak-rss";
+const RSS: &str = "bench/rss";
+const SPREAD: &str = "bench/spread";
 
 #[derive(Serialize, Deserialize)]
 struct Ready {
@@ -33,14 +36,14 @@ struct Ready {
 }
 
 /// The other process, ended on drop.
-pub(super) struct Other {
-    pub(super) peer: PeerId,
+pub(crate) struct Other {
+    pub(crate) peer: PeerId,
     process: Child,
 }
 
 impl Other {
     /// Starts it and connects `node` to it.
-    pub(super) async fn start(node: &Node, transport: &str) -> anyhow::Result<Self> {
+    pub(crate) async fn start(node: &Node, transport: &str) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program's own file")?;
         let mut process = Command::new(program)
             .args(["bench", "--other", "--transport", transport])
@@ -57,20 +60,36 @@ impl Other {
     }
 
     /// Has it publish `n_bytes` without repetition.
-    pub(super) async fn publish(&self, node: &Node, seed: u64, n_bytes: u64) -> anyhow::Result<Cid> {
+    pub(crate) async fn publish(&self, node: &Node, seed: u64, n_bytes: u64) -> anyhow::Result<Cid> {
         let order = [seed.to_le_bytes(), n_bytes.to_le_bytes()].concat();
         let root = node.call(&self.peer, PUBLISH, order.into(), PATIENCE).await?;
         Ok(swarm_wire::cid::decode(&root)?)
     }
 
+    /// Has it publish `n_bytes` and spread them as their source.
+    pub(crate) async fn spread(&self, node: &Node, n_bytes: u64) -> anyhow::Result<Cid> {
+        let root = self.publish(node, 0, n_bytes).await?;
+        node.call(&self.peer, SPREAD, root.to_bytes().into(), PATIENCE).await?;
+        Ok(root)
+    }
+
     /// Its peak resident memory.
-    pub(super) async fn peak_rss_mb(&self, node: &Node) -> anyhow::Result<f64> {
-        let answer = node.call(&self.peer, PEAK_RSS, Bytes::new(), PATIENCE).await?;
+    pub(crate) async fn peak_rss_mb(&self, node: &Node) -> anyhow::Result<f64> {
+        self.number(node, PEAK_RSS).await
+    }
+
+    /// Its resident memory now.
+    pub(crate) async fn resident_mb(&self, node: &Node) -> anyhow::Result<f64> {
+        self.number(node, RSS).await
+    }
+
+    async fn number(&self, node: &Node, method: &str) -> anyhow::Result<f64> {
+        let answer = node.call(&self.peer, method, Bytes::new(), PATIENCE).await?;
         Ok(f64::from_le_bytes(answer[..].try_into().context("8 bytes were expected")?))
     }
 
     /// Ends it.
-    pub(super) async fn stop(mut self, node: &Node) -> anyhow::Result<()> {
+    pub(crate) async fn stop(mut self, node: &Node) -> anyhow::Result<()> {
         drop(self.process.stdin.take());
         node.disconnect(&self.peer).await;
         tokio::time::timeout(PATIENCE, self.process.wait()).await??;
@@ -79,11 +98,24 @@ impl Other {
 }
 
 /// Answers until standard input ends.
-pub(super) async fn serve(node: Node) -> anyhow::Result<()> {
+pub(crate) async fn serve(node: Node) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let blocks = Blocks::start(node.clone(), Arc::new(FsStore::open(dir.path().join("blocks"))?));
     node.handle("echo", |_, body| async move { Ok(body) });
     node.handle(PEAK_RSS, |_, _| async move { Ok(peak_rss_mb().to_le_bytes().to_vec().into()) });
+    node.handle(RSS, |_, _| async move { Ok(machine::resident_mb().to_le_bytes().to_vec().into()) });
+    let (spread_by, spreading) = (blocks.clone(), Arc::new(Mutex::new(Vec::new())));
+    node.handle(SPREAD, move |_, root| {
+        let (blocks, spreading) = (spread_by.clone(), Arc::clone(&spreading));
+        async move {
+            let root = swarm_wire::cid::decode(&root).map_err(|error| Status::internal(error.to_string()))?;
+            let source = blocks.spread(&root, None, SpreadConfig::default()).await;
+            let source = source.map_err(|error| Status::internal(error.to_string()))?;
+            // As long as the process.
+            spreading.lock().await.push(source);
+            Ok(Bytes::new())
+        }
+    });
     let files = dir.path().to_owned();
     node.handle(PUBLISH, move |_, order| {
         let (blocks, files) = (blocks.clone(), files.clone());
@@ -139,9 +171,9 @@ fn write_noise(path: &Path, seed: u64, n_bytes: u64) -> std::io::Result<()> {
 }
 
 /// Peak resident memory of this process in MB; what it has now where the system does not tell.
-pub(super) fn peak_rss_mb() -> f64 {
+pub(crate) fn peak_rss_mb() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find(|l| l.starts_with("VmHWM:"));
     let kib = line.and_then(|l| l.split_whitespace().nth(1)).and_then(|n| n.parse::<f64>().ok());
-    kib.map_or_else(swarm_examples::machine::resident_mb, |kib| (kib * 1024.0 / 1e5).round() / 10.0)
+    kib.map_or_else(machine::resident_mb, |kib| (kib * 1024.0 / 1e5).round() / 10.0)
 }
