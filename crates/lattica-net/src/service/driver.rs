@@ -335,6 +335,7 @@ impl Driver {
         for address in info.listen_addrs.iter().map(without_peer).take(limit) {
             let text = address.to_string();
             if !is_plausible(&text, &seen_at) {
+                tracing::debug!(peer = %peer.short(), address = text, "address not kept: it is nearer than the peer");
                 continue;
             }
             self.shared.table().handle_address(self.shared.now(), &peer, &text);

@@ -186,8 +186,12 @@ async fn run(shared: Arc<Shared>, protocol: StreamProtocol, mut teller: Teller) 
             let (shared, protocol) = (Arc::clone(&shared), protocol.clone());
             tokio::spawn(async move {
                 let peer = connection.peer.clone();
-                if let Ok(Err(error)) = timeout(PATIENCE, question(&shared, connection, protocol)).await {
-                    tracing::debug!(peer = %peer.short(), %error, "no news");
+                match timeout(PATIENCE, question(&shared, connection, protocol)).await {
+                    Ok(Err(FrameError::Malformed(error))) => {
+                        tracing::warn!(peer = %peer.short(), %error, "news refused");
+                    }
+                    Ok(Err(error)) => tracing::debug!(peer = %peer.short(), %error, "no news"),
+                    Ok(Ok(())) | Err(_) => {}
                 }
                 drop(place);
             });
@@ -253,9 +257,21 @@ fn take_record(shared: &Shared, from: &Connection, (statement, age): Item) -> Re
         return Ok(());
     }
     let now = shared.now();
-    if shared.news.lock().records.insert(now, &author, written_s, (statement, age), ()) {
-        for address in addresses.iter().filter(|a| is_plausible(a, &from.address)) {
+    let (teller, of) = (from.peer.short(), author.short());
+    if !shared.news.lock().records.insert(now, &author, written_s, (statement, age), ()) {
+        tracing::info!(from = teller, author = of, ?age, "news is not used: it is too old");
+        return Ok(());
+    }
+    for address in &addresses {
+        if is_plausible(address, &from.address) {
             shared.table().handle_address(now, &author, address);
+        } else {
+            tracing::debug!(
+                from = teller,
+                author = of,
+                address,
+                "address not kept: it is nearer than who told it"
+            );
         }
     }
     Ok(())

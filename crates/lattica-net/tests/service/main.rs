@@ -1,5 +1,5 @@
 //! Real nodes on loopback addresses and free ports: calls, streams, deaths, relays, paths that change, the DHT, private
-//! swarms and hostile peers.
+//! swarms, hostile peers and bad input.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a broken expectation ends the test")]
 
 /// Has a check made twice, as tests of the names `over_quic` and `over_tcp`.
@@ -19,12 +19,14 @@ macro_rules! over_quic_and_tcp {
     };
 }
 
+mod bad_input;
 mod calls;
 mod death;
 mod dht;
 mod discovery;
 mod gossip;
 mod hostile;
+mod log;
 mod news;
 mod private;
 mod punch;
@@ -34,7 +36,7 @@ mod streams;
 mod switching;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -57,8 +59,9 @@ pub(crate) enum Transport {
 
 /// A configuration for a loopback address that no other node of this process uses.
 pub(crate) fn config(transport: Transport) -> NodeConfig {
-    static NEXT: AtomicU8 = AtomicU8::new(2);
-    let ip = format!("127.0.0.{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    let ip = format!("127.0.{}.{}", n / 200, 2 + n % 200);
     let listen = match transport {
         Transport::Quic => format!("/ip4/{ip}/udp/0/quic-v1"),
         Transport::Tcp => format!("/ip4/{ip}/tcp/0"),

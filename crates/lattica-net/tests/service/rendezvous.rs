@@ -3,13 +3,21 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::StreamExt as _;
-use lattica_net::{Access, Node, NodeConfig, SwarmKey};
+use lattica_net::rendezvous::Refusal;
+use lattica_net::rendezvous::wire::{Answer, Question};
+use lattica_net::{Access, Node, NodeConfig, SwarmKey, read_frame};
+use libp2p::core::PeerRecord;
 use libp2p::core::multiaddr::Protocol;
+use libp2p::identity::Keypair;
 use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
 use libp2p::{Multiaddr, Swarm, identify};
 use libp2p_rendezvous::{Namespace, client, server};
+use swarm_wire::frame;
+use tokio::io::AsyncWriteExt as _;
 
+use super::log::{keep, logged};
 use super::{PATIENCE, Transport, config, eventually, start};
 
 /// What the nodes of these tests register under.
@@ -68,6 +76,32 @@ async fn a_private_swarms_point_serves_members_only() {
     eventually("they meet", || a.is_connected(&b.peer_id())).await;
     assert!(stranger.connected_peers().is_empty() && stranger.addresses(&a.peer_id()).is_empty());
     assert!(!point.is_connected(&stranger.peer_id()));
+}
+
+#[tokio::test]
+async fn a_point_writes_down_what_peers_say_of_themselves_and_nothing_else() {
+    keep();
+    let (point, address) = point(Transport::Quic).await;
+    let node = start(config(Transport::Quic)).await;
+    node.dial(&address).await.unwrap();
+    let of = |key: &Keypair| {
+        let record = PeerRecord::new_interop(key, vec!["/ip4/127.0.0.1/tcp/1".parse().unwrap()]).unwrap();
+        Bytes::from(record.into_signed_envelope().into_protobuf_encoding())
+    };
+    for (record, refusal) in [
+        (of(&Keypair::generate_ed25519()), Refusal::NotAuthorized),
+        (Bytes::from_static(b"no record"), Refusal::InvalidRecord),
+    ] {
+        let question = Question::Register { namespace: NAMESPACE.to_owned(), record, ttl_s: None };
+        let mut stream = node.open_stream(&point.peer_id(), "/rendezvous/1.0.0").await.unwrap();
+        let mut bytes = Vec::new();
+        frame::encode(&question.encode(), &mut bytes);
+        stream.write_all(&bytes).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let answer = read_frame(&mut stream, "answer", 1 << 16).await.unwrap().unwrap();
+        assert_eq!(Answer::decode(answer), Ok(Answer::Registered(Err(refusal))));
+        logged(&[&node.peer_id().short(), &refusal.to_string(), "not registered"]).await;
+    }
 }
 
 #[derive(NetworkBehaviour)]

@@ -157,6 +157,7 @@ impl Driver {
         if let (Some(peer), SwarmDialError::WrongPeerId { address, .. }) =
             (peer.and_then(|p| wire_peer(&p).ok()), error)
         {
+            tracing::warn!(peer = %peer.short(), %error, "somebody else answers there: the address is forgotten");
             self.shared.table().handle_dead_address(&peer, &without_peer(address).to_string());
         }
         let Some(dial) = self.dials.by_connection.remove(&id) else {
