@@ -3,9 +3,10 @@
 //!
 //! Map: `nat` (rules as text), `shaper` (what a line does to frames), `statistics` (sums) are pure; `space` (namespaces), `line`
 //! (emulated lines), `lab` (the map of sites), `node` (processes), `matrix` (who calls whom), `relay_kill`,
-//! `outage`, `stream` do it. It lies here and not in the
+//! `outage`, `churn`, `stream` do it. It lies here and not in the
 //! `tests` package because it is a command with a report, needs root, and drives nothing but a binary: so it builds in seconds.
 
+mod churn;
 mod lab;
 mod line;
 mod matrix;
@@ -25,6 +26,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::json;
 
+use self::churn::Churned;
 use self::lab::Lab;
 use self::matrix::Matrix;
 use self::nat::NatKind;
@@ -48,6 +50,13 @@ pub(crate) struct NetlabArgs {
     /// Something happens to the network under calls: how long until they are answered again. May be given several times.
     #[arg(long, value_enum)]
     outage: Vec<Outage>,
+    /// Nodes come and go for this many seconds, while others call each other: what becomes of those calls, and who can be
+    /// reached in the end.
+    #[arg(long, value_name = "SECONDS")]
+    churn: Option<f64>,
+    /// Nodes of --churn that come and go.
+    #[arg(long, default_value_t = 8)]
+    churn_nodes: usize,
     /// One stream between two sites at the end of a line of --mbit-per-s, with and without --loss.
     #[arg(long)]
     stream: bool,
@@ -81,6 +90,9 @@ pub(crate) struct NetlabArgs {
     /// Packets take up to this much longer on their way to another site, in ms; they keep their order.
     #[arg(long, default_value_t = 0.0)]
     jitter_ms: f64,
+    /// Share of the packets that others overtake on their way to another site.
+    #[arg(long, default_value_t = 0.0)]
+    overtaken: f64,
     /// How long a caller waits for a direct connection, in seconds.
     #[arg(long, default_value_t = 8.0)]
     patience_s: f64,
@@ -97,9 +109,10 @@ pub(crate) struct NetlabArgs {
     /// milliseconds to the direct connection and to the first answer when that came over the relay, counted from the call),
     /// relay_kills (replaced and failed, and milliseconds from the kill to the new slot), outages (kind, back and failed, and
     /// milliseconds from the end of the outage to the first answer; calls of others that went on, and those of them that
-    /// failed), streams (the line, its length, runs that failed, and the share of the line that the stream used, in its last
+    /// failed), churns (nodes killed and not started again; calls of others and those of them that failed; nodes that were
+    /// reached in the end, and not), streams (the line, its length, runs that failed, and the share of the line that the stream used, in its last
     /// three quarters and from its first byte),
-    /// rtt_ms, jitter_ms, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
+    /// rtt_ms, jitter_ms, overtaken, runs, patience_s, seconds, command, commit; {"skipped": reason} where the lab cannot run.
     #[arg(long)]
     json: bool,
 }
@@ -115,8 +128,10 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     }
     ensure!(args.runs > 0 && args.jobs > 0, "--runs and --jobs must be at least 1");
     ensure!(
-        (0.0..1.0).contains(&args.loss) && args.burst >= 1.0 && args.mbit_per_s > 0,
-        "--loss is from 0 to 1, --burst and --mbit-per-s at least 1"
+        [args.loss, args.overtaken].iter().all(|share| (0.0..1.0).contains(share))
+            && args.burst >= 1.0
+            && args.mbit_per_s > 0,
+        "--loss and --overtaken are from 0 to 1, --burst and --mbit-per-s at least 1"
     );
     let times = [args.rtt_ms, args.jitter_ms];
     ensure!(
@@ -136,12 +151,14 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     let line = Line {
         delay: Duration::from_secs_f64(args.rtt_ms / 4e3),
         jitter: Duration::from_secs_f64(args.jitter_ms / 2e3),
+        overtaken: args.overtaken / 2.0,
         ..Line::default()
     };
     let mut lab = Lab::new(line)?;
     let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
     let mut pairs = Vec::new();
-    if args.matrix || !(args.relay_kill || args.stream || !args.outage.is_empty()) {
+    let other = args.relay_kill || args.stream || args.churn.is_some() || !args.outage.is_empty();
+    if args.matrix || !other {
         pairs = matrix(args, &mut lab, &program, &transports)?;
     }
     let mut kills = Vec::new();
@@ -159,14 +176,21 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
             outages.push(outage::run(&mut lab, &program, (kind, transport), args.runs, &told)?);
         }
     }
+    let mut churns = Vec::new();
+    if let Some(seconds) = args.churn {
+        for &transport in &transports {
+            let told = |line: &str| eprintln!("{line}");
+            churns.push(churn::run(&mut lab, &program, transport, (args.churn_nodes, seconds), &told)?);
+        }
+    }
     // Streams have labs of their own, whose namespaces have the same names.
     drop(lab);
     let mut streams = Vec::new();
     if args.stream {
         for &transport in &transports {
             for loss in [0.0, args.loss] {
-                let NetlabArgs { rtt_ms, jitter_ms, mbit_per_s, burst, .. } = *args;
-                let way = Way { rtt_ms, jitter_ms, mbit_per_s, loss, burst };
+                let NetlabArgs { rtt_ms, jitter_ms, mbit_per_s, burst, overtaken, .. } = *args;
+                let way = Way { rtt_ms, jitter_ms, mbit_per_s, loss, burst, overtaken };
                 let told = |line: &str| eprintln!("{line}");
                 streams.push(stream::run(&program, transport, way, (args.stream_mib, args.runs), &told)?);
             }
@@ -175,16 +199,19 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
     pairs.iter().for_each(tell_pair);
     kills.iter().for_each(tell_kill);
     outages.iter().for_each(tell_outage);
+    churns.iter().for_each(tell_churn);
     streams.iter().for_each(tell_stream);
     if args.json {
         let report = json!({
             "pairs": pairs,
             "relay_kills": kills,
             "outages": outages,
+            "churns": churns,
             "streams": streams,
             "runs": args.runs,
             "rtt_ms": args.rtt_ms,
             "jitter_ms": args.jitter_ms,
+            "overtaken": args.overtaken,
             "patience_s": args.patience_s,
             "seconds": start.elapsed().as_secs_f64().round(),
             "command": std::env::args().collect::<Vec<_>>().join(" "),
@@ -250,6 +277,22 @@ fn tell_outage(outage: &Outages) {
         shown(outage.back_p95_ms),
         outage.near_calls_failed,
         outage.near_calls,
+    );
+}
+
+fn tell_churn(churn: &Churned) {
+    eprintln!(
+        "{:>4} churn of {} nodes for {:.0} s: {} killed, {} did not come up again; {} of {} calls of others failed; in the end \
+         {} reached, {} not",
+        churn.transport,
+        churn.nodes,
+        churn.seconds,
+        churn.killed,
+        churn.not_started,
+        churn.calls_failed,
+        churn.calls,
+        churn.reached,
+        churn.not_reached,
     );
 }
 

@@ -1,11 +1,13 @@
-//! A line between two namespaces that delays and drops frames as a [`Shaper`] says. This kernel family often lacks `netem`, so
+//! A line between two namespaces that delays, drops and swaps frames as a [`Shaper`] says. This kernel family often lacks `netem`, so
 //! frames come up to this process and go down again: each end is a veth whose outer end feeds a macvtap, a device that is read
 //! and written like a file. Nothing is changed in a frame; the kernel's header in front of it travels along.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -17,7 +19,7 @@ use super::space::{Device, Space, ip, prefix};
 const HEADER_BYTES: usize = 10;
 /// Largest frame, header included.
 const FRAME_MAX_BYTES: usize = 64 * 1024 + HEADER_BYTES;
-/// Frames on their way in one direction; the kernel keeps, and then drops, what is more.
+/// Frames on their way in one direction, twice: read, and put in order; the kernel keeps, and then drops, what is more.
 const FRAMES_MAX: usize = 4096;
 
 /// Connects `device` in `space` with `hub_device` in `hub`, both of which it makes. The line stands as long as what is returned.
@@ -73,12 +75,33 @@ fn take_in(mut from: &File, mut shaper: Shaper, frames: &SyncSender<(Instant, Ve
 }
 
 fn let_out(mut to: &File, queue: &Receiver<(Instant, Vec<u8>)>) {
-    for (at, frame) in queue {
+    // By the time at which they arrive, then in the order in which they came.
+    let mut waiting: BinaryHeap<Reverse<(Instant, u64, Vec<u8>)>> = BinaryHeap::new();
+    let mut come = 0;
+    loop {
+        let Some(Reverse((at, ..))) = waiting.peek() else {
+            let Ok((at, frame)) = queue.recv() else { return };
+            waiting.push(Reverse((at, come, frame)));
+            come += 1;
+            continue;
+        };
         let wait = at.saturating_duration_since(Instant::now());
-        if wait > Duration::ZERO {
+        if wait > Duration::ZERO && waiting.len() < FRAMES_MAX {
+            match queue.recv_timeout(wait) {
+                Ok((at, frame)) => {
+                    waiting.push(Reverse((at, come, frame)));
+                    come += 1;
+                    continue;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        } else if wait > Duration::ZERO {
             std::thread::sleep(wait);
         }
-        // A frame that the other end cannot take now is lost, as on any line; one that is gone for good ends the reader, too.
-        let _ = to.write(&frame);
+        if let Some(Reverse((.., frame))) = waiting.pop() {
+            // A frame that the other end cannot take now is lost, as on any line; one that is gone for good ends the reader, too.
+            let _ = to.write(&frame);
+        }
     }
 }

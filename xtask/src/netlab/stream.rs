@@ -22,6 +22,8 @@ pub(crate) struct Way {
     pub(crate) loss: f64,
     /// Packets that are lost in a row, on average.
     pub(crate) burst: f64,
+    /// Share of the packets that are overtaken each way.
+    pub(crate) overtaken: f64,
 }
 
 /// What came of it.
@@ -48,6 +50,7 @@ impl Way {
             // As long as a packet and its acknowledgement are under way: the router's usual share of buffer.
             queue: Duration::from_secs_f64(self.rtt_ms / 1e3),
             jitter: Duration::from_secs_f64(self.jitter_ms / 2e3),
+            overtaken: self.overtaken / 2.0,
             loss: (self.loss > 0.0)
                 .then(|| Bursts { share: 1.0 - (1.0 - self.loss).sqrt(), length: self.burst }),
         }
