@@ -31,7 +31,7 @@
 //! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates
 //! of each path, the probe schedule, `links::map`: the links of others), [`news`] (what nodes tell each other; `news::record`: signed addresses), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
 //! swarms), [`relays`] (which relays to keep slots at), [`rendezvous`] (a point's book of who is where), [`punch`] (how two peers behind
-//! NATs reach each other). Shell,
+//! NATs reach each other; `punch::reach`: what the own NAT does). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
 //! (nobody unproved gets in), `service/answerless` (openers of streams that do not wait for an answer), `service/shared` (what all tasks see), `service/counters`, `service/connection`, `service/stream`,
@@ -72,6 +72,7 @@ pub use event::NetEvent;
 pub use links::map::{Confidence, PairEstimate};
 pub use links::{LinkEstimate, PathKind};
 pub use peers::{PathInfo, PeerInfo};
+pub use punch::reach::{Mapping, NatReport, Reachability};
 #[cfg(all(feature = "service", feature = "v1-compat"))]
 pub use service::V1;
 #[cfg(feature = "service")]

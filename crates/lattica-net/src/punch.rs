@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::addr::{is_plausible, is_relayed};
 
 pub mod guess;
+pub mod reach;
 
 /// Addresses that one side names, and that the other one dials.
 pub const CANDIDATES_MAX: usize = 8;

@@ -24,6 +24,7 @@ use crate::event::NetEvent;
 use crate::links::LinkEstimate;
 use crate::links::map::PairEstimate;
 use crate::peers::{PathInfo, PeerInfo};
+use crate::punch::reach::Reachability;
 use crate::status::Status;
 use crate::wire::method_is_valid;
 
@@ -139,6 +140,18 @@ impl Node {
             return Vec::new();
         }
         answer.await.unwrap_or_default().iter().map(ToString::to_string).collect()
+    }
+
+    /// How this node can be reached: addresses that were tested, and what its NAT does to its ports, as far as peers tell where
+    /// they see it. Empty after a shutdown.
+    ///
+    /// Cancel safe.
+    pub async fn reachability(&self) -> Reachability {
+        let (reply, answer) = oneshot::channel();
+        if self.shared().command(Command::Reachability { reply }).await.is_err() {
+            return Reachability::default();
+        }
+        answer.await.unwrap_or_default()
     }
 
     /// Connects to `addr`, with or without a `/p2p/` part. A peer that is connected already is returned at once.

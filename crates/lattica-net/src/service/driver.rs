@@ -25,6 +25,7 @@ use crate::event::NetEvent;
 use crate::gossip::{Announcement, Verdict};
 use crate::links::PathKind;
 use crate::punch::PunchDial;
+use crate::punch::reach::Reachability;
 
 mod dht;
 mod dial;
@@ -62,6 +63,8 @@ pub(crate) enum Command {
     ListenAddrs { reply: oneshot::Sender<Vec<Multiaddr>> },
     /// Tell the addresses at which this node may be reached, without its peer id.
     OwnAddrs { reply: oneshot::Sender<Vec<Multiaddr>> },
+    /// Tell how this node can be reached.
+    Reachability { reply: oneshot::Sender<Reachability> },
     /// Listen to a topic.
     Subscribe {
         topic: TopicHash,
@@ -178,6 +181,9 @@ impl Driver {
             Command::OwnAddrs { reply } => {
                 let own = self.swarm.listeners().chain(self.swarm.external_addresses());
                 let _ = reply.send(own.map(without_peer).collect());
+            }
+            Command::Reachability { reply } => {
+                let _ = reply.send(self.reachability());
             }
             Command::Subscribe { topic, validate, announcements, reply } => {
                 self.subscribe(topic, validate, announcements, reply);

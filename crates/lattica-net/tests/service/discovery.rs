@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use lattica_net::{CallError, DhtError, DialError, NetEvent, Node, NodeConfig, StartError};
+use lattica_net::{CallError, DhtError, DialError, Mapping, NetEvent, Node, NodeConfig, StartError};
 
 use super::{PATIENCE, Transport, config, connect, eventually, hang, pair, reserved, start, stranger, until};
 
@@ -135,6 +135,22 @@ async fn a_lone_node_says_that_nobody_can_be_asked() {
     assert_eq!(node.providers(b"key").await, Ok(vec![]));
     let error = node.connect(&stranger()).await.unwrap_err();
     assert!(matches!(error, DialError::NoAddress { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_node_without_a_nat_is_seen_where_it_listens() {
+    let (a, b) = pair(Transport::Quic).await;
+    let seen = async {
+        loop {
+            match b.reachability().await.quic {
+                Some(report) => return report,
+                None => tokio::task::yield_now().await,
+            }
+        }
+    };
+    let report = tokio::time::timeout(PATIENCE, seen).await.expect("the peer tells");
+    assert_eq!((report.mapping, report.keeps_port, report.n_observers), (Mapping::None, true, 1));
+    assert_eq!(a.reachability().await.tcp, None);
 }
 
 #[tokio::test]

@@ -61,7 +61,8 @@ pub(crate) struct ProbeArgs {
     /// Who waits prints {"peer":…,"addresses":[…]} once a relay keeps a slot for it, then {"relay":…} for each slot. Who calls
     /// prints, as the last line: first_call_ms (from the call to its answer), first_relayed (whether that was over a relay),
     /// direct_ms (from the same call to the first direct connection, null without one), address (where the last connection
-    /// leads), calls, calls_failed, relay_rtt_ms, stream (mbit_per_s from its opening to its last byte, steady_mbit_per_s over
+    /// leads), calls, calls_failed, relay_rtt_ms, reachability (confirmed addresses; quic and tcp: mapping, keeps_port, ports (the
+    /// smallest and the largest seen), ips, n_observers), stream (mbit_per_s from its opening to its last byte, steady_mbit_per_s over
     /// its last three quarters; null without --stream-mib), held (calls, calls_failed; null without --hold).
     #[arg(long)]
     json: bool,
@@ -161,6 +162,7 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
         "calls_failed": calls_failed,
         "stream": stream,
         "held": held,
+        "reachability": node.reachability().await,
         "relay_rtt_ms": relay.and_then(|relay| node.link(&relay)).map(|link| link.rtt_ms),
     });
     if args.json {

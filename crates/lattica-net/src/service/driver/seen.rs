@@ -11,7 +11,9 @@ use libp2p::swarm::ConnectionId;
 
 use super::Driver;
 use crate::addr::without_peer;
+use crate::links::PathKind;
 use crate::punch::candidates;
+use crate::punch::reach::{Reachability, report};
 
 /// See the module. At most one entry for each connection.
 #[derive(Default)]
@@ -44,6 +46,23 @@ impl Driver {
         if self.seen.by_connection.remove(&id).is_some() {
             self.tell_seen();
         }
+    }
+
+    /// How this node can be reached, as far as peers have told.
+    pub(super) fn reachability(&self) -> Reachability {
+        let listened: Vec<String> = self.swarm.listeners().map(ToString::to_string).collect();
+        let observed: Vec<(String, &str)> = self
+            .seen
+            .by_connection
+            .iter()
+            .filter_map(|(id, seen)| Some((self.remotes.get(id)?.to_string(), seen.as_deref()?)))
+            .collect();
+        let of = |path| {
+            let seen = observed.iter().map(|(observer, seen)| (observer.as_str(), *seen));
+            report(path, listened.iter().map(String::as_str), seen)
+        };
+        let confirmed = self.swarm.external_addresses().map(|a| without_peer(a).to_string()).collect();
+        Reachability { confirmed, quic: of(PathKind::Quic), tcp: of(PathKind::Tcp) }
     }
 
     fn tell_seen(&self) {
