@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use lattica_bitswap::unixfs::Limits;
-use lattica_bitswap::{BlockStore, Blocks, ExchangeConfig, FsStore, Manifest};
+use lattica_bitswap::{BlockStore, Blocks, ExchangeConfig, FsStore, FsStoreConfig, Manifest};
 use lattica_net::Node;
 use serde_json::{Value, json};
 use swarm_examples::program;
@@ -24,6 +24,10 @@ struct Place {
     /// Where blocks and their index are kept; a fetch that broke off goes on from there. Without it: a temporary directory.
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// GB (10^9 bytes) that the blocks in --store may take; what is more is refused. Files that are served from where they lie do
+    /// not count. `lattica-node store DIR gc` makes room.
+    #[arg(long, value_name = "GB", requires = "store")]
+    quota_gb: Option<f64>,
     #[command(flatten)]
     node: NodeArgs,
 }
@@ -73,22 +77,27 @@ pub(crate) struct FetchArgs {
     json: bool,
 }
 
-/// The store, and the temporary directory that it may lie in.
-fn open(dir: Option<&Path>) -> anyhow::Result<(Arc<dyn BlockStore>, Option<tempfile::TempDir>)> {
-    let (dir, temporary) = match dir {
-        Some(dir) => (dir.to_owned(), None),
-        None => {
-            let temporary = tempfile::tempdir().context("making a temporary directory for blocks")?;
-            (temporary.path().to_owned(), Some(temporary))
-        }
-    };
-    Ok((Arc::new(FsStore::open(dir)?), temporary))
+impl Place {
+    /// The store, and the temporary directory that it may lie in.
+    fn open(&self) -> anyhow::Result<(Arc<dyn BlockStore>, Option<tempfile::TempDir>)> {
+        let (dir, temporary) = match &self.store {
+            Some(dir) => (dir.clone(), None),
+            None => {
+                let temporary = tempfile::tempdir().context("making a temporary directory for blocks")?;
+                (temporary.path().to_owned(), Some(temporary))
+            }
+        };
+        ensure!(self.quota_gb.is_none_or(|gb| gb > 0.0), "--quota-gb must be above 0");
+        let quota_bytes = self.quota_gb.map(|gb| (gb * 1e9) as u64);
+        let config = FsStoreConfig { quota_bytes, ..FsStoreConfig::default() };
+        Ok((Arc::new(FsStore::open_with(dir, config)?), temporary))
+    }
 }
 
 /// Serves the files until it is stopped.
 pub(crate) async fn publish(args: PublishArgs) -> anyhow::Result<()> {
     let (dir, files) = listed(&args.paths)?;
-    let (store, _temporary) = open(args.place.store.as_deref())?;
+    let (store, _temporary) = args.place.open()?;
     let node = args.place.node.start().await?;
     let mut events = node.events();
     let config = ExchangeConfig { leaf_bytes: args.leaf_kib as usize * 1024, ..ExchangeConfig::default() };
@@ -117,7 +126,7 @@ pub(crate) async fn publish(args: PublishArgs) -> anyhow::Result<()> {
 pub(crate) async fn fetch(args: FetchArgs) -> anyhow::Result<()> {
     ensure!(args.max_gb > 0.0, "--max-gb must be above 0");
     let max_bytes = (args.max_gb * 1e9) as u64;
-    let (store, _temporary) = open(args.place.store.as_deref())?;
+    let (store, _temporary) = args.place.open()?;
     let node = args.place.node.start().await?;
     let blocks = Blocks::start(node.clone(), Arc::clone(&store));
     let from = dial(&node, &args.from).await?;
