@@ -19,24 +19,35 @@ pub struct Batch {
     /// The last stage shall also return the final-norm rows behind the wanted logits.
     pub want_hidden: bool,
     /// Pages to copy before anything is written, in this order.
-    pub copies: Vec<PageCopy>,
+    pub copies: Vec<CacheCopy>,
+    /// Slots of recurrent states to copy likewise.
+    pub state_copies: Vec<CacheCopy>,
     /// The sequences, each at most once.
     pub sequences: Vec<BatchSequence>,
 }
 
-/// A cache page whose keys and values, in every layer, are to be copied into another.
+/// A cache page, or the slot of a recurrent state, whose content in every layer is to be copied into another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageCopy {
-    /// The page that is shared.
+pub struct CacheCopy {
+    /// What is shared.
     pub from: u32,
-    /// The page that somebody will write on.
+    /// What somebody will write on.
     pub to: u32,
 }
 
+/// A copy of a sequence's recurrent state to keep on the way through its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateSave {
+    /// Of the state before the row at this position, which is in the batch.
+    pub position: u32,
+    /// Where to.
+    pub slot: u32,
+}
+
 /// The rows of one sequence in a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BatchSequence {
-    /// Whose rows; stable over the life of a request, so that a stage may keep state under it.
+    /// Whose rows; stable over the life of a request.
     pub request: RequestId,
     /// Position of the first row. Positions before it are in the cache.
     pub start: u32,
@@ -44,6 +55,13 @@ pub struct BatchSequence {
     pub rows: u32,
     /// Page table of the whole sequence so far: covers `start + rows` positions.
     pub pages: Vec<u32>,
+    /// Slot of its recurrent state, which stands behind the positions before `start`; nobody else's in this batch. It begins anew
+    /// with position 0. 0 where the runner has none ([`crate::StageShape::state_slots`]).
+    pub state: u32,
+    /// The last so many positions, of these rows or of batches before, may be taken back: a later batch may begin at any of them.
+    pub drafted: u32,
+    /// Copies of its recurrent state to keep, by rising positions.
+    pub saves: Vec<StateSave>,
     /// Which rows go through the head.
     pub want: Want,
     /// The resident adapter that these rows use; `None` is what [`crate::StageRunner::set_adapter`] installed.
@@ -223,7 +241,7 @@ mod tests {
     use super::*;
 
     fn sequence(rows: u32, want: Want) -> BatchSequence {
-        BatchSequence { request: RequestId(0), start: 0, rows, pages: vec![], want, adapter: None }
+        BatchSequence { rows, want, ..BatchSequence::default() }
     }
 
     #[test]

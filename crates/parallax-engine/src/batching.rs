@@ -18,6 +18,7 @@ use crate::config::EngineConfig;
 use crate::kv_cache::KvCache;
 use crate::sequence::Sequence;
 use crate::speculate::{DraftQuery, Drafter};
+use crate::stage::StageShape;
 pub use queue::FairQueue;
 
 /// Logits of one step, in bytes: half of what a pipeline's last stage can send in one tensor, so that hidden rows have
@@ -37,8 +38,6 @@ pub struct Scheduler {
     vocab: usize,
     /// Rows of one step that may go through the head.
     logits_rows: usize,
-    /// Pages are found by prefix and shared by forks.
-    reuse: bool,
     /// Rows of the next step, if fewer than the configured ones.
     limit: usize,
     running: Vec<Sequence>,
@@ -51,16 +50,18 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// No sequences. `vocab`: logits of a row. `reuse`: prefixes are looked up and forks share pages.
-    pub fn new(mut config: EngineConfig, vocab: usize, reuse: bool) -> Self {
-        let logits_rows = (LOGITS_BYTES / (4 * vocab.max(1))).max(1);
-        // Every running sequence may want a row in the same step.
+    /// No sequences.
+    pub fn new(mut config: EngineConfig, shape: &StageShape) -> Self {
+        let logits_rows = (LOGITS_BYTES / (4 * shape.vocab.max(1))).max(1);
+        // Every running sequence may want a row in the same step, and has a state, beside which there is one to begin with.
         config.running_sequences = config.running_sequences.min(logits_rows);
+        if shape.state_slots > 0 {
+            config.running_sequences = config.running_sequences.min(shape.state_slots - 1);
+        }
         Self {
-            config,
-            vocab,
+            vocab: shape.vocab,
             logits_rows,
-            reuse,
+            config,
             limit: usize::MAX,
             running: Vec::new(),
             waiting: FairQueue::default(),
@@ -134,14 +135,16 @@ impl Scheduler {
         self.running.iter_mut().chain(self.waiting.iter_mut())
     }
 
-    /// Takes the waiting sequences that share the prompt of `leader` out of the queue, as many as have a place.
-    pub fn take_followers(&mut self, leader: RequestId) -> Vec<Sequence> {
-        let places = self.config.running_sequences.saturating_sub(self.running.len());
+    /// Takes the waiting sequences that share the prompt of `leader` out of the queue, as many as have a place and a state.
+    pub fn take_followers(&mut self, leader: RequestId, cache: &KvCache) -> Vec<Sequence> {
+        let states = cache.states();
+        let states = if states.is_empty() { usize::MAX } else { states.n_available() };
+        let places = self.config.running_sequences.saturating_sub(self.running.len()).min(states);
         // One that ran by itself before and was preempted has tokens of its own.
         let follows = |s: &&Sequence| s.leader() == Some(leader) && s.generated() == 0;
         let mut ids: Vec<RequestId> = self.waiting.iter().filter(follows).map(Sequence::id).collect();
         ids.sort_unstable();
-        ids.truncate(if self.reuse { places } else { 0 });
+        ids.truncate(if self.config.prefix_cache { places } else { 0 });
         ids.into_iter().filter_map(|id| self.waiting.take(id)).collect()
     }
 
@@ -212,14 +215,16 @@ impl Scheduler {
         }
         let scheduled = self.running.iter().zip(&rows).filter(|(_, rows)| **rows > 0);
         let want_hidden = scheduled.clone().any(|(s, rows)| s.capture_hidden() && *rows == s.due());
+        let reuse = self.config.prefix_cache;
         let sequences: Vec<BatchSequence> =
-            scheduled.map(|(s, &rows)| batch_sequence(s, rows, cache)).collect();
+            scheduled.map(|(s, &rows)| batch_sequence(s, rows, reuse, cache)).collect();
         if sequences.is_empty() {
             assert!(self.is_empty(), "the sequence admitted first can always run");
             return None;
         }
         self.steps += 1;
-        Some(Batch { step: self.steps, want_hidden, copies: cache.take_copies(), sequences })
+        let (copies, state_copies) = (cache.take_copies(), cache.take_state_copies());
+        Some(Batch { step: self.steps, want_hidden, copies, state_copies, sequences })
     }
 
     /// Reserves pages for `chunk` more rows of running sequence `i`, at the cost of later ones. False when `i` itself was
@@ -251,7 +256,7 @@ impl Scheduler {
         while budget.rows > 0 && budget.logits > 0 && self.running.len() < self.config.running_sequences {
             let running = &self.running;
             let forked_soon = |s: &Sequence| {
-                self.reuse
+                self.config.prefix_cache
                     && s.generated() == 0
                     && s.leader().is_some_and(|l| running.iter().any(|r| r.id() == l && r.generated() == 0))
             };
@@ -263,9 +268,11 @@ impl Scheduler {
                 .map(|s| cache.pages_for(s.tokens().len()).saturating_sub(cache.pages(s.id()).len()))
                 .sum();
             let id = next.id();
-            let looked_up = self.reuse && !next.wants_prompt_logprobs();
+            let looked_up = self.config.prefix_cache && !next.wants_prompt_logprobs();
             let found = match next.root().filter(|_| looked_up) {
-                Some(root) => cache.attach(id, root, next.tokens()),
+                Some(root) => {
+                    cache.attach(id, root, next.tokens()).expect("there are more states than places")
+                }
                 None => 0,
             };
             let missing = cache.pages_for(next.tokens().len()) - cache.pages(id).len();
@@ -346,14 +353,25 @@ impl Budget {
     }
 }
 
-fn batch_sequence(sequence: &Sequence, rows: usize, cache: &KvCache) -> BatchSequence {
+/// What a sequence has in a step with `rows` of its due rows, and its draft behind them.
+fn batch_sequence(sequence: &Sequence, rows: usize, reuse: bool, cache: &mut KvCache) -> BatchSequence {
     let position = |n: usize| u32::try_from(n).expect("a context has fewer than 2^32 positions");
     let ends = rows == sequence.due();
+    let (id, start, drafted) = (sequence.id(), sequence.cached(), sequence.draft().len());
+    let saves = if reuse && sequence.root().is_some() {
+        let all = start..start + rows + drafted;
+        cache.plan_saves(id, all, sequence.tokens().len(), sequence.prompt_tokens())
+    } else {
+        Vec::new()
+    };
     BatchSequence {
-        request: sequence.id(),
-        start: position(sequence.cached()),
-        rows: position(rows + sequence.draft().len()),
-        pages: cache.pages(sequence.id()).to_vec(),
+        request: id,
+        start: position(start),
+        rows: position(rows + drafted),
+        pages: cache.pages(id).to_vec(),
+        state: cache.state(id),
+        drafted: position(drafted),
+        saves,
         want: if sequence.wants_prompt_logprobs() || !sequence.draft().is_empty() {
             Want::AllLogits
         } else if ends {

@@ -25,7 +25,7 @@ pub struct EngineConfig {
     /// What a weight swap does to sequences that have already cached keys and values.
     pub on_swap: OnSwap,
     /// Keep the pages of finished requests, and let later ones with the same beginning use them. Hits give the bits of
-    /// misses. Runners with recurrent layers never reuse prefixes.
+    /// misses.
     pub prefix_cache: bool,
     /// Tokens to guess per sequence and step at most, 0..=64; used once a [`crate::Drafter`] is set.
     pub draft_tokens: usize,

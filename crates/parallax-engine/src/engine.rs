@@ -42,7 +42,7 @@ pub struct Engine {
     adapters: Adapters,
     drafter: Option<Box<dyn Drafter>>,
     draft_tokens: usize,
-    /// Pages are found by prefix and shared by forks.
+    /// [`EngineConfig::prefix_cache`].
     reuse: bool,
     /// [`StageRunner::generation`] when the pages were last known to be whole.
     generation: u64,
@@ -76,7 +76,10 @@ impl Engine {
                 expected: "at least 2 positions".into(),
             });
         }
-        let reuse = config.prefix_cache && !shape.recurrent;
+        if shape.state_slots == 1 {
+            let expected = "none, or at least 2".into();
+            return Err(ConfigError { field: "state_slots", value: 1, expected });
+        }
         Ok(Self {
             shape,
             queued_requests: config.queued_requests,
@@ -85,10 +88,10 @@ impl Engine {
             draft_tokens: config.draft_tokens,
             adapters: Adapters::default(),
             drafter: None,
-            reuse,
+            reuse: config.prefix_cache,
             generation: 0,
-            scheduler: Scheduler::new(config, shape.vocab, reuse),
-            cache: KvCache::new(shape.n_pages, shape.page_tokens),
+            scheduler: Scheduler::new(config, &shape),
+            cache: KvCache::new(shape.n_pages, shape.page_tokens, shape.state_slots),
             sampler: Sampler::new(log_softmax),
             version: PolicyVersion(0),
             next_request: 0,
@@ -114,6 +117,7 @@ impl Engine {
     /// Counters and the present fill.
     pub fn metrics(&self) -> EngineMetrics {
         let (prefix_cache_queries, prefix_cache_hits) = self.scheduler.prefix_lookups();
+        let states = self.cache.states();
         EngineMetrics {
             prefix_cache_queries,
             prefix_cache_hits,
@@ -122,14 +126,16 @@ impl Engine {
             preemptions: self.scheduler.preemptions(),
             pages: self.cache.n_pages(),
             pages_used: self.cache.n_pages() - self.cache.n_free(),
+            states: states.len(),
+            states_used: states.len() - states.n_available(),
+            states_kept: states.n_kept(),
             ..self.counted.clone()
         }
     }
 
-    /// Lets `drafter` guess tokens from now on, as many as [`EngineConfig::draft_tokens`] allows. Recurrent models cannot
-    /// take guesses back: for them it is not asked.
+    /// Lets `drafter` guess tokens from now on, as many as [`EngineConfig::draft_tokens`] allows.
     pub fn set_drafter(&mut self, drafter: Box<dyn Drafter>) {
-        self.drafter = (!self.shape.recurrent).then_some(drafter);
+        self.drafter = Some(drafter);
     }
 
     /// Gives the next steps about `rows` rows, within [`EngineConfig::step_tokens`]: sequences that decode keep theirs, prompts
@@ -148,7 +154,7 @@ impl Engine {
     }
 
     /// Queues `n` answers to one prompt, which is computed once as far as there is room to run them beside each other and
-    /// the runner shares pages ([`EngineConfig::prefix_cache`], no recurrent layers). Answer `i` is that of the same request with `i` added to
+    /// prefixes are shared ([`EngineConfig::prefix_cache`]). Answer `i` is that of the same request with `i` added to
     /// [`crate::SamplingParams::stream`].
     ///
     /// # Errors

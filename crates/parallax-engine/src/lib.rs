@@ -13,7 +13,7 @@
 //! impl StageRunner for Successor {
 //!     fn shape(&self) -> StageShape {
 //!         let layers = LayerRange::new(0, 1).expect("one layer");
-//!         StageShape { layers, n_layers: 1, hidden: 1, vocab: 8, max_context: 64, page_tokens: 4, n_pages: 16, recurrent: false }
+//!         StageShape { layers, n_layers: 1, hidden: 1, vocab: 8, max_context: 64, page_tokens: 4, n_pages: 16, state_slots: 0 }
 //!     }
 //!     fn forward(&mut self, batch: &Batch, input: Tensor) -> Result<StageOutput, StageError> {
 //!         let ids = input.to_ids(batch.n_rows())?;
@@ -88,7 +88,7 @@ pub mod structured;
 pub mod tap;
 
 pub use adapter_file::{AdapterFile, AdapterParser};
-pub use batch::{Batch, BatchSequence, PageCopy, StageOutput, Tensor, Want};
+pub use batch::{Batch, BatchSequence, CacheCopy, StageOutput, StateSave, Tensor, Want};
 pub use config::{EngineConfig, OnSwap};
 pub use constraint::{Constraint, ConstraintState};
 pub use engine::Engine;

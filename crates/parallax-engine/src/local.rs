@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use parallax_model::{
     Adapter, Checkpoint, ForwardBatch, LoadError, LoadOptions, SequenceRows, Stage, StageInput,
-    Want as ModelWant,
+    StateSave as ModelSave, Want as ModelWant,
 };
-use swarm_wire::{DType, LayerRange, PolicyVersion, RequestId};
+use swarm_wire::{DType, LayerRange, PolicyVersion};
 
 use crate::adapter_file::{AdapterFile, AdapterParser};
 use crate::batch::{Batch, StageOutput, Tensor, Want};
@@ -62,7 +62,7 @@ impl LocalStage {
             max_context: config.max_context,
             page_tokens: options.kv_page_tokens,
             n_pages: options.kv_pages,
-            recurrent: config.is_recurrent(),
+            state_slots: stage.state_slots(),
         };
         Self { stage, shape, tap: None }
     }
@@ -79,9 +79,11 @@ impl LocalStage {
 
     fn model_batch(batch: &Batch) -> ForwardBatch {
         let sequences = batch.sequences.iter().map(|s| SequenceRows {
-            id: s.request.0,
+            state: s.state,
             start: s.start,
             rows: s.rows,
+            drafted: s.drafted,
+            saves: s.saves.iter().map(|s| ModelSave { position: s.position, slot: s.slot }).collect(),
             adapter: s.adapter,
             pages: s.pages.clone(),
             want: match s.want {
@@ -106,6 +108,9 @@ impl LocalStage {
         };
         for copy in &batch.copies {
             self.stage.copy_page(copy.from, copy.to).map_err(failed)?;
+        }
+        for copy in &batch.state_copies {
+            self.stage.copy_state(copy.from, copy.to).map_err(failed)?;
         }
         let output = self.stage.forward(&Self::model_batch(batch), input).map_err(failed)?;
         if let Some(tap) = &mut self.tap {
@@ -224,10 +229,6 @@ impl StageRunner for LocalStage {
     fn log_softmax(&self) -> LogSoftmax {
         log_softmax
     }
-
-    fn close(&mut self, request: RequestId) {
-        self.stage.release(request.0);
-    }
 }
 
 /// A whole model as a chain of stages in this process.
@@ -323,10 +324,6 @@ impl StageRunner for Pipeline {
 
     fn log_softmax(&self) -> LogSoftmax {
         log_softmax
-    }
-
-    fn close(&mut self, request: RequestId) {
-        self.stages.iter_mut().for_each(|stage| stage.stage.release(request.0));
     }
 }
 

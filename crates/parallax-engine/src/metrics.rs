@@ -13,6 +13,12 @@ pub struct EngineMetrics {
     pub pages: usize,
     /// Cache pages held.
     pub pages_used: usize,
+    /// Slots of recurrent states in all; none where no layer is recurrent.
+    pub states: usize,
+    /// Of these, the states of running sequences.
+    pub states_used: usize,
+    /// Of the others, those with a state that requests can begin with.
+    pub states_kept: usize,
     /// Forward passes.
     pub steps: u64,
     /// Rows of all forward passes.

@@ -73,7 +73,7 @@ fn run(runner: &mut dyn StageRunner, request: RequestId, ids: &[u32]) -> Result<
             rows: position(chunk.len()),
             pages: (0..position(n_pages)).collect(),
             want: Want::AllLogits,
-            adapter: None,
+            ..BatchSequence::default()
         };
         let batch = Batch { step: chunk_index as u64 + 1, sequences: vec![rows], ..Batch::default() };
         let output = runner.forward(&batch, Tensor::from_ids(chunk))?;

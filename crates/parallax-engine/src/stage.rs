@@ -25,9 +25,9 @@ pub struct StageShape {
     pub page_tokens: usize,
     /// Cache pages, shared by all sequences.
     pub n_pages: usize,
-    /// Some layers keep a state that is not in the pages: sequences cannot begin with another's pages, share them, or be
-    /// wound back, so the engine neither reuses prefixes nor forks nor speculates.
-    pub recurrent: bool,
+    /// Recurrent states that can be kept, for sequences and for copies that later ones begin with: at least 2, or 0 where no layer
+    /// keeps a state that is not in the pages.
+    pub state_slots: usize,
 }
 
 impl StageShape {
@@ -65,8 +65,8 @@ pub enum Recovery {
 /// trainer and verifier agree in every bit without this core importing a tensor library.
 pub type LogSoftmax = fn(logits: &[f32]) -> Vec<f32>;
 
-/// Runs batches through layers. The page numbers in a batch are the engine's to hand out; the runner owns the memory
-/// behind them.
+/// Runs batches through layers. The numbers of pages and state slots in a batch are the engine's to hand out; the runner
+/// owns the memory behind them.
 ///
 /// The result of a row must not depend on its neighbours in the batch: continuous batching, preemption and recovery
 /// rely on it.

@@ -254,7 +254,7 @@ impl ModelConfig {
         !self.layers.iter().any(LayerConfig::is_kernels_only)
     }
 
-    /// Whether some layer keeps a state per sequence, which cannot go back to an earlier position.
+    /// Whether some layer keeps a state per sequence instead of something per token.
     pub fn is_recurrent(&self) -> bool {
         self.layers.iter().any(LayerConfig::is_recurrent)
     }
@@ -308,11 +308,27 @@ impl ModelConfig {
         self.layers.iter().map(|l| l.stored_bytes_per_token(format)).sum::<usize>() as u64 * tokens
     }
 
+    /// Recurrent states beside a key-value store for `tokens` tokens: they take as many bytes in a layer as keys and values do in
+    /// the layer that stores most, but there are sixteen in any case. None where no layer is recurrent.
+    pub fn state_slots(&self, tokens: u64, format: KvFormat) -> usize {
+        let Some(state) = self.layers.iter().map(LayerConfig::state_bytes).max().filter(|bytes| *bytes > 0)
+        else {
+            return 0;
+        };
+        let bytes = self.kv_bytes_per_token_layer(format).saturating_mul(tokens);
+        usize::try_from(bytes / state).unwrap_or(usize::MAX).clamp(MIN_STATES, MAX_STATES)
+    }
+
     /// Key-value bytes of one token in the layer that stores most.
     pub fn kv_bytes_per_token_layer(&self, format: KvFormat) -> u64 {
         self.layers.iter().map(|l| l.stored_bytes_per_token(format)).max().unwrap_or(0) as u64
     }
 }
+
+/// Recurrent states of the smallest store.
+const MIN_STATES: usize = 16;
+/// Recurrent states of the largest.
+const MAX_STATES: usize = 4096;
 
 /// The language model of a config.json that nests it beside a vision or audio tower.
 fn text_model(mut map: Map<String, Value>) -> Map<String, Value> {

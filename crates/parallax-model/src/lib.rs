@@ -72,7 +72,7 @@ pub use error::{
 };
 pub use options::{DeviceKind, KvFormat, LoadOptions, WeightDtype};
 #[cfg(feature = "cpu")]
-pub use stage::{ForwardBatch, SequenceRows, Stage, StageInput, StageOutput, Want};
+pub use stage::{ForwardBatch, SequenceRows, Stage, StageInput, StageOutput, StateSave, Want};
 pub use tokenizer::{StreamDecoder, TokenBytes, Tokenizer};
 #[cfg(feature = "train")]
 pub use train::{LoraConfig, TrainModel, TrainOptions};

@@ -37,9 +37,9 @@ pub enum Want {
 /// The rows of one sequence in a batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SequenceRows {
-    /// Whose rows. Only recurrent layers look at it: their state of the sequence is kept under this number until
-    /// [`Stage::release`]. Rows from position 0 begin anew; within a batch every sequence has its own number.
-    pub id: u64,
+    /// Slot of its recurrent state, below [`Stage::state_slots`]; only recurrent layers look at it. Rows from position 0 begin
+    /// anew, others where the state stands; within a batch every sequence has its own slot.
+    pub state: u32,
     /// Position of the first row.
     pub start: u32,
     /// Number of rows; position `start + rows` is the next free one.
@@ -48,9 +48,24 @@ pub struct SequenceRows {
     pub pages: Vec<u32>,
     /// Which rows need logits.
     pub want: Want,
+    /// The last so many positions of the sequence, of these rows or of batches before, may be taken back: the next rows begin
+    /// at any of them, or behind. At most 128 together with the rows of a batch that has some. Only recurrent layers look at
+    /// it, elsewhere every position can be taken back.
+    pub drafted: u32,
+    /// Copies of the recurrent state to keep on the way, by rising positions.
+    pub saves: Vec<StateSave>,
     /// Number of the resident adapter ([`Stage::add_adapter`]) that its rows pass through; `None` is the one that
     /// [`Stage::set_adapter`] installed, if any.
     pub adapter: Option<u32>,
+}
+
+/// A copy of a recurrent state to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateSave {
+    /// Of the state before the row at this position, which is in the batch.
+    pub position: u32,
+    /// Where to; nobody else's slot in the batch.
+    pub slot: u32,
 }
 
 /// What one forward pass runs: the rows of several sequences, one after the other.
@@ -183,6 +198,7 @@ impl Stage {
             Route::Composed => KvStore::tensors(held, pages, page_tokens, &device),
         };
         let store = Arc::new(store);
+        let slots = config.state_slots((pages * page_tokens) as u64, options.kv_format);
         let mut stage = Self {
             config,
             options: options.clone(),
@@ -192,8 +208,7 @@ impl Stage {
             embedding,
             head,
             store,
-            // Every sequence has at least one page.
-            states: Arc::new(StateStore::new(options.kv_pages)),
+            states: Arc::new(StateStore::new(slots)),
             weight_bytes: 0,
             default_adapter: AdapterSlot::default(),
             adapters: BTreeMap::new(),
@@ -246,24 +261,21 @@ impl Stage {
         self.weight_bytes
     }
 
-    /// Whether some layer keeps a state per sequence, which cannot go back to an earlier position.
+    /// Whether some layer keeps a state per sequence instead of something per token.
     pub fn is_recurrent(&self) -> bool {
         self.config.layers[self.options.layers.clone()].iter().any(LayerConfig::is_recurrent)
     }
 
-    /// Sequences whose recurrent state is kept.
-    pub fn n_states(&self) -> usize {
+    /// Recurrent states that it can hold; none where no layer of the model is recurrent.
+    pub fn state_slots(&self) -> usize {
         self.states.len()
     }
 
-    /// Forgets the recurrent state of a sequence.
-    pub fn release(&mut self, id: u64) {
-        self.states.release(id);
-    }
-
-    /// Bytes of the key-value store once every page has been written.
+    /// Bytes of the key-value store and the recurrent states once every page and slot has been written.
     pub fn kv_bytes(&self) -> u64 {
-        self.store.bytes() as u64
+        let held = &self.config.layers[self.options.layers.clone()];
+        let state: u64 = held.iter().map(LayerConfig::state_bytes).sum();
+        self.store.bytes() as u64 + state * self.state_slots() as u64
     }
 
     /// Tokens that fit into the key-value store.
@@ -285,6 +297,14 @@ impl Stage {
         }
         self.store.copy_page(from as usize, to as usize);
         Ok(())
+    }
+
+    /// Copies a recurrent state, in every layer: a sequence that continues another begins so.
+    ///
+    /// # Errors
+    /// A slot that is not there.
+    pub fn copy_state(&mut self, from: u32, to: u32) -> Result<(), ForwardError> {
+        self.states.copy(from, to)
     }
 
     /// Computes a batch: writes the key-value store at the rows' positions and returns what leaves.

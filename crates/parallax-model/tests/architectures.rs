@@ -11,8 +11,8 @@ use std::{
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use parallax_model::{
-    Checkpoint, Family, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want, WeightDtype,
-    logprob::argmax,
+    Checkpoint, Family, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, StateSave, Want,
+    WeightDtype, logprob::argmax,
 };
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::Value;
@@ -97,11 +97,11 @@ fn load(f: &Fixture, layers: Range<usize>, dtype: WeightDtype) -> Stage {
     Stage::load(&f.checkpoint, &options).unwrap()
 }
 
-/// Rows of sequence `id`, whose pages are its own.
+/// Rows of sequence `id`, whose pages and state are its own.
 fn rows(id: u32, start: usize, rows: usize, want: Want) -> SequenceRows {
     let pages = (16 * id..16 * id + 16).collect();
     let (start, rows) = (start as u32, rows as u32);
-    SequenceRows { id: id.into(), start, rows, pages, want, ..SequenceRows::default() }
+    SequenceRows { state: id, start, rows, pages, want, ..SequenceRows::default() }
 }
 
 fn one(start: usize, n: usize, want: Want) -> ForwardBatch {
@@ -276,18 +276,37 @@ fn threads_and_pages_do_not_change_a_bit() {
 }
 
 #[test]
-fn a_recurrent_state_is_continued_or_refused_and_released() {
-    let f = &open(&folder().join("qwen3-next.json"));
-    let mut stage = load(f, 0..f.checkpoint.config().n_layers, WeightDtype::F32);
-    assert!(stage.is_recurrent());
-    forward(&mut stage, &one(0, 3, Want::LastLogits), &[1, 2, 3]);
-    let refused = stage.forward(&one(2, 1, Want::LastLogits), StageInput::Tokens(&[3])).unwrap_err();
-    assert!(refused.to_string().contains("run it again from 0"), "{refused}");
-    forward(&mut stage, &one(3, 1, Want::LastLogits), &[4]);
-    assert_eq!(stage.n_states(), 1);
-    stage.release(0);
-    assert_eq!(stage.n_states(), 0);
-    assert!(stage.forward(&one(4, 1, Want::LastLogits), StageInput::Tokens(&[5])).is_err());
+fn a_recurrent_state_is_continued_taken_back_and_kept_as_asked() {
+    for name in ["qwen3-next", "qwen3.5", "qwen3.5-moe"] {
+        let f = &open(&folder().join(format!("{name}.json")));
+        let n_layers = f.checkpoint.config().n_layers;
+        let tokens = ids(&f.golden["prompts"].as_array().unwrap().last().unwrap()["tokens"]);
+        let n = tokens.len();
+        let mut stage = load(f, 0..n_layers, WeightDtype::F32);
+        assert!(stage.is_recurrent());
+        let expected = bits(&forward(&mut stage, &one(0, n, Want::AllLogits), &tokens));
+        let vocab = f.checkpoint.config().vocab;
+        let expected = |start: usize, end: usize| &expected[start * vocab..end * vocab];
+
+        let refused =
+            stage.forward(&one(2, 1, Want::LastLogits), StageInput::Tokens(&tokens[2..3])).unwrap_err();
+        assert!(refused.to_string().contains("run it again from 0"), "{refused}");
+        assert!(stage.copy_state(0, stage.state_slots() as u32).is_err());
+
+        // Wrong guesses behind position 4, the state before position 2 kept in a slot of its own.
+        let saves = vec![StateSave { position: 2, slot: 9 }];
+        let guessed = SequenceRows { drafted: 3, saves, ..rows(0, 0, 7, Want::AllLogits) };
+        let wrong = [&tokens[..4], &[1, 1, 1]].concat();
+        let got = forward(&mut stage, &ForwardBatch { sequences: vec![guessed] }, &wrong);
+        assert_eq!(bits(&got[..4 * vocab]), expected(0, 4), "{name}: before the guesses");
+        let got = forward(&mut stage, &one(4, n - 4, Want::AllLogits), &tokens[4..]);
+        assert_eq!(bits(&got), expected(4, n), "{name}: taken back");
+        // Another sequence on pages that it shares goes on from the copy.
+        stage.copy_state(9, 5).unwrap();
+        let other = SequenceRows { state: 5, ..rows(0, 2, n - 2, Want::AllLogits) };
+        let got = forward(&mut stage, &ForwardBatch { sequences: vec![other] }, &tokens[2..]);
+        assert_eq!(bits(&got), expected(2, n), "{name}: from the copy");
+    }
 }
 
 #[test]

@@ -110,11 +110,11 @@ impl Engine {
         rows: &Rows<'_>,
         events: &mut Vec<RequestEvent>,
     ) {
-        for mut follower in self.scheduler.take_followers(leader) {
+        for mut follower in self.scheduler.take_followers(leader, &self.cache) {
             let request = follower.id();
             let leader_now = self.scheduler.running_mut(leader).expect("it runs in this step");
             follower.begin_forked(leader_now);
-            self.cache.fork(leader, request, follower.cached());
+            self.cache.fork(leader, request, follower.cached()).expect("states were counted");
             let wanted = follower.take_prompt_logprobs().is_some();
             let logprobs = prompt_logprobs.filter(|_| wanted).map(<[f32]>::to_vec);
             let event = Event::Prompt { cached_tokens: follower.usage().cached_tokens, logprobs };

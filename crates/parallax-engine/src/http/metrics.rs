@@ -14,6 +14,14 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
     one("vllm:num_requests_running", "gauge", "Requests that hold cache pages.", engine.running as f64);
     one("vllm:num_requests_waiting", "gauge", "Requests in the queue.", engine.waiting as f64);
     one("vllm:kv_cache_usage_perc", "gauge", "Share of cache pages in use, 0 to 1.", engine.kv_usage());
+    let states = [
+        ("", "Slots of recurrent states.", engine.states),
+        ("_running", "Slots with the state of a running request.", engine.states_used),
+        ("_kept", "Slots with a state that requests can begin with.", engine.states_kept),
+    ];
+    for (name, help, n) in states {
+        one(&format!("parallax:recurrent_states{name}"), "gauge", help, n as f64);
+    }
     one(
         "vllm:num_preemptions_total",
         "counter",

@@ -1,6 +1,7 @@
 //! The pages of one sequence, in the order of its positions.
 
 use super::prefix_index::BlockHash;
+use crate::batch::StateSave;
 
 /// Pages of one sequence: position `p` lives in `pages()[p / page_tokens]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -9,12 +10,25 @@ pub struct PageTable {
     /// How many of the first pages the prefix index has been told of, and their chain.
     pub(super) indexed: usize,
     pub(super) chain: Option<BlockHash>,
+    /// Slot of the sequence's recurrent state.
+    pub(super) state: Option<u32>,
+    /// Copies that the step under way makes of it, and whether each is of the answer.
+    pub(super) saves: Vec<(StateSave, bool)>,
+    /// Pages that were known when it began, whether or not a state was kept behind them.
+    pub(super) known: usize,
+    /// The page at whose end the newest kept state of the answer is.
+    pub(super) newest: Option<u32>,
 }
 
 impl PageTable {
     /// The pages, by position.
     pub fn pages(&self) -> &[u32] {
         &self.pages
+    }
+
+    /// It holds nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.state.is_none()
     }
 
     /// Covers further positions with `pages`.
@@ -33,6 +47,7 @@ impl PageTable {
             self.indexed <= n || self.chain.is_none(),
             "only pages that both sequences have are in the index"
         );
-        Self { pages: self.pages[..n].to_vec(), indexed: self.indexed, chain: self.chain }
+        let (pages, indexed, chain) = (self.pages[..n].to_vec(), self.indexed, self.chain);
+        Self { pages, indexed, chain, ..Self::default() }
     }
 }

@@ -1,4 +1,4 @@
-//! Counted pages. A page is held by sequences (how many is counted), idle (nobody holds it, but the prefix index knows
+//! Counted pages (or slots of states, which are kept in the same way). A page is held by sequences (how many is counted), idle (nobody holds it, but the prefix index knows
 //! what is in it), or free.
 //!
 //! Last freed, first taken: its memory is the likeliest to be warm. When none is free, the page that has been idle for
@@ -106,6 +106,13 @@ impl PagePool {
         } else {
             self.free.push(page);
         }
+    }
+
+    /// An idle page becomes free.
+    pub fn free(&mut self, page: u32) {
+        let since = self.idle_since[page as usize].take().expect("the page is idle");
+        self.idle.remove(&since);
+        self.free.push(page);
     }
 
     /// Every idle page becomes free.

@@ -108,11 +108,11 @@ pub async fn serve(
 ) -> Result<(Head, PipelineRunner), ServeError> {
     let local = own_loader(&checkpoint, &options);
     let Offer { model, description, complete } = offer(exchange, &checkpoint, &options).await?;
-    let head_id = NodeId::from(&node.peer_id());
+    let (head_id, context_tokens) = (NodeId::from(&node.peer_id()), description.context_tokens);
     let config = CoordinatorConfig {
         first_epoch: incarnation_now(),
         plan: PlanOptions {
-            context_tokens: description.context_tokens,
+            context_tokens,
             first_stage: options.take_layers.then(|| head_id.clone()),
             ..CoordinatorConfig::default().plan
         },
@@ -143,7 +143,7 @@ pub async fn serve(
         max_context: config.max_context,
         page_tokens: options.kv_page_tokens,
         n_pages: options.kv_pages,
-        recurrent: config.is_recurrent(),
+        state_slots: config.state_slots(context_tokens, options.kv_format),
     };
     let log_softmax = crate::local::log_softmax;
     Ok(Head::start(

@@ -28,10 +28,18 @@ pub struct DraftModel {
     runner: Box<dyn StageRunner>,
     sampler: Sampler,
     cache: KvCache,
-    /// The tokens whose keys and values each request has in the cache.
-    seen: HashMap<RequestId, Vec<u32>>,
+    seen: HashMap<RequestId, Seen>,
     steps: u64,
     failed: bool,
+}
+
+/// What a request has in the cache.
+#[derive(Debug, Default)]
+struct Seen {
+    /// The tokens that keys and values are of.
+    tokens: Vec<u32>,
+    /// So many of them were no guesses: a recurrent state cannot go back behind them.
+    firm: usize,
 }
 
 /// One request while its tokens are being guessed.
@@ -60,31 +68,37 @@ impl Guessing<'_> {
 }
 
 impl DraftModel {
-    /// A draft model over a runner that serves nobody else. It must have the vocabulary of the model it guesses for; a
-    /// recurrent one cannot take wrong guesses back and is refused.
-    pub fn new(runner: Box<dyn StageRunner>) -> Option<Self> {
+    /// A draft model over a runner that serves nobody else. It must have the vocabulary of the model it guesses for.
+    ///
+    /// # Panics
+    /// When the runner does not run a whole model.
+    pub fn new(runner: Box<dyn StageRunner>) -> Self {
         let shape = runner.shape();
-        let whole = shape.is_first() && shape.is_last() && !shape.recurrent;
-        whole.then(|| Self {
+        assert!(shape.is_first() && shape.is_last(), "whole models guess, got layers {}", shape.layers);
+        Self {
             sampler: Sampler::new(runner.log_softmax()),
-            cache: KvCache::new(shape.n_pages, shape.page_tokens),
+            cache: KvCache::new(shape.n_pages, shape.page_tokens, shape.state_slots),
             runner,
             seen: HashMap::new(),
             steps: 0,
             failed: false,
-        })
+        }
     }
 
     /// What can be guessed for, with pages for all of it; first those that get guesses.
     fn prepare<'q>(&mut self, queries: &[DraftQuery<'q>]) -> Vec<Guessing<'q>> {
-        let context = self.runner.shape().context_tokens();
+        let shape = self.runner.shape();
+        let context = shape.context_tokens();
         let mut prepared = Vec::with_capacity(queries.len());
         for (i, query) in queries.iter().enumerate() {
             let end = (query.tokens.len() + query.most).min(context);
-            let seen = self.seen.get(&query.request).map_or(&[][..], |seen| seen);
+            let (seen, firm) =
+                self.seen.get(&query.request).map_or((&[][..], 0), |seen| (&seen.tokens, seen.firm));
             let common = seen.iter().zip(query.tokens).take_while(|(a, b)| a == b).count();
             // The newest token always runs.
             let cached = common.min(query.tokens.len() - 1);
+            // Where the model that is guessed for lost a step, it asks for the same once more.
+            let cached = if shape.state_slots > 0 && cached < firm { 0 } else { cached };
             if end <= query.tokens.len() || self.cache.reserve(query.request, cached, end).is_err() {
                 continue;
             }
@@ -119,15 +133,18 @@ impl DraftModel {
             if rows == 0 {
                 break;
             }
-            let chooses = g.wanted > 0 && g.cached + rows == g.n_tokens();
+            let end = g.cached + rows;
+            let chooses = g.wanted > 0 && end == g.n_tokens();
             ids.extend(g.due().take(rows));
             sequences.push(BatchSequence {
                 request: g.request,
                 start: position(g.cached),
                 rows: position(rows),
                 pages: self.cache.pages(g.request).to_vec(),
+                state: self.cache.state(g.request),
+                drafted: position(end.saturating_sub(g.known.len())),
                 want: if chooses { Want::LastLogits } else { Want::Nothing },
-                adapter: None,
+                ..BatchSequence::default()
             });
             planned.push((i, rows, chooses));
         }
@@ -181,11 +198,12 @@ impl Drafter for DraftModel {
             }
         }
         for g in guessing {
-            let seen = self.seen.entry(g.request).or_default();
-            let common = seen.iter().zip(g.known).take_while(|(a, b)| a == b).count();
-            seen.truncate(common);
-            seen.extend(g.known[common..].iter().chain(&g.guesses));
-            seen.truncate(g.cached);
+            let Seen { tokens, firm } = self.seen.entry(g.request).or_default();
+            let common = tokens.iter().zip(g.known).take_while(|(a, b)| a == b).count();
+            tokens.truncate(common);
+            tokens.extend(g.known[common..].iter().chain(&g.guesses));
+            tokens.truncate(g.cached);
+            *firm = g.known.len().min(g.cached);
             guesses[g.query] = g.guesses;
         }
         guesses

@@ -33,7 +33,7 @@ pub type AtX = Box<dyn Fn() + Send>;
 impl StageRunner for Alphabet {
     fn shape(&self) -> StageShape {
         StageShape {
-            recurrent: false,
+            state_slots: 0,
             layers: LayerRange::new(0, 1).unwrap(),
             n_layers: 1,
             hidden: 1,

@@ -2,16 +2,17 @@
 //!
 //! It keeps real "pages" (the token at each position, and the weights it was computed with) and computes each row from
 //! what the page table leads to. A wrong page, a wrong position, a page that is written by two sequences or one of other
-//! weights therefore gives wrong tokens or a panic, not a pass.
+//! weights therefore gives wrong tokens or a panic, not a pass. With slots for states it also keeps all that each state has
+//! seen, and compares that with the pages.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use parallax_engine::{
-    AdapterFile, AdapterParser, Batch, LogSoftmax, Recovery, Request, SamplingParams, StageError,
-    StageOutput, StageRunner, StageShape, Tensor,
+    AdapterFile, AdapterParser, Batch, BatchSequence, LogSoftmax, Recovery, Request, SamplingParams,
+    StageError, StageOutput, StageRunner, StageShape, Tensor,
 };
 use swarm_wire::{LayerRange, PolicyVersion};
 
@@ -21,10 +22,19 @@ pub const VOCAB: usize = 97;
 pub const HIDDEN: usize = 4;
 const EMPTY: u32 = u32::MAX;
 
+/// What a recurrent model would have seen.
+#[derive(Clone, Default)]
+struct ToyState {
+    seen: Vec<(u32, u64)>,
+    /// So much of it can no longer be taken back.
+    firm: usize,
+}
+
 /// The toy model.
 pub struct ToyModel {
     shape: StageShape,
     cache: Vec<(u32, u64)>,
+    states: Vec<ToyState>,
     /// Salts of the resident adapters.
     pub adapters: BTreeMap<u32, u64>,
     /// Counts losses of all pages.
@@ -54,10 +64,11 @@ impl ToyModel {
             max_context: 4096,
             page_tokens,
             n_pages,
-            recurrent: false,
+            state_slots: 0,
         };
         Self {
             shape,
+            states: Vec::new(),
             cache: vec![(EMPTY, 0); n_pages * page_tokens],
             adapters: BTreeMap::new(),
             generation: 0,
@@ -72,6 +83,43 @@ impl ToyModel {
 }
 
 impl ToyModel {
+    /// The same with recurrent layers.
+    pub fn recurrent(n_pages: usize, page_tokens: usize, state_slots: usize) -> Self {
+        let mut model = Self::new(n_pages, page_tokens);
+        model.shape.state_slots = state_slots;
+        model.states = vec![ToyState::default(); state_slots];
+        model
+    }
+
+    /// Moves the state of a sequence over its rows, and keeps copies on the way.
+    fn recur(&mut self, sequence: &BatchSequence, rows: &[(u32, u64)]) {
+        let (start, end) = (sequence.start as usize, sequence.start as usize + rows.len());
+        let state = &mut self.states[sequence.state as usize];
+        if start == 0 {
+            *state = ToyState::default();
+        }
+        assert!(
+            (state.firm..=state.seen.len()).contains(&start),
+            "position {start} is within {}..={}",
+            state.firm,
+            state.seen.len()
+        );
+        state.seen.truncate(start);
+        state.seen.extend(rows);
+        let drafted = sequence.drafted as usize;
+        assert!(end - state.firm >= drafted, "drafts are behind what is firm");
+        state.firm = end - drafted;
+        let seen = state.seen.clone();
+        for save in &sequence.saves {
+            let firm = save.position as usize;
+            assert!(
+                (start..end).contains(&firm) && save.slot != sequence.state,
+                "states are kept on the way"
+            );
+            self.states[save.slot as usize] = ToyState { seen: seen[..firm].to_vec(), firm };
+        }
+    }
+
     /// Rows of every step so far.
     pub fn passes(&self) -> Arc<Mutex<Vec<usize>>> {
         Arc::clone(&self.rows_per_step)
@@ -141,6 +189,14 @@ impl StageRunner for ToyModel {
             assert_ne!(from, to, "a page is not copied to itself");
             self.cache.copy_within(from..from + page_tokens, to);
         }
+        for copy in &batch.state_copies {
+            self.states[copy.to as usize] = self.states[copy.from as usize].clone();
+        }
+        let slots = || batch.sequences.iter().flat_map(|s| s.saves.iter().map(|s| s.slot).chain([s.state]));
+        assert!(
+            self.states.is_empty() || slots().collect::<BTreeSet<_>>().len() == slots().count(),
+            "nobody has the slot of another"
+        );
         let mut next = ids.iter();
         let (mut logits, mut hidden) = (Vec::new(), Vec::new());
         for sequence in &batch.sequences {
@@ -151,14 +207,21 @@ impl StageRunner for ToyModel {
                 None => self.salt,
                 Some(id) => self.adapters[&id],
             };
-            for position in start..start + rows {
-                self.cache[slot(&sequence.pages, position)] = (*next.next().unwrap(), salt);
+            let input: Vec<(u32, u64)> = next.by_ref().take(rows).map(|id| (*id, salt)).collect();
+            if !self.states.is_empty() {
+                self.recur(sequence, &input);
+            }
+            for (position, row) in (start..start + rows).zip(input) {
+                self.cache[slot(&sequence.pages, position)] = row;
                 let wanted =
                     sequence.n_wanted() == rows || (sequence.n_wanted() == 1 && position + 1 == start + rows);
                 if wanted {
                     let seen: Vec<(u32, u64)> =
                         (0..=position).map(|p| self.cache[slot(&sequence.pages, p)]).collect();
                     assert!(seen.iter().all(|(t, _)| *t != EMPTY), "every position was written before");
+                    if let Some(state) = self.states.get(sequence.state as usize) {
+                        assert_eq!(state.seen[..=position], seen, "the state has seen what the pages hold");
+                    }
                     assert!(
                         self.mixes || seen.iter().all(|(_, s)| *s == salt),
                         "all keys are of one weights"

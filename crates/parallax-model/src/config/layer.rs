@@ -236,6 +236,14 @@ impl LayerConfig {
         matches!(self.mixer, Mixer::Delta(_))
     }
 
+    /// Bytes of that state.
+    pub fn state_bytes(&self) -> u64 {
+        match &self.mixer {
+            Mixer::Delta(delta) => delta.state_bytes(),
+            Mixer::Attention(_) | Mixer::Latent(_) => 0,
+        }
+    }
+
     /// Whether it has operations that exist as CPU kernels only, without gradients.
     pub(crate) fn is_kernels_only(&self) -> bool {
         let mixer = match &self.mixer {

@@ -61,9 +61,11 @@ pub(super) fn rows(
         }
         let first = out.rows.len();
         sequences.push(StateRows {
-            id: sequence.id,
+            slot: sequence.state,
             start: sequence.start,
             rows: first..first + sequence.rows as usize,
+            drafted: sequence.drafted,
+            saves: sequence.saves.clone(),
         });
         for position in sequence.start..sequence.start + sequence.rows {
             out.positions.push(position);

@@ -209,7 +209,6 @@ fn resident_adapters_share_a_batch_and_change_no_bit() {
             let id = |lane: usize| ranks[lane].map(|rank| if rank == 3 { 30 } else { 7 });
             let pages = |lane: usize| [2 * lane as u32, 2 * lane as u32 + 1];
             let rows = |lane: usize, start, n| SequenceRows {
-                id: lane as u64,
                 adapter: id(lane),
                 ..sequence(start, n, &pages(lane))
             };

@@ -294,6 +294,9 @@ pub struct StageStep {
     /// Cache pages to copy before anything is written, in this order: from, to, from, to, and so on.
     #[prost(uint32, repeated, tag = "6")]
     pub copies: ::prost::alloc::vec::Vec<u32>,
+    /// Slots of recurrent states to copy, likewise.
+    #[prost(uint32, repeated, tag = "7")]
+    pub state_copies: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageSequence {
@@ -315,6 +318,16 @@ pub struct StageSequence {
     /// The resident adapter that its rows pass through; 0: the one of everybody.
     #[prost(uint32, tag = "7")]
     pub adapter: u32,
+    /// Slot of the sequence's recurrent state, if the model has such. It begins anew with position 0.
+    #[prost(uint32, tag = "8")]
+    pub state: u32,
+    /// The last so many positions, of these rows or of steps before, may be taken back: a later step may begin at any of them.
+    #[prost(uint32, tag = "9")]
+    pub drafted: u32,
+    /// Copies of the state to keep: a position among the rows, before whose row it is copied, and the slot for it, by rising
+    /// positions: position, slot, position, slot, and so on.
+    #[prost(uint32, repeated, tag = "10")]
+    pub saves: ::prost::alloc::vec::Vec<u32>,
 }
 /// Change a LoRA adapter before the next step; `tensor_bytes` bytes of adapter follow. With `resident` 0 it is the adapter of
 /// everybody, without bytes the base model; else the adapter that sequences name by this number, gone without bytes.

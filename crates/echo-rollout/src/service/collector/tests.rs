@@ -65,7 +65,7 @@ impl StageRunner for Model {
             max_context: 64,
             page_tokens: 16,
             n_pages: 64,
-            recurrent: false,
+            state_slots: 0,
         }
     }
 

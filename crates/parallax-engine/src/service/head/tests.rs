@@ -79,7 +79,7 @@ impl StageRunner for Toy {
             max_context: 200,
             page_tokens: PAGE_TOKENS,
             n_pages: PAGES,
-            recurrent: false,
+            state_slots: 0,
         }
     }
 

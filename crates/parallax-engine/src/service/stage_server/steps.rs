@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use swarm_wire::generated::parallax::v1::{StageSequence, StageStep, StageWant};
 use swarm_wire::{DecodeError, RequestId};
 
-use crate::batch::{Batch, BatchSequence, PageCopy, Want};
+use crate::batch::{Batch, BatchSequence, CacheCopy, StateSave, Want};
 
 /// Sequences of one step, and sequences that a stage remembers.
 pub const MAX_SEQUENCES: usize = 4096;
@@ -38,6 +38,7 @@ impl StepEncoder {
             hidden_rows: 0,
             want_hidden: batch.want_hidden,
             copies: batch.copies.iter().flat_map(|copy| [copy.from, copy.to]).collect(),
+            state_copies: batch.state_copies.iter().flat_map(|copy| [copy.from, copy.to]).collect(),
         }
     }
 
@@ -72,6 +73,9 @@ impl StepEncoder {
             opened: !known,
             new_pages,
             adapter: sequence.adapter.unwrap_or(0),
+            state: sequence.state,
+            drafted: sequence.drafted,
+            saves: sequence.saves.iter().flat_map(|save| [save.position, save.slot]).collect(),
         }
     }
 }
@@ -113,24 +117,11 @@ impl StepDecoder {
         Ok(Batch {
             step: step.step_id,
             want_hidden: step.want_hidden,
-            copies: self.copies(&step.copies)?,
+            copies: copies(&step.copies, self.n_pages)?,
+            // Which slots there are, the stage knows.
+            state_copies: copies(&step.state_copies, u32::MAX)?,
             sequences,
         })
-    }
-
-    fn copies(&self, pairs: &[u32]) -> Result<Vec<PageCopy>, DecodeError> {
-        let (pairs, rest) = pairs.as_chunks();
-        if !rest.is_empty() || pairs.len() > MAX_SEQUENCES {
-            return Err(DecodeError::invalid("number of page copies", pairs.len()));
-        }
-        let copy = |&[from, to]: &[u32; 2]| {
-            if from.max(to) < self.n_pages && from != to {
-                Ok(PageCopy { from, to })
-            } else {
-                Err(DecodeError::invalid("page to copy", format!("{from} to {to}")))
-            }
-        };
-        pairs.iter().map(copy).collect()
     }
 
     fn sequence(&mut self, sequence: &StageSequence) -> Result<BatchSequence, DecodeError> {
@@ -164,15 +155,40 @@ impl StepDecoder {
             Ok(StageWant::AllLogits) => Want::AllLogits,
             Err(_) => return Err(DecodeError::invalid("wanted logits", sequence.want)),
         };
+        let saves = pairs(&sequence.saves)?.iter().map(|&[position, slot]| StateSave { position, slot });
         Ok(BatchSequence {
             request: RequestId(u64::from(sequence.handle)),
             start: sequence.start,
             rows: sequence.rows,
             want,
             pages: table.clone(),
+            state: sequence.state,
+            drafted: sequence.drafted,
+            saves: saves.collect(),
             adapter: (sequence.adapter != 0).then_some(sequence.adapter),
         })
     }
+}
+
+/// Numbers that belong together, two by two.
+fn pairs(numbers: &[u32]) -> Result<&[[u32; 2]], DecodeError> {
+    let (pairs, rest) = numbers.as_chunks();
+    if !rest.is_empty() || pairs.len() > MAX_SEQUENCES {
+        return Err(DecodeError::invalid("number of pairs", pairs.len()));
+    }
+    Ok(pairs)
+}
+
+/// Copies among `n` pages or slots.
+fn copies(numbers: &[u32], n: u32) -> Result<Vec<CacheCopy>, DecodeError> {
+    let copy = |&[from, to]: &[u32; 2]| {
+        if from.max(to) < n && from != to {
+            Ok(CacheCopy { from, to })
+        } else {
+            Err(DecodeError::invalid("page or state to copy", format!("{from} to {to}")))
+        }
+    };
+    pairs(numbers)?.iter().map(copy).collect()
 }
 
 #[cfg(test)]
@@ -189,7 +205,7 @@ mod tests {
             rows,
             want: Want::LastLogits,
             pages: pages.to_vec(),
-            adapter: None,
+            ..BatchSequence::default()
         }
     }
 
@@ -218,11 +234,22 @@ mod tests {
     }
 
     #[test]
-    fn page_copies_travel_in_order_and_are_checked() {
-        let copies = vec![PageCopy { from: 3, to: 1 }, PageCopy { from: 0, to: 3 }];
-        let sent = Batch { copies: copies.clone(), ..batch(vec![sequence(7, 0, 4, &[1])]) };
+    fn copies_and_states_travel_in_order_and_are_checked() {
+        let copies = vec![CacheCopy { from: 3, to: 1 }, CacheCopy { from: 0, to: 3 }];
+        let state_copies = vec![CacheCopy { from: 9, to: 1 }];
+        let saves = vec![StateSave { position: 1, slot: 5 }, StateSave { position: 3, slot: 0 }];
+        let rows = BatchSequence { state: 2, drafted: 3, saves, ..sequence(7, 0, 4, &[1]) };
+        let sent = Batch { copies, state_copies, ..batch(vec![rows]) };
         let step = StepEncoder::default().encode(1, &sent);
-        assert_eq!(StepDecoder::new(4, 4).decode(&step).unwrap().copies, copies);
+        let got = StepDecoder::new(4, 4).decode(&step).unwrap();
+        assert_eq!((&got.copies, &got.state_copies), (&sent.copies, &sent.state_copies));
+        let named = |batch: &Batch| batch.sequences[0].clone();
+        assert_eq!(named(&got), BatchSequence { request: named(&got).request, ..named(&sent) });
+        let mut odd = step.clone();
+        odd.sequences[0].saves.pop();
+        assert!(StepDecoder::new(4, 4).decode(&odd).is_err());
+        let odd = StageStep { state_copies: vec![1, 2, 3], ..step.clone() };
+        assert!(StepDecoder::new(4, 4).decode(&odd).is_err());
         for bad in [vec![0, 4], vec![4, 0], vec![2, 2], vec![0]] {
             let step = StageStep { copies: bad, ..step.clone() };
             assert!(StepDecoder::new(4, 4).decode(&step).is_err());
