@@ -282,7 +282,8 @@ impl Inner {
         let current = coordinator.view().epoch;
         // With the lock held, in which the served model changes together with the epoch.
         let (served, next) = (self.served(), lock(&self.next).clone());
-        let mut own = known.then(|| self.assignment(&coordinator, &id));
+        let tells = known && (epoch != current || next.is_some());
+        let mut own = tells.then(|| self.assignment(&coordinator, &id));
         drop(coordinator);
         let runs = own.as_ref().is_some_and(|own| own.layers_start < own.layers_end);
         let next = next.filter(|_| runs).map(|next| {
