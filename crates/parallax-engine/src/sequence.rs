@@ -138,9 +138,13 @@ impl Sequence {
         self.root
     }
 
-    /// Guesses to ask for: none when the answer ends with the next token anyway.
+    /// Guesses to ask for: none when the answer ends with the next token anyway, and none before the first one, where other
+    /// answers to the prompt begin with the pages as they are then.
     pub fn drafts_wanted(&self) -> usize {
-        self.speculation.min(self.allowance.saturating_sub(self.generated() + 1))
+        match self.generated() {
+            0 => 0,
+            generated => self.speculation.min(self.allowance.saturating_sub(generated + 1)),
+        }
     }
 
     /// How many tokens to guess at most from now on; at first, that many.

@@ -506,6 +506,22 @@ fn several_answers_to_one_prompt_compute_it_once_and_are_those_of_single_request
 }
 
 #[test]
+fn nothing_is_guessed_behind_a_prompt_before_its_last_page_is_shared() {
+    // The last piece of the prompt is one row, as if a token were decoded.
+    let request = sampled(vec![1; 23], 2, 0);
+    for states in [0, 4] {
+        let mut model = ToyModel::recurrent(13, 2, states);
+        let mut engine = engine(&model, 11, 2);
+        engine.set_drafter(Box::new(DraftModel::new(Box::new(ToyModel::new(64, 8)))));
+        let ids = engine.add_group(&request, 2).unwrap();
+        let completions = run(&mut engine, &mut model);
+        for (i, id) in ids.iter().enumerate() {
+            assert_eq!(answer(&completions[id]), answer(&alone(&sampled(vec![1; 23], 2, i as u64))));
+        }
+    }
+}
+
+#[test]
 fn adapters_are_chosen_per_request_and_go_when_the_last_one_is_done() {
     let mut model = ToyModel::new(64, 4);
     let mut engine = engine(&model, 64, 4);
