@@ -30,6 +30,8 @@ struct StandIn {
     lies: bool,
     /// Asks for this token.
     token: Option<&'static str>,
+    /// The model is these files instead, which hold nothing but their names.
+    gguf: &'static [&'static str],
     /// File and first byte of every answer.
     sent: Mutex<Vec<(String, usize)>>,
 }
@@ -45,6 +47,10 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 impl StandIn {
+    fn content(&self, name: &str) -> Option<Vec<u8>> {
+        if self.gguf.contains(&name) { Some(name.as_bytes().to_vec()) } else { file(name) }
+    }
+
     fn admits(&self, headers: &HeaderMap) -> bool {
         let sent = headers.get("authorization").and_then(|v| v.to_str().ok());
         self.token.is_none_or(|token| sent == Some(&format!("Bearer {token}")))
@@ -64,22 +70,22 @@ async fn listing(
     {
         return StatusCode::NOT_FOUND.into_response();
     }
-    let siblings: Vec<Value> = [
+    let tiny = [
         "README.md",
         "config.json",
         "generation_config.json",
         WEIGHTS,
         "tokenizer.json",
         "tokenizer_config.json",
-    ]
-    .iter()
-    .map(|name| {
-        let bytes = file(name).unwrap();
-        let lfs = (*name == WEIGHTS)
+    ];
+    let names: &[&str] = if hub.gguf.is_empty() { &tiny } else { hub.gguf };
+    let siblings = names.iter().map(|name| {
+        let bytes = hub.content(name).unwrap();
+        let lfs = (*name == WEIGHTS || name.ends_with(".gguf"))
             .then(|| json!({"sha256": sha256(&bytes), "size": bytes.len(), "pointerSize": 9}));
         json!({"rfilename": name, "size": bytes.len(), "blobId": format!("b{}", bytes.len()), "lfs": lfs})
-    })
-    .collect();
+    });
+    let siblings: Vec<Value> = siblings.collect();
     Json(json!({"id": "org/tiny", "sha": COMMIT, "siblings": siblings})).into_response()
 }
 
@@ -92,7 +98,7 @@ async fn resolve(
     if !hub.admits(&headers) {
         return StatusCode::FORBIDDEN.into_response();
     }
-    let Some(mut bytes) = file(&name) else { return StatusCode::NOT_FOUND.into_response() };
+    let Some(mut bytes) = hub.content(&name) else { return StatusCode::NOT_FOUND.into_response() };
     if hub.lies && name == WEIGHTS {
         bytes[1_000_000] ^= 1;
     }
@@ -140,7 +146,7 @@ async fn fetch(stand_in: StandIn, name: &str, token: Option<&str>) -> Fetched {
     let stand_in = Arc::new(stand_in);
     let routes = Router::new()
         .route("/api/models/{org}/{name}/revision/{revision}", get(listing))
-        .route("/{org}/{name}/resolve/{commit}/{file}", get(resolve))
+        .route("/{org}/{name}/resolve/{commit}/{*file}", get(resolve))
         .with_state(Arc::clone(&stand_in));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -168,6 +174,24 @@ async fn a_model_arrives_whole_and_is_not_fetched_again() {
     let before = fetched.stand_in.sent.lock().unwrap().len();
     assert_eq!(&hub.fetch(&"org/tiny@v1".parse().unwrap(), |_| ()).await.unwrap(), path);
     assert_eq!(fetched.stand_in.sent.lock().unwrap().len(), before, "the same files under another name");
+}
+
+#[tokio::test]
+async fn all_parts_of_a_model_arrive_and_a_missing_one_is_named() {
+    let parts = &["Q4/m-00002-of-00002.gguf", "Q4/m-00001-of-00002.gguf", "Q8/m-00001-of-00002.gguf"];
+    let named = "org/tiny/Q4/m-00002-of-00002.gguf";
+    let fetched = fetch(StandIn { gguf: parts, ..StandIn::default() }, named, None).await;
+    let path = fetched.result.as_ref().unwrap();
+    assert!(path.ends_with("Q4/m-00001-of-00002.gguf"), "{}", path.display());
+    for part in &parts[..2] {
+        let here = path.with_file_name(part.strip_prefix("Q4/").unwrap());
+        assert_eq!(std::fs::read(here).unwrap(), part.as_bytes());
+    }
+    let name: parallax_model::hub::HubName = named.parse().unwrap();
+    assert!(name.cached(fetched.cache.path()).is_some());
+    let lacking = "org/tiny/Q8/m-00001-of-00002.gguf";
+    let fetched = fetch(StandIn { gguf: parts, ..StandIn::default() }, lacking, None).await;
+    assert!(fetched.error().contains("Q8/m-00002-of-00002.gguf"), "{}", fetched.error());
 }
 
 #[tokio::test]

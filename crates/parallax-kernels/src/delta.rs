@@ -20,7 +20,7 @@ use crate::simd::{LANES, read, write};
 /// Heads and their sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeltaShape {
-    /// Heads of q and k; each serves `n_heads / n_key_heads` neighbouring value heads.
+    /// Heads of q and k (Hk); each serves `n_heads / n_key_heads` value heads.
     pub n_key_heads: usize,
     /// Heads of v, of the state and of the result (Hv).
     pub n_heads: usize,
@@ -28,12 +28,20 @@ pub struct DeltaShape {
     pub key_dim: usize,
     /// Elements of a value head (Dv).
     pub value_dim: usize,
+    /// Value head `i` belongs to key head `i % Hk`, as llama.cpp stores Qwen3.5; otherwise the value heads of a key head
+    /// are neighbours.
+    pub tiled: bool,
 }
 
 impl DeltaShape {
     /// Elements of one sequence's state. Its layout is private: a fresh state is all zeros.
     pub fn state_len(&self) -> usize {
         self.n_heads * self.head_len()
+    }
+
+    /// The key head that a value head belongs to.
+    fn key_head(&self, head: usize) -> usize {
+        if self.tiled { head % self.n_key_heads } else { head / (self.n_heads / self.n_key_heads) }
     }
 
     fn head_len(&self) -> usize {
@@ -70,7 +78,7 @@ pub fn gated_delta_rule(
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     let op = "gated_delta_rule";
-    let DeltaShape { n_key_heads, n_heads, key_dim, value_dim } = shape;
+    let DeltaShape { n_key_heads, n_heads, key_dim, value_dim, .. } = shape;
     if n_key_heads == 0 || !n_heads.is_multiple_of(n_key_heads) || key_dim == 0 || value_dim == 0 {
         let rule = "value heads must be a multiple of the key heads, sizes positive";
         return Err(KernelError::BadDimension { op, what: "heads", got: n_heads, rule });
@@ -134,8 +142,8 @@ simd_kernel! {
         state: &mut [f32],
         out: &Shared<'_, f32>,
     ) {
-        let DeltaShape { n_key_heads, n_heads, key_dim, value_dim } = shape;
-        let key_head = head / (n_heads / n_key_heads);
+        let DeltaShape { n_key_heads, n_heads, key_dim, value_dim, .. } = shape;
+        let key_head = shape.key_head(head);
         let width = (value_dim - column).min(LANES);
         let state = state.as_chunks_mut::<LANES>().0;
         for t in sequence {
@@ -164,28 +172,33 @@ simd_kernel! {
     }
 }
 
-/// Decay and strength of every row and head, each [T, Hv]: decay = exp(−exp(`a_log`)·softplus(a + `dt_bias`)), as in
-/// Mamba 2 (arXiv:2405.21060), and beta = sigmoid(b). `a` and `b` are [T, Hv], the rest `[Hv]`.
+/// How fast each head forgets: exp(`a_log`).
+pub fn decay_rates(a_log: &[f32]) -> Vec<f64> {
+    a_log.iter().map(|&a_log| math::exp(f64::from(a_log))).collect()
+}
+
+/// Decay and strength of every row and head, each [T, Hv]: decay = exp(−rate·softplus(a + `dt_bias`)), as in Mamba 2
+/// (arXiv:2405.21060), and beta = sigmoid(b). `a` and `b` are [T, Hv], the rest `[Hv]`.
 ///
 /// # Errors
 /// When the lengths do not fit together.
 pub fn delta_gates(
     a: &[f32],
     b: &[f32],
-    a_log: &[f32],
+    rates: &[f64],
     dt_bias: &[f32],
 ) -> Result<[Vec<f32>; 2], KernelError> {
     let op = "delta_gates";
     check_len(op, "b", a.len(), b.len())?;
-    check_len(op, "dt_bias", a_log.len(), dt_bias.len())?;
-    if a_log.is_empty() || !a.len().is_multiple_of(a_log.len()) {
+    check_len(op, "dt_bias", rates.len(), dt_bias.len())?;
+    if rates.is_empty() || !a.len().is_multiple_of(rates.len()) {
         let rule = "must be whole rows";
         return Err(KernelError::BadDimension { op, what: "a", got: a.len(), rule });
     }
-    let decay = a.iter().zip(a_log.iter().zip(dt_bias).cycle()).map(|(&a, (&a_log, &dt))| {
+    let decay = a.iter().zip(rates.iter().zip(dt_bias).cycle()).map(|(&a, (&rate, &dt))| {
         let x = f64::from(a + dt);
         let softplus = if x > 20.0 { x } else { math::ln(1.0 + math::exp(x)) };
-        math::exp(-math::exp(f64::from(a_log)) * softplus) as f32
+        math::exp(-rate * softplus) as f32
     });
     let beta = b.iter().map(|&b| (1.0 / (1.0 + math::exp(-f64::from(b)))) as f32);
     Ok([decay.collect(), beta.collect()])

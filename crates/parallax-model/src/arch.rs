@@ -44,7 +44,8 @@ pub(crate) struct Architecture {
     pub(crate) describe: fn(&Fields<'_>) -> Result<ModelConfig, ConfigError>,
     /// Adds the fields of config.json that only this architecture has, from GGUF metadata.
     pub(crate) gguf_fields: fn(&GgufFile, &mut Map<String, Value>),
-    /// GGUF names of a layer's tensors and ours, where they differ from the rule; without `.weight`.
+    /// GGUF names of a layer's tensors and ours, where they differ from the rule: of modules, without `.weight` and
+    /// `.bias`, or of whole tensors.
     pub(crate) gguf_names: &'static [(&'static str, &'static str)],
     /// Queries and keys are stored in llama.cpp's order of pairs in GGUF files.
     pub(crate) gguf_pairs: bool,

@@ -68,8 +68,10 @@ fn language_model_name(name: &str) -> Option<String> {
 }
 
 /// A configuration that knows fewer layers than there are weights for is of another model: it would compute, wrongly.
-/// `spare` further ones, which guess tokens ahead, are no part of the model.
-fn check_layers(config: &ModelConfig, index: &WeightIndex, spare: usize) -> Result<(), OpenError> {
+/// Further ones that guess tokens ahead, as many as the configuration says, are no part of the model.
+fn check_layers(config: &ModelConfig, index: &WeightIndex) -> Result<(), OpenError> {
+    let spare = config.source["num_nextn_predict_layers"].as_u64().and_then(|n| usize::try_from(n).ok());
+    let spare = spare.unwrap_or(0);
     let layer = |name: &String| -> Option<usize> {
         name.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
     };
@@ -86,13 +88,16 @@ fn check_layers(config: &ModelConfig, index: &WeightIndex, spare: usize) -> Resu
 }
 
 impl Checkpoint {
-    /// Opens a `.gguf` file or a directory with config.json and safetensors.
+    /// Opens a `.gguf` file, any part of one, a directory with one, or a directory with config.json and safetensors.
     ///
     /// # Errors
-    /// Nothing is there, or what is there is truncated, corrupt or of an unsupported architecture.
+    /// Nothing is there, or what is there is incomplete, truncated, corrupt or of an unsupported architecture.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         if path.is_dir() {
-            return Self::open_dir(path);
+            return match crate::hub::only_gguf(path).filter(|_| !path.join("config.json").is_file()) {
+                Some(gguf) => Self::open(&gguf),
+                None => Self::open_dir(path),
+            };
         }
         let named = |error: OpenError| error.within(path);
         Self::from_gguf(GgufFile::open(path).map_err(named)?, path).map_err(named)
@@ -118,7 +123,7 @@ impl Checkpoint {
         let config = ModelConfig::from_gguf(&file)?;
         let vocabulary = GgufVocabulary::read(&file);
         let index = file.into_index(&config)?;
-        check_layers(&config, &index, 0)?;
+        check_layers(&config, &index)?;
         Ok(Self {
             config,
             index,
@@ -173,8 +178,7 @@ impl Checkpoint {
         let fields: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         index.rename(language_model_name);
         quantized::derive(&mut index, &fields["quantization_config"]).map_err(|e| e.within(location))?;
-        let spare = fields["num_nextn_predict_layers"].as_u64().and_then(|n| usize::try_from(n).ok());
-        check_layers(&config, &index, spare.unwrap_or(0)).map_err(|e| e.within(&file))?;
+        check_layers(&config, &index).map_err(|e| e.within(&file))?;
         // generation_config.json knows end tokens that config.json does not.
         if let Some(more) = generation.and_then(|g| serde_json::from_slice::<serde_json::Value>(g).ok()) {
             let ids = match &more["eos_token_id"] {

@@ -7,7 +7,7 @@
 mod delta;
 pub(crate) mod experts;
 pub(crate) mod fields;
-mod from_gguf;
+pub(crate) mod from_gguf;
 mod latent;
 mod layer;
 mod rope;
@@ -156,7 +156,7 @@ pub struct ModelConfig {
 
 /// Upper bounds that keep sizes computed from a hostile file small enough to multiply.
 const MAX_DIM: usize = 1 << 20;
-const MAX_LAYERS: usize = 1 << 12;
+pub(crate) const MAX_LAYERS: usize = 1 << 12;
 const MAX_CONTEXT: usize = 1 << 24;
 
 impl ModelConfig {

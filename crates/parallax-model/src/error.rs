@@ -65,6 +65,16 @@ pub enum OpenError {
         /// What was wrong, and where.
         reason: String,
     },
+    /// A part of a file in several parts is not there.
+    #[error("{path} is not there, part {number} of {count} of the model; fetch it into the same folder")]
+    MissingPart {
+        /// The missing file.
+        path: PathBuf,
+        /// Which part, from one.
+        number: u64,
+        /// How many there are.
+        count: u64,
+    },
     /// A tensor the model needs is not in the checkpoint.
     #[error("tensor {name:?} is not in the checkpoint, which has {n_tensors} tensors; is it complete?")]
     MissingTensor {

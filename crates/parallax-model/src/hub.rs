@@ -7,6 +7,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::weights::gguf::split;
+
 /// Small files that belong to a checkpoint in Hugging Face's layout; it may lack some.
 pub const COMPANIONS: [&str; 7] = [
     "config.json",
@@ -19,16 +21,19 @@ pub const COMPANIONS: [&str; 7] = [
 ];
 
 /// `ORG/NAME`, with a revision after `@` (a branch, a tag or a commit; `main` without one), and with one GGUF file of it
-/// after another `/`.
+/// after another `/`, which may lie in folders. Of a file in several parts any part stands for all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HubName {
     /// `ORG/NAME`.
     pub repository: String,
     /// Branch, tag or commit.
     pub revision: String,
-    /// One GGUF file of a repository that has several.
+    /// One GGUF file of a repository that has several, with the folders that it lies in.
     pub file: Option<String>,
 }
+
+/// Most names between the repository's and the end of a file's.
+const MAX_FOLDERS: usize = 8;
 
 /// Why a text names nothing on a hub.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,7 +55,9 @@ impl FromStr for HubName {
         let plain = parts.iter().copied().chain(revision.split('/')).all(is_plain);
         let file = match parts[..] {
             [_, _] if plain => None,
-            [_, _, file] if plain && file.ends_with(".gguf") => Some(file.to_owned()),
+            [_, _, ref file @ ..] if plain && path.ends_with(".gguf") && file.len() <= MAX_FOLDERS => {
+                Some(file.join("/"))
+            }
             _ => return Err(NotAHubName(text.to_owned())),
         };
         Ok(Self { repository: format!("{}/{}", parts[0], parts[1]), revision: revision.to_owned(), file })
@@ -106,9 +113,9 @@ impl HubName {
     /// What of a snapshot can be opened.
     fn model_in(&self, snapshot: &Path) -> Option<PathBuf> {
         match &self.file {
-            Some(file) => Some(snapshot.join(file)).filter(|path| path.is_file()),
+            Some(file) => Some(snapshot.join(file)).filter(|path| has_all_parts(path)),
             None if is_whole(snapshot) => Some(snapshot.to_owned()),
-            None => only_gguf(snapshot),
+            None => only_gguf(snapshot).filter(|path| has_all_parts(path)),
         }
     }
 }
@@ -120,14 +127,27 @@ fn is_whole(dir: &Path) -> bool {
         && weights().is_ok_and(|(files, _)| files.iter().all(|file| file.is_file()))
 }
 
-/// The GGUF file of a directory that has exactly one.
+fn has_all_parts(gguf: &Path) -> bool {
+    split::part_paths(gguf).iter().all(|path| path.is_file())
+}
+
+/// The files that belong together with a GGUF file of a repository: itself, or all parts of the model that it is part of,
+/// in order (`NAME-00001-of-00003.gguf` and so on).
+pub fn gguf_parts(file: &str) -> Vec<String> {
+    split::part_names(file)
+}
+
+/// The GGUF file of a directory that has exactly one, or the first there is of the parts of exactly one.
 pub(crate) fn only_gguf(dir: &Path) -> Option<PathBuf> {
-    let mut found = std::fs::read_dir(dir)
+    let mut found: Vec<PathBuf> = std::fs::read_dir(dir)
         .ok()?
         .filter_map(|entry| entry.ok().map(|e| e.path()))
-        .filter(|p| p.extension().is_some_and(|e| e == "gguf"));
-    let first = found.next()?;
-    found.next().is_none().then_some(first)
+        .filter(|p| p.extension().is_some_and(|e| e == "gguf"))
+        .collect();
+    found.sort();
+    let first = found.first()?.clone();
+    let parts = split::part_paths(&first);
+    found.iter().all(|path| parts.contains(path)).then_some(first)
 }
 
 #[cfg(test)]
@@ -141,6 +161,7 @@ mod tests {
             ("Org-1/Model_2.5@v1.0", "Org-1/Model_2.5", "v1.0", None),
             ("a/b@refs/pr/7", "a/b", "refs/pr/7", None),
             ("a/b/c.Q4_K_M.gguf@abc", "a/b", "abc", Some("c.Q4_K_M.gguf")),
+            ("a/b/Q4/c-00001-of-00002.gguf", "a/b", "main", Some("Q4/c-00001-of-00002.gguf")),
         ] {
             let name: HubName = text.parse().unwrap();
             assert_eq!((name.repository.as_str(), name.revision.as_str()), (repository, revision));
@@ -159,6 +180,8 @@ mod tests {
             "a/b@.x",
             "a b/c",
             "a/b/../c.gguf",
+            "a/b//c.gguf",
+            "a/b/1/2/3/4/5/6/7/8/c.gguf",
             "a/b#c",
         ] {
             assert!(text.parse::<HubName>().is_err(), "{text}");
@@ -199,5 +222,17 @@ mod tests {
         assert_eq!(cached("a/b@333"), Some("snapshots/333/x.gguf".into()));
         assert_eq!(cached("a/b/x.gguf@333"), Some("snapshots/333/x.gguf".into()));
         assert_eq!(cached("a/b/y.gguf@333"), None);
+        // Parts count as one model, which is there when all of them are.
+        let part = |n: usize| folder.join(format!("snapshots/444/m-0000{n}-of-00002.gguf"));
+        std::fs::create_dir_all(folder.join("snapshots/444")).unwrap();
+        std::fs::write(part(2), "").unwrap();
+        assert_eq!(cached("a/b@444"), None);
+        assert_eq!(cached("a/b/m-00002-of-00002.gguf@444"), None);
+        std::fs::write(part(1), "").unwrap();
+        assert_eq!(cached("a/b@444"), Some("snapshots/444/m-00001-of-00002.gguf".into()));
+        assert_eq!(
+            cached("a/b/m-00002-of-00002.gguf@444"),
+            Some("snapshots/444/m-00002-of-00002.gguf".into())
+        );
     }
 }

@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 
 pub use decode::StoredDtype;
 pub(crate) use decode::to_f32;
-pub(crate) use names::{LONG_ROPE_FACTORS, ROPE_FACTORS, is_rope_factors};
+pub(crate) use names::{LATENT_PARTS, LONG_ROPE_FACTORS, NEGATED_RATES, ROPE_FACTORS, is_rope_factors};
 #[cfg(any(feature = "cpu", test))]
 pub(crate) use pack::Rows;
 pub(crate) use source::Source;
@@ -163,9 +163,12 @@ impl WeightIndex {
         self.read_f32(name)
     }
 
+    /// That a weight has this shape; dimensions of one say nothing about where its values lie, and GGUF files leave
+    /// them out.
     pub(crate) fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), OpenError> {
         let found = self.shape(name)?;
-        if found == expected {
+        let larger = |shape: &[usize]| shape.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
+        if larger(found) == larger(expected) {
             return Ok(());
         }
         Err(OpenError::Shape { name: name.to_owned(), found: found.to_vec(), expected: expected.to_vec() })

@@ -9,7 +9,7 @@ use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use parallax_model::hub::{COMPANIONS, HubName, is_plain};
+use parallax_model::hub::{COMPANIONS, HubName, gguf_parts, is_plain};
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Client, Response, StatusCode};
 use serde::Deserialize;
@@ -80,6 +80,14 @@ pub enum HubError {
         repository: String,
         /// The GGUF files that it has.
         gguf: Vec<String>,
+    },
+    /// A model in several parts, one of which is not there.
+    #[error("{repository} lacks {file}, a part of the model; another repository may have all of them")]
+    MissingPart {
+        /// The repository.
+        repository: String,
+        /// The missing file.
+        file: String,
     },
     /// The bytes are not those that the hub announced.
     #[error("{file} arrived damaged ({what}) and was thrown away; fetch it again")]
@@ -184,16 +192,32 @@ fn choose(name: &HubName, siblings: Vec<Sibling>) -> Result<Vec<Sibling>, HubErr
         files.sort_by_key(|s| (s.rfilename == "config.json", !is_weights(&s.rfilename)));
         return Ok(files);
     }
-    let gguf = wanted(siblings, &|file| file.ends_with(".gguf"));
-    let chosen: Vec<Sibling> = match &name.file {
-        Some(file) => gguf.iter().filter(|s| s.rfilename == *file).cloned().collect(),
-        None => gguf.clone(),
+    let gguf: Vec<Sibling> = siblings
+        .into_iter()
+        .filter(|s| s.rfilename.ends_with(".gguf") && s.rfilename.split('/').all(is_plain))
+        .collect();
+    // Without a name it is the only model there is, which lies in no folder.
+    let mut roots: Vec<&str> = gguf.iter().map(|s| s.rfilename.as_str()).filter(|f| is_plain(f)).collect();
+    roots.sort_unstable();
+    let parts = match &name.file {
+        Some(file) => gguf_parts(file),
+        None => roots.first().map_or_else(Vec::new, |first| gguf_parts(first)),
     };
-    if chosen.len() != 1 {
+    let one = match &name.file {
+        Some(file) => gguf.iter().any(|s| s.rfilename == *file),
+        None => !roots.is_empty() && roots.iter().all(|root| parts.iter().any(|part| part == root)),
+    };
+    if !one {
         let gguf = gguf.into_iter().map(|s| format!("{}/{}", name.repository, s.rfilename)).collect();
         return Err(HubError::NoWeights { repository: name.repository.clone(), gguf });
     }
-    Ok(chosen)
+    let found = parts.into_iter().map(|part| {
+        gguf.iter()
+            .find(|s| s.rfilename == part)
+            .cloned()
+            .ok_or_else(|| HubError::MissingPart { repository: name.repository.clone(), file: part })
+    });
+    found.collect()
 }
 
 /// `model-00001-of-00004.safetensors`, or `model.safetensors-00001-of-00004.safetensors`.
@@ -296,7 +320,11 @@ impl Hub {
             tell(file.bytes());
             before += file.bytes();
             let link = snapshot.join(&file.rfilename);
-            place(blob, &path, &link).map_err(|source| disk(&link, source))?;
+            if let Some(dir) = link.parent() {
+                tokio::fs::create_dir_all(dir).await.map_err(|source| disk(dir, source))?;
+            }
+            let depth = file.rfilename.matches('/').count();
+            place(blob, depth, &path, &link).map_err(|source| disk(&link, source))?;
         }
         let reference = folder.join("refs").join(&name.revision);
         if name.revision != listing.sha {
@@ -305,7 +333,7 @@ impl Hub {
             tokio::fs::write(&reference, &listing.sha).await.map_err(|source| disk(&reference, source))?;
         }
         Ok(match files.as_slice() {
-            [file] if file.rfilename.ends_with(".gguf") => snapshot.join(&file.rfilename),
+            [file, ..] if file.rfilename.ends_with(".gguf") => snapshot.join(&file.rfilename),
             _ => snapshot,
         })
     }
@@ -459,7 +487,7 @@ fn sha256(path: &Path) -> std::io::Result<String> {
 }
 
 /// Gives a blob its name in a snapshot, as Hugging Face's tools do, unless it has it.
-fn place(blob: &str, path: &Path, link: &Path) -> std::io::Result<()> {
+fn place(blob: &str, depth: usize, path: &Path, link: &Path) -> std::io::Result<()> {
     if link.is_file() {
         return Ok(());
     }
@@ -470,11 +498,11 @@ fn place(blob: &str, path: &Path, link: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     let placed = {
         let _ = path;
-        std::os::unix::fs::symlink(Path::new("../../blobs").join(blob), link)
+        std::os::unix::fs::symlink(Path::new(&"../".repeat(depth + 2)).join("blobs").join(blob), link)
     };
     #[cfg(not(unix))]
     let placed = {
-        let _ = blob;
+        let _ = (blob, depth);
         std::fs::hard_link(path, link)
     };
     match placed {
@@ -533,6 +561,17 @@ mod tests {
             2
         );
         assert_eq!(chosen("a/b", &["config.json", "x.gguf"]).unwrap(), ["x.gguf"]);
+        let parts = ["m-00002-of-00002.gguf", "README.md", "m-00001-of-00002.gguf"];
+        let both = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
+        assert_eq!(chosen("a/b", &parts).unwrap(), both);
+        assert_eq!(chosen("a/b/m-00002-of-00002.gguf", &parts).unwrap(), both);
+        let error = chosen("a/b", &parts[..2]).unwrap_err();
+        assert!(error.contains("m-00001-of-00002.gguf"), "{error}");
+        let folders = ["Q4/m-00001-of-00002.gguf", "Q4/m-00002-of-00002.gguf", "Q8/m.gguf"];
+        assert_eq!(chosen("a/b/Q4/m-00001-of-00002.gguf", &folders).unwrap(), folders[..2]);
+        assert_eq!(chosen("a/b/Q8/m.gguf", &folders).unwrap(), folders[2..]);
+        let error = chosen("a/b", &folders).unwrap_err();
+        assert!(error.contains("a/b/Q8/m.gguf"), "{error}");
         let two = ["x.Q4_0.gguf", "x.Q8_0.gguf"];
         assert_eq!(chosen("a/b/x.Q8_0.gguf", &two).unwrap(), ["x.Q8_0.gguf"]);
         let error = chosen("a/b", &two).unwrap_err();

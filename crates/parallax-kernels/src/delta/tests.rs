@@ -3,10 +3,11 @@
 use super::*;
 use crate::testing::{assert_close, bits, noise, same_at_every_level, with_threads};
 
-const SHAPES: [DeltaShape; 3] = [
-    DeltaShape { n_key_heads: 2, n_heads: 4, key_dim: 16, value_dim: 32 },
-    DeltaShape { n_key_heads: 3, n_heads: 3, key_dim: 7, value_dim: 5 },
-    DeltaShape { n_key_heads: 1, n_heads: 2, key_dim: 24, value_dim: 40 },
+const SHAPES: [DeltaShape; 4] = [
+    DeltaShape { n_key_heads: 2, n_heads: 4, key_dim: 16, value_dim: 32, tiled: false },
+    DeltaShape { n_key_heads: 3, n_heads: 3, key_dim: 7, value_dim: 5, tiled: false },
+    DeltaShape { n_key_heads: 1, n_heads: 2, key_dim: 24, value_dim: 40, tiled: false },
+    DeltaShape { n_key_heads: 2, n_heads: 6, key_dim: 8, value_dim: 12, tiled: true },
 ];
 
 /// Inputs of two sequences of 23 and 6 rows.
@@ -84,13 +85,14 @@ impl Batch {
 
     /// The results in f64, straight from the formula.
     fn reference(&self) -> Vec<f64> {
-        let DeltaShape { n_key_heads, n_heads, key_dim, value_dim } = self.shape;
+        let DeltaShape { n_key_heads, n_heads, key_dim, value_dim, tiled } = self.shape;
         let mut out = vec![0.0; ROWS * n_heads * value_dim];
         for (first, len) in [0, LENGTHS[0]].into_iter().zip(LENGTHS) {
             for head in 0..n_heads {
+                let key_head = if tiled { head % n_key_heads } else { head / (n_heads / n_key_heads) };
                 let mut s = vec![vec![0.0f64; value_dim]; key_dim];
                 for t in first..first + len {
-                    let at = (t * n_key_heads + head / (n_heads / n_key_heads)) * key_dim;
+                    let at = (t * n_key_heads + key_head) * key_dim;
                     let (q, k) = (&self.q[at..], &self.k[at..]);
                     let gate = t * n_heads + head;
                     let cell = (t * n_heads + head) * value_dim;
@@ -134,14 +136,15 @@ fn no_cut_of_the_rows_and_no_thread_changes_a_bit() {
 fn gates_agree_with_their_formulas() {
     let (a, b) = ([-30.0, 0.5, 25.0, -2.0], [0.0, 3.0, -3.0, 9.0]);
     let (a_log, dt_bias) = ([0.3, -1.0], [1.0, 0.1]);
-    let [decay, beta] = delta_gates(&a, &b, &a_log, &dt_bias).unwrap();
+    let rates = decay_rates(&a_log);
+    let [decay, beta] = delta_gates(&a, &b, &rates, &dt_bias).unwrap();
     let sides = |i: usize| (f64::from(a_log[i % 2]), f64::from(a[i] + dt_bias[i % 2]));
     let expected: Vec<f64> = (0..4).map(|i| (-sides(i).0.exp() * sides(i).1.exp().ln_1p()).exp()).collect();
     assert_close(&decay, &expected, 1e-6);
     let expected: Vec<f64> = b.iter().map(|&b| 1.0 / (1.0 + (-f64::from(b)).exp())).collect();
     assert_close(&beta, &expected, 1e-6);
-    assert!(delta_gates(&a, &b[..3], &a_log, &dt_bias).is_err());
-    assert!(delta_gates(&a[..3], &b[..3], &a_log, &dt_bias).is_err());
+    assert!(delta_gates(&a, &b[..3], &rates, &dt_bias).is_err());
+    assert!(delta_gates(&a[..3], &b[..3], &rates, &dt_bias).is_err());
 }
 
 /// Convolution of two sequences of 9 and 3 rows, at most `chunk` rows of each at a time.

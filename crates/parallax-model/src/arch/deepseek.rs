@@ -1,25 +1,44 @@
 //! DeepSeek-V2 and V3, and Kimi-K2, whose files say DeepSeek-V3: latent attention, shared experts, routers limited
 //! to groups of experts, YaRN with a factor of the scores.
 
-use super::{Architecture, no_more_fields, standard};
+use serde_json::{Map, Value};
+
+use super::{Architecture, standard};
 use crate::{
     config::{
         Activation, DenseMlp, ExpertActivation, Experts, Family, GroupScore, Latent, LayerConfig, Mixer, Mlp,
         ModelConfig, Norm, NormKind, Norms, Projection, Rope, Router, RouterScore, experts::MLP_EXPERTS,
-        fields::Fields,
+        fields::Fields, from_gguf::decimal,
     },
     error::ConfigError,
+    weights::{LATENT_PARTS, gguf::GgufFile},
 };
 
 pub(super) const V2: Architecture = Architecture {
     family: Family::DeepseekV2,
     name: "deepseek_v2",
     classes: &["DeepseekV2ForCausalLM"],
-    // llama.cpp's "deepseek2" stores keys and values split; those files are not read.
-    gguf: None,
+    gguf: Some("deepseek2"),
     describe: describe_v2,
-    gguf_fields: no_more_fields,
-    gguf_names: &[],
+    gguf_fields,
+    gguf_names: &[
+        ("attn_q_a", "self_attn.q_a_proj"),
+        ("attn_q_a_norm", "self_attn.q_a_layernorm"),
+        ("attn_q_b", "self_attn.q_b_proj"),
+        ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa"),
+        ("attn_kv_a_norm", "self_attn.kv_a_layernorm"),
+        ("attn_kv_b", "self_attn.kv_b_proj"),
+        ("attn_k_b", LATENT_PARTS[0]),
+        ("attn_v_b", LATENT_PARTS[1]),
+        ("ffn_gate_inp", "mlp.gate"),
+        ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
+        ("ffn_gate_exps", "mlp.experts.gate_proj"),
+        ("ffn_up_exps", "mlp.experts.up_proj"),
+        ("ffn_down_exps", "mlp.experts.down_proj"),
+        ("ffn_gate_shexp", "mlp.shared_experts.gate_proj"),
+        ("ffn_up_shexp", "mlp.shared_experts.up_proj"),
+        ("ffn_down_shexp", "mlp.shared_experts.down_proj"),
+    ],
     gguf_pairs: false,
 };
 
@@ -27,6 +46,8 @@ pub(super) const V3: Architecture = Architecture {
     family: Family::DeepseekV3,
     name: "deepseek_v3",
     classes: &["DeepseekV3ForCausalLM"],
+    // Files go under the older name; their routers' scores tell them apart: see `config/from_gguf.rs`.
+    gguf: None,
     describe: describe_v3,
     ..V2
 };
@@ -147,4 +168,63 @@ fn latent(f: &Fields<'_>, interleaved: bool) -> Result<Latent, ConfigError> {
         rope,
         scale: ((nope_dim + rope_dim) as f32).sqrt().recip() * stretch * stretch,
     })
+}
+
+/// Groups of experts and how many of them are open, of released models whose GGUF files were made before there was a key
+/// for them: by number of experts, DeepSeek-V2 and V3.
+const GROUPS: [(u64, u64, u64); 2] = [(160, 8, 3), (256, 8, 4)];
+
+/// Sizes of latent attention. llama.cpp runs it as one key head for all, and its own head sizes are those of the
+/// compressed rows.
+fn gguf_fields(file: &GgufFile, map: &mut Map<String, Value>) {
+    gguf_router_fields(file, "deepseek2", map);
+    let size = |key: &str| file.unsigned(&format!("deepseek2.{key}"));
+    let rope = size("rope.dimension_count").unwrap_or(0);
+    let head = size("attention.key_length_mla").or_else(|| size("attention.key_length"));
+    for (name, value) in [
+        ("q_lora_rank", size("attention.q_lora_rank")),
+        ("kv_lora_rank", size("attention.kv_lora_rank")),
+        ("qk_rope_head_dim", Some(rope)),
+        ("qk_nope_head_dim", head.and_then(|head| head.checked_sub(rope))),
+        ("v_head_dim", size("attention.value_length_mla").or_else(|| size("attention.value_length"))),
+        ("num_key_value_heads", size("attention.head_count")),
+    ] {
+        map.extend(value.map(|value| (name.to_owned(), value.into())));
+    }
+    map.remove("head_dim");
+    map.remove("partial_rotary_factor");
+    if !map.contains_key("n_group") {
+        let known = GROUPS.iter().find(|(experts, ..)| size("expert_count") == Some(*experts));
+        map.extend(known.into_iter().flat_map(|(_, groups, open)| {
+            [("n_group".to_owned(), (*groups).into()), ("topk_group".to_owned(), (*open).into())]
+        }));
+    }
+    if map.get("n_group").and_then(Value::as_u64).is_some_and(|n| n > 1) {
+        map.insert("topk_method".to_owned(), "group_limited_greedy".into());
+    }
+    // The file has a tenth of what both are in every released config.json.
+    let tenth = file.float("deepseek2.rope.scaling.yarn_log_multiplier");
+    if let (Some(Value::Object(scaling)), Some(tenth)) = (map.get_mut("rope_scaling"), tenth) {
+        let whole = decimal(tenth).as_f64().map(|tenth| tenth * 10.0);
+        scaling.extend(["mscale", "mscale_all_dim"].map(|name| (name.to_owned(), whole.into())));
+    }
+}
+
+/// Routed and shared experts, and what chooses.
+pub(super) fn gguf_router_fields(file: &GgufFile, name: &str, map: &mut Map<String, Value>) {
+    standard::gguf_expert_fields(file, name, map);
+    let key = |key: &str| format!("{name}.{key}");
+    for (from, to) in [
+        ("leading_dense_block_count", "first_k_dense_replace"),
+        ("expert_shared_count", "n_shared_experts"),
+        ("expert_group_count", "n_group"),
+        ("expert_group_used_count", "topk_group"),
+    ] {
+        map.extend(file.unsigned(&key(from)).map(|value| (to.to_owned(), value.into())));
+    }
+    // Left out where it is one; a zero of older files says the same.
+    let scale = file.float(&key("expert_weights_scale")).filter(|scale| *scale != 0.0).unwrap_or(1.0);
+    map.insert("routed_scaling_factor".to_owned(), decimal(scale));
+    let normalized = file.bool(&key("expert_weights_norm")).unwrap_or(false);
+    map.insert("norm_topk_prob".to_owned(), normalized.into());
 }

@@ -1,22 +1,40 @@
 //! GLM-4-MoE (4.5 to 4.7): half of each head rotated, norms on heads where the file says so, DeepSeek-V3's experts.
 
-use super::{Architecture, deepseek, no_more_fields, standard};
+use serde_json::{Map, Value};
+
+use super::{Architecture, deepseek, standard};
 use crate::{
     config::{Attention, Family, HeadNorms, HeadSpan, ModelConfig, Projection, Rope, fields::Fields},
     error::ConfigError,
+    weights::gguf::GgufFile,
 };
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::Glm4Moe,
     name: "glm4_moe",
     classes: &["Glm4MoeForCausalLM"],
-    // llama.cpp's "glm4moe" carries a prediction layer behind the others; those files are not read.
-    gguf: None,
+    gguf: Some("glm4moe"),
     describe,
-    gguf_fields: no_more_fields,
-    gguf_names: &[],
+    gguf_fields,
+    gguf_names: &[
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("ffn_gate_inp", "mlp.gate"),
+        ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
+        ("ffn_gate_exps", "mlp.experts.gate_proj"),
+        ("ffn_up_exps", "mlp.experts.up_proj"),
+        ("ffn_down_exps", "mlp.experts.down_proj"),
+        ("ffn_gate_shexp", "mlp.shared_experts.gate_proj"),
+        ("ffn_up_shexp", "mlp.shared_experts.up_proj"),
+        ("ffn_down_shexp", "mlp.shared_experts.down_proj"),
+    ],
     gguf_pairs: false,
 };
+
+fn gguf_fields(file: &GgufFile, map: &mut Map<String, Value>) {
+    deepseek::gguf_router_fields(file, "glm4moe", map);
+    map.insert("use_qk_norm".to_owned(), file.has_tensor("blk.0.attn_q_norm.weight").into());
+    map.entry("partial_rotary_factor").or_insert(1.0.into());
+}
 
 fn describe(f: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let plain = standard::attention(f)?;

@@ -21,7 +21,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     gguf_fields,
     gguf_names: &[
         ("post_attention_norm", "post_attention_layernorm"),
-        ("attn_sinks", "self_attn.sinks"),
+        ("attn_sinks.weight", "self_attn.sinks"),
         ("ffn_gate_inp", "mlp.router"),
         ("ffn_gate_exps", "mlp.experts.gate_proj"),
         ("ffn_up_exps", "mlp.experts.up_proj"),

@@ -1,25 +1,41 @@
 //! MiniMax-M2: one norm over all query heads and one over all key heads, part of each head rotated, sigmoid router.
 
-use super::{Architecture, no_more_fields, standard};
+use serde_json::{Map, Value};
+
+use super::{Architecture, standard};
 use crate::{
     config::{
         Activation, Attention, ExpertActivation, Experts, Family, HeadNorms, HeadSpan, Mlp, ModelConfig,
         Rope, Router, RouterScore, experts::SPARSE_EXPERTS, fields::Fields,
     },
     error::ConfigError,
+    weights::gguf::GgufFile,
 };
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     family: Family::MiniMaxM2,
     name: "minimax_m2",
     classes: &["MiniMaxM2ForCausalLM"],
-    // llama.cpp's "minimax-m2" is not read yet.
-    gguf: None,
+    gguf: Some("minimax-m2"),
     describe,
-    gguf_fields: no_more_fields,
-    gguf_names: &[],
+    gguf_fields,
+    gguf_names: &[
+        ("ffn_gate_inp", "block_sparse_moe.gate"),
+        ("exp_probs_b.bias", "block_sparse_moe.e_score_correction_bias"),
+        ("ffn_gate_exps", "block_sparse_moe.experts.w1"),
+        ("ffn_up_exps", "block_sparse_moe.experts.w3"),
+        ("ffn_down_exps", "block_sparse_moe.experts.w2"),
+    ],
     gguf_pairs: false,
 };
+
+fn gguf_fields(file: &GgufFile, map: &mut Map<String, Value>) {
+    let size = |key: &str| file.unsigned(&format!("minimax-m2.{key}"));
+    // F of an expert, as config.json calls it.
+    map.extend(size("expert_feed_forward_length").map(|n| ("intermediate_size".to_owned(), n.into())));
+    map.extend(size("rope.dimension_count").map(|n| ("rotary_dim".to_owned(), n.into())));
+    map.remove("partial_rotary_factor");
+}
 
 fn describe(f: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     f.activation("hidden_act", &["silu", "swish"])?;

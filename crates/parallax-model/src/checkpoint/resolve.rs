@@ -11,12 +11,6 @@ pub(super) fn resolve(model: &str) -> Result<Checkpoint, OpenError> {
         return Checkpoint::tiny();
     }
     let path = Path::new(model);
-    if path.is_dir()
-        && !path.join("config.json").is_file()
-        && let Some(gguf) = hub::only_gguf(path)
-    {
-        return Checkpoint::open(&gguf);
-    }
     if path.exists() {
         return Checkpoint::open(path);
     }

@@ -14,7 +14,7 @@ pub struct DeltaNet {
     pub taps: usize,
     /// Norm of the heads of the result.
     pub norm: Norm,
-    /// How the input projections are stored.
+    /// What the Hugging Face checkpoint calls the input projections.
     pub projections: DeltaProjections,
 }
 
@@ -36,6 +36,11 @@ impl DeltaNet {
     /// Width of all values.
     pub fn value_width(&self) -> usize {
         self.shape.n_heads * self.shape.value_dim
+    }
+
+    /// Value heads that each key head serves.
+    pub fn heads_per_key(&self) -> usize {
+        self.shape.n_heads / self.shape.n_key_heads
     }
 
     /// Channels of the convolution: queries, keys and values.
@@ -61,7 +66,7 @@ impl DeltaNet {
 
     /// The first number that cannot be right.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        let DeltaShape { n_key_heads, n_heads, key_dim, value_dim } = self.shape;
+        let DeltaShape { n_key_heads, n_heads, key_dim, value_dim, .. } = self.shape;
         for (name, value, max) in [
             ("linear_num_key_heads", n_key_heads, MAX_DIM),
             ("linear_num_value_heads", n_heads, MAX_DIM),

@@ -35,13 +35,23 @@ const FLOATS: [(&str, &str); 4] = [
     ("final_logit_softcapping", "final_logit_softcapping"),
 ];
 
+/// Key of the layers behind the others that guess tokens ahead.
+const SPARE_LAYERS: &str = "nextn_predict_layers";
+/// `expert_gating_func` of routers with sigmoid scores.
+const SIGMOID: u64 = 2;
+
 pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError> {
     let missing = |field: &str| ConfigError::Missing { field: field.to_owned() };
     let name = file.string("general.architecture").ok_or_else(|| missing("general.architecture"))?;
-    // Mixtral goes under Llama's name; what tells it apart are its experts.
-    let mixtral = name == "llama" && file.unsigned("llama.expert_count").is_some_and(|n| n > 0);
-    let architecture = if mixtral { arch::of(Family::Mixtral) } else { arch::by_gguf_name(name)? };
     let key = |field: &str| format!("{name}.{field}");
+    let architecture = match name {
+        // Mixtral goes under Llama's name; what tells it apart are its experts.
+        "llama" if file.unsigned(&key("expert_count")).is_some_and(|n| n > 0) => arch::of(Family::Mixtral),
+        "deepseek2" if file.unsigned(&key("expert_gating_func")) == Some(SIGMOID) => {
+            arch::of(Family::DeepseekV3)
+        }
+        _ => arch::by_gguf_name(name)?,
+    };
     let mut map = Map::new();
     for (from, to) in SIZES {
         if let Some(value) = file.unsigned(&key(from)) {
@@ -52,6 +62,16 @@ pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError>
         if let Some(value) = file.float(&key(from)) {
             map.insert(to.to_owned(), decimal(value));
         }
+    }
+    // Layers that guess tokens ahead are counted among the blocks.
+    if let (Some(blocks), Some(spare)) =
+        (file.unsigned(&key("block_count")), file.unsigned(&key(SPARE_LAYERS)))
+    {
+        let layers = blocks.checked_sub(spare);
+        let layers =
+            layers.ok_or_else(|| invalid(&key(SPARE_LAYERS), spare, "there are not so many blocks"))?;
+        map.insert("num_hidden_layers".to_owned(), layers.into());
+        map.insert("num_nextn_predict_layers".to_owned(), spare.into());
     }
     for required in ["block_count", "embedding_length", "attention.head_count", "context_length"] {
         file.unsigned(&key(required)).ok_or_else(|| missing(&key(required)))?;
@@ -83,7 +103,7 @@ pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError>
 }
 
 /// The file holds f32; the shortest decimal of it is what config.json had.
-fn decimal(value: f64) -> Value {
+pub(crate) fn decimal(value: f64) -> Value {
     (value as f32).to_string().parse::<f64>().map_or(Value::Null, Value::from)
 }
 

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use parallax_kernels::delta::decay_rates;
+
 use super::{Loader, layer_name};
 use crate::{
     config::{DeltaNet, DeltaProjections, Projection},
     error::LoadError,
     layer::{DeltaMixerWeights, Linear, LinearWeight},
     ops::delta::DeltaWeights,
-    weights::Rows,
+    weights::{NEGATED_RATES, Rows},
 };
 
 impl Loader<'_> {
@@ -16,14 +18,20 @@ impl Loader<'_> {
         let hidden = self.config.hidden;
         let named = |name: &str| layer_name(layer, &format!("linear_attn.{name}"));
         let (channels, values, n_heads) = (d.channels(), d.value_width(), d.shape.n_heads);
-        let (qkvz, ba) = match d.projections {
-            DeltaProjections::ByHead => self.by_head(layer, d)?,
-            DeltaProjections::ByKind => {
-                let qkvz = Projection::plain(&["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"]);
-                let ba = Projection::plain(&["linear_attn.in_proj_b", "linear_attn.in_proj_a"]);
-                let qkvz = self.projection(layer, &qkvz, &[channels, values], hidden)?;
-                (qkvz, self.projection(layer, &ba, &[n_heads; 2], hidden)?)
-            }
+        // GGUF files of Qwen3-Next have the larger projection by kind (older ones do not), the smaller one by head.
+        let by_head = d.projections == DeltaProjections::ByHead;
+        let qkvz = if by_head && !self.index.contains(&named("in_proj_qkv.weight")) {
+            let (keys, share) = (d.shape.key_dim, d.heads_per_key() * d.shape.value_dim);
+            self.by_head(&named("in_proj_qkvz.weight"), d, &[keys, keys, share, share])?
+        } else {
+            let qkvz = Projection::plain(&["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"]);
+            self.projection(layer, &qkvz, &[channels, values], hidden)?
+        };
+        let ba = if by_head {
+            self.by_head(&named("in_proj_ba.weight"), d, &[d.heads_per_key(); 2])?
+        } else {
+            let ba = Projection::plain(&["linear_attn.in_proj_b", "linear_attn.in_proj_a"]);
+            self.projection(layer, &ba, &[n_heads; 2], hidden)?
         };
         let stored = self.index.read_shaped(&named("conv1d.weight"), &[channels, 1, d.taps])?;
         // One tap of all channels after the other.
@@ -32,7 +40,7 @@ impl Loader<'_> {
         let inner = DeltaWeights {
             shape: d.shape,
             conv,
-            a_log: self.index.read_shaped(&named("A_log"), &[n_heads])?,
+            rates: self.decay_rates(&named("A_log"), &layer_name(layer, NEGATED_RATES), n_heads)?,
             dt_bias: self.index.read_shaped(&named("dt_bias"), &[n_heads])?,
             norm,
             eps: d.norm.eps,
@@ -41,25 +49,31 @@ impl Loader<'_> {
         Ok(DeltaMixerWeights { inner: Arc::new(inner), qkvz, ba, out })
     }
 
-    /// Rows sorted by key head: q, k and the head's share of v and z; its shares of b and a.
-    fn by_head(&self, layer: usize, d: &DeltaNet) -> Result<(Linear, Linear), LoadError> {
-        let hidden = self.config.hidden;
-        let (n, keys) = (d.shape.n_key_heads, d.shape.key_dim);
-        let share = d.shape.n_heads / n;
-        let values = share * d.shape.value_dim;
-        let sorted = |name: &str, parts: &[usize]| -> Result<Linear, LoadError> {
-            let name = layer_name(layer, &format!("linear_attn.{name}.weight"));
-            let stride: usize = parts.iter().sum();
-            self.index.check_shape(&name, &[n * stride, hidden])?;
-            let mut rows = Vec::new();
-            let mut offset = 0;
-            for part in parts {
-                let piece = |h: usize| Rows { name: name.clone(), first: h * stride + offset, n: *part };
-                rows.extend((0..n).map(piece));
-                offset += part;
-            }
-            Ok(Linear::bare(LinearWeight::Packed(Arc::new(self.rows(&rows, hidden)?))))
-        };
-        Ok((sorted("in_proj_qkvz", &[keys, keys, values, values])?, sorted("in_proj_ba", &[share, share])?))
+    /// The rates out of their logarithms, or out of what a GGUF file holds instead: themselves, negated.
+    fn decay_rates(&self, logarithms: &str, negated: &str, n: usize) -> Result<Vec<f64>, LoadError> {
+        if !self.index.contains(negated) {
+            return Ok(decay_rates(&self.index.read_shaped(logarithms, &[n])?));
+        }
+        let stored = self.index.read_shaped(negated, &[n])?;
+        if let Some(bad) = stored.iter().find(|v| !(v.is_finite() && **v <= 0.0)) {
+            let reason = format!("{bad} is no negated rate of decay");
+            return Err(LoadError::Pack { name: negated.to_owned(), reason });
+        }
+        Ok(stored.iter().map(|v| -f64::from(*v)).collect())
+    }
+
+    /// A tensor whose rows are sorted by key head, each head having one of these parts after the other: as a linear
+    /// layer with all heads of the first part, then those of the second and so on.
+    fn by_head(&self, name: &str, d: &DeltaNet, parts: &[usize]) -> Result<Linear, LoadError> {
+        let (hidden, n, stride) = (self.config.hidden, d.shape.n_key_heads, parts.iter().sum::<usize>());
+        self.index.check_shape(name, &[n * stride, hidden])?;
+        let mut rows = Vec::new();
+        let mut offset = 0;
+        for part in parts {
+            let piece = |h: usize| Rows { name: name.to_owned(), first: h * stride + offset, n: *part };
+            rows.extend((0..n).map(piece));
+            offset += part;
+        }
+        Ok(Linear::bare(LinearWeight::Packed(Arc::new(self.rows(&rows, hidden)?))))
     }
 }

@@ -4,7 +4,13 @@
 use std::sync::Arc;
 
 use super::{Loader, Rotations, layer_name};
-use crate::{config::Latent, error::LoadError, layer::LatentMixerWeights, ops::latent::LatentWeights};
+use crate::{
+    config::Latent,
+    error::LoadError,
+    layer::LatentMixerWeights,
+    ops::{latent::LatentWeights, linear::FrozenLinear},
+    weights::{LATENT_PARTS, Rows},
+};
 
 impl Loader<'_> {
     pub(super) fn latent(
@@ -14,20 +20,7 @@ impl Loader<'_> {
         rotations: &mut Rotations,
     ) -> Result<LatentMixerWeights, LoadError> {
         let (hidden, rank) = (self.config.hidden, a.kv_rank);
-        let name = layer_name(layer, &format!("{}.weight", a.kv_out));
-        let head = a.nope_dim + a.value_dim;
-        self.index.check_shape(&name, &[a.n_heads * head, rank])?;
-        let (mut into_latent, mut to_value) = (Vec::new(), Vec::new());
-        for h in 0..a.n_heads {
-            let keys = self.index.read_rows_f32(&name, h * head..h * head + a.nope_dim)?;
-            let transposed: Vec<f32> =
-                (0..rank).flat_map(|r| keys.iter().skip(r).step_by(rank).copied()).collect();
-            into_latent.push(self.values(&name, &transposed, rank, a.nope_dim)?);
-            let first = h * head + a.nope_dim;
-            to_value.push(
-                self.rows(&[crate::weights::Rows { name: name.clone(), first, n: a.value_dim }], rank)?,
-            );
-        }
+        let (into_latent, to_value) = self.latent_heads(layer, a)?;
         let norm = layer_name(layer, &format!("{}.weight", a.kv_norm.name));
         let q_in = self.projection(layer, &a.q_in, &[a.q_rank.unwrap_or_else(|| a.q_width())], hidden)?;
         let q_out = match (&a.q_out, a.q_rank) {
@@ -57,5 +50,39 @@ impl Loader<'_> {
             kv_in: self.projection(layer, &a.kv_in, &[a.stored()], hidden)?,
             o: self.projection(layer, &a.o, &[hidden], a.n_heads * a.value_dim)?,
         })
+    }
+
+    /// The matrices that take each head's queries into compressed rows, and compressed rows to its values. GGUF files
+    /// have the two apart, the former transposed already; older ones have them as the checkpoint did.
+    fn latent_heads(
+        &self,
+        layer: usize,
+        a: &Latent,
+    ) -> Result<(Vec<FrozenLinear>, Vec<FrozenLinear>), LoadError> {
+        let named = |module: &str| layer_name(layer, &format!("{module}.weight"));
+        let (whole, apart) = (named(a.kv_out), LATENT_PARTS.map(named));
+        let (rank, nope, value) = (a.kv_rank, a.nope_dim, a.value_dim);
+        let (mut into_latent, mut to_value) = (Vec::new(), Vec::new());
+        let rows = |name: &String, first: usize, n: usize| [Rows { name: name.clone(), first, n }];
+        if !self.index.contains(&whole) && self.index.contains(&apart[0]) {
+            let [keys, values] = &apart;
+            self.index.check_shape(keys, &[a.n_heads, rank, nope])?;
+            self.index.check_shape(values, &[a.n_heads, value, rank])?;
+            for h in 0..a.n_heads {
+                into_latent.push(self.rows(&rows(keys, h * rank, rank), nope)?);
+                to_value.push(self.rows(&rows(values, h * value, value), rank)?);
+            }
+            return Ok((into_latent, to_value));
+        }
+        let head = nope + value;
+        self.index.check_shape(&whole, &[a.n_heads * head, rank])?;
+        for h in 0..a.n_heads {
+            let keys = self.index.read_rows_f32(&whole, h * head..h * head + nope)?;
+            let transposed: Vec<f32> =
+                (0..rank).flat_map(|r| keys.iter().skip(r).step_by(rank).copied()).collect();
+            into_latent.push(self.values(&whole, &transposed, rank, nope)?);
+            to_value.push(self.rows(&rows(&whole, h * head + nope, value), rank)?);
+        }
+        Ok((into_latent, to_value))
     }
 }

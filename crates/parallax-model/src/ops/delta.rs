@@ -24,8 +24,8 @@ pub(crate) struct DeltaWeights {
     pub(crate) shape: DeltaShape,
     /// [taps, channels]; channels are q, k and v.
     pub(crate) conv: Vec<f32>,
-    /// [Hv]
-    pub(crate) a_log: Vec<f32>,
+    /// How fast each head forgets. [Hv]
+    pub(crate) rates: Vec<f64>,
     /// [Hv]
     pub(crate) dt_bias: Vec<f32>,
     /// Of each head of the result. [Dv]
@@ -406,7 +406,7 @@ impl CpuOp for GatedDelta {
         let z = columns(inputs[0], width, &(channels..width));
         let b = columns(inputs[1], 2 * n_heads, &(0..n_heads));
         let a = columns(inputs[1], 2 * n_heads, &(n_heads..2 * n_heads));
-        let [decay, beta] = delta_gates(&a, &b, &w.a_log, &w.dt_bias).expect(SHAPES);
+        let [decay, beta] = delta_gates(&a, &b, &w.rates, &w.dt_bias).expect(SHAPES);
         let out = self.recur(&Inputs { mixed, decay, beta });
 
         let mut normed = vec![0.0; out.len()];
@@ -446,18 +446,18 @@ impl CpuOp for SigmoidGate {
 
 #[cfg(test)]
 mod tests {
-    use parallax_kernels::reference::noise;
+    use parallax_kernels::{delta::decay_rates, reference::noise};
     use proptest::prelude::*;
 
     use super::*;
 
     fn weights() -> DeltaWeights {
-        let shape = DeltaShape { n_key_heads: 2, n_heads: 4, key_dim: 8, value_dim: 6 };
+        let shape = DeltaShape { n_key_heads: 2, n_heads: 4, key_dim: 8, value_dim: 6, tiled: false };
         let channels = 2 * 16 + 24;
         DeltaWeights {
             shape,
             conv: noise(4 * channels, 1),
-            a_log: noise(4, 2),
+            rates: decay_rates(&noise(4, 2)),
             dt_bias: noise(4, 3),
             norm: vec![1.0; 6],
             eps: 1e-6,

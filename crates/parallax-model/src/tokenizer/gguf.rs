@@ -48,16 +48,43 @@ const SPACE: &str = "\u{2581}";
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// The same with marks as parts of words.
+const QWEN35_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// o200k: words are cut where small letters end and capitals begin.
+const GPT4O_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The same with Chinese characters by themselves.
+const KIMI_SPLIT: &str = r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// DeepSeek-V3's, one after the other.
+const DEEPSEEK3_SPLITS: [&str; 3] = [
+    r"\p{N}{1,3}",
+    r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+",
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+];
+
+/// DeepSeek-V2's, one after the other: lines, words of alphabets with two cases, punctuation, blanks at the end, Chinese,
+/// Japanese and Korean, digits.
+const DEEPSEEK_SPLITS: [&str; 6] = [
+    r"[\r\n]",
+    r"\s?[A-Za-z\x{b5}\x{c0}-\x{d6}\x{d8}-\x{f6}\x{f8}-\x{1ba}\x{1bc}-\x{1bf}\x{1c4}-\x{293}\x{295}-\x{2af}\x{370}-\x{373}\x{376}\x{377}\x{37b}-\x{37d}\x{37f}\x{386}\x{388}-\x{38a}\x{38c}\x{38e}-\x{3a1}\x{3a3}-\x{3f5}\x{3f7}-\x{481}\x{48a}-\x{52f}\x{531}-\x{556}\x{10a0}-\x{10c5}\x{13a0}-\x{13f5}\x{13f8}-\x{13fd}\x{1c90}-\x{1cba}\x{1cbd}-\x{1cbf}\x{1d00}-\x{1d2b}\x{1d6b}-\x{1d77}\x{1d79}-\x{1d9a}\x{1e00}-\x{1f15}\x{1f18}-\x{1f1d}\x{1f20}-\x{1f45}\x{1f48}-\x{1f4d}\x{1f50}-\x{1f57}\x{1f59}\x{1f5b}\x{1f5d}\x{1f5f}-\x{1f7d}\x{1f80}-\x{1fb4}\x{1fb6}-\x{1fbc}\x{1fbe}\x{1fc2}-\x{1fc4}\x{1fc6}-\x{1fcc}\x{1fd0}-\x{1fd3}\x{1fd6}-\x{1fdb}\x{1fe0}-\x{1fec}\x{1ff2}-\x{1ff4}\x{1ff6}-\x{1ffc}\x{2102}\x{2107}\x{210a}-\x{2113}\x{2115}\x{2119}-\x{211d}\x{2124}\x{2126}\x{2128}\x{212a}-\x{212d}\x{212f}-\x{2134}\x{2139}\x{213c}-\x{213f}\x{2145}-\x{2149}\x{214e}\x{2183}\x{2184}\x{2c00}-\x{2c7b}\x{2c7e}-\x{2ce4}\x{2ceb}-\x{2cee}\x{2cf2}\x{2cf3}\x{a640}-\x{a66d}\x{a680}-\x{a69b}\x{a722}-\x{a76f}\x{a771}-\x{a787}\x{a78b}-\x{a78e}\x{ab70}-\x{abbf}\x{fb00}-\x{fb06}\x{fb13}-\x{fb17}\x{ff21}-\x{ff3a}\x{ff41}-\x{ff5a}\x{10400}-\x{1044f}\x{104b0}-\x{104d3}\x{104d8}-\x{104fb}\x{10c80}-\x{10cb2}\x{10cc0}-\x{10cf2}\x{118a0}-\x{118df}\x{1e900}-\x{1e943}]+",
+    r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+",
+    r"\s+$",
+    r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+",
+    r"\p{N}",
+];
+
 fn byte_level(use_regex: bool) -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }
 
-fn split_then_bytes(pattern: &str) -> Value {
-    json!({"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-        byte_level(false),
-    ]})
+fn split_then_bytes(patterns: &[&str]) -> Value {
+    let split =
+        |p: &&str| json!({"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": false});
+    let steps: Vec<Value> = patterns.iter().map(split).chain([byte_level(false)]).collect();
+    json!({"type": "Sequence", "pretokenizers": steps})
 }
+
+/// `tokenizer.ggml.pre` of the splittings there are, for a message.
+const SPLITTINGS: &str = "llama; gpt2 with smollm, gpt-2, llama-bpe, qwen2, qwen35, gpt-4o, minimax-m2, glm4, deepseek-llm, deepseek-v3, kimi-k2";
 
 impl GgufVocabulary {
     pub(crate) fn read(file: &GgufFile) -> Self {
@@ -105,15 +132,23 @@ impl GgufVocabulary {
             }
             ("gpt2", "gpt-2" | "gpt2" | "default" | "") => Ok((Value::Null, byte_level(true), false)),
             ("gpt2", "llama-bpe" | "llama3" | "llama-v3") => {
-                Ok((Value::Null, split_then_bytes(LLAMA3_SPLIT), true))
+                Ok((Value::Null, split_then_bytes(&[LLAMA3_SPLIT]), true))
             }
             ("gpt2", "qwen2" | "deepseek-r1-qwen") => {
-                Ok((json!({"type": "NFC"}), split_then_bytes(QWEN2_SPLIT), false))
+                Ok((json!({"type": "NFC"}), split_then_bytes(&[QWEN2_SPLIT]), false))
             }
+            ("gpt2", "qwen35") => Ok((json!({"type": "NFC"}), split_then_bytes(&[QWEN35_SPLIT]), false)),
+            ("gpt2", "gpt-4o" | "minimax-m2") => Ok((Value::Null, split_then_bytes(&[GPT4O_SPLIT]), false)),
+            ("gpt2", "glm4" | "chatglm-bpe") => Ok((Value::Null, split_then_bytes(&[LLAMA3_SPLIT]), false)),
+            ("gpt2", "deepseek-v3" | "deepseek-r1") => {
+                Ok((Value::Null, split_then_bytes(&DEEPSEEK3_SPLITS), false))
+            }
+            ("gpt2", "deepseek-llm") => Ok((Value::Null, split_then_bytes(&DEEPSEEK_SPLITS), false)),
+            ("gpt2", "kimi-k2") => Ok((Value::Null, split_then_bytes(&[KIMI_SPLIT]), false)),
             (model, pre) => Err(TokenizerError::Unsupported {
                 model: model.to_owned(),
                 pre: pre.to_owned(),
-                supported: "llama; gpt2 with smollm, gpt-2, llama-bpe, qwen2".to_owned(),
+                supported: SPLITTINGS.to_owned(),
             }),
         }
     }
@@ -252,7 +287,7 @@ mod tests {
 
     #[test]
     fn every_known_splitting_round_trips_text() {
-        for pre in ["smollm", "gpt-2", "llama-bpe", "qwen2"] {
+        for pre in SPLITTINGS.split_once("with ").unwrap().1.split(", ") {
             let t = byte_vocabulary("gpt2", pre).tokenizer().unwrap();
             let text = "In 2024, it's 東京 \n\n  x";
             let ids = t.encode(text, false).unwrap();
@@ -262,6 +297,101 @@ mod tests {
                 ids
             );
         }
+    }
+
+    /// Where a text is cut before words are joined from bytes.
+    fn cuts(pre: &str, text: &str) -> Vec<String> {
+        use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
+        let tokenizer = byte_vocabulary("gpt2", pre).tokenizer().unwrap();
+        let mut pieces = PreTokenizedString::from(text);
+        tokenizer.inner.get_pre_tokenizer().unwrap().pre_tokenize(&mut pieces).unwrap();
+        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        splits.into_iter().map(|(_, (start, end), _)| text[start..end].to_owned()).collect()
+    }
+
+    #[test]
+    fn texts_are_cut_where_the_families_cut_them() {
+        let text = "It's HTTPServer 12345 東京tower: x_y!\n";
+        let expected: [(&str, &[&str]); 7] = [
+            (
+                "qwen2",
+                &[
+                    "It",
+                    "'s",
+                    " HTTPServer",
+                    " ",
+                    "1",
+                    "2",
+                    "3",
+                    "4",
+                    "5",
+                    " 東京tower",
+                    ":",
+                    " x",
+                    "_y",
+                    "!\n",
+                ],
+            ),
+            ("glm4", &["It", "'s", " HTTPServer", " ", "123", "45", " 東京tower", ":", " x", "_y", "!\n"]),
+            ("gpt-4o", &["It's", " HTTPServer", " ", "123", "45", " 東京tower", ":", " x", "_y", "!\n"]),
+            (
+                "kimi-k2",
+                &["It's", " HTTPServer", " ", "123", "45", " ", "東京", "tower", ":", " x", "_y", "!\n"],
+            ),
+            (
+                "deepseek-llm",
+                &[
+                    "It",
+                    "'",
+                    "s",
+                    " HTTPServer",
+                    " ",
+                    "1",
+                    "2",
+                    "3",
+                    "4",
+                    "5",
+                    " ",
+                    "東京",
+                    "tower",
+                    ":",
+                    " x",
+                    "_",
+                    "y",
+                    "!",
+                    "\n",
+                ],
+            ),
+            (
+                "deepseek-v3",
+                &["It", "'s", " HTTPServer", " ", "123", "45", " ", "東京", "tower", ":", " x", "_y", "!\n"],
+            ),
+            (
+                "qwen35",
+                &[
+                    "It",
+                    "'s",
+                    " HTTPServer",
+                    " ",
+                    "1",
+                    "2",
+                    "3",
+                    "4",
+                    "5",
+                    " 東京tower",
+                    ":",
+                    " x",
+                    "_y",
+                    "!\n",
+                ],
+            ),
+        ];
+        for (pre, pieces) in expected {
+            assert_eq!(cuts(pre, text), pieces, "{pre}");
+        }
+        // A vowel sign belongs to its word.
+        assert_eq!(cuts("qwen35", "कि a"), ["कि", " a"]);
+        assert_eq!(cuts("qwen2", "कि a"), ["क", "ि", " a"]);
     }
 
     #[test]

@@ -1,9 +1,11 @@
-//! GGUF container: metadata and tensor index, versions 2 and 3, little endian.
+//! GGUF container: metadata and tensor index, versions 2 and 3, little endian; in one file or in several parts.
 //!
 //! Specification: the ggml project's docs/gguf.md. Every count and length in the file is hostile until it was
 //! compared with the bytes that are left; a broken file is an error that names the offset.
 
-use std::collections::BTreeMap;
+pub(crate) mod split;
+
+use std::{collections::BTreeMap, path::Path};
 
 use super::{
     Source, TensorInfo, WeightIndex, check_disjoint,
@@ -30,10 +32,11 @@ pub enum MetaValue {
     Array(Vec<MetaValue>),
 }
 
-/// An opened GGUF file.
+/// An opened GGUF file, with all its parts where it has several.
 #[derive(Debug)]
 pub struct GgufFile {
-    source: Source,
+    /// In the order that the tensors count.
+    sources: Vec<Source>,
     metadata: BTreeMap<String, MetaValue>,
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -152,20 +155,26 @@ fn stored_dtype(name: &str, kind: u32) -> Result<StoredDtype, OpenError> {
 }
 
 impl GgufFile {
-    /// Reads the header of a file.
+    /// Reads the header of a file; of all parts, where the file is one of several.
     ///
     /// # Errors
-    /// The file cannot be read, is not GGUF, or its header does not fit its length.
-    pub fn open(path: &std::path::Path) -> Result<Self, OpenError> {
+    /// The file cannot be read, is not GGUF, or its header does not fit its length; a part is missing, or is part of
+    /// something else.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        Self::read(path)?.with_other_parts(path)
+    }
+
+    /// Reads the header of this one file.
+    fn read(path: &Path) -> Result<Self, OpenError> {
         Self::parse(Source::open(path)?)
     }
 
     /// Reads the header of a file in memory; `name` is for messages.
     ///
     /// # Errors
-    /// As [`Self::open`].
+    /// As [`Self::open`]; a file of several parts has none beside it here.
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self, OpenError> {
-        Self::parse(Source::memory(name, bytes))
+        Self::parse(Source::memory(name, bytes))?.with_other_parts(Path::new(name))
     }
 
     fn parse(source: Source) -> Result<Self, OpenError> {
@@ -242,7 +251,7 @@ impl GgufFile {
             info.offset = start;
         }
         check_disjoint(&source, &tensors)?;
-        Ok(Self { source, metadata, tensors })
+        Ok(Self { sources: vec![source], metadata, tensors })
     }
 
     /// A metadata value.
@@ -350,7 +359,7 @@ impl GgufFile {
             name: name.to_owned(),
             n_tensors: self.tensors.len(),
         })?;
-        Ok(to_f32(info.dtype, &self.source.read(info.offset, info.len)?))
+        Ok(to_f32(info.dtype, &self.sources[info.file].read(info.offset, info.len)?))
     }
 
     /// The index under HF names; what is not a weight of the forward pass is left out.
@@ -368,7 +377,7 @@ impl GgufFile {
             }
             tensors.insert(name, info);
         }
-        Ok(WeightIndex::new(vec![self.source], tensors))
+        Ok(WeightIndex::new(self.sources, tensors))
     }
 }
 

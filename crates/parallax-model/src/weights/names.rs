@@ -10,6 +10,12 @@ pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// The same for LongRoPE: beyond the original context, and within it.
 pub(crate) const LONG_ROPE_FACTORS: [&str; 2] = ["rope_factors_long.weight", "rope_factors_short.weight"];
 
+/// What GGUF files hold of a delta net instead of `A_log`, within a layer: −exp(A_log). `[Hv]`
+pub(crate) const NEGATED_RATES: &str = "linear_attn.A_negated";
+/// What GGUF files hold of latent attention instead of one matrix out of compressed rows, within a layer and without
+/// `.weight`: for keys, transposed, [Q, R, D], and for values [Q, V, R].
+pub(crate) const LATENT_PARTS: [&str; 2] = ["self_attn.k_b_proj", "self_attn.v_b_proj"];
+
 /// Whether opening a checkpoint reads this tensor.
 pub(crate) fn is_rope_factors(name: &str) -> bool {
     name == ROPE_FACTORS || LONG_ROPE_FACTORS.contains(&name)
@@ -27,9 +33,14 @@ pub(crate) fn canonical(name: &str, architecture: &Architecture) -> Option<Strin
     }
     let (block, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     let block: usize = block.parse().ok()?;
+    let special =
+        |name: &str| architecture.gguf_names.iter().find(|(gguf, _)| *gguf == name).map(|(_, hf)| *hf);
+    // A few are no module's weight or bias and have a name to themselves.
+    if let Some(whole) = special(rest) {
+        return Some(format!("model.layers.{block}.{whole}"));
+    }
     let (stored, kind) = rest.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias"))?;
-    let special = architecture.gguf_names.iter().find(|(gguf, _)| *gguf == stored).map(|(_, hf)| *hf);
-    let module = special.or_else(|| module(stored))?;
+    let module = special(stored).or_else(|| module(stored))?;
     Some(format!("model.layers.{block}.{module}.{kind}"))
 }
 

@@ -1,0 +1,209 @@
+//! Stand-ins of every family: as a GGUF file, laid out as llama.cpp's converter does it, each computes what the safetensors
+//! checkpoint does that it was made of; stages need their own bytes only; files in parts are one model.
+
+#![expect(clippy::unwrap_used, reason = "a test: the helpers outside the test functions too")]
+
+mod parts;
+mod writer;
+
+use std::{ops::Range, path::Path};
+
+use parallax_model::{
+    Checkpoint, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want, WeightDtype,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use writer::{Age, Gguf, Key, convert, hf_tensors, write_safetensors};
+
+/// Largest difference of a logit.
+const TOLERANCE: f32 = 1e-4;
+
+/// The recordings, the name of their architecture in GGUF files, how old the file is, and whether every bit is the same:
+/// decays go through an exponential, and llama.cpp's order of value heads adds other heads first.
+const FAMILIES: [(&str, &str, Age, bool); 14] = [
+    ("mixtral", "llama", Age::New, true),
+    ("qwen3-moe", "qwen3moe", Age::New, true),
+    ("gpt-oss", "gpt-oss", Age::New, true),
+    ("deepseek-v2", "deepseek2", Age::New, true),
+    ("deepseek-v2", "deepseek2", Age::Old, true),
+    ("deepseek-v2-lite", "deepseek2", Age::New, true),
+    ("deepseek-v3", "deepseek2", Age::New, true),
+    ("kimi-k2", "deepseek2", Age::New, true),
+    ("glm4-moe", "glm4moe", Age::New, true),
+    ("minimax-m2", "minimax-m2", Age::New, true),
+    ("qwen3-next", "qwen3next", Age::New, false),
+    ("qwen3-next", "qwen3next", Age::Old, false),
+    ("qwen3.5", "qwen35", Age::New, false),
+    ("qwen3.5-moe", "qwen35moe", Age::New, false),
+];
+
+fn recording(name: &str) -> Value {
+    let path = format!("{}/../../tests/golden/arch/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let mut golden = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    match name {
+        "qwen3-moe" => all_sparse(&mut golden),
+        // The released model's, which GGUF files do not repeat.
+        "gpt-oss" => golden["config"]["swiglu_limit"] = json!(7.0),
+        _ => {}
+    }
+    golden
+}
+
+/// Experts in layer 1 too: what GGUF files of Qwen3-MoE have.
+fn all_sparse(golden: &mut Value) {
+    let name = |tensor: &Value| tensor[0].as_str().unwrap().to_owned();
+    let (dense, mut kept): (Vec<Value>, Vec<Value>) = golden["tensors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .cloned()
+        .partition(|tensor| name(tensor).starts_with("model.layers.1.mlp."));
+    assert_eq!(dense.len(), 3);
+    let experts: Vec<Value> = kept
+        .iter()
+        .filter(|tensor| name(tensor).starts_with("model.layers.0.mlp."))
+        .map(|tensor| {
+            let mut tensor = tensor.clone();
+            tensor[0] = json!(name(&tensor).replacen(".0.", ".1.", 1));
+            tensor
+        })
+        .collect();
+    kept.extend(experts);
+    golden["tensors"] = json!(kept);
+    golden["config"]["mlp_only_layers"] = json!([]);
+}
+
+/// The recording as a directory with config.json and safetensors.
+fn checkpoint_of(golden: &Value) -> (TempDir, Checkpoint) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), golden["config"].to_string()).unwrap();
+    write_safetensors(&hf_tensors(golden), &dir.path().join("model.safetensors"));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    (dir, checkpoint)
+}
+
+fn prompt(golden: &Value) -> Vec<u32> {
+    let tokens = &golden["prompts"].as_array().unwrap().last().unwrap()["tokens"];
+    tokens.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+/// Logits, or the hidden state, behind every token.
+fn forward(checkpoint: &Checkpoint, layers: Range<usize>, input: StageInput<'_>, n: usize) -> Vec<f32> {
+    let options =
+        LoadOptions { layers, dtype: WeightDtype::F32, kv_pages: 16, ..LoadOptions::whole(checkpoint) };
+    let mut stage = Stage::load(checkpoint, &options).unwrap();
+    let rows = SequenceRows {
+        rows: n as u32,
+        pages: (0..16).collect(),
+        want: Want::AllLogits,
+        ..SequenceRows::default()
+    };
+    let output = stage.forward(&ForwardBatch { sequences: vec![rows] }, input).unwrap();
+    if output.logits.is_empty() { output.hidden } else { output.logits }
+}
+
+fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
+    let layers = 0..checkpoint.config().n_layers;
+    forward(checkpoint, layers, StageInput::Tokens(tokens), tokens.len())
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+fn worst(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d <= m { m } else { d })
+}
+
+fn write(gguf: &Gguf, path: &Path) -> Checkpoint {
+    std::fs::write(path, gguf.bytes()).unwrap();
+    Checkpoint::open(path).unwrap()
+}
+
+#[test]
+fn every_family_computes_what_its_safetensors_do() {
+    for (name, architecture, age, exact) in FAMILIES {
+        let golden = recording(name);
+        let (dir, hf) = checkpoint_of(&golden);
+        let gguf = write(&convert(&golden, architecture, age), &dir.path().join("model.gguf"));
+        assert_eq!(gguf.config().family, hf.config().family, "{name}");
+        assert_eq!(gguf.config().parameters(), hf.config().parameters(), "{name}");
+        let tokens = prompt(&golden);
+        let (got, expected) = (logits(&gguf, &tokens), logits(&hf, &tokens));
+        assert!(worst(&got, &expected) < TOLERANCE, "{name}: {}", worst(&got, &expected));
+        assert!(!exact || bits(&got) == bits(&expected), "{name}");
+    }
+}
+
+/// A copy of a file with zeros where the layers do not read.
+fn sparse_copy(checkpoint: &Checkpoint, layers: Range<usize>, path: &Path) -> Checkpoint {
+    let whole = std::fs::read(&checkpoint.files()[0]).unwrap();
+    let header = checkpoint.tensor_spans(0..checkpoint.config().n_layers)[0].offset as usize;
+    let mut copy = vec![0; whole.len()];
+    copy[..header].copy_from_slice(&whole[..header]);
+    for span in checkpoint.tensor_spans(layers) {
+        let range = span.offset as usize..(span.offset + span.len) as usize;
+        copy[range.clone()].copy_from_slice(&whole[range]);
+    }
+    std::fs::write(path, copy).unwrap();
+    Checkpoint::open(path).unwrap()
+}
+
+#[test]
+fn a_stage_needs_the_bytes_of_its_layers_and_no_others() {
+    for (name, architecture, age, _) in FAMILIES {
+        let golden = recording(name);
+        let dir = tempfile::tempdir().unwrap();
+        let gguf = write(&convert(&golden, architecture, age), &dir.path().join("model.gguf"));
+        let (tokens, n) = (prompt(&golden), gguf.config().n_layers);
+        let [a, b] = [(0..n / 2, "a.gguf"), (n / 2..n, "b.gguf")]
+            .map(|(layers, file)| sparse_copy(&gguf, layers, &dir.path().join(file)));
+        let x = forward(&a, 0..n / 2, StageInput::Tokens(&tokens), tokens.len());
+        let x = forward(&b, n / 2..n, StageInput::Hidden(&x), tokens.len());
+        assert_eq!(bits(&x), bits(&logits(&gguf, &tokens)), "{name}");
+        let zeros = logits(&a, &tokens);
+        assert_ne!(bits(&zeros), bits(&x), "{name}: the copy has holes");
+    }
+}
+
+#[test]
+fn layers_that_guess_ahead_are_left_out() {
+    let golden = recording("glm4-moe");
+    let dir = tempfile::tempdir().unwrap();
+    let plain = convert(&golden, "glm4moe", Age::New);
+    let expected = logits(&write(&plain, &dir.path().join("plain.gguf")), &prompt(&golden));
+    let mut gguf = plain.clone();
+    let spare = plain.tensors.iter().filter(|t| t.name.starts_with("blk.3.")).cloned();
+    gguf.tensors.extend(spare.map(|mut t| {
+        t.name = t.name.replace("blk.3.", "blk.4.");
+        t
+    }));
+    gguf.keys.insert("glm4moe.block_count".to_owned(), Key::Count(5));
+    let path = dir.path().join("model.gguf");
+    std::fs::write(&path, gguf.bytes()).unwrap();
+    // Without the key they are layers like the others.
+    assert_eq!(Checkpoint::open(&path).unwrap().config().n_layers, 5);
+    gguf.keys.insert("glm4moe.nextn_predict_layers".to_owned(), Key::Count(1));
+    let checkpoint = write(&gguf, &path);
+    assert_eq!(checkpoint.config().n_layers, 4);
+    assert_eq!(bits(&logits(&checkpoint, &prompt(&golden))), bits(&expected));
+    let spans = checkpoint.tensor_spans(0..4);
+    assert!(spans.iter().all(|span| !span.name.starts_with("model.layers.4.")));
+    gguf.keys.insert("glm4moe.nextn_predict_layers".to_owned(), Key::Count(6));
+    std::fs::write(&path, gguf.bytes()).unwrap();
+    let error = Checkpoint::open(&path).unwrap_err().to_string();
+    assert!(error.contains("nextn_predict_layers"), "{error}");
+}
+
+#[test]
+fn decays_that_are_none_are_refused() {
+    let golden = recording("qwen3.5");
+    let dir = tempfile::tempdir().unwrap();
+    let mut gguf = convert(&golden, "qwen35", Age::New);
+    let rates = gguf.tensors.iter_mut().find(|t| t.name == "blk.2.ssm_a").unwrap();
+    rates.values[1] = 0.5;
+    let checkpoint = write(&gguf, &dir.path().join("model.gguf"));
+    let error = Stage::load(&checkpoint, &LoadOptions::whole(&checkpoint)).unwrap_err().to_string();
+    assert!(error.contains("model.layers.2.linear_attn.A") && error.contains("0.5"), "{error}");
+}
