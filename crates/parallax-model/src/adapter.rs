@@ -3,6 +3,8 @@
 //! Stored as safetensors with rank and alpha in the metadata, so that the bytes alone are enough; equal
 //! adapters give equal bytes. LoRA: Hu et al. 2021, arXiv 2106.09685.
 
+pub(crate) mod modules;
+
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
@@ -11,53 +13,11 @@ use std::{
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::{Deserialize, Serialize};
 
+use self::modules::{hf_module, module_shape, split};
 use crate::{
-    config::{Mixer, Mlp, ModelConfig},
+    config::ModelConfig,
     error::{AdapterError, SaveError},
 };
-
-/// The linear modules of a layer that may carry an adapter.
-pub(crate) const MODULES: [&str; 9] =
-    ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
-
-/// Width in and width out of a module of a layer; `None` where the layer stores no such module.
-pub(crate) fn module_shape(config: &ModelConfig, layer: usize, module: &str) -> Option<(usize, usize)> {
-    let (h, layer) = (config.hidden, config.layers.get(layer)?);
-    let Mixer::Attention(a) = &layer.mixer else { return None };
-    let (mlp, ffn) = match &layer.mlp {
-        Mlp::Dense(m) => (vec![m.gate_up, m.down], m.ffn),
-        Mlp::Experts(_) => (Vec::new(), 0),
-    };
-    let stored = [vec![a.qkv, a.o], mlp].concat();
-    let is_stored = |name: &&str| name.rsplit_once('.').is_some_and(|(_, last)| last == module);
-    if !stored.iter().flat_map(|p| p.names).any(is_stored) {
-        return None;
-    }
-    Some(match module {
-        "q_proj" => (h, a.q_width()),
-        "k_proj" | "v_proj" => (h, a.kv_width()),
-        "qkv_proj" => (h, a.q_width() + 2 * a.kv_width()),
-        "o_proj" => (a.q_width(), h),
-        "gate_proj" | "up_proj" => (h, ffn),
-        "gate_up_proj" => (h, 2 * ffn),
-        "down_proj" => (ffn, h),
-        _ => return None,
-    })
-}
-
-/// "layers.3.q_proj" as the full module path of an HF model.
-pub(crate) fn hf_module(module: &str) -> Option<String> {
-    let (layer, name) = split(module)?;
-    let attention = matches!(name, "q_proj" | "k_proj" | "v_proj" | "qkv_proj" | "o_proj");
-    let parent = if attention { "self_attn" } else { "mlp" };
-    MODULES.contains(&name).then(|| format!("model.layers.{layer}.{parent}.{name}"))
-}
-
-/// Layer index and module of "layers.3.q_proj".
-pub(crate) fn split(module: &str) -> Option<(usize, &str)> {
-    let (layer, name) = module.strip_prefix("layers.")?.split_once('.')?;
-    Some((layer.parse().ok()?, name))
-}
 
 /// The two factors of one module.
 #[derive(Clone, Debug, PartialEq)]
@@ -181,6 +141,9 @@ impl Adapter {
         let file = SafeTensors::deserialize(bytes).map_err(|e| invalid(e.to_string()))?;
         let mut halves: BTreeMap<String, [Option<Half>; 2]> = BTreeMap::new();
         for (name, view) in file.iter() {
+            if is_of_experts(name) {
+                return Err(AdapterError::Experts { tensor: name.to_owned() });
+            }
             let (module, half) =
                 parse_name(name).ok_or_else(|| invalid(format!("unknown tensor {name:?}")))?;
             let [rows, columns] = view.shape() else {
@@ -286,10 +249,18 @@ fn parse_name(name: &str) -> Option<(String, usize)> {
         Some(path) => (path, 0),
         None => (path.strip_suffix(".lora_B.weight")?, 1),
     };
-    let (layer, rest) = path.strip_prefix("model.layers.")?.split_once('.')?;
+    // The second is that of a language model beside a vision tower.
+    let layers = ["model.layers.", "model.language_model.layers."];
+    let (layer, rest) = layers.iter().find_map(|prefix| path.strip_prefix(prefix))?.split_once('.')?;
     let layer: usize = layer.parse().ok()?;
     let module = format!("layers.{layer}.{}", rest.split_once('.')?.1);
-    (hf_module(&module)? == path).then_some((module, half))
+    path.ends_with(hf_module(&module)?.strip_prefix("model")?).then_some((module, half))
+}
+
+/// Whether a tensor is of routed experts or of the router that chooses them, in any family's names.
+fn is_of_experts(name: &str) -> bool {
+    let routers = [".mlp.gate.", ".mlp.router.", ".block_sparse_moe.gate."];
+    name.contains(".experts.") || routers.iter().any(|router| name.contains(router))
 }
 
 fn values(view: &TensorView<'_>) -> Option<Vec<f32>> {

@@ -286,6 +286,14 @@ pub enum AdapterError {
         /// The bound.
         limit: usize,
     },
+    /// A module that no adapter can change here.
+    #[error(
+        "adapter has {tensor:?}: adapters of routed experts and of routers are not supported; merge it into its base model"
+    )]
+    Experts {
+        /// The tensor's name.
+        tensor: String,
+    },
     /// A module that the model does not have.
     #[error("adapter names module {module:?}, which the model does not have")]
     UnknownModule {

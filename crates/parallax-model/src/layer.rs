@@ -13,7 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-pub(crate) use self::{delta::DeltaMixerWeights, experts::ExpertsMlpWeights, latent::LatentMixerWeights};
+pub(crate) use self::{
+    delta::DeltaMixerWeights,
+    experts::ExpertsMlpWeights,
+    latent::{LatentAdapter, LatentMixerWeights},
+};
 
 use crate::{
     config::{Activation, ModelConfig},

@@ -1,10 +1,13 @@
 //! From tensors on disk to the weights of layers, packed for the kernels or as tensors for other devices.
 
+mod adapters;
 mod delta;
 mod experts;
 mod latent;
 
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
+
+pub(crate) use self::adapters::{attach, linear_at, lora_shape};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use parallax_kernels::{
@@ -13,15 +16,14 @@ use parallax_kernels::{
 };
 
 use crate::{
-    adapter::{Adapter, module_shape, split},
     config::{
         Attention, DenseMlp, HeadSpan, LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Norms,
         Projection, Rope,
     },
-    error::{AdapterError, LoadError, OpenError},
+    error::LoadError,
     layer::{
-        AdapterSlot, AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight,
-        MixerWeights, MlpWeights, NormWeights, Route,
+        AroundWeights, AttentionWeights, DenseMlpWeights, LayerWeights, Linear, LinearWeight, MixerWeights,
+        MlpWeights, NormWeights, Route,
     },
     ops::{
         attention::{Geometry, Rotation},
@@ -254,76 +256,4 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 /// Name of the head's tensor: the embedding when they are tied.
 pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
     if config.tied_embeddings { EMBEDDING } else { HEAD }
-}
-
-/// The fused layer a module belongs to, and its first column there.
-pub(crate) fn linear_of<'a>(
-    layer: &'a mut LayerWeights,
-    module: &str,
-    config: &LayerConfig,
-) -> Option<(&'a mut Linear, usize)> {
-    if let (MlpWeights::Dense(mlp), Mlp::Dense(m)) = (&mut layer.mlp, &config.mlp) {
-        match module {
-            "gate_proj" | "gate_up_proj" => return Some((&mut mlp.gate_up, 0)),
-            "up_proj" => return Some((&mut mlp.gate_up, m.ffn)),
-            "down_proj" => return Some((&mut mlp.down, 0)),
-            _ => {}
-        }
-    }
-    let (MixerWeights::Attention(attention), Mixer::Attention(a)) = (&mut layer.mixer, &config.mixer) else {
-        return None;
-    };
-    Some(match module {
-        "q_proj" | "qkv_proj" => (&mut attention.qkv, 0),
-        "k_proj" => (&mut attention.qkv, a.q_width()),
-        "v_proj" => (&mut attention.qkv, a.q_width() + a.kv_width()),
-        "o_proj" => (&mut attention.o, 0),
-        _ => return None,
-    })
-}
-
-/// Replaces the adapter of a slot in the layers `range`, which `layers` holds; modules of other layers are left out.
-pub(crate) fn attach(
-    layers: &mut [LayerWeights],
-    range: &Range<usize>,
-    config: &ModelConfig,
-    slot: &AdapterSlot,
-    adapter: Option<&Adapter>,
-    device: &Device,
-) -> Result<(), AdapterError> {
-    if let Some(adapter) = adapter {
-        adapter.check(config)?;
-    }
-    for linear in layers.iter_mut().flat_map(LayerWeights::linears_mut) {
-        linear.lora.retain(|part| part.id != slot.id);
-    }
-    let Some(adapter) = adapter else { return Ok(()) };
-    for (module, t) in &adapter.tensors {
-        let Some((layer, name)) = split(module).filter(|(layer, _)| range.contains(layer)) else { continue };
-        let Some((linear, offset)) = linear_of(&mut layers[layer - range.start], name, &config.layers[layer])
-        else {
-            return Err(AdapterError::UnknownModule { module: module.clone() });
-        };
-        let matrix = |values: &[f32], shape: [usize; 2]| {
-            Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device)
-        };
-        let (a, b) = (matrix(&t.a, [adapter.rank, t.inputs]), matrix(&t.b, [t.outputs, adapter.rank]));
-        linear.add_module(slot, a, b, offset, adapter.scale());
-    }
-    Ok(())
-}
-
-/// Shape of a module's factors.
-pub(crate) fn lora_shape(
-    config: &ModelConfig,
-    layer: usize,
-    module: &str,
-) -> Result<(usize, usize), OpenError> {
-    module_shape(config, layer, module).ok_or_else(|| {
-        OpenError::Config(crate::error::ConfigError::Invalid {
-            field: "LoRA target".to_owned(),
-            value: module.to_owned(),
-            reason: format!("known are {}", crate::adapter::MODULES.join(", ")),
-        })
-    })
 }

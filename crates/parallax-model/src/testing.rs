@@ -3,7 +3,10 @@
 use tempfile::TempDir;
 
 use crate::{
-    adapter::{Adapter, LoraTensors, MODULES, module_shape},
+    adapter::{
+        Adapter, LoraTensors,
+        modules::{self, module_shape},
+    },
     checkpoint::Checkpoint,
     config::{Family, ModelConfig},
     train::TrainModel,
@@ -62,7 +65,7 @@ pub(crate) fn adapter(config: &ModelConfig, rank: usize) -> Adapter {
     let mut tensors = std::collections::BTreeMap::new();
     for layer in 0..config.n_layers {
         let shaped = |m| module_shape(config, layer, m).map(|shape| (m, shape));
-        for (module, (inputs, outputs)) in MODULES.into_iter().filter_map(shaped) {
+        for (module, (inputs, outputs)) in modules::names().filter_map(shaped) {
             let t = LoraTensors { a: values(rank * inputs), b: values(outputs * rank), inputs, outputs };
             tensors.insert(format!("layers.{layer}.{module}"), t);
         }

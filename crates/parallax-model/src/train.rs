@@ -14,7 +14,7 @@ pub use init::LoraConfig;
 pub use recompute::Pass;
 
 use crate::{
-    adapter::{Adapter, LoraTensors},
+    adapter::{Adapter, LoraTensors, modules},
     checkpoint::Checkpoint,
     config::{LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Projection},
     error::{AdapterError, ConfigError, ForwardError, LoadError, OpenError},
@@ -318,8 +318,10 @@ impl TrainModel {
                 let mut layers = frozen.layers.clone();
                 let scale = alpha / *rank as f32;
                 for (module, pair) in modules.iter().zip(self.parameters.chunks_exact(2)) {
-                    let place = crate::adapter::split(module).and_then(|(layer, name)| {
-                        load::linear_of(&mut layers[layer], name, &self.config.layers[layer])
+                    let place = modules::split(module).and_then(|(layer, name)| {
+                        // Models that train have each module in one place, in order.
+                        let part = modules::module_of(&self.config, layer, name)?.parts.pop()?;
+                        Some((load::linear_at(&mut layers[layer], part.place)?, part.offset))
                     });
                     let (linear, offset) = place.expect("modules were checked when they were made");
                     let (a, b) = (leaf(&pair[0].1), leaf(&pair[1].1));

@@ -43,6 +43,27 @@ impl DeltaNet {
         self.shape.n_heads / self.shape.n_key_heads
     }
 
+    /// Hugging Face's number of each element of the value heads, `dim` to a head, in the order in which they lie here.
+    pub(crate) fn value_order(&self, dim: usize) -> impl Iterator<Item = usize> {
+        let (keys, share, tiled) = (self.shape.n_key_heads, self.heads_per_key(), self.shape.tiled);
+        let head = move |i: usize| if tiled { i % keys * share + i / keys } else { i };
+        (0..self.shape.n_heads * dim).map(move |i| head(i / dim) * dim + i % dim)
+    }
+
+    /// Rows that are stored by key head, each having these parts one after the other, sorted by part: all heads' rows of
+    /// the first part, then those of the second and so on.
+    pub(crate) fn rows_by_kind(&self, parts: &[usize]) -> Vec<usize> {
+        let stride: usize = parts.iter().sum();
+        let mut offset = 0;
+        let mut rows = Vec::new();
+        for part in parts {
+            let head = |h: usize| h * stride + offset..h * stride + offset + part;
+            rows.extend((0..self.shape.n_key_heads).flat_map(head));
+            offset += part;
+        }
+        rows
+    }
+
     /// Channels of the convolution: queries, keys and values.
     pub fn channels(&self) -> usize {
         2 * self.key_width() + self.value_width()

@@ -5,16 +5,34 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::{Attend, Linear, NormWeights, Route};
+use super::{AdapterSlot, Attend, Linear, NormWeights, Route};
 use crate::ops::{
-    latent::{LatentAttention, LatentWeights},
+    latent::{LatentAttention, LatentLora, LatentWeights},
     run2,
 };
+
+/// An adapter of the matrix out of compressed rows.
+#[derive(Clone, Debug)]
+pub(crate) struct LatentAdapter {
+    pub(crate) slot: AdapterSlot,
+    pub(crate) lora: LatentLora,
+}
+
+impl LatentAdapter {
+    /// With the rows of the batch at hand, if there are any.
+    fn chosen(&self) -> Option<LatentLora> {
+        let rows = self.slot.rows.get();
+        let used = rows.as_ref().is_none_or(|rows| !rows.is_empty());
+        used.then(|| self.lora.for_rows(rows))
+    }
+}
 
 /// Latent attention.
 #[derive(Clone, Debug)]
 pub(crate) struct LatentMixerWeights {
     pub(crate) inner: Arc<LatentWeights>,
+    /// Of the matrix out of compressed rows, which is in `inner`; by number.
+    pub(crate) adapters: Vec<LatentAdapter>,
     /// Into the compressed queries, or straight to them.
     pub(crate) q_in: Linear,
     /// Norm of compressed queries and the way out of them.
@@ -36,6 +54,7 @@ impl LatentMixerWeights {
         }
         let op = LatentAttention {
             weights: Arc::clone(&self.inner),
+            adapters: self.adapters.iter().filter_map(LatentAdapter::chosen).collect(),
             store: Arc::clone(store),
             layer: index,
             rows: Arc::clone(rows),

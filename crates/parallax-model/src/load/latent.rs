@@ -45,6 +45,7 @@ impl Loader<'_> {
         };
         Ok(LatentMixerWeights {
             inner: Arc::new(inner),
+            adapters: Vec::new(),
             q_in,
             q_out,
             kv_in: self.projection(layer, &a.kv_in, &[a.stored()], hidden)?,

@@ -18,7 +18,8 @@ use parallax_kernels::{
 use super::{
     BackwardArgs, CpuOp, Output,
     attention::{KvStore, PagedRows, Rotation},
-    linear::FrozenLinear,
+    linear::{FrozenLinear, pick},
+    matrix,
     norm::columns,
     share,
 };
@@ -56,7 +57,7 @@ impl LatentWeights {
     }
 
     /// Queries [T, Q, R + P] as the latent rows meet them, of q [T, Q, N + P].
-    fn queries(&self, q: &[f32], positions: &[u32]) -> Vec<f32> {
+    fn queries(&self, q: &[f32], positions: &[u32], adapters: &[LatentLora]) -> Vec<f32> {
         let (head, width) = (self.nope_dim + self.rope_dim, self.width());
         let all = self.n_heads * head;
         let mut rotated: Vec<f32> =
@@ -64,7 +65,9 @@ impl LatentWeights {
         rope_apply(&mut rotated, self.n_heads, positions, &self.rope.table).expect(SHAPES);
         let absorbed = share::map(self.n_heads, |h| {
             let part = columns(q, all, &(h * head..h * head + self.nope_dim));
-            self.into_latent[h].apply(&part)
+            let mut y = self.into_latent[h].apply(&part);
+            adapters.iter().for_each(|adapter| adapter.into_latent(h, &part, &mut y));
+            y
         });
         let mut out = Vec::with_capacity(positions.len() * self.n_heads * width);
         for (t, h) in (0..positions.len()).flat_map(|t| (0..self.n_heads).map(move |h| (t, h))) {
@@ -88,10 +91,13 @@ impl LatentWeights {
     }
 
     /// Values [T, Q, V] of weighted latent rows [T, Q, R].
-    fn values(&self, mixed: &[f32]) -> Vec<f32> {
+    fn values(&self, mixed: &[f32], adapters: &[LatentLora]) -> Vec<f32> {
         let all = self.n_heads * self.rank;
         let heads = share::map(self.n_heads, |h| {
-            self.to_value[h].apply(&columns(mixed, all, &(h * self.rank..(h + 1) * self.rank)))
+            let part = columns(mixed, all, &(h * self.rank..(h + 1) * self.rank));
+            let mut y = self.to_value[h].apply(&part);
+            adapters.iter().for_each(|adapter| adapter.to_value(h, &part, &mut y));
+            y
         });
         let rows = mixed.len() / all;
         let mut out = Vec::with_capacity(rows * self.n_heads * self.value_dim);
@@ -109,10 +115,85 @@ impl LatentWeights {
     }
 }
 
+/// An adapter of the matrix out of compressed rows: s·B·A is added to it, and so, per head, s·Aᵀ·B_keysᵀ to what takes
+/// queries into the latent space and s·B_values·A to what takes latent rows to values.
+#[derive(Clone, Debug)]
+pub(crate) struct LatentLora {
+    rank: usize,
+    scale: f32,
+    factors: Arc<LatentFactors>,
+    /// The rows to which it is added; `None` is all of them.
+    rows: Option<Arc<Vec<u32>>>,
+}
+
+/// r is the adapter's rank. All products are with transposed right sides, whose rows never look at each other.
+#[derive(Debug)]
+struct LatentFactors {
+    /// [r, R]
+    a: Vec<f32>,
+    /// [R, r]
+    a_transposed: Vec<f32>,
+    /// Per head: [r, N].
+    keys: Vec<Vec<f32>>,
+    /// Per head: [V, r].
+    values: Vec<Vec<f32>>,
+}
+
+impl LatentLora {
+    /// Of A [r, R] and B [Q·(N + V), r]; `dims` are Q, N and V.
+    pub(crate) fn new(
+        [n_heads, nope, value]: [usize; 3],
+        a: &[f32],
+        b: &[f32],
+        rank: usize,
+        scale: f32,
+    ) -> Self {
+        let transposed = |values: &[f32], width: usize| -> Vec<f32> {
+            (0..width).flat_map(|i| values.iter().skip(i).step_by(width).copied()).collect()
+        };
+        let heads: Vec<&[f32]> = b.chunks_exact((nope + value) * rank).take(n_heads).collect();
+        let factors = LatentFactors {
+            a: a.to_vec(),
+            a_transposed: transposed(a, a.len() / rank),
+            keys: heads.iter().map(|head| transposed(&head[..nope * rank], rank)).collect(),
+            values: heads.iter().map(|head| head[nope * rank..].to_vec()).collect(),
+        };
+        Self { rank, scale, factors: Arc::new(factors), rows: None }
+    }
+
+    /// The same for these rows.
+    pub(crate) fn for_rows(&self, rows: Option<Arc<Vec<u32>>>) -> Self {
+        Self { rows, ..self.clone() }
+    }
+
+    /// Adds scale · (x·downᵀ)·upᵀ to the rows of y that the adapter applies to; down is [r, K], up [N, r].
+    fn add(&self, x: &[f32], down: &[f32], up: &[f32], y: &mut [f32]) {
+        let (k, n) = (down.len() / self.rank, up.len() / self.rank);
+        let all = || (0..(x.len() / k) as u32).collect();
+        let chosen: Vec<u32> = self.rows.as_ref().map_or_else(all, |rows| rows.to_vec());
+        let mut inner = matrix::nt(&pick(x, k, &chosen), down, chosen.len(), self.rank, k);
+        inner.iter_mut().for_each(|v| *v *= self.scale);
+        let more = matrix::nt(&inner, up, chosen.len(), n, self.rank);
+        for (row, more) in chosen.iter().zip(more.chunks_exact(n)) {
+            let y = &mut y[*row as usize * n..][..n];
+            y.iter_mut().zip(more).for_each(|(y, more)| *y += more);
+        }
+    }
+
+    fn into_latent(&self, head: usize, q: &[f32], y: &mut [f32]) {
+        self.add(q, &self.factors.keys[head], &self.factors.a_transposed, y);
+    }
+
+    fn to_value(&self, head: usize, mixed: &[f32], y: &mut [f32]) {
+        self.add(mixed, &self.factors.a, &self.factors.values[head], y);
+    }
+}
+
 /// Inputs: q [T, Q·(N + P)], compressed rows [T, R + P]; result [T, Q·V]. Appends the latent rows to the store.
 #[derive(Debug)]
 pub(crate) struct LatentAttention {
     pub(crate) weights: Arc<LatentWeights>,
+    pub(crate) adapters: Vec<LatentLora>,
     pub(crate) store: Arc<KvStore>,
     /// Index within the stage.
     pub(crate) layer: usize,
@@ -122,7 +203,7 @@ pub(crate) struct LatentAttention {
 impl CpuOp for LatentAttention {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
         let (w, rows) = (&self.weights, &self.rows);
-        let q = w.queries(inputs[0], &rows.positions);
+        let q = w.queries(inputs[0], &rows.positions, &self.adapters);
         let new = w.latents(inputs[1], &rows.positions);
         let mut mixed = vec![0.0; rows.positions.len() * w.n_heads * w.rank];
         self.store.with_latents(self.layer, |latents| {
@@ -130,7 +211,7 @@ impl CpuOp for LatentAttention {
             append_latent(latents, &paging, &new).expect(SHAPES);
             latent_attention(&q, w.n_heads, w.rank, &paging, latents, w.scale, &mut mixed).expect(SHAPES);
         });
-        Output::matrix(w.values(&mixed), w.n_heads * w.value_dim)
+        Output::matrix(w.values(&mixed, &self.adapters), w.n_heads * w.value_dim)
     }
 
     fn backward(&self, _args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
@@ -244,7 +325,8 @@ mod tests {
                     ..PagedRows::default()
                 };
                 let (store, weights) = (Arc::clone(&store), Arc::clone(&weights));
-                let op = LatentAttention { weights, store, layer: 0, rows: Arc::new(paged) };
+                let op =
+                    LatentAttention { weights, adapters: Vec::new(), store, layer: 0, rows: Arc::new(paged) };
                 let q = &q[from * HEADS * (NOPE + ROPE)..to * HEADS * (NOPE + ROPE)];
                 let c = &compressed[from * (RANK + ROPE)..to * (RANK + ROPE)];
                 out.extend(op.forward(&[q, c], false).values);

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use super::invalid;
 use crate::{
-    adapter::{MODULES, module_shape},
+    adapter::modules::{self, module_shape},
     config::{Attention, HeadSpan, LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Projection},
     error::LoadError,
     load,
@@ -227,7 +227,7 @@ pub(super) fn lora_parameters(
         return Err(invalid("lora", value, "rank must be within 1..=hidden, alpha finite"));
     }
     let targets: Vec<&str> = if lora.targets.is_empty() {
-        MODULES.into_iter().filter(|m| module_shape(config, 0, m).is_some()).collect()
+        modules::names().filter(|m| module_shape(config, 0, m).is_some()).collect()
     } else {
         lora.targets.iter().map(String::as_str).collect()
     };

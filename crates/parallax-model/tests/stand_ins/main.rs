@@ -1,8 +1,10 @@
 //! Stand-ins of every family: as a GGUF file, laid out as llama.cpp's converter does it, each computes what the safetensors
-//! checkpoint does that it was made of; stages need their own bytes only; files in parts are one model.
+//! checkpoint does that it was made of; stages need their own bytes only; files in parts are one model; adapters compute
+//! what merged weights do.
 
 #![expect(clippy::unwrap_used, reason = "a test: the helpers outside the test functions too")]
 
+mod adapters;
 mod parts;
 mod writer;
 

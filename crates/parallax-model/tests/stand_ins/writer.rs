@@ -42,7 +42,7 @@ impl Tensor {
 }
 
 /// Values of a tensor: SplitMix64 of the FNV-1a hash of its name plus a counter, multiples of 2^-23 in -1..1.
-fn uniform(name: &str, n: usize) -> impl Iterator<Item = f32> {
+pub(crate) fn uniform(name: &str, n: usize) -> impl Iterator<Item = f32> {
     let hash = name
         .bytes()
         .fold(0xCBF2_9CE4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
