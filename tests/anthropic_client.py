@@ -40,7 +40,20 @@ for wanted in [{"type": "tool", "name": "w"}, {"type": "any"}]:
         final = stream.get_final_message().content[-1]
     out["forced"].append([called.stop_reason, block.type, block.name, block.input["c"] in "ab",
                           final.input["c"] in "ab", bool(kinds)])
-out["thinking"] = client.messages.create(**ask, thinking={"type": "disabled"}).stop_reason
+unthinking = client.messages.create(**ask, thinking={"type": "disabled"})
+out["unthinking"] = [unthinking.stop_reason, [block.type for block in unthinking.content]]
+thoughtful = {**ask, "max_tokens": 24, "thinking": {"type": "enabled", "budget_tokens": 4}}
+thought = client.messages.create(**thoughtful)
+out["thinking"] = [[block.type for block in thought.content], len(thought.content[0].thinking),
+                   0 < len(thought.content[-1].text) <= 12, thought.usage.output_tokens, len(thought.content[0].signature) > 0]
+with client.messages.stream(**thoughtful) as stream:
+    deltas = [event.delta.type for event in stream if event.type == "content_block_delta"]
+    final = stream.get_final_message()
+out["thinking_streamed"] = [final.content[0].thinking == thought.content[0].thinking,
+                            final.content[0].signature == thought.content[0].signature, list(dict.fromkeys(deltas))]
+answered = ask["messages"] + [{"role": "assistant", "content": [b.model_dump() for b in thought.content]},
+                              {"role": "user", "content": "go on"}]
+out["thinking_returned"] = client.messages.create(**{**thoughtful, "messages": answered}).stop_reason
 sampled = {"temperature": 0.9, "top_p": 0.5, "top_k": 4}
 out["parameters"] = client.messages.create(**{**ask, "extra_body": sampled, "metadata": {"user_id": "u"}}).stop_reason
 
@@ -54,6 +67,7 @@ def failure(call):
 
 
 out["too_hot"] = failure(lambda: client.messages.create(**{**ask, "extra_body": {"temperature": 1.5}}))
+out["too_much_thinking"] = failure(lambda: client.messages.create(**{**thoughtful, "max_tokens": 4}))
 out["no_model"] = failure(lambda: client.messages.create(**{**ask, "model": "other"}))
 stranger = anthropic.Anthropic(base_url=sys.argv[1], api_key="wrong", max_retries=0)
 out["stranger"] = failure(lambda: stranger.messages.create(**ask))

@@ -116,9 +116,16 @@ fn the_anthropic_client_is_served() {
     assert_eq!(got["counted"], json!(true));
     assert_eq!(got["stopped"], json!(["stop_sequence", true, true]));
     assert_eq!(got["forced"], json!(vec![json!(["tool_use", "tool_use", "w", true, true, true]); 2]));
-    for name in ["prefilled", "tools", "parameters", "thinking"] {
+    for name in ["prefilled", "tools", "parameters"] {
         assert_eq!(got[name], json!("max_tokens"), "{name}");
     }
+    assert_eq!(got["unthinking"], json!(["max_tokens", ["text"]]));
+    // Four tokens of thoughts, eight that end them, twelve of the answer.
+    assert_eq!(got["thinking"], json!([["thinking", "text"], 4, true, 24, true]));
+    let thoughts = ["thinking_delta", "signature_delta", "text_delta"];
+    assert_eq!(got["thinking_streamed"], json!([true, true, thoughts]));
+    assert_eq!(got["thinking_returned"], json!("max_tokens"));
+    check_failure(&got["too_much_thinking"], "BadRequestError", 400, "thinking.budget_tokens");
     check_failure(&got["too_hot"], "BadRequestError", 400, "temperature");
     check_failure(&got["no_model"], "NotFoundError", 404, "other");
     check_failure(&got["stranger"], "AuthenticationError", 401, "API key");

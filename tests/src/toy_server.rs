@@ -11,7 +11,7 @@ use parallax_model::{ChatTemplate, Checkpoint, LoadOptions, ModelConfig, Tokeniz
 use serde_json::{Value, json};
 
 /// The vocabulary: one token each.
-pub const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?{}\":,0123456789";
+pub const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?{}\":,0123456789</>";
 
 /// Serves the model `toy` with the API key `secret` until it is dropped.
 #[derive(Debug)]
@@ -30,7 +30,8 @@ impl ToyServer {
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let options = LoadOptions { kv_pages: 64, ..LoadOptions::whole(&checkpoint) };
         let stage = LocalStage::load(&checkpoint, &options).unwrap();
-        let template = "{% for m in messages %}{{ m.content }}. {% endfor %}";
+        let template =
+            "{% for m in messages %}{{ m.content }}. {% endfor %}{% if enable_thinking %}<think>{% endif %}";
         let engine = EngineHandle::start(Box::new(stage), EngineConfig::default()).unwrap();
         let state = HttpState {
             template: Some(Arc::new(ChatTemplate::new(template, "", "").unwrap())),

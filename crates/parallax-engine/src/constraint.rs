@@ -1,7 +1,11 @@
 //! The seam to structured output: which tokens a grammar allows next. The engine only asks and reports; grammars are
 //! compiled in `structured` (feature `structured`).
 
+mod thoughts;
+
 use std::fmt::Debug;
+
+pub use thoughts::ThoughtBudget;
 
 /// A compiled grammar that any number of answers may follow at the same time.
 pub trait Constraint: Send + Sync + Debug {

@@ -250,6 +250,8 @@ fn particular() -> Vec<Case> {
         (json!({"system": [{"type": "image"}]}), "system[0].type"),
         (json!({"thinking": {"type": "often"}}), "thinking.type"),
         (json!({"thinking": {"type": "enabled", "budget_tokens": -1}}), "budget_tokens"),
+        (json!({"thinking": {"type": "enabled"}}), "budget_tokens"),
+        (json!({"thinking": {"type": "enabled", "budget_tokens": 100_000}}), "budget_tokens"),
         (json!({"tools": [{"name": "w"}]}), "tools[0].input_schema"),
         (json!({"tools": [{"input_schema": {"type": "object"}}]}), "tools[0].name"),
         (json!({"tools": [{"type": "bash_20250124", "name": "bash"}]}), "tools[0].type"),

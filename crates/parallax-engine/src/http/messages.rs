@@ -30,8 +30,7 @@ const MAX_STOPS: usize = 64;
 pub(super) async fn respond(State(server): State<Arc<Server>>, body: JsonBody) -> Result<Response, ApiError> {
     let (job, frame, prompt_tokens, streams) = server.read(body, read).await?;
     if streams {
-        let writer =
-            MessageWriter { frame, prompt_tokens, open: None, n_blocks: 0, n_calls: 0, ending: None };
+        let writer = MessageWriter::new(frame, prompt_tokens);
         return answer::stream(job, writer).await;
     }
     let mut collected = answer::collect(job).await?;
@@ -62,12 +61,22 @@ fn read(
         ignore_eos: false,
         include_stop: false,
     };
+    if let Thinking::AtMost(budget) = asked.thinking
+        && budget >= max_tokens
+    {
+        let why = format!("must be less than max_tokens, {max_tokens}");
+        return Err(body.fault("thinking.budget_tokens", why));
+    }
     let streams = body.flag("stream")?.unwrap_or(false);
     let tokens = server.encode(&asked.prompt.text, false)?;
     let prompt_tokens = tokens.len();
     let ask = Ask {
         adapter: asked.adapter,
         markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
+        thought_tokens: match asked.thinking {
+            Thinking::AtMost(budget) => Some(budget),
+            Thinking::AsItLikes | Thinking::Unseen => None,
+        },
         single_call: asked.tools.is_single(),
         held_calls: asked.tools.held_calls(),
         text_arguments: asked.tools.text_arguments(),
@@ -76,6 +85,7 @@ fn read(
     let frame = MessageFrame {
         id: server.answer_id(),
         model: body.text("model")?.unwrap_or(&server.state.model_name).to_owned(),
+        shows_thoughts: asked.thinking != Thinking::Unseen,
     };
     Ok((server.start(ask, entry)?, frame, prompt_tokens, streams))
 }
@@ -96,9 +106,21 @@ pub(super) async fn count_tokens(
     Ok(Json(json!({"input_tokens": tokens})))
 }
 
+/// What `thinking` says about thoughts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Thinking {
+    /// Nothing, or "adaptive".
+    AsItLikes,
+    /// "enabled": so many tokens of them.
+    AtMost(usize),
+    /// "disabled": models that can leave them out do, those of others are left out of the answer.
+    Unseen,
+}
+
 /// What both endpoints read.
 struct Asked {
     adapter: Option<String>,
+    thinking: Thinking,
     tools: Tools,
     prompt: Prompt,
 }
@@ -110,11 +132,17 @@ impl Asked {
         body.unsupported("container", &[])?;
         let tools = tools::anthropic(body)?;
         let mut rendering = Rendering { opens_turn: true, ..Rendering::default() };
+        let mut thinks = Thinking::AsItLikes;
         if let Some(thinking) = body.object("thinking")? {
-            let words = [("enabled", true), ("disabled", false), ("adaptive", true)];
-            let on = thinking.choice("type", &words)?.ok_or_else(|| thinking.missing("type"))?;
-            thinking.count("budget_tokens", 1, MAX_TOKENS)?;
-            rendering.variables.insert("enable_thinking".to_owned(), json!(on));
+            let words = [("enabled", "enabled"), ("disabled", "disabled"), ("adaptive", "adaptive")];
+            let kind = thinking.choice("type", &words)?.ok_or_else(|| thinking.missing("type"))?;
+            let budget = thinking.count("budget_tokens", 1, MAX_TOKENS)?;
+            thinks = match kind {
+                "enabled" => Thinking::AtMost(budget.ok_or_else(|| thinking.missing("budget_tokens"))?),
+                "disabled" => Thinking::Unseen,
+                _ => Thinking::AsItLikes,
+            };
+            rendering.variables.insert("enable_thinking".to_owned(), json!(thinks != Thinking::Unseen));
         }
         let messages = conversation(body)?;
         rendering.continues = messages.len() > 1 && messages.last().is_some_and(|m| m["role"] == "assistant");
@@ -123,7 +151,7 @@ impl Asked {
             return Err(body.fault("messages", why));
         }
         let prompt = server.render(messages, &tools, rendering, "messages")?;
-        Ok(Self { adapter, tools, prompt })
+        Ok(Self { adapter, thinking: thinks, tools, prompt })
     }
 }
 
@@ -217,6 +245,12 @@ fn stop_reason(reason: Option<FinishReason>, stop: Option<&String>, calls: bool)
 struct MessageFrame {
     id: String,
     model: String,
+    shows_thoughts: bool,
+}
+
+/// What stands where Anthropic's API has a signature of thoughts: their digest. Nobody checks it when they come back.
+fn signature(thoughts: &blake3::Hasher) -> String {
+    thoughts.finalize().to_hex()[..32].to_owned()
 }
 
 impl MessageFrame {
@@ -231,8 +265,11 @@ impl MessageFrame {
 
     fn whole(&self, one: &Collected) -> Value {
         let mut content = Vec::new();
-        if !one.reasoning.is_empty() {
-            content.push(json!({"type": "thinking", "thinking": one.reasoning, "signature": ""}));
+        if !one.reasoning.is_empty() && self.shows_thoughts {
+            let mut thoughts = blake3::Hasher::new();
+            thoughts.update(one.reasoning.as_bytes());
+            let signature = signature(&thoughts);
+            content.push(json!({"type": "thinking", "thinking": one.reasoning, "signature": signature}));
         }
         if !one.content.trim().is_empty() || one.calls.is_empty() {
             content.push(json!({"type": "text", "text": one.content}));
@@ -261,6 +298,8 @@ struct MessageWriter {
     frame: MessageFrame,
     prompt_tokens: usize,
     open: Option<Block>,
+    /// Of the open block.
+    thoughts: blake3::Hasher,
     /// Blocks that were begun.
     n_blocks: usize,
     n_calls: usize,
@@ -268,6 +307,11 @@ struct MessageWriter {
 }
 
 impl MessageWriter {
+    fn new(frame: MessageFrame, prompt_tokens: usize) -> Self {
+        let thoughts = blake3::Hasher::new();
+        Self { frame, prompt_tokens, open: None, thoughts, n_blocks: 0, n_calls: 0, ending: None }
+    }
+
     fn start_block(&mut self, block: &Value) -> Frame {
         self.n_blocks += 1;
         let index = self.n_blocks - 1;
@@ -291,9 +335,13 @@ impl MessageWriter {
     }
 
     fn close(&mut self, frames: &mut Vec<Frame>) {
-        if self.open.take().is_some() {
-            frames.push(self.stop_block());
+        let Some(block) = self.open.take() else { return };
+        if block == Block::Thinking {
+            let delta = json!({"type": "signature_delta", "signature": signature(&self.thoughts)});
+            frames.push(self.block_delta(&delta));
+            self.thoughts.reset();
         }
+        frames.push(self.stop_block());
     }
 
     fn open(&mut self, block: Block, frames: &mut Vec<Frame>) {
@@ -317,8 +365,10 @@ impl MessageWriter {
                 self.open(Block::Text, frames);
                 frames.push(self.block_delta(&json!({"type": "text_delta", "text": text})));
             }
+            Part::Reasoning(_) if !self.frame.shows_thoughts => {}
             Part::Reasoning(text) => {
                 self.open(Block::Thinking, frames);
+                self.thoughts.update(text.as_bytes());
                 frames.push(self.block_delta(&json!({"type": "thinking_delta", "thinking": text})));
             }
             Part::Call(ToolCall { name, arguments, .. }) => {
@@ -391,16 +441,40 @@ mod tests {
         frames.iter().filter_map(|f| f.event).collect()
     }
 
+    fn frame(shows_thoughts: bool) -> MessageFrame {
+        MessageFrame { id: "1".into(), model: "m".into(), shows_thoughts }
+    }
+
+    fn token(parts: Vec<Part>) -> Delta {
+        Delta::Token { parts, report: TokenReport { id: 0, logprob: 0.0, version: 0, top: vec![] } }
+    }
+
+    #[test]
+    fn thoughts_are_signed_alike_in_pieces_and_whole_or_left_out() {
+        let one = Collected { reasoning: "hm, so".into(), content: "a".into(), ..Collected::default() };
+        let whole = frame(true).whole(&one);
+        let signature = whole["content"][0]["signature"].as_str().unwrap();
+        assert_eq!(signature.len(), 32);
+        for shows in [true, false] {
+            let mut writer = MessageWriter::new(frame(shows), 3);
+            let mut frames = writer.delta(0, token(vec![Part::Reasoning("hm,".into())]));
+            frames.extend(writer.delta(0, token(vec![Part::Reasoning(" so".into())])));
+            frames.extend(writer.delta(0, token(vec![Part::Content("a".into())])));
+            frames.extend(writer.end());
+            let data: Vec<Value> = frames.iter().map(|f| serde_json::from_str(&f.data).unwrap()).collect();
+            let deltas: Vec<&Value> = data.iter().map(|d| &d["delta"]["type"]).collect();
+            let signed = data.iter().any(|d| d["delta"]["signature"] == signature);
+            assert_eq!((signed, deltas.contains(&&json!("thinking_delta"))), (shows, shows));
+            assert!(deltas.contains(&&json!("text_delta")));
+        }
+        let kinds = frame(false).whole(&one)["content"].as_array().unwrap().len();
+        assert_eq!(kinds, 1);
+    }
+
     #[test]
     fn events_come_in_anthropics_order() {
-        let frame = MessageFrame { id: "1".into(), model: "m".into() };
-        let mut writer =
-            MessageWriter { frame, prompt_tokens: 3, open: None, n_blocks: 0, n_calls: 0, ending: None };
+        let mut writer = MessageWriter::new(frame(true), 3);
         let mut frames = writer.begin();
-        let token = |parts| Delta::Token {
-            parts,
-            report: TokenReport { id: 0, logprob: 0.0, version: 0, top: vec![] },
-        };
         frames.extend(writer.delta(0, token(vec![Part::Reasoning("hm".into())])));
         frames.extend(writer.delta(0, token(vec![Part::Content("a".into())])));
         frames.extend(writer.delta(0, token(vec![Part::Content("b".into())])));
@@ -417,6 +491,7 @@ mod tests {
                 "message_start",
                 "ping",
                 "content_block_start",
+                "content_block_delta",
                 "content_block_delta",
                 "content_block_stop",
                 "content_block_start",

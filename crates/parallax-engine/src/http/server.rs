@@ -18,7 +18,7 @@ use super::generation::{ControlTokens, Generation, Reading};
 use super::sampling::Sampling;
 use super::tools::{HeldCalls, TextArguments, Tools};
 use super::{Caller, HttpLimits, HttpState, JsonBody, fields};
-use crate::constraint::Constraint;
+use crate::constraint::{Constraint, ThoughtBudget};
 use crate::markup::{Dialect, MarkupOptions};
 use crate::request::Request;
 use crate::stop_strings::StopStrings;
@@ -35,7 +35,7 @@ pub(super) struct Server {
     /// Turns to read requests.
     readers: Arc<Semaphore>,
     /// Bytes of each token.
-    pub(super) vocabulary: Vec<TokenBytes>,
+    pub(super) vocabulary: Arc<[TokenBytes]>,
     controls: Arc<ControlTokens>,
     dialect: Dialect,
     #[cfg(feature = "structured")]
@@ -62,6 +62,8 @@ pub(super) struct Ask {
     pub prompt_logprobs: bool,
     /// `None`: the text is taken as it is.
     pub markup: Option<MarkupOptions>,
+    /// Most tokens of thoughts.
+    pub thought_tokens: Option<usize>,
     pub single_call: bool,
 }
 
@@ -115,6 +117,7 @@ impl Ask {
             adapter: None,
             prompt_logprobs: false,
             markup: None,
+            thought_tokens: None,
             single_call: false,
         }
     }
@@ -134,7 +137,7 @@ impl Server {
             readers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
             controls: Arc::new(ControlTokens::new(&state.tokenizer, dialect.markers())),
             dialect,
-            vocabulary,
+            vocabulary: vocabulary.into(),
             #[cfg(feature = "structured")]
             grammars: std::sync::OnceLock::new(),
             started: unix_seconds(),
@@ -218,7 +221,7 @@ impl Server {
     /// 400 for what the engine refuses, 429 when there is no room, 503 when nobody can compute.
     pub(super) fn start(&self, ask: Ask, entry: Entry) -> Result<Job, ApiError> {
         self.check_ready()?;
-        let constraint = self.constraint(&ask)?;
+        let constraint = self.bounded(&ask, self.constraint(&ask)?)?;
         let limits = self.state.engine.limits();
         let Ask { prompts, sampling, placement, adapter, prompt_logprobs, markup, single_call, .. } = ask;
         let text_arguments = Arc::new(ask.text_arguments);
@@ -263,6 +266,25 @@ impl Server {
             }));
         }
         Ok(Job { generations, seat: entry.seat })
+    }
+
+    /// The constraint with the bound on thoughts, where there is one.
+    fn bounded(
+        &self,
+        ask: &Ask,
+        then: Option<Arc<dyn Constraint>>,
+    ) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
+        let Some(tokens) = ask.thought_tokens else { return Ok(then) };
+        let [opening, end, closing] = self.dialect.thoughts();
+        Ok(Some(Arc::new(ThoughtBudget {
+            tokens,
+            opening,
+            end,
+            closing: self.encode(closing, false)?,
+            is_open: ask.markup.is_some_and(|markup| markup.in_reasoning),
+            vocabulary: Arc::clone(&self.vocabulary),
+            then,
+        })))
     }
 
     #[cfg(not(feature = "structured"))]

@@ -95,6 +95,18 @@ impl Dialect {
         }
     }
 
+    /// What opens thoughts at the beginning of an answer, what ends them, and what to say to begin the answer proper.
+    pub fn thoughts(self) -> [&'static str; 3] {
+        match self {
+            Self::Harmony => [
+                "<|channel|>analysis<|message|>",
+                "<|end|>",
+                "<|end|><|start|>assistant<|channel|>final<|message|>",
+            ],
+            _ => ["<think>", "</think>", "</think>"],
+        }
+    }
+
     pub(super) fn calls_are_whole_answers(self) -> bool {
         self == Self::Llama3
     }
