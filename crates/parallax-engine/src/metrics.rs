@@ -31,6 +31,8 @@ pub struct EngineMetrics {
     pub prefix_cache_queries: u64,
     /// Prompt tokens that were found there.
     pub prefix_cache_hits: u64,
+    /// How often speculation proposed tokens for a sequence.
+    pub speculations: u64,
     /// Tokens that speculation proposed.
     pub speculated_tokens: u64,
     /// Of these, tokens that the sampler chose.

@@ -135,6 +135,7 @@ impl Engine {
         events: &mut Vec<RequestEvent>,
     ) {
         let sequence = self.scheduler.running_mut(request).expect("planned sequences are running");
+        self.counted.speculations += u64::from(!draft.is_empty());
         self.counted.speculated_tokens += draft.len() as u64;
         let (mut ending, mut right) = (None, 0);
         for (i, row) in (first..=first + draft.len()).enumerate() {

@@ -35,6 +35,7 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
             engine.prefix_cache_queries,
         ),
         ("vllm:prefix_cache_hits_total", "Prompt tokens found in the cache.", engine.prefix_cache_hits),
+        ("vllm:spec_decode_num_drafts_total", "How often speculation guessed.", engine.speculations),
         (
             "vllm:spec_decode_num_draft_tokens_total",
             "Tokens that speculation guessed.",
@@ -93,10 +94,12 @@ mod tests {
 
     #[test]
     fn every_line_is_a_comment_or_a_sample_and_names_cannot_break_out() {
-        let mut engine = EngineMetrics { running: 2, generated_tokens: 7, ..EngineMetrics::default() };
+        let mut engine =
+            EngineMetrics { running: 2, generated_tokens: 7, speculations: 3, ..EngineMetrics::default() };
         engine.latencies.inter_token.observe(0.02);
         let text = text(&engine, "a\"b\n");
         assert!(text.contains("vllm:generation_tokens_total{model_name=\"a_b_\"} 7"), "{text}");
+        assert!(text.contains("vllm:spec_decode_num_drafts_total{model_name=\"a_b_\"} 3"), "{text}");
         assert!(
             text.contains("vllm:inter_token_latency_seconds_bucket{model_name=\"a_b_\",le=\"0.025\"} 1"),
             "{text}"
