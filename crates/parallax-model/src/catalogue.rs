@@ -121,6 +121,12 @@ mod tests {
             ("deepseek-ai/DeepSeek-V3", 671_026.4),
             ("moonshotai/Kimi-K2-Instruct", 1_026_408.2),
             ("MiniMaxAI/MiniMax-M2", 228_689.8),
+            ("Qwen/Qwen3.5-0.8B", 752.4),
+            ("Qwen/Qwen3.5-9B", 8_950.0),
+            ("Qwen/Qwen3.5-27B", 26_900.0),
+            ("Qwen/Qwen3.5-35B-A3B", 34_660.0),
+            ("Qwen/Qwen3.5-122B-A10B", 122_110.0),
+            ("Qwen/Qwen3.5-397B-A17B", 396_350.0),
         ] {
             let got = find(name).unwrap().config().parameters() as f64 / 1e6;
             assert!((got / millions - 1.0).abs() < 1e-3, "{name}: {got:.1} million, published {millions}");

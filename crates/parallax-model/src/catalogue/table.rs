@@ -12,6 +12,13 @@ const QWEN3_235B: &str = r#"{"num_experts": 128, "num_experts_per_tok": 8, "moe_
 const KIMI_K2: &str = r#"{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
     "v_head_dim": 128, "n_routed_experts": 384, "num_experts_per_tok": 8, "n_shared_experts": 1,
     "moe_intermediate_size": 2048, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827}"#;
+/// The delta nets of Qwen3.5, with as many value heads as key heads, and more.
+const DELTA_16: &str = r#"{"linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25}"#;
+const DELTA_32: &str = r#"{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25}"#;
+const DELTA_48: &str = r#"{"linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25}"#;
 const GLM_45: &str = r#"{"n_routed_experts": 160, "num_experts_per_tok": 8, "n_shared_experts": 1,
     "moe_intermediate_size": 1536, "first_k_dense_replace": 3, "attention_bias": true, "use_qk_norm": true,
     "partial_rotary_factor": 0.5}"#;
@@ -207,4 +214,29 @@ pub(super) const TABLE: &[(Row, &[&str])] = &[
             "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
             "full_attention_interval": 4, "partial_rotary_factor": 0.25}"#),
         &["Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3-Next-80B-A3B-Thinking"]),
+    // Of Qwen3.5, the language model.
+    (mixture(Family::Qwen35, [24, 1024, 3584, 8, 2, 256, 248_320], TIED, 262_144, DELTA_16), &["Qwen/Qwen3.5-0.8B"]),
+    (mixture(Family::Qwen35, [24, 2048, 6144, 8, 2, 256, 248_320], TIED, 262_144, DELTA_16), &["Qwen/Qwen3.5-2B"]),
+    (mixture(Family::Qwen35, [32, 2560, 9216, 16, 4, 256, 248_320], TIED, 262_144, DELTA_32),
+        &["Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-4B-Base"]),
+    (mixture(Family::Qwen35, [32, 4096, 12288, 16, 4, 256, 248_320], UNTIED, 262_144, DELTA_32), &["Qwen/Qwen3.5-9B"]),
+    (mixture(Family::Qwen35, [64, 5120, 17408, 24, 4, 256, 248_320], UNTIED, 262_144, DELTA_48), &["Qwen/Qwen3.5-27B"]),
+    (mixture(Family::Qwen35Moe, [40, 2048, 512, 16, 2, 256, 248_320], UNTIED, 262_144,
+        r#"{"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+            "partial_rotary_factor": 0.25}"#),
+        &["Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.6-35B-A3B"]),
+    (mixture(Family::Qwen35Moe, [48, 3072, 1024, 32, 2, 256, 248_320], UNTIED, 262_144,
+        r#"{"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+            "shared_expert_intermediate_size": 1024, "linear_num_key_heads": 16, "linear_num_value_heads": 64,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+            "partial_rotary_factor": 0.25}"#),
+        &["Qwen/Qwen3.5-122B-A10B"]),
+    (mixture(Family::Qwen35Moe, [60, 4096, 1024, 32, 2, 256, 248_320], UNTIED, 262_144,
+        r#"{"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 1024,
+            "shared_expert_intermediate_size": 1024, "linear_num_key_heads": 16, "linear_num_value_heads": 64,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+            "partial_rotary_factor": 0.25}"#),
+        &["Qwen/Qwen3.5-397B-A17B"]),
 ];
