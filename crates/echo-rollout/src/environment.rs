@@ -108,7 +108,7 @@ pub trait Episode: Send {
     fn cut(&mut self) -> Result<Reward, RewardError>;
 
     /// All that may sensibly be said now, where that is a choice of a few words, each with the share of the times that a
-    /// beginner says it; else nothing. A beginner knows the rules and looks at its cards, and can be beaten.
+    /// beginner says it; else nothing. A beginner knows the rules and looks at its cards or the board, and can be beaten.
     fn options(&self) -> Vec<(&'static str, f64)> {
         Vec::new()
     }
@@ -154,6 +154,8 @@ impl fmt::Debug for dyn Environment {
 
 /// Turns of `sokoban-steps`.
 const SOKOBAN_TURNS: usize = 24;
+/// Turns of `sokoban-squares`; no level needs more than 12.
+const SQUARES_TURNS: usize = 16;
 
 /// Most candidates that a generator draws for one problem; one in a few is good where the settings admit any.
 const MAX_CANDIDATES: usize = 10_000;
@@ -306,6 +308,7 @@ pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environme
         "countdown-sums" => Ok(Box::new(Countdown::tiny())),
         "knights" => Ok(Box::new(Knights::default())),
         "sokoban" => Ok(Box::new(Sokoban::default())),
+        "sokoban-squares" => Ok(Box::new(Sokoban::tiny(SQUARES_TURNS))),
         "sokoban-steps" => Ok(Box::new(Sokoban::interactive(SOKOBAN_TURNS))),
         other => Err(UnknownEnvironment::Name { name: other.to_owned() }),
     }
@@ -339,7 +342,7 @@ pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
 pub enum UnknownEnvironment {
     /// Not a name.
     #[error(
-        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-steps"
+        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-squares, sokoban-steps"
     )]
     Name {
         /// The name that was asked for.

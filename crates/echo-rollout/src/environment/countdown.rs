@@ -66,14 +66,15 @@ impl Countdown {
             let low = self.min_numbers.max(1);
             let n = low + draws.below(self.max_numbers.saturating_sub(low) + 1);
             let numbers: Vec<i64> = (0..n).map(|_| draws.between(1, self.max_number.max(1))).collect();
-            let mut parts: Vec<(i64, String)> = numbers.iter().map(|n| (*n, n.to_string())).collect();
+            let mut parts: Vec<Part> = numbers.iter().enumerate().map(|(i, n)| Part::of(i, *n)).collect();
             while parts.len() > 1 {
                 let a = parts.swap_remove(draws.below(parts.len()));
                 let b = parts.swap_remove(draws.below(parts.len()));
                 parts.push(combine(a, b, draws, self.products));
             }
-            let Some((target, solution)) = parts.pop() else { continue };
+            let Some(Part { value: target, text, signs }) = parts.pop() else { continue };
             if (1..=self.max_target.max(1)).contains(&target) {
+                let solution = if self.products { text } else { in_order(&numbers, &signs) };
                 return Some(Problem { numbers, target, solution });
             }
         }
@@ -81,15 +82,44 @@ impl Countdown {
     }
 }
 
-fn combine(a: (i64, String), b: (i64, String), draws: &mut Draws, products: bool) -> (i64, String) {
-    let (more, less) = if a.0 >= b.0 { (a, b) } else { (b, a) };
-    let joined = |value, sign| (value, format!("({}{sign}{})", more.1, less.1));
-    match draws.below(if products { 4 } else { 2 }) {
-        1 if more.0 > less.0 => joined(more.0 - less.0, '-'),
-        2 => joined(more.0.saturating_mul(less.0), '*'),
-        3 if less.0 > 1 && more.0 % less.0 == 0 => joined(more.0 / less.0, '/'),
-        _ => joined(more.0.saturating_add(less.0), '+'),
+/// Some of the numbers, combined.
+struct Part {
+    value: i64,
+    text: String,
+    /// Which numbers, and whether each is added in the end or taken off. Means something where there are only sums.
+    signs: Vec<(usize, bool)>,
+}
+
+impl Part {
+    fn of(index: usize, number: i64) -> Self {
+        Self { value: number, text: number.to_string(), signs: vec![(index, true)] }
     }
+}
+
+fn combine(a: Part, b: Part, draws: &mut Draws, products: bool) -> Part {
+    let (more, less) = if a.value >= b.value { (a, b) } else { (b, a) };
+    let joined = |value, sign| {
+        let text = format!("({}{sign}{})", more.text, less.text);
+        let others = less.signs.iter().map(|(index, added)| (*index, *added != (sign == '-')));
+        Part { value, text, signs: more.signs.iter().copied().chain(others).collect() }
+    };
+    match draws.below(if products { 4 } else { 2 }) {
+        1 if more.value > less.value => joined(more.value - less.value, '-'),
+        2 => joined(more.value.saturating_mul(less.value), '*'),
+        3 if less.value > 1 && more.value % less.value == 0 => joined(more.value / less.value, '/'),
+        _ => joined(more.value.saturating_add(less.value), '+'),
+    }
+}
+
+/// What is added and then what is taken off, each in the order in which it was given: one way to write what could be written
+/// in many, so that whoever learns from answers sees the same thing every time.
+fn in_order(numbers: &[i64], signs: &[(usize, bool)]) -> String {
+    let with = |sign: bool| {
+        let at = |i: &usize| signs.contains(&(*i, sign));
+        (0..numbers.len()).filter(at).map(|i| numbers[i].to_string()).collect::<Vec<_>>()
+    };
+    let taken: String = with(false).iter().map(|number| format!("-{number}")).collect();
+    with(true).join("+") + &taken
 }
 
 /// Target and numbers of a prompt, which spares the verifier the search for them.
@@ -111,6 +141,11 @@ pub(super) fn answer_of(completion: &str) -> &str {
 impl Environment for Countdown {
     fn name(&self) -> &str {
         if self.products { "countdown" } else { "countdown-sums" }
+    }
+
+    /// The answers of sums were written in another way once.
+    fn version(&self) -> u32 {
+        if self.products { 1 } else { 2 }
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
@@ -174,6 +209,24 @@ mod tests {
                 assert_eq!(reward(&problem.target.to_string()), 0.0, "{task:?}");
             }
         }
+    }
+
+    #[test]
+    fn answers_of_sums_add_first_and_then_take_off_in_the_order_given() {
+        for seed in 0..300 {
+            let task = Countdown::tiny().task(seed).unwrap();
+            let given = asked(&task.prompt).unwrap().1;
+            let (added, taken) = task.answer.split_once('-').unwrap_or((&task.answer, ""));
+            let numbers = |text: &str, sign| -> Vec<i64> {
+                text.split(sign).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect()
+            };
+            for part in [numbers(added, '+'), numbers(taken, '-')] {
+                let mut rest = given.iter();
+                assert!(part.iter().all(|n| rest.any(|g| g == n)), "{task:?}");
+            }
+        }
+        assert_eq!(in_order(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "4+7-2");
+        assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "7-4");
     }
 
     #[test]

@@ -12,9 +12,23 @@ use super::{Environment, Episode, MAX_CANDIDATES, Reward, RewardError, Task, Tur
 
 /// What a prompt says after the picture.
 const RULES: &str = "\nPush each $ onto a dot. You are @, # is wall. ";
+/// What a prompt says before the squares.
+const SQUARES_RULES: &str = "Push each $ onto a dot. You are @, # is wall. U, D, L or R?\n";
 const CONTEXT: &str = "echo-rollout sokoban task v1";
+/// How often a beginner makes just any move.
+const WHIM: f64 = 0.6;
 /// Most positions that the search visits for one level.
 pub const MAX_STATES: usize = 200_000;
+
+/// How a level is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum View {
+    /// Drawn, in the usual characters.
+    Picture,
+    /// Named, as in `#b1c0 .d3 $b2 @a1`: a letter for the column, a digit for the row, both counted from the upper left
+    /// square inside of the border. Half as long, and nobody need count characters to see who stands beside whom.
+    Squares,
+}
 
 /// Small levels with their own generator.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +51,8 @@ pub struct Sokoban {
     pub moves_per_turn: usize,
     /// Reward for the share of boxes on goals when not all are. Default: 0.1.
     pub partial: f32,
+    /// How levels are shown. Default: drawn.
+    pub view: View,
 }
 
 impl Default for Sokoban {
@@ -51,6 +67,7 @@ impl Default for Sokoban {
             turns: 1,
             moves_per_turn: 24,
             partial: 0.1,
+            view: View::Picture,
         }
     }
 }
@@ -59,6 +76,23 @@ impl Sokoban {
     /// One move a turn, the new picture after each.
     pub fn interactive(turns: usize) -> Self {
         Self { turns, moves_per_turn: 1, ..Self::default() }
+    }
+
+    /// One move a turn, squares named instead of drawn: within reach of a model of half a million parameters.
+    pub fn tiny(turns: usize) -> Self {
+        Self { view: View::Squares, ..Self::interactive(turns) }
+    }
+
+    /// Columns and rows of every level.
+    fn size(&self) -> (usize, usize) {
+        (self.width.clamp(4, 12), self.height.clamp(4, 12))
+    }
+
+    fn show(&self, level: &Level) -> String {
+        match self.view {
+            View::Picture => level.to_string(),
+            View::Squares => level.squares(),
+        }
     }
 
     fn draw(&self, draws: &mut Draws) -> Option<(Level, Solution)> {
@@ -76,7 +110,7 @@ impl Sokoban {
 
     /// A room with random walls, goals, boxes and a player; it may be unsolvable.
     fn candidate(&self, draws: &mut Draws) -> Option<Level> {
-        let (w, h) = (self.width.clamp(4, 12), self.height.clamp(4, 12));
+        let (w, h) = self.size();
         let mut level = Level::room(w, h);
         let inner: Vec<usize> = (0..w * h).filter(|at| !level.wall(*at)).collect();
         for &at in &inner {
@@ -141,25 +175,47 @@ impl Episode for Play<'_> {
         if level.solved() || self.turn >= self.rules.turns.max(1) {
             return Ok(Turn::Done(self.rules.reward(level)?));
         }
-        Ok(Turn::Continue { observation: level.to_string() })
+        Ok(Turn::Continue { observation: self.rules.show(level) })
     }
 
     fn cut(&mut self) -> Result<Reward, RewardError> {
         let level = self.level.as_ref().ok_or_else(|| self.rules.other_task(self.seed))?;
         self.rules.reward(level)
     }
+
+    /// A beginner sees the best move, and often makes another one.
+    fn options(&self) -> Vec<(&'static str, f64)> {
+        let Some(level) = self.level.as_ref().filter(|_| self.rules.moves_per_turn == 1) else {
+            return Vec::new();
+        };
+        let best = solve(level, MAX_STATES).and_then(|solution| solution.moves.first().copied());
+        // Where nothing leads to the end any more, all moves are alike.
+        let whim = if best.is_some() { WHIM } else { 1.0 };
+        let share = |step| whim / 4.0 + if Some(step) == best { 1.0 - whim } else { 0.0 };
+        Move::ALL.map(|step| (step.letter(), share(step))).to_vec()
+    }
 }
 
 impl Environment for Sokoban {
     fn name(&self) -> &str {
-        if self.turns > 1 { "sokoban-steps" } else { "sokoban" }
+        match self.view {
+            View::Squares => "sokoban-squares",
+            View::Picture if self.turns > 1 => "sokoban-steps",
+            View::Picture => "sokoban",
+        }
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let (level, solution) = self.level(seed).ok_or_else(|| no_task(self.name()))?;
-        let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
         let answer: String = solution.moves.iter().map(|m| m.letter()).collect();
-        let prompt = format!("{level}{RULES}{ask}: U, D, L or R.");
+        let prompt = match self.view {
+            View::Picture => {
+                let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
+                format!("{level}{RULES}{ask}: U, D, L or R.")
+            }
+            // The squares last, so that they are as far from the move as in every later turn.
+            View::Squares => format!("{SQUARES_RULES}{}", level.squares()),
+        };
         Ok(Task { seed, prompt, answer })
     }
 
@@ -168,8 +224,15 @@ impl Environment for Sokoban {
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
-        // The picture in the prompt spares the search for the level.
-        let level = task.prompt.split_once(RULES).and_then(|(level, _)| level.parse().ok());
+        // What the prompt shows spares the search for the level.
+        let level = match self.view {
+            View::Picture => task.prompt.split_once(RULES).and_then(|(level, _)| level.parse().ok()),
+            View::Squares => {
+                let squares = task.prompt.strip_prefix(SQUARES_RULES);
+                let (width, height) = self.size();
+                squares.and_then(|squares| Level::from_squares(squares, width, height).ok())
+            }
+        };
         Box::new(Play { rules: self, level, seed: task.seed, turn: 0 })
     }
 }
@@ -207,14 +270,38 @@ mod tests {
     }
 
     #[test]
-    fn move_by_move_reaches_the_same_end() {
-        let env = Sokoban::interactive(20);
-        let task = env.task(3).unwrap();
-        let mut play = env.episode(&task);
-        let mut last = None;
-        for letter in task.answer.chars() {
-            last = Some(play.step(&letter.to_string()).unwrap());
+    fn move_by_move_reaches_the_same_end_drawn_or_named() {
+        for seed in 0..20 {
+            let answers = [Sokoban::interactive(20), Sokoban::tiny(20)].map(|env| {
+                let task = env.task(seed).unwrap();
+                let mut play = env.episode(&task);
+                let moves = task.answer.chars().map(|letter| play.step(&letter.to_string()).unwrap());
+                let Some(Turn::Done(reward)) = moves.last() else { panic!("{task:?} goes on") };
+                assert_eq!(reward.value(), 1.0);
+                task.answer.clone()
+            });
+            assert_eq!(answers[0], answers[1], "a seed is the same level");
         }
-        assert!(matches!(last, Some(Turn::Done(r)) if r.value() == 1.0));
+    }
+
+    #[test]
+    fn a_beginner_sees_the_best_move_and_often_makes_another() {
+        let env = Sokoban::tiny(16);
+        let task = env.task(5).unwrap();
+        let mut play = env.episode(&task);
+        // There may be several shortest ways, so the best moves need not be the answer's.
+        for left in (0..task.answer.len()).rev() {
+            let options = play.options();
+            assert!((options.iter().map(|(_, share)| share).sum::<f64>() - 1.0).abs() < 1e-12);
+            let (best, share) = options.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+            assert!((share - (1.0 - 0.75 * WHIM)).abs() < 1e-12);
+            let turn = play.step(best).unwrap();
+            assert_eq!(matches!(turn, Turn::Done(reward) if reward.value() == 1.0), left == 0);
+        }
+        let lost = Task { seed: 1, prompt: format!("{SQUARES_RULES}.c2 $a0 @b1"), answer: String::new() };
+        assert!(env.episode(&lost).options().iter().all(|(_, share)| *share == 0.25), "a box in a corner");
+        let all_at_once = Sokoban::default();
+        let task = all_at_once.task(5).unwrap();
+        assert!(all_at_once.episode(&task).options().is_empty());
     }
 }

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use super::super::draws::Draws;
+
 /// What happens at a position.
 #[derive(Debug, Clone)]
 pub enum Node<G> {
@@ -35,6 +37,12 @@ pub trait Game: Clone + Send + Sync + 'static {
 
     /// What happens here.
     fn node(&self) -> Node<Self>;
+
+    /// What player 0 wins on average where only cards are to come, for games that can say so: their luck is taken out of what
+    /// is won. Drawn from `draws` where there are too many cards to try them all. `None`: they are dealt.
+    fn all_in(&self, _draws: &mut Draws) -> Option<f64> {
+        None
+    }
 
     /// What the acting player may do, as words; never empty where a player acts.
     fn actions(&self) -> Vec<&'static str>;

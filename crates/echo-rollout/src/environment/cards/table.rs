@@ -73,6 +73,9 @@ impl<G: Game> Table<G> {
                     // The deal depends on what was dealt before, not on what was done.
                     let known = [game.information(0), game.information(1)].map(|i| cards(&i));
                     let mut draws = Draws::keyed(CONTEXT, deal, known.concat().as_bytes());
+                    if let Some(won) = game.all_in(&mut draws) {
+                        return Ok(Stop::End(if seat == 0 { won } else { -won }));
+                    }
                     let weights: Vec<f64> = outcomes.iter().map(|(p, _)| *p).collect();
                     game = outcomes.swap_remove(pick(&weights, draws.uniform())).1;
                 }
@@ -177,7 +180,7 @@ impl<G: Game> Environment for Table<G> {
     }
 
     fn version(&self) -> u32 {
-        2
+        3
     }
 
     /// The answer is not part of a game; it is what an opponent who is asked has said before the policy acts.

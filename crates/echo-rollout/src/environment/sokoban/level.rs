@@ -1,5 +1,6 @@
 //! A level as a grid: walls, goals, boxes and the player, in the usual characters.
 
+use std::collections::HashMap;
 use std::fmt;
 
 /// One step of the player.
@@ -20,22 +21,22 @@ impl Move {
     pub const ALL: [Self; 4] = [Self::Up, Self::Down, Self::Left, Self::Right];
 
     /// `U`, `D`, `L` or `R`.
-    pub fn letter(self) -> char {
+    pub fn letter(self) -> &'static str {
         match self {
-            Self::Up => 'U',
-            Self::Down => 'D',
-            Self::Left => 'L',
-            Self::Right => 'R',
+            Self::Up => "U",
+            Self::Down => "D",
+            Self::Left => "L",
+            Self::Right => "R",
         }
     }
 
     /// The move that a letter of either case stands for.
     pub fn from_letter(letter: char) -> Option<Self> {
-        Self::ALL.into_iter().find(|m| m.letter() == letter.to_ascii_uppercase())
+        Self::ALL.into_iter().find(|m| m.letter().starts_with(letter.to_ascii_uppercase()))
     }
 }
 
-/// Why a picture is no level.
+/// Why a picture or a list of squares is no level.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LevelError {
@@ -46,6 +47,12 @@ pub enum LevelError {
         found: char,
         /// Counted from 0.
         row: usize,
+    },
+    /// Something in a list of squares that is none.
+    #[error("{found:?} in a list of squares; it has parts like #b1c0 .d3 $b2 @a1, all inside of the border")]
+    Square {
+        /// It.
+        found: String,
     },
     /// Counts that do not make a level.
     #[error(
@@ -95,6 +102,66 @@ impl Level {
         (self.goals, self.boxes, self.player) = (goals, boxes, player);
     }
 
+    /// Inner walls, goals, boxes and the player by their squares, as in `#b1c0 .d3 $b2 @a1`: a letter for the column, a digit
+    /// for the row, both counted from the upper left square inside of the border, for at most ten rows. Without inner walls
+    /// there is no such part. What moves is always at the same distance from the end, where a small model finds it.
+    pub(super) fn squares(&self) -> String {
+        let walls: Vec<usize> = (0..self.walls.len()).filter(|at| self.walls[*at]).collect();
+        let parts =
+            [('#', &walls[..]), ('.', &self.goals[..]), ('$', &self.boxes[..]), ('@', &[self.player][..])];
+        let named = |squares: &[usize]| squares.iter().filter_map(|at| self.square(*at)).collect::<String>();
+        let parts = parts.map(|(kind, squares)| (kind, named(squares))).into_iter();
+        let written =
+            parts.filter(|(_, named)| !named.is_empty()).map(|(kind, named)| format!("{kind}{named}"));
+        written.collect::<Vec<_>>().join(" ")
+    }
+
+    /// The name of a square inside of the border.
+    fn square(&self, at: usize) -> Option<String> {
+        let (row, column) = (at / self.width, at % self.width);
+        let inside =
+            row > 0 && (row + 1) * self.width < self.walls.len() && column > 0 && column + 1 < self.width;
+        inside.then(|| format!("{}{}", char::from(b'a' + (column - 1) as u8), row - 1))
+    }
+
+    /// The level of these [`Level::squares`] in a room of `width` x `height`, border included, at most 12 each.
+    ///
+    /// # Errors
+    /// Squares that are none, or counts that do not make a level.
+    pub(super) fn from_squares(text: &str, width: usize, height: usize) -> Result<Self, LevelError> {
+        let mut level = Self::room(width, height);
+        let names: HashMap<String, usize> =
+            (0..width * height).filter_map(|at| Some((level.square(at)?, at))).collect();
+        let mut players = Vec::new();
+        for part in text.split_whitespace() {
+            let unknown = || LevelError::Square { found: part.chars().take(80).collect() };
+            let (kind, mut squares) = part.split_at_checked(1).ok_or_else(unknown)?;
+            while !squares.is_empty() {
+                let (square, rest) = squares.split_at_checked(2).ok_or_else(unknown)?;
+                let at = *names.get(square).ok_or_else(unknown)?;
+                match kind {
+                    "#" => level.set_wall(at),
+                    "." => level.goals.push(at),
+                    "$" => level.boxes.push(at),
+                    "@" => players.push(at),
+                    _ => return Err(unknown()),
+                }
+                squares = rest;
+            }
+        }
+        level.player = players.first().copied().unwrap_or_default();
+        level.counted(players.len())
+    }
+
+    /// Itself with so many players, when the counts make a level.
+    fn counted(self, players: usize) -> Result<Self, LevelError> {
+        let (boxes, goals) = (self.boxes.len(), self.goals.len());
+        if players != 1 || boxes == 0 || boxes != goals {
+            return Err(LevelError::Counts { players, boxes, goals });
+        }
+        Ok(self)
+    }
+
     /// Whether there is a wall.
     pub fn wall(&self, at: usize) -> bool {
         self.walls[at]
@@ -113,6 +180,13 @@ impl Level {
     /// How many boxes stand on goals.
     pub fn boxes_on_goals(&self) -> usize {
         self.boxes.iter().filter(|b| self.goals.contains(b)).count()
+    }
+
+    /// Puts player and boxes elsewhere.
+    pub(super) fn set(&mut self, player: usize, boxes: &[usize]) {
+        self.player = player;
+        self.boxes.clear();
+        self.boxes.extend_from_slice(boxes);
     }
 
     /// Whether all boxes do.
@@ -176,10 +250,7 @@ impl std::str::FromStr for Level {
                 }
             }
         }
-        let (boxes, goals) = (level.boxes.len(), level.goals.len());
-        if players != 1 || boxes == 0 || boxes != goals {
-            return Err(LevelError::Counts { players, boxes, goals });
-        }
+        let level = level.counted(players)?;
         let border = Self::room(width, rows.len());
         if border.walls.iter().zip(&level.walls).any(|(needed, is)| *needed && !is) {
             return Err(LevelError::Border);
@@ -231,6 +302,30 @@ mod tests {
         assert_eq!(level.to_string(), "#####\n# @*#\n#   #\n#####");
         assert_eq!(level.step(Move::Right), None, "a box against a wall stays");
         assert_eq!(level.step(Move::Down), Some(false));
+    }
+
+    #[test]
+    fn squares_are_the_picture_in_words() {
+        let picture = "######\n#@   #\n# #$ #\n#  # #\n#   .#\n######";
+        let mut level: Level = picture.parse().unwrap();
+        assert_eq!(level.squares(), "#b1c2 .d3 $c1 @a0");
+        assert_eq!(Level::from_squares(&level.squares(), 6, 6), Ok(level.clone()));
+        assert_eq!(level.step(Move::Down), Some(false));
+        assert_eq!(level.squares(), "#b1c2 .d3 $c1 @a1");
+        let plain: Level = SMALL.parse().unwrap();
+        assert_eq!(plain.squares(), ".c0 $b0 @a0");
+        assert_eq!(Level::from_squares(".c0 $b0 @a0", 5, 4), Ok(plain));
+    }
+
+    #[test]
+    fn squares_that_are_no_level_are_named() {
+        let error = |text: &str| Level::from_squares(text, 5, 4).unwrap_err();
+        for text in [".d0 $b0 @a0", ".c2 $b0 @a0", ".c $b0 @a0", "xc0 $b0 @a0", "é0"] {
+            assert!(matches!(error(text), LevelError::Square { .. }), "{text}");
+        }
+        for text in ["", ".c0 $b0", ".c0 @a0", ".c0 $b0 @a0b0"] {
+            assert!(matches!(error(text), LevelError::Counts { .. }), "{text}");
+        }
     }
 
     #[test]

@@ -19,34 +19,48 @@ type Key = (usize, Vec<usize>);
 /// The shortest solution of `level` in moves, or `None` when there is none within `max_states` positions.
 pub fn solve(level: &Level, max_states: usize) -> Option<Solution> {
     let key = |l: &Level| (l.player(), l.boxes().to_vec());
-    let mut from: HashMap<Key, Option<(Level, Move)>> = HashMap::new();
-    let mut open = VecDeque::from([level.clone()]);
-    from.insert(key(level), None);
+    if level.solved() {
+        return Some(Solution { moves: Vec::new(), pushes: 0 });
+    }
+    let mut play = level.clone();
+    // Where each position was first reached from.
+    let mut from: HashMap<Key, Option<(Key, Move)>> = HashMap::from([(key(level), None)]);
+    let mut open = VecDeque::from([key(level)]);
     while let Some(here) = open.pop_front() {
-        if here.solved() {
-            let mut moves = Vec::new();
-            let mut at = &here;
-            while let Some(Some((before, step))) = from.get(&key(at)) {
-                moves.push(*step);
-                at = before;
-            }
-            moves.reverse();
-            let mut replay = level.clone();
-            let pushes = moves.iter().filter(|m| replay.step(**m) == Some(true)).count();
-            return Some(Solution { moves, pushes });
-        }
         for step in Move::ALL {
-            let mut there = here.clone();
-            if there.step(step).is_some() && !from.contains_key(&key(&there)) {
-                if from.len() >= max_states {
-                    return None;
-                }
-                from.insert(key(&there), Some((here.clone(), step)));
-                open.push_back(there);
+            play.set(here.0, &here.1);
+            if play.step(step).is_none() {
+                continue;
             }
+            let there = key(&play);
+            if from.contains_key(&there) {
+                continue;
+            }
+            if from.len() >= max_states {
+                return None;
+            }
+            from.insert(there.clone(), Some((here.clone(), step)));
+            if play.solved() {
+                return Some(walked(level, &from, &there));
+            }
+            open.push_back(there);
         }
     }
     None
+}
+
+/// The moves from `level` to the position `end`.
+fn walked(level: &Level, from: &HashMap<Key, Option<(Key, Move)>>, end: &Key) -> Solution {
+    let mut moves = Vec::new();
+    let mut at = end;
+    while let Some(Some((before, step))) = from.get(at) {
+        moves.push(*step);
+        at = before;
+    }
+    moves.reverse();
+    let mut replay = level.clone();
+    let pushes = moves.iter().filter(|m| replay.step(**m) == Some(true)).count();
+    Solution { moves, pushes }
 }
 
 #[cfg(test)]
