@@ -1,4 +1,4 @@
-"""An environment in Python: a sum, to be answered by its number and nothing else. Chatty models know the sum and lose by talking.
+"""An environment in Python: a sum, to be answered by its number and nothing else.
 
     training-swarm solo --config examples/configs/smollm2.toml
 
