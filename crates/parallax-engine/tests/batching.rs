@@ -349,7 +349,11 @@ fn a_draft_model_guesses_with_the_random_numbers_of_the_request() {
         assert_eq!(metrics.accepted_tokens, metrics.speculated_tokens, "the same model is right every time");
         assert!(metrics.steps < 8, "{} passes for 30 tokens", metrics.steps);
         // The last pass needs no guess when one token is left.
-        assert!((metrics.steps - 1..=metrics.steps).contains(&metrics.speculations), "{}", metrics.speculations);
+        assert!(
+            (metrics.steps - 1..=metrics.steps).contains(&metrics.speculations),
+            "{}",
+            metrics.speculations
+        );
     }
 }
 
