@@ -20,7 +20,7 @@ impl Loader<'_> {
         rotations: &mut Rotations,
     ) -> Result<LatentMixerWeights, LoadError> {
         let (hidden, rank) = (self.config.hidden, a.kv_rank);
-        let (into_latent, to_value) = self.latent_heads(layer, a)?;
+        let (to_latent, to_value) = self.latent_heads(layer, a)?;
         let norm = layer_name(layer, &format!("{}.weight", a.kv_norm.name));
         let q_in = self.projection(layer, &a.q_in, &[a.q_rank.unwrap_or_else(|| a.q_width())], hidden)?;
         let q_out = match (&a.q_out, a.q_rank) {
@@ -40,7 +40,7 @@ impl Loader<'_> {
             eps: a.kv_norm.eps,
             rope: rotations.get(&a.rope, a.rope_dim)?,
             scale: a.scale,
-            into_latent,
+            to_latent,
             to_value,
         };
         Ok(LatentMixerWeights {
@@ -63,17 +63,17 @@ impl Loader<'_> {
         let named = |module: &str| layer_name(layer, &format!("{module}.weight"));
         let (whole, apart) = (named(a.kv_out), LATENT_PARTS.map(named));
         let (rank, nope, value) = (a.kv_rank, a.nope_dim, a.value_dim);
-        let (mut into_latent, mut to_value) = (Vec::new(), Vec::new());
+        let (mut to_latent, mut to_value) = (Vec::new(), Vec::new());
         let rows = |name: &String, first: usize, n: usize| [Rows { name: name.clone(), first, n }];
         if !self.index.contains(&whole) && self.index.contains(&apart[0]) {
             let [keys, values] = &apart;
             self.index.check_shape(keys, &[a.n_heads, rank, nope])?;
             self.index.check_shape(values, &[a.n_heads, value, rank])?;
             for h in 0..a.n_heads {
-                into_latent.push(self.rows(&rows(keys, h * rank, rank), nope)?);
+                to_latent.push(self.rows(&rows(keys, h * rank, rank), nope)?);
                 to_value.push(self.rows(&rows(values, h * value, value), rank)?);
             }
-            return Ok((into_latent, to_value));
+            return Ok((to_latent, to_value));
         }
         let head = nope + value;
         self.index.check_shape(&whole, &[a.n_heads * head, rank])?;
@@ -81,9 +81,9 @@ impl Loader<'_> {
             let keys = self.index.read_rows_f32(&whole, h * head..h * head + nope)?;
             let transposed: Vec<f32> =
                 (0..rank).flat_map(|r| keys.iter().skip(r).step_by(rank).copied()).collect();
-            into_latent.push(self.values(&whole, &transposed, rank, nope)?);
+            to_latent.push(self.values(&whole, &transposed, rank, nope)?);
             to_value.push(self.rows(&rows(&whole, h * head + nope, value), rank)?);
         }
-        Ok((into_latent, to_value))
+        Ok((to_latent, to_value))
     }
 }

@@ -45,7 +45,7 @@ pub(crate) struct LatentWeights {
     pub(crate) rope: Arc<Rotation>,
     pub(crate) scale: f32,
     /// Per head, from queries into the latent space: [R, N].
-    pub(crate) into_latent: Vec<FrozenLinear>,
+    pub(crate) to_latent: Vec<FrozenLinear>,
     /// Per head, from the latent space to values: [V, R].
     pub(crate) to_value: Vec<FrozenLinear>,
 }
@@ -65,8 +65,8 @@ impl LatentWeights {
         rope_apply(&mut rotated, self.n_heads, positions, &self.rope.table).expect(SHAPES);
         let absorbed = share::map(self.n_heads, |h| {
             let part = columns(q, all, &(h * head..h * head + self.nope_dim));
-            let mut y = self.into_latent[h].apply(&part);
-            adapters.iter().for_each(|adapter| adapter.into_latent(h, &part, &mut y));
+            let mut y = self.to_latent[h].apply(&part);
+            adapters.iter().for_each(|adapter| adapter.to_latent(h, &part, &mut y));
             y
         });
         let mut out = Vec::with_capacity(positions.len() * self.n_heads * width);
@@ -111,7 +111,7 @@ impl LatentWeights {
 
     /// Bytes in memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.into_latent.iter().chain(&self.to_value).map(FrozenLinear::bytes).sum()
+        self.to_latent.iter().chain(&self.to_value).map(FrozenLinear::bytes).sum()
     }
 }
 
@@ -180,7 +180,7 @@ impl LatentLora {
         }
     }
 
-    fn into_latent(&self, head: usize, q: &[f32], y: &mut [f32]) {
+    fn to_latent(&self, head: usize, q: &[f32], y: &mut [f32]) {
         self.add(q, &self.factors.keys[head], &self.factors.a_transposed, y);
     }
 
@@ -258,7 +258,7 @@ mod tests {
             eps: 1e-6,
             rope: Arc::new(Rotation { table, interleaved: true, magnitude: 1.0, frequencies }),
             scale: 0.25,
-            into_latent: (0..HEADS).map(|h| frozen(&transposed(h), RANK, NOPE)).collect(),
+            to_latent: (0..HEADS).map(|h| frozen(&transposed(h), RANK, NOPE)).collect(),
             to_value: (0..HEADS).map(|h| frozen(&head(h)[NOPE * RANK..], VALUE, RANK)).collect(),
         }
     }
