@@ -61,7 +61,7 @@ fn load(checkpoint: &Checkpoint) -> Stage {
 
 fn rows(id: u32, n: usize, adapter: Option<u32>) -> SequenceRows {
     SequenceRows {
-        id: id.into(),
+        state: id,
         rows: n as u32,
         pages: (16 * id..16 * id + 16).collect(),
         want: Want::AllLogits,
