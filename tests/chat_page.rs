@@ -3,7 +3,6 @@
 //!
 //! Without Chromium's driver or `python3` it says so and passes. `CHROMEDRIVER` names another driver; with
 //! `CHAT_PAGE_SHOTS` screenshots are left in that folder.
-#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
