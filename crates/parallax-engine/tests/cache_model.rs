@@ -1,6 +1,5 @@
 //! The page cache against a naive model that knows what is written on every page and what every recurrent state has seen:
 //! nobody's positions change under it, and what the prefix index hands out is what was asked for.
-#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
 use std::collections::BTreeMap;
 

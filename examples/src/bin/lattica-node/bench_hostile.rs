@@ -10,7 +10,7 @@ use clap::Args;
 use lattica_net::{Identity, Node, NodeConfig};
 use serde_json::{Value, json};
 use swarm_examples::{machine, program};
-use swarm_wire::{Cid, PeerId};
+use swarm_wire::Cid;
 use tokio::task::JoinSet;
 
 use self::attack::Attack;
