@@ -199,7 +199,8 @@ fn stacked_experts(mut tensors: Vec<Tensor>) -> Vec<Tensor> {
 fn changed(t: Tensor, config: &Value, architecture: &str, age: Age) -> Vec<Tensor> {
     let size = |name: &str| config[name].as_u64().unwrap_or(0) as usize;
     let delta = matches!(architecture, "qwen3next" | "qwen35" | "qwen35moe");
-    match t.name.rsplit_once("self_attn.").or(t.name.rsplit_once("mlp.")).map_or("", |(_, last)| last) {
+    let inside = |part: &str| t.name.rsplit_once(part).map(|(_, last)| last);
+    match inside("self_attn.").or_else(|| inside("mlp.")).unwrap_or_default() {
         // Each head's elements i and i + D/2 side by side.
         "q_proj.weight" | "k_proj.weight" if architecture == "llama" => {
             let (d, n) = (size("head_dim"), t.shape[0]);
