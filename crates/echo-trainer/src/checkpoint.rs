@@ -24,7 +24,7 @@ use crate::lease_set::LeaseSet;
 use crate::optim::{AdamW, Moments};
 use crate::parameters::{Parameter, Parameters};
 use crate::policy::Policy;
-use crate::trainer::{Trainer, origin};
+use crate::trainer::Trainer;
 
 /// Version of the manifest's format.
 pub const FORMAT: u32 = 1;
@@ -161,7 +161,7 @@ impl<P: Policy> Trainer<P> {
     /// # Errors
     /// When run, base checkpoint or shapes differ.
     pub fn resume(
-        mut policy: P,
+        policy: P,
         checkpoint: &TrainerCheckpoint,
         run: RunId,
         base_model_id: &str,
@@ -175,13 +175,12 @@ impl<P: Policy> Trainer<P> {
         let leaves = policy.leaves().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         same("parameters", m.parameters.join(" "), leaves.join(" "))?;
         let (masters, moments) = decode_state(&m.parameters, &checkpoint.payload)?;
-        let origin = origin(&m.config, &policy);
-        policy.assign(&masters)?;
-        let optimiser =
-            AdamW::resume(m.config.optim, &masters, m.optimiser_steps, moments).map_err(StepError::from)?;
+        // Made first, from the values that version 0 has, too.
         let mut trainer = Self::new(policy, m.config.clone())?;
-        trainer.origin = origin;
-        trainer.optimiser = optimiser;
+        trainer.policy.assign(&masters)?;
+        trainer.optimiser =
+            AdamW::resume(m.config.optim, &masters, m.optimiser_steps, moments).map_err(StepError::from)?;
+        trainer.masters = masters;
         trainer.version = m.version;
         trainer.consumed = m.consumed.clone();
         Ok(trainer)

@@ -39,7 +39,7 @@ pub trait Policy {
     where
         Self: Sized,
     {
-        Ok((self.token_logprobs(tokens, cu_seqlens)?, Box::new(|loss| read_gradients(self, loss))))
+        whole_pass(self, tokens, cu_seqlens)
     }
 }
 
@@ -69,12 +69,21 @@ impl Policy for TrainModel {
 
     fn pass(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<(Tensor<1>, Backward<'_>), StepError> {
         if !self.activation_checkpointing() {
-            let logprobs = Policy::token_logprobs(self, tokens, cu_seqlens)?;
-            return Ok((logprobs, Box::new(|loss| read_gradients(self, loss))));
+            return whole_pass(self, tokens, cu_seqlens);
         }
         let (logprobs, pass) = self.checkpointed_logprobs(tokens, cu_seqlens).map_err(StepError::model)?;
         Ok((logprobs, Box::new(|loss| read(self, pass.gradients(loss)))))
     }
+}
+
+/// A forward pass whose every value is kept on the tape.
+fn whole_pass<'a>(
+    policy: &'a impl Policy,
+    tokens: &[u32],
+    cu_seqlens: &[u32],
+) -> Result<(Tensor<1>, Backward<'a>), StepError> {
+    let logprobs = policy.token_logprobs(tokens, cu_seqlens)?;
+    Ok((logprobs, Box::new(|loss| read_gradients(policy, loss))))
 }
 
 /// The values of all leaves, copied to the host.

@@ -67,7 +67,7 @@ pub struct Trainer<P> {
     pub(crate) config: TrainerConfig,
     pub(crate) policy: P,
     /// The values at version 0, for a divergence from them.
-    pub(crate) origin: Option<Parameters>,
+    origin: Option<Parameters>,
     pub(crate) masters: Parameters,
     pub(crate) optimiser: AdamW,
     pub(crate) version: PolicyVersion,
@@ -95,7 +95,7 @@ impl<P: Policy> Trainer<P> {
         config.validate().map_err(StepError::model)?;
         let masters = read_parameters(&policy);
         let optimiser = AdamW::new(config.optim, &masters)?;
-        let origin = origin(&config, &policy);
+        let origin = config.divergence().map(|_| masters.clone());
         Ok(Self {
             config,
             policy,
@@ -304,11 +304,6 @@ impl<P: Policy> Trainer<P> {
         self.version = report.version;
         Ok(report)
     }
-}
-
-/// The values that `policy` begins with, where a divergence from them counts.
-pub(crate) fn origin(config: &TrainerConfig, policy: &impl Policy) -> Option<Parameters> {
-    config.divergence().map(|_| read_parameters(policy))
 }
 
 /// What `batch` says, without credit.

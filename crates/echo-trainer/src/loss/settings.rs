@@ -8,11 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::LossKind;
-use super::config::{Anchor, LossConfig, RatioLevel};
+use super::config::{Anchor, LossConfig, Normaliser, RatioLevel};
 use super::kl::KlTerm;
-
-/// The name of the preset whose length is the run's own.
-const DR_GRPO: &str = "dr_grpo";
 
 /// Makes a preset.
 type Make = fn() -> LossConfig;
@@ -22,7 +19,8 @@ const PRESETS: [(&str, Make); 16] = [
     ("grpo", LossConfig::grpo),
     ("bnpo", || LossConfig::trl(LossKind::Bnpo, 0.2, 0.2, None, 1)),
     ("dapo", LossConfig::dapo),
-    (DR_GRPO, || LossConfig::dr_grpo(1)),
+    // The length is the run's own: a file must name it.
+    ("dr_grpo", || LossConfig::dr_grpo(0)),
     ("gspo", LossConfig::gspo),
     ("gspo_token", LossConfig::gspo_token),
     ("cispo", LossConfig::cispo),
@@ -43,7 +41,7 @@ pub(super) enum LossSettingsError {
     #[error("preset = {name:?}: no loss has that name; there are {}", names())]
     Preset { name: String },
     #[error(
-        "preset = \"dr_grpo\" divides by a length that it does not name: add normaliser = {{ length = N }}, usually max_completion_tokens"
+        "dr_grpo divides by a length that is not named: add normaliser = {{ length = N }}, usually max_completion_tokens"
     )]
     Length,
     #[error("missing field `{part}`; give it, or a preset such as \"grpo\"")]
@@ -59,7 +57,7 @@ fn names() -> String {
 
 impl LossConfig {
     /// The loss that files call `name`, for example `grpo`, `dapo`, `gspo`, `decoupled_ppo` or `verl_cispo`; `None` when no
-    /// loss is called so. The constant of `dr_grpo` is 1 here and must be given in a file.
+    /// loss is called so. The constant of `dr_grpo` is 0 here, which no run takes: it must be given.
     pub fn preset(name: &str) -> Option<Self> {
         PRESETS.iter().find(|(known, _)| *known == name).map(|(_, make)| make())
     }
@@ -88,13 +86,14 @@ impl TryFrom<LossSettings> for LossConfig {
             Self::preset(name).ok_or_else(|| LossSettingsError::Preset { name: name.clone() })
         };
         let preset = given.preset.as_ref().map(named).transpose()?;
-        if given.preset.as_deref() == Some(DR_GRPO) && given.normaliser.is_none() {
+        let default = preset.unwrap_or_else(Self::grpo);
+        let normaliser = part("normaliser", preset.map(|p| p.normaliser), given.normaliser)?;
+        if normaliser == (Normaliser::SequenceMeanTokenSumNorm { length: 0 }) {
             return Err(LossSettingsError::Length);
         }
-        let default = preset.unwrap_or_else(Self::grpo);
         Ok(Self {
             surrogate: part("surrogate", preset.map(|p| p.surrogate), given.surrogate)?,
-            normaliser: part("normaliser", preset.map(|p| p.normaliser), given.normaliser)?,
+            normaliser,
             count_empty: given.count_empty.unwrap_or(default.count_empty),
             level: given.level.unwrap_or(default.level),
             anchor: given.anchor.unwrap_or(default.anchor),
@@ -155,7 +154,7 @@ mod tests {
         for (name, make) in PRESETS {
             let mut settings = json!({ "preset": name });
             let mut loss = make();
-            if name == DR_GRPO {
+            if name == "dr_grpo" {
                 settings["normaliser"] = json!({ "length": 64 });
                 loss = LossConfig::dr_grpo(64);
             }
@@ -165,8 +164,10 @@ mod tests {
         }
         let unknown = read(json!({ "preset": "dappo" })).unwrap_err();
         assert!(unknown.contains("dappo") && unknown.contains("decoupled_ppo, verl_vanilla"), "{unknown}");
-        let length = read(json!({ "preset": "dr_grpo" })).unwrap_err();
-        assert!(length.contains("normaliser = { length = N }"), "{length}");
+        for lengthless in [json!({ "preset": "dr_grpo" }), json!({ "preset": "dr_grpo", "normaliser": {} })] {
+            let length = read(lengthless).unwrap_err();
+            assert!(length.contains("normaliser = { length = N }"), "{length}");
+        }
     }
 
     #[test]
