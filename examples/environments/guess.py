@@ -5,7 +5,7 @@
 
 One JSON object a line in, one out, which repeats the question's "id". Nothing is remembered between lines: "said" names
 every turn so far, so this program may be killed and started again at any time. What is printed besides ends it, so debug
-prints go to stderr or a file.
+prints go to stderr or a file. Over HTTP, for many machines: serve.py.
 """
 
 import json
@@ -43,6 +43,7 @@ def answer(question):
     return judged(question["seed"], question["said"], cut=op == "cut")
 
 
-for line in sys.stdin:
-    question = json.loads(line)
-    print(json.dumps({"id": question["id"], **answer(question)}), flush=True)
+if __name__ == "__main__":
+    for line in sys.stdin:
+        question = json.loads(line)
+        print(json.dumps({"id": question["id"], **answer(question)}), flush=True)

@@ -10,7 +10,8 @@ use std::time::Duration;
 use echo_rollout::Task;
 use echo_rollout::environment::cards::Speaker;
 use echo_rollout::environment::maths::{BrokenLines, Maths};
-use echo_rollout::environment::{Environment, Guests, by_name_with};
+use echo_rollout::environment::{Environment, Guests, by_name_with, is_address};
+use echo_rollout::service::external::TIME_LIMIT;
 use echo_rollout::service::{
     Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, Replay, Spreads, VeriCommitter,
     Worker, WorkerConfig,
@@ -261,20 +262,37 @@ pub fn memory_blocks() -> Arc<dyn BlockStore> {
 }
 
 /// The environment called `name`, or the one in another program when one is given: the program, then its arguments. An
-/// opponent by its http address is asked there, with the key in `OPENAI_API_KEY` if there is one; `maths:FILE` reads the file.
+/// environment or an opponent by its http address is asked there, the latter with the key in `OPENAI_API_KEY` if there is one;
+/// `maths:FILE` reads the file.
 ///
 /// # Errors
-/// An unknown name; a program that cannot be started or does not introduce itself.
+/// An unknown name; a program or a server that cannot be asked or does not introduce itself.
 pub fn environment(name: &str, program: &[String]) -> anyhow::Result<Arc<dyn Environment>> {
+    let speaker = |who: &str| match who {
+        "self" => Err("an earlier version of the policy plays in one process only; train with \
+                       training-swarm solo"
+            .to_owned()),
+        address => endpoint(address),
+    };
+    environment_with(name, program, &Guests { speaker: &speaker, ..guests() })
+}
+
+/// Who comes to environments whatever is trained: question sets by their files, environments by their addresses.
+pub fn guests() -> Guests<'static> {
+    Guests { questions: &questions, elsewhere: &elsewhere, ..Guests::none() }
+}
+
+/// As [`environment`], with other guests.
+///
+/// # Errors
+/// As [`environment`].
+pub fn environment_with(
+    name: &str,
+    program: &[String],
+    guests: &Guests<'_>,
+) -> anyhow::Result<Arc<dyn Environment>> {
     let Some((program, arguments)) = program.split_first() else {
-        let speaker = |who: &str| match who {
-            "self" => Err("an earlier version of the policy plays in one process only; train with \
-                           training-swarm solo"
-                .to_owned()),
-            address => endpoint(address),
-        };
-        let guests = Guests { speaker: &speaker, questions: &questions, ..Guests::none() };
-        return Ok(Arc::from(by_name_with(name, &guests)?));
+        return Ok(Arc::from(by_name_with(name, guests)?));
     };
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     Ok(Arc::new(External::start(ExternalConfig::new(program, &arguments))?))
@@ -295,6 +313,11 @@ pub fn questions(path: &str, broken: BrokenLines) -> Result<Maths, String> {
         program::say(&format!("{path}: line {}: {}", b.line, b.reason));
     }
     Ok(maths)
+}
+
+/// The environment at an http address.
+fn elsewhere(address: &str) -> Result<Box<dyn Environment>, String> {
+    Ok(Box::new(External::connect(address, TIME_LIMIT).map_err(|e| e.to_string())?))
 }
 
 /// Who plays from an http address.
@@ -323,10 +346,10 @@ pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<
     Ok(model)
 }
 
-/// What reports call the environment of a run: the name in its settings, or what its program calls itself.
+/// What reports call the environment of a run: the name in its settings, or what its program or its server calls itself.
 pub fn environment_name(config: &RunConfig, environment: &dyn Environment) -> String {
-    let named = if config.environment_program.is_empty() { &config.environment } else { environment.name() };
-    named.to_owned()
+    let foreign = !config.environment_program.is_empty() || is_address(&config.environment);
+    if foreign { environment.name().to_owned() } else { config.environment.clone() }
 }
 
 /// Loads the model, with an adapter to train and once more to evaluate, and makes a learner of `environment` that answers

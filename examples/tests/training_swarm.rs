@@ -344,6 +344,17 @@ fn a_game_in_python_is_played_by_a_swarm() {
     let summary = lines.last().unwrap();
     assert_eq!((&summary["env"], &summary["trajectories"]["consumed"]), (&"guess".into(), &36.into()));
     learns_what_one_process_learns(dir.path(), settings, summary);
+
+    // The same from a server, which learner and workers ask.
+    let served = tempfile::tempdir().unwrap();
+    let server = concat!(env!("CARGO_MANIFEST_DIR"), "/environments/serve.py");
+    let mut server = Program::start("python3", &[server, "guess"]);
+    let url = server.next().expect("the server says its address")["url"].as_str().unwrap().to_owned();
+    let elsewhere = format!("eval_tasks = 6\nenvironment = \"{url}\"");
+    let lines = run(served.path(), &elsewhere, settings[1], &["--env", &url]);
+    assert_eq!(lines.last().unwrap()["env"], "guess");
+    let adapter = |dir: &Path| std::fs::read(dir.join("run/adapter.safetensors")).unwrap();
+    assert_eq!(adapter(served.path()), adapter(dir.path()), "the same game, the same adapter");
 }
 
 /// What `training-swarm` prints last.

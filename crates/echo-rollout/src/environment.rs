@@ -25,7 +25,7 @@ pub use arithmetic::Arithmetic;
 pub use calculator::Calculator;
 use cards::UnknownOpponent;
 pub use countdown::Countdown;
-pub use guests::{FindQuestions, Guests};
+pub use guests::{FindEnvironment, FindQuestions, Guests};
 pub use knights::Knights;
 use maths::BrokenLines;
 pub use maths::Maths;
@@ -288,12 +288,16 @@ pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
     by_name_with(name, &Guests::none())
 }
 
-/// The environment called `name`, with `guests` for opponents that are not scripted and for questions from files:
-/// `maths:FILE`, or `maths@skip:FILE` to leave out broken lines.
+/// The environment called `name`, with `guests` for opponents that are not scripted, for questions from files (`maths:FILE`, or
+/// `maths@skip:FILE` to leave out broken lines) and for an http address in place of a name.
 ///
 /// # Errors
 /// When there is none of that name, or a guest did not come.
 pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environment>, UnknownEnvironment> {
+    if is_address(name) {
+        let absent = |reason| UnknownEnvironment::Elsewhere { address: name.to_owned(), reason };
+        return (guests.elsewhere)(name).map_err(absent);
+    }
     if let Some(table) = cards::table(name, guests)? {
         return Ok(table);
     }
@@ -314,6 +318,11 @@ pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environme
     }
 }
 
+/// Whether `name` is an http address, where somebody else's environment is asked.
+pub fn is_address(name: &str) -> bool {
+    ["http://", "https://"].iter().any(|scheme| name.starts_with(scheme))
+}
+
 /// The file of `maths:FILE` or `maths@skip:FILE`, and what is done about its broken lines.
 fn question_file(name: &str) -> Option<(&str, BrokenLines)> {
     let (kind, file) = name.split_once(':').filter(|(_, file)| !file.is_empty())?;
@@ -329,9 +338,9 @@ fn question_file(name: &str) -> Option<(&str, BrokenLines)> {
 /// # Errors
 /// When there is none of that name.
 pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
-    use UnknownEnvironment::{Opponent, Questions};
+    use UnknownEnvironment::{Elsewhere, Opponent, Questions};
     match by_name(name) {
-        Ok(_) | Err(Opponent(UnknownOpponent::Absent { .. }) | Questions { .. }) => Ok(()),
+        Ok(_) | Err(Opponent(UnknownOpponent::Absent { .. }) | Questions { .. } | Elsewhere { .. }) => Ok(()),
         Err(error) => Err(error),
     }
 }
@@ -342,7 +351,7 @@ pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
 pub enum UnknownEnvironment {
     /// Not a name.
     #[error(
-        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-squares, sokoban-steps"
+        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-squares, sokoban-steps, http://HOST:PORT/"
     )]
     Name {
         /// The name that was asked for.
@@ -351,6 +360,14 @@ pub enum UnknownEnvironment {
     /// A game without such an opponent.
     #[error(transparent)]
     Opponent(#[from] UnknownOpponent),
+    /// Nobody makes tasks at an address.
+    #[error("environment {address}: {reason}")]
+    Elsewhere {
+        /// The address.
+        address: String,
+        /// Why not.
+        reason: String,
+    },
     /// A question set that cannot be had.
     #[error("{name}: {reason}")]
     Questions {
@@ -437,6 +454,8 @@ mod tests {
         let refused = by_name_with("maths:of/my:questions.jsonl", &guests).unwrap_err().to_string();
         assert!(refused.starts_with("maths:of/my") && refused.contains("line 2"), "{refused}");
         check_name("maths:anything").unwrap();
+        check_name("http://127.0.0.1:1/").unwrap();
+        assert!(by_name("http://127.0.0.1:1/").unwrap_err().to_string().contains("nobody is asked here"));
         for unknown in ["maths", "maths:", "maths@keep:file", "arithmetic:file"] {
             assert!(matches!(check_name(unknown), Err(UnknownEnvironment::Name { .. })), "{unknown}");
         }

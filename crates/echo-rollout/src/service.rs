@@ -11,6 +11,8 @@ pub mod external;
 pub mod journal;
 #[cfg(feature = "service")]
 pub mod payload_source;
+#[cfg(feature = "endpoint")]
+pub mod post;
 #[cfg(feature = "service")]
 pub mod referee;
 #[cfg(feature = "service")]
@@ -39,6 +41,8 @@ pub use external::{External, ExternalConfig, ExternalError};
 pub use journal::{Journal, JournalError};
 #[cfg(feature = "service")]
 pub use payload_source::{PayloadSource, Spreads};
+#[cfg(feature = "endpoint")]
+pub use post::HttpError;
 #[cfg(feature = "service")]
 pub use referee::{Referee, RefereeError, Referees};
 #[cfg(feature = "service")]

@@ -32,7 +32,7 @@ pub enum Mode {
 pub struct RunConfig {
     /// Names the run, and seeds its tasks, its sampling and the adapter's first values.
     pub seed: u64,
-    /// What is trained on, for example `arithmetic`.
+    /// What is trained on, for example `arithmetic`, or the http address of a server that is the environment.
     pub environment: String,
     /// A program that is the environment, with its arguments; empty for the built-in one called `environment`.
     pub environment_program: Vec<String>,

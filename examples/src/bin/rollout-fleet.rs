@@ -36,7 +36,7 @@ struct Args {
     /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache; the one that the trainer has
     #[arg(long, default_value = "tiny")]
     model: String,
-    /// The trainer's environment
+    /// The trainer's environment, or the http address at which it is asked
     #[arg(long, default_value = "arithmetic")]
     env: String,
     /// A program that is the environment instead, and its arguments (`--env-program python3 examples/environments/guess.py`);

@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use echo_rollout::environment::cards::{Shared, Speaker};
-use echo_rollout::environment::{Environment, Guests, by_name_with};
+use echo_rollout::environment::{Environment, Guests};
 use echo_trainer::RunConfig;
 use echo_trainer::exploitability::{ExploitabilityError, strategies};
 use echo_trainer::metrics::StepReport;
@@ -26,7 +26,7 @@ use swarm_wire::PolicyVersion;
 use crate::demo::plots::{Series, line_plot};
 use crate::program;
 use crate::rollouts::{
-    EngineSampler, ModelText, endpoint, environment, environment_name, questions, trainable,
+    EngineSampler, ModelText, endpoint, environment, environment_name, environment_with, guests, trainable,
 };
 
 /// Cached positions of the engine.
@@ -166,12 +166,8 @@ impl Bench {
             (Some(past), "self") => Ok(Arc::clone(past) as Arc<dyn Speaker>),
             _ => endpoint(who),
         };
-        let environment: Arc<dyn Environment> = if run.environment_program.is_empty() {
-            let guests = Guests { best: best.clone(), speaker: &speaker, questions: &questions };
-            Arc::from(by_name_with(&run.environment, &guests)?)
-        } else {
-            environment(&run.environment, &run.environment_program)?
-        };
+        let guests = Guests { best: best.clone(), speaker: &speaker, ..guests() };
+        let environment = environment_with(&run.environment, &run.environment_program, &guests)?;
         let env = environment_name(run, &*environment);
         let player = Player { sampler, text: text.clone(), environment };
         let solo = Solo::new(run, trainable(&checkpoint, run)?, player)?;

@@ -1,13 +1,18 @@
-//! What an environment takes that is no setting: opponents from outside, and question sets from files.
+//! What an environment takes that is no setting: opponents from outside, question sets from files, whole environments
+//! from elsewhere.
 
 use std::fmt;
 use std::sync::Arc;
 
+use super::Environment;
 use super::cards::{FindSpeaker, Shared};
 use super::maths::{BrokenLines, Maths};
 
 /// Reads the question set in a file, or says why there is none.
 pub type FindQuestions<'a> = dyn Fn(&str, BrokenLines) -> Result<Maths, String> + 'a;
+
+/// Meets the environment at an http address, or says why there is none.
+pub type FindEnvironment<'a> = dyn Fn(&str) -> Result<Box<dyn Environment>, String> + 'a;
 
 /// What only a caller can bring.
 pub struct Guests<'a> {
@@ -17,6 +22,8 @@ pub struct Guests<'a> {
     pub speaker: &'a FindSpeaker<'a>,
     /// Reads the file of `maths:FILE`.
     pub questions: &'a FindQuestions<'a>,
+    /// Asks who is at an http address that stands where a name does.
+    pub elsewhere: &'a FindEnvironment<'a>,
 }
 
 impl Guests<'static> {
@@ -26,6 +33,7 @@ impl Guests<'static> {
             best: None,
             speaker: &|_| Err("nobody answers here".to_owned()),
             questions: &|_, _| Err("no files are read here".to_owned()),
+            elsewhere: &|_| Err("nobody is asked here".to_owned()),
         }
     }
 }

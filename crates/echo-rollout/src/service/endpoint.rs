@@ -1,24 +1,16 @@
 //! An opponent behind an OpenAI-compatible API: any chat model, on this machine or elsewhere, plays the other seat.
 //!
 //! It is shown what the policy would be shown in its place, as user messages, with its own words between. An answer that is
-//! late, too long or no answer costs the hand, not the worker, and is never a reward. Each endpoint has a runtime of its own,
-//! because episodes ask from threads that belong to none.
+//! late, too long or no answer costs the hand, not the worker, and is never a reward.
 
 use std::fmt;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
-use reqwest::{Client, Url};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::runtime::{Builder, Runtime};
 
+use super::post::{HttpError, Post};
 use crate::environment::cards::{Said, Speaker};
-
-/// Most bytes of one answer.
-pub const MAX_ANSWER_BYTES: usize = 1024 * 1024;
-/// Beyond the time limit, which the client keeps itself: for the answer to come from its thread.
-const GRACE: Duration = Duration::from_secs(1);
 
 /// Whom to ask, and how.
 #[derive(Clone, PartialEq)]
@@ -63,40 +55,9 @@ impl fmt::Debug for EndpointConfig {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EndpointError {
-    /// Not a URL.
-    #[error("{url} is no http address: {reason}; it should look like http://127.0.0.1:3001/v1")]
-    Url {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// No thread to ask from.
-    #[error("no thread to ask {url} from: {source}")]
-    Runtime {
-        /// The endpoint.
-        url: String,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// It cannot be reached, or is late.
-    #[error("{url} does not answer: {reason}")]
-    Silent {
-        /// The endpoint.
-        url: String,
-        /// Why not.
-        reason: String,
-    },
-    /// It refused.
-    #[error("{url} answers with status {status}: {answer}")]
-    Status {
-        /// The endpoint.
-        url: String,
-        /// The HTTP status.
-        status: u16,
-        /// The first characters of the answer.
-        answer: String,
-    },
+    /// It cannot be asked, is late, or refused.
+    #[error(transparent)]
+    Http(#[from] HttpError),
     /// It answered something else.
     #[error("{url} answered {answer:?}, which is no chat completion: {reason}")]
     Answer {
@@ -112,23 +73,12 @@ pub enum EndpointError {
 /// A chat model behind an API.
 pub struct Endpoint {
     config: EndpointConfig,
-    target: Url,
-    client: Client,
-    /// Always there but for the drop, which must not wait in a runtime's thread.
-    runtime: Option<Runtime>,
+    post: Post,
 }
 
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Endpoint({:?})", self.config)
-    }
-}
-
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
     }
 }
 
@@ -138,40 +88,18 @@ impl Endpoint {
     /// # Errors
     /// An address that is none.
     pub fn new(config: EndpointConfig) -> Result<Self, EndpointError> {
-        let wrong = |reason: String| EndpointError::Url { url: config.url.clone(), reason };
-        let target =
-            Url::parse(&format!("{}/chat/completions", config.url)).map_err(|e| wrong(e.to_string()))?;
-        let client =
-            Client::builder().timeout(config.time_limit).build().map_err(|e| wrong(e.to_string()))?;
-        let runtime =
-            Builder::new_multi_thread().worker_threads(1).thread_name("endpoint").enable_all().build();
-        let runtime = runtime.map_err(|source| EndpointError::Runtime { url: config.url.clone(), source })?;
-        Ok(Self { config, target, client, runtime: Some(runtime) })
+        let post = Post::new(&format!("{}/chat/completions", config.url), config.time_limit)?;
+        Ok(Self { config, post })
     }
 
     /// Asks and waits.
     fn ask(&self, question: &Value) -> Result<String, EndpointError> {
-        let url = || self.config.url.clone();
-        let silent = |reason: String| EndpointError::Silent { url: url(), reason };
-        let Some(runtime) = &self.runtime else { return Err(silent("it is being dropped".to_owned())) };
-        let mut request = self.client.post(self.target.clone()).json(question);
-        if let Some(key) = &self.config.api_key {
-            request = request.bearer_auth(key);
-        }
-        let (send, answer) = sync_channel(1);
-        runtime.spawn(async move { _ = send.send(fetch(request).await) });
-        let received = answer.recv_timeout(self.config.time_limit + GRACE);
-        let (status, body) = received
-            .map_err(|e| match e {
-                RecvTimeoutError::Timeout => silent(format!("nothing within {:?}", self.config.time_limit)),
-                RecvTimeoutError::Disconnected => silent("its thread ended".to_owned()),
-            })?
-            .map_err(silent)?;
-        let beginning = || String::from_utf8_lossy(&body).chars().take(80).collect::<String>();
-        if !(200..300).contains(&status) {
-            return Err(EndpointError::Status { url: url(), status, answer: beginning() });
-        }
-        let wrong = |reason: String| EndpointError::Answer { url: url(), answer: beginning(), reason };
+        let body = self.post.ask(question, self.config.api_key.as_deref())?;
+        let wrong = |reason: String| EndpointError::Answer {
+            url: self.config.url.clone(),
+            answer: String::from_utf8_lossy(&body).chars().take(80).collect(),
+            reason,
+        };
         let completion: Completion = serde_json::from_slice(&body).map_err(|e| wrong(e.to_string()))?;
         let choice = completion.choices.into_iter().next().ok_or_else(|| wrong("no choices".to_owned()))?;
         Ok(choice.message.content.unwrap_or_default())
@@ -193,23 +121,6 @@ struct Message {
     content: Option<String>,
 }
 
-/// The status and the body, of at most [`MAX_ANSWER_BYTES`].
-async fn fetch(request: reqwest::RequestBuilder) -> Result<(u16, Vec<u8>), String> {
-    let words = |e: reqwest::Error| match e.is_timeout() {
-        true => "it took too long".to_owned(),
-        false => e.to_string(),
-    };
-    let mut response = request.send().await.map_err(words)?;
-    let mut body = Vec::new();
-    while let Some(part) = response.chunk().await.map_err(words)? {
-        if body.len() + part.len() > MAX_ANSWER_BYTES {
-            return Err(format!("its answer is longer than {MAX_ANSWER_BYTES} bytes"));
-        }
-        body.extend_from_slice(&part);
-    }
-    Ok((response.status().as_u16(), body))
-}
-
 impl Speaker for Endpoint {
     fn say(&self, before: &[Said], shown: &str, seed: u64) -> Result<String, String> {
         let message = |role: &str, content: &str| json!({"role": role, "content": content});
@@ -227,57 +138,11 @@ impl Speaker for Endpoint {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-    use std::net::TcpListener;
     use std::sync::Arc;
-    use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
     use crate::environment::{Guests, RewardError, Turn, by_name_with};
-
-    /// A server that answers each connection with the next of `answers` (silence for an empty one) and hands on what was
-    /// asked.
-    fn server(answers: Vec<String>) -> (String, Receiver<String>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}/v1", listener.local_addr().unwrap());
-        let (send, asked) = channel();
-        std::thread::spawn(move || {
-            let mut silent = Vec::new();
-            for answer in answers {
-                let (mut stream, _) = listener.accept().unwrap();
-                let (mut text, mut part) = (String::new(), [0; 4096]);
-                let whole = |text: &str| {
-                    let (head, body) = text.split_once("\r\n\r\n")?;
-                    let length = head
-                        .to_lowercase()
-                        .split_once("content-length: ")?
-                        .1
-                        .split("\r\n")
-                        .next()?
-                        .parse()
-                        .ok();
-                    (body.len() >= length?).then_some(())
-                };
-                while whole(&text).is_none() {
-                    let n = stream.read(&mut part).unwrap();
-                    text.push_str(&String::from_utf8_lossy(&part[..n]));
-                }
-                send.send(text).unwrap();
-                if answer.is_empty() {
-                    silent.push(stream);
-                } else {
-                    stream.write_all(answer.as_bytes()).unwrap();
-                }
-            }
-            // Connections that get no answer stay open until the test ends.
-            silent.extend(listener.accept().map(|(stream, _)| stream));
-        });
-        (url, asked)
-    }
-
-    fn http(status: &str, body: &str) -> String {
-        format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
-    }
+    use crate::service::post::tests::{http, server};
 
     fn says(words: &str) -> String {
         http(

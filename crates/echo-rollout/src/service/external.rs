@@ -1,30 +1,36 @@
-//! An environment in another program, in any language: JSON lines over its standard input and output.
+//! An environment in another program, in any language: JSON over its standard input and output, or over HTTP.
 //!
-//! One request and one answer a line; every request has a number, `"id"`, which its answer repeats. `{"op":"hello"}` is
-//! answered with `{"name","version","low","high","turns"}`; `{"op":"task","seed":7}` with `{"prompt","answer"}`;
+//! One question and one answer at a time: a line each way, or the body of a POST and of its reply. Every question has a
+//! number, `"id"`, which its answer repeats. `{"op":"hello"}` is answered with `{"name","version","low","high","turns"}`, over
+//! HTTP also `"at_once"`, how many questions it answers at a time; `{"op":"task","seed":7}` with `{"prompt","answer"}`;
 //! `{"op":"play","seed":7,"said":["...", ...]}`, which names every turn so far, with `{"observation":"..."}` or
-//! `{"reward":0.5,"components":{"correct":1}}`; `{"op":"cut",...}`, as play, with a reward. The program keeps no state
-//! between lines, so that it can be killed and started again at any time: one that is late, exits or answers nonsense
-//! costs a lease, not the worker. A stray line (a debug print, say) has the wrong number or none and ends the program, so
-//! that no answer is ever taken for another question's.
+//! `{"reward":0.5,"components":{"correct":1}}`; `{"op":"cut",...}`, as play, with a reward. Nothing is remembered between
+//! questions, so that a program can be killed and started again, and a server be asked by many machines: one that is late,
+//! gone or answers nonsense costs a lease, not the worker.
+
+#[cfg(feature = "endpoint")]
+mod address;
+mod program;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::ops::RangeInclusive;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+#[cfg(feature = "endpoint")]
+use super::post::HttpError;
 use crate::environment::{Environment, Episode, Reward, RewardError, Task, Turn};
 
 /// Most bytes of one answer.
-pub const MAX_ANSWER_BYTES: u64 = 1024 * 1024;
+pub const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+/// How long one answer may take, unless said otherwise.
+pub const TIME_LIMIT: Duration = Duration::from_secs(10);
+/// Most questions that are asked at once, whatever a server says.
+const MAX_AT_ONCE: u32 = 256;
 
 /// How the program is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +39,7 @@ pub struct ExternalConfig {
     pub program: String,
     /// Its arguments.
     pub arguments: Vec<String>,
-    /// How long one answer may take; then the program is killed and started again. Default: 10 s.
+    /// How long one answer may take; then the program is killed and started again. Default: [`TIME_LIMIT`].
     pub time_limit: Duration,
 }
 
@@ -43,7 +49,7 @@ impl ExternalConfig {
         Self {
             program: program.to_owned(),
             arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
-            time_limit: Duration::from_secs(10),
+            time_limit: TIME_LIMIT,
         }
     }
 }
@@ -74,11 +80,15 @@ pub enum ExternalError {
         /// The limit.
         limit_ms: u64,
     },
+    /// A server that cannot be asked, is late, or refuses.
+    #[cfg(feature = "endpoint")]
+    #[error(transparent)]
+    Http(#[from] HttpError),
     /// It answered something else.
-    #[error("{program} answered {answer:?}: {reason}")]
+    #[error("{who} answered {answer:?}: {reason}")]
     Answer {
-        /// The program.
-        program: String,
+        /// The program, or the address.
+        who: String,
         /// The first characters of the answer.
         answer: String,
         /// What is wrong with it.
@@ -86,6 +96,16 @@ pub enum ExternalError {
     },
 }
 
+/// Who is asked.
+trait Asked: Send + Sync {
+    /// What errors call it.
+    fn who(&self) -> &str;
+
+    /// One question, which gets a number, and the answer with the same number.
+    fn ask(&self, question: Value) -> Result<Value, ExternalError>;
+}
+
+/// How it introduces itself.
 #[derive(Debug, Deserialize)]
 struct Hello {
     name: String,
@@ -97,6 +117,9 @@ struct Hello {
     high: f32,
     #[serde(default = "one")]
     turns: u32,
+    /// How many questions it answers at once; a program at the other end of a pipe answers one.
+    #[serde(default = "one")]
+    at_once: u32,
 }
 
 fn one() -> u32 {
@@ -105,14 +128,6 @@ fn one() -> u32 {
 
 fn full() -> f32 {
     1.0
-}
-
-/// An answer with the number of its question.
-#[derive(Debug, Deserialize)]
-struct Numbered<A> {
-    id: u64,
-    #[serde(flatten)]
-    answer: A,
 }
 
 #[derive(Debug, Deserialize)]
@@ -130,33 +145,16 @@ struct TurnAnswer {
     components: BTreeMap<String, f32>,
 }
 
-/// The running program; killed when dropped. Its pipes belong to a thread, which ends with it, so that neither a program
-/// that does not read nor one that does not write holds anybody up for longer than the time limit.
-struct Running {
-    child: Child,
-    questions: SyncSender<String>,
-    answers: Receiver<String>,
-    /// Questions so far.
-    asked: u64,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        _ = self.child.kill();
-        _ = self.child.wait();
-    }
-}
-
 /// An environment in another program.
 pub struct External {
-    config: ExternalConfig,
+    asked: Box<dyn Asked>,
     hello: Hello,
-    running: Mutex<Option<Running>>,
+    at_once: usize,
 }
 
 impl fmt::Debug for External {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "External({} by {})", self.hello.name, self.config.program)
+        write!(f, "External({} by {})", self.hello.name, self.asked.who())
     }
 }
 
@@ -166,16 +164,29 @@ impl External {
     /// # Errors
     /// When it cannot be started or does not introduce itself.
     pub fn start(config: ExternalConfig) -> Result<Self, ExternalError> {
-        let running = Mutex::new(None);
-        let hello: Hello = ask(&config, &running, json!({ "op": "hello" }))?;
+        Ok(Self { at_once: 1, ..Self::meet(Box::new(program::Program::new(config)))? })
+    }
+
+    /// Asks the server at `url` for its name; each answer may take `time_limit`.
+    ///
+    /// # Errors
+    /// When `url` is no http address, or nobody introduces itself there.
+    #[cfg(feature = "endpoint")]
+    pub fn connect(url: &str, time_limit: Duration) -> Result<Self, ExternalError> {
+        Self::meet(Box::new(address::Address::new(url, time_limit)?))
+    }
+
+    fn meet(asked: Box<dyn Asked>) -> Result<Self, ExternalError> {
+        let hello: Hello = ask(&*asked, json!({ "op": "hello" }))?;
         if !(hello.low <= hello.high && hello.low.is_finite() && hello.high.is_finite()) || hello.turns == 0 {
             return Err(ExternalError::Answer {
-                program: config.program,
-                answer: format!("{hello:?}"),
+                who: asked.who().to_owned(),
+                answer: beginning(format!("{hello:?}").as_bytes()),
                 reason: "rewards need a finite range and there must be a turn".to_owned(),
             });
         }
-        Ok(Self { config, hello, running })
+        let at_once = hello.at_once.clamp(1, MAX_AT_ONCE) as usize;
+        Ok(Self { asked, hello, at_once })
     }
 
     fn failed(&self, reason: impl fmt::Display) -> RewardError {
@@ -184,7 +195,7 @@ impl External {
 
     fn turn(&self, op: &str, seed: u64, said: &[String]) -> Result<Turn, RewardError> {
         let question = json!({ "op": op, "seed": seed, "said": said });
-        let answer: TurnAnswer = ask(&self.config, &self.running, question).map_err(|e| self.failed(e))?;
+        let answer: TurnAnswer = ask(&*self.asked, question).map_err(|e| self.failed(e))?;
         match (answer.reward, answer.observation) {
             (Some(reward), None) => {
                 let components = answer.components.into_iter().collect();
@@ -196,73 +207,29 @@ impl External {
     }
 }
 
-/// One question, one answer; a program that misbehaves is killed and started again at the next question.
-fn ask<A: DeserializeOwned>(
-    config: &ExternalConfig,
-    running: &Mutex<Option<Running>>,
-    mut question: Value,
-) -> Result<A, ExternalError> {
-    let program = || config.program.clone();
-    let mut slot = running.lock().unwrap_or_else(PoisonError::into_inner);
-    // Taken out: whatever fails below drops it, which kills the program.
-    let mut process = match slot.take() {
-        Some(process) => process,
-        None => start(config)?,
-    };
-    process.asked += 1;
-    question["id"] = json!(process.asked);
-    process.questions.send(question.to_string()).map_err(|_| ExternalError::Ended { program: program() })?;
-    let line = process.answers.recv_timeout(config.time_limit).map_err(|error| match error {
-        RecvTimeoutError::Disconnected => ExternalError::Ended { program: program() },
-        RecvTimeoutError::Timeout => {
-            let limit_ms = u64::try_from(config.time_limit.as_millis()).unwrap_or(u64::MAX);
-            ExternalError::TimedOut { program: program(), limit_ms }
-        }
-    })?;
-    let wrong = |reason: String| ExternalError::Answer {
-        program: program(),
-        answer: line.trim_end().chars().take(80).collect(),
-        reason,
-    };
-    let answer: Numbered<A> = serde_json::from_str(&line).map_err(|e| wrong(e.to_string()))?;
-    if answer.id != process.asked {
-        return Err(wrong(format!("question {} needs an answer with this \"id\"", process.asked)));
-    }
-    *slot = Some(process);
-    Ok(answer.answer)
+/// One question and its answer, which has these fields.
+fn ask<A: DeserializeOwned>(asked: &dyn Asked, question: Value) -> Result<A, ExternalError> {
+    let answer = asked.ask(question)?;
+    A::deserialize(&answer).map_err(|e| ExternalError::Answer {
+        who: asked.who().to_owned(),
+        answer: beginning(answer.to_string().as_bytes()),
+        reason: e.to_string(),
+    })
 }
 
-fn start(config: &ExternalConfig) -> Result<Running, ExternalError> {
-    let failed = |source| ExternalError::Start { program: config.program.clone(), source };
-    let mut command = Command::new(&config.program);
-    command.args(&config.arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn().map_err(failed)?;
-    let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
-        return Err(failed(std::io::Error::other("no pipes")));
-    };
-    let (questions, next) = sync_channel(1);
-    let (send, answers) = sync_channel(1);
-    let talk = move || converse(input, output, &next, &send);
-    std::thread::Builder::new().name("external".to_owned()).spawn(talk).map_err(failed)?;
-    Ok(Running { child, questions, answers, asked: 0 })
+/// The JSON of `answer`, if it has the number of its question.
+fn numbered(who: &str, answer: &[u8], id: u64) -> Result<Value, ExternalError> {
+    let wrong = |reason| ExternalError::Answer { who: who.to_owned(), answer: beginning(answer), reason };
+    let value: Value = serde_json::from_slice(answer).map_err(|e| wrong(e.to_string()))?;
+    if value["id"] != id {
+        return Err(wrong(format!("question {id} needs an answer with this \"id\"")));
+    }
+    Ok(value)
 }
 
-/// One line out, one line in, until either side ends.
-fn converse(mut input: ChildStdin, output: ChildStdout, next: &Receiver<String>, send: &SyncSender<String>) {
-    let mut output = BufReader::new(output);
-    for question in next {
-        match writeln!(input, "{question}").and_then(|()| input.flush()) {
-            // A program may end after its last words; they are still read.
-            Err(e) if e.kind() != ErrorKind::BrokenPipe => return,
-            _ => {}
-        }
-        let mut line = Vec::new();
-        let read = output.by_ref().take(MAX_ANSWER_BYTES).read_until(b'\n', &mut line);
-        let whole = read.is_ok() && line.ends_with(b"\n");
-        if !whole || send.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
-            return;
-        }
-    }
+/// The first characters of an answer, for an error.
+fn beginning(answer: &[u8]) -> String {
+    String::from_utf8_lossy(answer).trim_end().chars().take(80).collect()
 }
 
 struct Play<'a> {
@@ -296,7 +263,7 @@ impl Environment for External {
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let question = json!({ "op": "task", "seed": seed });
-        let answer: TaskAnswer = ask(&self.config, &self.running, question).map_err(|e| self.failed(e))?;
+        let answer: TaskAnswer = ask(&*self.asked, question).map_err(|e| self.failed(e))?;
         Ok(Task { seed, prompt: answer.prompt, answer: answer.answer })
     }
 
@@ -308,9 +275,8 @@ impl Environment for External {
         self.hello.turns as usize
     }
 
-    /// One program answers one question at a time.
     fn concurrency(&self) -> usize {
-        1
+        self.at_once
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
