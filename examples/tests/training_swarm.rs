@@ -314,6 +314,22 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
     learns_what_one_process_learns(dir.path(), ["eval_tasks = 4", &steps_up_to(3)], summary);
 }
 
+#[test]
+fn groups_of_equal_rewards_are_replaced_as_in_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let trainer = "steps = 3\ngroups_per_step = 3\ngroup_size = 4\ndynamic_sampling = true\nmax_flat_groups = 6";
+    let settings = ["eval_tasks = 4", trainer];
+    let lines = run(dir.path(), settings[0], settings[1], &[]);
+    let summary = lines.last().unwrap();
+    let number = |value: &Value| value.as_u64().unwrap();
+    let flat: u64 = lines.iter().filter(|l| l["event"] == "step").map(|l| number(&l["flat_groups"])).sum();
+    assert!(flat > 0, "a model that knows little often fails a whole group: {summary}");
+    let counts = &summary["trajectories"];
+    assert_eq!((number(&counts["consumed"]), number(&counts["dropped_flat"])), (3 * 3 * 4, flat * 4), "{summary}");
+    assert_eq!((number(&counts["lost"]), number(&counts["open"])), (0, 0), "{summary}");
+    learns_what_one_process_learns(dir.path(), settings, summary);
+}
+
 /// One process with the same settings makes the same adapter, bit for bit, and reports the same of it.
 fn learns_what_one_process_learns(dir: &Path, [run, trainer]: [&str; 2], summary: &Value) {
     let (config, out) = (dir.join("solo.toml"), dir.join("solo"));

@@ -14,6 +14,8 @@ mod table;
 mod workers;
 
 #[cfg(test)]
+mod exhaustive;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod tests;
@@ -54,6 +56,8 @@ pub struct Dispatcher {
     deadlines: BTreeSet<(u64, LeaseId)>,
     groups_consumed: u64,
     groups_abandoned: u64,
+    /// Groups that were given up for equal rewards since the last commit.
+    flat_groups: u64,
     duplicates_refused: u64,
     late_refused: u64,
     twice_consumed: u64,
@@ -119,6 +123,7 @@ impl Dispatcher {
             deadlines: BTreeSet::new(),
             groups_consumed: 0,
             groups_abandoned: 0,
+            flat_groups: 0,
             duplicates_refused: 0,
             late_refused: 0,
             twice_consumed: 0,
@@ -160,6 +165,7 @@ impl Dispatcher {
             Command::Tick => Outcome::Done,
             Command::Verdict { lease, verdict } => self.verdict(lease, verdict),
             Command::Take { step, groups } => Outcome::Groups(self.take(step, groups as usize)),
+            Command::GiveBack { step, flat } => self.give_back(step, &flat),
             Command::Commit { step } => self.commit(step),
             Command::Recover { steps } => self.recover(steps),
         }
@@ -198,6 +204,11 @@ impl Dispatcher {
     /// How many groups were last asked to be open; 0 before the first were.
     pub fn asked_open(&self) -> u32 {
         self.asked_open
+    }
+
+    /// Groups that were given up for equal rewards since the last commit: for the step that comes next.
+    pub fn flat_groups(&self) -> u64 {
+        self.flat_groups
     }
 
     /// Samples that nobody works on.
@@ -290,6 +301,35 @@ impl Dispatcher {
         groups
     }
 
+    fn give_back(&mut self, step: u64, flat: &[GroupId]) -> Outcome {
+        for id in flat {
+            if self.groups.get(id).is_some_and(|g| g.step == Some(step)) {
+                self.abandon(*id, DropReason::Flat);
+                self.flat_groups += 1;
+            }
+        }
+        self.take_back(|of| of == step);
+        Outcome::Done
+    }
+
+    /// Groups that the learner has for these steps wait again, for the same ones. What is not to be trained on any more goes.
+    fn take_back(&mut self, these: impl Fn(u64) -> bool) {
+        let mut back = Vec::new();
+        for group in self.groups.values_mut() {
+            if let Some(step) = group.step.take_if(|step| these(*step)) {
+                group.again = Some(step);
+                back.extend(group.slots.iter().filter_map(|s| s.filled.as_ref()).map(|f| f.trajectory.id()));
+            }
+        }
+        for id in &back {
+            self.leases.set(*id, LeaseState::Received);
+        }
+        let convicted = |id: &LeaseId| self.trajectory(*id).is_some_and(|t| !self.is_admitted(t.worker()));
+        let convicted: Vec<LeaseId> = back.iter().filter(|id| convicted(id)).copied().collect();
+        convicted.into_iter().for_each(|id| self.drop_lease(id, DropReason::Convicted));
+        self.drop_stale();
+    }
+
     fn commit(&mut self, step: u64) -> Outcome {
         let done: Vec<GroupId> =
             self.groups.iter().filter(|(_, g)| g.step == Some(step)).map(|(id, _)| *id).collect();
@@ -311,6 +351,7 @@ impl Dispatcher {
         }
         if !done.is_empty() {
             self.steps = self.steps.max(step + 1);
+            self.flat_groups = 0;
             self.drop_stale();
         }
         Outcome::Committed(done.len())
@@ -327,21 +368,8 @@ impl Dispatcher {
         taken.range(..steps).for_each(|step| {
             self.commit(*step);
         });
-        let mut back = Vec::new();
-        for group in self.groups.values_mut() {
-            if let Some(step) = group.step.take() {
-                group.again = Some(step);
-                back.extend(group.slots.iter().filter_map(|s| s.filled.as_ref()).map(|f| f.trajectory.id()));
-            }
-        }
-        for id in &back {
-            self.leases.set(*id, LeaseState::Received);
-        }
-        let convicted = |id: &LeaseId| self.trajectory(*id).is_some_and(|t| !self.is_admitted(t.worker()));
-        let convicted: Vec<LeaseId> = back.iter().filter(|id| convicted(id)).copied().collect();
-        convicted.into_iter().for_each(|id| self.drop_lease(id, DropReason::Convicted));
         self.steps = self.steps.max(steps);
-        self.drop_stale();
+        self.take_back(|_| true);
         Outcome::Done
     }
 

@@ -119,11 +119,13 @@ pub enum DropReason {
     Unproven,
     /// Its group was given up after too many attempts.
     Abandoned,
+    /// Its group's rewards are all equal, and dynamic sampling has another group made instead.
+    Flat,
 }
 
 impl DropReason {
     /// All of them, in the order of [`crate::dispatcher::Counts::dropped`].
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Expired,
         Self::Disconnected,
         Self::Failed,
@@ -133,6 +135,7 @@ impl DropReason {
         Self::Convicted,
         Self::Unproven,
         Self::Abandoned,
+        Self::Flat,
     ];
 
     /// Its place in [`Self::ALL`].

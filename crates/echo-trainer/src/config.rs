@@ -40,8 +40,11 @@ pub struct TrainerConfig {
     pub advantage: AdvantageConfig,
     /// What is taken off rewards before credit is given.
     pub shaping: RewardShaping,
-    /// DAPO's dynamic sampling: groups whose rewards are all equal are spent without a step, and more are asked for.
+    /// DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are given up, and others made
+    /// instead.
     pub dynamic_sampling: bool,
+    /// Most groups of one step that dynamic sampling gives up; then the step is made with what there is.
+    pub max_flat_groups: u64,
     /// The loss.
     pub loss: LossConfig,
     /// The optimiser.
@@ -70,6 +73,7 @@ impl Default for TrainerConfig {
             advantage: AdvantageConfig::grpo(),
             shaping: RewardShaping::default(),
             dynamic_sampling: false,
+            max_flat_groups: 256,
             loss: LossConfig::grpo(),
             optim,
         }

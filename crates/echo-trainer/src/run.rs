@@ -117,9 +117,6 @@ pub enum RunFault {
         "audit_fraction and audit_first ask for audits but auditors names nobody: add an auditor's peer id, or set both to 0"
     )]
     NoAuditor,
-    /// A round of the learner is one step.
-    #[error("trainer.dynamic_sampling drops groups that a round of the learner counts on: set it to false")]
-    DynamicSampling,
     /// The trainer's settings.
     #[error("trainer: {0}")]
     Trainer(ConfigError),
@@ -186,9 +183,6 @@ impl RunConfig {
         }
         if self.is_audited() && self.auditors.is_empty() {
             faults.push(RunFault::NoAuditor);
-        }
-        if self.trainer.dynamic_sampling {
-            faults.push(RunFault::DynamicSampling);
         }
         // Checked here for the trainer's names of the settings; the dispatcher would name its own.
         faults.extend(self.trainer.faults().into_iter().map(RunFault::Trainer));
@@ -260,7 +254,6 @@ mod tests {
             ..RunConfig::default()
         };
         config.trainer.group_size = 0;
-        config.trainer.dynamic_sampling = true;
         config.trainer.lora_rank = 0;
         let text = config.validate().unwrap_err().to_string();
         for named in [
@@ -271,11 +264,10 @@ mod tests {
             "auditors",
             "group_size",
             "lora_rank",
-            "dynamic_sampling",
         ] {
             assert!(text.contains(named), "{named}: {text}");
         }
-        assert_eq!(text.lines().count(), 8, "{text}");
+        assert_eq!(text.lines().count(), 7, "{text}");
         let mut stale = RunConfig::default();
         stale.trainer.max_staleness = 2;
         assert!(stale.validate().unwrap_err().to_string().contains("max_staleness = 2"));

@@ -74,16 +74,6 @@ pub struct Trainer<P> {
     pub(crate) consumed: LeaseSet,
     pending: BTreeMap<u64, Group>,
     dropped_stale: u64,
-    flat_groups: u64,
-}
-
-/// What became of a group that was taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Intake {
-    /// It waits for a step.
-    Waits,
-    /// Dynamic sampling: its rewards are all equal, so it is spent without a step; another one is needed.
-    Flat,
 }
 
 impl<P: Policy> Trainer<P> {
@@ -106,7 +96,6 @@ impl<P: Policy> Trainer<P> {
             consumed: LeaseSet::default(),
             pending: BTreeMap::new(),
             dropped_stale: 0,
-            flat_groups: 0,
         })
     }
 
@@ -149,7 +138,7 @@ impl<P: Policy> Trainer<P> {
     ///
     /// # Errors
     /// When it is malformed, too old, was delivered before, or the queue is full; nothing of it is kept then.
-    pub fn add_group(&mut self, group: Group) -> Result<Intake, AddError> {
+    pub fn add_group(&mut self, group: Group) -> Result<(), AddError> {
         let id = group.id;
         if self.pending.len() >= self.config.max_pending_groups {
             return Err(AddError::Full { limit: self.config.max_pending_groups });
@@ -184,25 +173,32 @@ impl<P: Policy> Trainer<P> {
         if self.pending.contains_key(&id) {
             return Err(malformed("its number was used before"));
         }
-        let rewards: Vec<f64> = group.rollouts.iter().map(|r| self.shaped(r)).collect();
-        if self.config.dynamic_sampling && is_degenerate(&rewards) {
-            self.flat_groups += 1;
-            group.rollouts.iter().for_each(|r| _ = self.consumed.insert(r.lease));
-            return Ok(Intake::Flat);
-        }
         self.pending.insert(id, group);
-        Ok(Intake::Waits)
+        Ok(())
+    }
+
+    /// Which of the groups for one step dynamic sampling gives up, of which it has given up `given_up` before: those whose
+    /// rewards, with the penalty for length, are all equal; in order of their numbers, so that it does not matter which came
+    /// first.
+    pub fn flat(&self, groups: &[Group], given_up: u64) -> Vec<u64> {
+        if !self.config.dynamic_sampling {
+            return Vec::new();
+        }
+        let mut flat: Vec<u64> = groups.iter().filter(|g| self.is_flat(g)).map(|g| g.id).collect();
+        flat.sort_unstable();
+        let left = self.config.max_flat_groups.saturating_sub(given_up);
+        flat.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+        flat
+    }
+
+    fn is_flat(&self, group: &Group) -> bool {
+        is_degenerate(&group.rollouts.iter().map(|r| self.shaped(r)).collect::<Vec<_>>())
     }
 
     /// The reward with the penalty for its length: what a tool or another player said is not the policy's doing.
     fn shaped(&self, rollout: &Rollout) -> f64 {
         let overlong = self.config.shaping.overlong;
         rollout.reward + overlong.map_or(0.0, |o| o.of(rollout.trainable.iter().filter(|t| **t).count()))
-    }
-
-    /// Groups that dynamic sampling spent without a gradient, because their rewards were all equal.
-    pub fn flat_groups(&self) -> u64 {
-        self.flat_groups
     }
 
     fn age(&self, version: PolicyVersion) -> u64 {
@@ -261,9 +257,7 @@ impl<P: Policy> Trainer<P> {
             return Err(StepError::TooFewGroups { needed, got: self.pending.len() });
         }
         let batch: Vec<&Group> = self.pending.values().take(needed).collect();
-        let degenerate =
-            |g: &&&Group| is_degenerate(&g.rollouts.iter().map(|r| self.shaped(r)).collect::<Vec<_>>());
-        let degenerate_groups = batch.iter().filter(degenerate).count();
+        let degenerate_groups = batch.iter().filter(|g| self.is_flat(g)).count();
         let mut samples = samples(&batch);
         if let Some(origin) = &self.origin {
             // The same model with the values that it began with: a second one would need its memory again.
@@ -403,17 +397,20 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn dynamic_sampling_spends_flat_groups_without_a_step() {
-        let config = TrainerConfig { dynamic_sampling: true, ..config() };
-        let mut trainer = Trainer::new(Bigram::new(4), config).unwrap();
-        let mut flat = group(trainer.policy(), 0, PolicyVersion(0));
-        flat.rollouts.iter_mut().for_each(|r| r.reward = 1.0);
-        let mut mixed = group(trainer.policy(), 1, PolicyVersion(0));
-        (mixed.rollouts[0].reward, mixed.rollouts[1].reward) = (1.0, 0.0);
-        assert_eq!(trainer.add_group(flat.clone()), Ok(Intake::Flat));
-        assert_eq!(trainer.add_group(mixed), Ok(Intake::Waits));
-        assert_eq!((trainer.pending(), trainer.flat_groups(), trainer.consumed().len()), (1, 1, 4));
-        assert!(matches!(trainer.add_group(flat), Err(AddError::Duplicate { .. })));
+    fn dynamic_sampling_gives_up_flat_groups_in_order_as_far_as_it_may() {
+        let rewarded = |id, rewards: [f64; 4]| {
+            let mut group = group(&Bigram::new(4), id, PolicyVersion(0));
+            group.rollouts.iter_mut().zip(rewards).for_each(|(r, reward)| r.reward = reward);
+            group
+        };
+        let groups = [rewarded(5, [1.0; 4]), rewarded(3, [1.0, 0.0, 0.0, 0.0]), rewarded(2, [0.5; 4])];
+        let flat = |dynamic_sampling, given_up| {
+            let config = TrainerConfig { dynamic_sampling, max_flat_groups: 4, ..config() };
+            Trainer::new(Bigram::new(4), config).unwrap().flat(&groups, given_up)
+        };
+        assert_eq!(flat(true, 0), [2, 5]);
+        assert_eq!(flat(true, 3), [2], "one is left");
+        assert!(flat(true, 9).is_empty() && flat(false, 0).is_empty());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use swarm_examples::training::{
 ///
 /// Report of a run (--json): one line per event, {"event":"ready",peer,addrs,env}, {"event":"eval",version,eval,eval_greedy},
 /// {"event":"step",version,reward,loss,ratio_deviation_max,grad_norm,staleness_max,staleness_mean,workers,ahead,
-/// update_bytes,completion_tokens,rollouts_s,train_s,step_s}, {"event":"convicted",peer,audits}; the last line is the summary, in the fields of demo-swarm's report.
+/// update_bytes,flat_groups,completion_tokens,rollouts_s,train_s,step_s}, {"event":"convicted",peer,audits}; the last line is the summary, in the fields of demo-swarm's report.
 /// Plots (SVG) and report.html, one page with all of them, go into the run's directory.
 #[derive(Debug, Parser)]
 #[command(

@@ -83,6 +83,14 @@ pub enum Command {
         /// How many groups.
         groups: u32,
     },
+    /// The learner cannot learn from some of the groups that it took for a step: they are given up, and the others wait for the
+    /// same step until there are enough.
+    GiveBack {
+        /// Its step.
+        step: u64,
+        /// The groups whose rewards are all equal.
+        flat: Vec<GroupId>,
+    },
     /// The step's weights, optimiser and random state are on disk.
     Commit {
         /// The step.

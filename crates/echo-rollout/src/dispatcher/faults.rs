@@ -133,6 +133,12 @@ impl Trainer {
                         if taken.is_empty() {
                             break;
                         }
+                        // Dynamic sampling finds one that it cannot learn from.
+                        if context.random().chance(0.1) {
+                            let flat = vec![taken[0].id];
+                            self.handle(now, Command::GiveBack { step, flat });
+                            continue;
+                        }
                         self.batch = taken;
                     }
                     let ready = self.dispatcher.ready_groups().len();

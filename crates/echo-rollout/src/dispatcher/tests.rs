@@ -314,6 +314,35 @@ fn a_sample_that_nobody_delivers_ends_its_group() {
     d.check_invariants().unwrap();
 }
 
+#[test]
+fn groups_of_equal_rewards_are_given_up_and_the_others_wait_for_the_same_step() {
+    let mut d = open(DispatchConfig { audit: AuditPolicy::default(), ..config() });
+    let made = |d: &mut Dispatcher, now| {
+        while let [lease, ..] = leased(d, now, 1, 1)[..] {
+            assert_eq!(submit(d, now, 1, lease), Submission::Accepted);
+        }
+    };
+    let numbers = |outcome| match outcome {
+        Outcome::Groups(groups) => groups.iter().map(|g| g.id.0).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    made(&mut d, 0);
+    assert_eq!(numbers(d.handle(1, Command::Take { step: 0, groups: 2 })), [0, 1]);
+    // What is not with the learner is not given back.
+    d.handle(2, Command::GiveBack { step: 7, flat: vec![GroupId(1)] });
+    d.handle(2, Command::GiveBack { step: 0, flat: vec![GroupId(0), GroupId(9)] });
+    d.check_invariants().unwrap();
+    let counts = d.counts();
+    assert_eq!((counts.dropped_for(DropReason::Flat), counts.open, d.flat_groups()), (3, 3, 1));
+    assert!(numbers(d.handle(3, Command::Take { step: 0, groups: 2 })).is_empty(), "one too few");
+    d.handle(3, Command::OpenGroups { up_to: 2 });
+    made(&mut d, 4);
+    assert_eq!(numbers(d.handle(5, Command::Take { step: 0, groups: 2 })), [1, 2]);
+    d.handle(6, Command::Commit { step: 0 });
+    assert_eq!((d.counts().consumed, d.counts().open, d.flat_groups()), (6, 0, 0));
+    d.check_invariants().unwrap();
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Lease(u8, u32),
@@ -325,6 +354,7 @@ enum Op {
     Wait(u64),
     Verdict(usize, u8),
     Take,
+    GiveBack(u64),
     Commit,
     Version,
     Open,
@@ -343,6 +373,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0u64..200).prop_map(Op::Wait),
         4 => (0usize..40, 0u8..8).prop_map(|(l, v)| Op::Verdict(l, v)),
         2 => Just(Op::Take),
+        1 => (0u64..8).prop_map(Op::GiveBack),
         2 => Just(Op::Commit),
         1 => Just(Op::Version),
         1 => Just(Op::Open),
@@ -393,6 +424,9 @@ proptest! {
                 }
                 Op::Take => {
                     d.handle(now, Command::Take { step, groups: 1 });
+                }
+                Op::GiveBack(flat) => {
+                    d.handle(now, Command::GiveBack { step, flat: vec![GroupId(flat)] });
                 }
                 Op::Commit => {
                     d.handle(now, Command::Commit { step });

@@ -43,7 +43,7 @@ use crate::admission::Admission;
 use crate::config::{DispatchConfig, InvalidConfig};
 use crate::dispatcher::{Broken, Command, Counts, Dispatcher, Outcome, Refusal, Submission};
 use crate::group::Group;
-use crate::lease::LeaseId;
+use crate::lease::{GroupId, LeaseId};
 use crate::snapshot::SignedSnapshot;
 use crate::sync::{Action, OutOfOrder, Phase, SequentialSync, View};
 
@@ -397,6 +397,19 @@ impl Collector {
     pub async fn take(&self, step: u64, groups: u32) -> Result<Vec<Group>, CollectorError> {
         let taken = self.command(Command::Take { step, groups }).await?;
         Ok(if let Outcome::Groups(groups) = taken { groups } else { Vec::new() })
+    }
+
+    /// The learner gives back what it took for `step`: the `flat` groups are given up, the others wait for it.
+    ///
+    /// # Errors
+    /// When the journal refuses.
+    pub async fn give_back(&self, step: u64, flat: Vec<GroupId>) -> Result<(), CollectorError> {
+        self.command(Command::GiveBack { step, flat }).await.map(|_| ())
+    }
+
+    /// Groups that were given up for equal rewards since the last commit.
+    pub fn flat_groups(&self) -> u64 {
+        self.inner.state().dispatcher.flat_groups()
     }
 
     /// The learner's `step` is on disk: its groups are consumed.

@@ -7,7 +7,7 @@ use swarm_wire::{DecodeError, PeerId, PolicyVersion};
 
 use super::{message, trajectory};
 use crate::dispatcher::{AuditOutcome, Command};
-use crate::lease::LeaseId;
+use crate::lease::{GroupId, LeaseId};
 
 /// One line of a journal.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,6 +71,9 @@ pub fn encode_entry(now_ms: u64, command: &Command) -> Vec<u8> {
             C::Verdict(proto::VerdictCommand { lease: lease.0, verdict: verdict.into() })
         }
         Command::Take { step, groups } => C::Take(proto::TakeCommand { step: *step, groups: *groups }),
+        Command::GiveBack { step, flat } => {
+            C::GiveBack(proto::GiveBackCommand { step: *step, flat: flat.iter().map(|g| g.0).collect() })
+        }
         Command::Commit { step } => C::Commit(*step),
         Command::Recover { steps } => C::Recover(*steps),
     };
@@ -120,6 +123,9 @@ pub fn decode_entry(bytes: &[u8]) -> Result<Entry, DecodeError> {
             Command::Verdict { lease: LeaseId(m.lease), verdict }
         }
         C::Take(m) => Command::Take { step: m.step, groups: m.groups },
+        C::GiveBack(m) => {
+            Command::GiveBack { step: m.step, flat: m.flat.into_iter().map(GroupId).collect() }
+        }
         C::Commit(step) => Command::Commit { step },
         C::Recover(steps) => Command::Recover { steps },
     };
@@ -153,6 +159,7 @@ mod tests {
             Command::Verdict { lease: LeaseId(1), verdict: AuditOutcome::Unproven },
             Command::Verdict { lease: LeaseId(1), verdict: AuditOutcome::Withheld },
             Command::Take { step: 0, groups: 0 },
+            Command::GiveBack { step: 3, flat: vec![GroupId(0), GroupId(7)] },
             Command::Commit { step: 0 },
             Command::Recover { steps: 0 },
         ];

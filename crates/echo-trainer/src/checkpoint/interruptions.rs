@@ -1,5 +1,5 @@
 //! A run that is killed before any of its writes, and again soon after, against one that is left alone: the same weights,
-//! moments, books and published versions, bit for bit, in both modes.
+//! moments, books and published versions, bit for bit, in both modes, with dynamic sampling and without.
 //!
 //! The schedule depends only on what was written down, so that both runs see the same events. Workers are other machines:
 //! they keep what they have in hand, and the versions that they were given.
@@ -13,7 +13,7 @@ use echo_rollout::rollout::{Finish, Sample, Step};
 use echo_rollout::staleness::StalenessBound;
 use echo_rollout::sync::{Action, SequentialConfig, SequentialSync, View};
 use echo_rollout::wire::{Entry, decode_entry, encode_entry};
-use echo_rollout::{DispatchConfig, Dispatcher, Lease, Trajectory};
+use echo_rollout::{DispatchConfig, Dispatcher, DropReason, GroupId, Lease, Trajectory};
 use swarm_wire::PeerId;
 
 use super::*;
@@ -27,6 +27,9 @@ use crate::trainer::tests::config;
 const WORKERS: u64 = 3;
 /// Samples that are leased while a step of the asynchronous mode trains, beyond those that it needs.
 const MEANWHILE: u64 = 3;
+
+/// How rollouts and training alternate, and whether groups of equal rewards are replaced.
+type Kind = (Mode, bool);
 
 /// The learner's process has ended.
 #[derive(Debug)]
@@ -100,9 +103,18 @@ struct Learner {
 
 impl Learner {
     /// What is on `disk`, as a process finds it that starts.
-    fn open(mode: Mode, disk: Disk) -> Self {
+    fn open((mode, dynamic_sampling): Kind, disk: Disk) -> Self {
         let (max_staleness, publish_every) = if mode == Mode::Async { (3, 2) } else { (0, 1) };
-        let trainer = TrainerConfig { steps: 5, group_size: 2, max_staleness, ..config() };
+        // Few enough that some step is made with what there is.
+        let max_flat_groups = 2;
+        let trainer = TrainerConfig {
+            steps: 5,
+            group_size: 2,
+            max_staleness,
+            dynamic_sampling,
+            max_flat_groups,
+            ..config()
+        };
         let run = RunConfig { mode, publish_every, trainer, ..RunConfig::default() };
         let dispatch = DispatchConfig { lease_ttl_ms: u32::MAX, ..run.dispatch(0) };
         assert_eq!(dispatch.staleness, StalenessBound(max_staleness));
@@ -139,6 +151,17 @@ impl Learner {
     fn take(&mut self, step: u64, groups: u32) -> Result<Vec<echo_rollout::Group>, Killed> {
         let Outcome::Groups(groups) = self.handle(Command::Take { step, groups })? else { panic!("groups") };
         Ok(groups)
+    }
+
+    /// Whether dynamic sampling wants others for `step` than these.
+    fn gave_back(&mut self, step: u64, groups: &[echo_rollout::Group]) -> Result<bool, Killed> {
+        let batch: Vec<Group> = groups.iter().map(Group::from).collect();
+        let flat = self.trainer.flat(&batch, self.dispatcher.flat_groups());
+        if flat.is_empty() {
+            return Ok(false);
+        }
+        let flat = flat.into_iter().map(GroupId).collect();
+        self.handle(Command::GiveBack { step, flat }).map(|_| true)
     }
 
     fn learn(&mut self, groups: &[echo_rollout::Group]) -> Result<(), Killed> {
@@ -234,8 +257,10 @@ impl Learner {
                 }
                 Some(Action::Train { step, groups }) => {
                     let batch = self.take(step, groups)?;
-                    self.learn(&batch)?;
-                    sync.handle_trained().unwrap();
+                    if !self.gave_back(step, &batch)? {
+                        self.learn(&batch)?;
+                        sync.handle_trained().unwrap();
+                    }
                 }
                 Some(Action::Commit { step }) => {
                     self.handle(Command::Commit { step })?;
@@ -258,8 +283,11 @@ impl Learner {
                 match action {
                     Action::OpenGroups { up_to } => _ = self.handle(Command::OpenGroups { up_to })?,
                     Action::Train { step, groups } => {
-                        batch = self.take(step, groups)?;
-                        c.handle_training(0, 0).unwrap();
+                        let taken = self.take(step, groups)?;
+                        if !self.gave_back(step, &taken)? {
+                            batch = taken;
+                            c.handle_training(0, 0).unwrap();
+                        }
                     }
                     Action::Commit { step } => {
                         self.handle(Command::Commit { step })?;
@@ -287,11 +315,11 @@ impl Learner {
 }
 
 /// The run to its end, through a process that is killed before each of these writes, counted from its start.
-fn finished(mode: Mode, kills: &[usize]) -> (Learner, Swarm) {
+fn finished(kind: Kind, kills: &[usize]) -> (Learner, Swarm) {
     let (mut disk, mut swarm, mut kills) = (Disk::default(), Swarm::default(), kills.iter());
     loop {
         disk.kill_at = kills.next().map(|after| disk.writes + after);
-        let mut learner = Learner::open(mode, disk);
+        let mut learner = Learner::open(kind, disk);
         if learner.run(&mut swarm).is_ok() {
             // One that was killed near the end has not heard all workers since; they ask once more, and hear that it is over.
             for i in 0..WORKERS {
@@ -306,21 +334,23 @@ fn finished(mode: Mode, kills: &[usize]) -> (Learner, Swarm) {
 
 #[test]
 fn a_run_killed_before_any_write_ends_as_the_one_that_was_left_alone() {
-    for mode in [Mode::Sequential, Mode::Async] {
-        let (whole, given) = finished(mode, &[]);
+    let kinds = [Mode::Sequential, Mode::Async].map(|mode| [(mode, false), (mode, true)]);
+    for kind @ (mode, dynamic_sampling) in kinds.into_iter().flatten() {
+        let (whole, given) = finished(kind, &[]);
         let counts = whole.dispatcher.counts();
-        assert_eq!((counts.consumed, counts.open), (5 * 4, 0), "{mode:?}: {counts:?}");
+        assert_eq!((counts.consumed, counts.open), (5 * 4, 0), "{kind:?}: {counts:?}");
+        assert_eq!(counts.dropped_for(DropReason::Flat) > 0, dynamic_sampling, "{kind:?}: {counts:?}");
         assert_eq!(counts.staleness_max > 0, mode == Mode::Async, "{counts:?}");
         assert!(whole.disk.writes > 50, "{}", whole.disk.writes);
         for at in 0..whole.disk.writes {
-            let (killed, taken) = finished(mode, &[at, at * 7 % 11]);
+            let (killed, taken) = finished(kind, &[at, at * 7 % 11]);
             let again = killed.disk.journal.iter().map(|entry| decode_entry(entry).unwrap());
             let again = again.filter(|e| matches!(e, Entry::Command(_, Command::Recover { .. }))).count();
-            assert!((1..=2).contains(&again) || at == 0, "{mode:?}, {at}: it was not killed");
-            assert_eq!(killed.disk.checkpoint, whole.disk.checkpoint, "{mode:?}, killed before write {at}");
-            assert_eq!(killed.dispatcher, whole.dispatcher, "{mode:?}, killed before write {at}");
+            assert!((1..=2).contains(&again) || at == 0, "{kind:?}, {at}: it was not killed");
+            assert_eq!(killed.disk.checkpoint, whole.disk.checkpoint, "{kind:?}, killed before write {at}");
+            assert_eq!(killed.dispatcher, whole.dispatcher, "{kind:?}, killed before write {at}");
             let versions = |swarm: &Swarm| swarm.published.keys().copied().collect::<Vec<_>>();
-            assert_eq!(versions(&taken), versions(&given), "{mode:?}, killed before write {at}");
+            assert_eq!(versions(&taken), versions(&given), "{kind:?}, killed before write {at}");
         }
     }
 }

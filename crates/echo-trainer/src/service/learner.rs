@@ -19,6 +19,7 @@
 //! ```
 
 mod asynchronous;
+mod events;
 mod published;
 
 use std::collections::BTreeSet;
@@ -34,9 +35,9 @@ use echo_rollout::service::{Collector, CollectorConfig, CollectorError};
 use echo_rollout::snapshot::SignedSnapshot;
 use echo_rollout::sync::{SequentialConfig, SequentialSync};
 use echo_rollout::text::Text;
+use echo_rollout::{DropReason, GroupId};
 use lattica_bitswap::{Blocks, PublishError};
 use lattica_net::Node;
-use serde::Serialize;
 use swarm_wire::signed::Signer;
 use swarm_wire::{PeerId, PolicyVersion};
 use tokio::task::JoinHandle;
@@ -49,6 +50,8 @@ use crate::error::{AddError, StepError};
 use crate::metrics::StepReport;
 use crate::run::{Mode, RunConfig, RunFaults};
 use crate::trainer::{Group, Trainer};
+
+pub use events::{LearnerEvent, RunSummary, StalenessCounts, StepEvent, TrajectoryCounts};
 
 /// The journal of leases and trajectories, in the run's directory.
 pub const JOURNAL: &str = "rollouts.redb";
@@ -76,110 +79,6 @@ pub struct Parts<P> {
     pub vocabulary: u32,
     /// Bytes of all weights, to compare an update with.
     pub full_bytes: u64,
-}
-
-/// What a learner tells of its run.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum LearnerEvent {
-    /// The policy was measured.
-    Eval(Evaluation),
-    /// A step was made, written down and published.
-    Step(StepEvent),
-    /// A worker was found to compute something else than it says.
-    Convicted {
-        /// The worker.
-        peer: PeerId,
-        /// Audits of it, the one that found it included.
-        audits: u64,
-    },
-}
-
-/// One step.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct StepEvent {
-    /// The version that it made.
-    pub version: PolicyVersion,
-    /// Mean reward of its rollouts.
-    pub reward: f64,
-    /// The loss.
-    pub loss: f64,
-    /// Largest `|ratio - 1|` between learner and sampler.
-    pub ratio_deviation_max: f64,
-    /// Gradient norm before clipping.
-    pub grad_norm: f64,
-    /// Age of its oldest rollout, in versions.
-    pub staleness_max: u64,
-    /// Mean age of its rollouts.
-    pub staleness_mean: f64,
-    /// Workers that were there when it was made.
-    pub workers: usize,
-    /// Batches that were open beyond the one in training: the part of the budget that is in use.
-    pub ahead: u64,
-    /// Bytes of the published update.
-    pub update_bytes: u64,
-    /// Sampled tokens that it trained on.
-    pub completion_tokens: usize,
-    /// Seconds that the learner waited for its rollouts.
-    pub rollouts_s: f64,
-    /// Seconds of training, writing and publishing.
-    pub train_s: f64,
-    /// Seconds of the whole step.
-    pub step_s: f64,
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct RunSummary {
-    /// Versions after the base model.
-    pub versions: u64,
-    /// Share of the loop in which the learner trained.
-    pub learner_utilisation: f64,
-    /// Where the leases went.
-    pub trajectories: TrajectoryCounts,
-    /// Ages of what was trained on.
-    pub staleness: StalenessCounts,
-    /// Trajectories of convicted workers that had been trained on before.
-    pub poisoned_trained: u64,
-    /// Bytes of the newest update.
-    pub update_bytes: u64,
-    /// Bytes of all weights.
-    pub full_bytes: u64,
-    /// The newest adapter; none when no step was made.
-    pub adapter: Option<PathBuf>,
-}
-
-/// Where the leases went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct TrajectoryCounts {
-    /// Given out.
-    pub leased: u64,
-    /// Trained on.
-    pub consumed: u64,
-    /// Too old.
-    pub dropped_stale: u64,
-    /// Refused by admission or audit.
-    pub rejected: u64,
-    /// In no state: always 0.
-    pub lost: u64,
-    /// Trained on twice: always 0.
-    pub duplicated: u64,
-    /// Not ended yet.
-    pub open: u64,
-}
-
-/// Ages of what was trained on, in versions.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct StalenessCounts {
-    /// Most that is allowed.
-    pub budget: u64,
-    /// Most that was.
-    pub max: u64,
-    /// Mean.
-    pub mean: f64,
-    /// How many trajectories were 0 versions old, 1, and so on up to the oldest.
-    pub by_age: Vec<u64>,
 }
 
 /// Why a run ended early.
@@ -263,6 +162,7 @@ pub struct Learner<P> {
 struct Learned {
     report: StepReport,
     adapter: Bytes,
+    flat_groups: u64,
     completion_tokens: usize,
 }
 
@@ -311,6 +211,7 @@ impl<T: FnMut(LearnerEvent)> Loops<T> {
             workers,
             ahead,
             update_bytes: learned.adapter.len() as u64,
+            flat_groups: learned.flat_groups,
             completion_tokens: learned.completion_tokens,
             rollouts_s: rollouts.as_secs_f64(),
             train_s: train.as_secs_f64(),
@@ -435,8 +336,13 @@ impl<P: Update + Send + 'static> Learner<P> {
                 break;
             }
             let began = Instant::now();
-            let groups =
-                self.collector.round(&mut sync, &self.snapshot(self.adapter.as_ref()).await?).await?;
+            let snapshot = self.snapshot(self.adapter.as_ref()).await?;
+            let groups = loop {
+                let groups = self.collector.round(&mut sync, &snapshot).await?;
+                if !self.gave_back(self.version().0, &groups).await? {
+                    break groups;
+                }
+            };
             let rollouts = began.elapsed();
             loops.tell_convicted(&self.collector);
             let learning = Instant::now();
@@ -481,10 +387,24 @@ impl<P: Update + Send + 'static> Learner<P> {
         }
     }
 
+    /// Whether dynamic sampling wants other groups for `step` instead of some of these; then all of them are with the collector
+    /// again.
+    async fn gave_back(&self, step: u64, groups: &[echo_rollout::Group]) -> Result<bool, LearnerError> {
+        let flat = {
+            let groups: Vec<Group> = groups.iter().map(Group::from).collect();
+            self.trainer().flat(&groups, self.collector.flat_groups())
+        };
+        if !flat.is_empty() {
+            self.collector.give_back(step, flat.iter().copied().map(GroupId).collect()).await?;
+        }
+        Ok(!flat.is_empty())
+    }
+
     /// One step, its checkpoint with the leases that it consumed, and its adapter; off the runtime's threads.
     fn learn(&self, groups: &[echo_rollout::Group]) -> JoinHandle<Result<Learned, LearnerError>> {
         let completions = groups.iter().flat_map(|g| &g.trajectories).map(|t| t.completion().len());
         let completion_tokens = completions.sum();
+        let flat_groups = self.collector.flat_groups();
         let groups: Vec<Group> = groups.iter().map(Group::from).collect();
         let (trainer, dir) = (Arc::clone(&self.trainer), self.dir.clone());
         let (run, base_model_id) = (self.config.run(), self.base_model_id.clone());
@@ -502,7 +422,7 @@ impl<P: Update + Send + 'static> Learner<P> {
                 published::keep(&dir, report.version, &adapter, kept)?;
             }
             checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
-            Ok(Learned { report, adapter: adapter.into(), completion_tokens })
+            Ok(Learned { report, adapter: adapter.into(), flat_groups, completion_tokens })
         })
     }
 
@@ -526,6 +446,7 @@ impl<P: Update + Send + 'static> Learner<P> {
                 leased: counts.leased,
                 consumed: counts.consumed,
                 dropped_stale: counts.dropped_stale(),
+                dropped_flat: counts.dropped_for(DropReason::Flat),
                 rejected: counts.rejected(),
                 lost: counts.lost,
                 duplicated: counts.duplicated,

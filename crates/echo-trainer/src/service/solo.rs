@@ -3,6 +3,7 @@
 //! rollouts that are a given number of versions old.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -53,6 +54,8 @@ pub struct Solo<P> {
     judge: Arc<dyn Environment>,
     /// Versions that rollouts lag behind.
     lag: u64,
+    /// The number of the next group; every group has a task of its own.
+    next_group: u64,
     /// The newest versions' adapters, the newest last; as many as the lag needs.
     adapters: VecDeque<(PolicyVersion, Option<Bytes>)>,
     installed: Option<PolicyVersion>,
@@ -74,6 +77,7 @@ impl<P: Update> Solo<P> {
         let trainer = Trainer::new(policy, config.trainer.clone())?;
         Ok(Self {
             lag: config.trainer.max_staleness,
+            next_group: 0,
             dispatch: config.dispatch(0),
             eval_tasks: config.eval_tasks,
             judge: Arc::clone(&player.environment),
@@ -109,7 +113,7 @@ impl<P: Update> Solo<P> {
         self.adapters.back().and_then(|(_, bytes)| bytes.as_ref())
     }
 
-    /// Samples as many groups as a step needs and makes it.
+    /// Samples as many groups as a step needs, others instead of those that dynamic sampling gives up, and makes it.
     ///
     /// # Errors
     /// Episodes that cannot be played or judged, a model that cannot be trained.
@@ -117,12 +121,38 @@ impl<P: Update> Solo<P> {
         // The oldest that is kept is the one that is due.
         let due = self.adapters.front().map_or_else(|| self.version(), |(version, _)| *version);
         self.install(due).await?;
-        let (groups, samples) = (u64::from(self.dispatch.groups_per_step), self.dispatch.group_size);
-        let first = self.version().0 * groups;
+        let needed = u64::from(self.dispatch.groups_per_step);
+        let (mut groups, mut given_up): (Vec<Group>, u64) = (Vec::new(), 0);
+        while (groups.len() as u64) < needed {
+            let numbers = self.next_group..self.next_group + needed - groups.len() as u64;
+            groups.extend(self.sample(numbers, due).await?);
+            let flat = self.trainer.flat(&groups, given_up);
+            given_up += flat.len() as u64;
+            groups.retain(|group| !flat.contains(&group.id));
+        }
+        for group in groups {
+            self.trainer.add_group(group)?;
+        }
+        let report = self.trainer.train_step()?;
+        let adapter = Bytes::from(self.trainer.policy().update_bytes()?);
+        self.adapters.push_back((report.version, Some(adapter)));
+        while self.adapters.len() as u64 > self.lag + 1 {
+            self.adapters.pop_front();
+        }
+        Ok(report)
+    }
+
+    /// The groups of these numbers, sampled with the installed version.
+    async fn sample(
+        &mut self,
+        numbers: Range<u64>,
+        version: PolicyVersion,
+    ) -> Result<Vec<Group>, SoloError> {
+        let samples = self.dispatch.group_size;
         let mut tries = 0;
         let played = loop {
             tries += 1;
-            let episodes = (first..first + groups).flat_map(|group| (0..samples).map(move |i| (group, i)));
+            let episodes = numbers.clone().flat_map(|group| (0..samples).map(move |i| (group, i)));
             let episodes = episodes.map(|(group, i)| {
                 let request = SampleRequest {
                     prompt: Vec::new(),
@@ -137,20 +167,14 @@ impl<P: Update> Solo<P> {
                 played => break played?,
             }
         };
+        self.next_group = numbers.end;
         let mut played = played.into_iter();
-        for group in first..first + groups {
-            let lease = |i: u32| group * u64::from(samples) + u64::from(i);
-            let rollouts =
-                (0..samples).zip(played.by_ref()).map(|(i, p)| rollout(p, lease(i), due)).collect();
-            self.trainer.add_group(Group { id: group, rollouts })?;
-        }
-        let report = self.trainer.train_step()?;
-        let adapter = Bytes::from(self.trainer.policy().update_bytes()?);
-        self.adapters.push_back((report.version, Some(adapter)));
-        while self.adapters.len() as u64 > self.lag + 1 {
-            self.adapters.pop_front();
-        }
-        Ok(report)
+        let group = |id: u64| {
+            let lease = |i: u32| id * u64::from(samples) + u64::from(i);
+            let rollouts = (0..samples).zip(played.by_ref());
+            Group { id, rollouts: rollouts.map(|(i, p)| rollout(p, lease(i), version)).collect() }
+        };
+        Ok(numbers.map(group).collect())
     }
 
     /// Measures the present weights on held-out tasks.

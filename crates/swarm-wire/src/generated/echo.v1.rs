@@ -345,7 +345,7 @@ pub struct JournalEntry {
     pub worker: ::prost::bytes::Bytes,
     #[prost(
         oneof = "journal_entry::Command",
-        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17"
+        tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18"
     )]
     pub command: ::core::option::Option<journal_entry::Command>,
 }
@@ -391,6 +391,8 @@ pub mod journal_entry {
         /// The first entry: BLAKE3 of the settings that all later ones were carried out under.
         #[prost(bytes, tag = "17")]
         Settings(::prost::bytes::Bytes),
+        #[prost(message, tag = "18")]
+        GiveBack(super::GiveBackCommand),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -401,6 +403,14 @@ pub struct VerdictCommand {
     pub lease: u64,
     #[prost(enumeration = "Verdict", tag = "2")]
     pub verdict: i32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GiveBackCommand {
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    /// Groups that are given up, because all of their rewards are equal.
+    #[prost(uint64, repeated, tag = "2")]
+    pub flat: ::prost::alloc::vec::Vec<u64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TakeCommand {

@@ -52,6 +52,9 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     if batch.is_empty() {
                         break;
                     }
+                    if learner.gave_back(step, &batch).await? {
+                        continue;
+                    }
                     coordinator.handle_training(collector.now_ms(), collector.view().ready_groups)?;
                     let handle = learner.learn(&batch);
                     training = Some(Training { handle, began: Instant::now(), waited: waiting.elapsed() });
