@@ -19,7 +19,7 @@ use echo_rollout::service::{
 use echo_rollout::text::{Text, TextError, until_stop};
 use echo_trainer::RunConfig;
 use echo_trainer::service::evaluation::BoxFuture;
-use echo_trainer::service::{Learner, Parts, SampleRequest, Sampled, Sampler};
+use echo_trainer::service::{Judge, Judged, Learner, Parts, SampleRequest, Sampled, Sampler};
 use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
 use lattica_net::Node;
 use parallax_engine::local::LocalStage;
@@ -277,9 +277,10 @@ pub fn environment(name: &str, program: &[String]) -> anyhow::Result<Arc<dyn Env
     environment_with(name, program, &Guests { speaker: &speaker, ..guests() })
 }
 
-/// Who comes to environments whatever is trained: question sets by their files, environments by their addresses.
+/// Who comes to environments whatever is trained: question sets by their files, reward models by their directories, environments
+/// by their addresses.
 pub fn guests() -> Guests<'static> {
-    Guests { questions: &questions, elsewhere: &elsewhere, ..Guests::none() }
+    Guests { questions: &questions, elsewhere: &elsewhere, judge: &judge, ..Guests::none() }
 }
 
 /// As [`environment`], with other guests.
@@ -313,6 +314,12 @@ pub fn questions(path: &str, broken: BrokenLines) -> Result<Maths, String> {
         program::say(&format!("{path}: line {}: {}", b.line, b.reason));
     }
     Ok(maths)
+}
+
+/// `tasks` with the reward model in `directory` for a verifier.
+fn judge(tasks: Box<dyn Environment>, directory: &str) -> Result<Box<dyn Environment>, String> {
+    let judge = Judge::load(Path::new(directory)).map_err(|e| e.to_string())?;
+    Ok(Box::new(Judged::new(tasks, judge).map_err(|e| e.to_string())?))
 }
 
 /// The environment at an http address.

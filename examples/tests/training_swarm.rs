@@ -373,6 +373,27 @@ fn a_game_in_python_is_played_by_a_swarm() {
     assert_eq!(adapter(served.path()), adapter(dir.path()), "the same game, the same adapter");
 }
 
+#[test]
+fn a_reward_model_judges_for_a_swarm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/dpo.jsonl");
+    let settings = format!("model = \"tiny\"\ndata = \"{data}\"\n[train]\nsteps = 20\n[train.optim]\nlearning_rate = 1e-2\n");
+    std::fs::write(path("reward.toml"), settings).unwrap();
+    let made = report(&["reward", "--config", &path("reward.toml"), "--out", &path("judge"), "--json"]);
+    assert!(made["loss_after"].as_f64() < made["loss_before"].as_f64(), "{made}");
+    let judged = format!("judged@arithmetic:{}", path("judge"));
+    let settings = [
+        &*format!("eval_tasks = 4\nenvironment = \"{judged}\""),
+        "steps = 2\ngroups_per_step = 3\ngroup_size = 4",
+    ];
+    let lines = run(dir.path(), settings[0], settings[1], &["--env", &judged]);
+    let summary = lines.last().unwrap();
+    let counts = &summary["trajectories"];
+    assert_eq!((&counts["consumed"], &counts["rejected"]), (&24.into(), &0.into()), "judged alike: {summary}");
+    learns_what_one_process_learns(dir.path(), settings, summary);
+}
+
 /// What `training-swarm` prints last.
 fn report(args: &[&str]) -> Value {
     let mut program = Program::start(env!("CARGO_BIN_EXE_training-swarm"), args);

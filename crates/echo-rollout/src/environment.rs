@@ -25,7 +25,7 @@ pub use arithmetic::Arithmetic;
 pub use calculator::Calculator;
 use cards::UnknownOpponent;
 pub use countdown::Countdown;
-pub use guests::{FindEnvironment, FindQuestions, Guests};
+pub use guests::{FindEnvironment, FindJudge, FindQuestions, Guests};
 pub use knights::Knights;
 use maths::BrokenLines;
 pub use maths::Maths;
@@ -289,7 +289,8 @@ pub fn by_name(name: &str) -> Result<Box<dyn Environment>, UnknownEnvironment> {
 }
 
 /// The environment called `name`, with `guests` for opponents that are not scripted, for questions from files (`maths:FILE`, or
-/// `maths@skip:FILE` to leave out broken lines) and for an http address in place of a name.
+/// `maths@skip:FILE` to leave out broken lines), for a reward model (`judged@TASKS:DIRECTORY`, where TASKS is a name without a
+/// colon) and for an http address in place of a name.
 ///
 /// # Errors
 /// When there is none of that name, or a guest did not come.
@@ -297,6 +298,10 @@ pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environme
     if is_address(name) {
         let absent = |reason| UnknownEnvironment::Elsewhere { address: name.to_owned(), reason };
         return (guests.elsewhere)(name).map_err(absent);
+    }
+    if let Some((tasks, directory)) = judged(name) {
+        let absent = |reason| UnknownEnvironment::Judge { name: name.to_owned(), reason };
+        return (guests.judge)(by_name_with(tasks, guests)?, directory).map_err(absent);
     }
     if let Some(table) = cards::table(name, guests)? {
         return Ok(table);
@@ -323,6 +328,11 @@ pub fn is_address(name: &str) -> bool {
     ["http://", "https://"].iter().any(|scheme| name.starts_with(scheme))
 }
 
+/// The tasks and the directory of `judged@TASKS:DIRECTORY`.
+fn judged(name: &str) -> Option<(&str, &str)> {
+    name.strip_prefix("judged@")?.split_once(':').filter(|(_, directory)| !directory.is_empty())
+}
+
 /// The file of `maths:FILE` or `maths@skip:FILE`, and what is done about its broken lines.
 fn question_file(name: &str) -> Option<(&str, BrokenLines)> {
     let (kind, file) = name.split_once(':').filter(|(_, file)| !file.is_empty())?;
@@ -338,9 +348,15 @@ fn question_file(name: &str) -> Option<(&str, BrokenLines)> {
 /// # Errors
 /// When there is none of that name.
 pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
-    use UnknownEnvironment::{Elsewhere, Opponent, Questions};
+    use UnknownEnvironment::{Elsewhere, Judge, Opponent, Questions};
     match by_name(name) {
-        Ok(_) | Err(Opponent(UnknownOpponent::Absent { .. }) | Questions { .. } | Elsewhere { .. }) => Ok(()),
+        Ok(_)
+        | Err(
+            Opponent(UnknownOpponent::Absent { .. })
+            | Questions { .. }
+            | Elsewhere { .. }
+            | Judge { .. },
+        ) => Ok(()),
         Err(error) => Err(error),
     }
 }
@@ -351,7 +367,7 @@ pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
 pub enum UnknownEnvironment {
     /// Not a name.
     #[error(
-        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-squares, sokoban-steps, http://HOST:PORT/"
+        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, judged@TASKS:DIRECTORY, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-squares, sokoban-steps, http://HOST:PORT/"
     )]
     Name {
         /// The name that was asked for.
@@ -365,6 +381,14 @@ pub enum UnknownEnvironment {
     Elsewhere {
         /// The address.
         address: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A reward model that cannot be had.
+    #[error("{name}: {reason}")]
+    Judge {
+        /// The name that was asked for.
+        name: String,
         /// Why not.
         reason: String,
     },
@@ -455,6 +479,10 @@ mod tests {
         assert!(refused.starts_with("maths:of/my") && refused.contains("line 2"), "{refused}");
         check_name("maths:anything").unwrap();
         check_name("http://127.0.0.1:1/").unwrap();
+        check_name("judged@arithmetic:out/judge").unwrap();
+        for unknown in ["judged", "judged@arithmetic", "judged@arithmetic:", "judged@chess:out"] {
+            assert!(matches!(check_name(unknown), Err(UnknownEnvironment::Name { .. })), "{unknown}");
+        }
         assert!(by_name("http://127.0.0.1:1/").unwrap_err().to_string().contains("nobody is asked here"));
         for unknown in ["maths", "maths:", "maths@keep:file", "arithmetic:file"] {
             assert!(matches!(check_name(unknown), Err(UnknownEnvironment::Name { .. })), "{unknown}");

@@ -8,7 +8,7 @@ use crate::dataset::BrokenLines;
 use crate::loss::LossConfig;
 use crate::loss::kl::KlTerm;
 use crate::optim::{OptimConfig, Schedule};
-use crate::preference::{PreferenceConfig, PreferenceError};
+use crate::preference::{PreferenceConfig, PreferenceError, RewardModelConfig};
 
 /// One reinforcement-learning run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -199,7 +199,7 @@ impl Default for PretrainConfig {
     }
 }
 
-/// Supervised fine-tuning, or preference optimisation. `examples/configs/sft.toml` and `dpo.toml` are two.
+/// Supervised fine-tuning, preference optimisation, or a reward model. `examples/configs/sft.toml` and `dpo.toml` are two.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FinetuneConfig {
@@ -231,6 +231,8 @@ pub struct FinetuneConfig {
     pub lora_targets: Vec<String>,
     /// Preferences: the loss.
     pub preference: PreferenceConfig,
+    /// Reward models: the loss.
+    pub reward: RewardModelConfig,
     /// The optimiser.
     pub optim: OptimConfig,
 }
@@ -252,6 +254,7 @@ impl Default for FinetuneConfig {
             lora_alpha: 16.0,
             lora_targets: Vec::new(),
             preference: PreferenceConfig::dpo(0.1),
+            reward: RewardModelConfig::default(),
             optim: OptimConfig::default(),
         }
     }
@@ -276,6 +279,7 @@ impl FinetuneConfig {
             }
         }
         self.preference.validate()?;
+        self.reward.validate()?;
         Ok(self.optim.validate()?)
     }
 }

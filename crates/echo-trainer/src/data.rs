@@ -152,6 +152,11 @@ impl ChatEncoder {
         Self { tokenizer, template, eos }
     }
 
+    /// What ends an answer.
+    pub fn eos(&self) -> u32 {
+        self.eos
+    }
+
     /// The tokens of `messages`, ready for the answer.
     ///
     /// # Errors

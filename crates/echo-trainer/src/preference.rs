@@ -10,7 +10,7 @@ use burn::tensor::activation::log_sigmoid;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-pub use train::{Pair, PairReport, PairTrainer};
+pub use train::{Pair, PairObjective, PairReport, PairTrainer, judged};
 
 /// What is done with a pair's margin `h`: how much more the policy prefers the chosen answer than the reference does.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -98,6 +98,20 @@ pub struct RewardModelConfig {
     pub margin: f64,
     /// Weight of `(chosen + rejected)^2`, which keeps rewards around 0. TRL: `center_rewards_coefficient`.
     pub centre: f64,
+}
+
+impl RewardModelConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// Names the first setting that is out of range.
+    pub fn validate(&self) -> Result<(), PreferenceError> {
+        let fault = |setting, value| Err(PreferenceError::Setting { setting, value });
+        if !self.margin.is_finite() {
+            return fault("margin", self.margin);
+        }
+        if self.centre >= 0.0 && self.centre.is_finite() { Ok(()) } else { fault("centre", self.centre) }
+    }
 }
 
 /// Why a pairwise loss could not be computed.

@@ -6,12 +6,14 @@ pub mod evaluation;
 pub mod finetuning;
 #[cfg(feature = "gateway")]
 pub mod gateway;
+pub mod judge;
 pub mod learner;
 pub mod pretraining;
 pub mod publisher;
 pub mod solo;
 
 pub use evaluation::{Evaluation, Player, SampleRequest, Sampled, Sampler};
+pub use judge::{Judge, JudgeError, Judged};
 pub use learner::{Learner, LearnerError, LearnerEvent, Parts, RunSummary};
 pub use publisher::{Publisher, Update};
 pub use solo::{Solo, SoloError};

@@ -19,7 +19,7 @@ use swarm_examples::training::{
     version,
     args_conflicts_with_subcommands = true,
     after_help = "Start here:\n  training-swarm --config examples/configs/training-swarm.toml\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
-                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n  training-swarm pretrain --config examples/configs/pretrain-kuhn.toml --out kuhn\n  training-swarm solo --config examples/configs/kuhn.toml\n  training-swarm exploitability --env kuhn --model kuhn\n  training-swarm staleness --config examples/configs/staleness.toml\n\nEvery command that takes --json prints one JSON object \
+                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm reward --config examples/configs/dpo.toml --out reward-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n  training-swarm pretrain --config examples/configs/pretrain-kuhn.toml --out kuhn\n  training-swarm solo --config examples/configs/kuhn.toml\n  training-swarm exploitability --env kuhn --model kuhn\n  training-swarm staleness --config examples/configs/staleness.toml\n\nEvery command that takes --json prints one JSON object \
                   as the last line of stdout; all else goes to stderr."
 )]
 struct Cli {
@@ -44,6 +44,9 @@ enum Command {
     /// Fine-tune on preferences (direct preference optimisation)
     #[command(after_help = finetune::REPORT)]
     Dpo(MakeArgs),
+    /// Make a reward model from preferences, for `environment = "judged@TASKS:DIRECTORY"`
+    #[command(after_help = finetune::REPORT)]
+    Reward(MakeArgs),
     Bench(bench::BenchArgs),
     Simulate(simulate::SimulateArgs),
     Solo(solo::SoloArgs),
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Some(Command::Pretrain(args)) => pretrain::run(&args),
         Some(Command::Sft(args)) => finetune::sft(&args),
         Some(Command::Dpo(args)) => finetune::dpo(&args),
+        Some(Command::Reward(args)) => finetune::reward(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Simulate(args)) => simulate::run(&args),
         Some(Command::Solo(args)) => solo::run(&args),

@@ -1,4 +1,4 @@
-//! `training-swarm sft` and `training-swarm dpo`: fine-tunes a model on JSON lines.
+//! `training-swarm sft`, `dpo` and `reward`: fine-tunes a model on JSON lines, or makes a reward model from them.
 
 use std::path::PathBuf;
 
@@ -11,10 +11,10 @@ use serde::Deserialize;
 use super::MakeArgs;
 use crate::program;
 
-/// What both commands print with `--json`.
+/// What the commands print with `--json`.
 pub const REPORT: &str = "Report: {\"steps\",\"loss_before\",\"loss_after\",\"seconds\",\"examples\",\"tokens\",\"broken_lines\",\"broken\":[{\"line\",\"reason\"}]}, with \
-                          dpo \"accuracy_after\" and \"margin_after\" as well; the losses are means over the first 256 examples, in nats per learnt token or \
-                          of the preference loss.";
+                          dpo and reward \"accuracy_after\" and \"margin_after\" as well; the losses are means over the first 256 examples, in nats per learnt token or \
+                          of the loss of pairs.";
 
 /// Updates between two lines of progress.
 const SAY_EVERY: u64 = 10;
@@ -52,6 +52,14 @@ pub fn dpo(args: &MakeArgs) -> anyhow::Result<()> {
     run(args, finetuning::dpo)
 }
 
+/// Makes a reward model from preferences.
+///
+/// # Errors
+/// As [`sft`].
+pub fn reward(args: &MakeArgs) -> anyhow::Result<()> {
+    run(args, finetuning::reward)
+}
+
 fn run(
     args: &MakeArgs,
     train: impl Fn(&Job<'_>, fn(Progress)) -> Result<FinetuneReport, FinetuneError>,
@@ -66,6 +74,7 @@ fn run(
     }
     let job = Job {
         config: &settings.train,
+        model: &settings.model,
         checkpoint: &checkpoint,
         adapter: adapter.as_ref(),
         lines: &lines,

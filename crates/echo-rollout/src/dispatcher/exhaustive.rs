@@ -24,7 +24,7 @@ struct Model {
     dispatcher: Dispatcher,
     /// The dispatcher as the disk has it for certain, and the commands since, of which a crash leaves any number.
     on_disk: Dispatcher,
-    written: Vec<Command>,
+    written: Vec<(u64, Command)>,
     now_ms: u64,
     /// Steps in the checkpoint, and the samples that they trained on.
     steps: u64,
@@ -87,7 +87,7 @@ impl Model {
             self.on_disk = self.dispatcher.clone();
             self.written.clear();
         } else {
-            self.written.push(command);
+            self.written.push((self.now_ms, command));
         }
         outcome
     }
@@ -146,10 +146,9 @@ impl Model {
     /// What worker `i` may do next.
     fn worker(&self, i: usize, next: &mut Vec<Self>) {
         let id = worker(i);
-        let lost = if self.faults > 0 { &[false, true][..] } else { &[false][..] };
-        for lost in lost.iter().copied() {
+        let answers = if self.faults > 0 { &[false, true][..] } else { &[false][..] };
+        for lost in answers.iter().copied() {
             let mut model = self.clone();
-            model.faults -= u32::from(lost);
             let (incarnation, version) = (model.workers[i].incarnation, model.dispatcher.version());
             let here = model.dispatcher.incarnation(&id) == Some(incarnation)
                 && !model.dispatcher.is_gone(&id)
@@ -161,14 +160,18 @@ impl Model {
                 model.handle(Command::Acknowledge { worker: id.clone(), version }, false);
             }
             // As the collector does: a question that finds nothing to make is not written down.
-            if model.dispatcher.can_lease(model.now_ms, &id)
+            let may = model.dispatcher.can_lease(model.now_ms, &id);
+            if may
                 && let Outcome::Leased(leases) =
                     model.handle(Command::Lease { worker: id.clone(), max: 1 }, false)
                 && !lost
             {
                 model.workers[i].held.extend(leases);
             }
-            next.push(model);
+            if may || !lost {
+                model.faults -= u32::from(lost);
+                next.push(model);
+            }
             for at in 0..self.workers[i].held.len() {
                 let mut model = self.clone();
                 model.faults -= u32::from(lost);
@@ -206,9 +209,11 @@ impl Model {
             model.faults -= 1;
             (model.batch, model.saved) = (None, false);
             model.dispatcher = self.on_disk.clone();
-            for command in &self.written[..kept] {
-                model.dispatcher.handle(self.now_ms, command.clone());
+            for (at, command) in &self.written[..kept] {
+                model.dispatcher.handle(*at, command.clone());
             }
+            // The run's clock goes on where the journal ends.
+            model.now_ms = model.dispatcher.now_ms;
             model.handle(Command::Recover { steps: model.steps }, true);
             for (place, lease) in &model.trained {
                 let state = model.dispatcher.leases.state(*lease);
@@ -233,7 +238,7 @@ impl Model {
             let mut model = self.clone();
             model.faults -= u32::from(held(id));
             model.now_ms = at;
-            model.handle(Command::Tick, true);
+            model.handle(Command::Tick, false);
             next.push(model);
         }
         if self.faults > 0 {

@@ -1,5 +1,5 @@
 //! What an environment takes that is no setting: opponents from outside, question sets from files, whole environments
-//! from elsewhere.
+//! from elsewhere, reward models.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,6 +14,9 @@ pub type FindQuestions<'a> = dyn Fn(&str, BrokenLines) -> Result<Maths, String> 
 /// Meets the environment at an http address, or says why there is none.
 pub type FindEnvironment<'a> = dyn Fn(&str) -> Result<Box<dyn Environment>, String> + 'a;
 
+/// Puts the reward model in a directory in the place of the verifier of these tasks, or says why there is none.
+pub type FindJudge<'a> = dyn Fn(Box<dyn Environment>, &str) -> Result<Box<dyn Environment>, String> + 'a;
+
 /// What only a caller can bring.
 pub struct Guests<'a> {
     /// Plays `best`: its owner keeps it the best answer to the policy in training. Kuhn and Leduc only.
@@ -24,6 +27,8 @@ pub struct Guests<'a> {
     pub questions: &'a FindQuestions<'a>,
     /// Asks who is at an http address that stands where a name does.
     pub elsewhere: &'a FindEnvironment<'a>,
+    /// Reads the reward model of `judged@TASKS:DIRECTORY`.
+    pub judge: &'a FindJudge<'a>,
 }
 
 impl Guests<'static> {
@@ -34,6 +39,7 @@ impl Guests<'static> {
             speaker: &|_| Err("nobody answers here".to_owned()),
             questions: &|_, _| Err("no files are read here".to_owned()),
             elsewhere: &|_| Err("nobody is asked here".to_owned()),
+            judge: &|_, _| Err("no reward models are read here".to_owned()),
         }
     }
 }

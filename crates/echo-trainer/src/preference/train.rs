@@ -1,11 +1,16 @@
-//! Direct preference optimisation: a policy learns to prefer chosen answers to rejected ones more than it did before.
+//! Learning from pairs of answers: a policy learns to prefer the chosen ones (direct preference optimisation), or a judge to
+//! score them higher (a pairwise reward model).
 //!
-//! The reference is the policy before the first step. Its log-probabilities are computed once, so nothing but the trained
-//! weights is in memory.
+//! The reference of the former is the policy before the first step. Its log-probabilities are computed once, so nothing but the
+//! trained weights is in memory. The score of the latter is a log-probability, too: of a second end of the sequence right after
+//! the answer's own ([`judged`]). So a reward model is a language model with an adapter, like any other, and needs no head of
+//! its own; generative verifiers (arXiv 2408.15240) take the word "Yes" in the same way.
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::{PreferenceConfig, preference_loss_tensor};
+use super::{
+    PreferenceConfig, PreferenceError, RewardModelConfig, preference_loss_tensor, reward_model_loss_tensor,
+};
 use crate::error::StepError;
 use crate::optim::{AdamW, OptimConfig};
 use crate::packing::micro_batches;
@@ -29,15 +34,70 @@ impl Pair {
     }
 }
 
+/// The line `tokens`, which ends with the end of its sequence, for a judge: only the `end` after that counts.
+pub fn judged(mut tokens: Vec<u32>, end: u32) -> Labelled {
+    let mut learn = vec![false; tokens.len()];
+    tokens.push(end);
+    learn.push(true);
+    Labelled { tokens, learn }
+}
+
+/// What is learnt from a pair.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PairObjective {
+    /// To prefer the chosen answer to the rejected one, more than the reference does.
+    Preference(PreferenceConfig),
+    /// To score the chosen answer higher; answers are lines as [`judged`] makes them.
+    Reward(RewardModelConfig),
+}
+
+impl PairObjective {
+    fn validate(&self) -> Result<(), PreferenceError> {
+        match self {
+            Self::Preference(config) => config.validate(),
+            Self::Reward(config) => config.validate(),
+        }
+    }
+
+    /// Whether answers count by their mean log-probability instead of their sum.
+    fn averages(&self) -> bool {
+        matches!(self, Self::Preference(config) if config.averages())
+    }
+
+    /// What a margin is multiplied by in the loss.
+    fn unit(&self) -> f64 {
+        match self {
+            Self::Preference(config) => config.beta,
+            Self::Reward(_) => 1.0,
+        }
+    }
+
+    /// The mean loss of `[pairs]`.
+    fn loss(
+        &self,
+        chosen: &Tensor<1>,
+        rejected: &Tensor<1>,
+        offsets: &[f64],
+    ) -> Result<Tensor<1>, PreferenceError> {
+        match self {
+            Self::Preference(config) => preference_loss_tensor(chosen, rejected, offsets, config),
+            Self::Reward(config) => Ok(reward_model_loss_tensor(chosen, rejected, config)),
+        }
+    }
+}
+
 /// What one step did, or would do.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct PairReport {
     /// The mean loss before the update.
     pub loss: f64,
-    /// Share of pairs that the policy orders right more clearly than the reference does.
+    /// Share of pairs that are ordered right: more clearly than by the reference where there is one.
     pub accuracy: f64,
-    /// Mean of `beta (h)`: how much more the chosen answer is preferred than by the reference, in the units of the loss.
+    /// Mean of `beta (h)`: how much more the chosen answer is preferred than by the reference, in the units of the loss. For
+    /// rewards: how much higher its score is.
     pub margin: f64,
+    /// Mean of all answers' log-probabilities: for rewards the score of an answer that is neither good nor bad.
+    pub middle: f64,
     /// Global gradient norm before clipping; 0 without an update.
     pub grad_norm: f64,
 }
@@ -48,15 +108,15 @@ pub struct PairTrainer<P> {
     policy: P,
     masters: Parameters,
     optimiser: AdamW,
-    config: PreferenceConfig,
+    objective: PairObjective,
     pairs: Vec<Pair>,
-    /// Of each pair: the reference's chosen minus rejected log-probability.
+    /// Of each pair: the reference's chosen minus rejected log-probability; 0 where there is no reference.
     offsets: Vec<f64>,
     micro_batch_tokens: usize,
 }
 
 impl<P: Policy> PairTrainer<P> {
-    /// Takes the policy's present values as the reference for `pairs`. Batches are cut into parts of at most
+    /// Takes the policy's present values as the reference for `pairs`, if the objective has one. Batches are cut into parts of at most
     /// `micro_batch_tokens`, which bounds memory.
     ///
     /// # Errors
@@ -64,20 +124,23 @@ impl<P: Policy> PairTrainer<P> {
     pub fn new(
         policy: P,
         pairs: Vec<Pair>,
-        config: PreferenceConfig,
+        objective: PairObjective,
         optim: OptimConfig,
         micro_batch_tokens: usize,
     ) -> Result<Self, StepError> {
-        config.validate().map_err(StepError::model)?;
+        objective.validate().map_err(StepError::model)?;
         let masters = read_parameters(&policy);
         let optimiser = AdamW::new(optim, &masters)?;
-        let mut offsets = Vec::with_capacity(pairs.len());
-        for part in micro_batches(&pairs, Pair::tokens, micro_batch_tokens) {
-            let logprobs = labelled_logprobs(&policy, lines(part))?;
-            let sums = values(answers(&logprobs, lines(part), &config).into_data());
-            offsets.extend(sums.chunks_exact(2).map(|pair| f64::from(pair[0]) - f64::from(pair[1])));
+        let mut offsets = vec![0.0; pairs.len()];
+        if let PairObjective::Preference(_) = objective {
+            offsets.clear();
+            for part in micro_batches(&pairs, Pair::tokens, micro_batch_tokens) {
+                let logprobs = labelled_logprobs(&policy, lines(part))?;
+                let sums = values(answers(&logprobs, lines(part), objective.averages()).into_data());
+                offsets.extend(sums.chunks_exact(2).map(|pair| f64::from(pair[0]) - f64::from(pair[1])));
+            }
         }
-        Ok(Self { policy, masters, optimiser, config, pairs, offsets, micro_batch_tokens })
+        Ok(Self { policy, masters, optimiser, objective, pairs, offsets, micro_batch_tokens })
     }
 
     /// One update on the pairs of these numbers.
@@ -120,18 +183,19 @@ impl<P: Policy> PairTrainer<P> {
             let offsets: Vec<f64> = part.iter().map(|i| self.offsets[*i]).collect();
             let n = part.len();
             let (logprobs, backward) = labelled_pass(&self.policy, lines(pairs.iter().copied()))?;
-            let sums = answers(&logprobs, lines(pairs), &self.config);
+            let sums = answers(&logprobs, lines(pairs), self.objective.averages());
             let seen = values(sums.clone().into_data());
             let columns = sums.reshape([n, 2]);
             let [chosen, rejected] = [0, 1].map(|i| columns.clone().narrow(1, i, 1).reshape([n]));
-            let loss = preference_loss_tensor(&chosen, &rejected, &offsets, &self.config)
-                .map_err(StepError::model)?
+            let loss = self.objective.loss(&chosen, &rejected, &offsets).map_err(StepError::model)?
                 * (n as f64 / batch.len() as f64);
             report.loss += loss.clone().into_data().iter::<f64>().sum::<f64>();
             for (pair, offset) in seen.chunks_exact(2).zip(&offsets) {
-                let h = f64::from(pair[0]) - f64::from(pair[1]) - offset;
-                report.accuracy += f64::from(u8::from(h > 0.0)) / batch.len() as f64;
-                report.margin += self.config.beta * h / batch.len() as f64;
+                let [chosen, rejected] = [pair[0], pair[1]].map(f64::from);
+                let (h, share) = (chosen - rejected - offset, 1.0 / batch.len() as f64);
+                report.accuracy += share * f64::from(u8::from(h > 0.0));
+                report.margin += share * self.objective.unit() * h;
+                report.middle += share * (chosen + rejected) / 2.0;
             }
             with(backward, &loss)?;
         }
@@ -139,18 +203,18 @@ impl<P: Policy> PairTrainer<P> {
     }
 }
 
-/// Each answer's log-probability, or its mean per token where the loss wants that: chosen and rejected in turn, `[2 pairs]`.
+/// Each answer's log-probability, or its mean per token: chosen and rejected in turn, `[2 pairs]`.
 fn answers<'a>(
     logprobs: &Tensor<1>,
     lines: impl IntoIterator<Item = &'a Labelled>,
-    config: &PreferenceConfig,
+    average: bool,
 ) -> Tensor<1> {
     let lines: Vec<&Labelled> = lines.into_iter().collect();
     let rows = logprobs.dims()[0];
     let mut weights = vec![0_f32; lines.len() * rows];
     let mut row = 0;
     for (line, weights) in lines.iter().zip(weights.chunks_exact_mut(rows)) {
-        let share = if config.averages() { 1.0 / line.learnt().max(1) as f32 } else { 1.0 };
+        let share = if average { 1.0 / line.learnt().max(1) as f32 } else { 1.0 };
         for learn in &line.learn[1..] {
             weights[row] = if *learn { share } else { 0.0 };
             row += 1;
@@ -184,7 +248,7 @@ mod tests {
     #[test]
     fn the_first_loss_is_that_of_no_preference_and_learning_makes_one() {
         let optim = OptimConfig { learning_rate: 0.1, ..OptimConfig::default() };
-        let config = PreferenceConfig::dpo(0.5);
+        let config = PairObjective::Preference(PreferenceConfig::dpo(0.5));
         let mut trainer = PairTrainer::new(Bigram::new(4), pairs(), config, optim, 100).unwrap();
         let before = trainer.measure(&[0, 1, 2]).unwrap();
         assert!((before.loss - 2f64.ln()).abs() < 1e-6 && before.margin.abs() < 1e-6, "{before:?}");
@@ -196,6 +260,31 @@ mod tests {
     }
 
     #[test]
+    fn a_judge_learns_to_score_chosen_answers_higher() {
+        // Answers that end with 3 are better; the end after it tells.
+        let line = |last: u32| judged(vec![0, 1, last], 2);
+        assert_eq!(line(3), Labelled { tokens: vec![0, 1, 3, 2], learn: vec![false, false, false, true] });
+        let pairs = vec![Pair { chosen: line(3), rejected: line(1) }; 2];
+        let optim = OptimConfig { learning_rate: 0.1, ..OptimConfig::default() };
+        let objective = PairObjective::Reward(RewardModelConfig { margin: 0.0, centre: 0.0 });
+        let mut judge = PairTrainer::new(Bigram::new(4), pairs, objective, optim, 4).unwrap();
+        let before = judge.measure(&[0, 1]).unwrap();
+        assert!((before.loss - 2f64.ln()).abs() < 1e-6 && before.accuracy == 0.0, "{before:?}");
+        assert!((before.middle - 0.25f64.ln()).abs() < 1e-6, "four tokens, all alike: {before:?}");
+        for _ in 0..30 {
+            judge.step(&[0, 1]).unwrap();
+        }
+        let after = judge.measure(&[0, 1]).unwrap();
+        assert!(after.loss < 0.2 && after.accuracy == 1.0 && after.margin > 2.0, "{after:?}");
+        // Nothing else has moved.
+        let rows = |policy: &Bigram| values(policy.token_logprobs(&[0, 1, 2, 0], &[0, 2, 4]).unwrap().into_data());
+        assert_ne!(judge.masters[0].values, read_parameters(&Bigram::new(4))[0].values);
+        assert_eq!(rows(&judge.policy), rows(&Bigram::new(4)), "the answers' own tokens do not count");
+        let centred = PairObjective::Reward(RewardModelConfig { margin: 0.0, centre: f64::NAN });
+        assert!(PairTrainer::new(Bigram::new(4), Vec::new(), centred, optim, 4).is_err());
+    }
+
+    #[test]
     fn cutting_a_batch_changes_nothing_and_the_loss_is_the_specified_one() {
         for kind in
             [PreferenceKind::Sigmoid { label_smoothing: 0.1 }, PreferenceKind::Hinge, PreferenceKind::Ipo]
@@ -203,8 +292,9 @@ mod tests {
             let config = PreferenceConfig { kind, beta: 0.4 };
             let start = |tokens| {
                 let policy = Bigram::new(4);
+                let objective = PairObjective::Preference(config);
                 let mut t =
-                    PairTrainer::new(policy, pairs(), config, OptimConfig::default(), tokens).unwrap();
+                    PairTrainer::new(policy, pairs(), objective, OptimConfig::default(), tokens).unwrap();
                 t.step(&[0, 1, 2]).unwrap();
                 t
             };
@@ -215,7 +305,7 @@ mod tests {
             let sums = |policy: &Bigram| -> (Vec<f64>, Vec<f64>) {
                 let pairs = pairs();
                 let logprobs = labelled_logprobs(policy, lines(&pairs)).unwrap();
-                let sums = values(answers(&logprobs, lines(&pairs), &config).into_data());
+                let sums = values(answers(&logprobs, lines(&pairs), config.averages()).into_data());
                 sums.chunks_exact(2).map(|p| (f64::from(p[0]), f64::from(p[1]))).unzip()
             };
             let (now, reference) = (sums(&whole.policy), sums(&Bigram::new(4)));

@@ -1,5 +1,5 @@
-//! Supervised fine-tuning and preference optimisation of a checkpoint, from JSON lines to an adapter as PEFT writes it or to
-//! a model directory.
+//! Supervised fine-tuning, preference optimisation and reward models from a checkpoint and JSON lines, to an adapter as PEFT
+//! writes it or to a model directory.
 
 use std::path::Path;
 use std::time::Instant;
@@ -10,12 +10,14 @@ use parallax_model::{Adapter, Checkpoint};
 use serde::Serialize;
 
 use super::checkpoint_dir::{self, CheckpointDirError};
+use super::judge::RewardScale;
 use crate::config::{ConfigError, FinetuneConfig};
 use crate::data::ChatEncoder;
 use crate::dataset::{BrokenLine, DatasetError, Reading};
 use crate::error::StepError;
-use crate::preference::PairTrainer;
+use crate::preference::{PairObjective, PairTrainer, judged};
 use crate::pretrain::TextTrainer;
+use crate::step::Labelled;
 
 /// What the order of the examples is drawn for.
 const ORDER: &str = "echo-trainer fine-tuning order v1";
@@ -43,10 +45,10 @@ pub struct FinetuneReport {
     pub broken_lines: usize,
     /// The first of them.
     pub broken: Vec<BrokenLine>,
-    /// Preferences: share of the measured pairs that are ordered more clearly than by the reference, after learning.
+    /// Pairs: share of the measured ones that are ordered right, after learning; by a policy, more clearly than by the reference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_after: Option<f64>,
-    /// Preferences: mean margin of the measured pairs over the reference, after learning.
+    /// Pairs: mean margin of the measured ones, after learning; of a policy, over the reference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub margin_after: Option<f64>,
 }
@@ -94,7 +96,9 @@ fn model_error(error: impl std::fmt::Display) -> FinetuneError {
 pub struct Job<'a> {
     /// Settings.
     pub config: &'a FinetuneConfig,
-    /// The model to start from.
+    /// What settings call the model to start from; a reward model remembers it.
+    pub model: &'a str,
+    /// That model.
     pub checkpoint: &'a Checkpoint,
     /// An adapter to go on with; its rank, scale and modules count instead of the settings'.
     pub adapter: Option<&'a Adapter>,
@@ -134,29 +138,30 @@ pub fn sft(job: &Job<'_>, mut progress: impl FnMut(Progress)) -> Result<Finetune
 ///
 /// # Errors
 /// As [`sft`].
-pub fn dpo(job: &Job<'_>, mut progress: impl FnMut(Progress)) -> Result<FinetuneReport, FinetuneError> {
-    let started = Instant::now();
-    let (encoder, model) = job.open()?;
-    let data = job.reading(&encoder).pairs(job.lines)?;
-    let config = job.config;
-    let mut report = FinetuneReport::new(&data.rows, &data.broken);
-    let lengths: Vec<u64> = data.rows.iter().map(|pair| pair.tokens() as u64).collect();
-    let mut trainer =
-        PairTrainer::new(model, data.rows, config.preference, config.optim, config.micro_batch_tokens)?;
-    let measured: Vec<usize> = (0..lengths.len().min(MEASURED)).collect();
-    report.loss_before = trainer.measure(&measured)?.loss;
-    report.steps = job.each_batch(lengths.len(), |step, steps, batch| {
-        report.tokens += batch.iter().map(|i| lengths[*i]).sum::<u64>();
-        let loss = trainer.step(batch)?.loss;
-        progress(Progress { step, steps, loss, seconds: started.elapsed().as_secs_f64() });
-        Ok(())
-    })?;
-    let after = trainer.measure(&measured)?;
-    report.loss_after = after.loss;
-    (report.accuracy_after, report.margin_after) = (Some(after.accuracy), Some(after.margin));
-    job.save(&trainer.into_policy())?;
-    report.seconds = started.elapsed().as_secs_f64();
+pub fn dpo(job: &Job<'_>, progress: impl FnMut(Progress)) -> Result<FinetuneReport, FinetuneError> {
+    Ok(job.learn_pairs(PairObjective::Preference(job.config.preference), progress)?.0)
+}
+
+/// Learns from the same lines to score answers: a reward model, for [`super::judge::Judge`].
+///
+/// # Errors
+/// As [`sft`].
+pub fn reward(job: &Job<'_>, progress: impl FnMut(Progress)) -> Result<FinetuneReport, FinetuneError> {
+    if job.config.full {
+        return Err(model_error("a reward model is an adapter of the model that it judges with: set full = false"));
+    }
+    let (report, middle) = job.learn_pairs(PairObjective::Reward(job.config.reward), progress)?;
+    RewardScale { model: job.model.to_owned(), middle }.save(job.out)?;
     Ok(report)
+}
+
+/// The projections that `adapter` is put on.
+pub(super) fn targets(adapter: &Adapter) -> Vec<String> {
+    let projection = |module: &String| module.rsplit('.').next().unwrap_or(module).to_owned();
+    let mut targets: Vec<String> = adapter.tensors.keys().map(projection).collect();
+    targets.sort_unstable();
+    targets.dedup();
+    targets
 }
 
 impl FinetuneReport {
@@ -204,15 +209,47 @@ impl Job<'_> {
         let config = self.config;
         let (rank, alpha, targets) = match adapter {
             None => (config.lora_rank, config.lora_alpha, config.lora_targets.clone()),
-            Some(adapter) => {
-                let projection = |module: &String| module.rsplit('.').next().unwrap_or(module).to_owned();
-                let mut targets: Vec<String> = adapter.tensors.keys().map(projection).collect();
-                targets.sort_unstable();
-                targets.dedup();
-                (adapter.rank, adapter.alpha, targets)
-            }
+            Some(adapter) => (adapter.rank, adapter.alpha, targets(adapter)),
         };
         LoraConfig { rank, alpha, targets, seed: config.seed }
+    }
+
+    /// Learns from pairs; the report, and the mean of the measured answers' log-probabilities at the end.
+    fn learn_pairs(
+        &self,
+        objective: PairObjective,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<(FinetuneReport, f64), FinetuneError> {
+        let started = Instant::now();
+        let (encoder, model) = self.open()?;
+        let mut reading = self.reading(&encoder);
+        let judges = matches!(objective, PairObjective::Reward(_));
+        // The end that tells a judge's score comes on top.
+        reading.max_tokens -= usize::from(judges);
+        let mut data = reading.pairs(self.lines)?;
+        if judges {
+            let scored = |line: &mut Labelled| *line = judged(std::mem::take(&mut line.tokens), encoder.eos());
+            data.rows.iter_mut().flat_map(|pair| [&mut pair.chosen, &mut pair.rejected]).for_each(scored);
+        }
+        let config = self.config;
+        let mut report = FinetuneReport::new(&data.rows, &data.broken);
+        let lengths: Vec<u64> = data.rows.iter().map(|pair| pair.tokens() as u64).collect();
+        let mut trainer =
+            PairTrainer::new(model, data.rows, objective, config.optim, config.micro_batch_tokens)?;
+        let measured: Vec<usize> = (0..lengths.len().min(MEASURED)).collect();
+        report.loss_before = trainer.measure(&measured)?.loss;
+        report.steps = self.each_batch(lengths.len(), |step, steps, batch| {
+            report.tokens += batch.iter().map(|i| lengths[*i]).sum::<u64>();
+            let loss = trainer.step(batch)?.loss;
+            progress(Progress { step, steps, loss, seconds: started.elapsed().as_secs_f64() });
+            Ok(())
+        })?;
+        let after = trainer.measure(&measured)?;
+        report.loss_after = after.loss;
+        (report.accuracy_after, report.margin_after) = (Some(after.accuracy), Some(after.margin));
+        self.save(&trainer.into_policy())?;
+        report.seconds = started.elapsed().as_secs_f64();
+        Ok((report, after.middle))
     }
 
     fn reading<'a>(&self, encoder: &'a ChatEncoder) -> Reading<'a> {
@@ -272,7 +309,7 @@ mod tests {
     }
 
     fn job<'a>(c: &'a FinetuneConfig, model: &'a Checkpoint, lines: &'a str, out: &'a Path) -> Job<'a> {
-        Job { config: c, checkpoint: model, adapter: None, lines: lines.as_bytes(), out }
+        Job { config: c, model: "tiny", checkpoint: model, adapter: None, lines: lines.as_bytes(), out }
     }
 
     #[test]
