@@ -7,13 +7,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use echo_rollout::Task;
+use echo_rollout::{Task, Weights};
 use echo_rollout::environment::cards::Speaker;
 use echo_rollout::environment::maths::{BrokenLines, Maths};
 use echo_rollout::environment::{Environment, Guests, by_name_with, is_address};
 use echo_rollout::service::external::TIME_LIMIT;
 use echo_rollout::service::{
-    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, Replay, Spreads, VeriCommitter,
+    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, PolicyEngine, Replay, Spreads, VeriCommitter,
     Worker, WorkerConfig,
 };
 use echo_rollout::text::{Text, TextError, until_stop};
@@ -24,7 +24,7 @@ use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
 use lattica_net::Node;
 use parallax_engine::local::LocalStage;
 use parallax_engine::sampler::{Place, uniform};
-use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
+use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams, StageRunner};
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use parallax_model::{
     Adapter, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, KvFormat, LoadOptions, Stage, Tokenizer,
@@ -140,6 +140,28 @@ pub fn engine(
     Ok(EngineHandle::start(Box::new(stage), EngineConfig::default())?)
 }
 
+/// The same, for policy versions: adapters, and whole models, which are read as the first one was.
+///
+/// # Errors
+/// Weights that cannot be read.
+pub fn policy_engine(
+    checkpoint: &Checkpoint,
+    dtype: WeightDtype,
+    cache_tokens: usize,
+) -> anyhow::Result<PolicyEngine> {
+    let options = load_options(checkpoint, dtype, cache_tokens);
+    let location = checkpoint.location().to_string_lossy().into_owned();
+    let read = move |bytes: Option<&[u8]>| -> Result<Box<dyn StageRunner>, String> {
+        let base = Checkpoint::resolve(&location).map_err(|e| e.to_string())?;
+        let model = match bytes {
+            Some(bytes) => base.with_weights(bytes.to_vec()).map_err(|e| e.to_string())?,
+            None => base,
+        };
+        Ok(Box::new(LocalStage::load(&model, &options).map_err(|e| e.to_string())?))
+    };
+    Ok(PolicyEngine::from(engine(checkpoint, dtype, cache_tokens)?).reading(Arc::new(read)))
+}
+
 /// An auditor's own copy of the model.
 #[derive(Debug)]
 pub struct ModelReplay {
@@ -218,7 +240,7 @@ fn drawn(
 /// A learner's own engine: it samples answers to held-out tasks.
 #[derive(Debug)]
 pub struct EngineSampler {
-    engine: EngineHandle,
+    engine: PolicyEngine,
     stop_ids: Vec<u32>,
 }
 
@@ -228,14 +250,14 @@ impl EngineSampler {
     /// # Errors
     /// Weights that cannot be read.
     pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
-        let engine = engine(checkpoint, WeightDtype::F32, cache_tokens)?;
+        let engine = policy_engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         Ok(Self { engine, stop_ids: checkpoint.config().eos.clone() })
     }
 }
 
 impl Sampler for EngineSampler {
-    fn install(&self, version: PolicyVersion, adapter: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>> {
-        Box::pin(async move { self.engine.swap_adapter(version, adapter).await.map_err(|e| e.to_string()) })
+    fn install(&self, version: PolicyVersion, weights: Weights) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move { self.engine.install(version, weights).await.map_err(|e| e.to_string()) })
     }
 
     fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>> {
@@ -247,7 +269,7 @@ impl Sampler for EngineSampler {
             ..SamplingParams::default()
         };
         let request = Request { prompt: request.prompt, sampling, ..Request::default() };
-        let answer = self.engine.generate(request);
+        let answer = self.engine.engine().generate(request);
         Box::pin(async move {
             let completion = answer.await.map_err(|e| e.to_string())?;
             let logprobs = completion.tokens.iter().map(|t| t.sampled_logprob).collect();
@@ -337,7 +359,7 @@ pub fn endpoint(address: &str) -> Result<Arc<dyn Speaker>, String> {
     Ok(Arc::new(Endpoint::new(config).map_err(|e| e.to_string())?))
 }
 
-/// The trainable copy of a checkpoint: an adapter of the run's rank over frozen weights.
+/// The trainable copy of a checkpoint: an adapter of the run's rank over frozen weights, or all weights.
 ///
 /// # Errors
 /// Weights that cannot be read.
@@ -348,7 +370,9 @@ pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<
         targets: config.trainer.lora_targets.clone(),
         seed: config.seed,
     };
-    let mut model = TrainModel::from_checkpoint(checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
+    let full = config.trainer.full;
+    let options = TrainOptions { lora: (!full).then_some(lora), full };
+    let mut model = TrainModel::from_checkpoint(checkpoint, &options)?;
     model.set_activation_checkpointing(config.trainer.activation_checkpointing);
     Ok(model)
 }
@@ -359,7 +383,7 @@ pub fn environment_name(config: &RunConfig, environment: &dyn Environment) -> St
     if foreign { environment.name().to_owned() } else { config.environment.clone() }
 }
 
-/// Loads the model, with an adapter to train and once more to evaluate, and makes a learner of `environment` that answers
+/// Loads the model, once to train and once more to evaluate, and makes a learner of `environment` that answers
 /// workers.
 ///
 /// # Errors
@@ -419,7 +443,7 @@ pub async fn start_worker(
 ) -> anyhow::Result<Worker> {
     let trainer = reach::reach(&node, &options.trainer, options.patience).await?;
     let source = Arc::new(Spreads::new(Blocks::start(node.clone(), memory_blocks())));
-    let engine = engine(checkpoint, options.dtype, options.cache_tokens)?;
+    let engine = policy_engine(checkpoint, options.dtype, options.cache_tokens)?;
     let id = checkpoint.id()?;
     let n_layers = u32::try_from(checkpoint.config().n_layers)?;
     // A commitment is about one policy, which samples that switch are not.

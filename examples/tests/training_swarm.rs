@@ -340,8 +340,10 @@ fn learns_what_one_process_learns(dir: &Path, [run, trainer]: [&str; 2], summary
         assert_eq!(alone[same], summary[same], "{same}: {alone} {summary}");
     }
     assert_eq!(alone["steps"], summary["versions"]);
-    let adapter = |path: &Path| std::fs::read(path.join("adapter.safetensors")).unwrap();
-    assert_eq!(adapter(&out), adapter(&dir.join("run")), "the swarm learns what one process learns");
+    let path = Path::new(summary["adapter"].as_str().unwrap());
+    let weights = |path: &Path| std::fs::read(path).unwrap();
+    let same = weights(&out.join(path.file_name().unwrap())) == weights(path);
+    assert!(same, "the swarm learns what one process learns");
 }
 
 #[test]
@@ -371,6 +373,31 @@ fn a_game_in_python_is_played_by_a_swarm() {
     assert_eq!(lines.last().unwrap()["env"], "guess");
     let adapter = |dir: &Path| std::fs::read(dir.join("run/adapter.safetensors")).unwrap();
     assert_eq!(adapter(served.path()), adapter(dir.path()), "the same game, the same adapter");
+}
+
+#[test]
+fn all_weights_are_trained_as_in_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let trainer = "steps = 2\ngroups_per_step = 3\ngroup_size = 4\nfull = true\n[run.trainer.optim]\nlearning_rate = 1e-4";
+    let settings = ["eval_tasks = 4", trainer];
+    let lines = run(dir.path(), settings[0], settings[1], &[]);
+    let summary = lines.last().unwrap();
+    assert_eq!(summary["trajectories"]["consumed"], 24, "{summary}");
+    for step in lines.iter().filter(|l| l["event"] == "step") {
+        // The first is sampled with the base model, the second with what the first step made of it.
+        assert_eq!(step["ratio_deviation_max"], 0.0, "workers have the learner's weights, bit for bit: {step}");
+        assert!(step["update_bytes"].as_u64().unwrap() > 1_000_000, "a whole model: {step}");
+    }
+    learns_what_one_process_learns(dir.path(), settings, summary);
+    // What is there is a model.
+    let made = parallax_model::Checkpoint::open(&dir.path().join("run")).unwrap();
+    let base = parallax_model::Checkpoint::tiny().unwrap();
+    assert_eq!(made.config().n_layers, base.config().n_layers);
+    assert_ne!(made.id().unwrap(), base.id().unwrap());
+    made.tokenizer().unwrap();
+    // A run that is there goes on, with more steps.
+    let more = run(dir.path(), settings[0], &trainer.replace("steps = 2", "steps = 3"), &[]);
+    assert_eq!(more.last().unwrap()["versions"], 3);
 }
 
 #[test]

@@ -49,4 +49,4 @@ pub use environment::{Arithmetic, Environment, Reward, Task};
 pub use group::Group;
 pub use lease::{DropReason, GroupId, Lease, LeaseId, SamplingSpec};
 pub use rollout::Trajectory;
-pub use snapshot::{SignedSnapshot, SnapshotManifest};
+pub use snapshot::{SignedSnapshot, SnapshotManifest, Weights};

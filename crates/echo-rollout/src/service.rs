@@ -11,6 +11,8 @@ pub mod external;
 pub mod journal;
 #[cfg(feature = "service")]
 pub mod payload_source;
+#[cfg(feature = "service")]
+pub mod policy_engine;
 #[cfg(feature = "endpoint")]
 pub mod post;
 #[cfg(feature = "service")]
@@ -41,6 +43,8 @@ pub use external::{External, ExternalConfig, ExternalError};
 pub use journal::{Journal, JournalError};
 #[cfg(feature = "service")]
 pub use payload_source::{PayloadSource, Spreads};
+#[cfg(feature = "service")]
+pub use policy_engine::{InstallError, PolicyEngine, ReadWeights};
 #[cfg(feature = "endpoint")]
 pub use post::HttpError;
 #[cfg(feature = "service")]

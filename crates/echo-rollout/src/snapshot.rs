@@ -2,6 +2,7 @@
 //!
 //! A worker reports a version only after the payload's hash matched the manifest, so that a version tag never lies.
 
+use bytes::Bytes;
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::prost::Message;
 use swarm_wire::signed::{Signer, verify};
@@ -46,6 +47,27 @@ impl Payload {
         match self {
             Self::Base => None,
             Self::Lora(artefact) | Self::Full(artefact) => Some(artefact),
+        }
+    }
+}
+
+/// The weights of a version: a [`Payload`] whose bytes are here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Weights {
+    /// The base checkpoint.
+    Base,
+    /// A LoRA adapter over it, as safetensors.
+    Lora(Bytes),
+    /// All weights, as safetensors with the base checkpoint's names.
+    Full(Bytes),
+}
+
+impl Weights {
+    /// What is sent; nothing for the base checkpoint.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Base => &[],
+            Self::Lora(bytes) | Self::Full(bytes) => bytes,
         }
     }
 }

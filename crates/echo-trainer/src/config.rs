@@ -30,6 +30,9 @@ pub struct TrainerConfig {
     pub activation_checkpointing: bool,
     /// Most groups that wait for a step.
     pub max_pending_groups: usize,
+    /// Train all weights instead of an adapter: 20 bytes a weight for masters, moments, gradients and the policy itself, and every
+    /// update is a whole model, sent as a patch where that is smaller.
+    pub full: bool,
     /// Inner width of the adapter.
     pub lora_rank: usize,
     /// Numerator of the adapter's scale.
@@ -67,6 +70,7 @@ impl Default for TrainerConfig {
             micro_batch_tokens: 8192,
             activation_checkpointing: false,
             max_pending_groups: 256,
+            full: false,
             lora_rank: 8,
             lora_alpha: 16.0,
             lora_targets: Vec::new(),

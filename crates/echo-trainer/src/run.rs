@@ -117,6 +117,9 @@ pub enum RunFault {
         "audit_fraction and audit_first ask for audits but auditors names nobody: add an auditor's peer id, or set both to 0"
     )]
     NoAuditor,
+    /// Auditors put adapters on their own copy of the base checkpoint.
+    #[error("audits recompute with adapters only: set trainer.full to false, or audit_fraction and audit_first to 0")]
+    AuditedFull,
     /// The trainer's settings.
     #[error("trainer: {0}")]
     Trainer(ConfigError),
@@ -183,6 +186,9 @@ impl RunConfig {
         }
         if self.is_audited() && self.auditors.is_empty() {
             faults.push(RunFault::NoAuditor);
+        }
+        if self.is_audited() && self.trainer.full {
+            faults.push(RunFault::AuditedFull);
         }
         // Checked here for the trainer's names of the settings; the dispatcher would name its own.
         faults.extend(self.trainer.faults().into_iter().map(RunFault::Trainer));
@@ -254,6 +260,7 @@ mod tests {
             ..RunConfig::default()
         };
         config.trainer.group_size = 0;
+        config.trainer.full = true;
         config.trainer.lora_rank = 0;
         let text = config.validate().unwrap_err().to_string();
         for named in [
@@ -264,10 +271,11 @@ mod tests {
             "auditors",
             "group_size",
             "lora_rank",
+            "trainer.full",
         ] {
             assert!(text.contains(named), "{named}: {text}");
         }
-        assert_eq!(text.lines().count(), 7, "{text}");
+        assert_eq!(text.lines().count(), 8, "{text}");
         let mut stale = RunConfig::default();
         stale.trainer.max_staleness = 2;
         assert!(stale.validate().unwrap_err().to_string().contains("max_staleness = 2"));

@@ -387,6 +387,24 @@ impl Checkpoint {
         Ok(self)
     }
 
+    /// The same model with other weights, for the engine: a safetensors file in memory, with the names that this checkpoint has.
+    /// Tokenizer and template stay behind.
+    ///
+    /// # Errors
+    /// Bytes that are no safetensors file, or have weights of more layers.
+    pub fn with_weights(&self, bytes: Vec<u8>) -> Result<Self, OpenError> {
+        let index = safetensors::index([Source::memory("weights in memory", bytes)])?;
+        check_layers(&self.config, &index, 0)?;
+        Ok(Self {
+            config: self.config.clone(),
+            index,
+            text: Text::Json { tokenizer: None, template: None },
+            location: self.location.clone(),
+            companions: Vec::new(),
+            id: OnceLock::new(),
+        })
+    }
+
     pub(crate) fn embedded(
         config: &'static [u8],
         generation: &'static [u8],

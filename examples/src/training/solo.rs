@@ -15,7 +15,7 @@ use echo_trainer::RunConfig;
 use echo_trainer::exploitability::{ExploitabilityError, strategies};
 use echo_trainer::metrics::StepReport;
 use echo_trainer::service::evaluation::{Evaluation, Player};
-use echo_trainer::service::{Solo, learner::ADAPTER};
+use echo_trainer::service::{Solo, learner::weights_file};
 use parallax_model::Checkpoint;
 use parallax_model::train::TrainModel;
 use past::PastSelf;
@@ -183,7 +183,7 @@ impl Bench {
             self.study()?;
         }
         if let Some(past) = &self.past {
-            past.meet(self.solo.version(), self.solo.adapter()).await?;
+            past.meet(self.solo.version(), self.solo.weights()).await?;
         }
         Ok(self.solo.step().await?)
     }
@@ -253,9 +253,13 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
     let train_seconds = training.elapsed().as_secs_f64();
     let after = bench.measure().await?;
     say_measured(bench.solo.version().0, &after, run.eval_tasks);
-    let adapter = out.join(ADAPTER);
-    if let Some(bytes) = bench.solo.adapter() {
-        std::fs::write(&adapter, bytes).with_context(|| format!("writing {}", adapter.display()))?;
+    let weights = bench.solo.weights();
+    let adapter = out.join(weights_file(weights));
+    if bench.solo.version().0 > 0 {
+        std::fs::write(&adapter, weights.bytes()).with_context(|| format!("writing {}", adapter.display()))?;
+    }
+    if run.trainer.full {
+        bench.solo.policy().save_companions(out)?;
     }
     let ((one, gave), (two, gives)) = (before, after);
     let mut report = Report {

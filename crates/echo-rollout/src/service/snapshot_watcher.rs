@@ -3,13 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use parallax_engine::{EngineHandle, StageError};
 use swarm_wire::generated::swarm::v1::Signed;
 use swarm_wire::{DecodeError, PeerId, PolicyVersion, RunId};
 
 use super::BoxFuture;
 use super::payload_source::PayloadSource;
-use crate::snapshot::{Payload, PayloadMismatch, SignedSnapshot, SnapshotManifest};
+use super::policy_engine::{InstallError, PolicyEngine};
+use crate::snapshot::{Payload, PayloadMismatch, SignedSnapshot, SnapshotManifest, Weights};
 
 /// Why a snapshot was not installed. The weights from before stay, under their own version.
 #[derive(Debug, thiserror::Error)]
@@ -47,15 +47,9 @@ pub enum SnapshotError {
     /// The bytes are not those that were signed.
     #[error(transparent)]
     Payload(#[from] PayloadMismatch),
-    /// A kind that a running engine cannot take.
-    #[error("snapshot {version} replaces all weights; a running engine takes adapters only")]
-    FullWeights {
-        /// The version.
-        version: PolicyVersion,
-    },
-    /// The engine refused the adapter.
+    /// The engine does not take it.
     #[error(transparent)]
-    Engine(#[from] StageError),
+    Install(#[from] InstallError),
 }
 
 /// Keeps an engine at the trainer's newest version.
@@ -63,7 +57,7 @@ pub struct SnapshotWatcher {
     trainer: PeerId,
     run: RunId,
     base_model_id: String,
-    engine: EngineHandle,
+    engine: PolicyEngine,
     source: Arc<dyn PayloadSource>,
     active: Option<(PolicyVersion, Option<[u8; 32]>)>,
 }
@@ -80,7 +74,7 @@ impl SnapshotWatcher {
         trainer: PeerId,
         run: RunId,
         base_model_id: String,
-        engine: EngineHandle,
+        engine: PolicyEngine,
         source: Arc<dyn PayloadSource>,
     ) -> Self {
         Self { trainer, run, base_model_id, engine, source, active: None }
@@ -91,7 +85,7 @@ impl SnapshotWatcher {
         self.active.map(|(version, _)| version)
     }
 
-    /// Hash of the installed adapter; `None` for the base model.
+    /// Hash of the installed adapter or weights; `None` for the base model.
     pub fn adapter_hash(&self) -> Option<[u8; 32]> {
         self.active.and_then(|(_, hash)| hash)
     }
@@ -123,8 +117,8 @@ impl SnapshotWatcher {
             }
             _ => {}
         }
-        if matches!(manifest.payload, Payload::Full(_)) {
-            return Err(SnapshotError::FullWeights { version });
+        if matches!(manifest.payload, Payload::Full(_)) && !self.engine.takes_all_weights() {
+            return Err(InstallError::FullWeights { version }.into());
         }
         Ok(Some(manifest.clone()))
     }
@@ -135,12 +129,16 @@ impl SnapshotWatcher {
         Box::pin(async move {
             let version = manifest.version;
             let Some(hash) = manifest.payload.artefact().map(|a| a.hash) else {
-                return Ok(Staged { version, adapter: None });
+                return Ok(Staged { version, hash: None, weights: Weights::Base });
             };
             let fetched = source.fetch(&manifest, &trainer).await;
             let bytes = fetched.map_err(|reason| SnapshotError::Fetch { version, reason })?;
             manifest.check_payload(&bytes)?;
-            Ok(Staged { version, adapter: Some((hash, bytes.to_vec())) })
+            let weights = match manifest.payload {
+                Payload::Full(_) => Weights::Full(bytes),
+                Payload::Lora(_) | Payload::Base => Weights::Lora(bytes),
+            };
+            Ok(Staged { version, hash: Some(hash), weights })
         })
     }
 
@@ -150,9 +148,8 @@ impl SnapshotWatcher {
     /// # Errors
     /// When the engine refuses; the old weights stay.
     pub async fn install(&mut self, staged: Staged) -> Result<PolicyVersion, SnapshotError> {
-        let Staged { version, adapter } = staged;
-        let hash = adapter.as_ref().map(|(hash, _)| *hash);
-        self.engine.swap_adapter(version, adapter.map(|(_, bytes)| bytes)).await?;
+        let Staged { version, hash, weights } = staged;
+        self.engine.install(version, weights).await?;
         self.active = Some((version, hash));
         tracing::info!(%version, run = %self.run, "installed policy");
         Ok(version)
@@ -163,7 +160,8 @@ impl SnapshotWatcher {
 #[derive(Debug)]
 pub struct Staged {
     version: PolicyVersion,
-    adapter: Option<([u8; 32], Vec<u8>)>,
+    hash: Option<[u8; 32]>,
+    weights: Weights,
 }
 
 impl Staged {

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use lattica_net::{CallError, Node, Status, StatusCode};
-use parallax_engine::EngineHandle;
 use swarm_wire::generated::echo::v1 as proto;
 use swarm_wire::{PeerId, RunId};
 use tokio::sync::watch;
@@ -178,7 +177,7 @@ pub enum WorkerError {
 /// A worker, ready to run.
 pub struct Worker {
     node: Node,
-    engine: EngineHandle,
+    engine: PolicyEngine,
     referees: Arc<Referees>,
     text: Arc<dyn Text>,
     source: Arc<dyn PayloadSource>,
@@ -212,7 +211,7 @@ impl Worker {
     /// A worker on `node` that samples with `engine`; without a committer its trajectories carry no commitments.
     pub fn new(
         node: Node,
-        engine: EngineHandle,
+        engine: impl Into<PolicyEngine>,
         environment: Arc<dyn Environment>,
         text: Arc<dyn Text>,
         source: Arc<dyn PayloadSource>,
@@ -227,7 +226,7 @@ impl Worker {
         let referees = Arc::new(Referees::new(environment, config.episode_timeout));
         Self {
             node,
-            engine,
+            engine: engine.into(),
             referees,
             text,
             source,

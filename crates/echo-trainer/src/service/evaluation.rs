@@ -7,7 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use echo_rollout::Environment;
+use echo_rollout::{Environment, Weights};
 use echo_rollout::environment::{RewardError, Turn, held_out_seed};
 use echo_rollout::text::{Text, TextError};
 use serde::Serialize;
@@ -41,8 +41,8 @@ pub struct Sampled {
 
 /// An inference engine with the policy's base checkpoint.
 pub trait Sampler: Send + Sync {
-    /// Samples with `version` from now on: the base checkpoint, or an adapter over it.
-    fn install(&self, version: PolicyVersion, adapter: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>>;
+    /// Samples with `version` from now on.
+    fn install(&self, version: PolicyVersion, weights: Weights) -> BoxFuture<'_, Result<(), String>>;
 
     /// Samples one answer. Many are asked for at once.
     fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>>;
@@ -250,7 +250,7 @@ mod tests {
     struct Oracle;
 
     impl Sampler for Oracle {
-        fn install(&self, _: PolicyVersion, _: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>> {
+        fn install(&self, _: PolicyVersion, _: Weights) -> BoxFuture<'_, Result<(), String>> {
             Box::pin(std::future::ready(Ok(())))
         }
 
@@ -283,7 +283,7 @@ mod tests {
     }
 
     impl Sampler for Caller {
-        fn install(&self, _: PolicyVersion, _: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>> {
+        fn install(&self, _: PolicyVersion, _: Weights) -> BoxFuture<'_, Result<(), String>> {
             Box::pin(std::future::ready(Ok(())))
         }
 
@@ -331,7 +331,7 @@ mod tests {
     }
 
     impl Sampler for Stuck {
-        fn install(&self, _: PolicyVersion, _: Option<Vec<u8>>) -> BoxFuture<'_, Result<(), String>> {
+        fn install(&self, _: PolicyVersion, _: Weights) -> BoxFuture<'_, Result<(), String>> {
             Box::pin(std::future::ready(Ok(())))
         }
 

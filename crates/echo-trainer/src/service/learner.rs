@@ -27,7 +27,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use echo_rollout::admission::{All, Regrade, Shape};
 use echo_rollout::asynchronous::{Impossible, NotAsked};
 use echo_rollout::environment::Environment;
@@ -35,7 +34,7 @@ use echo_rollout::service::{Collector, CollectorConfig, CollectorError};
 use echo_rollout::snapshot::SignedSnapshot;
 use echo_rollout::sync::{SequentialConfig, SequentialSync};
 use echo_rollout::text::Text;
-use echo_rollout::{DropReason, GroupId};
+use echo_rollout::{DropReason, GroupId, Weights};
 use lattica_bitswap::{Blocks, PublishError};
 use lattica_net::Node;
 use swarm_wire::signed::Signer;
@@ -57,6 +56,16 @@ pub use events::{LearnerEvent, RunSummary, StalenessCounts, StepEvent, Trajector
 pub const JOURNAL: &str = "rollouts.redb";
 /// The newest adapter, in the run's directory.
 pub const ADAPTER: &str = "adapter.safetensors";
+/// All weights of the newest version, in the run's directory, which is a model directory then.
+pub const MODEL: &str = "model.safetensors";
+
+/// The file of the newest weights of this kind.
+pub fn weights_file(weights: &Weights) -> &'static str {
+    match weights {
+        Weights::Full(_) => MODEL,
+        Weights::Base | Weights::Lora(_) => ADAPTER,
+    }
+}
 
 /// What a learner is wired from.
 #[expect(missing_debug_implementations, reason = "engines and tokenizers have none")]
@@ -152,8 +161,8 @@ pub struct Learner<P> {
     player: Player,
     base_model_id: String,
     full_bytes: u64,
-    /// The newest weights over the base model; `None` before the first step.
-    adapter: Option<(PolicyVersion, Bytes)>,
+    /// The newest weights: the base model's before the first step.
+    newest: (PolicyVersion, Weights),
     /// The newest version that is out; `None` before the first, and when what was out before a restart is not here.
     published: Option<PolicyVersion>,
 }
@@ -161,7 +170,7 @@ pub struct Learner<P> {
 /// A step that is on disk.
 struct Learned {
     report: StepReport,
-    adapter: Bytes,
+    weights: Weights,
     flat_groups: u64,
     completion_tokens: usize,
 }
@@ -210,7 +219,7 @@ impl<T: FnMut(LearnerEvent)> Loops<T> {
             staleness_mean: report.staleness_mean,
             workers,
             ahead,
-            update_bytes: learned.adapter.len() as u64,
+            update_bytes: learned.weights.bytes().len() as u64,
             flat_groups: learned.flat_groups,
             completion_tokens: learned.completion_tokens,
             rollouts_s: rollouts.as_secs_f64(),
@@ -254,10 +263,14 @@ impl<P: Update + Send + 'static> Learner<P> {
         let regrade = Regrade::new(environment.clone(), parts.text.clone());
         let admission = Arc::new(All(vec![Box::new(shape), Box::new(regrade)]));
         let (node, steps) = (parts.node.clone(), trainer.version().0);
-        let adapter = match trainer.version() {
-            PolicyVersion(0) => None,
-            version => Some((version, Bytes::from(trainer.policy().update_bytes()?))),
+        let newest = match trainer.version() {
+            PolicyVersion(0) => Weights::Base,
+            _ => trainer.policy().weights()?,
         };
+        let newest = (trainer.version(), newest);
+        if config.trainer.full {
+            trainer.policy().save_companions(dir)?;
+        }
         let journal = Some(dir.join(JOURNAL));
         // The collector gives out its newest version and so many before it, and the oldest while the next one is published.
         let kept = usize::try_from(collector_config.dispatch.snapshots_kept()).unwrap_or(usize::MAX);
@@ -279,7 +292,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             player: Player { sampler: parts.sampler, text: parts.text, environment },
             base_model_id: parts.base_model_id,
             full_bytes: parts.full_bytes,
-            adapter,
+            newest,
         })
     }
 
@@ -304,7 +317,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             return Err(LearnerError::NoWorkers { seconds: self.config.workers_timeout_s });
         }
         if self.published.is_none() {
-            self.collector.publish(&self.snapshot(self.adapter.as_ref()).await?).await?;
+            self.collector.publish(&self.snapshot(&self.newest).await?).await?;
             self.published = Some(self.version());
         }
         tell(LearnerEvent::Eval(self.evaluate().await?));
@@ -313,11 +326,11 @@ impl<P: Update + Send + 'static> Learner<P> {
         let loop_started = Instant::now();
         match self.config.mode {
             Mode::Sequential => self.alternate(&mut loops).await?,
-            Mode::Async => self.adapter = asynchronous::run(self, &mut loops).await?,
+            Mode::Async => self.newest = asynchronous::run(self, &mut loops).await?,
         }
         let loop_s = loop_started.elapsed().as_secs_f64();
         self.collector.check().map_err(|broken| LearnerError::Books(broken.to_string()))?;
-        self.collector.publish(&self.snapshot(self.adapter.as_ref()).await?).await?;
+        self.collector.publish(&self.snapshot(&self.newest).await?).await?;
         (loops.tell)(LearnerEvent::Eval(self.evaluate().await?));
         Ok(self.summary(loops.training.as_secs_f64() / loop_s.max(1e-9)))
     }
@@ -336,7 +349,7 @@ impl<P: Update + Send + 'static> Learner<P> {
                 break;
             }
             let began = Instant::now();
-            let snapshot = self.snapshot(self.adapter.as_ref()).await?;
+            let snapshot = self.snapshot(&self.newest).await?;
             let groups = loop {
                 let groups = self.collector.round(&mut sync, &snapshot).await?;
                 if !self.gave_back(self.version().0, &groups).await? {
@@ -348,7 +361,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             let learning = Instant::now();
             let learned = self.learn(&groups).await.expect("a training step does not panic")?;
             self.collector.commit(&mut sync).await?;
-            self.adapter = Some((learned.report.version, learned.adapter.clone()));
+            self.newest = (learned.report.version, learned.weights.clone());
             loops.tell_step(
                 &learned,
                 0,
@@ -374,17 +387,12 @@ impl<P: Update + Send + 'static> Learner<P> {
         self.collector.workers().into_iter().map(|worker| worker.peer).collect()
     }
 
-    /// Weights over the base model, signed; none are the base model itself.
+    /// A version's weights, published and signed.
     async fn snapshot(
         &self,
-        weights: Option<&(PolicyVersion, Bytes)>,
+        (version, weights): &(PolicyVersion, Weights),
     ) -> Result<SignedSnapshot, LearnerError> {
-        match weights {
-            None => Ok(self.publisher.base()),
-            Some((version, bytes)) => {
-                Ok(self.publisher.adapter(*version, bytes.clone(), &self.workers()).await?)
-            }
-        }
+        Ok(self.publisher.weights(*version, weights, &self.workers()).await?)
     }
 
     /// Whether dynamic sampling wants other groups for `step` instead of some of these; then all of them are with the collector
@@ -400,7 +408,7 @@ impl<P: Update + Send + 'static> Learner<P> {
         Ok(!flat.is_empty())
     }
 
-    /// One step, its checkpoint with the leases that it consumed, and its adapter; off the runtime's threads.
+    /// One step, its checkpoint with the leases that it consumed, and its weights; off the runtime's threads.
     fn learn(&self, groups: &[echo_rollout::Group]) -> JoinHandle<Result<Learned, LearnerError>> {
         let completions = groups.iter().flat_map(|g| &g.trajectories).map(|t| t.completion().len());
         let completion_tokens = completions.sum();
@@ -416,21 +424,20 @@ impl<P: Update + Send + 'static> Learner<P> {
                 trainer.add_group(group)?;
             }
             let report = trainer.train_step()?;
-            let adapter = trainer.policy().update_bytes()?;
-            checkpoint_dir::write(&dir.join(ADAPTER), &adapter)?;
+            let weights = trainer.policy().weights()?;
+            checkpoint_dir::write(&dir.join(weights_file(&weights)), weights.bytes())?;
             if ahead {
-                published::keep(&dir, report.version, &adapter, kept)?;
+                published::keep(&dir, report.version, &weights, kept)?;
             }
             checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
-            Ok(Learned { report, adapter: adapter.into(), flat_groups, completion_tokens })
+            Ok(Learned { report, weights, flat_groups, completion_tokens })
         })
     }
 
     /// Measures the present weights with the learner's own engine.
     async fn evaluate(&self) -> Result<Evaluation, LearnerError> {
-        let version = self.adapter.as_ref().map_or(PolicyVersion(0), |(version, _)| *version);
-        let adapter = self.adapter.as_ref().map(|(_, bytes)| bytes.to_vec());
-        let installed = self.player.sampler.install(version, adapter).await;
+        let (version, weights) = self.newest.clone();
+        let installed = self.player.sampler.install(version, weights).await;
         installed.map_err(|reason| LearnerError::Install { version, reason })?;
         let (n_tasks, max_tokens) = (self.config.eval_tasks, self.config.trainer.max_completion_tokens);
         Ok(evaluate(&self.player, version, n_tasks, max_tokens).await?)
@@ -459,9 +466,9 @@ impl<P: Update + Send + 'static> Learner<P> {
                 by_age: self.collector.staleness_by_age(),
             },
             poisoned_trained: counts.consumed_of_convicted,
-            update_bytes: self.adapter.as_ref().map_or(0, |(_, bytes)| bytes.len() as u64),
+            update_bytes: self.newest.1.bytes().len() as u64,
             full_bytes: self.full_bytes,
-            adapter: (versions > 0).then(|| self.dir.join(ADAPTER)),
+            adapter: (versions > 0).then(|| self.dir.join(weights_file(&self.newest.1))),
         }
     }
 }

@@ -2,9 +2,9 @@
 //! names them is signed, and what is large for the links is spread, so that workers get it from each other.
 
 use std::collections::VecDeque;
+use std::path::Path;
 
-use bytes::Bytes;
-use echo_rollout::snapshot::{Artefact, Payload, SignedSnapshot, SnapshotManifest};
+use echo_rollout::snapshot::{Artefact, Payload, SignedSnapshot, SnapshotManifest, Weights};
 use lattica_bitswap::spread::Fleet;
 use lattica_bitswap::{Blocks, PublishError, SpreadConfig, Spreading};
 use lattica_net::{LinkEstimate, Node};
@@ -15,20 +15,31 @@ use tokio::sync::Mutex;
 use crate::error::StepError;
 use crate::policy::Policy;
 
-/// A policy whose update is small enough to be sent after every step.
+/// A policy that is sent out after its steps.
 pub trait Update: Policy {
-    /// The update over the base checkpoint, as workers install it: PEFT safetensors.
+    /// Its present weights as workers install them: an adapter over the base checkpoint as PEFT writes it, or all weights.
     ///
     /// # Errors
-    /// When the policy trains all weights, or cannot be encoded.
-    fn update_bytes(&self) -> Result<Vec<u8>, StepError>;
+    /// When they cannot be encoded.
+    fn weights(&self) -> Result<Weights, StepError>;
+
+    /// Writes what all weights need beside them to be a model directory, tokenizer and settings.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn save_companions(&self, dir: &Path) -> Result<(), StepError>;
 }
 
 impl Update for TrainModel {
-    fn update_bytes(&self) -> Result<Vec<u8>, StepError> {
-        let adapter =
-            self.adapter().ok_or_else(|| StepError::model("it trains all weights, not an adapter"))?;
-        adapter.to_bytes().map_err(StepError::model)
+    fn weights(&self) -> Result<Weights, StepError> {
+        match self.adapter() {
+            Some(adapter) => Ok(Weights::Lora(adapter.to_bytes().map_err(StepError::model)?.into())),
+            None => Ok(Weights::Full(self.to_safetensors().map_err(StepError::model)?.into())),
+        }
+    }
+
+    fn save_companions(&self, dir: &Path) -> Result<(), StepError> {
+        Self::save_companions(self, dir).map_err(StepError::model)
     }
 }
 
@@ -74,43 +85,43 @@ impl Publisher {
         Self { run, base_model_id, node, blocks, kept: kept.max(1), published: Mutex::default() }
     }
 
-    /// Version 0: the base checkpoint as it is.
-    pub fn base(&self) -> SignedSnapshot {
-        self.sign(PolicyVersion(0), Payload::Base)
-    }
-
-    /// Publishes an adapter as `version` for `workers`, and spreads it when that is faster than a copy for each of them. What
-    /// is not spread is published as an update of the version before. One that was published already is signed again as it
-    /// was. Dropping the future leaves stored blocks stored.
+    /// Publishes weights as `version` for `workers`, and spreads them when that is faster than a copy for each of them. What is
+    /// not spread is published as an update of the version before: block by block, whichever of block and patch is smaller.
+    /// One that was published already is signed again as it was. Dropping the future leaves stored blocks stored.
     ///
     /// # Errors
     /// When the blocks cannot be stored.
-    pub async fn adapter(
+    pub async fn weights(
         &self,
         version: PolicyVersion,
-        bytes: Bytes,
+        weights: &Weights,
         workers: &[PeerId],
     ) -> Result<SignedSnapshot, PublishError> {
+        let (bytes, kind, payload) = match weights {
+            Weights::Base => return Ok(self.sign(version, Payload::Base)),
+            Weights::Lora(bytes) => (bytes.clone(), "adapter", Payload::Lora as fn(Artefact) -> Payload),
+            Weights::Full(bytes) => (bytes.clone(), "model", Payload::Full as fn(Artefact) -> Payload),
+        };
         let hash = *blake3::hash(&bytes).as_bytes();
         let mut published = self.published.lock().await;
         let known = published.iter().find(|known| known.version == version && known.artefact.hash == hash);
         if let Some(known) = known {
-            return Ok(self.sign(version, Payload::Lora(known.artefact.clone())));
+            return Ok(self.sign(version, payload(known.artefact.clone())));
         }
         let length = bytes.len() as u64;
         let pays = fleet(length, &self.links(workers)).pays_to_spread();
-        let name = format!("adapter-{version}.safetensors");
+        let name = format!("{kind}-{version}.safetensors");
         let root = match published.back() {
             Some(last) if !pays => {
-                self.blocks.publish_update(&name, "adapter", bytes, &last.artefact.root).await?
+                self.blocks.publish_update(&name, kind, bytes, &last.artefact.root).await?
             }
-            _ => self.blocks.publish_bytes(&name, "adapter", bytes).await?,
+            _ => self.blocks.publish_bytes(&name, kind, bytes).await?,
         };
         let part = if pays { self.spread(&root).await } else { None };
         let artefact = Artefact { root, hash, bytes: length, spread: part.is_some() };
         published.push_back(Published { version, artefact: artefact.clone(), part });
         self.retire(&mut published).await;
-        Ok(self.sign(version, Payload::Lora(artefact)))
+        Ok(self.sign(version, payload(artefact)))
     }
 
     /// Ends old spreads and drops the blocks of versions that are older still.
@@ -203,6 +214,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use bytes::Bytes;
     use echo_rollout::service::{PayloadSource, Spreads};
     use lattica_bitswap::{BlockStore as _, ExchangeConfig, MemoryStore};
     use lattica_net::{Identity, NodeConfig, PathKind};
@@ -244,8 +256,9 @@ mod tests {
                 _ => (version..bytes.len()).step_by(1000).for_each(|i| bytes[i] ^= 1),
             }
             let (version, content) = (PolicyVersion(version as u64), Bytes::from(bytes.clone()));
-            let snapshot = publisher.adapter(version, content.clone(), &[]).await.unwrap();
-            let again = publisher.adapter(version, content.clone(), &[]).await.unwrap();
+            let weights = Weights::Full(content.clone());
+            let snapshot = publisher.weights(version, &weights, &[]).await.unwrap();
+            let again = publisher.weights(version, &weights, &[]).await.unwrap();
             assert_eq!(again.manifest(), snapshot.manifest(), "signed again as it was");
             let before = received();
             assert_eq!(source.fetch(snapshot.manifest(), &trainer.peer_id()).await.unwrap(), content);

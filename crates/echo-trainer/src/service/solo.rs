@@ -6,9 +6,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use echo_rollout::environment::{Environment, RewardError};
-use echo_rollout::{DispatchConfig, GroupId};
+use echo_rollout::{DispatchConfig, GroupId, Weights};
 use swarm_wire::PolicyVersion;
 
 use super::evaluation::{Evaluation, EvaluationError, Played, Player, SampleRequest, evaluate, play_all};
@@ -56,8 +55,8 @@ pub struct Solo<P> {
     lag: u64,
     /// The number of the next group; every group has a task of its own.
     next_group: u64,
-    /// The newest versions' adapters, the newest last; as many as the lag needs.
-    adapters: VecDeque<(PolicyVersion, Option<Bytes>)>,
+    /// The newest versions' weights, the newest last; as many as the lag needs.
+    versions: VecDeque<(PolicyVersion, Weights)>,
     installed: Option<PolicyVersion>,
 }
 
@@ -81,7 +80,7 @@ impl<P: Update> Solo<P> {
             dispatch: config.dispatch(0),
             eval_tasks: config.eval_tasks,
             judge: Arc::clone(&player.environment),
-            adapters: [(trainer.version(), None)].into(),
+            versions: [(trainer.version(), Weights::Base)].into(),
             trainer,
             player,
             installed: None,
@@ -108,9 +107,9 @@ impl<P: Update> Solo<P> {
         self.trainer.version()
     }
 
-    /// The newest adapter; none before the first step.
-    pub fn adapter(&self) -> Option<&Bytes> {
-        self.adapters.back().and_then(|(_, bytes)| bytes.as_ref())
+    /// The present weights.
+    pub fn weights(&self) -> &Weights {
+        self.versions.back().map_or(&Weights::Base, |(_, weights)| weights)
     }
 
     /// Samples as many groups as a step needs, others instead of those that dynamic sampling gives up, and makes it.
@@ -119,7 +118,7 @@ impl<P: Update> Solo<P> {
     /// Episodes that cannot be played or judged, a model that cannot be trained.
     pub async fn step(&mut self) -> Result<StepReport, SoloError> {
         // The oldest that is kept is the one that is due.
-        let due = self.adapters.front().map_or_else(|| self.version(), |(version, _)| *version);
+        let due = self.versions.front().map_or_else(|| self.version(), |(version, _)| *version);
         self.install(due).await?;
         let needed = u64::from(self.dispatch.groups_per_step);
         let (mut groups, mut given_up): (Vec<Group>, u64) = (Vec::new(), 0);
@@ -134,10 +133,9 @@ impl<P: Update> Solo<P> {
             self.trainer.add_group(group)?;
         }
         let report = self.trainer.train_step()?;
-        let adapter = Bytes::from(self.trainer.policy().update_bytes()?);
-        self.adapters.push_back((report.version, Some(adapter)));
-        while self.adapters.len() as u64 > self.lag + 1 {
-            self.adapters.pop_front();
+        self.versions.push_back((report.version, self.trainer.policy().weights()?));
+        while self.versions.len() as u64 > self.lag + 1 {
+            self.versions.pop_front();
         }
         Ok(report)
     }
@@ -192,9 +190,9 @@ impl<P: Update> Solo<P> {
         if self.installed == Some(version) {
             return Ok(());
         }
-        let kept = self.adapters.iter().find(|(kept, _)| *kept == version);
-        let adapter = kept.and_then(|(_, bytes)| bytes.as_ref()).map(|bytes| bytes.to_vec());
-        let installed = self.player.sampler.install(version, adapter).await;
+        let kept = self.versions.iter().find(|(kept, _)| *kept == version);
+        let weights = kept.map_or(Weights::Base, |(_, weights)| weights.clone());
+        let installed = self.player.sampler.install(version, weights).await;
         installed.map_err(|reason| SoloError::Install { version, reason })?;
         self.installed = Some(version);
         Ok(())

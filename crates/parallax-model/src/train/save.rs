@@ -25,12 +25,36 @@ impl TrainModel {
     /// # Errors
     /// The model trains an adapter, or the directory cannot be written.
     pub fn save_checkpoint(&self, dir: &Path) -> Result<(), SaveError> {
+        let bytes = self.to_safetensors()?;
+        self.save_companions(dir)?;
+        // Last: a directory with weights is complete.
+        files::write(&dir.join("model.safetensors"), &bytes)
+    }
+
+    /// Writes config.json and the tokenizer: all of a checkpoint but its weights.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn save_companions(&self, dir: &Path) -> Result<(), SaveError> {
+        for (name, content) in &self.text_files {
+            files::write(&dir.join(name), content)?;
+        }
+        let config = format!("{:#}\n", self.config.to_hf_json());
+        files::write(&dir.join("config.json"), config.as_bytes())
+    }
+
+    /// All weights of a fully trained model, as model.safetensors has them (f32).
+    ///
+    /// # Errors
+    /// The model trains an adapter.
+    pub fn to_safetensors(&self) -> Result<Vec<u8>, SaveError> {
         if !matches!(self.mode, Mode::Full) {
             return Err(SaveError::NotFull);
         }
-        let path = dir.join("model.safetensors");
-        let encode =
-            |e: &dyn std::fmt::Display| SaveError::Encode { path: path.clone(), reason: e.to_string() };
+        let encode = |e: &dyn std::fmt::Display| SaveError::Encode {
+            path: "model.safetensors".into(),
+            reason: e.to_string(),
+        };
         let mut tensors = Vec::new();
         for (p, (_, tensor)) in init::full_parameters(&self.config).iter().zip(&self.parameters) {
             let values: Vec<f32> =
@@ -49,13 +73,6 @@ impl TrainModel {
             let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|e| encode(&e))?;
             views.push((name.as_str(), view));
         }
-        let bytes = serialize(views, None).map_err(|e| encode(&e))?;
-        for (name, content) in &self.text_files {
-            files::write(&dir.join(name), content)?;
-        }
-        let config = format!("{:#}\n", self.config.to_hf_json());
-        files::write(&dir.join("config.json"), config.as_bytes())?;
-        // Last: a directory with weights is complete.
-        files::write(&path, &bytes)
+        serialize(views, None).map_err(|e| encode(&e))
     }
 }

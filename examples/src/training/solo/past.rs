@@ -1,29 +1,31 @@
-//! An earlier version of the policy in the other seat: an engine of its own, with one of the adapters that were.
+//! An earlier version of the policy in the other seat: an engine of its own, with one of the versions that were.
 
 use std::sync::{Mutex, PoisonError};
 
-use bytes::Bytes;
-use echo_rollout::Task;
 use echo_rollout::environment::cards::{Said, Speaker};
 use echo_rollout::environment::draws::Draws;
+use echo_rollout::service::PolicyEngine;
 use echo_rollout::text::{Text, TextError};
-use parallax_engine::{EngineHandle, Request, SamplingParams};
+use echo_rollout::{Task, Weights};
+use parallax_engine::{Request, SamplingParams};
 use parallax_model::{Checkpoint, WeightDtype};
 use swarm_wire::PolicyVersion;
 
-use crate::rollouts::{ModelText, engine};
+use crate::rollouts::{ModelText, policy_engine};
 
 /// Versions that are kept; when there are more, every other one goes.
 const MOST_KEPT: usize = 32;
+/// The same where each is a whole model.
+const MOST_MODELS: usize = 4;
 /// Most tokens that it says in one turn.
 const MOST_TOKENS: usize = 16;
 
 /// Plays as an earlier version of the policy, another one at each step.
 #[derive(Debug)]
 pub(super) struct PastSelf {
-    engine: EngineHandle,
+    engine: PolicyEngine,
     text: ModelText,
-    kept: Mutex<Vec<(PolicyVersion, Option<Bytes>)>>,
+    kept: Mutex<Vec<(PolicyVersion, Weights)>>,
     seed: u64,
 }
 
@@ -33,27 +35,27 @@ impl PastSelf {
     /// # Errors
     /// Weights that cannot be read.
     pub(super) fn load(checkpoint: &Checkpoint, cache_tokens: usize, seed: u64) -> anyhow::Result<Self> {
-        let engine = engine(checkpoint, WeightDtype::F32, cache_tokens)?;
+        let engine = policy_engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         Ok(Self { engine, text: ModelText::open(checkpoint)?, kept: Mutex::default(), seed })
     }
 
-    /// Keeps `adapter` of `version`, and plays as one of those kept, each alike, until it is called again.
+    /// Keeps the `weights` of `version`, and plays as one of those kept, each alike, until it is called again.
     ///
     /// # Errors
-    /// An adapter that the engine does not take.
-    pub(super) async fn meet(&self, version: PolicyVersion, adapter: Option<&Bytes>) -> anyhow::Result<()> {
-        let (chosen, bytes) = {
+    /// Weights that the engine does not take.
+    pub(super) async fn meet(&self, version: PolicyVersion, weights: &Weights) -> anyhow::Result<()> {
+        let (chosen, weights) = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.push((version, adapter.cloned()));
-            if kept.len() > MOST_KEPT {
+            kept.push((version, weights.clone()));
+            let most = if matches!(weights, Weights::Full(_)) { MOST_MODELS } else { MOST_KEPT };
+            if kept.len() > most {
                 let mut numbers = 0..;
                 kept.retain(|_| numbers.next().is_some_and(|n| n % 2 == 0));
             }
             let mut draws = Draws::keyed("training-swarm past self v1", self.seed, &version.0.to_le_bytes());
             kept[draws.below(kept.len())].clone()
         };
-        self.engine.swap_adapter(chosen, bytes.map(|b| b.to_vec())).await?;
-        Ok(())
+        Ok(self.engine.install(chosen, weights).await?)
     }
 
     fn context(&self, before: &[Said], shown: &str) -> Result<Vec<u32>, TextError> {
@@ -80,7 +82,7 @@ impl Speaker for PastSelf {
             ..SamplingParams::default()
         };
         let request = Request { prompt, sampling, ..Request::default() };
-        let completion = self.engine.generate_blocking(request).map_err(|e| e.to_string())?;
+        let completion = self.engine.engine().generate_blocking(request).map_err(|e| e.to_string())?;
         Ok(self.text.completion(&completion.token_ids()))
     }
 }

@@ -261,7 +261,7 @@ impl<'a> Shift<'a> {
         }
         let w = &*self.worker;
         let task = self.samples.spawn(sample(
-            w.engine.clone(),
+            w.engine.engine().clone(),
             std::sync::Arc::clone(&w.referees),
             w.text.clone(),
             w.committer.clone(),

@@ -4,7 +4,7 @@
 use std::future::pending;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use echo_rollout::Weights;
 use echo_rollout::asynchronous::AsyncCoordinator;
 use echo_rollout::sync::Action;
 use swarm_wire::PolicyVersion;
@@ -28,14 +28,14 @@ struct Training {
 pub(super) async fn run<P: Update + Send + 'static>(
     learner: &Learner<P>,
     loops: &mut Loops<impl FnMut(LearnerEvent)>,
-) -> Result<Option<(PolicyVersion, Bytes)>, LearnerError> {
+) -> Result<(PolicyVersion, Weights), LearnerError> {
     let collector = &learner.collector;
     let first = learner.version().0;
     let config = learner.config.asynchronous();
     let mut coordinator = AsyncCoordinator::new(config, first, collector.now_ms())?
         .resumed(learner.published, collector.reached().1);
     let mut changed = collector.changes();
-    let mut newest = learner.adapter.clone();
+    let mut newest = learner.newest.clone();
     let mut training: Option<Training> = None;
     let mut trained: Option<(Learned, [Duration; 3])> = None;
     let mut publishing: Option<BoxFuture<'_, Result<(), LearnerError>>> = None;
@@ -71,7 +71,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
                     coordinator.handle_publishing(version)?;
                     let weights = newest.clone();
                     publishing = Some(Box::pin(async move {
-                        Ok(collector.publish(&learner.snapshot(weights.as_ref()).await?).await?)
+                        Ok(collector.publish(&learner.snapshot(&weights).await?).await?)
                     }));
                 }
             }
@@ -84,7 +84,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
             learned = done(training.as_mut()) => {
                 let learned = learned?;
                 coordinator.handle_trained(collector.now_ms())?;
-                newest = Some((learned.report.version, learned.adapter.clone()));
+                newest = (learned.report.version, learned.weights.clone());
                 if let Some(Training { began, waited, .. }) = training.take() {
                     let train = began.elapsed();
                     trained = Some((learned, [waited, train, waited + train]));

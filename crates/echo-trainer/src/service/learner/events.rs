@@ -77,7 +77,7 @@ pub struct RunSummary {
     pub update_bytes: u64,
     /// Bytes of all weights.
     pub full_bytes: u64,
-    /// The newest adapter; none when no step was made.
+    /// The newest adapter, or all weights in a model directory; none when no step was made.
     pub adapter: Option<PathBuf>,
 }
 
