@@ -21,7 +21,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Map: [`advantage`] (credit within a group), [`loss`] (policy losses, f64 and tensors),
+//! Map: [`advantage`] (credit within a group), [`averaging`] (several trainers make one step), [`loss`] (policy losses, f64 and tensors),
 //! [`preference`] (pairs: DPO, reward models), [`packing`] (rollouts to one
 //! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
@@ -30,6 +30,7 @@
 //! `service`: checkpoints on disk, the learner of a swarm, publication over bitswap; with feature `gateway`: a service that the PyPI client `tinker` trains with.
 
 pub mod advantage;
+pub mod averaging;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
