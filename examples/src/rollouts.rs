@@ -7,16 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use echo_rollout::{Task, Weights};
 use echo_rollout::environment::cards::Speaker;
 use echo_rollout::environment::maths::{BrokenLines, Maths};
 use echo_rollout::environment::{Environment, Guests, by_name_with, is_address};
 use echo_rollout::service::external::TIME_LIMIT;
 use echo_rollout::service::{
-    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, PolicyEngine, Replay, Spreads, VeriCommitter,
-    Worker, WorkerConfig,
+    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, PolicyEngine, Replay, Spreads,
+    VeriCommitter, Worker, WorkerConfig,
 };
 use echo_rollout::text::{Text, TextError, until_stop};
+use echo_rollout::{Task, Weights};
 use echo_trainer::RunConfig;
 use echo_trainer::service::evaluation::BoxFuture;
 use echo_trainer::service::{Judge, Judged, Learner, Parts, SampleRequest, Sampled, Sampler};

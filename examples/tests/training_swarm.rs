@@ -317,7 +317,8 @@ fn workers_elsewhere_train_the_learner_and_a_stopped_run_goes_on() {
 #[test]
 fn groups_of_equal_rewards_are_replaced_as_in_one_process() {
     let dir = tempfile::tempdir().unwrap();
-    let trainer = "steps = 3\ngroups_per_step = 3\ngroup_size = 4\ndynamic_sampling = true\nmax_flat_groups = 6";
+    let trainer =
+        "steps = 3\ngroups_per_step = 3\ngroup_size = 4\ndynamic_sampling = true\nmax_flat_groups = 6";
     let settings = ["eval_tasks = 4", trainer];
     let lines = run(dir.path(), settings[0], settings[1], &[]);
     let summary = lines.last().unwrap();
@@ -325,7 +326,11 @@ fn groups_of_equal_rewards_are_replaced_as_in_one_process() {
     let flat: u64 = lines.iter().filter(|l| l["event"] == "step").map(|l| number(&l["flat_groups"])).sum();
     assert!(flat > 0, "a model that knows little often fails a whole group: {summary}");
     let counts = &summary["trajectories"];
-    assert_eq!((number(&counts["consumed"]), number(&counts["dropped_flat"])), (3 * 3 * 4, flat * 4), "{summary}");
+    assert_eq!(
+        (number(&counts["consumed"]), number(&counts["dropped_flat"])),
+        (3 * 3 * 4, flat * 4),
+        "{summary}"
+    );
     assert_eq!((number(&counts["lost"]), number(&counts["open"])), (0, 0), "{summary}");
     learns_what_one_process_learns(dir.path(), settings, summary);
 }
@@ -385,7 +390,10 @@ fn all_weights_are_trained_as_in_one_process() {
     assert_eq!(summary["trajectories"]["consumed"], 24, "{summary}");
     for step in lines.iter().filter(|l| l["event"] == "step") {
         // The first is sampled with the base model, the second with what the first step made of it.
-        assert_eq!(step["ratio_deviation_max"], 0.0, "workers have the learner's weights, bit for bit: {step}");
+        assert_eq!(
+            step["ratio_deviation_max"], 0.0,
+            "workers have the learner's weights, bit for bit: {step}"
+        );
         assert!(step["update_bytes"].as_u64().unwrap() > 1_000_000, "a whole model: {step}");
     }
     learns_what_one_process_learns(dir.path(), settings, summary);
@@ -405,7 +413,9 @@ fn a_reward_model_judges_for_a_swarm() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let data = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/dpo.jsonl");
-    let settings = format!("model = \"tiny\"\ndata = \"{data}\"\n[train]\nsteps = 20\n[train.optim]\nlearning_rate = 1e-2\n");
+    let settings = format!(
+        "model = \"tiny\"\ndata = \"{data}\"\n[train]\nsteps = 20\n[train.optim]\nlearning_rate = 1e-2\n"
+    );
     std::fs::write(path("reward.toml"), settings).unwrap();
     let made = report(&["reward", "--config", &path("reward.toml"), "--out", &path("judge"), "--json"]);
     assert!(made["loss_after"].as_f64() < made["loss_before"].as_f64(), "{made}");
@@ -417,7 +427,11 @@ fn a_reward_model_judges_for_a_swarm() {
     let lines = run(dir.path(), settings[0], settings[1], &["--env", &judged]);
     let summary = lines.last().unwrap();
     let counts = &summary["trajectories"];
-    assert_eq!((&counts["consumed"], &counts["rejected"]), (&24.into(), &0.into()), "judged alike: {summary}");
+    assert_eq!(
+        (&counts["consumed"], &counts["rejected"]),
+        (&24.into(), &0.into()),
+        "judged alike: {summary}"
+    );
     learns_what_one_process_learns(dir.path(), settings, summary);
 }
 

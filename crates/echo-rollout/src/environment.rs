@@ -352,10 +352,7 @@ pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
     match by_name(name) {
         Ok(_)
         | Err(
-            Opponent(UnknownOpponent::Absent { .. })
-            | Questions { .. }
-            | Elsewhere { .. }
-            | Judge { .. },
+            Opponent(UnknownOpponent::Absent { .. }) | Questions { .. } | Elsewhere { .. } | Judge { .. },
         ) => Ok(()),
         Err(error) => Err(error),
     }

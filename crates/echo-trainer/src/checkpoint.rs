@@ -133,7 +133,7 @@ impl TrainerCheckpoint {
     }
 }
 
-impl<P: Policy> Trainer<P> {
+impl<P: Policy + Send> Trainer<P> {
     /// The state between two steps. Groups that wait are not part of it: their leases are not consumed, so they are
     /// delivered again.
     ///
@@ -177,10 +177,9 @@ impl<P: Policy> Trainer<P> {
         let (masters, moments) = decode_state(&m.parameters, &checkpoint.payload)?;
         // Made first, from the values that version 0 has, too.
         let mut trainer = Self::new(policy, m.config.clone())?;
-        trainer.policy.assign(&masters)?;
         trainer.optimiser =
             AdamW::resume(m.config.optim, &masters, m.optimiser_steps, moments).map_err(StepError::from)?;
-        trainer.masters = masters;
+        trainer.set_masters(masters)?;
         trainer.version = m.version;
         trainer.consumed = m.consumed.clone();
         Ok(trainer)

@@ -26,6 +26,9 @@ pub struct TrainerConfig {
     pub max_staleness: u64,
     /// Most tokens of one micro-batch; bounds memory.
     pub micro_batch_tokens: usize,
+    /// Copies of the model that compute a step's gradients at the same time, each a share of the batch. They share the frozen
+    /// weights of an adapter's model, and the threads of the kernels. How the batch is cut changes the last bits of a step.
+    pub replicas: usize,
     /// Keep only the layers' inputs for the backward pass and compute the rest again: less memory, 1.4 times the time.
     pub activation_checkpointing: bool,
     /// Most groups that wait for a step.
@@ -68,6 +71,7 @@ impl Default for TrainerConfig {
             max_completion_tokens: 8,
             max_staleness: 0,
             micro_batch_tokens: 8192,
+            replicas: 1,
             activation_checkpointing: false,
             max_pending_groups: 256,
             full: false,
@@ -134,6 +138,7 @@ impl TrainerConfig {
             ("group_size", 1, self.group_size),
             ("max_completion_tokens", 1, self.max_completion_tokens as usize),
             ("micro_batch_tokens", 2, self.micro_batch_tokens),
+            ("replicas", 1, self.replicas),
             ("max_pending_groups", self.groups_per_step, self.max_pending_groups),
             ("lora_rank", 1, self.lora_rank),
         ] {

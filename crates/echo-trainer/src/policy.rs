@@ -31,6 +31,11 @@ pub trait Policy {
     /// When a token is not in the vocabulary or a sequence is longer than the context.
     fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, StepError>;
 
+    /// The same model once more, to compute with at the same time.
+    fn replica(&self) -> Self
+    where
+        Self: Sized;
+
     /// The same for learning: with what goes back through the model.
     ///
     /// # Errors
@@ -65,6 +70,10 @@ impl Policy for TrainModel {
 
     fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, StepError> {
         Self::token_logprobs(self, tokens, cu_seqlens).map_err(StepError::model)
+    }
+
+    fn replica(&self) -> Self {
+        Self::replica(self)
     }
 
     fn pass(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<(Tensor<1>, Backward<'_>), StepError> {

@@ -118,7 +118,9 @@ pub enum RunFault {
     )]
     NoAuditor,
     /// Auditors put adapters on their own copy of the base checkpoint.
-    #[error("audits recompute with adapters only: set trainer.full to false, or audit_fraction and audit_first to 0")]
+    #[error(
+        "audits recompute with adapters only: set trainer.full to false, or audit_fraction and audit_first to 0"
+    )]
     AuditedFull,
     /// The trainer's settings.
     #[error("trainer: {0}")]

@@ -1,60 +1,73 @@
 //! One pure step: a policy and a batch in, gradients and figures out. Nothing is updated here.
 
+use std::ops::Range;
+
 use burn::tensor::{Tensor, TensorData};
 
 use crate::error::StepError;
 use crate::loss::plan::{RowPlan, needs_current};
 use crate::loss::{LossConfig, reference, tensor};
 use crate::metrics::LossMetrics;
-use crate::packing::{PackError, Sample, joined, micro_batches, pack};
+use crate::packing::{PackError, PackedBatch, Sample, joined, micro_batches, pack};
 use crate::parameters::Gradients;
 use crate::policy::{Backward, Policy, read_parameters, values};
 
-/// Gradients of the policy loss over `samples`, cut into micro-batches of at most `max_tokens` tokens. The cut changes
-/// memory and last bits, not the meaning: row weights are those of the whole batch. A loss whose corrections depend on
-/// the current policy costs one more forward pass when the batch is cut.
+/// Gradients of the policy loss over `samples`, cut into micro-batches of at most `max_tokens` tokens, as many of which are
+/// computed at a time as there are `policies`: replicas of one model. The cut changes memory and last bits, not the meaning: row
+/// weights are those of the whole batch. How many replicas there are changes nothing at all, because gradients are added in the
+/// order of the micro-batches. A loss whose corrections depend on the current policy costs one more forward pass when the batch
+/// is cut.
 ///
 /// # Errors
 /// When samples do not fit, or the model or the loss refuses them.
-pub fn policy_gradients(
-    policy: &impl Policy,
+pub fn policy_gradients<P: Policy + Send>(
+    policies: &mut [&mut P],
     samples: &[Sample],
     config: &LossConfig,
     max_tokens: usize,
 ) -> Result<(Gradients, LossMetrics), StepError> {
-    let parts = micro_batches(samples, |s| s.tokens.len(), max_tokens);
     let whole = pack(samples)?;
     let total = whole.targets.mask.iter().filter(|m| **m).count().max(1) as f64;
-    let mut plan = match (needs_current(&whole.targets, config), parts.len()) {
+    let mut parts = Vec::new();
+    let mut rows = 0;
+    for part in micro_batches(samples, |s| s.tokens.len(), max_tokens) {
+        let batch = pack(part)?;
+        let start = rows;
+        rows += batch.targets.rows();
+        parts.push((batch, start..rows));
+    }
+    let plan = match (needs_current(&whole.targets, config), parts.len()) {
         (false, _) => Some(RowPlan::new(&[], &whole.targets, config)?),
+        // The only part makes the plan from its own forward pass.
         (true, 0 | 1) => None,
         (true, _) => {
             let mut current = Vec::with_capacity(whole.targets.rows());
-            for part in &parts {
-                let batch = pack(part)?;
-                let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
-                current.extend(values(logprobs.into_data()).into_iter().map(f64::from));
-            }
+            let logprobs =
+                |policy: &P, (batch, _): &(PackedBatch, Range<usize>)| -> Result<Vec<f32>, StepError> {
+                    let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
+                    Ok(values(logprobs.into_data()))
+                };
+            each_part(policies, &parts, logprobs, |_, logprobs| {
+                current.extend(logprobs.into_iter().map(f64::from));
+            })?;
             Some(RowPlan::new(&current, &whole.targets, config)?)
         }
     };
-    let mut gradients: Option<Gradients> = None;
-    let mut metrics = LossMetrics::default();
-    let mut start = 0;
-    for part in parts {
-        let batch = pack(part)?;
+    let learn = |policy: &P, (batch, rows): &(PackedBatch, Range<usize>)| -> Result<_, StepError> {
         let (logprobs, backward) = policy.pass(&batch.tokens, &batch.cu_seqlens)?;
         let seen = values(logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
-        let plan = match &plan {
-            Some(plan) => plan,
-            None => plan.insert(RowPlan::new(&seen, &batch.targets, config)?),
+        let rows = match &plan {
+            Some(plan) => plan.slice(rows.clone()),
+            None => RowPlan::new(&seen, &batch.targets, config)?,
         };
-        let rows = plan.slice(start..start + batch.targets.rows());
-        start += batch.targets.rows();
         let figures = reference::planned_loss(&seen, &batch.targets, config, &rows)?;
         let loss = tensor::planned_loss(&logprobs, &batch.targets, config, &rows)?;
-        accumulate(&mut gradients, backward(&loss)?);
-
+        Ok((figures, backward(&loss)?))
+    };
+    let mut gradients: Option<Gradients> = None;
+    let mut metrics = LossMetrics::default();
+    each_part(policies, &parts, learn, |(batch, _), (figures, part)| {
+        accumulate(&mut gradients, part);
         let part_tokens = batch.targets.mask.iter().filter(|m| **m).count();
         let tokens_share = part_tokens as f64 / total;
         metrics.loss += figures.loss;
@@ -64,8 +77,40 @@ pub fn policy_gradients(
         metrics.sampled_kl += tokens_share * figures.sampled_kl;
         metrics.ratio_deviation_max = metrics.ratio_deviation_max.max(figures.ratio_deviation_max);
         metrics.correction = figures.correction;
+    })?;
+    let zeros = || Gradients::zeros(&policies.first().map(|p| read_parameters(&**p)).unwrap_or_default());
+    Ok((gradients.unwrap_or_else(zeros), metrics))
+}
+
+/// Does `work` for each of `parts`, for as many at a time as there are `policies`, each on a thread of its own; `take` gets what
+/// comes of it in the order of the parts.
+fn each_part<P: Policy + Send, B: Sync, T: Send>(
+    policies: &mut [&mut P],
+    parts: &[B],
+    work: impl Fn(&P, &B) -> Result<T, StepError> + Sync,
+    mut take: impl FnMut(&B, T),
+) -> Result<(), StepError> {
+    if let [policy] = policies {
+        for part in parts {
+            take(part, work(policy, part)?);
+        }
+        return Ok(());
     }
-    Ok((gradients.unwrap_or_else(|| Gradients::zeros(&read_parameters(policy))), metrics))
+    for wave in parts.chunks(policies.len().max(1)) {
+        let work = &work;
+        let done: Vec<Result<T, StepError>> = std::thread::scope(|scope| {
+            let mut threads = Vec::with_capacity(wave.len());
+            for (policy, part) in policies.iter_mut().zip(wave) {
+                threads.push(scope.spawn(move || work(&**policy, part)));
+            }
+            let ended = threads.into_iter().map(std::thread::ScopedJoinHandle::join);
+            ended.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        });
+        for (part, done) in wave.iter().zip(done) {
+            take(part, done?);
+        }
+    }
+    Ok(())
 }
 
 /// Log-probability of every completion token of `samples` under `policy`, for a reference policy.
@@ -235,6 +280,12 @@ pub(crate) mod tests {
             Ok(())
         }
 
+        fn replica(&self) -> Self {
+            let mut replica = self.clone();
+            replica.assign(&read_parameters(self)).unwrap();
+            replica
+        }
+
         fn token_logprobs(&self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Tensor<1>, StepError> {
             if let Some(token) = tokens.iter().find(|t| **t as usize >= self.vocabulary) {
                 return Err(StepError::model(format!("token {token} is not in the vocabulary")));
@@ -273,9 +324,9 @@ pub(crate) mod tests {
             LossConfig::ppo(),
             LossConfig::gspo(),
         ] {
-            let policy = Bigram::new(4);
-            let (whole, figures) = policy_gradients(&policy, &samples, &config, 1000).unwrap();
-            let (parts, same) = policy_gradients(&policy, &samples, &config, 5).unwrap();
+            let mut policy = Bigram::new(4);
+            let (whole, figures) = policy_gradients(&mut [&mut policy], &samples, &config, 1000).unwrap();
+            let (parts, same) = policy_gradients(&mut [&mut policy], &samples, &config, 5).unwrap();
             assert!((figures.loss - same.loss).abs() < 1e-6);
             for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
                 assert!((a - b).abs() < 1e-6, "{a} {b}");
@@ -287,7 +338,7 @@ pub(crate) mod tests {
                     p[0].values[entry] += shift;
                     let mut moved = policy.clone();
                     moved.assign(&p).unwrap();
-                    policy_gradients(&moved, &samples, &config, 1000).unwrap().1.loss
+                    policy_gradients(&mut [&mut moved], &samples, &config, 1000).unwrap().1.loss
                 };
                 let slope = (at(h) - at(-h)) / (2.0 * f64::from(h));
                 assert!((slope - f64::from(whole.values[0][entry])).abs() < 2e-3, "{entry}: {slope}");
@@ -304,11 +355,17 @@ pub(crate) mod tests {
         correction.filters.token.k3 = Some(0.02);
         correction.count_filtered = false;
         let config = LossConfig::ppo().decoupled(correction);
-        let policy = Bigram::new(4);
-        let (whole, figures) = policy_gradients(&policy, &samples, &config, 1000).unwrap();
-        let (parts, same) = policy_gradients(&policy, &samples, &config, 5).unwrap();
+        let mut policy = Bigram::new(4);
+        let (whole, figures) = policy_gradients(&mut [&mut policy], &samples, &config, 1000).unwrap();
+        let (parts, same) = policy_gradients(&mut [&mut policy], &samples, &config, 5).unwrap();
         assert!(figures.correction.filtered_fraction > 0.0 && figures.correction.filtered_fraction < 1.0);
         assert_eq!(figures.correction, same.correction);
+        // However many replicas compute it.
+        for n in [2, 3, 7] {
+            let mut replicas: Vec<Bigram> = (0..n).map(|_| policy.replica()).collect();
+            let mut replicas: Vec<&mut Bigram> = replicas.iter_mut().collect();
+            assert_eq!(policy_gradients(&mut replicas, &samples, &config, 5).unwrap(), (parts.clone(), same));
+        }
         for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
             assert!((a - b).abs() < 1e-6, "{a} {b}");
         }

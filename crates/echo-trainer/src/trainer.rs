@@ -66,6 +66,8 @@ impl From<&echo_rollout::Group> for Group {
 pub struct Trainer<P> {
     pub(crate) config: TrainerConfig,
     pub(crate) policy: P,
+    /// Compute a step's gradients beside the policy.
+    replicas: Vec<P>,
     /// The values at version 0, for a divergence from them.
     origin: Option<Parameters>,
     pub(crate) masters: Parameters,
@@ -76,7 +78,7 @@ pub struct Trainer<P> {
     dropped_stale: u64,
 }
 
-impl<P: Policy> Trainer<P> {
+impl<P: Policy + Send> Trainer<P> {
     /// Starts at version 0 from the policy's present values.
     ///
     /// # Errors
@@ -87,6 +89,7 @@ impl<P: Policy> Trainer<P> {
         let optimiser = AdamW::new(config.optim, &masters)?;
         let origin = config.divergence().map(|_| masters.clone());
         Ok(Self {
+            replicas: (1..config.replicas).map(|_| policy.replica()).collect(),
             config,
             policy,
             origin,
@@ -97,6 +100,15 @@ impl<P: Policy> Trainer<P> {
             pending: BTreeMap::new(),
             dropped_stale: 0,
         })
+    }
+
+    /// Goes on with these values.
+    pub(crate) fn set_masters(&mut self, masters: Parameters) -> Result<(), StepError> {
+        for policy in std::iter::once(&mut self.policy).chain(&mut self.replicas) {
+            policy.assign(&masters)?;
+        }
+        self.masters = masters;
+        Ok(())
     }
 
     /// The version of the present weights.
@@ -269,10 +281,16 @@ impl<P: Policy> Trainer<P> {
             }
         }
         self.give_credit(&batch, &mut samples)?;
+        let mut policies: Vec<&mut P> = std::iter::once(&mut self.policy).chain(&mut self.replicas).collect();
+        let tokens: usize = samples.iter().map(|s| s.tokens.len()).sum();
+        let share = if policies.len() > 1 { tokens.div_ceil(policies.len()) } else { tokens };
+        let part_tokens = self.config.micro_batch_tokens.min(share);
         let (mut gradients, loss) =
-            policy_gradients(&self.policy, &samples, &self.config.loss, self.config.micro_batch_tokens)?;
+            policy_gradients(&mut policies, &samples, &self.config.loss, part_tokens)?;
         let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
-        self.policy.assign(&self.masters)?;
+        for policy in policies {
+            policy.assign(&self.masters)?;
+        }
 
         let rollouts = || batch.iter().flat_map(|g| &g.rollouts);
         let n = rollouts().count();

@@ -72,7 +72,7 @@ pub struct TrainModel {
     recomputes: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Frozen {
     layers: Vec<LayerWeights>,
     embedding: LinearWeight,
@@ -271,6 +271,26 @@ impl TrainModel {
         let head =
             if config.tied_embeddings { embedding.clone() } else { tables.table(load::head_name(config))? };
         Ok(Frozen { layers, embedding, norm: tables.final_norm()?, head })
+    }
+
+    /// The same model once more, to compute with at the same time: frozen weights are shared, parameters are its own.
+    #[must_use]
+    pub fn replica(&self) -> Self {
+        let own = |(name, tensor): &(String, Tensor<2>)| {
+            let data = tensor.clone().inner().into_data();
+            (name.clone(), Tensor::from_data(data, &self.device).require_grad())
+        };
+        Self {
+            config: self.config.clone(),
+            device: self.device.clone(),
+            route: self.route,
+            geometries: self.geometries.clone(),
+            mode: self.mode.clone(),
+            parameters: self.parameters.iter().map(own).collect(),
+            frozen: self.frozen.clone(),
+            text_files: self.text_files.clone(),
+            recomputes: self.recomputes,
+        }
     }
 
     /// Whether those who train it should keep only the layers' inputs for the backward pass ([`Self::checkpointed_logprobs`]).

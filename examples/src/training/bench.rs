@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use anyhow::ensure;
 use clap::Args;
 use echo_rollout::environment::draws::Draws;
 use echo_trainer::loss::LossConfig;
@@ -35,6 +36,9 @@ pub struct BenchArgs {
     /// Keep only the layers' inputs for the backward pass and compute the rest again
     #[arg(long)]
     activation_checkpointing: bool,
+    /// Copies of the model that compute at the same time, each a share of the batch
+    #[arg(long, default_value_t = 1)]
+    replicas: usize,
     /// Measurements
     #[arg(long, default_value_t = 3)]
     repeats: usize,
@@ -63,10 +67,15 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         Sample::new(tokens, 1, vec![-5.0; args.seq - 1], advantage)
     };
     let samples: Vec<Sample> = (0..args.batch as u64).map(sample).collect();
+    ensure!(args.replicas > 0, "--replicas must be at least 1");
+    let mut replicas: Vec<TrainModel> = (1..args.replicas).map(|_| model.replica()).collect();
+    replicas.push(model);
+    let part_tokens = (args.batch * args.seq).div_ceil(args.replicas);
     let mut times_ms = Vec::new();
     for _ in 0..=args.repeats {
         let started = Instant::now();
-        policy_gradients(&model, &samples, &LossConfig::grpo(), usize::MAX)?;
+        let mut replicas: Vec<&mut TrainModel> = replicas.iter_mut().collect();
+        policy_gradients(&mut replicas, &samples, &LossConfig::grpo(), part_tokens)?;
         times_ms.push(started.elapsed().as_secs_f64() * 1e3);
     }
     times_ms.remove(0);
@@ -80,7 +89,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     program::report(&json!({
         "tokens_per_s": tokens_per_s, "forward_backward_ms": median, "forward_backward_ms_min": times_ms[0],
         "forward_backward_ms_max": times_ms[times_ms.len() - 1], "rss_mb": machine::resident_mb(), "model": args.model,
-        "batch": args.batch, "seq": args.seq, "lora_rank": args.lora_rank, "repeats": args.repeats,
+        "batch": args.batch, "seq": args.seq, "lora_rank": args.lora_rank, "repeats": args.repeats, "replicas": args.replicas,
         "activation_checkpointing": args.activation_checkpointing,
         "machine": machine::describe(), "commit": machine::commit()
     }))

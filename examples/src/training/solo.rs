@@ -256,7 +256,8 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
     let weights = bench.solo.weights();
     let adapter = out.join(weights_file(weights));
     if bench.solo.version().0 > 0 {
-        std::fs::write(&adapter, weights.bytes()).with_context(|| format!("writing {}", adapter.display()))?;
+        std::fs::write(&adapter, weights.bytes())
+            .with_context(|| format!("writing {}", adapter.display()))?;
     }
     if run.trainer.full {
         bench.solo.policy().save_companions(out)?;

@@ -19,6 +19,7 @@ use swarm_wire::{PeerId, RunId};
 use tokio::sync::watch;
 
 use super::payload_source::PayloadSource;
+use super::policy_engine::PolicyEngine;
 use super::referee::Referees;
 use super::snapshot_watcher::SnapshotWatcher;
 use super::{AskError, LEASE, LONG_POLL, OPEN, REGISTER, ask};

@@ -123,9 +123,7 @@ pub fn decode_entry(bytes: &[u8]) -> Result<Entry, DecodeError> {
             Command::Verdict { lease: LeaseId(m.lease), verdict }
         }
         C::Take(m) => Command::Take { step: m.step, groups: m.groups },
-        C::GiveBack(m) => {
-            Command::GiveBack { step: m.step, flat: m.flat.into_iter().map(GroupId).collect() }
-        }
+        C::GiveBack(m) => Command::GiveBack { step: m.step, flat: m.flat.into_iter().map(GroupId).collect() },
         C::Commit(step) => Command::Commit { step },
         C::Recover(steps) => Command::Recover { steps },
     };

@@ -277,7 +277,8 @@ mod tests {
         let after = judge.measure(&[0, 1]).unwrap();
         assert!(after.loss < 0.2 && after.accuracy == 1.0 && after.margin > 2.0, "{after:?}");
         // Nothing else has moved.
-        let rows = |policy: &Bigram| values(policy.token_logprobs(&[0, 1, 2, 0], &[0, 2, 4]).unwrap().into_data());
+        let rows =
+            |policy: &Bigram| values(policy.token_logprobs(&[0, 1, 2, 0], &[0, 2, 4]).unwrap().into_data());
         assert_ne!(judge.masters[0].values, read_parameters(&Bigram::new(4))[0].values);
         assert_eq!(rows(&judge.policy), rows(&Bigram::new(4)), "the answers' own tokens do not count");
         let centred = PairObjective::Reward(RewardModelConfig { margin: 0.0, centre: f64::NAN });

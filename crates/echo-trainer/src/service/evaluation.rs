@@ -7,9 +7,9 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use echo_rollout::{Environment, Weights};
 use echo_rollout::environment::{RewardError, Turn, held_out_seed};
 use echo_rollout::text::{Text, TextError};
+use echo_rollout::{Environment, Weights};
 use serde::Serialize;
 use swarm_wire::PolicyVersion;
 use tokio::task::JoinSet;

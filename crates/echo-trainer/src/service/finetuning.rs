@@ -148,7 +148,9 @@ pub fn dpo(job: &Job<'_>, progress: impl FnMut(Progress)) -> Result<FinetuneRepo
 /// As [`sft`].
 pub fn reward(job: &Job<'_>, progress: impl FnMut(Progress)) -> Result<FinetuneReport, FinetuneError> {
     if job.config.full {
-        return Err(model_error("a reward model is an adapter of the model that it judges with: set full = false"));
+        return Err(model_error(
+            "a reward model is an adapter of the model that it judges with: set full = false",
+        ));
     }
     let (report, middle) = job.learn_pairs(PairObjective::Reward(job.config.reward), progress)?;
     RewardScale { model: job.model.to_owned(), middle }.save(job.out)?;
@@ -228,7 +230,8 @@ impl Job<'_> {
         reading.max_tokens -= usize::from(judges);
         let mut data = reading.pairs(self.lines)?;
         if judges {
-            let scored = |line: &mut Labelled| *line = judged(std::mem::take(&mut line.tokens), encoder.eos());
+            let scored =
+                |line: &mut Labelled| *line = judged(std::mem::take(&mut line.tokens), encoder.eos());
             data.rows.iter_mut().flat_map(|pair| [&mut pair.chosen, &mut pair.rejected]).for_each(scored);
         }
         let config = self.config;

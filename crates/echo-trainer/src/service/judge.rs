@@ -107,12 +107,8 @@ impl Judge {
         }
         let checkpoint = Checkpoint::resolve(&scale.model).map_err(|e| model_error(&e))?;
         let adapter = Adapter::load(dir).map_err(|e| absent("adapter_model.safetensors", &e))?;
-        let lora = LoraConfig {
-            rank: adapter.rank,
-            alpha: adapter.alpha,
-            targets: targets(&adapter),
-            seed: 0,
-        };
+        let lora =
+            LoraConfig { rank: adapter.rank, alpha: adapter.alpha, targets: targets(&adapter), seed: 0 };
         let options = TrainOptions { lora: Some(lora), full: false };
         let mut model = TrainModel::from_checkpoint(&checkpoint, &options).map_err(|e| model_error(&e))?;
         model.set_adapter(&adapter).map_err(|e| model_error(&e))?;
@@ -189,7 +185,8 @@ impl Environment for Judged {
 
     fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
         let value = self.judge.reward(&task.prompt, completion);
-        let value = value.map_err(|reason| RewardError::Verifier { environment: self.name.clone(), reason })?;
+        let value =
+            value.map_err(|reason| RewardError::Verifier { environment: self.name.clone(), reason })?;
         Reward::new(value, Vec::new(), &self.reward_range())
     }
 }
@@ -227,7 +224,8 @@ mod tests {
         let worth = |answer: &str| judged.verify(&task, answer).unwrap().value();
         assert!(worth("93") > 0.6 && worth("13") < 0.4, "{} {}", worth("93"), worth("13"));
         assert_eq!(worth("93"), worth("93"));
-        assert_eq!((worth("93") * 1000.0).fract(), 0.0);
+        let thousandths = f64::from(worth("93")) * ROUNDED;
+        assert!((thousandths - thousandths.round()).abs() < 1e-3, "{thousandths}");
         assert!(matches!(judged.verify(&task, &"9".repeat(5000)), Err(RewardError::Verifier { .. })));
         // Another judge is another environment, so that workers with it are refused.
         RewardScale { model: "tiny".to_owned(), middle: -1.0 }.save(out.path()).unwrap();
@@ -237,6 +235,9 @@ mod tests {
         let game = Judged::new(by_name("kuhn:uniform").unwrap(), judge(out.path()).unwrap()).unwrap_err();
         assert!(game.to_string().contains("turns"), "{game}");
         let nothing = judge(Path::new("no/such/dir")).unwrap_err().to_string();
-        assert!(nothing.contains("reward_model.json") && nothing.contains("training-swarm reward"), "{nothing}");
+        assert!(
+            nothing.contains("reward_model.json") && nothing.contains("training-swarm reward"),
+            "{nothing}"
+        );
     }
 }

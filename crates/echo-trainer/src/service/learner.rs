@@ -484,7 +484,7 @@ fn audit_secret(node: &impl Signer, run: u64) -> u64 {
 }
 
 /// The trainer of the checkpoint in `dir`, or a new one. More steps than before may be asked for; nothing else changes.
-fn open_trainer<P: Update>(
+fn open_trainer<P: Update + Send>(
     config: &RunConfig,
     policy: P,
     base_model_id: &str,

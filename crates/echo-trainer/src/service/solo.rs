@@ -66,7 +66,7 @@ impl<P> std::fmt::Debug for Solo<P> {
     }
 }
 
-impl<P: Update> Solo<P> {
+impl<P: Update + Send> Solo<P> {
     /// A run of `config` from `policy`; its `trainer.max_staleness` is how many versions behind all rollouts are, as far as
     /// there are so many.
     ///
@@ -141,11 +141,7 @@ impl<P: Update> Solo<P> {
     }
 
     /// The groups of these numbers, sampled with the installed version.
-    async fn sample(
-        &mut self,
-        numbers: Range<u64>,
-        version: PolicyVersion,
-    ) -> Result<Vec<Group>, SoloError> {
+    async fn sample(&mut self, numbers: Range<u64>, version: PolicyVersion) -> Result<Vec<Group>, SoloError> {
         let samples = self.dispatch.group_size;
         let mut tries = 0;
         let played = loop {

@@ -50,7 +50,7 @@ mod tests {
 
     fn hello(limit: Duration, answers: &[String]) -> External {
         let hello = ok(r#""id":1,"name":"far","turns":2,"high":2.0,"at_once":1000"#);
-        let (url, _) = server([&[hello], answers].concat());
+        let (url, _) = server([&[hello][..], answers].concat());
         External::connect(&url, limit).unwrap()
     }
 

@@ -50,7 +50,8 @@ pub(super) fn keep(
 ) -> Result<(), CheckpointDirError> {
     let kind = if matches!(weights, Weights::Full(_)) { "model" } else { "adapter" };
     checkpoint_dir::write(&path(dir, kind, version), weights.bytes())?;
-    for (_, path, _) in versions(dir)?.into_iter().filter(|(old, ..)| old.0.saturating_add(kept) < version.0) {
+    for (_, path, _) in versions(dir)?.into_iter().filter(|(old, ..)| old.0.saturating_add(kept) < version.0)
+    {
         fs::remove_file(&path).map_err(io_error("removing", &path))?;
     }
     Ok(())
