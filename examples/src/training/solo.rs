@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use echo_rollout::environment::Guests;
 use echo_rollout::environment::cards::{Shared, Speaker};
-use echo_rollout::environment::{Environment, Guests};
 use echo_trainer::RunConfig;
 use echo_trainer::exploitability::{ExploitabilityError, strategies};
 use echo_trainer::metrics::StepReport;
