@@ -276,9 +276,9 @@ fn explore(start: Model) -> (usize, usize) {
 
 #[test]
 fn no_interleaving_of_a_small_run_loses_or_doubles_anything() {
-    for (budget, faults) in [(0, 2), (1, 1)] {
+    for (budget, faults, least) in [(0, 1, 1000), (1, 0, 100)] {
         let (states, ends) = explore(Model::new(budget, faults));
         println!("budget {budget}, {faults} faults: {states} states, {ends} ends");
-        assert!(states > 10_000 && ends > 10, "budget {budget}: {states} states, {ends} ends");
+        assert!(states > least && ends > 1, "budget {budget}: {states} states, {ends} ends");
     }
 }
