@@ -2,16 +2,18 @@
 //! does not depend on its neighbours, the chunk size or preemption.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
+#[path = "batching/guesses.rs"]
+mod guesses;
 #[path = "support/toy.rs"]
 mod toy;
 
 use std::collections::BTreeMap;
 
+use guesses::Oracle;
 use parallax_engine::batching::LOGITS_BYTES;
 use parallax_engine::engine::MAX_LOSSES;
-use parallax_engine::speculate::DraftQuery;
 use parallax_engine::{
-    AdapterFile, Completion, Constraint, ConstraintState, DraftModel, Drafter, Engine, EngineConfig, Event,
+    AdapterFile, Completion, Constraint, ConstraintState, DraftModel, Engine, EngineConfig, Event,
     FinishReason, PromptLookup, Request, StageError, StageOutput, StageRunner, StageShape, Tensor,
 };
 use proptest::prelude::*;
@@ -284,170 +286,6 @@ fn an_answer_tells_what_was_found_for_it_before_its_first_token() {
             }
         }
         assert_eq!(ids.iter().map(|id| found[id]).collect::<Vec<_>>(), expected);
-    }
-}
-
-/// Guesses the true continuation, with every `wrong`-th guess spoiled.
-#[derive(Debug)]
-struct Oracle {
-    truth: Vec<Vec<u32>>,
-    wrong: usize,
-    asked: usize,
-}
-
-impl Drafter for Oracle {
-    fn propose(&mut self, queries: &[DraftQuery<'_>]) -> Vec<Vec<u32>> {
-        let guess = |query: &DraftQuery<'_>| {
-            let whole = self.truth.iter().find(|whole| whole.starts_with(query.tokens));
-            let rest = whole.map_or(&[][..], |whole| &whole[query.tokens.len()..]);
-            let spoiled = rest.iter().take(query.most + 1).map(|token| {
-                self.asked += 1;
-                if self.asked.is_multiple_of(self.wrong) { token + 1 } else { *token }
-            });
-            spoiled.collect()
-        };
-        queries.iter().map(guess).collect()
-    }
-}
-
-#[test]
-fn guesses_save_passes_and_change_nothing() {
-    let request = sampled(vec![5, 4, 3], 30, 1);
-    let expected = alone(&request);
-    let whole = [&request.prompt[..], &expected.token_ids()].concat();
-    for (wrong, most_steps) in [(usize::MAX, 8), (3, 25), (1, 31)] {
-        let mut model = ToyModel::new(64, 4);
-        let mut engine = engine(&model, 64, 4);
-        engine.set_drafter(Box::new(Oracle { truth: vec![whole.clone()], wrong, asked: 0 }));
-        let id = engine.add(request.clone()).unwrap();
-        let completion = run(&mut engine, &mut model).remove(&id).unwrap();
-        assert_eq!(answer(&completion), answer(&expected));
-        let metrics = engine.metrics();
-        assert!(metrics.steps <= most_steps, "{} passes, every {wrong}-th guess wrong", metrics.steps);
-        assert!(metrics.accepted_tokens <= metrics.speculated_tokens && metrics.speculated_tokens > 0);
-        assert_eq!(
-            metrics.steps + metrics.accepted_tokens,
-            30,
-            "each pass gives one token and what was guessed"
-        );
-        assert_eq!(metrics.accepted_tokens == 0, wrong == 1);
-    }
-}
-
-#[test]
-fn a_draft_model_guesses_with_the_random_numbers_of_the_request() {
-    let request = sampled(vec![5, 4, 3], 30, 1);
-    let expected = alone(&request);
-    for states in [0, 2] {
-        let mut model = ToyModel::recurrent(64, 4, states);
-        let mut engine = engine(&model, 64, 4);
-        engine.set_drafter(Box::new(DraftModel::new(Box::new(ToyModel::recurrent(64, 8, states)))));
-        let id = engine.add(request.clone()).unwrap();
-        let completion = run(&mut engine, &mut model).remove(&id).unwrap();
-        assert_eq!(answer(&completion), answer(&expected));
-        let metrics = engine.metrics();
-        assert_eq!(metrics.accepted_tokens, metrics.speculated_tokens, "the same model is right every time");
-        assert!(metrics.steps < 8, "{} passes for 30 tokens", metrics.steps);
-        // The last pass needs no guess when one token is left.
-        assert!(
-            (metrics.steps - 1..=metrics.steps).contains(&metrics.speculations),
-            "{}",
-            metrics.speculations
-        );
-    }
-}
-
-#[test]
-fn a_recurrent_draft_model_that_is_asked_again_begins_again() {
-    let mut drafter = DraftModel::new(Box::new(ToyModel::recurrent(64, 4, 2)));
-    let tokens: Vec<u32> = (0..20).collect();
-    let sampling = parallax_engine::SamplingParams::default();
-    let mut guess = |n: usize, most| {
-        let query = DraftQuery { request: RequestId(0), tokens: &tokens[..n], sampling: &sampling, most };
-        drafter.propose(&[query]).remove(0)
-    };
-    // The same once more, as after a lost step; then further on, where the guesses were wrong.
-    for (n, most) in [(10, 4), (10, 4), (11, 3), (16, 2)] {
-        assert_eq!(guess(n, most), toy_greedy(&tokens[..n], most, 0));
-    }
-}
-
-#[test]
-fn a_recurrent_model_begins_where_states_were_kept() {
-    let mut model = ToyModel::recurrent(1000, 4, 12);
-    let mut engine = engine(&model, 64, 4);
-    let mut cached = |engine: &mut Engine, prompt: &[u32], new: usize| {
-        let id = engine.add(Request::greedy(prompt.to_vec(), new)).unwrap();
-        let completion = run(engine, &mut model).remove(&id).unwrap();
-        assert_eq!(completion.token_ids(), toy_greedy(prompt, new, 0));
-        (completion.usage.cached_tokens, completion.token_ids())
-    };
-    let prompt: Vec<u32> = (0..90).collect();
-    let (found, answer) = cached(&mut engine, &prompt, 21);
-    assert_eq!(found, 0);
-    assert_eq!(cached(&mut engine, &prompt, 1).0, 88, "the same again: the prompt's last full page");
-    // A chat goes on: the last page that was full when the last token but one ran.
-    let next = [&prompt[..], &answer, &[1, 2, 3]].concat();
-    assert_eq!(cached(&mut engine, &next, 1).0, 108);
-    // The first that parts from the prompt in its middle finds no state there, and leaves one to the next.
-    for (tail, expected) in [(91, 0), (92, 40), (93, 40)] {
-        let other = [&prompt[..42], &[tail; 30]].concat();
-        assert_eq!(cached(&mut engine, &other, 1).0, expected, "{tail}");
-    }
-    // A long prompt leaves states on its way.
-    let long: Vec<u32> = (0..2600).map(|i| i * 7 % 89).collect();
-    assert_eq!(cached(&mut engine, &long, 1).0, 0);
-    assert_eq!(cached(&mut engine, &[&long[..2300], &[90; 20]].concat(), 1).0, 2048);
-    let metrics = engine.metrics();
-    assert_eq!((metrics.states, metrics.states_used, metrics.states_kept), (12, 0, 11));
-}
-
-#[test]
-fn a_state_is_kept_also_where_the_last_piece_of_a_prompt_begins_behind_its_last_full_page() {
-    let mut model = ToyModel::recurrent(64, 4, 4);
-    let mut engine = engine(&model, 30, 4);
-    for expected in [0, 28] {
-        let id = engine.add(Request::greedy((0..32).collect(), 1)).unwrap();
-        assert_eq!(run(&mut engine, &mut model)[&id].usage.cached_tokens, expected);
-    }
-}
-
-#[test]
-fn where_slots_run_out_the_state_that_was_unused_for_longest_goes() {
-    let mut model = ToyModel::recurrent(400, 4, 3);
-    let mut engine = engine(&model, 64, 8);
-    let prompts: Vec<Vec<u32>> = (0..5).map(|i| vec![i; 30]).collect();
-    let mut found = |engine: &mut Engine, prompts: &[Vec<u32>]| {
-        let ids: Vec<_> =
-            prompts.iter().map(|p| engine.add(Request::greedy(p.clone(), 2)).unwrap()).collect();
-        let completions = run(engine, &mut model);
-        ids.iter().map(|id| completions[id].usage.cached_tokens).collect::<Vec<_>>()
-    };
-    // Two run at once, which leaves a slot for one of them; the last runs alone.
-    assert_eq!(found(&mut engine, &prompts), [0; 5]);
-    assert_eq!(engine.metrics().states_kept, 2);
-    for (i, expected) in [(4, 28), (2, 28), (0, 0), (2, 28), (0, 28), (4, 0)] {
-        assert_eq!(found(&mut engine, &prompts[i..=i]), [expected], "prompt {i}");
-    }
-}
-
-#[test]
-fn a_draft_model_reads_a_long_prompt_one_pass_at_a_time() {
-    let guesser = ToyModel::new(512, 4);
-    let passes = guesser.passes();
-    let mut drafter = DraftModel::new(Box::new(guesser));
-    let (long, short): (Vec<u32>, Vec<u32>) = ((0..1300).map(|i| i % 90).collect(), vec![1, 2, 3]);
-    let sampling = parallax_engine::SamplingParams::default();
-    let query =
-        |request, tokens| DraftQuery { request: RequestId(request), tokens, sampling: &sampling, most: 2 };
-    for round in 0..5 {
-        let before = passes.lock().unwrap().len();
-        let guesses = drafter.propose(&[query(0, &long), query(1, &short)]);
-        assert_eq!(guesses[1], toy_greedy(&short, 2, 0));
-        let lags = round < 3;
-        assert_eq!(guesses[0], if lags { vec![] } else { toy_greedy(&long, 2, 0) });
-        let rows = passes.lock().unwrap()[before..].to_vec();
-        assert!(rows.len() == 2 && rows.iter().sum::<usize>() <= 512 + 4, "round {round}: {rows:?}");
     }
 }
 
