@@ -29,7 +29,7 @@ turns = ask["messages"] + [
 ]
 out["tools"] = client.messages.create(**{**ask, "messages": turns, "tools": [tool]}).stop_reason
 forced = {**ask, "tools": [{**tool, "input_schema": {**tool["input_schema"], "required": ["c"],
-          "properties": {"c": {"enum": ["a", "b"]}}, "additionalProperties": False}, "strict": True}], "max_tokens": 80,
+          "properties": {"c": {"enum": ["a", "b"]}}, "additionalProperties": False}, "strict": True}], "max_tokens": 200,
           "extra_body": {"temperature": 0.8, "seed": 11}}
 out["forced"] = []
 for wanted in [{"type": "tool", "name": "w"}, {"type": "any"}]:
