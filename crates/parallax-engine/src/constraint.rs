@@ -1,10 +1,12 @@
 //! The seam to structured output: which tokens a grammar allows next. The engine only asks and reports; grammars are
 //! compiled in `structured` (feature `structured`).
 
+#[cfg(feature = "local")]
 mod thoughts;
 
 use std::fmt::Debug;
 
+#[cfg(feature = "local")]
 pub use thoughts::ThoughtBudget;
 
 /// A compiled grammar that any number of answers may follow at the same time.

@@ -90,7 +90,9 @@ pub mod tap;
 pub use adapter_file::{AdapterFile, AdapterParser};
 pub use batch::{Batch, BatchSequence, CacheCopy, StageOutput, StateSave, Tensor, Want};
 pub use config::{EngineConfig, OnSwap};
-pub use constraint::{Constraint, ConstraintState, ThoughtBudget};
+#[cfg(feature = "local")]
+pub use constraint::ThoughtBudget;
+pub use constraint::{Constraint, ConstraintState};
 pub use engine::Engine;
 pub use error::{ConfigError, Failure, OutOfPages, RequestError, StageError};
 pub use metrics::EngineMetrics;
