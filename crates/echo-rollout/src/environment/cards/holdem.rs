@@ -297,7 +297,7 @@ impl Game for Holdem {
         Node::Chance(free.into_iter().map(|card| (chance, self.dealt(card))).collect())
     }
 
-    /// Every board from the flop on, [`BOARDS`] before it.
+    /// Every board from the flop on, `BOARDS` before it.
     fn all_in(&self, draws: &mut Draws) -> Option<f64> {
         let nobody_left = self.to_act.is_none() && (self.left(0) == 0 || self.left(1) == 0);
         if self.folded.is_some() || !nobody_left || !(4..ALL_CARDS).contains(&self.cards.len()) {
