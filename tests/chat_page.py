@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 
 DRIVER, SERVER = sys.argv[1:3]
@@ -39,11 +38,10 @@ def run(script, *values):
 
 
 def wait(script, what):
-    end = time.monotonic() + TIMEOUT_S
-    while not run("return Boolean(" + script + ")"):
-        if time.monotonic() > end:
-            sys.exit(f"{what} did not come within {TIMEOUT_S} s: {run('return document.body.innerText')!r}")
-        time.sleep(0.02)
+    look = """const done = arguments[1], end = Date.now() + arguments[0];
+        (function look() { if (%s) done(true); else if (Date.now() > end) done(false); else setTimeout(look, 20); })()"""
+    if not call("POST", session + "/execute/async", {"script": look % script, "args": [(TIMEOUT_S - 5) * 1000]}):
+        sys.exit(f"{what} did not come: {run('return document.body.innerText')!r}")
 
 
 def element(selector):
