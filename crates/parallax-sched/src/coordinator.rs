@@ -63,8 +63,6 @@ pub struct Report {
     pub detail: String,
     /// Newest measurement of real steps, milliseconds per layer and token.
     pub decode_ms_per_layer: Option<f64>,
-    /// Cache positions that are free.
-    pub kv_free_tokens: u64,
     /// Bytes of frames sent to the next stage so far.
     pub sent_bytes: u64,
     /// Of these, tensor payload.

@@ -98,7 +98,6 @@ pub fn report(heartbeat: pb::Heartbeat) -> Result<Report, DecodeError> {
         state,
         detail: heartbeat.detail,
         decode_ms_per_layer: (heartbeat.decode_ms_per_layer > 0.0).then_some(heartbeat.decode_ms_per_layer),
-        kv_free_tokens: heartbeat.kv_free_tokens,
         sent_bytes: heartbeat.sent_bytes,
         sent_payload_bytes: heartbeat.sent_payload_bytes,
         sent_tokens: heartbeat.sent_tokens,
@@ -124,7 +123,6 @@ pub fn heartbeat(incarnation: u64, report: &Report) -> pb::Heartbeat {
         state: state.into(),
         detail: cut(&report.detail),
         decode_ms_per_layer: report.decode_ms_per_layer.unwrap_or(0.0),
-        kv_free_tokens: report.kv_free_tokens,
         sent_bytes: report.sent_bytes,
         sent_payload_bytes: report.sent_payload_bytes,
         sent_tokens: report.sent_tokens,
@@ -167,7 +165,6 @@ mod tests {
             state: MemberState::Failed,
             detail: "why".into(),
             decode_ms_per_layer: Some(0.25),
-            kv_free_tokens: 9,
             staged: Some(Staged { checkpoint_id: "c".into(), failure: Some("no room".into()) }),
             ..Report::default()
         };

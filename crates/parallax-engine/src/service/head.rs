@@ -266,7 +266,10 @@ impl StageRunner for PipelineRunner {
         self.next_step += 1;
         let step_id = self.next_step;
         let step = self.encoder.encode(step_id, batch);
-        let used: usize = batch.sequences.iter().map(|s| s.pages.len()).sum();
+        // Sequences share pages.
+        let mut is_used = vec![false; self.shared.shape.n_pages];
+        batch.sequences.iter().flat_map(|s| &s.pages).for_each(|page| is_used[*page as usize] = true);
+        let used = is_used.into_iter().filter(|used| *used).count();
         self.shared.used_pages.store(used as u64, Ordering::Relaxed);
         let frame = crate::service::stage_server::hidden_frame(step, &tensor)
             .map_err(|reason| StageError::Forward { layers: "head".to_owned(), reason })?;

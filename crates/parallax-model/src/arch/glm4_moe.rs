@@ -18,14 +18,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     gguf_fields,
     gguf_names: &[
         ("post_attention_norm", "post_attention_layernorm"),
-        ("ffn_gate_inp", "mlp.gate"),
         ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
-        ("ffn_gate_exps", "mlp.experts.gate_proj"),
-        ("ffn_up_exps", "mlp.experts.up_proj"),
-        ("ffn_down_exps", "mlp.experts.down_proj"),
-        ("ffn_gate_shexp", "mlp.shared_experts.gate_proj"),
-        ("ffn_up_shexp", "mlp.shared_experts.up_proj"),
-        ("ffn_down_shexp", "mlp.shared_experts.down_proj"),
     ],
     gguf_pairs: false,
 };

@@ -23,9 +23,6 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         ("post_attention_norm", "post_attention_layernorm"),
         ("attn_sinks.weight", "self_attn.sinks"),
         ("ffn_gate_inp", "mlp.router"),
-        ("ffn_gate_exps", "mlp.experts.gate_proj"),
-        ("ffn_up_exps", "mlp.experts.up_proj"),
-        ("ffn_down_exps", "mlp.experts.down_proj"),
     ],
     gguf_pairs: false,
 };

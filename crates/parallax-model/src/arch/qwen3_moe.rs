@@ -15,7 +15,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     gguf: Some("qwen3moe"),
     describe,
     gguf_fields,
-    gguf_names: standard::GGUF_EXPERTS,
+    gguf_names: &[],
     gguf_pairs: false,
 };
 

@@ -90,14 +90,6 @@ pub(super) fn windowed(
     (0..f.n_layers()?).map(one).collect()
 }
 
-/// GGUF names of a mixture of experts.
-pub(super) const GGUF_EXPERTS: &[(&str, &str)] = &[
-    ("ffn_gate_inp", "mlp.gate"),
-    ("ffn_gate_exps", "mlp.experts.gate_proj"),
-    ("ffn_up_exps", "mlp.experts.up_proj"),
-    ("ffn_down_exps", "mlp.experts.down_proj"),
-];
-
 /// F of an expert, from GGUF metadata.
 pub(super) fn gguf_expert_fields(file: &GgufFile, name: &str, map: &mut Map<String, Value>) {
     if let Some(ffn) = file.unsigned(&format!("{name}.expert_feed_forward_length")) {

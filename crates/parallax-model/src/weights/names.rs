@@ -44,7 +44,7 @@ pub(crate) fn canonical(name: &str, architecture: &Architecture) -> Option<Strin
     Some(format!("model.layers.{block}.{module}.{kind}"))
 }
 
-/// The rule: Llama's names.
+/// The rule: Llama's names, and those that most mixtures of experts share.
 fn module(stored: &str) -> Option<&'static str> {
     Some(match stored {
         "attn_norm" => "input_layernorm",
@@ -58,6 +58,13 @@ fn module(stored: &str) -> Option<&'static str> {
         "ffn_gate" => "mlp.gate_proj",
         "ffn_up" => "mlp.up_proj",
         "ffn_down" => "mlp.down_proj",
+        "ffn_gate_inp" => "mlp.gate",
+        "ffn_gate_exps" => "mlp.experts.gate_proj",
+        "ffn_up_exps" => "mlp.experts.up_proj",
+        "ffn_down_exps" => "mlp.experts.down_proj",
+        "ffn_gate_shexp" => "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp" => "mlp.shared_experts.up_proj",
+        "ffn_down_shexp" => "mlp.shared_experts.down_proj",
         _ => return None,
     })
 }

@@ -120,8 +120,6 @@ pub struct Heartbeat {
     /// Newest measurement of real steps; 0 when none.
     #[prost(double, tag = "5")]
     pub decode_ms_per_layer: f64,
-    #[prost(uint64, tag = "6")]
-    pub kv_free_tokens: u64,
     /// Bytes of frames and of tensor payloads that this member sent to the next stage, and the steps they carried.
     #[prost(uint64, tag = "7")]
     pub sent_bytes: u64,

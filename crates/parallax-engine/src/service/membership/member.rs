@@ -414,8 +414,7 @@ impl<'a, X: WeightExchange> Member<'a, X> {
         match outcome {
             Ok(layers) => {
                 news(MemberNews::Ready { layers });
-                let pages = u64::from(assignment.kv_pages) * u64::from(assignment.kv_page_tokens);
-                Report { epoch, state: MemberState::Ready, kv_free_tokens: pages, ..Report::default() }
+                Report { epoch, state: MemberState::Ready, ..Report::default() }
             }
             Err(error) => {
                 let reason = error.to_string();
