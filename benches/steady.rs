@@ -27,6 +27,9 @@ const WORKS: [(&str, usize, bool); 4] =
     [("prefill_64", 1, true), ("decode_1", 1, false), ("decode_8", 8, false), ("decode_32", 32, false)];
 
 fn main() {
+    if std::env::args().any(|argument| argument == "--list") {
+        return WORKS.iter().for_each(|(name, ..)| println!("{name}"));
+    }
     // `cargo bench` hands `--bench` to every program.
     let named = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
     let checkpoint = Checkpoint::resolve("tiny").expect("the embedded model opens");

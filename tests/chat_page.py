@@ -2,12 +2,14 @@
 
 Arguments: the chromedriver program, the server's address, and perhaps a folder for screenshots. Standard library only.
 """
+import atexit
 import base64
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 
 DRIVER, SERVER = sys.argv[1:3]
@@ -17,13 +19,19 @@ QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--window-size=1100,800"]
 
 driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+atexit.register(driver.kill)
+# One that says nothing must not be waited for.
+patience = threading.Timer(TIMEOUT_S, driver.kill)
+patience.start()
 profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 for line in driver.stdout:
     if "successfully on port" in line:
         BASE = "http://127.0.0.1:" + line.rsplit("port ", 1)[1].strip(" .\n")
         break
 else:
+    patience.cancel()
     sys.exit(f"{DRIVER} did not start")
+patience.cancel()
 
 
 def call(method, path, body=None):
@@ -120,6 +128,5 @@ try:
     shot("cluster.png")
     print(json.dumps(out))
 finally:
+    # The browser goes with its session; the driver in any case.
     call("DELETE", session)
-    driver.terminate()
-    driver.wait()

@@ -17,8 +17,6 @@ use crate::ci::output;
 
 /// Share of the committed count that may come on top: addresses and hashes differ from run to run.
 const SLACK: f64 = 0.02;
-/// The works of `benches/steady.rs`.
-const WORKS: [&str; 4] = ["prefill_64", "decode_1", "decode_8", "decode_32"];
 
 /// The committed counts.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +31,8 @@ pub(crate) fn run(root: &Path, write: bool) -> Result<()> {
     let program = build(root)?;
     let rustc = output(root, "rustc", &["--version"])?.split(' ').nth(1).unwrap_or_default().to_owned();
     let mut now = Baseline { rustc, ..Baseline::default() };
-    for work in WORKS {
+    let works = output(root, &program.to_string_lossy(), &["--list"])?;
+    for work in works.lines() {
         eprintln!("counting {work}");
         now.instructions.insert(work.to_owned(), count(&program, work)?);
     }

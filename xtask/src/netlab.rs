@@ -27,7 +27,7 @@ use clap::Args;
 use serde_json::json;
 
 use self::churn::Churned;
-use self::lab::Lab;
+use self::lab::{Lab, SITES_MAX};
 use self::matrix::Matrix;
 use self::nat::NatKind;
 use self::node::{Program, Transport};
@@ -138,6 +138,13 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
         times.iter().all(|ms| (0.0..=10_000.0).contains(ms)),
         "--rtt-ms and --jitter-ms must be from 0 to 10000"
     );
+    let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
+    let most_nodes = SITES_MAX / transports.len() - churn::SITES_MORE;
+    ensure!(
+        args.churn.is_none_or(|seconds| (1.0..=3600.0).contains(&seconds))
+            && (1..=most_nodes).contains(&args.churn_nodes),
+        "--churn must be from 1 to 3600 seconds, --churn-nodes from 1 to {most_nodes}"
+    );
     if let Some(logs) = &args.logs {
         std::fs::create_dir_all(logs).with_context(|| format!("making {}", logs.display()))?;
     }
@@ -155,7 +162,6 @@ pub(crate) fn run(root: &Path, args: &NetlabArgs) -> Result<()> {
         ..Line::default()
     };
     let mut lab = Lab::new(line)?;
-    let transports = args.transport.map_or_else(|| vec![Transport::Quic, Transport::Tcp], |t| vec![t]);
     let mut pairs = Vec::new();
     let other = args.relay_kill || args.stream || args.churn.is_some() || !args.outage.is_empty();
     if args.matrix || !other {

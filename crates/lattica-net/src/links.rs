@@ -50,8 +50,8 @@ pub struct LinkEstimate {
     pub goodput_out_bytes_per_s: Option<f64>,
     /// Time since the last transfer, of either direction, that was large enough to tell the goodput.
     pub goodput_age: Option<Duration>,
-    /// Share of probes that were answered in time, 0 to 1, over hours: what was an hour ago counts half. A connection that
-    /// broke while it was in use counts as a minute without answers.
+    /// Share of probes that were answered in time, 0 to 1, over hours: what was an hour ago counts half. A connection in
+    /// use that ended otherwise than by this end (also where the peer closed it) counts as a minute without answers.
     pub reliability: f64,
     /// Time since the last answered probe.
     pub age: Duration,

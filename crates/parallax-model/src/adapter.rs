@@ -127,7 +127,7 @@ impl Adapter {
     /// [`Self::load`] reads; without either, alpha is taken to equal the rank.
     ///
     /// # Errors
-    /// Broken bytes, foreign names, half a pair, mixed ranks, or values that are not finite.
+    /// Broken bytes, foreign names, one module twice, half a pair, mixed ranks, or values that are not finite.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, AdapterError> {
         let invalid = |reason: String| AdapterError::Invalid(reason);
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| invalid(e.to_string()))?;
@@ -154,7 +154,11 @@ impl Adapter {
             if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
                 return Err(invalid(format!("tensor {name:?} holds {bad}")));
             }
-            halves.entry(module).or_default()[half] = Some((values, [*rows, *columns]));
+            // A language model has two spellings.
+            let before = halves.entry(module).or_default()[half].replace((values, [*rows, *columns]));
+            if before.is_some() {
+                return Err(invalid(format!("tensor {name:?} is there in another spelling, too")));
+            }
         }
         let mut rank = settings.as_ref().map(|s| s.rank);
         let mut tensors = BTreeMap::new();
@@ -341,6 +345,23 @@ mod tests {
         adapter.tensors.get_mut("layers.0.q_proj").unwrap().a[3] = f32::NAN;
         let error = Adapter::from_bytes(&adapter.to_bytes().unwrap()).unwrap_err().to_string();
         assert!(error.contains("NaN") && error.contains("q_proj"), "{error}");
+    }
+
+    #[test]
+    fn one_module_in_two_spellings_is_refused() {
+        let bytes = sample().to_bytes().unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let other = |name: &str| name.replacen("model.layers.11", "model.language_model.layers.11", 1);
+        let both = file.tensors().into_iter().flat_map(|(name, view)| {
+            let again = (other(&name) != name).then(|| (other(&name), view.clone()));
+            std::iter::once((name, view)).chain(again)
+        });
+        let views: Vec<_> = both.collect();
+        let error = Adapter::from_bytes(&serialize(views, None).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("another spelling"), "{error}");
+        let alone: Vec<_> = file.tensors().into_iter().map(|(name, view)| (other(&name), view)).collect();
+        let adapter = Adapter::from_bytes(&serialize(alone, None).unwrap()).unwrap();
+        assert_eq!(adapter.tensors, sample().tensors);
     }
 
     proptest! {

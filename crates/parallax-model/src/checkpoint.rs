@@ -13,6 +13,7 @@ use crate::{
     chat_template::ChatTemplate,
     config::ModelConfig,
     error::{ConfigError, OpenError, TemplateError, TokenizerError},
+    hub,
     options::WeightDtype,
     tokenizer::{Tokenizer, gguf::GgufVocabulary},
     weights::{Source, WeightIndex, gguf::GgufFile, is_rope_factors, quantized, safetensors},
@@ -94,7 +95,7 @@ impl Checkpoint {
     /// Nothing is there, or what is there is incomplete, truncated, corrupt or of an unsupported architecture.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         if path.is_dir() {
-            return match crate::hub::only_gguf(path).filter(|_| !path.join("config.json").is_file()) {
+            return match hub::only_gguf(path).filter(|_| !hub::is_whole(path)) {
                 Some(gguf) => Self::open(&gguf),
                 None => Self::open_dir(path),
             };
@@ -157,8 +158,7 @@ impl Checkpoint {
             index,
             dir,
         )?;
-        opened.companions =
-            crate::hub::COMPANIONS.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
+        opened.companions = hub::COMPANIONS.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
         Ok(opened)
     }
 
@@ -275,6 +275,11 @@ impl Checkpoint {
 
     pub(crate) fn index(&self) -> &WeightIndex {
         &self.index
+    }
+
+    /// The bytes of a file before its first tensor; `None` for a file without tensors.
+    pub fn header_bytes(&self, file: usize) -> Option<u64> {
+        self.index.tensors.values().filter(|t| t.file == file).map(|t| t.offset).min()
     }
 
     /// The bytes that a stage of these layers reads: its layers, and the embedding, final norm and head where

@@ -309,7 +309,7 @@ impl ModelConfig {
     }
 
     /// Recurrent states beside a key-value store for `tokens` tokens: they take as many bytes in a layer as keys and values do in
-    /// the layer that stores most, but there are sixteen in any case. None where no layer is recurrent.
+    /// the layer that stores most, but there are sixteen in any case and 4096 at most. None where no layer is recurrent.
     pub fn state_slots(&self, tokens: u64, format: KvFormat) -> usize {
         let Some(state) = self.layers.iter().map(LayerConfig::state_bytes).max().filter(|bytes| *bytes > 0)
         else {

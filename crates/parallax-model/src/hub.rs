@@ -121,7 +121,7 @@ impl HubName {
 }
 
 /// Whether a directory has a configuration and all weights: other tools that share the cache fetch single files.
-fn is_whole(dir: &Path) -> bool {
+pub(crate) fn is_whole(dir: &Path) -> bool {
     let weights = || crate::weights::safetensors::shards(dir);
     dir.join("config.json").is_file()
         && weights().is_ok_and(|(files, _)| files.iter().all(|file| file.is_file()))

@@ -163,12 +163,12 @@ impl WeightIndex {
         self.read_f32(name)
     }
 
-    /// That a weight has this shape; dimensions of one say nothing about where its values lie, and GGUF files leave
-    /// them out.
+    /// That a weight has this shape; dimensions of one before the last say nothing about where its values lie, and GGUF
+    /// files leave them out.
     pub(crate) fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), OpenError> {
         let found = self.shape(name)?;
         let larger = |shape: &[usize]| shape.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
-        if larger(found) == larger(expected) {
+        if found.last() == expected.last() && larger(found) == larger(expected) {
             return Ok(());
         }
         Err(OpenError::Shape { name: name.to_owned(), found: found.to_vec(), expected: expected.to_vec() })

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use parallax_model::{Checkpoint, LoadOptions, ModelConfig, Stage, TrainModel};
 use proptest::prelude::*;
+use safetensors::{SafeTensors, serialize, tensor::TensorView};
 use serde_json::json;
 
 fn tiny_config(hidden: usize) -> ModelConfig {
@@ -61,6 +62,29 @@ fn errors_name_the_file_and_what_is_wrong() {
     std::fs::write(&gguf, b"GGUF\x03\0\0\0").unwrap();
     let error = Checkpoint::open(&gguf).unwrap_err().to_string();
     assert!(error.contains("model.gguf") && error.contains("truncated"), "{error}");
+}
+
+#[test]
+fn a_matrix_of_another_shape_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path());
+    let path = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let name = "model.layers.0.mlp.down_proj.weight";
+    for (shape, is_fine) in [([1, 8, 16], true), ([8, 16, 1], false), ([16, 8, 1], false)] {
+        let views: Vec<_> = (file.tensors().into_iter())
+            .map(|(n, view)| {
+                let shape = if n == name { shape.to_vec() } else { view.shape().to_vec() };
+                (n, TensorView::new(view.dtype(), shape, view.data()).unwrap())
+            })
+            .collect();
+        std::fs::write(&path, serialize(views, None).unwrap()).unwrap();
+        match try_load(dir.path()) {
+            Ok(()) => assert!(is_fine, "{shape:?}"),
+            Err(error) => assert!(!is_fine && error.contains("shape") && error.contains(name), "{error}"),
+        }
+    }
 }
 
 /// The configuration with one field replaced, or left out.

@@ -10,7 +10,7 @@ use super::shaper::Line;
 use super::space::{Device, Space};
 
 /// Sites of one lab; they share a /24, in which each has two addresses.
-const SITES_MAX: usize = 125;
+pub(crate) const SITES_MAX: usize = 125;
 /// The switch of everybody, and the one of those who are cut off.
 const MAINLAND: &str = "switch";
 const ISLAND: &str = "island";

@@ -63,7 +63,8 @@ impl PeerLinks {
 
     /// What is known of the path `in_use`; where it was not measured yet, of the one that answered last.
     pub fn estimate(&self, now: Duration, in_use: Option<PathKind>) -> Option<LinkEstimate> {
-        self.estimates(now, in_use).into_iter().next()
+        let used = in_use.and_then(|kind| self.paths[kind as usize].estimate(now, kind));
+        used.or_else(|| self.estimates(now, None).into_iter().next())
     }
 }
 

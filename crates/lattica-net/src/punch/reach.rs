@@ -4,17 +4,19 @@
 //! The words are those of RFC 4787, section 4: a mapping that is the same for all destinations (endpoint-independent) can be
 //! punched; one that differs needs ports to be guessed (`guess`), for which the range that they come from matters.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde::Serialize;
 
 use crate::links::PathKind;
 
+type Place = (IpAddr, u16);
+
 /// How a node can be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Reachability {
-    /// Addresses that peers have tested, that a router opened, or that the operator named.
+    /// Addresses that peers have tested, that a router opened, that the operator named, or, of a relay, that it listens on.
     pub confirmed: Vec<String>,
     /// What peers see of its QUIC port; `None` when no peer has told.
     pub quic: Option<NatReport>,
@@ -43,11 +45,11 @@ pub struct NatReport {
 pub enum Mapping {
     /// Nothing: it is seen at an address of this machine.
     None,
-    /// One place for all who see it.
+    /// One place, of one address family, for all who see it from outside.
     EndpointIndependent,
     /// Another one for some of them.
     EndpointDependent,
-    /// Only one has seen it.
+    /// Only one has seen it from outside.
     Unknown,
 }
 
@@ -58,26 +60,30 @@ pub fn report<'a>(
     seen: impl IntoIterator<Item = (&'a str, &'a str)>,
 ) -> Option<NatReport> {
     let of_path = |address: &str| place(address).filter(|_| PathKind::of(address) == path);
-    let own: BTreeSet<(IpAddr, u16)> = own.into_iter().filter_map(of_path).collect();
-    let (mut observers, mut places) = (BTreeSet::new(), BTreeSet::new());
+    let own: BTreeSet<Place> = own.into_iter().filter_map(of_path).collect();
+    // Each place with those who see the node there.
+    let mut places: BTreeMap<Place, BTreeSet<Place>> = BTreeMap::new();
     for (observer, address) in seen {
         if let (Some(observer), Some(seen_at)) = (place(observer), of_path(address)) {
-            observers.insert(observer);
-            places.insert(seen_at);
+            places.entry(seen_at).or_default().insert(observer);
         }
     }
-    let ports = || places.iter().map(|(_, port)| *port);
+    let ports = || places.keys().map(|(_, port)| *port);
     let ports_seen = (ports().min()?, ports().max()?);
-    let mapping = if places.iter().all(|place| own.contains(place)) {
+    // Some see the node without a NAT between: its neighbours, and over IPv6 often everybody.
+    let outside = || places.iter().filter(|(place, _)| !own.contains(place));
+    let n_outside = |v4: bool| outside().filter(|((ip, _), _)| ip.is_ipv4() == v4).count();
+    let mapping = if outside().next().is_none() {
         Mapping::None
-    } else if places.len() > 1 {
+    } else if n_outside(true).max(n_outside(false)) > 1 {
         Mapping::EndpointDependent
-    } else if observers.len() > 1 {
+    } else if outside().any(|(_, observers)| observers.len() > 1) {
         Mapping::EndpointIndependent
     } else {
         Mapping::Unknown
     };
-    let ips: BTreeSet<IpAddr> = places.iter().map(|(ip, _)| *ip).collect();
+    let ips: BTreeSet<IpAddr> = places.keys().map(|(ip, _)| *ip).collect();
+    let observers: BTreeSet<&Place> = places.values().flatten().collect();
     Some(NatReport {
         mapping,
         keeps_port: ports().any(|port| own.iter().any(|(_, listened)| *listened == port)),
@@ -88,7 +94,7 @@ pub fn report<'a>(
 }
 
 /// The socket address at the beginning of an address.
-fn place(address: &str) -> Option<(IpAddr, u16)> {
+fn place(address: &str) -> Option<Place> {
     let mut parts = address.strip_prefix('/')?.split('/');
     let ip = match (parts.next()?, parts.next()?) {
         ("ip4", ip) => IpAddr::V4(ip.parse().ok()?),
@@ -132,6 +138,24 @@ mod tests {
             found(&[(one, &other), (two, &third)]),
             (Mapping::EndpointDependent, false, (20_000, 20_400), 2)
         );
+    }
+
+    #[test]
+    fn who_sees_the_node_without_a_nat_tells_nothing_of_the_nat() {
+        let own_v6 = "/ip6/fd00::2/udp/4001/quic-v1";
+        let mapping = |seen: &[(&str, &str)]| {
+            let own = OWN.into_iter().chain([own_v6]);
+            report(PathKind::Quic, own, seen.iter().copied()).unwrap().mapping
+        };
+        let (lan, one, two) = ("/ip4/10.0.0.3/udp/1/quic-v1", "/ip4/9.9.9.1/tcp/1", "/ip4/9.9.9.2/tcp/1");
+        let (far_v6, at) = ("/ip6/fd00::9/tcp/1", "/ip4/8.8.8.8/udp/20000/quic-v1");
+        assert_eq!(mapping(&[(lan, OWN[0]), (far_v6, own_v6)]), Mapping::None);
+        // One observer from outside, whoever else there is.
+        assert_eq!(mapping(&[(lan, OWN[0]), (one, at), (far_v6, own_v6)]), Mapping::Unknown);
+        assert_eq!(mapping(&[(lan, OWN[0]), (one, at), (two, at)]), Mapping::EndpointIndependent);
+        // Two families are two mappings.
+        let at_v6 = "/ip6/fd00:1::8/udp/4001/quic-v1";
+        assert_eq!(mapping(&[(one, at), (two, at), (far_v6, at_v6)]), Mapping::EndpointIndependent);
     }
 
     #[test]

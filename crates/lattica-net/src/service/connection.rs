@@ -62,6 +62,7 @@ pub(crate) struct Connection {
     pub(crate) punching: Semaphore,
     opens: mpsc::Sender<OpenRequest>,
     redundant: AtomicBool,
+    blurs: AtomicBool,
     incoming: AtomicUsize,
     incoming_limit: usize,
     last_use_ms: AtomicU64,
@@ -99,6 +100,7 @@ impl Connection {
             punching: Semaphore::new(1),
             opens,
             redundant: AtomicBool::new(false),
+            blurs: AtomicBool::new(false),
             incoming: AtomicUsize::new(0),
             incoming_limit: limits.streams_per_connection + limits.waiting_streams_per_connection,
             last_use_ms: AtomicU64::new(0),
@@ -153,8 +155,16 @@ impl Connection {
         self.redundant.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_redundant(&self, redundant: bool) {
+    /// Whether what its probes find would be mixed into the estimate of a better connection of the same kind.
+    pub(crate) fn blurs(&self) -> bool {
+        self.blurs.load(Ordering::Relaxed)
+    }
+
+    /// Compares it to the connection that is used.
+    pub(crate) fn set_beside(&self, best: Option<&Self>) {
+        let redundant = best.is_none_or(|best| best.key != self.key);
         self.redundant.store(redundant, Ordering::Relaxed);
+        self.blurs.store(redundant && best.is_some_and(|best| best.path == self.path), Ordering::Relaxed);
     }
 
     /// Takes a place for one more incoming stream; `None` when all are taken, waiting ones included.

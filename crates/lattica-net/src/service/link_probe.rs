@@ -35,7 +35,9 @@ pub(crate) async fn measure(shared: Arc<Shared>, connection: Arc<Connection>) {
             let pause = match probe(&shared, &connection).await {
                 Ok(Life::Silent) => {
                     tracing::info!(peer = %connection.peer.short(), "connection closed: the peer fell silent");
-                    connection.measured(|link| link.handle_break(shared.now()));
+                    if !connection.is_redundant() {
+                        connection.measured(|link| link.handle_break(shared.now()));
+                    }
                     connection.fail();
                     let _ = shared.command(Command::Close { id: connection.id }).await;
                     return;
@@ -81,7 +83,7 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
         while let Some((sequence, rate, n_bytes)) = decode_echo(reader.buffered()).map_err(invalid)? {
             reader.consume(n_bytes);
             let now = shared.now();
-            if let Some(rtt) = tracker.handle_echo(now, sequence) {
+            if let Some(rtt) = tracker.handle_echo(now, sequence).filter(|_| !connection.blurs()) {
                 connection.measured(|link| {
                     link.handle_answer(now, rtt);
                     link.handle_reported_goodput(now, rate);
@@ -99,7 +101,9 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
                 tidy(shared, connection);
                 let now = shared.now();
                 let (action, newly_late) = tracker.handle_tick(now);
-                connection.measured(|link| (0..newly_late).for_each(|_| link.handle_loss(now)));
+                if !connection.blurs() {
+                    connection.measured(|link| (0..newly_late).for_each(|_| link.handle_loss(now)));
+                }
                 match action {
                     ProbeAction::Send(sequence) => write_all(&mut writer, &encode_probe(sequence)).await?,
                     ProbeAction::Wait => {}
@@ -112,10 +116,9 @@ async fn probe(shared: &Arc<Shared>, connection: &Arc<Connection>) -> std::io::R
 
 /// A connection beside a better one gives up its idle RPC streams; without streams the swarm lets it go.
 fn tidy(shared: &Shared, connection: &Connection) {
-    let redundant = !shared.table().is_best(&connection.peer, connection.key);
-    connection.set_redundant(redundant);
+    connection.set_beside(shared.table().best(&connection.peer).as_deref());
     let now_ms = u64::try_from(shared.now().as_millis()).unwrap_or(u64::MAX);
-    if redundant && now_ms.saturating_sub(connection.last_use_ms()) > RELEASE_AFTER_MS {
+    if connection.is_redundant() && now_ms.saturating_sub(connection.last_use_ms()) > RELEASE_AFTER_MS {
         connection.lanes.release_idle();
     }
 }

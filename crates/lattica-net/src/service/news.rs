@@ -259,7 +259,10 @@ fn take_record(shared: &Shared, from: &Connection, (statement, age): Item) -> Re
     let now = shared.now();
     let (teller, of) = (from.peer.short(), author.short());
     if !shared.news.lock().records.insert(now, &author, written_s, (statement, age), ()) {
-        tracing::info!(from = teller, author = of, ?age, "news is not used: it is too old");
+        // Otherwise somebody else just told it, or there are more authors than are remembered.
+        if age > RECORD_EXPIRES {
+            tracing::info!(from = teller, author = of, ?age, "news is not used: it is too old");
+        }
         return Ok(());
     }
     for address in &addresses {
@@ -417,14 +420,14 @@ pub(super) async fn own_addresses(shared: &Shared) -> Vec<Multiaddr> {
     told.iter().filter_map(|a| a.parse().ok()).collect()
 }
 
-/// Paths to connected peers that were measured lately, of each peer the one in use first.
+/// Connected peers whose path in use was measured lately, with that path first and others that were after it.
 fn fresh_links(shared: &Shared, now: Duration) -> Vec<(PeerId, Vec<LinkEstimate>)> {
     let table = shared.table();
     let estimates = |peer: PeerId| {
         let in_use = table.best(&peer)?.path;
         let mut paths = table.known_state(&peer)?.links().estimates(now, Some(in_use));
         paths.retain(|link| link.age <= LINK_FRESH);
-        (!paths.is_empty()).then_some((peer, paths))
+        paths.first().is_some_and(|link| link.path == in_use).then_some((peer, paths))
     };
     table.connected_peers().into_iter().filter_map(estimates).collect()
 }

@@ -83,11 +83,14 @@ impl Behaviour {
         }
     }
 
-    /// `broke`: neither this end closed the connection, nor did it lie idle.
+    /// `broke`: this end neither closed the connection nor let it go for being idle. Whether the other end did cannot be told.
     fn handle_closed(&mut self, id: ConnectionId, broke: bool) {
         let Some(connection) = self.established.remove(&id) else { return };
         let now = self.shared.now();
-        if broke && !connection.is_redundant() {
+        // Of two dials at once one goes before anybody has looked; a spare is the best one left when the other has just gone.
+        let in_use =
+            !connection.is_redundant() && self.shared.table().is_best(&connection.peer, connection.key);
+        if broke && in_use {
             connection.measured(|link| link.handle_break(now));
         }
         let change = self.shared.table().handle_disconnected(now, &connection.peer, connection.key);

@@ -58,7 +58,7 @@ async fn is_noticed(listen: &str, within: Duration) {
     };
     // A call that had not arrived would be told that the peer cannot be reached.
     assert!(tokio::task::spawn_blocking(move || lines.any(|l| l == "called")).await.unwrap());
-    eventually("the link is measured", || node.link(&peer).is_some_and(|link| link.reliability == 1.0)).await;
+    eventually("the link is measured", || node.link(&peer).is_some()).await;
 
     victim.0.kill().unwrap();
     let start = Instant::now();

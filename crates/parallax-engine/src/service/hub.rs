@@ -74,7 +74,7 @@ pub enum HubError {
         reason: String,
     },
     /// Nothing that can be run.
-    #[error("{repository} has neither config.json with safetensors nor a single GGUF file{}", named(.gguf))]
+    #[error("{repository} has neither config.json with safetensors nor a single GGUF model outside of folders{}", named(.gguf))]
     NoWeights {
         /// The repository.
         repository: String,

@@ -185,12 +185,11 @@ pub fn file_spans(checkpoint: &Checkpoint, layers: LayerRange) -> std::io::Resul
         let file_bytes = fs::metadata(path)?.len();
         files.push(FileSpans { name: file_name(path), file_bytes, spans: vec![0, file_bytes] });
     }
-    let all = checkpoint.tensor_spans(0..checkpoint.config().n_layers);
     let wanted = checkpoint.tensor_spans(layers.as_range());
     for (index, path) in checkpoint.files().iter().enumerate() {
         let file_bytes = fs::metadata(path)?.len();
         // Everything before the first tensor is header; a file without tensors is needed whole.
-        let header = all.iter().filter(|s| s.file == index).map(|s| s.offset).min().unwrap_or(file_bytes);
+        let header = checkpoint.header_bytes(index).unwrap_or(file_bytes);
         let tensors = wanted.iter().filter(|s| s.file == index).map(|s| (s.offset, s.len));
         let spans = merged(std::iter::once((0, header)).chain(tensors).collect());
         let spans = spans.into_iter().flat_map(|(offset, len)| [offset, len]).collect();

@@ -1,4 +1,4 @@
-//! The gated delta net as data (Qwen3-Next): a mixer that remembers a state of fixed size instead of every token.
+//! The gated delta net as data (Qwen3-Next, Qwen3.5): a mixer that remembers a state of fixed size instead of every token.
 
 pub use parallax_kernels::delta::DeltaShape;
 

@@ -88,9 +88,8 @@ pub(crate) fn attach(
     }
     let Some(adapter) = adapter else { return Ok(()) };
     for (name, t) in &adapter.tensors {
-        let unknown = || AdapterError::UnknownModule { module: name.clone() };
         let Some((layer, short)) = split(name).filter(|(layer, _)| range.contains(layer)) else { continue };
-        let module = module_of(config, layer, short).ok_or_else(unknown)?;
+        let module = module_of(config, layer, short).expect("the adapter was checked against the model");
         let weights = &mut layers[layer - range.start];
         if let (MixerWeights::Latent(latent), Mixer::Latent(a), [part]) =
             (&mut weights.mixer, &config.layers[layer].mixer, module.parts.as_slice())
@@ -102,7 +101,7 @@ pub(crate) fn attach(
             latent.adapters.sort_by_key(|part| part.slot.id);
             continue;
         }
-        add(weights, slot, &module, t, adapter, device).ok_or_else(unknown)?;
+        add(weights, slot, &module, t, adapter, device);
     }
     Ok(())
 }
@@ -115,7 +114,7 @@ fn add(
     t: &LoraTensors,
     adapter: &Adapter,
     device: &Device,
-) -> Option<()> {
+) {
     let rank = adapter.rank;
     let matrix =
         |values: Vec<f32>, shape: [usize; 2]| Tensor::<2>::from_data(TensorData::new(values, shape), device);
@@ -123,10 +122,9 @@ fn add(
     for part in &module.parts {
         let b = rows(&t.b, rank, part.rows.as_ref());
         let (a, outputs) = (matrix(a.clone(), [rank, t.inputs]), b.len() / rank);
-        let linear = linear_at(layer, part.place)?;
+        let linear = linear_at(layer, part.place).expect("every module has its place in the loaded layer");
         linear.add_module(slot, a, matrix(b, [outputs, rank]), part.offset, adapter.scale());
     }
-    Some(())
 }
 
 /// Shape of a module's factors.

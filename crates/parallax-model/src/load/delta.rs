@@ -9,7 +9,7 @@ use crate::{
     config::{DeltaNet, DeltaProjections, Projection},
     error::LoadError,
     layer::{DeltaMixerWeights, Linear, LinearWeight},
-    ops::delta::DeltaWeights,
+    ops::{delta::DeltaWeights, linear::FrozenLinear},
     weights::{NEGATED_RATES, Rows},
 };
 
@@ -67,13 +67,12 @@ impl Loader<'_> {
     fn by_head(&self, name: &str, d: &DeltaNet, parts: &[usize]) -> Result<Linear, LoadError> {
         let (hidden, n, stride) = (self.config.hidden, d.shape.n_key_heads, parts.iter().sum::<usize>());
         self.index.check_shape(name, &[n * stride, hidden])?;
-        let mut rows = Vec::new();
-        let mut offset = 0;
-        for part in parts {
-            let piece = |h: usize| Rows { name: name.to_owned(), first: h * stride + offset, n: *part };
-            rows.extend((0..n).map(piece));
-            offset += part;
-        }
-        Ok(Linear::bare(LinearWeight::Packed(Arc::new(self.rows(&rows, hidden)?))))
+        let all = Rows { name: name.to_owned(), first: 0, n: n * stride };
+        let order = d.rows_by_kind(parts).into_iter();
+        let packed = self.index.pack_ordered(&all, order, hidden, self.dtype)?;
+        Ok(Linear::bare(LinearWeight::Packed(Arc::new(FrozenLinear {
+            parts: vec![packed],
+            transposed: None,
+        }))))
     }
 }

@@ -172,9 +172,15 @@ impl GgufFile {
     /// Reads the header of a file in memory; `name` is for messages.
     ///
     /// # Errors
-    /// As [`Self::open`]; a file of several parts has none beside it here.
+    /// As [`Self::open`]; and one of several parts, which are read from files only.
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self, OpenError> {
-        Self::parse(Source::memory(name, bytes))?.with_other_parts(Path::new(name))
+        let file = Self::parse(Source::memory(name, bytes))?;
+        match file.part() {
+            None => Ok(file),
+            Some(_) => {
+                Err(file.sources[0].corrupt("it is one of several parts, which are read from files only"))
+            }
+        }
     }
 
     fn parse(source: Source) -> Result<Self, OpenError> {

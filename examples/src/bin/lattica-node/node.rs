@@ -67,7 +67,9 @@ impl NodeArgs {
         let limits = Limits {
             relay_reservations: self.relay_slots.unwrap_or(usual.relay_reservations),
             relay_circuits: self.relay_circuits.unwrap_or(usual.relay_circuits),
-            relay_circuit_bytes: self.relay_circuit_mb.map_or(usual.relay_circuit_bytes, |mb| mb * 1_000_000),
+            relay_circuit_bytes: self
+                .relay_circuit_mb
+                .map_or(usual.relay_circuit_bytes, |mb| mb.saturating_mul(1_000_000)),
             relay_circuit_duration: self.relay_circuit_hours.map_or(usual.relay_circuit_duration, hours),
             ..usual
         };

@@ -13,7 +13,7 @@ use swarm_wire::PeerId;
 use super::super::gate::PeerRefused;
 use super::super::{libp2p_peer, wire_peer};
 use super::{Driver, Reply};
-use crate::addr::{is_relayed, without_peer};
+use crate::addr::{is_relayed, last_peer, without_peer};
 use crate::error::DialError;
 use crate::punch::PunchDial;
 
@@ -185,17 +185,14 @@ impl Driver {
 fn explain(target: &str, error: &SwarmDialError) -> DialError {
     let unreachable = |reason: String| DialError::Unreachable { target: target.to_owned(), reason };
     match error {
-        SwarmDialError::WrongPeerId { obtained, address } => {
-            let expected = target.rsplit("/p2p/").next().and_then(|text| text.parse().ok());
-            match expected {
-                Some(expected) => DialError::WrongPeer {
-                    address: without_peer(address).to_string(),
-                    expected,
-                    got: obtained.to_string(),
-                },
-                None => unreachable(format!("{address} is peer {obtained}")),
-            }
-        }
+        SwarmDialError::WrongPeerId { obtained, address } => match last_peer(target) {
+            Some(expected) => DialError::WrongPeer {
+                address: without_peer(address).to_string(),
+                expected,
+                got: obtained.to_string(),
+            },
+            None => unreachable(format!("{address} is peer {obtained}")),
+        },
         SwarmDialError::NoAddresses => {
             match target.strip_prefix("peer ").and_then(|text| text.parse().ok()) {
                 Some(peer) => DialError::NoAddress { peer },

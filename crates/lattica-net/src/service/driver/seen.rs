@@ -10,7 +10,7 @@ use libp2p::core::{ConnectedPoint, Multiaddr};
 use libp2p::swarm::ConnectionId;
 
 use super::Driver;
-use crate::addr::without_peer;
+use crate::addr::{is_relayed, without_peer};
 use crate::links::PathKind;
 use crate::punch::candidates;
 use crate::punch::reach::{Reachability, report};
@@ -61,7 +61,9 @@ impl Driver {
             let seen = observed.iter().map(|(observer, seen)| (observer.as_str(), *seen));
             report(path, listened.iter().map(String::as_str), seen)
         };
-        let confirmed = self.swarm.external_addresses().map(|a| without_peer(a).to_string()).collect();
+        // libp2p counts slots at relays among them.
+        let external = self.swarm.external_addresses().map(|a| without_peer(a).to_string());
+        let confirmed = external.filter(|address| !is_relayed(address)).collect();
         Reachability { confirmed, quic: of(PathKind::Quic), tcp: of(PathKind::Tcp) }
     }
 

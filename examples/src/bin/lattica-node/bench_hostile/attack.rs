@@ -13,6 +13,7 @@ use lattica_bitswap::wire::Message;
 use lattica_bitswap::{Block, HashKind, spread, wire};
 use lattica_net::wire::Header;
 use lattica_net::{Node, Stream};
+use swarm_wire::limits::{BITSWAP_MESSAGE_MAX_BYTES, RPC_BODY_MAX_BYTES};
 use swarm_wire::{Cid, PeerId, frame};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, WriteHalf};
 use tokio::task::JoinSet;
@@ -33,10 +34,6 @@ const PROTOCOLS: [&str; 6] = [
 ];
 /// Between two beginnings.
 const PAUSE: Duration = Duration::from_millis(2);
-/// The largest body of a call.
-const BODY_BYTES: usize = 8 << 20;
-/// The largest Bitswap message.
-const MESSAGE_BYTES: usize = 4 << 20;
 
 /// A way to be hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -120,7 +117,7 @@ impl Attack {
                 let (protocol, announced) = announcement(i);
                 let mut stream = open(protocol).await?;
                 stream.write_all(&announced).await?;
-                let n_bytes = if protocol == RPC { BODY_BYTES } else { MESSAGE_BYTES };
+                let n_bytes = if protocol == RPC { RPC_BODY_MAX_BYTES } else { BITSWAP_MESSAGE_MAX_BYTES };
                 stream.write_all(&vec![0; n_bytes - 1]).await?;
                 stream.flush().await?;
                 sleep(Duration::from_secs(60)).await;
@@ -190,12 +187,12 @@ fn discarding(stream: Stream) -> WriteHalf<Stream> {
 /// The beginning of the largest message that a protocol takes.
 fn announcement(i: usize) -> (&'static str, Vec<u8>) {
     if i.is_multiple_of(2) {
-        let (method, deadline, body_bytes) = ("echo".to_owned(), Duration::from_secs(60), BODY_BYTES);
+        let (method, deadline, body_bytes) = ("echo".to_owned(), Duration::from_secs(60), RPC_BODY_MAX_BYTES);
         let header = Header::Request { call_id: 1, method, deadline, body_bytes, done_below: 0, attempt: 0 };
         (RPC, header.encode())
     } else {
         let mut length = Vec::new();
-        frame::encode_length(MESSAGE_BYTES, &mut length);
+        frame::encode_length(BITSWAP_MESSAGE_MAX_BYTES, &mut length);
         (wire::PROTOCOL, length)
     }
 }
