@@ -141,7 +141,8 @@ pub struct LinkNeighbour {
     /// It goes through a relay.
     #[prost(bool, tag = "7")]
     pub relayed: bool,
-    /// Share of probes that were not answered, over hours: what was an hour ago counts half, a broken connection as a minute.
+    /// Share of probes that were not answered, over hours: what was an hour ago counts half, a connection in use that
+    /// ended otherwise than by this end as a minute.
     #[prost(float, tag = "8")]
     pub failed: f32,
     #[prost(enumeration = "link_neighbour::Path", tag = "9")]
