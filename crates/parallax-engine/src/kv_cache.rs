@@ -133,9 +133,10 @@ impl KvCache {
     /// those before which all tokens stay.
     ///
     /// They are at the end of the last full page before the newest token: of a prompt, so that the same one and the next turn
-    /// of a chat begin there, and of the answer, where each takes the place of the one before. Then every
-    /// [`KEPT_EVERY_TOKENS`] of a prompt, for prompts that part from it somewhere; and where the pages end that were known when it
-    /// began: there others have parted from it already.
+    /// of a chat begin there, and of the answer, where each takes the place of the one before once it is known to stay; and of all
+    /// pages that end among guesses, since nobody knows how many of those are right. Then every [`KEPT_EVERY_TOKENS`] of a prompt, for
+    /// prompts that part from it somewhere; and where the pages end that were known when it began: there others have parted from
+    /// it already.
     pub fn plan_saves(
         &mut self,
         request: RequestId,
@@ -151,14 +152,10 @@ impl KvCache {
         for n in rows.start.div_ceil(self.page_tokens).max(1)..=pages_before(rows.end) {
             let position = n * self.page_tokens;
             let of_answer = position > prompt_tokens;
-            let wanted = n == pages_before(tokens.max(rows.end))
-                || n == table.known
-                || (!of_answer && n.is_multiple_of(every));
+            let wanted =
+                n >= pages_before(tokens) || n == table.known || (!of_answer && n.is_multiple_of(every));
             if !wanted || self.states.kept(table.pages()[n - 1]).is_some() {
                 continue;
-            }
-            if of_answer && let Some(page) = table.newest.take() {
-                self.states.discard(page);
             }
             let Ok(slot) = self.states.take() else { break };
             let position = u32::try_from(position).expect("a context has fewer than 2^32 positions");
@@ -175,11 +172,17 @@ impl KvCache {
         let mut blocks = tokens.chunks_exact(self.page_tokens).skip(table.indexed);
         loop {
             // A state is kept where the index looks for it: the page may be another sequence's with the same content.
-            let page = table.chain.and_then(|chain| self.index.page(&chain));
-            saves.retain(|(save, of_answer)| match page {
-                Some(page) if save.position as usize == table.indexed * self.page_tokens => {
-                    self.states.keep(save.slot, page);
-                    table.newest = of_answer.then_some(page).or(table.newest);
+            let known = table.chain.and_then(|chain| Some((chain, self.index.page(&chain)?)));
+            saves.retain(|(save, of_answer)| match known {
+                Some((chain, page)) if save.position as usize == table.indexed * self.page_tokens => {
+                    // What another sequence has kept there before is not this one's to give up later.
+                    if self.states.keep(save.slot, page)
+                        && *of_answer
+                        && let Some(before) = table.newest.replace(chain)
+                        && let Some(page) = self.index.page(&before)
+                    {
+                        self.states.discard(page);
+                    }
                     false
                 }
                 _ => true,
@@ -275,7 +278,8 @@ impl KvCache {
     pub fn release(&mut self, request: RequestId) -> usize {
         let Some(table) = self.tables.remove(&request) else { return 0 };
         if let Some(state) = table.state {
-            // A copy into it that was noted is made all the same: others may have been noted from there.
+            // The copy that it would have begun with need not be made if it was noted last: then nobody copies on from there.
+            self.state_copies.pop_if(|copy| copy.to == state);
             self.states.give_back(state);
         }
         table.saves.iter().for_each(|(save, _)| self.states.give_back(save.slot));

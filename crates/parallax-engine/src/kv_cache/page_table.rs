@@ -16,8 +16,8 @@ pub struct PageTable {
     pub(super) saves: Vec<(StateSave, bool)>,
     /// Pages that were known when it began, whether or not a state was kept behind them.
     pub(super) known: usize,
-    /// The page at whose end the newest kept state of the answer is.
-    pub(super) newest: Option<u32>,
+    /// The chain of the page at whose end the newest state is that this sequence kept of its answer.
+    pub(super) newest: Option<BlockHash>,
 }
 
 impl PageTable {

@@ -80,14 +80,15 @@ impl StateSlots {
         self.pool.give_back(slot, false);
     }
 
-    /// What a held slot has is kept as the state at the end of `page`, unless there is one.
-    pub fn keep(&mut self, slot: u32, page: u32) {
+    /// What a held slot has is kept as the state at the end of `page`, unless there is one. Returns whether it was.
+    pub fn keep(&mut self, slot: u32, page: u32) -> bool {
         let new = !self.slots.contains_key(&page);
         self.pool.give_back(slot, new);
         if new {
             self.slots.insert(page, slot);
             self.pages.insert(slot, page);
         }
+        new
     }
 
     /// The state that is kept at the end of `page`, if any, is of no use any more.

@@ -29,6 +29,8 @@ pub struct DraftModel {
     sampler: Sampler,
     cache: KvCache,
     seen: HashMap<RequestId, Seen>,
+    /// How often it was asked.
+    rounds: u64,
     steps: u64,
     failed: bool,
 }
@@ -40,6 +42,8 @@ struct Seen {
     tokens: Vec<u32>,
     /// So many of them were no guesses: a recurrent state cannot go back behind them.
     firm: usize,
+    /// The round in which it was asked for last.
+    asked: u64,
 }
 
 /// One request while its tokens are being guessed.
@@ -80,26 +84,41 @@ impl DraftModel {
             cache: KvCache::new(shape.n_pages, shape.page_tokens, shape.state_slots),
             runner,
             seen: HashMap::new(),
+            rounds: 0,
             steps: 0,
             failed: false,
         }
     }
 
+    /// Makes positions `written..tokens` of `request` writable. Requests that nobody asks for in this round, because they wait for
+    /// pages of the other model, make room where needed: first the one that was asked for longest ago.
+    fn reserve(&mut self, request: RequestId, written: usize, tokens: usize) -> bool {
+        while self.cache.reserve(request, written, tokens).is_err() {
+            let idle = self.seen.iter().filter(|(_, seen)| seen.asked < self.rounds);
+            let Some((_, oldest)) = idle.map(|(id, seen)| (seen.asked, id.0)).min() else { return false };
+            self.close(RequestId(oldest));
+        }
+        true
+    }
+
     /// What can be guessed for, with pages for all of it; first those that get guesses.
     fn prepare<'q>(&mut self, queries: &[DraftQuery<'q>]) -> Vec<Guessing<'q>> {
+        self.rounds += 1;
+        for query in queries {
+            self.seen.entry(query.request).or_default().asked = self.rounds;
+        }
         let shape = self.runner.shape();
         let context = shape.context_tokens();
         let mut prepared = Vec::with_capacity(queries.len());
         for (i, query) in queries.iter().enumerate() {
             let end = (query.tokens.len() + query.most).min(context);
-            let (seen, firm) =
-                self.seen.get(&query.request).map_or((&[][..], 0), |seen| (&seen.tokens, seen.firm));
-            let common = seen.iter().zip(query.tokens).take_while(|(a, b)| a == b).count();
+            let Seen { tokens, firm, .. } = &self.seen[&query.request];
+            let common = tokens.iter().zip(query.tokens).take_while(|(a, b)| a == b).count();
             // The newest token always runs.
             let cached = common.min(query.tokens.len() - 1);
             // Where the model that is guessed for lost a step, it asks for the same once more.
-            let cached = if shape.state_slots > 0 && cached < firm { 0 } else { cached };
-            if end <= query.tokens.len() || self.cache.reserve(query.request, cached, end).is_err() {
+            let cached = if shape.state_slots > 0 && cached < *firm { 0 } else { cached };
+            if end <= query.tokens.len() || !self.reserve(query.request, cached, end) {
                 continue;
             }
             let lags = query.tokens.len() - cached > LAG_ROWS;
@@ -198,7 +217,7 @@ impl Drafter for DraftModel {
             }
         }
         for g in guessing {
-            let Seen { tokens, firm } = self.seen.entry(g.request).or_default();
+            let Seen { tokens, firm, .. } = self.seen.entry(g.request).or_default();
             let common = tokens.iter().zip(g.known).take_while(|(a, b)| a == b).count();
             tokens.truncate(common);
             tokens.extend(g.known[common..].iter().chain(&g.guesses));

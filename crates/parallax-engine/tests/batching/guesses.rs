@@ -1,7 +1,7 @@
 //! Guessed tokens and kept recurrent states: fewer passes, the same answers.
 
 use parallax_engine::speculate::DraftQuery;
-use parallax_engine::{DraftModel, Drafter, Engine, Request};
+use parallax_engine::{DraftModel, Drafter, Engine, Request, StageRunner};
 use swarm_wire::RequestId;
 
 use super::toy::{ToyModel, sampled, toy_greedy};
@@ -123,6 +123,68 @@ fn a_recurrent_model_begins_where_states_were_kept() {
 }
 
 #[test]
+fn guesses_leave_no_fewer_states_than_plain_decoding() {
+    let prompt: Vec<u32> = (0..10).collect();
+    let truth = [&prompt[..], &toy_greedy(&prompt, 40, 0)].concat();
+    // Tokens that the next turn finds behind an answer that stops with its n-th token.
+    let found = |n: usize, wrong: Option<usize>| {
+        let mut model = ToyModel::recurrent(64, 4, 8);
+        let mut engine = engine(&model, 64, 4);
+        if let Some(wrong) = wrong {
+            engine.set_drafter(Box::new(Oracle { truth: vec![truth.clone()], wrong, asked: 0 }));
+        }
+        let mut request = Request::greedy(prompt.clone(), 40);
+        request.sampling.stop_ids = vec![truth[prompt.len() + n - 1]];
+        let id = engine.add(request).unwrap();
+        let answer = run(&mut engine, &mut model)[&id].token_ids();
+        let next = engine.add(Request::greedy([&prompt[..], &answer, &[1, 2, 3]].concat(), 1)).unwrap();
+        run(&mut engine, &mut model)[&next].usage.cached_tokens
+    };
+    for n in 1..=40 {
+        let plain = found(n, None);
+        for wrong in [1, 2, 3, 5, usize::MAX] {
+            let guessed = found(n, Some(wrong));
+            assert!(
+                guessed >= plain,
+                "{guessed} of {plain} tokens, {n} tokens, every {wrong}-th guess wrong"
+            );
+        }
+    }
+}
+
+#[test]
+fn of_two_equal_answers_the_longer_takes_no_state_from_the_shorter() {
+    let mut model = ToyModel::recurrent(64, 4, 8);
+    let mut engine = engine(&model, 64, 4);
+    let prompt: Vec<u32> = (0..10).collect();
+    let short = engine.add(Request::greedy(prompt.clone(), 8)).unwrap();
+    engine.add(Request::greedy(prompt.clone(), 20)).unwrap();
+    let answer = run(&mut engine, &mut model)[&short].token_ids();
+    let next = engine.add(Request::greedy([&prompt[..], &answer, &[1, 2, 3]].concat(), 1)).unwrap();
+    assert_eq!(run(&mut engine, &mut model)[&next].usage.cached_tokens, 16);
+}
+
+#[test]
+fn a_request_that_waits_for_pages_has_no_state_copied() {
+    let mut model = ToyModel::recurrent(20, 4, 8);
+    let mut engine = engine(&model, 64, 4);
+    let prompt: Vec<u32> = (0..20).collect();
+    engine.add(Request::greedy(prompt.clone(), 1)).unwrap();
+    run(&mut engine, &mut model);
+    // The second of these begins as the one before and does not fit beside the first.
+    engine.add(Request::greedy((20..60).collect(), 8)).unwrap();
+    engine.add(Request::greedy([&prompt[..], &[60; 50]].concat(), 1)).unwrap();
+    let mut copies = Vec::new();
+    while let Some((batch, input)) = engine.plan() {
+        copies.push(batch.state_copies.len());
+        let result = model.forward(&batch, input);
+        engine.complete(&batch, result);
+        engine.check_integrity();
+    }
+    assert_eq!(copies, [0, 0, 0, 0, 0, 0, 0, 0, 1]);
+}
+
+#[test]
 fn a_state_is_kept_also_where_the_last_piece_of_a_prompt_begins_behind_its_last_full_page() {
     let mut model = ToyModel::recurrent(64, 4, 4);
     let mut engine = engine(&model, 30, 4);
@@ -169,4 +231,33 @@ fn a_draft_model_reads_a_long_prompt_one_pass_at_a_time() {
         let rows = passes.lock().unwrap()[before..].to_vec();
         assert!(rows.len() == 2 && rows.iter().sum::<usize>() <= 512 + 4, "round {round}: {rows:?}");
     }
+}
+
+#[test]
+fn requests_that_nobody_asks_for_make_room_in_a_draft_model() {
+    let guesser = ToyModel::recurrent(64, 4, 2);
+    let passes = guesser.passes();
+    let mut drafter = DraftModel::new(Box::new(guesser));
+    let sampling = parallax_engine::SamplingParams::default();
+    let answers: Vec<Vec<u32>> = (0..3).map(|i| [vec![i; 20], toy_greedy(&[i; 20], 9, 0)].concat()).collect();
+    // Asks for two tokens behind the first `n` of these requests; who gets them, and rows of the first pass.
+    let mut ask = |asked: &[usize], n: usize| {
+        let before = passes.lock().unwrap().len();
+        let query = |&i: &usize| DraftQuery {
+            request: RequestId(i as u64),
+            tokens: &answers[i][..n],
+            sampling: &sampling,
+            most: 2,
+        };
+        let guesses = drafter.propose(&asked.iter().map(query).collect::<Vec<_>>());
+        let got: Vec<usize> = (0..asked.len()).filter(|at| !guesses[*at].is_empty()).collect();
+        for at in &got {
+            assert_eq!(guesses[*at], answers[asked[*at]][n..n + 2]);
+        }
+        (got.into_iter().map(|at| asked[at]).collect::<Vec<_>>(), passes.lock().unwrap()[before])
+    };
+    assert_eq!(ask(&[0, 1], 20), (vec![0, 1], 40));
+    assert_eq!(ask(&[2], 20), (vec![2], 20), "the others wait");
+    assert_eq!(ask(&[1, 2], 21), (vec![1, 2], 2), "only the one that had to go would have to begin again");
+    assert_eq!(ask(&[0, 1, 2], 22), (vec![1, 2], 2), "nobody goes whose tokens are wanted");
 }
