@@ -17,9 +17,9 @@ pub trait Constraint: Send + Sync + Debug {
 
 /// How far one answer has come in its grammar.
 ///
-/// The engine calls `mask` before it chooses a token and `accept` with the token it chose, in turn. The state belongs to
-/// the tokens, not to the cache: it survives preemption, and tokens that speculation proposed are shown to it only when
-/// they were chosen.
+/// The engine calls `mask` before it chooses a token, unless the state is free, and `accept` with the token it chose, in turn. The
+/// state belongs to the tokens, not to the cache: it survives preemption, and tokens that speculation proposed are shown to it
+/// only when they were chosen.
 pub trait ConstraintState: Send + Debug {
     /// Sets the logits `[V]` of tokens that may not come next to minus infinity. A stop token stays allowed where the
     /// grammar may end.
@@ -27,6 +27,11 @@ pub trait ConstraintState: Send + Debug {
     /// # Errors
     /// What went wrong; the request ends with this text.
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+
+    /// `mask` would change nothing: it need not be called for the next token.
+    fn is_free(&self) -> bool {
+        false
+    }
 
     /// Takes the chosen token.
     ///

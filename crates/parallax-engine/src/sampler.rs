@@ -182,7 +182,7 @@ fn ruled<'a>(
     constraint: Option<&mut (dyn ConstraintState + '_)>,
 ) -> Result<Cow<'a, [f32]>, SampleError> {
     let mut ruled = Cow::Borrowed(logits);
-    if let Some(constraint) = constraint {
+    if let Some(constraint) = constraint.filter(|constraint| !constraint.is_free()) {
         constraint.mask(ruled.to_mut()).map_err(|reason| SampleError::Constraint { reason })?;
     }
     if place.generated < params.min_tokens {

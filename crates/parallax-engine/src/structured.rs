@@ -261,6 +261,10 @@ impl ConstraintState for Watching {
         Ok(())
     }
 
+    fn is_free(&self) -> bool {
+        self.follows.as_ref().map_or(self.marker.repeats, |follows| follows.is_free())
+    }
+
     fn accept(&mut self, id: u32) -> Result<(), String> {
         match &mut self.follows {
             Some(follows) => follows.accept(id)?,
@@ -501,6 +505,7 @@ mod tests {
         let allowed = |state: &mut Box<dyn ConstraintState>| {
             let mut logits = vec![0.0; 257];
             state.mask(&mut logits).unwrap();
+            assert_eq!(state.is_free(), logits.iter().all(|logit| *logit == 0.0));
             (0..257).filter(|id| logits[*id] == 0.0).collect::<Vec<_>>()
         };
         for _ in 0..2 {

@@ -252,6 +252,11 @@ fn particular() -> Vec<Case> {
         (json!({"thinking": {"type": "enabled", "budget_tokens": -1}}), "budget_tokens"),
         (json!({"thinking": {"type": "enabled"}}), "budget_tokens"),
         (json!({"thinking": {"type": "enabled", "budget_tokens": 100_000}}), "budget_tokens"),
+        (
+            json!({"thinking": {"type": "enabled", "budget_tokens": 2},
+                   "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+            "thinking cannot be enabled",
+        ),
         (json!({"tools": [{"name": "w"}]}), "tools[0].input_schema"),
         (json!({"tools": [{"input_schema": {"type": "object"}}]}), "tools[0].name"),
         (json!({"tools": [{"type": "bash_20250124", "name": "bash"}]}), "tools[0].type"),

@@ -24,7 +24,8 @@ pub struct ThoughtBudget {
     pub is_open: bool,
     /// Bytes of every token.
     pub vocabulary: Arc<[TokenBytes]>,
-    /// What else the answer must follow; it sees every token.
+    /// What else the answer must follow. Where the prompt has opened the thoughts it sees every token, and knows itself where they
+    /// end. Of thoughts that the model opens it sees none: a call that is only thought of, for instance, binds nobody.
     pub then: Option<Arc<dyn Constraint>>,
 }
 
@@ -91,6 +92,13 @@ impl Counting {
     }
 }
 
+impl Counting {
+    /// The next token is none of the other constraint's business.
+    fn is_aside(&self) -> bool {
+        !self.budget.is_open && matches!(self.phase, Phase::Thinking { .. } | Phase::Closing { .. })
+    }
+}
+
 impl ConstraintState for Counting {
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
         let next = match self.phase {
@@ -98,7 +106,8 @@ impl ConstraintState for Counting {
             _ => None,
         };
         let Some(next) = next.map(|id| *id as usize) else {
-            return self.then.as_mut().map_or(Ok(()), |then| then.mask(logits));
+            let aside = self.is_aside();
+            return self.then.as_mut().filter(|_| !aside).map_or(Ok(()), |then| then.mask(logits));
         };
         let kept = logits.get(next).filter(|logit| logit.is_finite()).copied().unwrap_or(0.0);
         logits.fill(f32::NEG_INFINITY);
@@ -109,8 +118,16 @@ impl ConstraintState for Counting {
         Ok(())
     }
 
+    fn is_free(&self) -> bool {
+        match self.phase {
+            Phase::Closing { .. } => false,
+            _ => self.is_aside() || self.then.as_ref().is_none_or(|then| then.is_free()),
+        }
+    }
+
     fn accept(&mut self, id: u32) -> Result<(), String> {
-        if let Some(then) = &mut self.then {
+        let aside = self.is_aside();
+        if let Some(then) = self.then.as_mut().filter(|_| !aside) {
             then.accept(id)?;
         }
         let bytes = self.budget.vocabulary.get(id as usize).map_or(&[][..], |token| token.bytes.as_slice());
@@ -164,6 +181,7 @@ mod tests {
         said.iter().for_each(|id| state.accept(*id).unwrap());
         let mut logits = vec![0.5; TOKENS.len()];
         state.mask(&mut logits).unwrap();
+        assert_eq!(state.is_free(), logits.iter().all(|logit| logit.is_finite()));
         (0..TOKENS.len() as u32).filter(|id| logits[*id as usize].is_finite()).collect()
     }
 
@@ -193,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn another_constraint_sees_every_token_and_rules_the_rest() {
+    fn another_constraint_sees_all_but_thoughts_that_the_model_opens_and_rules_the_rest() {
         #[derive(Debug)]
         struct OnlyA;
         #[derive(Debug)]
@@ -220,6 +238,16 @@ mod tests {
         assert_eq!(allowed(&held, &[]), [0]);
         assert_eq!(allowed(&held, &[0]), [5]);
         assert_eq!(allowed(&held, &[0, 5, 6, 7]), [0]);
+        // Thoughts that the model opens itself are no business of it.
+        let held = budget(2, false, Some(Arc::new(OnlyA)));
+        let all: Vec<u32> = (0..TOKENS.len() as u32).collect();
+        assert_eq!(allowed(&held, &[3]), all);
+        assert_eq!(allowed(&held, &[3, 1, 1]), [5]);
+        assert_eq!(allowed(&held, &[3, 1, 4]), [0]);
+        let mut state = held.start();
+        [3, 1, 1, 5, 6, 7].iter().for_each(|id| state.accept(*id).unwrap());
+        assert!(!state.is_complete(), "it has seen one token");
+        let held = budget(1, true, Some(Arc::new(OnlyA)));
         let mut state = held.start();
         [0, 5, 6].iter().for_each(|id| state.accept(*id).unwrap());
         assert!(!state.is_complete());

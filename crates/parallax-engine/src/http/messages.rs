@@ -150,6 +150,11 @@ impl Asked {
             let why = "must not end with a tool_use: send its tool_result";
             return Err(body.fault("messages", why));
         }
+        if rendering.continues && matches!(thinks, Thinking::AtMost(_)) {
+            let why =
+                "cannot be enabled where the last message is the assistant's: the model goes on with that";
+            return Err(body.fault("thinking", why));
+        }
         let prompt = server.render(messages, &tools, rendering, "messages")?;
         Ok(Self { adapter, thinking: thinks, tools, prompt })
     }

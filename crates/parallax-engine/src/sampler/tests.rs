@@ -191,6 +191,31 @@ fn alternatives_are_the_likeliest_under_the_model_whatever_is_sampled() {
     assert!(sampled.sampled_logprob > -1e-6);
 }
 
+/// Rules nothing.
+#[derive(Debug)]
+struct Free;
+
+impl ConstraintState for Free {
+    fn mask(&mut self, _: &mut [f32]) -> Result<(), String> {
+        Err("nobody need ask".into())
+    }
+    fn is_free(&self) -> bool {
+        true
+    }
+    fn accept(&mut self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_constraint_that_rules_nothing_is_not_asked() {
+    let logits: Vec<f32> = (0..50).map(|i| (i as f32 * 1.7).sin() * 9.0).collect();
+    for p in [params(0.0, 0, 1.0, 0.0), params(0.7, 5, 0.9, 0.1)] {
+        let free = SAMPLER.sample(&logits, &p, at(3), Some(&mut Free)).unwrap();
+        assert_eq!(free, SAMPLER.sample(&logits, &p, at(3), None).unwrap());
+    }
+}
+
 /// Allows only some tokens.
 #[derive(Debug)]
 struct Only(Vec<u32>);
