@@ -153,4 +153,17 @@ mod tests {
         assert!((142_000_000..144_000_000).contains(&q8), "{q8}");
         assert!(bytes(WeightDtype::Q4_0) < q8 && q8 < bytes(WeightDtype::Bf16));
     }
+
+    #[test]
+    fn memory_counts_the_least_number_of_recurrent_states() {
+        let cache =
+            |config: &ModelConfig, tokens| config.cache_bytes_per_token_layer(tokens, KvFormat::F32) * tokens;
+        let config = find("Qwen/Qwen3-Next-80B-A3B-Instruct").unwrap().config();
+        let states = 16 * config.layers[0].state_bytes();
+        assert!((35_000_000..36_000_000).contains(&states), "{states}");
+        assert!((states..states + 4096).contains(&cache(&config, 4096)), "more than keys and values");
+        assert_eq!(cache(&config, 16_384), 16_384 * 2 * 2 * 256 * 4, "keys and values have more");
+        let config = find("HuggingFaceTB/SmolLM2-135M").unwrap().config();
+        assert_eq!(cache(&config, 16), 16 * 2 * 3 * 64 * 4);
+    }
 }

@@ -311,12 +311,24 @@ impl ModelConfig {
     /// Recurrent states beside a key-value store for `tokens` tokens: they take as many bytes in a layer as keys and values do in
     /// the layer that stores most, but there are sixteen in any case and 4096 at most. None where no layer is recurrent.
     pub fn state_slots(&self, tokens: u64, format: KvFormat) -> usize {
-        let Some(state) = self.layers.iter().map(LayerConfig::state_bytes).max().filter(|bytes| *bytes > 0)
-        else {
+        let state = self.state_bytes();
+        if state == 0 {
             return 0;
-        };
+        }
         let bytes = self.kv_bytes_per_token_layer(format).saturating_mul(tokens);
         usize::try_from(bytes / state).unwrap_or(usize::MAX).clamp(MIN_STATES, MAX_STATES)
+    }
+
+    /// Bytes of a recurrent state in the layer whose is largest; 0 where no layer is recurrent.
+    fn state_bytes(&self) -> u64 {
+        self.layers.iter().map(LayerConfig::state_bytes).max().unwrap_or(0)
+    }
+
+    /// Bytes of a cache for `tokens` tokens, by token, in the layer that takes most: keys and values, or the least number of
+    /// recurrent states where those are more.
+    pub fn cache_bytes_per_token_layer(&self, tokens: u64, format: KvFormat) -> u64 {
+        let states = self.state_bytes().saturating_mul(self.state_slots(tokens, format) as u64);
+        self.kv_bytes_per_token_layer(format).max(states.div_ceil(tokens.max(1)))
     }
 
     /// Key-value bytes of one token in the layer that stores most.

@@ -271,7 +271,8 @@ impl Stage {
         self.states.len()
     }
 
-    /// Bytes of the key-value store and the recurrent states once every page and slot has been written.
+    /// Bytes of the key-value store and the recurrent states once every page and slot has been written; not the inputs of guesses
+    /// that may yet be taken back, a few rows of each sequence that has such.
     pub fn kv_bytes(&self) -> u64 {
         let held = &self.config.layers[self.options.layers.clone()];
         let state: u64 = held.iter().map(LayerConfig::state_bytes).sum();

@@ -64,7 +64,7 @@ pub struct ModelProfile {
     /// Whether embedding and head are the same bytes.
     #[serde(default)]
     pub tied: bool,
-    /// Key and value bytes of one cached position of one layer.
+    /// Cache bytes of one position in one layer: keys and values, or its share of recurrent states where those take more.
     #[serde(default)]
     pub kv_bytes_per_token_layer: u64,
     /// Floating point operations of one layer for one token; 0 means two per weight at two bytes each.

@@ -104,7 +104,7 @@ pub fn run(args: PlanArgs) -> anyhow::Result<()> {
         );
     }
     let algorithm: Algorithm = args.algorithm.parse()?;
-    let model = profile(&args.model, args.dtype, args.kv)?;
+    let model = profile(&args.model, args.dtype, args.kv, args.context_tokens)?;
     let text = std::fs::read_to_string(&args.cluster).with_context(|| args.cluster.display().to_string())?;
     let cluster: Cluster = serde_json::from_str(&text).with_context(|| args.cluster.display().to_string())?;
     let nodes = cluster.nodes.iter().map(|n| node(n, &model)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -152,17 +152,22 @@ pub fn run(args: PlanArgs) -> anyhow::Result<()> {
     })
 }
 
-fn profile(model: &str, dtype: WeightDtype, kv: KvFormat) -> anyhow::Result<ModelProfile> {
+fn profile(
+    model: &str,
+    dtype: WeightDtype,
+    kv: KvFormat,
+    context_tokens: u64,
+) -> anyhow::Result<ModelProfile> {
     let path = Path::new(model);
     if path.extension().is_some_and(|e| e == "json") && path.is_file() {
         let text = std::fs::read_to_string(path).with_context(|| model.to_owned())?;
         return serde_json::from_str(&text).with_context(|| format!("{model} is not a model profile"));
     }
     if let Some(known) = catalogue::find(model) {
-        return known_profile(known.name, &known.config(), dtype, kv);
+        return known_profile(known.name, &known.config(), dtype, kv, context_tokens);
     }
     let checkpoint = super::hub::open(model)?;
-    Ok(model_profile(model, &checkpoint, dtype, kv))
+    Ok(model_profile(model, &checkpoint, dtype, kv, context_tokens))
 }
 
 fn known_profile(
@@ -170,6 +175,7 @@ fn known_profile(
     config: &ModelConfig,
     dtype: WeightDtype,
     kv: KvFormat,
+    context_tokens: u64,
 ) -> anyhow::Result<ModelProfile> {
     let table = config.table_bytes(dtype);
     Ok(ModelProfile {
@@ -179,7 +185,7 @@ fn known_profile(
         embedding_bytes: table,
         head_bytes: table,
         tied: config.tied_embeddings,
-        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(kv),
+        kv_bytes_per_token_layer: config.cache_bytes_per_token_layer(context_tokens, kv),
         layer_flops: 2.0 * config.layer_parameters() as f64,
         hidden: u32::try_from(config.hidden)?,
     })

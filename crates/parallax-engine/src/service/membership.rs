@@ -186,7 +186,12 @@ async fn offer(
     checkpoint: &Arc<Checkpoint>,
     options: &ServeOptions,
 ) -> Result<Offer<impl Fn(&mut pb::Assignment) + Send + Sync + 'static>, ServeError> {
-    let model = weights::model_profile(&options.model, checkpoint, options.dtype, options.kv_format);
+    let size = |what, value: usize| u32::try_from(value).map_err(|_| ServeError::Size { what, value });
+    let (kv_pages, kv_page_tokens) =
+        (size("kv_pages", options.kv_pages)?, size("kv_page_tokens", options.kv_page_tokens)?);
+    let context_tokens = u64::from(kv_pages) * u64::from(kv_page_tokens);
+    let (dtype, kv_format) = (options.dtype, options.kv_format);
+    let model = weights::model_profile(&options.model, checkpoint, dtype, kv_format, context_tokens);
     let files = weights::published_files(checkpoint);
     let weights_root = match (files.first().and_then(|f| f.parent()), exchange) {
         (Some(dir), Some(exchange)) => exchange.publish(dir, &files).await?.to_bytes().into(),
@@ -197,9 +202,6 @@ async fn offer(
         let id = tokio::task::spawn_blocking(move || checkpoint.id()).await;
         id.map_err(|e| ServeError::Hash(e.to_string()))??
     };
-    let size = |what, value: usize| u32::try_from(value).map_err(|_| ServeError::Size { what, value });
-    let (kv_pages, kv_page_tokens) =
-        (size("kv_pages", options.kv_pages)?, size("kv_page_tokens", options.kv_page_tokens)?);
     let description = pb::ModelDescription {
         swarm: options.swarm.clone(),
         name: options.model.clone(),
@@ -210,10 +212,10 @@ async fn offer(
         embedding_bytes: model.embedding_bytes,
         head_bytes: if model.tied { 0 } else { model.head_bytes },
         kv_bytes_per_token_layer: model.kv_bytes_per_token_layer,
-        weight_dtype: options.dtype.to_string(),
-        kv_format: options.kv_format.to_string(),
+        weight_dtype: dtype.to_string(),
+        kv_format: kv_format.to_string(),
         weights_root,
-        context_tokens: u64::from(kv_pages) * u64::from(kv_page_tokens),
+        context_tokens,
         head_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     let (checkpoint, published) = (Arc::clone(checkpoint), !description.weights_root.is_empty());

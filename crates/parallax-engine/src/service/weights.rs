@@ -125,12 +125,13 @@ impl WeightExchange for Blocks {
     }
 }
 
-/// What a model's parts weigh when loaded as `dtype`: what the planner needs.
+/// What a model's parts weigh when loaded as `dtype`, beside a cache for `context_tokens` tokens: what the planner needs.
 pub fn model_profile(
     name: &str,
     checkpoint: &Checkpoint,
     dtype: WeightDtype,
     kv_format: KvFormat,
+    context_tokens: u64,
 ) -> ModelProfile {
     let config = checkpoint.config();
     let n_layers = config.n_layers;
@@ -153,7 +154,7 @@ pub fn model_profile(
         embedding_bytes: table_bytes,
         head_bytes: table_bytes,
         tied: config.tied_embeddings,
-        kv_bytes_per_token_layer: config.kv_bytes_per_token_layer(kv_format),
+        kv_bytes_per_token_layer: config.cache_bytes_per_token_layer(context_tokens, kv_format),
         layer_flops: 2.0 * config.layer_parameters() as f64,
         hidden: u32::try_from(config.hidden).unwrap_or(u32::MAX),
     }
