@@ -128,7 +128,8 @@ pub trait StageRunner: Send {
     /// The log-softmax that belongs to the model being run.
     fn log_softmax(&self) -> LogSoftmax;
 
-    /// A request is over: state kept under its id may go. Its pages may already appear under other requests.
+    /// A request of the engine that drives this runner is over: what is remembered under its id, such as handles of page tables, may
+    /// go. Its pages may already appear under other requests.
     fn close(&mut self, _request: RequestId) {}
 }
 

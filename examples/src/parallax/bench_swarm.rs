@@ -123,7 +123,7 @@ pub fn run(args: BenchSwarmArgs) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let (head, engine, stages) = runtime.block_on(swarm(&args, &checkpoint, dir.path()))?;
     let (got, tpot_ms) = one_stream(&engine, &requests, budget)?;
-    let (wire_bytes_per_token_hop, payload_bytes_per_token_hop) = bytes_per_hop(&head)?;
+    let (wire_bytes_per_token_hop, payload_bytes_per_token_hop) = bytes_per_hop(&head, &engine)?;
     let (parallel, aggregate_tokens_per_s) = many_streams(&engine, &requests[..args.streams], budget)?;
     drop(stages);
 
@@ -240,7 +240,7 @@ async fn swarm(
     }
     let patience = Duration::from_secs(120);
     if tokio::time::timeout(patience, head.until_ready()).await.is_err() {
-        bail!("the stages did not come up within {patience:?}: {}", head.status()["why"]);
+        bail!("the stages did not come up within {patience:?}: {}", head.status(&engine)["why"]);
     }
     Ok((head, engine, stages))
 }
@@ -310,10 +310,10 @@ fn many_streams(
 }
 
 /// Bytes of frames and of payload per row and hop between stages, from the members' own counters.
-fn bytes_per_hop(head: &Head) -> anyhow::Result<(f64, f64)> {
+fn bytes_per_hop(head: &Head, engine: &EngineHandle) -> anyhow::Result<(f64, f64)> {
     // Counters come with heartbeats, once a second.
     std::thread::sleep(Duration::from_millis(1500));
-    let status = head.status();
+    let status = head.status(engine);
     let sum = |field: &str| -> f64 {
         status["nodes"].as_array().into_iter().flatten().filter_map(|n: &Value| n[field].as_f64()).sum()
     };

@@ -98,14 +98,14 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let engine = args.engine.start(&model_name(&args.model), &checkpoint, Box::new(runner), args.device)?;
     let updates = WeightUpdates::new(Arc::clone(&head), blocks, Arc::clone(&checkpoint), options);
     let readiness = adapted(head.readiness(), named, &engine);
+    let status = head.status_source(&engine);
     let state = HttpState {
         limits,
         readiness: Some(readiness),
-        cluster: Some(head.status_source()),
+        cluster: Some(Arc::clone(&status)),
         updates: args.adapters.updates(Some(loader(updates))),
         ..http_state(engine, &checkpoint, name)?
     };
-    let status = head.status_source();
     let swarm = axum::Router::new().route("/swarm/status", get(move || async move { Json(status()) }));
     for addr in node.listen_addrs().await {
         program::say(&format!(

@@ -28,6 +28,7 @@ use tokio::task::JoinHandle;
 use crate::adapter_file::AdapterFile;
 use crate::batch::{Batch, StageOutput, Tensor};
 use crate::error::StageError;
+use crate::service::EngineHandle;
 use crate::service::stage_server::StageStats;
 use crate::service::stage_server::frame::{EncodedFrame, ReceivedFrame};
 use crate::service::stage_server::steps::StepEncoder;
@@ -97,7 +98,6 @@ struct Shared {
     expected_return: Mutex<Option<link::ExpectedReturn>>,
     /// Milliseconds since `started` of the newest batch.
     last_batch_ms: AtomicU64,
-    used_pages: AtomicU64,
     started: Instant,
 }
 
@@ -136,7 +136,6 @@ impl Head {
             stats: Arc::default(),
             expected_return: Mutex::new(None),
             last_batch_ms: AtomicU64::new(0),
-            used_pages: AtomicU64::new(0),
             started: Instant::now(),
         });
         link::accept_returns(&shared)?;
@@ -179,15 +178,16 @@ impl Head {
         swarm_wire::cid::decode(&self.shared.membership.description().weights_root).ok()
     }
 
-    /// The report of `parallax status`: nodes, pipelines, and why it does or does not serve.
-    pub fn status(&self) -> serde_json::Value {
-        status::status(&self.shared)
+    /// The report of `parallax status`: nodes, pipelines, and why it does or does not serve. `engine` drives the runner of this head
+    /// and knows which pages are free; they are the same on every stage.
+    pub fn status(&self, engine: &EngineHandle) -> serde_json::Value {
+        status::status(&self.shared, engine)
     }
 
     /// A function for [`Head::status`] that outlives this handle.
-    pub fn status_source(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
-        let shared = Arc::clone(&self.shared);
-        Arc::new(move || status::status(&shared))
+    pub fn status_source(&self, engine: &EngineHandle) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+        let (shared, engine) = (Arc::clone(&self.shared), engine.clone());
+        Arc::new(move || status::status(&shared, &engine))
     }
 }
 
@@ -266,11 +266,6 @@ impl StageRunner for PipelineRunner {
         self.next_step += 1;
         let step_id = self.next_step;
         let step = self.encoder.encode(step_id, batch);
-        // Sequences share pages.
-        let mut is_used = vec![false; self.shared.shape.n_pages];
-        batch.sequences.iter().flat_map(|s| &s.pages).for_each(|page| is_used[*page as usize] = true);
-        let used = is_used.into_iter().filter(|used| *used).count();
-        self.shared.used_pages.store(used as u64, Ordering::Relaxed);
         let frame = crate::service::stage_server::hidden_frame(step, &tensor)
             .map_err(|reason| StageError::Forward { layers: "head".to_owned(), reason })?;
         if n_layers.is_some() {
@@ -359,9 +354,6 @@ impl StageRunner for PipelineRunner {
 
     fn close(&mut self, request: RequestId) {
         self.encoder.release(request);
-        if let Some(runner) = self.shared.own.runner().as_mut() {
-            runner.close(request);
-        }
     }
 }
 

@@ -1,17 +1,15 @@
 //! The report of `parallax status`; fields as in the user guide.
 
-use std::sync::atomic::Ordering;
-
 use parallax_sched::{Coordinator, Member, NodeId};
 use serde_json::{Value, json};
 
 use super::Shared;
+use crate::service::EngineHandle;
 
-pub(super) fn status(shared: &Shared) -> Value {
-    let shape = shared.shape;
+pub(super) fn status(shared: &Shared, engine: &EngineHandle) -> Value {
     let me = NodeId::from(&shared.node.peer_id());
-    let used_pages = usize::try_from(shared.used_pages.load(Ordering::Relaxed)).unwrap_or(usize::MAX);
-    let kv_free_tokens = shape.n_pages.saturating_sub(used_pages) * shape.page_tokens;
+    let cache = engine.metrics();
+    let kv_free_tokens = (cache.pages - cache.pages_used) * shared.shape.page_tokens;
     let ready = shared.ready();
     shared.membership.read(|coordinator| {
         let nodes: Vec<Value> = coordinator

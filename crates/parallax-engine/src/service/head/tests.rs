@@ -211,6 +211,12 @@ async fn head(local_layers: u64, slack: f64) -> TestHead {
     TestHead { node, head, engine, membership }
 }
 
+impl TestHead {
+    fn status(&self) -> serde_json::Value {
+        self.head.status(&self.engine)
+    }
+}
+
 struct TestMember {
     node: Node,
     task: JoinHandle<()>,
@@ -270,7 +276,7 @@ impl TestMember {
 
 async fn ready(head: &TestHead) {
     let waited = tokio::time::timeout(PATIENCE, head.head.until_ready()).await;
-    assert!(waited.is_ok(), "{}", head.head.status());
+    assert!(waited.is_ok(), "{}", head.status());
 }
 
 fn request(i: u32) -> Request {
@@ -315,9 +321,11 @@ async fn a_head_with_layers_and_two_peers_give_the_tokens_of_one_process() {
     let _b = TestMember::join(&head, 2, Toy::new).await;
     ready(&head).await;
     check_tokens(&head).await;
-    let status = head.head.status();
+    let status = head.status();
     assert_eq!(status["why"], "serving", "{status}");
-    assert_eq!(status["nodes"].as_array().unwrap().len(), 3);
+    let nodes = status["nodes"].as_array().unwrap();
+    assert_eq!(nodes.len(), 3);
+    assert!(nodes.iter().all(|node| node["kv_free_tokens"] == PAGES * PAGE_TOKENS), "nothing runs: {status}");
     assert_eq!(status["pipelines"][0]["stages"].as_array().unwrap().len(), 3);
     assert_eq!(status["pipelines"][0]["stages"][0]["peer"], head.node.peer_id().to_string());
 }
@@ -414,6 +422,8 @@ async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pip
 
     let mut stream = head.engine.submit(Request::greedy(vec![1, 2, 3], 150)).unwrap();
     assert!(stream.next().await.is_some(), "the first token comes through all stages");
+    let free = head.status()["nodes"][0]["kv_free_tokens"].as_u64().unwrap();
+    assert!((1..(PAGES * PAGE_TOKENS) as u64).contains(&free), "{free}");
     let name = b.node.peer_id().to_string();
     let killed = Instant::now();
     b.kill().await;
@@ -440,7 +450,7 @@ async fn a_killed_stage_fails_requests_with_its_name_and_a_new_one_heals_the_pip
     let refused = head.engine.generate(request(0)).await.unwrap();
     let error = refused.error.unwrap().to_string();
     assert!(error.contains("2 more of 6 layers"), "{error}");
-    assert_eq!(head.head.ready().unwrap_err(), head.head.status()["why"].as_str().unwrap());
+    assert_eq!(head.head.ready().unwrap_err(), head.status()["why"].as_str().unwrap());
 
     let _c = TestMember::join(&head, 2, Toy::new).await;
     ready(&head).await;

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use swarm_wire::generated::parallax::v1::{
     StageAdapter, StageAdapterDone, StageError as WireError, StageStep, stage_frame,
 };
-use swarm_wire::{DType, DecodeError, PeerId, PolicyVersion, RequestId, TensorHeader};
+use swarm_wire::{DType, DecodeError, PeerId, PolicyVersion, TensorHeader};
 use tokio::sync::mpsc;
 
 use super::StageStats;
@@ -105,9 +105,6 @@ impl Worker {
     fn step(&mut self, tables: &mut StepDecoder, step: &StageStep, frame: &ReceivedFrame) -> StepResult {
         let text = |e: DecodeError| e.to_string();
         let batch = tables.decode(step).map_err(text)?;
-        for &handle in &step.closed {
-            self.runner.close(RequestId(u64::from(handle)));
-        }
         let (header, payload) = frame.tensor().map_err(text)?;
         let n_rows = batch.n_rows();
         let rows = header.shape().first().copied().unwrap_or(0);
