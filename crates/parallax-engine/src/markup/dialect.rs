@@ -1,6 +1,7 @@
 //! Which family writes how, found in the chat template.
 
 use super::calls::CallSyntax;
+use super::{THINK, THINK_END};
 
 /// Llama 3's marker in front of a call.
 pub(super) const PYTHON_TAG: &str = "<|python_tag|>";
@@ -52,8 +53,8 @@ impl Dialect {
     pub fn markers(self) -> &'static [&'static str] {
         match self {
             Self::Hermes | Self::Glm => &[
-                "<think>",
-                "</think>",
+                THINK,
+                THINK_END,
                 "<tool_call>",
                 "</tool_call>",
                 "<arg_key>",
@@ -61,18 +62,18 @@ impl Dialect {
                 "<arg_value>",
                 "</arg_value>",
             ],
-            Self::QwenXml => &["<think>", "</think>", "<tool_call>", "</tool_call>"],
-            Self::MiniMax => &["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"],
-            Self::Llama3 => &[PYTHON_TAG, "<think>", "</think>"],
-            Self::Mistral => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>"],
+            Self::QwenXml => &[THINK, THINK_END, "<tool_call>", "</tool_call>"],
+            Self::MiniMax => &[THINK, THINK_END, "<minimax:tool_call>", "</minimax:tool_call>"],
+            Self::Llama3 => &[PYTHON_TAG, THINK, THINK_END],
+            Self::Mistral => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", THINK, THINK_END],
             Self::DeepSeek => &[
                 "<｜tool▁calls▁begin｜>",
                 "<｜tool▁calls▁end｜>",
                 "<｜tool▁call▁begin｜>",
                 "<｜tool▁call▁end｜>",
                 "<｜tool▁sep｜>",
-                "<think>",
-                "</think>",
+                THINK,
+                THINK_END,
             ],
             Self::Kimi => &[
                 "<|tool_calls_section_begin|>",
@@ -80,8 +81,8 @@ impl Dialect {
                 "<|tool_call_begin|>",
                 "<|tool_call_argument_begin|>",
                 "<|tool_call_end|>",
-                "<think>",
-                "</think>",
+                THINK,
+                THINK_END,
             ],
             Self::Harmony => &[
                 "<|start|>",
@@ -103,7 +104,7 @@ impl Dialect {
                 "<|end|>",
                 "<|end|><|start|>assistant<|channel|>final<|message|>",
             ],
-            _ => ["<think>", "</think>", "</think>"],
+            _ => [THINK, THINK_END, THINK_END],
         }
     }
 
