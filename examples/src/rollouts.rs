@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use echo_rollout::environment::cards::Speaker;
 use echo_rollout::environment::maths::{BrokenLines, Maths};
 use echo_rollout::environment::{Environment, Guests, by_name_with, is_address};
@@ -151,10 +152,11 @@ pub fn policy_engine(
 ) -> anyhow::Result<PolicyEngine> {
     let options = load_options(checkpoint, dtype, cache_tokens);
     let location = checkpoint.location().to_string_lossy().into_owned();
-    let read = move |bytes: Option<&[u8]>| -> Result<Box<dyn StageRunner>, String> {
+    let read = move |bytes: Option<Bytes>| -> Result<Box<dyn StageRunner>, String> {
         let base = Checkpoint::resolve(&location).map_err(|e| e.to_string())?;
         let model = match bytes {
-            Some(bytes) => base.with_weights(bytes.to_vec()).map_err(|e| e.to_string())?,
+            // A copy only when somebody else has the bytes too.
+            Some(bytes) => base.with_weights(bytes.into()).map_err(|e| e.to_string())?,
             None => base,
         };
         Ok(Box::new(LocalStage::load(&model, &options).map_err(|e| e.to_string())?))

@@ -70,6 +70,14 @@ impl Weights {
             Self::Lora(bytes) | Self::Full(bytes) => bytes,
         }
     }
+
+    /// What files of them are called: `adapter` or `model`. The base checkpoint is an adapter that changes nothing.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Base | Self::Lora(_) => "adapter",
+            Self::Full(_) => "model",
+        }
+    }
 }
 
 /// Bytes to fetch, and how to know that they are the right ones.
