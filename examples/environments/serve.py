@@ -6,7 +6,8 @@
 
 The body of each POST is one question as JSON, the body of the reply its answer, which repeats the question's "id"; see guess.py
 for the questions. Nothing is remembered between them, so there may be several servers, and one may be started again at any
-time. A question that cannot be answered is a reply with status 400 or 500 and the reason: it costs a lease, nothing else.
+time. A question that cannot be answered is a reply with status 400, 413 or 500 and the reason. It costs a worker a lease; the
+learner's own episodes (evaluations, training-swarm solo) are played again a few times, and then the run ends.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MAX_QUESTION_BYTES = 4 * 1024 * 1024
 AT_ONCE = 8
+# Connections that may wait to be taken; the default of 5 has the system turn away who comes with many others.
+WAITING = 128
 
 
 class Questions(BaseHTTPRequestHandler):
@@ -26,22 +29,25 @@ class Questions(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_POST(self):
-        length = int(self.headers.get("content-length") or 0)
-        if length > MAX_QUESTION_BYTES:
-            self.close_connection = True
-            return self.reply(413, f"a question of {length} bytes; at most {MAX_QUESTION_BYTES} are read")
         try:
+            length = int(self.headers.get("content-length") or 0)
+            if not 0 <= length <= MAX_QUESTION_BYTES:
+                self.close_connection = True
+                return self.reply(413, f"a question of {length} bytes; at most {MAX_QUESTION_BYTES} are read")
             question = json.loads(self.rfile.read(length))
             number = question["id"]
         except (ValueError, KeyError, TypeError) as error:
+            # Some of it may not have been read.
+            self.close_connection = True
             return self.reply(400, f"no question: {error!r}")
         try:
             answer = self.server.answer(question)
+            if question["op"] == "hello":
+                answer = {"at_once": AT_ONCE, **answer}
+            body = json.dumps({"id": number, **answer})
         except Exception as error:
             return self.reply(500, f"{error!r}")
-        if question["op"] == "hello":
-            answer = {"at_once": AT_ONCE, **answer}
-        self.reply(200, json.dumps({"id": number, **answer}))
+        self.reply(200, body)
 
     def reply(self, status, body):
         body = body.encode()
@@ -55,13 +61,17 @@ class Questions(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = WAITING
+    daemon_threads = True
+
+
 parser = argparse.ArgumentParser(description="Serve an environment of this directory over HTTP.")
 parser.add_argument("environment", help="a module here with a function answer(question), for example guess")
 parser.add_argument("--host", default="127.0.0.1")
 parser.add_argument("--port", type=int, default=0, help="0: any that is free")
 options = parser.parse_args()
-server = ThreadingHTTPServer((options.host, options.port), Questions)
-server.daemon_threads = True
+server = Server((options.host, options.port), Questions)
 server.answer = importlib.import_module(options.environment).answer
 host, port = server.server_address[:2]
 print(json.dumps({"url": f"http://{host}:{port}/"}), flush=True)

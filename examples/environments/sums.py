@@ -46,6 +46,7 @@ def answer(question):
     return judged(question["seed"], said[-1] if said else "")
 
 
-for line in sys.stdin:
-    question = json.loads(line)
-    print(json.dumps({"id": question["id"], **answer(question)}), flush=True)
+if __name__ == "__main__":
+    for line in sys.stdin:
+        question = json.loads(line)
+        print(json.dumps({"id": question["id"], **answer(question)}), flush=True)

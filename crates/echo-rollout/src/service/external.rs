@@ -6,7 +6,8 @@
 //! `{"op":"play","seed":7,"said":["...", ...]}`, which names every turn so far, with `{"observation":"..."}` or
 //! `{"reward":0.5,"components":{"correct":1}}`; `{"op":"cut",...}`, as play, with a reward. Nothing is remembered between
 //! questions, so that a program can be killed and started again, and a server be asked by many machines: one that is late,
-//! gone or answers nonsense costs a lease, not the worker.
+//! gone or answers nonsense costs a lease, not the worker. More questions than it answers at a time wait for their turn before
+//! their clock starts, whoever asks.
 
 #[cfg(feature = "endpoint")]
 mod address;
@@ -15,6 +16,7 @@ mod program;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -145,11 +147,42 @@ struct TurnAnswer {
     components: BTreeMap<String, f32>,
 }
 
+/// Places for questions that are asked at the same time.
+struct Places {
+    n_places: usize,
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Places {
+    fn new(n_places: usize) -> Self {
+        Self { n_places, free: Mutex::new(n_places), freed: Condvar::new() }
+    }
+
+    /// Waits for a place, which is free again when it is dropped.
+    fn take(&self) -> Place<'_> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = self.freed.wait_while(free, |free| *free == 0);
+        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
+        Place(self)
+    }
+}
+
+/// A place that is taken.
+struct Place<'a>(&'a Places);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.freed.notify_one();
+    }
+}
+
 /// An environment in another program.
 pub struct External {
     asked: Box<dyn Asked>,
     hello: Hello,
-    at_once: usize,
+    places: Places,
 }
 
 impl fmt::Debug for External {
@@ -164,7 +197,7 @@ impl External {
     /// # Errors
     /// When it cannot be started or does not introduce itself.
     pub fn start(config: ExternalConfig) -> Result<Self, ExternalError> {
-        Ok(Self { at_once: 1, ..Self::meet(Box::new(program::Program::new(config)))? })
+        Self::meet(Box::new(program::Program::new(config)), 1)
     }
 
     /// Asks the server at `url` for its name; each answer may take `time_limit`.
@@ -173,10 +206,11 @@ impl External {
     /// When `url` is no http address, or nobody introduces itself there.
     #[cfg(feature = "endpoint")]
     pub fn connect(url: &str, time_limit: Duration) -> Result<Self, ExternalError> {
-        Self::meet(Box::new(address::Address::new(url, time_limit)?))
+        Self::meet(Box::new(address::Address::new(url, time_limit)?), MAX_AT_ONCE)
     }
 
-    fn meet(asked: Box<dyn Asked>) -> Result<Self, ExternalError> {
+    /// Asks at most `most` questions at a time, whatever it says of itself.
+    fn meet(asked: Box<dyn Asked>, most: u32) -> Result<Self, ExternalError> {
         let hello: Hello = ask(&*asked, json!({ "op": "hello" }))?;
         if !(hello.low <= hello.high && hello.low.is_finite() && hello.high.is_finite()) || hello.turns == 0 {
             return Err(ExternalError::Answer {
@@ -185,8 +219,14 @@ impl External {
                 reason: "rewards need a finite range and there must be a turn".to_owned(),
             });
         }
-        let at_once = hello.at_once.clamp(1, MAX_AT_ONCE) as usize;
-        Ok(Self { asked, hello, at_once })
+        let places = Places::new(hello.at_once.clamp(1, most) as usize);
+        Ok(Self { asked, hello, places })
+    }
+
+    /// Waits for its turn, then asks.
+    fn ask<A: DeserializeOwned>(&self, question: Value) -> Result<A, RewardError> {
+        let _place = self.places.take();
+        ask(&*self.asked, question).map_err(|e| self.failed(e))
     }
 
     fn failed(&self, reason: impl fmt::Display) -> RewardError {
@@ -195,7 +235,7 @@ impl External {
 
     fn turn(&self, op: &str, seed: u64, said: &[String]) -> Result<Turn, RewardError> {
         let question = json!({ "op": op, "seed": seed, "said": said });
-        let answer: TurnAnswer = ask(&*self.asked, question).map_err(|e| self.failed(e))?;
+        let answer: TurnAnswer = self.ask(question)?;
         match (answer.reward, answer.observation) {
             (Some(reward), None) => {
                 let components = answer.components.into_iter().collect();
@@ -263,7 +303,7 @@ impl Environment for External {
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let question = json!({ "op": "task", "seed": seed });
-        let answer: TaskAnswer = ask(&*self.asked, question).map_err(|e| self.failed(e))?;
+        let answer: TaskAnswer = self.ask(question)?;
         Ok(Task { seed, prompt: answer.prompt, answer: answer.answer })
     }
 
@@ -276,7 +316,7 @@ impl Environment for External {
     }
 
     fn concurrency(&self) -> usize {
-        self.at_once
+        self.places.n_places
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -286,6 +326,9 @@ impl Environment for External {
 
 #[cfg(all(test, unix))]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Barrier};
+
     use super::*;
 
     /// A shell program that answers each line by a `case`; `$id` is the question's number.
@@ -297,6 +340,48 @@ mod tests {
     }
 
     const PATIENT: Duration = Duration::from_secs(60);
+
+    /// Answers as soon as it is asked two questions at a time, and counts them.
+    struct Pairs {
+        asked: AtomicUsize,
+        most: Arc<AtomicUsize>,
+        pair: Barrier,
+    }
+
+    impl Asked for Pairs {
+        fn who(&self) -> &str {
+            "pairs"
+        }
+
+        fn ask(&self, question: Value) -> Result<Value, ExternalError> {
+            if question["op"] == "hello" {
+                return Ok(json!({ "name": "pairs", "at_once": 2 }));
+            }
+            self.most.fetch_max(self.asked.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            self.pair.wait();
+            self.asked.fetch_sub(1, Ordering::SeqCst);
+            Ok(json!({ "prompt": "?" }))
+        }
+    }
+
+    #[test]
+    fn as_many_questions_as_it_answers_are_asked_at_a_time() {
+        let most = Arc::<AtomicUsize>::default();
+        let pairs = Pairs { asked: AtomicUsize::new(0), most: Arc::clone(&most), pair: Barrier::new(2) };
+        let external = External::meet(Box::new(pairs), MAX_AT_ONCE).unwrap();
+        assert_eq!(external.concurrency(), 2);
+        let begin = Barrier::new(16);
+        std::thread::scope(|scope| {
+            for seed in 0..16 {
+                let (external, begin) = (&external, &begin);
+                scope.spawn(move || {
+                    begin.wait();
+                    external.task(seed).unwrap();
+                });
+            }
+        });
+        assert_eq!(most.load(Ordering::SeqCst), 2);
+    }
 
     #[test]
     fn a_program_makes_tasks_and_judges_turns() {

@@ -6,12 +6,14 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use echo_rollout::environment::{RewardError, Turn, held_out_seed};
 use echo_rollout::text::{Text, TextError};
 use echo_rollout::{Environment, Weights};
 use serde::Serialize;
 use swarm_wire::PolicyVersion;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 /// A future of a trait object.
@@ -93,6 +95,9 @@ pub struct Evaluation {
 
 /// Episodes that are played at the same time.
 const AT_ONCE: usize = 256;
+/// Before an episode that the environment could not judge is played again: a program is started again at once, a server takes its
+/// time.
+const PAUSES: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5)];
 
 /// Why there is no evaluation.
 #[derive(Debug, thiserror::Error)]
@@ -144,7 +149,9 @@ fn mean_in_pairs(rewards: &[f64]) -> (f64, [f64; 2]) {
     (all, [all - half, all + half])
 }
 
-/// Plays an episode of each task seed, many at the same time; the settings' prompts are not read. Results are in order.
+/// Plays an episode of each task seed, many at the same time; the settings' prompts are not read. Results are in order. Where the
+/// environment answers fewer questions at a time, these wait for each other and the sampling goes on. An episode that it cannot
+/// judge is played again a few times.
 ///
 /// # Errors
 /// When a task cannot be asked, sampled or judged.
@@ -152,14 +159,26 @@ pub async fn play_all(
     player: &Player,
     episodes: impl IntoIterator<Item = (u64, SampleRequest)>,
 ) -> Result<Vec<Played>, EvaluationError> {
+    play_all_with(player, episodes, PAUSES).await
+}
+
+async fn play_all_with(
+    player: &Player,
+    episodes: impl IntoIterator<Item = (u64, SampleRequest)>,
+    pauses: [Duration; 3],
+) -> Result<Vec<Played>, EvaluationError> {
+    // Waited for here and not in the environment, where every question that waits would keep a thread.
+    let places = player.environment.concurrency().clamp(1, Semaphore::MAX_PERMITS);
+    let places = Arc::new(Semaphore::new(places));
     // Tasks of their own, because an environment may keep a thread waiting; they end with the set.
     let mut tasks = JoinSet::new();
     let mut played = BTreeMap::new();
     let mut episodes = episodes.into_iter().enumerate();
     loop {
         for (i, (seed, settings)) in episodes.by_ref().take(AT_ONCE - tasks.len()) {
-            let player = player.clone();
-            tasks.spawn(async move { play(&player, seed, settings).await.map(|played| (i, played)) });
+            let (player, places) = (player.clone(), Arc::clone(&places));
+            let played = async move { persist(&player, &places, seed, &settings, pauses).await };
+            tasks.spawn(async move { played.await.map(|played| (i, played)) });
         }
         let Some(done) = tasks.join_next().await else { return Ok(played.into_values().collect()) };
         let (i, one) = done.map_err(|e| EvaluationError::Sampler { reason: e.to_string() })??;
@@ -167,13 +186,38 @@ pub async fn play_all(
     }
 }
 
+/// Plays one episode, again after each of these pauses when the environment cannot judge it.
+async fn persist(
+    player: &Player,
+    places: &Semaphore,
+    seed: u64,
+    settings: &SampleRequest,
+    pauses: [Duration; 3],
+) -> Result<Played, EvaluationError> {
+    for pause in pauses {
+        match play(player, places, seed, settings).await {
+            Err(EvaluationError::Reward(error @ RewardError::Verifier { .. })) => {
+                tracing::warn!(%error, seed, "an episode is played again");
+                tokio::time::sleep(pause).await;
+            }
+            played => return played,
+        }
+    }
+    play(player, places, seed, settings).await
+}
+
 /// Plays one episode to its end, or to where there is no room for another word; as workers do.
-async fn play(player: &Player, seed: u64, settings: SampleRequest) -> Result<Played, EvaluationError> {
+async fn play(
+    player: &Player,
+    places: &Semaphore,
+    seed: u64,
+    settings: &SampleRequest,
+) -> Result<Played, EvaluationError> {
     let Player { sampler, text, environment } = player;
-    let task = blocking(|| environment.task(seed))?;
+    let task = asked(places, || environment.task(seed)).await?;
     let prompt = text.prompt(&task)?;
     let room = settings.max_tokens as usize;
-    let mut episode = blocking(|| environment.episode(&task));
+    let mut episode = environment.episode(&task);
     let (mut tokens, mut logprobs, mut trainable) = (Vec::new(), Vec::new(), Vec::new());
     let reward = loop {
         let context = [&prompt[..], &tokens].concat();
@@ -181,17 +225,17 @@ async fn play(player: &Player, seed: u64, settings: SampleRequest) -> Result<Pla
         let said = sampler.sample(SampleRequest { prompt: context, max_tokens, ..settings.clone() }).await;
         let said = said.map_err(|reason| EvaluationError::Sampler { reason })?;
         let stopped = said.tokens.last().is_some_and(|last| text.stop_ids().contains(last));
-        let turn = blocking(|| episode.step(&text.completion(&said.tokens)))?;
+        let turn = asked(places, || episode.step(&text.completion(&said.tokens))).await?;
         trainable.resize(tokens.len() + said.tokens.len(), true);
         tokens.extend(said.tokens);
         logprobs.extend(said.logprobs);
         let heard = match turn {
             Turn::Done(reward) => break reward,
             Turn::Continue { observation } if stopped => text.observation(&task, &observation)?,
-            Turn::Continue { .. } => break blocking(|| episode.cut())?,
+            Turn::Continue { .. } => break asked(places, || episode.cut()).await?,
         };
         if tokens.len() + heard.len() >= room {
-            break blocking(|| episode.cut())?;
+            break asked(places, || episode.cut()).await?;
         }
         tokens.extend(heard);
         trainable.resize(tokens.len(), false);
@@ -200,11 +244,13 @@ async fn play(player: &Player, seed: u64, settings: SampleRequest) -> Result<Pla
     Ok(Played { prompt, tokens, logprobs, trainable, reward: reward.value() })
 }
 
-/// An environment may wait for another program; where the runtime has other threads, they take over meanwhile.
-fn blocking<T>(work: impl FnOnce() -> T) -> T {
+/// Asks the environment as soon as there is a place. It may wait for another program; where the runtime has other threads, they
+/// take over meanwhile.
+async fn asked<T>(places: &Semaphore, question: impl FnOnce() -> T) -> T {
+    let _place = places.acquire().await;
     match tokio::runtime::Handle::current().runtime_flavor() {
-        tokio::runtime::RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
-        _ => work(),
+        tokio::runtime::RuntimeFlavor::MultiThread => tokio::task::block_in_place(question),
+        _ => question(),
     }
 }
 
@@ -212,7 +258,7 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use echo_rollout::environment::Calculator;
+    use echo_rollout::environment::{Calculator, Episode, Reward, one_turn};
     use echo_rollout::{Arithmetic, Task};
 
     use super::*;
@@ -358,6 +404,102 @@ mod tests {
         while waiting.load(Ordering::SeqCst) > 0 {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Arithmetic that answers two questions at a time and counts them; some of the first ones fail.
+    struct Busy {
+        sums: Arithmetic,
+        asked: AtomicUsize,
+        most: Arc<AtomicUsize>,
+        failures: AtomicUsize,
+    }
+
+    impl Busy {
+        fn new(failures: usize) -> Self {
+            let (sums, failures) = (Arithmetic::default(), AtomicUsize::new(failures));
+            Self { sums, asked: AtomicUsize::new(0), most: Arc::default(), failures }
+        }
+
+        fn ask<T>(&self, question: impl FnOnce() -> Result<T, RewardError>) -> Result<T, RewardError> {
+            let asked = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(asked, Ordering::SeqCst);
+            // Others that may come do.
+            (0..100).for_each(|_| std::thread::yield_now());
+            self.asked.fetch_sub(1, Ordering::SeqCst);
+            let fails = |left: usize| left.checked_sub(1);
+            if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok() {
+                return Err(RewardError::Verifier {
+                    environment: "busy".into(),
+                    reason: "restarting".into(),
+                });
+            }
+            question()
+        }
+    }
+
+    impl Environment for Busy {
+        fn name(&self) -> &str {
+            "busy"
+        }
+
+        fn task(&self, seed: u64) -> Result<Task, RewardError> {
+            self.ask(|| self.sums.task(seed))
+        }
+
+        fn concurrency(&self) -> usize {
+            2
+        }
+
+        fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
+            one_turn(self, task)
+        }
+
+        fn verify(&self, task: &Task, said: &str) -> Result<Reward, RewardError> {
+            self.ask(|| self.sums.verify(task, said))
+        }
+    }
+
+    /// Knows every answer, and gives them when all are asked for.
+    struct Together(tokio::sync::Barrier);
+
+    impl Sampler for Together {
+        fn install(&self, _: PolicyVersion, _: Weights) -> BoxFuture<'_, Result<(), String>> {
+            Box::pin(std::future::ready(Ok(())))
+        }
+
+        fn sample(&self, request: SampleRequest) -> BoxFuture<'_, Result<Sampled, String>> {
+            Box::pin(async move {
+                self.0.wait().await;
+                Ok(said(request.prompt))
+            })
+        }
+    }
+
+    fn greedy(n: u64) -> impl Iterator<Item = (u64, SampleRequest)> {
+        (0..n).map(|seed| (seed, SampleRequest { prompt: Vec::new(), max_tokens: 8, temperature: 0.0, seed }))
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn the_environment_is_asked_as_much_as_it_answers_and_the_sampler_more() {
+        let busy = Busy::new(0);
+        let most = Arc::clone(&busy.most);
+        let player = player(Together(tokio::sync::Barrier::new(32)), Bytes, busy);
+        let played = tokio::time::timeout(Duration::from_secs(60), play_all(&player, greedy(32))).await;
+        let played = played.expect("all are sampled together").unwrap();
+        assert!(played.iter().all(|p| p.reward == 1.0));
+        assert_eq!(most.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn episodes_that_cannot_be_judged_are_played_again_a_few_times() {
+        let at_once = [Duration::ZERO; 3];
+        let first = player(Oracle, Bytes, Arithmetic::default());
+        let first = play_all(&first, greedy(4)).await.unwrap();
+        let flaky = player(Oracle, Bytes, Busy::new(3));
+        assert_eq!(play_all_with(&flaky, greedy(4), at_once).await.unwrap(), first, "as if nothing had been");
+        let broken = player(Oracle, Bytes, Busy::new(100));
+        let error = play_all_with(&broken, greedy(4), at_once).await.unwrap_err();
+        assert!(error.to_string().contains("restarting"), "{error}");
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! A server that is asked over HTTP: the question is the body of a POST to its address, the answer the body of the reply.
 //!
-//! Nothing is asked twice here: a question that failed costs a lease, which is made again.
+//! Nothing is asked twice here: a question that failed costs a worker a lease, which is made again. Who plays for itself, as the
+//! learner does when it measures, plays the episode again.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
