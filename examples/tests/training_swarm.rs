@@ -332,15 +332,52 @@ fn groups_of_equal_rewards_are_replaced_as_in_one_process() {
         "{summary}"
     );
     assert_eq!((number(&counts["lost"]), number(&counts["open"])), (0, 0), "{summary}");
-    learns_what_one_process_learns(dir.path(), settings, summary);
+    let alone = learns_what_one_process_learns(dir.path(), settings, summary);
+    let replaced = |lines: &[Value]| -> Vec<u64> {
+        lines.iter().filter(|l| l["event"] == "step").map(|l| number(&l["flat_groups"])).collect()
+    };
+    assert_eq!(replaced(&alone), replaced(&lines));
 }
 
-/// One process with the same settings makes the same adapter, bit for bit, and reports the same of it.
-fn learns_what_one_process_learns(dir: &Path, [run, trainer]: [&str; 2], summary: &Value) {
+/// Says hello, and that nothing is worth anything.
+const WORTHLESS: &str = r#"while read -r line; do
+    id=${line#*\"id\":}
+    id=${id%%[,\}]*}
+    case "$line" in
+        *'"op":"hello"'*) echo "{\"id\":$id,\"name\":\"worthless\"}" ;;
+        *'"op":"task"'*) echo "{\"id\":$id,\"prompt\":\"Say something.\"}" ;;
+        *) echo "{\"id\":$id,\"reward\":0}" ;;
+    esac
+done
+"#;
+
+#[test]
+fn a_run_whose_groups_are_all_replaced_ends_when_its_time_is_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("worthless.sh");
+    std::fs::write(&program, WORTHLESS).unwrap();
+    let program = program.to_str().unwrap();
+    // Replaced for hours, if that was all that ends it.
+    let trainer = "steps = 2\ngroups_per_step = 2\ngroup_size = 2\nmax_completion_tokens = 4\ndynamic_sampling = true\n\
+                   max_flat_groups = 10000000";
+    let settings = format!("seconds = 4\neval_tasks = 2\nenvironment_program = [\"sh\", \"{program}\"]");
+    let lines = run(dir.path(), &settings, trainer, &["--env-program", "sh", program]);
+    let summary = lines.last().unwrap();
+    assert_eq!((&summary["versions"], &summary["trajectories"]["lost"]), (&0.into(), &0.into()), "{summary}");
+    let config = dir.path().join("solo.toml");
+    std::fs::write(&config, format!("[run]\n{settings}\n[run.trainer]\n{trainer}\n")).unwrap();
+    let out = dir.path().join("solo");
+    let args = ["solo", "--config", config.to_str().unwrap(), "--out", out.to_str().unwrap(), "--json"];
+    assert_eq!(report(&args)["steps"], 0);
+}
+
+/// One process with the same settings makes the same adapter, bit for bit, and reports the same of it; all of its lines.
+fn learns_what_one_process_learns(dir: &Path, [run, trainer]: [&str; 2], summary: &Value) -> Vec<Value> {
     let (config, out) = (dir.join("solo.toml"), dir.join("solo"));
     std::fs::write(&config, format!("[run]\nseed = 7\n{run}\n[run.trainer]\n{trainer}\n")).unwrap();
     let (config, out_text) = (config.to_str().unwrap(), out.to_str().unwrap());
-    let alone = report(&["solo", "--config", config, "--out", out_text, "--json"]);
+    let lines = told(&["solo", "--config", config, "--out", out_text, "--json"]);
+    let alone = lines.last().unwrap();
     for same in ["env", "eval_after", "eval_greedy_after"] {
         assert_eq!(alone[same], summary[same], "{same}: {alone} {summary}");
     }
@@ -348,6 +385,7 @@ fn learns_what_one_process_learns(dir: &Path, [run, trainer]: [&str; 2], summary
     let file = Path::new(alone["adapter"].as_str().unwrap()).file_name().unwrap();
     let same = std::fs::read(out.join(file)).unwrap() == std::fs::read(dir.join("run").join(file)).unwrap();
     assert!(same, "the swarm learns what one process learns");
+    lines
 }
 
 #[test]
@@ -434,12 +472,17 @@ fn a_reward_model_judges_for_a_swarm() {
     learns_what_one_process_learns(dir.path(), settings, summary);
 }
 
-/// What `training-swarm` prints last.
-fn report(args: &[&str]) -> Value {
+/// What `training-swarm` prints.
+fn told(args: &[&str]) -> Vec<Value> {
     let mut program = Program::start(env!("CARGO_BIN_EXE_training-swarm"), args);
-    let last = std::iter::from_fn(|| program.next()).last().expect("a report");
-    assert!(program.process.succeeds(), "{last}");
-    last
+    let lines: Vec<Value> = std::iter::from_fn(|| program.next()).collect();
+    assert!(program.process.succeeds(), "{lines:?}");
+    lines
+}
+
+/// What it prints last.
+fn report(args: &[&str]) -> Value {
+    told(args).pop().expect("a report")
 }
 
 #[test]

@@ -12,9 +12,9 @@
 #[cfg(test)]
 mod interruptions;
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
+use safetensors::tensor::{Dtype, SafeTensors, View, serialize};
 use serde::{Deserialize, Serialize};
 use swarm_wire::{PolicyVersion, RunId};
 
@@ -186,21 +186,40 @@ impl<P: Policy + Send> Trainer<P> {
     }
 }
 
+/// An f32 matrix, whose bytes are made when they are written: all of them at once would be the whole state once more.
+struct Matrix<'a> {
+    shape: [usize; 2],
+    values: &'a [f32],
+}
+
+impl View for Matrix<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
 /// Parameters and both of their moments as safetensors.
 pub(crate) fn encode_state(masters: &[Parameter], moments: &[Moments]) -> Result<Vec<u8>, CheckpointError> {
-    let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-    let mut parts: BTreeMap<String, ([usize; 2], Vec<u8>)> = BTreeMap::new();
+    let mut matrices = Vec::with_capacity(3 * masters.len());
     for (p, m) in masters.iter().zip(moments) {
-        parts.insert(p.name.clone(), (p.shape, bytes(&p.values)));
-        parts.insert(format!("{}.first", p.name), (p.shape, bytes(&m.first)));
-        parts.insert(format!("{}.second", p.name), (p.shape, bytes(&m.second)));
+        let matrix = |values| Matrix { shape: p.shape, values };
+        matrices.push((p.name.clone(), matrix(&p.values[..])));
+        matrices.push((format!("{}.first", p.name), matrix(&m.first)));
+        matrices.push((format!("{}.second", p.name), matrix(&m.second)));
     }
-    let mut views = Vec::with_capacity(parts.len());
-    for (name, (shape, data)) in &parts {
-        let view = TensorView::new(Dtype::F32, shape.to_vec(), data).map_err(tensors_error)?;
-        views.push((name.as_str(), view));
-    }
-    serialize(views, None).map_err(tensors_error)
+    serialize(matrices, None).map_err(tensors_error)
 }
 
 /// The parameters of these names, in this order, with their moments.

@@ -16,4 +16,4 @@ pub use evaluation::{Evaluation, Player, SampleRequest, Sampled, Sampler};
 pub use judge::{Judge, JudgeError, Judged};
 pub use learner::{Learner, LearnerError, LearnerEvent, Parts, RunSummary};
 pub use publisher::{Publisher, Update};
-pub use solo::{Solo, SoloError};
+pub use solo::{Solo, SoloError, SoloStep};

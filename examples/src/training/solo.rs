@@ -5,7 +5,7 @@ mod past;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -13,9 +13,8 @@ use echo_rollout::environment::Guests;
 use echo_rollout::environment::cards::{Shared, Speaker};
 use echo_trainer::RunConfig;
 use echo_trainer::exploitability::{ExploitabilityError, strategies};
-use echo_trainer::metrics::StepReport;
 use echo_trainer::service::evaluation::{Evaluation, Player};
-use echo_trainer::service::{Solo, learner::weights_file};
+use echo_trainer::service::{Solo, SoloStep, learner::weights_file};
 use parallax_model::Checkpoint;
 use parallax_model::train::TrainModel;
 use past::PastSelf;
@@ -40,7 +39,9 @@ const CURVE_POINTS: u64 = 40;
     after_help = "Report: {\"model\",\"env\",\"steps\",\"eval_before\",\"eval_after\",\"eval_before_ci95\",\"eval_after_ci95\",\"eval_greedy_before\",\
                   \"eval_greedy_after\",\"eval_greedy_before_ci95\",\"eval_greedy_after_ci95\",\"eval_tasks\",\"exploitability_before\",\"exploitability_after\",\
                   \"exploitability_curve\":[[VERSION,ANTES]],\"rewards\":[PER STEP],\"seconds\",\"train_seconds\",\"adapter\",\"plots\"}; exploitability \
-                  (antes per hand) for kuhn and leduc, else null. With --json each step is a line before it."
+                  (antes per hand) for kuhn and leduc, else null. With --json each step is a line before it: {\"event\":\"step\",\"version\",\"reward\",\
+                  \"loss\",\"grad_norm\",\"staleness_max\",\"ratio_deviation_max\",\"flat_groups\",\"exploitability\"}; flat_groups had equal rewards and \
+                  were replaced (dynamic_sampling)."
 )]
 pub struct SoloArgs {
     /// Settings, for example examples/configs/kuhn.toml
@@ -174,18 +175,18 @@ impl Bench {
         Ok(Self { solo, text, best, past, studied: None, env })
     }
 
-    /// Makes a step against opponents that are up to date.
+    /// Makes a step against opponents that are up to date, or none when it is later than `until` before it has its groups.
     ///
     /// # Errors
     /// What the step cannot do.
-    pub(super) async fn step(&mut self) -> anyhow::Result<StepReport> {
+    pub(super) async fn step(&mut self, until: Option<Instant>) -> anyhow::Result<Option<SoloStep>> {
         if self.best.is_some() {
             self.study()?;
         }
         if let Some(past) = &self.past {
             past.meet(self.solo.version(), self.solo.weights()).await?;
         }
-        Ok(self.solo.step().await?)
+        Ok(self.solo.step(until).await?)
     }
 
     /// What the present policy gives away in antes per hand, in a game that is small enough, against a best answer that is
@@ -224,20 +225,19 @@ async fn train(settings: &Settings, out: &Path, json: bool) -> anyhow::Result<Re
     say_measured(0, &before, run.eval_tasks);
     let (mut rewards, mut curve) = (Vec::new(), Vec::new());
     curve.extend(before.1.map(|gives| (0.0, gives)));
+    // None for a time that no clock reaches.
+    let until = started.checked_add(Duration::from_secs(run.seconds));
     let training = Instant::now();
     let every = (run.trainer.steps / CURVE_POINTS).max(1);
     for _ in 0..run.trainer.steps {
-        if started.elapsed().as_secs() >= run.seconds {
-            break;
-        }
-        let report = bench.step().await?;
+        let Some(SoloStep { report, flat_groups }) = bench.step(until).await? else { break };
         let version = report.version.0;
         rewards.push(report.reward_mean);
         let gives = if version.is_multiple_of(every) { bench.study()? } else { None };
         curve.extend(gives.map(|gives| (version as f64, gives)));
         let line = json!({"event": "step", "version": version, "reward": report.reward_mean, "loss": report.loss.loss,
             "grad_norm": report.grad_norm, "staleness_max": report.staleness_max,
-            "ratio_deviation_max": report.loss.ratio_deviation_max, "exploitability": gives});
+            "ratio_deviation_max": report.loss.ratio_deviation_max, "flat_groups": flat_groups, "exploitability": gives});
         if json {
             program::report(&line)?;
         }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use echo_trainer::service::SoloStep;
 use echo_trainer::{LossConfig, RunConfig};
 use serde::{Deserialize, Serialize};
 
@@ -154,7 +155,7 @@ impl Report {
         };
         let (mut rewards, mut staleness_max) = (Vec::new(), 0);
         for _ in 0..run.trainer.steps {
-            let report = bench.step().await?;
+            let Some(SoloStep { report, .. }) = bench.step(None).await? else { break };
             rewards.push(report.reward_mean);
             staleness_max = staleness_max.max(report.staleness_max);
         }

@@ -79,7 +79,7 @@ pub struct Judge {
     model: Mutex<TrainModel>,
     encoder: ChatEncoder,
     scale: RewardScale,
-    /// Names its weights and its scale.
+    /// Names its adapter, the model under it and its scale.
     version: u32,
 }
 
@@ -119,6 +119,8 @@ impl Judge {
         let mut hasher = blake3::Hasher::new_derive_key("echo-trainer judge v1");
         hasher.update(&adapter.to_bytes().map_err(|e| model_error(&e))?);
         hasher.update(&scale.middle.to_le_bytes());
+        // Other weights may stand under the same name elsewhere.
+        hasher.update(checkpoint.id().map_err(|e| model_error(&e))?.as_bytes());
         let version = u32::from_le_bytes(hasher.finalize().as_bytes()[..4].try_into().expect("four bytes"));
         let encoder = ChatEncoder::new(tokenizer, template, eos);
         Ok(Self { model: Mutex::new(model), encoder, scale, version })
@@ -231,6 +233,20 @@ mod tests {
         RewardScale { model: "tiny".to_owned(), middle: -1.0 }.save(out.path()).unwrap();
         let other = Judged::new(by_name("arithmetic").unwrap(), judge(out.path()).unwrap()).unwrap();
         assert_ne!(other.version(), judged.version());
+        // And so is one with other weights under the adapter: those of the tiny model but for the last bit of one.
+        let base = tempfile::tempdir().unwrap();
+        let full =
+            TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: None, full: true }).unwrap();
+        full.save_companions(base.path()).unwrap();
+        let mut weights = full.to_safetensors().unwrap();
+        let model = base.path().display().to_string();
+        let mut version = |last_bit: u8| {
+            *weights.iter_mut().nth_back(3).unwrap() ^= last_bit;
+            std::fs::write(base.path().join("model.safetensors"), &weights).unwrap();
+            RewardScale { model: model.clone(), middle: -1.0 }.save(out.path()).unwrap();
+            Judged::new(by_name("arithmetic").unwrap(), judge(out.path()).unwrap()).unwrap().version()
+        };
+        assert_ne!(version(0), version(1), "with the same adapter and the same scale");
 
         let game = Judged::new(by_name("kuhn:uniform").unwrap(), judge(out.path()).unwrap()).unwrap_err();
         assert!(game.to_string().contains("turns"), "{game}");

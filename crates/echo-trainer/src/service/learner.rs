@@ -54,17 +54,11 @@ pub use events::{LearnerEvent, RunSummary, StalenessCounts, StepEvent, Trajector
 
 /// The journal of leases and trajectories, in the run's directory.
 pub const JOURNAL: &str = "rollouts.redb";
-/// The newest adapter, in the run's directory.
-pub const ADAPTER: &str = "adapter.safetensors";
-/// All weights of the newest version, in the run's directory, which is a model directory then.
-pub const MODEL: &str = "model.safetensors";
 
-/// The file of the newest weights of this kind.
-pub fn weights_file(weights: &Weights) -> &'static str {
-    match weights {
-        Weights::Full(_) => MODEL,
-        Weights::Base | Weights::Lora(_) => ADAPTER,
-    }
+/// The file of the newest weights of this kind, in the run's directory: an adapter, or all weights, with which it is a model
+/// directory.
+pub fn weights_file(weights: &Weights) -> String {
+    format!("{}.safetensors", weights.kind())
 }
 
 /// What a learner is wired from.
@@ -178,15 +172,20 @@ struct Learned {
 /// What the loops of both modes keep count of.
 struct Loops<T> {
     tell: T,
-    /// No step begins after this.
-    until: Instant,
+    /// No step begins after this; `None` is a time that no clock reaches.
+    until: Option<Instant>,
     training: Duration,
     convicted: BTreeSet<PeerId>,
 }
 
 impl<T: FnMut(LearnerEvent)> Loops<T> {
     fn new(tell: T) -> Self {
-        Self { tell, until: Instant::now(), training: Duration::ZERO, convicted: BTreeSet::new() }
+        Self { tell, until: None, training: Duration::ZERO, convicted: BTreeSet::new() }
+    }
+
+    /// Whether the run's time is over.
+    fn is_late(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() > until)
     }
 
     /// Tells of each convicted worker once.
@@ -321,8 +320,8 @@ impl<P: Update + Send + 'static> Learner<P> {
             self.published = Some(self.version());
         }
         tell(LearnerEvent::Eval(self.evaluate().await?));
-        let mut loops =
-            Loops { until: started + Duration::from_secs(self.config.seconds), ..Loops::new(tell) };
+        let until = started.checked_add(Duration::from_secs(self.config.seconds));
+        let mut loops = Loops { until, ..Loops::new(tell) };
         let loop_started = Instant::now();
         match self.config.mode {
             Mode::Sequential => self.alternate(&mut loops).await?,
@@ -345,19 +344,22 @@ impl<P: Update + Send + 'static> Learner<P> {
         let first = self.version();
         let mut sync = SequentialSync::new(round, first, first.0);
         for _ in first.0..self.config.trainer.steps {
-            if Instant::now() > loops.until {
+            if loops.is_late() {
                 break;
             }
             let began = Instant::now();
             let snapshot = self.snapshot(&self.newest).await?;
             let groups = loop {
                 let groups = self.collector.round(&mut sync, &snapshot).await?;
+                loops.tell_convicted(&self.collector);
                 if !self.gave_back(self.version().0, &groups).await? {
                     break groups;
                 }
+                if loops.is_late() {
+                    return Ok(());
+                }
             };
             let rollouts = began.elapsed();
-            loops.tell_convicted(&self.collector);
             let learning = Instant::now();
             let learned = self.learn(&groups).await.expect("a training step does not panic")?;
             self.collector.commit(&mut sync).await?;
@@ -398,6 +400,9 @@ impl<P: Update + Send + 'static> Learner<P> {
     /// Whether dynamic sampling wants other groups for `step` instead of some of these; then all of them are with the collector
     /// again.
     async fn gave_back(&self, step: u64, groups: &[echo_rollout::Group]) -> Result<bool, LearnerError> {
+        if !self.config.trainer.dynamic_sampling {
+            return Ok(false);
+        }
         let flat = {
             let groups: Vec<Group> = groups.iter().map(Group::from).collect();
             self.trainer().flat(&groups, self.collector.flat_groups())

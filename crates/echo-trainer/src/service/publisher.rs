@@ -97,11 +97,12 @@ impl Publisher {
         weights: &Weights,
         workers: &[PeerId],
     ) -> Result<SignedSnapshot, PublishError> {
-        let (bytes, kind, payload) = match weights {
+        let (bytes, payload) = match weights {
             Weights::Base => return Ok(self.sign(version, Payload::Base)),
-            Weights::Lora(bytes) => (bytes.clone(), "adapter", Payload::Lora as fn(Artefact) -> Payload),
-            Weights::Full(bytes) => (bytes.clone(), "model", Payload::Full as fn(Artefact) -> Payload),
+            Weights::Lora(bytes) => (bytes.clone(), Payload::Lora as fn(Artefact) -> Payload),
+            Weights::Full(bytes) => (bytes.clone(), Payload::Full as fn(Artefact) -> Payload),
         };
+        let kind = weights.kind();
         let hash = *blake3::hash(&bytes).as_bytes();
         let mut published = self.published.lock().await;
         let known = published.iter().find(|known| known.version == version && known.artefact.hash == hash);

@@ -5,8 +5,9 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
-use echo_rollout::environment::{Environment, RewardError};
+use echo_rollout::environment::Environment;
 use echo_rollout::{DispatchConfig, GroupId, Weights};
 use swarm_wire::PolicyVersion;
 
@@ -16,9 +17,6 @@ use crate::error::{AddError, StepError};
 use crate::metrics::StepReport;
 use crate::run::RunConfig;
 use crate::trainer::{Group, Rollout, Trainer};
-
-/// How often the rollouts of a step are tried when the environment cannot judge.
-const TRIES: u32 = 3;
 
 /// Why a run ended early.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +39,15 @@ pub enum SoloError {
     /// A step.
     #[error(transparent)]
     Step(#[from] StepError),
+}
+
+/// A step that was made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SoloStep {
+    /// What the trainer says of it.
+    pub report: StepReport,
+    /// Groups whose rewards were all equal and that dynamic sampling had replaced.
+    pub flat_groups: u64,
 }
 
 /// A learner and its only worker.
@@ -112,21 +119,25 @@ impl<P: Update + Send> Solo<P> {
         self.versions.back().map_or(&Weights::Base, |(_, weights)| weights)
     }
 
-    /// Samples as many groups as a step needs, others instead of those that dynamic sampling gives up, and makes it.
+    /// Samples as many groups as a step needs, others instead of those that dynamic sampling gives up, and makes it; `None` when it
+    /// is later than `until` before there are enough.
     ///
     /// # Errors
     /// Episodes that cannot be played or judged, a model that cannot be trained.
-    pub async fn step(&mut self) -> Result<StepReport, SoloError> {
+    pub async fn step(&mut self, until: Option<Instant>) -> Result<Option<SoloStep>, SoloError> {
         // The oldest that is kept is the one that is due.
         let due = self.versions.front().map_or_else(|| self.version(), |(version, _)| *version);
         self.install(due).await?;
         let needed = u64::from(self.dispatch.groups_per_step);
-        let (mut groups, mut given_up): (Vec<Group>, u64) = (Vec::new(), 0);
+        let (mut groups, mut flat_groups): (Vec<Group>, u64) = (Vec::new(), 0);
         while (groups.len() as u64) < needed {
+            if until.is_some_and(|until| Instant::now() > until) {
+                return Ok(None);
+            }
             let numbers = self.next_group..self.next_group + needed - groups.len() as u64;
             groups.extend(self.sample(numbers, due).await?);
-            let flat = self.trainer.flat(&groups, given_up);
-            given_up += flat.len() as u64;
+            let flat = self.trainer.flat(&groups, flat_groups);
+            flat_groups += flat.len() as u64;
             groups.retain(|group| !flat.contains(&group.id));
         }
         for group in groups {
@@ -137,30 +148,23 @@ impl<P: Update + Send> Solo<P> {
         while self.versions.len() as u64 > self.lag + 1 {
             self.versions.pop_front();
         }
-        Ok(report)
+        Ok(Some(SoloStep { report, flat_groups }))
     }
 
     /// The groups of these numbers, sampled with the installed version.
     async fn sample(&mut self, numbers: Range<u64>, version: PolicyVersion) -> Result<Vec<Group>, SoloError> {
         let samples = self.dispatch.group_size;
-        let mut tries = 0;
-        let played = loop {
-            tries += 1;
-            let episodes = numbers.clone().flat_map(|group| (0..samples).map(move |i| (group, i)));
-            let episodes = episodes.map(|(group, i)| {
-                let request = SampleRequest {
-                    prompt: Vec::new(),
-                    max_tokens: self.dispatch.sampling.max_tokens,
-                    temperature: self.dispatch.sampling.temperature,
-                    seed: self.dispatch.sample_seed(GroupId(group), i),
-                };
-                (self.dispatch.first_task + group, request)
-            });
-            match play_all(&self.player, episodes).await {
-                Err(EvaluationError::Reward(RewardError::Verifier { .. })) if tries < TRIES => {}
-                played => break played?,
-            }
-        };
+        let episodes = numbers.clone().flat_map(|group| (0..samples).map(move |i| (group, i)));
+        let episodes = episodes.map(|(group, i)| {
+            let request = SampleRequest {
+                prompt: Vec::new(),
+                max_tokens: self.dispatch.sampling.max_tokens,
+                temperature: self.dispatch.sampling.temperature,
+                seed: self.dispatch.sample_seed(GroupId(group), i),
+            };
+            (self.dispatch.first_task + group, request)
+        });
+        let played = play_all(&self.player, episodes).await?;
         self.next_group = numbers.end;
         let mut played = played.into_iter();
         let group = |id: u64| {

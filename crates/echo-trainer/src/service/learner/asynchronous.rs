@@ -41,7 +41,7 @@ pub(super) async fn run<P: Update + Send + 'static>(
     let mut publishing: Option<BoxFuture<'_, Result<(), LearnerError>>> = None;
     let mut waiting = Instant::now();
     loop {
-        if Instant::now() > loops.until {
+        if loops.is_late() {
             coordinator.stop();
         }
         while let Some(action) = coordinator.poll(&collector.view()) {

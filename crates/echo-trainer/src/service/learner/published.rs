@@ -16,19 +16,16 @@ use super::LearnerError;
 /// Makes weights of their bytes.
 type Kind = fn(Bytes) -> Weights;
 
-/// What the files of each kind are called.
-const KINDS: [(&str, Kind); 2] = [("adapter", Weights::Lora), ("model", Weights::Full)];
-
-fn path(dir: &Path, kind: &str, version: PolicyVersion) -> PathBuf {
-    dir.join(format!("{kind}-{}.safetensors", version.0))
-}
+/// What has files of its own.
+const KINDS: [Kind; 2] = [Weights::Lora, Weights::Full];
 
 /// Those in `dir`, oldest first.
 fn versions(dir: &Path) -> Result<Vec<(PolicyVersion, PathBuf, Kind)>, CheckpointDirError> {
     let mut versions = Vec::new();
     for entry in fs::read_dir(dir).map_err(io_error("listing", dir))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        for (kind, weights) in KINDS {
+        for weights in KINDS {
+            let kind = weights(Bytes::new()).kind();
             let rest = name.strip_prefix(kind).and_then(|rest| rest.strip_prefix('-'));
             let number = rest.and_then(|rest| rest.strip_suffix(".safetensors")?.parse().ok());
             versions.extend(number.map(|number| (PolicyVersion(number), entry.path(), weights)));
@@ -48,8 +45,8 @@ pub(super) fn keep(
     weights: &Weights,
     kept: u64,
 ) -> Result<(), CheckpointDirError> {
-    let kind = if matches!(weights, Weights::Full(_)) { "model" } else { "adapter" };
-    checkpoint_dir::write(&path(dir, kind, version), weights.bytes())?;
+    let name = format!("{}-{}.safetensors", weights.kind(), version.0);
+    checkpoint_dir::write(&dir.join(name), weights.bytes())?;
     for (_, path, _) in versions(dir)?.into_iter().filter(|(old, ..)| old.0.saturating_add(kept) < version.0)
     {
         fs::remove_file(&path).map_err(io_error("removing", &path))?;
