@@ -446,6 +446,7 @@ fn spread_seeds() -> Vec<Vec<u8>> {
         Frame::Message(SpreadMessage::Holds(Bitmap::full(9))),
         Frame::Message(SpreadMessage::Have(vec![0, 8])),
         Frame::Message(SpreadMessage::Request(3)),
+        Frame::Message(SpreadMessage::Coming { chunk: 4, lot: 5 }),
         Frame::Chunk { index: 7, bytes: Bytes::from_static(b"chunk") },
     ];
     let seed = |read: Frame| {

@@ -5,13 +5,13 @@
 //! chunk twice; the source super-seeds, that is it announces every chunk to one neighbour only until all have left it
 //! once (BitTorrent BEP 16). The surprise: the uploader, not the receiver, decides the order of what was asked for.
 //!
-//! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `ask` (what is asked of whom), `offer` (what an idle
-//! uplink offers), `super_seed` (what the source shows to whom),
-//! [`uplink`] (how fast), [`plan`] (star or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
+//! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `ask` (what is asked of whom), `near` (who on a local
+//! network asks afar), `offer` (what an idle uplink offers), `super_seed` (what the source shows to whom), [`uplink`] (how fast), [`plan`] (star or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
 mod ask;
 pub mod bitmap;
 pub mod config;
+mod near;
 mod neighbour;
 mod offer;
 pub mod plan;
@@ -42,7 +42,7 @@ pub enum SpreadMessage {
     Request(u32),
     /// The sender does not want it any more.
     Cancel(u32),
-    /// The sender will not send this chunk.
+    /// The sender will not send this chunk, or it is not coming any more.
     Refuse(u32),
     /// The sender has too much to send already; it will offer when it has not.
     Busy(u32),
@@ -50,6 +50,14 @@ pub enum SpreadMessage {
     Offer(u32),
     /// The sender does not need the offered chunk: it is on its way from elsewhere.
     Decline(u32),
+    /// The sender has asked for this chunk outside of the local network that it shares with the receiver. Taken back by
+    /// [`SpreadMessage::Refuse`].
+    Coming {
+        /// Which.
+        chunk: u32,
+        /// Of two that ask at once the one with the smaller lot goes on.
+        lot: u32,
+    },
 }
 
 /// What the owner of a [`Spread`] has to do.
@@ -88,6 +96,10 @@ pub struct Spread<P> {
     neighbours: BTreeMap<P, Neighbour>,
     /// How many neighbours show a chunk.
     availability: Vec<u32>,
+    /// How many neighbours on the same local network show a chunk or have it coming, of those that keep their word.
+    near_copies: Vec<u32>,
+    /// What was asked for outside of it and when, as neighbours in it know.
+    announced: BTreeMap<u32, Duration>,
     /// Higher is needed earlier: counts as that many copies fewer.
     urgency: Vec<u8>,
     /// Breaks ties differently at every member.
@@ -122,6 +134,8 @@ impl<P: Ord + Clone> Spread<P> {
         Self {
             wanted: (0..n).filter(|&c| !have.contains(c)).map(|c| (0, ties[c as usize], c)).collect(),
             availability: vec![0; n as usize],
+            near_copies: vec![0; n as usize],
+            announced: BTreeMap::new(),
             urgency: vec![0; n as usize],
             window: config.min_outstanding as f64,
             assigned_at: Duration::ZERO,
@@ -216,6 +230,7 @@ impl<P: Ord + Clone> Spread<P> {
         for chunk in gone.holds.iter() {
             self.rerank(chunk, |spread| spread.availability[chunk as usize] -= 1);
         }
+        self.forget_near(&gone);
         for &chunk in gone.asked.keys() {
             self.release(chunk);
         }
@@ -248,7 +263,7 @@ impl<P: Ord + Clone> Spread<P> {
             }
             SpreadMessage::Refuse(chunk) => self.refused(peer, chunk, now),
             SpreadMessage::Busy(chunk) => {
-                let pause = self.usual_latency().unwrap_or(self.config.min_timeout);
+                let pause = self.usual_latency(self.neighbours[peer].near).unwrap_or(self.config.min_timeout);
                 let neighbour = self.neighbours.get_mut(peer).expect("checked above");
                 if neighbour.asked.remove(&chunk).is_some() {
                     neighbour.busy_until = now + pause;
@@ -256,6 +271,7 @@ impl<P: Ord + Clone> Spread<P> {
                 }
             }
             SpreadMessage::Offer(chunk) => self.offered(peer, chunk, now),
+            SpreadMessage::Coming { chunk, lot } => self.comes(peer, chunk, lot, now),
             SpreadMessage::Decline(chunk) => {
                 if let Some(neighbour) = self.neighbours.get_mut(peer) {
                     // Only what was offered, so that a neighbour cannot make us remember more.
@@ -272,12 +288,15 @@ impl<P: Ord + Clone> Spread<P> {
     /// A chunk came whose bytes match its hash. The caller stores it when it is [`Arrival::New`].
     pub fn handle_chunk(&mut self, peer: &P, chunk: u32, now: Duration) -> Arrival {
         let Some(neighbour) = self.neighbours.get_mut(peer) else { return Arrival::Unasked };
+        let near = neighbour.near;
         if let Some(took) = neighbour.delivered(chunk, now) {
             self.unask(chunk);
-            let fastest = self.neighbours.values().filter_map(|n| n.latency).min().unwrap_or(took);
+            let alike = self.neighbours.values().filter(|n| n.near == near);
+            let fastest = alike.filter_map(|n| n.latency).min().unwrap_or(took);
             if took <= fastest * 2 {
                 self.window = (self.window + 1.0 / self.window).min(self.config.max_outstanding as f64);
             }
+            self.judge(peer);
         } else if !neighbour.cancelled.remove(&chunk) {
             return Arrival::Unasked;
         }
@@ -289,9 +308,13 @@ impl<P: Ord + Clone> Spread<P> {
         self.arrived_at = now;
         self.wanted.remove(&self.key(chunk));
         self.asked.remove(&chunk);
+        self.announced.remove(&chunk);
         let mut sends = Vec::new();
         for (name, neighbour) in &mut self.neighbours {
             neighbour.nothing_to_offer = false;
+            if neighbour.coming.remove(&chunk).is_some_and(|c| c.live) && neighbour.relied_on {
+                self.near_copies[chunk as usize] -= 1;
+            }
             if neighbour.asked.remove(&chunk).is_some() {
                 neighbour.cancelled.insert(chunk);
                 sends.push((name.clone(), SpreadMessage::Cancel(chunk)));
@@ -330,11 +353,12 @@ impl<P: Ord + Clone> Spread<P> {
 
     /// Acts on requests that have waited too long.
     pub fn handle_timeout(&mut self, now: Duration) {
-        let usual = self.usual_latency();
+        let usual = [false, true].map(|near| self.usual_latency(near));
+        self.wait_no_longer(now);
         let late: Vec<(P, Vec<u32>)> = self
             .neighbours
             .iter()
-            .map(|(name, n)| (name.clone(), n.late(now, usual, &self.config)))
+            .map(|(name, n)| (name.clone(), n.late(now, usual[usize::from(n.near)], &self.config)))
             .filter(|(_, late)| !late.is_empty())
             .collect();
         for (name, chunks) in late {
@@ -345,6 +369,8 @@ impl<P: Ord + Clone> Spread<P> {
             neighbour.strikes += 1;
             if neighbour.strikes >= self.config.max_strikes {
                 self.drop_neighbour(&name, "lets requests wait", false, now);
+            } else {
+                self.judge(&name);
             }
         }
         self.reveal(now);
@@ -353,16 +379,17 @@ impl<P: Ord + Clone> Spread<P> {
 
     /// When [`Spread::handle_timeout`] has something to do next.
     pub fn next_deadline(&self) -> Option<Duration> {
-        let usual = self.usual_latency();
-        let late = self.neighbours.values().filter_map(|n| n.deadline(usual, &self.config)).min();
-        let repeat = self.repeatable().map(|(_, at)| at + self.repeat_age()).min();
+        let usual = [false, true].map(|near| self.usual_latency(near));
+        let deadline = |n: &Neighbour| n.deadline(usual[usize::from(n.near)], &self.config);
+        let late = self.neighbours.values().filter_map(deadline).min();
+        let repeat = self.repeatable().map(|(_, due)| due).min();
         let incomplete = || {
             self.neighbours.values().any(|n| !n.holds.is_full() && n.requests.is_empty() && n.uploading == 0)
         };
         let stuck = self.super_seed.as_ref().filter(|_| incomplete()).map(|seed| seed.stuck_at(&self.config));
         let busy = self.neighbours.values().map(|n| n.busy_until).filter(|_| !self.wanted.is_empty());
         let resumes = busy.filter(|&at| at > self.assigned_at).min();
-        late.into_iter().chain(repeat).chain(stuck).chain(resumes).min()
+        late.into_iter().chain(repeat).chain(stuck).chain(resumes).chain(self.waits_until()).min()
     }
 
     /// What to do next.
@@ -391,6 +418,7 @@ impl<P: Ord + Clone> Spread<P> {
             if neighbour.holds.insert(chunk) {
                 neighbour.nothing_new = false;
                 self.rerank(chunk, |spread| spread.availability[chunk as usize] += 1);
+                self.shown_near(peer, chunk);
                 if let Some(seed) = &mut self.super_seed {
                     seed.shown(peer, chunk, now);
                 }
@@ -418,18 +446,22 @@ impl<P: Ord + Clone> Spread<P> {
 
     fn refused(&mut self, peer: &P, chunk: u32, now: Duration) {
         if !self.neighbours[peer].asked.contains_key(&chunk) {
-            return;
+            return self.comes_not(peer, chunk);
         }
         self.take_back(peer, chunk);
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         if neighbour.holds.remove(chunk) {
             neighbour.nothing_to_offer = false;
+            let relied_on = neighbour.relied_on;
             self.rerank(chunk, |spread| spread.availability[chunk as usize] -= 1);
+            self.near_copies[chunk as usize] -= u32::from(relied_on);
         }
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         neighbour.strikes += 1;
         if neighbour.strikes >= self.config.max_strikes {
             self.drop_neighbour(peer, "shows what it does not send", false, now);
+        } else {
+            self.judge(peer);
         }
     }
 
@@ -462,8 +494,9 @@ impl<P: Ord + Clone> Spread<P> {
         }
     }
 
-    fn usual_latency(&self) -> Option<Duration> {
-        let known = self.neighbours.values().filter_map(|n| n.latency);
+    /// How long an answer takes, on the local network or further away.
+    fn usual_latency(&self, near: bool) -> Option<Duration> {
+        let known = self.neighbours.values().filter(|n| n.near == near).filter_map(|n| n.latency);
         let (sum, n) = known.fold((Duration::ZERO, 0u32), |(sum, n), latency| (sum + latency, n + 1));
         (n > 0).then(|| sum / n.max(1))
     }

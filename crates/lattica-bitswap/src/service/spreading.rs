@@ -32,6 +32,11 @@ const PAUSE: Duration = Duration::from_secs(10);
 /// A neighbour is told of other members no more often.
 const TELL_PEERS_EVERY: Duration = Duration::from_secs(1);
 
+/// A neighbour that answers within this time, directly, is on the same local network; longer ways through a city take more.
+const NEAR_RTT_MS: f64 = 2.0;
+/// Links of neighbours are looked at no more often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// What waits for a neighbour's stream.
 enum Outgoing {
     Frame(Frame),
@@ -417,6 +422,18 @@ impl Member {
         }
     }
 
+    /// Tells the state machine who is on the same local network, as far as links have been measured.
+    fn look_at_links(&self) {
+        let (now, node) = (self.now(), self.node());
+        let mut state = self.lock();
+        let neighbours: Vec<PeerId> = state.spread.neighbours().cloned().collect();
+        for peer in neighbours {
+            let link = node.link(&peer);
+            let near = link.is_some_and(|link| !link.path.is_relayed() && link.rtt_min_ms <= NEAR_RTT_MS);
+            state.spread.set_near(&peer, near, now);
+        }
+    }
+
     /// Opens streams to members that are not neighbours yet; the source again when nobody is left.
     fn search(self: &Arc<Self>) {
         let own = self.node().peer_id();
@@ -457,7 +474,7 @@ impl Member {
 
 /// Runs one member until it is dropped.
 async fn drive(member: Arc<Member>, mut events: tokio::sync::broadcast::Receiver<NetEvent>) {
-    let mut searched_at: Option<Duration> = None;
+    let (mut searched_at, mut looked_at): (Option<Duration>, Option<Duration>) = (None, None);
     let mut progress_at = member.now();
     let mut done_before: Option<Progress> = None;
     let mut on_disk = false;
@@ -471,8 +488,12 @@ async fn drive(member: Arc<Member>, mut events: tokio::sync::broadcast::Receiver
             }
             return;
         }
-        member.act();
         let now = member.now();
+        if looked_at.is_none_or(|at| now >= at + LOOK_EVERY) {
+            looked_at = Some(now);
+            member.look_at_links();
+        }
+        member.act();
         let progress = member.progress();
         let done = progress.done_bytes == progress.total_bytes;
         if done && !on_disk {

@@ -37,10 +37,6 @@ impl<P: Ord + Clone> Spread<P> {
         last
     }
 
-    pub(super) fn repeat_age(&self) -> Duration {
-        self.usual_latency().map_or(self.config.first_timeout, |usual| usual * 2)
-    }
-
     /// Asks neighbours for chunks while there is room: the one that should answer first gets the rarest that it has.
     pub(super) fn assign(&mut self, now: Duration) {
         self.assigned_at = now;
@@ -52,10 +48,10 @@ impl<P: Ord + Clone> Spread<P> {
                 .neighbours
                 .iter()
                 .filter(|(_, n)| n.asked.len() < per_neighbour && n.busy_until <= now && !n.nothing_new)
-                .min_by_key(|(_, n)| n.load());
+                .min_by_key(|(_, n)| n.order());
             let Some((name, neighbour)) = open else { break };
             let name = name.clone();
-            match self.wanted.iter().find(|(_, _, chunk)| neighbour.holds.contains(*chunk)) {
+            match self.wanted.iter().find(|(_, _, chunk)| self.may_ask(neighbour, *chunk)) {
                 Some(&key) => {
                     self.wanted.remove(&key);
                     self.ask(&name, key.2, now);
@@ -66,6 +62,7 @@ impl<P: Ord + Clone> Spread<P> {
         }
         self.ask_for_rare(now);
         self.ask_again(now);
+        self.announce();
     }
 
     /// Asks for chunks that one neighbour alone shows, beyond the window: it may be the source, which must not wait.
@@ -76,7 +73,7 @@ impl<P: Ord + Clone> Spread<P> {
         let mut from = (1, 0, 0);
         while n_idle > 0 {
             let found = self.wanted.range(from..(2, 0, 0)).find_map(|&key| {
-                let holder = self.neighbours.iter().find(|(_, n)| idle(n) && n.holds.contains(key.2))?;
+                let holder = self.neighbours.iter().find(|(_, n)| idle(n) && self.may_ask(n, key.2))?;
                 Some((key, holder.0.clone()))
             });
             let Some((key, name)) = found else { return };
@@ -95,23 +92,28 @@ impl<P: Ord + Clone> Spread<P> {
 
     /// Endgame: an idle neighbour is asked for a chunk that another one has owed for long.
     fn ask_again(&mut self, now: Duration) {
-        let age = self.repeat_age();
         loop {
-            let overdue = self.repeatable().find(|(_, at)| *at + age <= now);
+            let overdue = self.repeatable().find(|(_, due)| *due <= now);
             let Some((chunk, _)) = overdue else { return };
-            let idle = self.neighbours.iter().find(|(_, n)| n.asked.is_empty() && n.holds.contains(chunk));
+            let idle = self.neighbours.iter().find(|(_, n)| n.asked.is_empty() && self.may_ask(n, chunk));
             let name = idle.expect("repeatable looked").0.clone();
             self.repeats_left -= 1;
             self.ask(&name, chunk, now);
         }
     }
 
-    /// Chunks that are asked for once, and since when, while nothing else is wanted and an idle neighbour has them too.
+    /// Chunks that are asked for once while nothing else is wanted and an idle neighbour has them too, and when an answer is due.
     pub(super) fn repeatable(&self) -> impl Iterator<Item = (u32, Duration)> + '_ {
         let open = self.wanted.is_empty() && self.repeats_left > 0;
-        let asked = self.neighbours.values().filter(move |_| open).flat_map(|n| n.asked.iter());
-        asked.map(|(&chunk, &at)| (chunk, at)).filter(|(chunk, _)| {
-            let idle = |n: &Neighbour| n.asked.is_empty() && n.holds.contains(*chunk);
+        let patience = [false, true].map(|near| {
+            let usual = self.usual_latency(near);
+            usual.map_or(self.config.first_timeout, |usual| usual * 2)
+        });
+        let asked = self.neighbours.values().filter(move |_| open);
+        let asked = asked
+            .flat_map(move |n| n.asked.iter().map(move |(&c, &at)| (c, at + patience[usize::from(n.near)])));
+        asked.filter(|(chunk, _)| {
+            let idle = |n: &Neighbour| n.asked.is_empty() && self.may_ask(n, *chunk);
             self.asked.get(chunk) == Some(&1) && self.neighbours.values().any(idle)
         })
     }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use super::near::Coming;
 use super::{Bitmap, SpreadConfig};
 
 /// A request waits this many usual answers before it is given up.
@@ -12,6 +13,14 @@ const PATIENCE: u32 = 8;
 pub(super) struct Neighbour {
     /// What it shows.
     pub(super) holds: Bitmap,
+    /// It is on the same local network.
+    pub(super) near: bool,
+    /// It is, and keeps its word: what it has or gets is asked of nobody further away.
+    pub(super) relied_on: bool,
+    /// What it asked for outside of the local network.
+    pub(super) coming: BTreeMap<u32, Coming>,
+    /// How often in a row that did not come in time.
+    pub(super) broken: u32,
     /// What it is asked for, and since when.
     pub(super) asked: BTreeMap<u32, Duration>,
     /// What it was asked for once and may still send: requests and cancels cross on the wire.
@@ -40,6 +49,10 @@ impl Neighbour {
     pub(super) fn new(n_chunks: u32) -> Self {
         Self {
             holds: Bitmap::empty(n_chunks),
+            near: false,
+            relied_on: false,
+            coming: BTreeMap::new(),
+            broken: 0,
             asked: BTreeMap::new(),
             cancelled: BTreeSet::new(),
             requests: VecDeque::new(),
@@ -67,12 +80,12 @@ impl Neighbour {
         Some(took)
     }
 
-    /// Who is asked next has the least to do for us; what was quick lately breaks ties, but is soon out of date.
-    pub(super) fn load(&self) -> (usize, Option<Duration>) {
-        (self.asked.len(), self.latency)
+    /// Who is asked next has the least to do for us, then is near; what was quick lately breaks ties, but is soon out of date.
+    pub(super) fn order(&self) -> (usize, bool, Option<Duration>) {
+        (self.asked.len(), !self.near, self.latency)
     }
 
-    fn patience(&self, usual: Option<Duration>, config: &SpreadConfig) -> Duration {
+    pub(super) fn patience(&self, usual: Option<Duration>, config: &SpreadConfig) -> Duration {
         match self.latency.max(usual) {
             Some(latency) => (latency * PATIENCE).max(config.min_timeout),
             None => config.first_timeout,

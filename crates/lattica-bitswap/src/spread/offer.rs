@@ -47,8 +47,13 @@ impl<P: Ord + Clone> Spread<P> {
             return self.send(peer, SpreadMessage::Have(vec![chunk]));
         }
         self.shown(peer, &[chunk], now);
-        let room = self.neighbours[peer].asked.len() <= self.config.per_neighbour;
-        if room && chunk < self.have.n_chunks() && self.wanted.remove(&self.key(chunk)) {
+        let neighbour = &self.neighbours[peer];
+        let room = neighbour.asked.len() <= self.config.per_neighbour;
+        if room
+            && chunk < self.have.n_chunks()
+            && self.may_ask(neighbour, chunk)
+            && self.wanted.remove(&self.key(chunk))
+        {
             self.ask(peer, chunk, now);
         } else {
             self.send(peer, SpreadMessage::Decline(chunk));

@@ -19,21 +19,43 @@ enum Packet {
     Meet(usize),
 }
 
-/// A member whose uplink carries one chunk after the other.
+/// A member whose links carry one chunk after the other.
 struct Member {
     spread: Spread<usize>,
+    trial: Trial,
     liar: bool,
-    queue: VecDeque<(usize, u32)>,
+    /// What waits for the uplink, and for the local network where that is another one.
+    queues: [VecDeque<(usize, u32)>; 2],
+    /// Chunks that came from other networks.
+    from_afar: u64,
+    /// Who sent what is wrong is no neighbour again.
+    shunned: BTreeSet<usize>,
     timer_at: Option<u64>,
     done_at_us: Option<u64>,
 }
 
-const UPLINK_FREE: u64 = 1;
+/// Tokens of timers: smaller ones are for the queue of that number.
 const DEADLINE: u64 = 2;
 
 impl Member {
-    fn new(spread: Spread<usize>, liar: bool) -> Self {
-        Self { spread, liar, queue: VecDeque::new(), timer_at: None, done_at_us: None }
+    fn new(spread: Spread<usize>, liar: bool, trial: &Trial) -> Self {
+        let (queues, trial) = (Default::default(), trial.clone());
+        Self {
+            spread,
+            trial,
+            liar,
+            queues,
+            from_afar: 0,
+            shunned: BTreeSet::new(),
+            timer_at: None,
+            done_at_us: None,
+        }
+    }
+
+    /// How long the front of a queue takes.
+    fn takes_us(&self, queue: usize) -> u64 {
+        let rate = if queue == 0 { UPLINK } else { self.trial.lan_rate };
+        CHUNK_BYTES * 1_000_000 / rate
     }
 
     fn act(&mut self, context: &mut Context<'_, Packet>) {
@@ -42,13 +64,20 @@ impl Member {
             match action {
                 Action::Send { to, message } => context.send(NodeId(to), Packet::Spread(message), 0),
                 Action::Upload { to, chunk } => {
-                    self.queue.push_back((to, chunk));
-                    if self.queue.len() == 1 {
-                        context.timer(CHUNK_BYTES * 1_000_000 / UPLINK, UPLINK_FREE);
+                    let local = self.trial.lan_rate > 0 && self.trial.is_near(context.id().0, to);
+                    let queue = usize::from(local);
+                    self.queues[queue].push_back((to, chunk));
+                    if self.queues[queue].len() == 1 {
+                        context.timer(self.takes_us(queue), queue as u64);
                     }
                 }
                 // A dropped neighbour sees the connection close.
-                Action::Drop { peer, .. } => context.send(NodeId(peer), Packet::Gone(context.id().0), 0),
+                Action::Drop { peer, wrong, .. } => {
+                    if wrong {
+                        self.shunned.insert(peer);
+                    }
+                    context.send(NodeId(peer), Packet::Gone(context.id().0), 0);
+                }
             }
         }
         if self.spread.is_done() && self.done_at_us.is_none() {
@@ -69,26 +98,44 @@ impl Node for Member {
 
     fn on_message(&mut self, context: &mut Context<'_, Packet>, from: NodeId, message: Packet) {
         let now = Duration::from_micros(context.now_us());
+        if self.liar && self.trial.only_promises {
+            if matches!(message, Packet::Spread(SpreadMessage::Coming { .. })) {
+                return;
+            }
+            let chunk = context.random().below(self.trial.n_chunks.into()) as u32;
+            return context.send(from, Packet::Spread(SpreadMessage::Coming { chunk, lot: 0 }), 0);
+        }
         match message {
             Packet::Spread(message) => self.spread.handle(&from.0, message, now),
             Packet::Chunk { chunk, right: true } => {
+                self.from_afar += u64::from(!self.trial.is_near(context.id().0, from.0));
                 self.spread.handle_chunk(&from.0, chunk, now);
             }
             Packet::Chunk { .. } => self.spread.handle_wrong(&from.0, now),
             Packet::Gone(peer) => self.spread.remove_neighbour(&peer, now),
-            Packet::Meet(peer) => self.spread.add_neighbour(&peer, now),
+            Packet::Meet(peer) if self.shunned.contains(&peer) => {
+                context.send(NodeId(peer), Packet::Gone(context.id().0), 0)
+            }
+            Packet::Meet(peer) => {
+                self.spread.add_neighbour(&peer, now);
+                self.spread.set_near(
+                    &peer,
+                    self.trial.heeds && self.trial.is_near(context.id().0, peer),
+                    now,
+                );
+            }
         }
         self.act(context);
     }
 
     fn on_timer(&mut self, context: &mut Context<'_, Packet>, token: u64) {
         let now = Duration::from_micros(context.now_us());
-        if token == UPLINK_FREE {
-            let (to, chunk) = self.queue.pop_front().expect("the timer was set for it");
+        if token < DEADLINE {
+            let (to, chunk) = self.queues[token as usize].pop_front().expect("the timer was set for it");
             context.send(NodeId(to), Packet::Chunk { chunk, right: !self.liar }, 0);
             self.spread.handle_uploaded(&to, chunk, true, now);
-            if !self.queue.is_empty() {
-                context.timer(CHUNK_BYTES * 1_000_000 / UPLINK, UPLINK_FREE);
+            if !self.queues[token as usize].is_empty() {
+                context.timer(self.takes_us(token as usize), token);
             }
         } else {
             self.timer_at = None;
@@ -98,12 +145,41 @@ impl Node for Member {
     }
 }
 
+#[derive(Clone)]
 struct Trial {
     n: usize,
     n_chunks: u32,
     dead: f64,
     liars: f64,
+    /// Liars say that everything is coming, instead of sending what is wrong.
+    only_promises: bool,
+    /// Members of one local network; 0 for no local networks.
+    lan: usize,
+    /// Bytes per second of a member's link to its local network; 0 when that is its uplink.
+    lan_rate: u64,
+    /// Whether members heed who is near.
+    heeds: bool,
     seed: u64,
+}
+
+const PLAIN: Trial = Trial {
+    n: 0,
+    n_chunks: 128,
+    dead: 0.0,
+    liars: 0.0,
+    only_promises: false,
+    lan: 0,
+    lan_rate: 0,
+    heeds: true,
+    seed: 0,
+};
+
+impl Trial {
+    /// Whether two members share a local network; the source has one for itself.
+    fn is_near(&self, a: usize, b: usize) -> bool {
+        let network = |i: usize| i.checked_sub(1)?.checked_div(self.lan);
+        network(a).is_some() && network(a) == network(b)
+    }
 }
 
 /// Neighbours of a member at the beginning.
@@ -116,10 +192,12 @@ struct Outcome {
     source_copies: f64,
     unfinished: usize,
     duplicates: u64,
+    /// Chunks that crossed a network's border, over those that have to.
+    copies_of_a_lan: f64,
 }
 
 fn spread(trial: &Trial) -> Outcome {
-    let Trial { n, n_chunks, dead, liars, seed } = *trial;
+    let Trial { n, n_chunks, dead, liars, lan, seed, .. } = *trial;
     let link = LinkConfig { latency_us: 25_000, jitter_us: 2000, ..LinkConfig::default() };
     let mut world = World::new(seed, link);
     let mut random = Seed(seed).stream("trial", 0);
@@ -133,7 +211,7 @@ fn spread(trial: &Trial) -> Outcome {
     let dies: Vec<bool> = (0..=n).map(|i| i > 0 && random.chance(dead)).collect();
     for (i, &liar) in is_liar.iter().enumerate() {
         let have = if i == 0 { Bitmap::full(n_chunks) } else { Bitmap::empty(n_chunks) };
-        world.add(Member::new(Spread::new(config(i), have, i == 0), liar));
+        world.add(Member::new(Spread::new(config(i), have, i == 0), liar, trial));
     }
     // A ring keeps it in one piece; the rest is drawn.
     let mut pairs: BTreeSet<(usize, usize)> = (1..=n).map(|i| (i - 1, i)).collect();
@@ -145,6 +223,15 @@ fn spread(trial: &Trial) -> Outcome {
             }
         }
     }
+    // On a local network everybody finds everybody.
+    let local = (1..=n).flat_map(|a| (a + 1..=n).map(move |b| (a, b))).filter(|(a, b)| trial.is_near(*a, *b));
+    for (a, b) in local.collect::<Vec<_>>() {
+        let near = || LinkConfig { latency_us: 500, jitter_us: 200, ..LinkConfig::default() };
+        world.fault_at(0, Fault::Link(NodeId(a), NodeId(b), near()));
+        world.fault_at(0, Fault::Link(NodeId(b), NodeId(a), near()));
+        pairs.insert((a, b));
+    }
+    world.run_until(0);
     for (a, b) in pairs {
         world.send(NodeId(b), NodeId(a), Packet::Meet(b), 0);
         world.send(NodeId(a), NodeId(b), Packet::Meet(a), 0);
@@ -187,47 +274,81 @@ fn spread(trial: &Trial) -> Outcome {
         source_copies: world.node(NodeId(0)).spread.uploaded() as f64 / f64::from(n_chunks),
         unfinished: members().filter(|m| m.done_at_us.is_none()).count(),
         duplicates: members().map(|m| m.spread.duplicates()).sum(),
+        copies_of_a_lan: (1..=n).map(|j| world.node(NodeId(j)).from_afar).sum::<u64>() as f64
+            / f64::from(n_chunks)
+            / n.checked_div(lan).unwrap_or(n) as f64,
     }
 }
 
 #[test]
 fn sixteen_receivers_are_done_near_the_bound() {
-    let o = spread(&Trial { n: 16, n_chunks: 256, dead: 0.0, liars: 0.0, seed: 1 });
+    let o = spread(&Trial { n: 16, n_chunks: 256, seed: 1, ..PLAIN });
     assert!(o.unfinished == 0 && o.ratio < 1.15 && o.source_copies < 1.1, "{o:?}");
     assert!(o.duplicates <= 5, "{o:?}");
 }
 
 #[test]
 fn a_hundred_receivers_are_done_near_the_bound() {
-    let o = spread(&Trial { n: 100, n_chunks: 128, dead: 0.0, liars: 0.0, seed: 2 });
+    let o = spread(&Trial { n: 100, n_chunks: 128, seed: 2, ..PLAIN });
     assert!(o.unfinished == 0 && o.ratio < 1.35 && o.source_copies < 1.3, "{o:?}");
 }
 
 #[test]
 fn a_thousand_receivers_are_done_near_the_bound() {
-    let o = spread(&Trial { n: 1000, n_chunks: 128, dead: 0.0, liars: 0.0, seed: 5 });
+    let o = spread(&Trial { n: 1000, n_chunks: 128, seed: 5, ..PLAIN });
     // 1.26 in this draw; the aim is 1.25.
     assert!(o.unfinished == 0 && o.ratio < 1.3 && o.source_copies < 1.3, "{o:?}");
 }
 
+/// Six networks of eight.
+const LANS: Trial = Trial { n: 48, lan: 8, lan_rate: 125_000_000, seed: 6, ..PLAIN };
+
+#[test]
+fn little_more_than_one_copy_comes_into_a_local_network() {
+    let unheeded = spread(&Trial { heeds: false, ..LANS });
+    let o = spread(&LANS);
+    // 1.29 copies in this draw and 1.03 times the bound; 5.64 and 1.06 where nobody heeds who is near.
+    assert!(unheeded.copies_of_a_lan > 4.0, "{unheeded:?}");
+    assert!(o.unfinished == 0 && o.copies_of_a_lan < 1.35 && o.source_copies < 1.1, "{o:?}");
+    assert!(o.ratio <= unheeded.ratio, "{o:?} {unheeded:?}");
+}
+
+#[test]
+fn a_local_network_as_slow_as_the_uplinks_brings_one_copy_in_and_takes_longer() {
+    let o = spread(&Trial { lan_rate: 0, ..LANS });
+    // 1.21 in this draw, 1.13 where nobody heeds who is near: what is near costs as much uplink there.
+    assert!(o.unfinished == 0 && o.ratio < 1.35 && o.copies_of_a_lan < 1.1, "{o:?}");
+}
+
+#[test]
+fn the_dead_and_liars_on_a_local_network_delay_the_others_and_no_more() {
+    let o = spread(&Trial { dead: 0.2, ..LANS });
+    assert!(o.unfinished == 0 && o.ratio < 1.2 && o.copies_of_a_lan < 1.4, "{o:?}");
+    let o = spread(&Trial { liars: 0.1, ..LANS });
+    // What liars show is asked for once more elsewhere, by everybody whom they lied to.
+    assert!(o.unfinished == 0 && o.ratio < 1.5 && o.copies_of_a_lan < 2.5, "{o:?}");
+    let o = spread(&Trial { liars: 0.1, only_promises: true, ..LANS });
+    assert!(o.unfinished == 0 && o.ratio < 1.35 && o.copies_of_a_lan < 1.4, "{o:?}");
+}
+
 #[test]
 fn the_dead_slow_the_others_little() {
-    let o = spread(&Trial { n: 40, n_chunks: 128, dead: 0.2, liars: 0.0, seed: 3 });
+    let o = spread(&Trial { n: 40, n_chunks: 128, dead: 0.2, seed: 3, ..PLAIN });
     assert!(o.unfinished == 0 && o.ratio < 1.5 && o.source_copies < 1.3, "{o:?}");
 }
 
 #[test]
 fn liars_are_dropped_and_the_honest_finish() {
     // Five of the source's six neighbours lie in this draw; the others find the source themselves.
-    let o = spread(&Trial { n: 40, n_chunks: 128, dead: 0.0, liars: 0.1, seed: 4 });
+    let o = spread(&Trial { n: 40, n_chunks: 128, liars: 0.1, seed: 4, ..PLAIN });
     assert!(o.unfinished == 0 && o.ratio < 4.0, "{o:?}");
 }
 
-fn member(n_chunks: u32) -> Spread<u32> {
+pub(super) fn member(n_chunks: u32) -> Spread<u32> {
     Spread::new(SpreadConfig::default(), Bitmap::empty(n_chunks), false)
 }
 
-fn requests(spread: &mut Spread<u32>, now: Duration) -> Vec<(u32, u32)> {
+pub(super) fn requests(spread: &mut Spread<u32>, now: Duration) -> Vec<(u32, u32)> {
     std::iter::from_fn(|| spread.poll(now))
         .filter_map(|action| match action {
             Action::Send { to, message: SpreadMessage::Request(chunk) } => Some((to, chunk)),
@@ -236,7 +357,7 @@ fn requests(spread: &mut Spread<u32>, now: Duration) -> Vec<(u32, u32)> {
         .collect()
 }
 
-fn holds(n_chunks: u32, chunks: &[u32]) -> SpreadMessage {
+pub(super) fn holds(n_chunks: u32, chunks: &[u32]) -> SpreadMessage {
     let mut bitmap = Bitmap::empty(n_chunks);
     chunks.iter().for_each(|&c| assert!(bitmap.insert(c)));
     SpreadMessage::Holds(bitmap)

@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use prost::Message as _;
 use swarm_wire::generated::lattica::v1::spread_frame::Body;
-use swarm_wire::generated::lattica::v1::{SpreadChunk, SpreadChunks, SpreadFrame, SpreadPeer, SpreadPeers};
+use swarm_wire::generated::lattica::v1::{
+    SpreadChunk, SpreadChunks, SpreadComing, SpreadFrame, SpreadPeer, SpreadPeers,
+};
 use swarm_wire::limits::BLOCK_MAX_BYTES;
 use swarm_wire::repeated::{self, Element};
 use swarm_wire::{Cid, DecodeError, PeerId, cid, frame};
@@ -68,6 +70,7 @@ impl Frame {
                 SpreadMessage::Busy(chunk) => Body::Busy(chunk),
                 SpreadMessage::Offer(chunk) => Body::Offer(chunk),
                 SpreadMessage::Decline(chunk) => Body::Decline(chunk),
+                SpreadMessage::Coming { chunk, lot } => Body::Coming(SpreadComing { index: chunk, lot }),
             },
             Self::Chunk { index, bytes } => Body::Chunk(SpreadChunk { index, data: bytes }),
         };
@@ -110,6 +113,9 @@ impl Frame {
             Body::Busy(chunk) => Self::Message(SpreadMessage::Busy(number(chunk)?)),
             Body::Offer(chunk) => Self::Message(SpreadMessage::Offer(number(chunk)?)),
             Body::Decline(chunk) => Self::Message(SpreadMessage::Decline(number(chunk)?)),
+            Body::Coming(SpreadComing { index, lot }) => {
+                Self::Message(SpreadMessage::Coming { chunk: number(index)?, lot })
+            }
             Body::Chunk(SpreadChunk { index, data }) => Self::Chunk { index: number(index)?, bytes: data },
         })
     }
@@ -149,6 +155,7 @@ mod tests {
             SpreadMessage::Busy(4),
             SpreadMessage::Offer(5),
             SpreadMessage::Decline(6),
+            SpreadMessage::Coming { chunk: 7, lot: u32::MAX },
         ];
         let others = [
             Frame::Hello(root),
@@ -163,7 +170,7 @@ mod tests {
 
     #[test]
     fn what_is_out_of_range_is_refused() {
-        let numbers: [fn(u32) -> SpreadMessage; 7] = [
+        let numbers: [fn(u32) -> SpreadMessage; 8] = [
             |chunk| SpreadMessage::Have(vec![chunk]),
             SpreadMessage::Request,
             SpreadMessage::Cancel,
@@ -171,6 +178,7 @@ mod tests {
             SpreadMessage::Busy,
             SpreadMessage::Offer,
             SpreadMessage::Decline,
+            |chunk| SpreadMessage::Coming { chunk, lot: 0 },
         ];
         for message in numbers {
             assert!(Frame::decode(payload(Frame::Message(message(8))), 9).is_ok());

@@ -340,7 +340,7 @@ impl RpcStatus {
 pub struct SpreadFrame {
     #[prost(
         oneof = "spread_frame::Body",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
     )]
     pub body: ::core::option::Option<spread_frame::Body>,
 }
@@ -367,7 +367,7 @@ pub mod spread_frame {
         Request(u32),
         #[prost(uint32, tag = "7")]
         Cancel(u32),
-        /// The sender will not send it.
+        /// The sender will not send it; or what it said was coming is not any more.
         #[prost(uint32, tag = "8")]
         Refuse(u32),
         /// The sender has too much to send already.
@@ -381,7 +381,18 @@ pub mod spread_frame {
         Decline(u32),
         #[prost(message, tag = "12")]
         Chunk(super::SpreadChunk),
+        /// The sender has asked for it outside of the local network that it shares with the receiver.
+        #[prost(message, tag = "13")]
+        Coming(super::SpreadComing),
     }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpreadComing {
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    /// Of two that ask at once the one with the smaller lot goes on.
+    #[prost(uint32, tag = "2")]
+    pub lot: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SpreadChunks {

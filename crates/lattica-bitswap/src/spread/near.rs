@@ -1,0 +1,188 @@
+//! Members on one local network: one of them asks outside for a chunk, the others wait until it shows it.
+//!
+//! Who asks outside says so to its neighbours inside ([`SpreadMessage::Coming`]); they treat the chunk as if it were shown,
+//! for as long as they would wait for an answer. Two that ask at once compare lots, another for each chunk, and one of them
+//! takes its request back. A neighbour that does not keep its word counts no more than one that is far away, so that a dead
+//! or lying one delays a chunk and no more.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::neighbour::Neighbour;
+use super::{Bitmap, Spread, SpreadMessage};
+
+/// A neighbour on the local network has asked outside of it for a chunk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Coming {
+    /// It is not waited for any longer, however often that is said again.
+    until: Duration,
+    /// It has not been taken back, nor has the time run out.
+    pub(super) live: bool,
+}
+
+impl Neighbour {
+    /// What counts as a near copy when it is relied on: what it shows and what it has coming.
+    fn has_or_gets(&self) -> Vec<u32> {
+        let coming = self.coming.iter().filter(|(_, c)| c.live).map(|(&chunk, _)| chunk);
+        self.holds.iter().chain(coming).collect()
+    }
+}
+
+impl<P: Ord + Clone> Spread<P> {
+    /// Whether a neighbour is on the same local network. What such a one shows, or says is coming, is asked of nobody
+    /// further away, so that little more than one copy comes into the network.
+    pub fn set_near(&mut self, peer: &P, near: bool, now: Duration) {
+        let Some(neighbour) = self.neighbours.get_mut(peer).filter(|n| n.near != near) else { return };
+        neighbour.near = near;
+        self.judge(peer);
+        self.neighbours.get_mut(peer).expect("checked above").coming.clear();
+        // A new one hears of all that is coming.
+        self.announced.clear();
+        self.assign(now);
+    }
+
+    /// Whether a neighbour shows a chunk and nobody nearer has it or gets it.
+    pub(super) fn may_ask(&self, neighbour: &Neighbour, chunk: u32) -> bool {
+        neighbour.holds.contains(chunk) && (neighbour.near || self.near_copies[chunk as usize] == 0)
+    }
+
+    /// Whether a neighbour is relied on from now on, after what changed of it.
+    pub(super) fn judge(&mut self, peer: &P) {
+        let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
+        let relied_on = neighbour.near && neighbour.strikes == 0;
+        if std::mem::replace(&mut neighbour.relied_on, relied_on) == relied_on {
+            return;
+        }
+        for chunk in neighbour.has_or_gets() {
+            let copies = &mut self.near_copies[chunk as usize];
+            *copies = if relied_on { *copies + 1 } else { *copies - 1 };
+        }
+        if !relied_on {
+            self.look_again();
+        }
+    }
+
+    /// A neighbour that is gone has and gets nothing.
+    pub(super) fn forget_near(&mut self, gone: &Neighbour) {
+        if gone.relied_on {
+            gone.has_or_gets().into_iter().for_each(|chunk| self.near_copies[chunk as usize] -= 1);
+            self.look_again();
+        }
+    }
+
+    /// A neighbour shows `chunk` that it did not show before.
+    pub(super) fn shown_near(&mut self, peer: &P, chunk: u32) {
+        let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
+        let came = neighbour.coming.remove(&chunk);
+        if came.is_some() {
+            neighbour.broken = 0;
+        }
+        let counted = came.is_some_and(|c| c.live);
+        self.near_copies[chunk as usize] += u32::from(neighbour.relied_on && !counted);
+    }
+
+    /// A neighbour says that it has asked for `chunk` outside.
+    pub(super) fn comes(&mut self, peer: &P, chunk: u32, lot: u32, now: Duration) {
+        let usual = self.usual_latency(false);
+        let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
+        let n_live = neighbour.coming.values().filter(|c| c.live).count();
+        let heard = neighbour.near
+            && neighbour.broken < self.config.max_strikes
+            && n_live < self.config.max_outstanding;
+        let lacks = |have: &Bitmap| chunk < have.n_chunks() && !have.contains(chunk);
+        if !heard || !lacks(&self.have) || !lacks(&neighbour.holds) {
+            return;
+        }
+        let until = now + neighbour.patience(usual, &self.config);
+        let coming = neighbour.coming.entry(chunk).or_insert(Coming { until, live: false });
+        if coming.until <= now {
+            return;
+        }
+        let was_live = std::mem::replace(&mut coming.live, true);
+        if !neighbour.relied_on {
+            return;
+        }
+        self.near_copies[chunk as usize] += u32::from(!was_live);
+        if lot < self.ties[chunk as usize] {
+            let afar = self.neighbours.iter().filter(|(_, n)| !n.near && n.asked.contains_key(&chunk));
+            let afar: Vec<P> = afar.map(|(name, _)| name.clone()).collect();
+            afar.iter().for_each(|name| self.take_back(name, chunk));
+        }
+    }
+
+    /// A neighbour says that `chunk` is not coming any more.
+    pub(super) fn comes_not(&mut self, peer: &P, chunk: u32) {
+        let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
+        let Some(coming) = neighbour.coming.get_mut(&chunk) else { return };
+        if std::mem::take(&mut coming.live) && neighbour.relied_on {
+            self.near_copies[chunk as usize] -= 1;
+            self.look_again();
+        }
+    }
+
+    /// What has not come in time is not waited for.
+    pub(super) fn wait_no_longer(&mut self, now: Duration) {
+        let mut late = false;
+        for neighbour in self.neighbours.values_mut() {
+            let mut broken = false;
+            for (&chunk, coming) in neighbour.coming.iter_mut().filter(|(_, c)| c.live && c.until <= now) {
+                coming.live = false;
+                broken = true;
+                self.near_copies[chunk as usize] -= u32::from(neighbour.relied_on);
+            }
+            neighbour.broken += u32::from(broken);
+            late |= broken;
+        }
+        if late {
+            self.look_again();
+        }
+    }
+
+    /// When something that is coming has not come in time.
+    pub(super) fn waits_until(&self) -> Option<Duration> {
+        let coming = self.neighbours.values().flat_map(|n| n.coming.values());
+        coming.filter(|c| c.live).map(|c| c.until).min()
+    }
+
+    /// Tells neighbours on the local network what is asked for outside of it, and what is not any more.
+    pub(super) fn announce(&mut self) {
+        if !self.neighbours.values().any(|n| n.near) {
+            return;
+        }
+        let mut afar = BTreeMap::new();
+        for (&chunk, &at) in self.neighbours.values().filter(|n| !n.near).flat_map(|n| &n.asked) {
+            let latest = afar.entry(chunk).or_insert(at);
+            *latest = at.max(*latest);
+        }
+        if afar == self.announced {
+            return;
+        }
+        let news: Vec<(u32, bool)> = afar
+            .iter()
+            .filter(|(chunk, at)| self.announced.get(chunk) != Some(at))
+            .map(|(&chunk, _)| (chunk, true))
+            .chain(
+                self.announced.keys().filter(|chunk| !afar.contains_key(chunk)).map(|&chunk| (chunk, false)),
+            )
+            .collect();
+        self.announced = afar;
+        for (chunk, comes) in news {
+            let message = if comes {
+                SpreadMessage::Coming { chunk, lot: self.ties[chunk as usize] }
+            } else {
+                SpreadMessage::Refuse(chunk)
+            };
+            let near = self.neighbours.iter().filter(|(_, n)| n.near && !n.holds.contains(chunk));
+            let near: Vec<P> = near.map(|(name, _)| name.clone()).collect();
+            near.iter().for_each(|name| self.send(name, message.clone()));
+        }
+    }
+
+    /// Neighbours may have something to ask for after all, when what was near is not.
+    fn look_again(&mut self) {
+        self.neighbours.values_mut().for_each(|n| n.nothing_new = false);
+    }
+}
+
+#[cfg(test)]
+mod tests;

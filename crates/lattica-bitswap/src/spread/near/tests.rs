@@ -1,0 +1,126 @@
+//! What one member does when its neighbours on the local network show, announce, take back, and lie.
+
+use super::super::tests::{holds, member, requests};
+use super::*;
+use crate::spread::{Action, SpreadConfig};
+
+/// A member that lacks two chunks, with neighbour 1 far away and 2 near.
+fn with_near() -> Spread<u32> {
+    let mut spread = member(2);
+    spread.add_neighbour(&1, Duration::ZERO);
+    spread.add_neighbour(&2, Duration::ZERO);
+    spread.set_near(&2, true, Duration::ZERO);
+    spread
+}
+
+fn coming(chunk: u32, lot: u32) -> SpreadMessage {
+    SpreadMessage::Coming { chunk, lot }
+}
+
+fn sent_to_near(spread: &mut Spread<u32>) -> Vec<SpreadMessage> {
+    std::iter::from_fn(|| spread.poll(Duration::ZERO))
+        .filter_map(|action| match action {
+            Action::Send { to: 2, message } if !matches!(message, SpreadMessage::Holds(_)) => Some(message),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn what_a_near_neighbour_shows_is_asked_of_nobody_else_until_it_leaves() {
+    let now = Duration::ZERO;
+    let mut spread = with_near();
+    spread.handle(&2, holds(2, &[0]), now);
+    spread.handle(&1, holds(2, &[0, 1]), now);
+    let mut asked = requests(&mut spread, now);
+    asked.sort_unstable();
+    assert_eq!(asked, [(1, 1), (2, 0)]);
+    // Busy: its chunk waits for it, and is asked elsewhere when it is gone.
+    spread.handle(&2, SpreadMessage::Busy(0), now);
+    spread.handle(&1, SpreadMessage::Offer(0), now);
+    assert_eq!(requests(&mut spread, now), []);
+    spread.remove_neighbour(&2, now);
+    assert_eq!(requests(&mut spread, now), [(1, 0)]);
+}
+
+#[test]
+fn what_comes_to_a_near_neighbour_is_waited_for_until_it_is_late_and_only_once() {
+    let now = Duration::ZERO;
+    let mut spread = with_near();
+    spread.handle(&2, coming(0, 0), now);
+    spread.handle(&1, holds(2, &[0]), now);
+    spread.handle(&1, SpreadMessage::Offer(0), now);
+    assert_eq!(requests(&mut spread, now), []);
+    let late = spread.next_deadline().unwrap();
+    assert_eq!(late, SpreadConfig::default().first_timeout);
+    // Saying it again, or taking it back between, wins no time.
+    spread.handle(&2, coming(0, 0), late / 2);
+    assert_eq!(spread.next_deadline(), Some(late));
+    spread.handle_timeout(late);
+    assert_eq!(requests(&mut spread, late), [(1, 0)]);
+    spread.handle(&2, coming(0, 0), late);
+    assert_eq!(requests(&mut spread, late), []);
+    assert!(spread.is_owed(&1, 0), "not taken back for one who did not keep its word");
+}
+
+#[test]
+fn what_does_not_come_after_all_is_asked_for() {
+    let now = Duration::ZERO;
+    for leaves in [false, true] {
+        let mut spread = with_near();
+        spread.handle(&2, coming(0, 0), now);
+        spread.handle(&1, holds(2, &[0]), now);
+        assert_eq!(requests(&mut spread, now), []);
+        if leaves {
+            spread.set_near(&2, false, now);
+        } else {
+            spread.handle(&2, SpreadMessage::Refuse(0), now);
+        }
+        assert_eq!(requests(&mut spread, now), [(1, 0)]);
+    }
+}
+
+#[test]
+fn of_two_that_ask_at_once_the_smaller_lot_goes_on() {
+    let now = Duration::ZERO;
+    for (lot, goes_on) in [(0, false), (u32::MAX, true)] {
+        let mut spread = with_near();
+        spread.handle(&1, holds(2, &[1]), now);
+        let own = SpreadMessage::Coming { chunk: 1, lot: spread.ties[1] };
+        assert_eq!(sent_to_near(&mut spread), [own]);
+        spread.handle(&2, coming(1, lot), now);
+        let taken_back: Vec<_> = sent_to_near(&mut spread);
+        assert_eq!(taken_back == [SpreadMessage::Refuse(1)], !goes_on, "{taken_back:?}");
+        assert_eq!(spread.neighbours[&1].asked.contains_key(&1), goes_on);
+        // What was under way already counts all the same.
+        assert!(spread.is_owed(&1, 1));
+    }
+}
+
+#[test]
+fn one_that_owes_an_answer_is_not_relied_on_and_who_is_far_is_not_heard() {
+    let now = Duration::ZERO;
+    let mut spread = with_near();
+    spread.handle(&2, holds(2, &[0]), now);
+    assert_eq!(requests(&mut spread, now), [(2, 0)]);
+    spread.handle(&1, holds(2, &[0]), now);
+    let late = spread.next_deadline().unwrap();
+    spread.handle_timeout(late);
+    assert!(spread.may_ask(&spread.neighbours[&1], 0));
+    spread.handle(&1, coming(1, 0), now);
+    assert!(spread.neighbours[&1].coming.is_empty());
+    assert_eq!(spread.near_copies, [0, 0]);
+}
+
+#[test]
+fn as_much_may_be_coming_as_may_be_asked_for() {
+    let now = Duration::ZERO;
+    let mut spread = member(1000);
+    spread.add_neighbour(&2, now);
+    spread.set_near(&2, true, now);
+    (0..1000).for_each(|chunk| spread.handle(&2, coming(chunk, 0), now));
+    assert_eq!(spread.neighbours[&2].coming.len(), SpreadConfig::default().max_outstanding);
+    spread.handle(&2, coming(5000, 0), now);
+    spread.remove_neighbour(&2, now);
+    assert!(spread.near_copies.iter().all(|&copies| copies == 0));
+}
