@@ -34,6 +34,7 @@
 pub mod activation;
 pub mod attention;
 mod buffers;
+mod fold;
 pub mod linear;
 pub mod norm;
 mod widen;
@@ -45,8 +46,16 @@ pub use buffers::{Ids, Values};
 
 use cubecl::prelude::CubeCount;
 
+use crate::error::KernelError;
+
 /// Cubes along one axis that every device can start.
 const MOST_CUBES: usize = 65_535;
+
+/// Kernels count elements in 32 bits.
+fn check_indices(op: &'static str, what: &'static str, got: usize) -> Result<(), KernelError> {
+    let limit = u32::MAX as usize;
+    if got >= limit { Err(KernelError::OutOfRange { op, what, limit, got }) } else { Ok(()) }
+}
 
 /// A grid of at least `n` cubes, which a kernel counts through by `CUBE_POS`.
 fn grid(n: usize) -> CubeCount {

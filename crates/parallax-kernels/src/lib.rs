@@ -1,4 +1,4 @@
-//! CPU kernels for language models: quantised and dense linear layers, attention over a paged cache, norms, rotary
+//! Kernels for language models, on the CPU and (feature `gpu`) on GPUs: quantised and dense linear layers, attention over a paged cache, norms, rotary
 //! embedding, log-probabilities, their gradients, and the fork-join pool they run on. Slices in, slices out; no tensors.
 //!
 //! ```
@@ -35,13 +35,15 @@
 //! packed causal attention, [`attention::latent`] over compressed keys · [`delta`] the gated delta rule · [`router`] the
 //! choice of experts · [`gates`], [`norm`], [`activation`], [`rope`] the small kernels · [`logprob`] the one definition of a
 //! token's log-probability · [`pool`] threads · [`dispatch`] instruction sets · [`dtype`] weight formats ·
-//! [`mod@reference`] the same mathematics as plain loops, which the tests compare with.
+//! [`mod@reference`] the same mathematics as plain loops, which the tests compare with · `gpu` the same on GPUs, in CubeCL,
+//! to which the promises above do not extend.
 //!
 //! # Safety policy
 //!
-//! This is the only crate with unsafe code. It appears in three forms, each behind a safe, checked function: intrinsics,
+//! This is the only crate with unsafe code. It appears in four forms, each behind a safe, checked function: intrinsics,
 //! justified by a token that only feature detection creates (`simd/`); disjoint parts of one output slice for the tasks
-//! of a run (`parallel.rs`); and the pool's borrowed job (`pool.rs`).
+//! of a run (`parallel.rs`); the pool's borrowed job (`pool.rs`); and launches of GPU kernels, whose buffers were compared with
+//! the shape (`gpu/`).
 #![allow(
     unsafe_code,
     reason = "this crate is the one home of unsafe code: intrinsics and the fork-join pool"

@@ -16,7 +16,7 @@ use std::{
 use cubecl::{client::Client, prelude::*};
 
 use self::chunks::{CHUNK, Shape, UNITS, attend_chunk, copy_values, merge_chunks, rotate_append};
-use super::{Ids, MOST_CUBES, Values, grid};
+use super::{Ids, MOST_CUBES, Values, check_indices, grid};
 use crate::attention::{RowRef, Scoring};
 use crate::error::{KernelError, check_len, rows_of};
 
@@ -171,6 +171,8 @@ impl DeviceRows {
         heads.check(op)?;
         let slots = rows_of(op, "keys", store.keys.len(), heads.kv_width())?;
         store.values.check(op, "values", store.keys.len())?;
+        check_indices(op, "values of the store", store.keys.len())?;
+        check_indices(op, "values of the rows", self.rows.len() * (heads.q_width() + 2 * heads.kv_width()))?;
         check_len(op, "tokens of a page", self.page_tokens, store.page_tokens)?;
         if slots < self.least_slots {
             let (what, limit) = ("page", slots / self.page_tokens);

@@ -33,8 +33,8 @@ impl Values {
         Ok(Self { handle, len })
     }
 
-    /// Uninitialised values, for a kernel to write.
-    pub(super) fn empty(client: &Client, len: usize) -> Self {
+    /// Uninitialised values, for kernels to write before they are read.
+    pub fn empty(client: &Client, len: usize) -> Self {
         Self { handle: client.empty(len.max(1) * 4), len }
     }
 

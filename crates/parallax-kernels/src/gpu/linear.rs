@@ -7,7 +7,9 @@
 use cubecl::{client::Client, prelude::*};
 
 use super::{
-    Ids, Values, grid,
+    Ids, Values, check_indices,
+    fold::{Fold, fold},
+    grid,
     widen::{Form, Words, code, min_of, scale_of, split},
 };
 use crate::dtype::{BLOCK, WeightKind};
@@ -38,7 +40,8 @@ impl DeviceWeight {
     /// Uploads the stored bytes of a weight [N, K] of `kind`: rows of little-endian floats, or of blocks. No value changes.
     ///
     /// # Errors
-    /// When the bytes are not those of n * k weights, or `k` is no multiple of 32 and of the kind's blocks.
+    /// When the bytes are not those of n * k weights, `k` is no multiple of 32 and of the kind's blocks, or there are more
+    /// weights than 32 bits count.
     pub fn from_bytes(
         client: &Client,
         kind: WeightKind,
@@ -49,6 +52,7 @@ impl DeviceWeight {
         if n == 0 || k == 0 || !k.is_multiple_of(BLOCK) {
             return Err(KernelError::RaggedBlocks { op: "device weight", k, block: BLOCK });
         }
+        check_indices("device weight", "weights", n.saturating_mul(k))?;
         let Words { codes, scales } = split(kind, raw, n, k)?;
         let (codes, scales) = (Ids::upload(client, &codes), Ids::upload(client, &scales));
         Ok(Self { form: Form::of(kind), codes, scales, n, k })
@@ -78,6 +82,7 @@ pub fn linear(client: &Client, x: &Values, parts: &[DeviceWeight]) -> Result<Val
     let k = parts.first().map_or(0, |part| part.k);
     let rows = rows_of("linear", "x", x.len(), k)?;
     let n = parts.iter().map(|part| part.n).sum();
+    check_indices("linear", "results", rows.saturating_mul(n))?;
     let y = Values::empty(client, rows * n);
     let mut first = 0;
     for part in parts {
@@ -204,30 +209,19 @@ pub(super) fn few_rows<W: Size>(
         }
         at += LANES;
     }
+    let units = comptime!(LANES * FEW_OUTPUTS);
     let mut shared = Shared::<[f32]>::new_slice(comptime!(LANES * FEW_OUTPUTS * at_once));
+    let own = line * LANES + lane;
     #[unroll]
     for r in 0..at_once {
-        shared[(r * FEW_OUTPUTS + line) * LANES + lane] = sums[r];
+        shared[r * units + own] = sums[r];
     }
-    sync_cube();
-    #[unroll]
-    for level in 0..5usize {
-        let width = comptime!(LANES >> (level + 1));
-        if lane < width {
-            #[unroll]
-            for r in 0..at_once {
-                let at = (r * FEW_OUTPUTS + line) * LANES + lane;
-                let other = shared[at + width];
-                shared[at] += other;
-            }
-        }
-        sync_cube();
-    }
+    fold(&mut shared, own, lane, LANES, at_once, units, comptime!(Fold::Sum));
     if lane == 0 && output < n as usize {
         #[unroll]
         for r in 0..at_once {
             if (r as u32) < rows {
-                y[r * stride as usize + first as usize + output] = shared[(r * FEW_OUTPUTS + line) * LANES];
+                y[r * stride as usize + first as usize + output] = shared[r * units + own];
             }
         }
     }

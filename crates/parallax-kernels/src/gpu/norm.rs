@@ -2,7 +2,11 @@
 
 use cubecl::{client::Client, prelude::*};
 
-use super::{Values, grid};
+use super::{
+    Values,
+    fold::{Fold, fold},
+    grid,
+};
 use crate::error::{KernelError, rows_of};
 
 /// Units that share a row.
@@ -79,23 +83,21 @@ pub fn rms_norm_spans(
     Ok(())
 }
 
-/// The sum of the units' values, for all of them.
+/// `1 / sqrt(mean(x²) + eps)` of `span` values from number `from` on, for all units of the cube.
 #[cube]
-pub(super) fn sum_of_units(value: f32, #[comptime] units: usize) -> f32 {
-    let mut shared = Shared::<[f32]>::new_slice(units);
+fn inverse_rms(x: &[f32], from: usize, span: usize, eps: f32) -> f32 {
     let unit = UNIT_POS as usize;
-    shared[unit] = value;
-    sync_cube();
-    #[unroll]
-    for level in 0..comptime!(units.trailing_zeros() as usize) {
-        let width = comptime!(units >> (level + 1));
-        if unit < width {
-            let other = shared[unit + width];
-            shared[unit] += other;
-        }
-        sync_cube();
+    let mut squares = 0.0f32;
+    let mut i = unit;
+    while i < span {
+        let v = x[from + i];
+        squares += v * v;
+        i += UNITS;
     }
-    shared[0]
+    let mut shared = Shared::<[f32]>::new_slice(UNITS);
+    shared[unit] = squares;
+    fold(&mut shared, unit, unit, UNITS, comptime!(1usize), UNITS, comptime!(Fold::Sum));
+    (shared[0] / f32::cast_from(span) + eps).inverse_sqrt()
 }
 
 #[cube(launch_unchecked, create_dummy_kernel)]
@@ -105,14 +107,7 @@ pub(super) fn norm_rows(x: &[f32], w: &[f32], y: &mut [f32], rows: u32, span: u3
         terminate!();
     }
     let span = span as usize;
-    let mut squares = 0.0f32;
-    let mut i = UNIT_POS as usize;
-    while i < span {
-        let v = x[row * span + i];
-        squares += v * v;
-        i += UNITS;
-    }
-    let inverse = (sum_of_units(squares, UNITS) / f32::cast_from(span) + eps).inverse_sqrt();
+    let inverse = inverse_rms(x, row * span, span, eps);
     let mut i = UNIT_POS as usize;
     while i < span {
         y[row * span + i] = x[row * span + i] * inverse * w[i];
@@ -137,14 +132,7 @@ pub(super) fn norm_spans(
     }
     let from = ((number / spans) * width + first + (number % spans) * span) as usize;
     let span = span as usize;
-    let mut squares = 0.0f32;
-    let mut i = UNIT_POS as usize;
-    while i < span {
-        let v = data[from + i];
-        squares += v * v;
-        i += UNITS;
-    }
-    let inverse = (sum_of_units(squares, UNITS) / f32::cast_from(span) + eps).inverse_sqrt();
+    let inverse = inverse_rms(&*data, from, span, eps);
     let mut i = UNIT_POS as usize;
     while i < span {
         data[from + i] = data[from + i] * inverse * w[i];

@@ -2,6 +2,8 @@
 
 use cubecl::prelude::*;
 
+use crate::gpu::fold::{Fold, fold};
+
 /// Units of a cube, and keys of a block: a unit makes the scores of a key.
 pub(super) const UNITS: usize = 128;
 /// Blocks of a chunk.
@@ -182,20 +184,7 @@ pub(in crate::gpu) fn attend_chunk<N: Size>(
             scores[h] = score;
             folded[h * UNITS + unit] = score;
         }
-        sync_cube();
-        #[unroll]
-        for level in 0..7usize {
-            let width = comptime!(UNITS >> (level + 1));
-            if unit < width {
-                #[unroll]
-                for h in 0..head_rows {
-                    let other = folded[h * UNITS + unit + width];
-                    let mine = folded[h * UNITS + unit];
-                    folded[h * UNITS + unit] = mine.max(other);
-                }
-            }
-            sync_cube();
-        }
+        fold(&mut folded, unit, unit, UNITS, head_rows, UNITS, comptime!(Fold::Max));
         let mut shrink = Array::<f32>::new(head_rows);
         #[unroll]
         for h in 0..head_rows {
@@ -210,19 +199,7 @@ pub(in crate::gpu) fn attend_chunk<N: Size>(
             weights[h * UNITS + unit] = weight;
             folded[h * UNITS + unit] = weight;
         }
-        sync_cube();
-        #[unroll]
-        for level in 0..7usize {
-            let width = comptime!(UNITS >> (level + 1));
-            if unit < width {
-                #[unroll]
-                for h in 0..head_rows {
-                    let other = folded[h * UNITS + unit + width];
-                    folded[h * UNITS + unit] += other;
-                }
-            }
-            sync_cube();
-        }
+        fold(&mut folded, unit, unit, UNITS, head_rows, UNITS, comptime!(Fold::Sum));
         #[unroll]
         for h in 0..head_rows {
             total[h] = total[h] * shrink[h] + folded[h * UNITS];

@@ -99,6 +99,7 @@ fn weights_that_do_not_fit_are_refused() {
     };
     assert!(refuse(WeightKind::F32, 4 * 40, 1, 40).contains("multiple of 32"));
     assert!(refuse(WeightKind::Q8_0, 33, 1, 32).contains("expected 34"));
+    assert!(refuse(WeightKind::Q8_0, 0, 1 << 17, 1 << 16).contains("must be below 4294967295"));
     let raw = stored(WeightKind::Q8_0, 2, 32, 2);
     let weight = linear::DeviceWeight::from_bytes(&client, WeightKind::Q8_0, &raw, 2, 32).unwrap();
     assert!(linear::linear(&client, &Values::upload(&client, &[1.0; 33]), &[weight]).is_err());

@@ -95,53 +95,45 @@ macro_rules! dummy {
     };
 }
 
+/// The two kernels of products have the same arguments.
+macro_rules! product {
+    ($kernel:ident, $units:expr, $form:expr, $rows:expr) => {
+        dummy!(
+            $kernel,
+            $units,
+            $form.words(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            1,
+            1,
+            32,
+            1,
+            0,
+            $rows,
+            $form,
+        )
+    };
+}
+
 #[test]
 fn products_compile_for_every_format() {
     for kind in WeightKind::ALL {
         let form = Form::of(kind);
-        let words = form.words();
-        for at_once in [1, 2, 4] {
-            let kernel = dummy!(
-                few_rows,
-                CubeDim::new_2d(32, 4),
-                words,
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                1,
-                1,
-                32,
-                1,
-                0,
-                at_once,
-                form,
+        for rows in [1, 2, 4] {
+            compile(
+                &product!(few_rows, CubeDim::new_2d(32, 4), form, rows),
+                4,
+                &format!("{rows} rows of {kind:?}"),
             );
-            compile(&kernel, 4, &format!("{at_once} rows of {kind:?}"));
-        }
-        for per_unit in [1, 2, 4] {
-            let kernel = dummy!(
-                many_rows,
-                CubeDim::new_2d(16, 16),
-                words,
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                1,
-                1,
-                32,
-                1,
-                0,
-                per_unit,
-                form,
-            );
-            compile(&kernel, 4, &format!("{per_unit} rows per unit of {kind:?}"));
+            let many = product!(many_rows, CubeDim::new_2d(16, 16), form, rows);
+            compile(&many, 4, &format!("{rows} rows per unit of {kind:?}"));
         }
         let kernel = dummy!(
             table_rows,
             CubeDim::new_1d(64),
-            words,
+            form.words(),
             buffer(),
             buffer(),
             buffer(),
