@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod codegen;
+mod cuda;
 mod fetch_model;
 mod fuzz;
 mod instructions;
@@ -70,6 +71,12 @@ enum Command {
     },
     /// Try our nodes with others' programs in both directions: Helia, Kubo, py-libp2p, the original Lattica (root; skipped without).
     Interop(interop::InteropArgs),
+    /// Build `parallax` for NVIDIA GPUs on a machine that cannot download LLVM; neither CUDA nor a GPU is needed for it.
+    Cuda {
+        /// Only check that it would build.
+        #[arg(long)]
+        check: bool,
+    },
     /// Pass all tests, as the README says: `cargo test --release --workspace`.
     Test,
     /// What the gate runs, and clippy, the cores alone and the documentation besides.
@@ -93,6 +100,7 @@ fn main() -> anyhow::Result<()> {
         Command::Netlab(args) => netlab::run(&root, &args),
         Command::Fuzz { seconds, only, keep } => fuzz::run(&root, seconds, only.as_deref(), keep),
         Command::Interop(args) => interop::run(&root, &args),
+        Command::Cuda { check } => cuda::run(&root, check),
         Command::Test => ci::test(&root),
         Command::Ci => ci::run(&root),
     }
