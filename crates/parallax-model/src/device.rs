@@ -1,21 +1,53 @@
-//! Burn devices by name. Never Burn's default device, which changes with the compiled features.
+//! Devices by name. Never Burn's default device, which changes with the compiled features.
 
+#[cfg(feature = "gpu")]
+use burn::backend::CubeDevice;
 use burn::tensor::Device;
 
 use crate::{error::LoadError, layer::Route, options::DeviceKind};
+
+impl DeviceKind {
+    /// What the driver calls the device of this kind on this machine; opens it.
+    ///
+    /// # Errors
+    /// It was not compiled in, or is not present.
+    pub fn describe(self) -> Result<String, LoadError> {
+        match self {
+            Self::Cpu => Ok("this machine's processor".to_owned()),
+            #[cfg(feature = "gpu")]
+            other => Ok(gpu(other)?.client().properties().identity.name.clone()),
+            #[cfg(not(feature = "gpu"))]
+            other => Err(unavailable(other, &absent(other))),
+        }
+    }
+}
 
 /// The device, and how operations run on it.
 pub(crate) fn open(kind: DeviceKind) -> Result<(Device, Route), LoadError> {
     match kind {
         DeviceKind::Cpu => Ok((Device::flex(), Route::Kernels)),
-        #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => Ok((Device::cuda(0), Route::Composed)),
-        #[cfg(feature = "wgpu")]
-        DeviceKind::Wgpu => Ok((Device::wgpu(burn::tensor::DeviceKind::DefaultDevice), Route::Composed)),
-        #[cfg(not(all(feature = "cuda", feature = "wgpu")))]
-        other => Err(LoadError::Device {
-            device: other.to_string(),
-            reason: format!("this program was built without the feature `{other}`"),
-        }),
+        #[cfg(feature = "gpu")]
+        other => Ok((Device::new(gpu(other)?), Route::Gpu)),
+        #[cfg(not(feature = "gpu"))]
+        other => Err(unavailable(other, &absent(other))),
     }
+}
+
+#[cfg(feature = "gpu")]
+fn gpu(kind: DeviceKind) -> Result<CubeDevice, LoadError> {
+    match kind {
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => CubeDevice::cuda(0).map_err(|e| unavailable(kind, &e)),
+        #[cfg(feature = "wgpu")]
+        DeviceKind::Wgpu => CubeDevice::wgpu(Default::default()).map_err(|e| unavailable(kind, &e)),
+        other => Err(unavailable(other, &absent(other))),
+    }
+}
+
+fn absent(kind: DeviceKind) -> String {
+    format!("this program was built without the feature `{kind}`")
+}
+
+fn unavailable(kind: DeviceKind, reason: &impl ToString) -> LoadError {
+    LoadError::Device { device: kind.to_string(), reason: reason.to_string() }
 }

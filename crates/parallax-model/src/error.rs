@@ -226,6 +226,13 @@ pub enum ForwardError {
         /// Position of the row in its sequence.
         position: u32,
     },
+    /// A GPU did not do what it was asked, in this pass or before: it ran out of memory, or is gone. The stage is to be
+    /// loaded again.
+    #[error("the device failed: {reason}")]
+    Device {
+        /// What its driver says.
+        reason: String,
+    },
 }
 
 /// A tokenizer that cannot be built or a text it cannot take.

@@ -2,8 +2,8 @@
 //!
 //! x ── norm ── mixer ── norm ──(+)── norm ── feed-forward ── norm ──(+)──      (of the norms, those that it has)
 //!
-//! The hidden state is a Burn tensor [T, H]; `route` says whether an operation runs on our kernels or is
-//! composed of Burn operations.
+//! The hidden state is a Burn tensor [T, H]; `route` says whether an operation runs on our kernels, on the CPU or a GPU, or
+//! is composed of Burn operations.
 
 mod delta;
 mod experts;
@@ -11,7 +11,7 @@ mod latent;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 
 pub(crate) use self::{
     delta::DeltaMixerWeights,
@@ -19,6 +19,8 @@ pub(crate) use self::{
     latent::{LatentAdapter, LatentMixerWeights},
 };
 
+#[cfg(feature = "gpu")]
+use crate::ops::gpu::{self, DeviceLinear};
 use crate::{
     config::{Activation, ModelConfig},
     error::ForwardError,
@@ -39,7 +41,11 @@ use crate::{
 pub(crate) enum Route {
     /// Our CPU kernels as extension ops.
     Kernels,
-    /// Burn operations: any device.
+    /// Our kernels on a GPU, and Burn operations between them.
+    #[cfg(feature = "gpu")]
+    Gpu,
+    /// Burn operations on any device: the specification.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests compare the other routes with it"))]
     Composed,
 }
 
@@ -49,7 +55,10 @@ pub(crate) enum Route {
 pub(crate) enum LinearWeight {
     /// Packed for the kernels, without gradient.
     Packed(Arc<FrozenLinear>),
-    /// A tensor: trained, or on a device without kernels.
+    /// Packed on a GPU.
+    #[cfg(feature = "gpu")]
+    Device(Arc<DeviceLinear>),
+    /// A tensor: trained, or on the composed route.
     Dense(Tensor<2>),
 }
 
@@ -156,21 +165,24 @@ impl Linear {
                     Some(bias) => run3(x.clone(), weight.clone(), bias.clone(), Dense { n, k }),
                 }
             }
-            (LinearWeight::Dense(weight), Route::Composed) => {
-                let y = composed::linear(x.clone(), weight.clone());
-                match &self.bias {
-                    None => y,
-                    Some(bias) => y + bias.clone().unsqueeze(),
-                }
-            }
+            (LinearWeight::Dense(weight), _) => self.add_bias(composed::linear(x.clone(), weight.clone())),
+            #[cfg(feature = "gpu")]
+            (LinearWeight::Device(weight), _) => self.add_bias(weight.apply(x.clone())),
         };
         adapters.fold(y, |y, (part, lora)| match route {
             Route::Kernels => {
                 let n = y.dims()[1];
                 run4(y, x.clone(), part.a.clone(), part.b.clone(), AddLora { n, lora })
             }
-            Route::Composed => composed::lora_add(y, &x, part, lora.rows.as_deref()),
+            _ => composed::lora_add(y, &x, part, lora.rows.as_deref()),
         })
+    }
+
+    fn add_bias(&self, y: Tensor<2>) -> Tensor<2> {
+        match &self.bias {
+            None => y,
+            Some(bias) => y + bias.clone().unsqueeze(),
+        }
     }
 }
 
@@ -186,6 +198,8 @@ impl NormWeights {
     pub(crate) fn forward(&self, x: Tensor<2>, route: Route) -> Tensor<2> {
         match route {
             Route::Kernels => run2(x, self.weight.clone(), RmsNorm { eps: self.eps }),
+            #[cfg(feature = "gpu")]
+            Route::Gpu => gpu::rms_norm(x, self.weight.clone(), self.eps),
             Route::Composed => composed::rms_norm(x, self.weight.clone(), self.eps),
         }
     }
@@ -354,11 +368,9 @@ pub(crate) fn embed(
         (LinearWeight::Dense(table), Route::Kernels) => {
             run1(table.clone(), Embedding { tokens: Arc::new(tokens.to_vec()), hidden })
         }
-        (LinearWeight::Dense(table), Route::Composed) => {
-            let ids: Vec<i32> = tokens.iter().map(|id| id.cast_signed()).collect();
-            let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [tokens.len()]), device);
-            table.clone().select(0, ids)
-        }
+        (LinearWeight::Dense(table), _) => composed::select(table, tokens),
+        #[cfg(feature = "gpu")]
+        (LinearWeight::Device(table), _) => table.rows(tokens),
     };
     Ok(scaled(rows, config.embedding_scale))
 }
@@ -379,8 +391,12 @@ fn attend_rows(qkv: Tensor<2>, g: &Arc<Geometry>, index: usize, attend: &Attend,
             let (positions, cu_seqlens) = (Arc::clone(positions), Arc::clone(cu_seqlens));
             run1(qkv, PackedAttention { geometry, positions, cu_seqlens })
         }
-        (Attend::Packed { positions, cu_seqlens }, Route::Composed) => {
+        (Attend::Packed { positions, cu_seqlens }, _) => {
             composed::packed_attention(&qkv, &geometry, positions, cu_seqlens)
+        }
+        #[cfg(feature = "gpu")]
+        (Attend::Paged { store, rows, .. }, Route::Gpu) => {
+            gpu::paged_attention(qkv, &geometry, store, index, rows)
         }
         (Attend::Paged { store, rows, .. }, Route::Composed) => {
             composed::paged_attention(&qkv, &geometry, store, index, rows)
@@ -400,6 +416,8 @@ impl AttentionWeights {
                     let op = HeadNorms { n_heads, n_kv_heads, head_dim, eps };
                     run3(qkv, q.weight.clone(), k.weight.clone(), op)
                 }
+                #[cfg(feature = "gpu")]
+                Route::Gpu => gpu::head_norms(qkv, q.weight.clone(), k.weight.clone(), g, eps),
                 Route::Composed => composed::head_norms(&qkv, &q.weight, &k.weight, g, eps),
             };
         }
@@ -418,6 +436,8 @@ impl DenseMlpWeights {
         let (activation, ffn) = (self.activation, gate_up.dims()[1] / 2);
         let inner = match route {
             Route::Kernels => run1(gate_up, GatedMul { activation, ffn }),
+            #[cfg(feature = "gpu")]
+            Route::Gpu => gpu::gated_mul(activation, gate_up),
             Route::Composed => composed::gated_mul(activation, gate_up),
         };
         self.down.forward(&inner, route)

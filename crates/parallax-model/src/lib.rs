@@ -34,6 +34,9 @@
     )
 )]
 
+#[cfg(all(feature = "gpu", not(any(feature = "cuda", feature = "wgpu"))))]
+compile_error!("the feature `gpu` is what `cuda` and `wgpu` share: choose one of them");
+
 mod adapter;
 mod arch;
 pub mod catalogue;

@@ -1,4 +1,4 @@
-//! From tensors on disk to the weights of layers, packed for the kernels or as tensors for other devices.
+//! From tensors on disk to the weights of layers: packed for the kernels, in memory or on a GPU, or as tensors.
 
 mod adapters;
 mod delta;
@@ -15,6 +15,8 @@ use parallax_kernels::{
     rope::{RopeLayout, RopeTable},
 };
 
+#[cfg(feature = "gpu")]
+use crate::ops::gpu::DeviceLinear;
 use crate::{
     config::{
         Attention, DenseMlp, HeadSpan, LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Norms,
@@ -123,17 +125,23 @@ impl Loader<'_> {
         }
         let pieces: Vec<Rows> =
             names.iter().map(|(name, n)| Rows { name: name.clone(), first: 0, n: *n }).collect();
+        let failed = |e: KernelError| LoadError::Pack { name: names[0].0.clone(), reason: e.to_string() };
+        #[cfg(feature = "gpu")]
+        if self.route == Route::Gpu {
+            let stacks = self.index.stack(&pieces, k, self.dtype)?;
+            let weight = DeviceLinear::upload(&self.device, &stacks, k).map_err(failed)?;
+            return Ok(LinearWeight::Device(Arc::new(weight)));
+        }
         let mut values = Vec::new();
-        if self.route == Route::Composed || self.keep_transposed {
+        if self.route != Route::Kernels || self.keep_transposed {
             for piece in &pieces {
                 values.extend(self.index.read_rows_f32(&piece.name, piece.range())?);
             }
         }
-        if self.route == Route::Composed {
+        if self.route != Route::Kernels {
             let n = values.len() / k;
             return Ok(LinearWeight::Dense(self.tensor(values, [n, k])));
         }
-        let failed = |e: KernelError| LoadError::Pack { name: names[0].0.clone(), reason: e.to_string() };
         let parts = if self.keep_transposed && self.dtype == WeightDtype::F32 {
             vec![PackedWeight::pack_f32(WeightKind::F32, &values, values.len() / k, k).map_err(failed)?]
         } else {

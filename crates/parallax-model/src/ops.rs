@@ -2,8 +2,8 @@
 //!
 //! One small trait, [`CpuOp`], says what an operation is: slices in, values out, and the gradients of its
 //! inputs. The extension trait [`ModelOps`] carries any such operation through Burn's dispatch, with or without
-//! autodiff, so that each operation is written once and without Burn's types; `composed` says the same in Burn
-//! operations: the specification, and what other devices run.
+//! autodiff, so that each operation is written once and without Burn's types. `composed` says the same in Burn
+//! operations, the specification, and `gpu` for GPUs.
 
 pub(crate) mod activation;
 pub(crate) mod attention;
@@ -13,6 +13,8 @@ pub(crate) mod composed;
 pub(crate) mod delta;
 pub(crate) mod embedding;
 pub(crate) mod experts;
+#[cfg(feature = "gpu")]
+pub(crate) mod gpu;
 pub(crate) mod head;
 pub(crate) mod latent;
 pub(crate) mod linear;

@@ -123,8 +123,13 @@ pub enum DeviceKind {
     Cpu,
     /// The first NVIDIA GPU (feature `cuda`).
     Cuda,
-    /// The default GPU of wgpu (feature `wgpu`).
+    /// The default GPU of wgpu: by Vulkan, Metal or DirectX, as the system has it (feature `wgpu`).
     Wgpu,
+}
+
+impl DeviceKind {
+    /// Every kind, compiled in or not.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Cuda, Self::Wgpu];
 }
 
 impl FromStr for DeviceKind {

@@ -15,6 +15,7 @@ use crate::{
     layer::{self, AdapterSlot, Attend, LayerWeights, Linear, LinearWeight, NormWeights, Route},
     load::{self, Loader, Rotations},
     ops::{
+        self,
         attention::{KvStore, PagedRows},
         delta::StateStore,
         head,
@@ -155,8 +156,8 @@ impl Stage {
         if range.is_empty() || range.end > n_layers {
             return Err(LoadError::Layers { start: range.start, end: range.end, n_layers });
         }
-        check_store(options, &config)?;
-        if route == Route::Composed && !config.runs_composed() {
+        check_store(options, &config, route)?;
+        if route != Route::Kernels && !config.runs_composed() {
             return Err(LoadError::Device {
                 device: options.device.to_string(),
                 reason: format!("{} runs on the CPU only", config.family.name()),
@@ -170,7 +171,7 @@ impl Stage {
             route,
             keep_transposed: false,
         };
-        if route == Route::Composed && options.kv_format != KvFormat::F32 {
+        if route != Route::Kernels && options.kv_format != KvFormat::F32 {
             return Err(LoadError::Device {
                 device: options.device.to_string(),
                 reason: format!(
@@ -195,8 +196,15 @@ impl Stage {
             (&config.layers[range.clone()], options.kv_pages, options.kv_page_tokens);
         let store = match route {
             Route::Kernels => KvStore::new(held, pages, page_tokens, options.kv_format),
+            #[cfg(feature = "gpu")]
+            Route::Gpu => KvStore::on_device(held, pages, page_tokens, &device),
             Route::Composed => KvStore::tensors(held, pages, page_tokens, &device),
         };
+        // What did not fit is told now, not by the first pass.
+        device.sync().map_err(|e| LoadError::Device {
+            device: options.device.to_string(),
+            reason: format!("uploading the weights failed: {e}"),
+        })?;
         let store = Arc::new(store);
         let slots = config.state_slots((pages * page_tokens) as u64, options.kv_format);
         let mut stage = Self {
@@ -220,6 +228,8 @@ impl Stage {
     fn count_bytes(&self) -> u64 {
         let linear = |weight: &LinearWeight| match weight {
             LinearWeight::Packed(packed) => packed.bytes() as u64,
+            #[cfg(feature = "gpu")]
+            LinearWeight::Device(packed) => packed.bytes() as u64,
             LinearWeight::Dense(tensor) => tensor.dims().iter().product::<usize>() as u64 * 4,
         };
         let linears = self.layers.iter().flat_map(LayerWeights::linears);
@@ -343,17 +353,28 @@ impl Stage {
             x = layer::forward(layer, x, index, &attend, self.route);
         }
         let Some((norm, head)) = &self.head else {
-            let hidden = values(x);
+            let hidden = values(x)?;
             self.check_finite("leaving", &hidden, batch)?;
             return Ok(StageOutput { hidden, logits: Vec::new() });
         };
-        let hidden = values(norm.forward(x, self.route));
+        let x = norm.forward(x, self.route);
+        let wanted = batch::wanted_rows(batch);
+        if self.route != Route::Kernels {
+            // A device has all of the pass before it is asked for the first value.
+            let logits =
+                (!wanted.is_empty()).then(|| head.forward(&ops::composed::select(&x, &wanted), self.route));
+            let hidden = values(x)?;
+            self.check_finite("leaving", &hidden, batch)?;
+            let logits = logits.map_or(Ok(Vec::new()), values)?;
+            return Ok(StageOutput { hidden, logits: self.bend(logits) });
+        }
+        let hidden = values(x)?;
         self.check_finite("leaving", &hidden, batch)?;
-        let picked = batch::wanted_rows(batch, &hidden, self.config.hidden);
-        let logits = if picked.is_empty() {
+        let logits = if wanted.is_empty() {
             Vec::new()
         } else {
-            self.bend(values(head.forward(&self.matrix(picked), self.route)))
+            let picked = ops::linear::pick(&hidden, self.config.hidden, &wanted);
+            self.bend(values(head.forward(&self.matrix(picked), self.route))?)
         };
         Ok(StageOutput { hidden, logits })
     }
@@ -490,23 +511,36 @@ impl Stage {
     }
 }
 
-/// Values of a tensor, row-major.
-fn values(x: Tensor<2>) -> Vec<f32> {
-    x.into_data().try_to_vec().expect("activations are f32")
+/// Values of a tensor, row-major; waits for its device.
+fn values(x: Tensor<2>) -> Result<Vec<f32>, ForwardError> {
+    let data = x.try_into_data().map_err(|e| ForwardError::Device { reason: e.to_string() })?;
+    Ok(data.try_to_vec().expect("activations are f32"))
 }
 
 /// Largest key-value store of one layer: what can be addressed with room to spare.
 const MAX_STORE_BYTES: usize = 1 << 39;
+/// The same on a GPU, whose kernels count f32 keys and values in 32 bits each.
+#[cfg(feature = "gpu")]
+const MAX_DEVICE_STORE_BYTES: usize = 8 * (u32::MAX as usize);
 
-fn check_store(options: &LoadOptions, config: &ModelConfig) -> Result<(), LoadError> {
+fn check_store(options: &LoadOptions, config: &ModelConfig, route: Route) -> Result<(), LoadError> {
+    let most = match route {
+        #[cfg(feature = "gpu")]
+        Route::Gpu => MAX_DEVICE_STORE_BYTES,
+        _ => MAX_STORE_BYTES,
+    };
     let size = |what, value, reason: &str| Err(LoadError::Size { what, value, reason: reason.to_owned() });
     if !(1..=4096).contains(&options.kv_page_tokens) || !options.kv_page_tokens.is_multiple_of(16) {
         return size("kv_page_tokens", options.kv_page_tokens, "it must be a multiple of 16, at most 4096");
     }
     let per_token = usize::try_from(config.kv_bytes_per_token_layer(options.kv_format)).unwrap_or(usize::MAX);
     let bytes = options.kv_pages.saturating_mul(options.kv_page_tokens).saturating_mul(per_token);
-    if options.kv_pages == 0 || options.kv_pages > u32::MAX as usize || bytes > MAX_STORE_BYTES {
-        return size("kv_pages", options.kv_pages, "the store would be empty or larger than any memory");
+    if options.kv_pages == 0 || options.kv_pages > u32::MAX as usize || bytes >= most {
+        return size(
+            "kv_pages",
+            options.kv_pages,
+            "the store would be empty, or larger than can be addressed",
+        );
     }
     Ok(())
 }

@@ -392,9 +392,7 @@ impl TrainModel {
             let (scale, softcap) = (self.config.logit_scale, self.config.logit_softcap);
             return match self.route {
                 Route::Kernels => run1(logits, BentLogProbs { vocab, scale, softcap, targets }),
-                Route::Composed => {
-                    composed::logprobs(composed::softcap(logits.mul_scalar(scale), softcap), &targets)
-                }
+                _ => composed::logprobs(composed::softcap(logits.mul_scalar(scale), softcap), &targets),
             };
         }
         match (weights.head, self.route) {
@@ -402,7 +400,9 @@ impl TrainModel {
             (LinearWeight::Dense(weight), Route::Kernels) => {
                 run2(x, weight, DenseHead { vocab, hidden, targets })
             }
-            (LinearWeight::Dense(weight), Route::Composed) => composed::token_logprobs(&x, weight, &targets),
+            (LinearWeight::Dense(weight), _) => composed::token_logprobs(&x, weight, &targets),
+            #[cfg(feature = "gpu")]
+            (LinearWeight::Device(_), _) => unreachable!("training loads its weights on the CPU"),
         }
     }
 

@@ -19,6 +19,8 @@ pub(crate) use decode::to_f32;
 pub(crate) use names::{LATENT_PARTS, LONG_ROPE_FACTORS, NEGATED_RATES, ROPE_FACTORS, is_rope_factors};
 #[cfg(any(feature = "cpu", test))]
 pub(crate) use pack::Rows;
+#[cfg(feature = "gpu")]
+pub(crate) use pack::Stacked;
 pub(crate) use source::Source;
 
 use self::quantized::Derived;

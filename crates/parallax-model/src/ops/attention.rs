@@ -50,17 +50,18 @@ pub(crate) struct Rotation {
 }
 
 impl Geometry {
-    fn scoring(&self) -> Scoring<'_> {
+    pub(super) fn scoring(&self) -> Scoring<'_> {
         let Self { scale, window, softcap, .. } = *self;
         Scoring { scale, window, softcap, sinks: self.sinks.as_deref() }
     }
 
-    fn width(&self) -> usize {
+    /// Columns of a fused row.
+    pub(super) fn width(&self) -> usize {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
     }
 
     /// Column ranges of q, k and v in a fused row.
-    fn parts(&self) -> [Range<usize>; 3] {
+    pub(super) fn parts(&self) -> [Range<usize>; 3] {
         let q = self.n_heads * self.head_dim;
         let kv = self.n_kv_heads * self.head_dim;
         [0..q, q..q + kv, q + kv..q + 2 * kv]
@@ -84,7 +85,10 @@ impl Geometry {
 enum LayerStore {
     /// For the kernels.
     Pages(KvPages),
-    /// For other devices: [pages · page tokens, K·D] each.
+    /// For GPUs.
+    #[cfg(feature = "gpu")]
+    Device(super::gpu::DevicePages),
+    /// For the composed route: [pages · page tokens, K·D] each.
     Tensors { k: Tensor<2>, v: Tensor<2> },
     /// Latent rows, for the kernels.
     Latents(LatentPages),
@@ -116,18 +120,36 @@ impl KvStore {
         Self { page_tokens, layers: layers.iter().map(layer).collect() }
     }
 
-    /// The same on a device.
+    /// The same as tensors, for the composed route.
     pub(crate) fn tensors(
         layers: &[LayerConfig],
         n_pages: usize,
         page_tokens: usize,
         device: &Device,
     ) -> Self {
+        Self::of_attention(layers, page_tokens, |width| {
+            let zeros = || Tensor::zeros([n_pages * page_tokens, width], device);
+            LayerStore::Tensors { k: zeros(), v: zeros() }
+        })
+    }
+
+    /// The same on a GPU.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn on_device(
+        layers: &[LayerConfig],
+        n_pages: usize,
+        page_tokens: usize,
+        device: &Device,
+    ) -> Self {
+        Self::of_attention(layers, page_tokens, |width| {
+            LayerStore::Device(super::gpu::DevicePages::new(device, n_pages * page_tokens, width))
+        })
+    }
+
+    /// A store of layers that all attend, by the width of their keys.
+    fn of_attention(layers: &[LayerConfig], page_tokens: usize, store: impl Fn(usize) -> LayerStore) -> Self {
         let layer = |layer: &LayerConfig| match &layer.mixer {
-            Mixer::Attention(a) => {
-                let zeros = || Tensor::zeros([n_pages * page_tokens, a.kv_width()], device);
-                Mutex::new(LayerStore::Tensors { k: zeros(), v: zeros() })
-            }
+            Mixer::Attention(a) => Mutex::new(store(a.kv_width())),
             Mixer::Latent(_) | Mixer::Delta(_) => {
                 unreachable!("loading refuses these layers on other devices")
             }
@@ -140,6 +162,10 @@ impl KvStore {
         for layer in &self.layers {
             match &mut *layer.lock().unwrap_or_else(PoisonError::into_inner) {
                 LayerStore::Pages(pages) => pages.copy_page(from, to).expect(SHAPES),
+                #[cfg(feature = "gpu")]
+                LayerStore::Device(pages) => {
+                    pages.copy_rows(from * self.page_tokens, to * self.page_tokens, self.page_tokens);
+                }
                 LayerStore::Tensors { k, v } => {
                     let rows = |page: usize| page * self.page_tokens..(page + 1) * self.page_tokens;
                     for values in [k, v] {
@@ -159,6 +185,8 @@ impl KvStore {
         let bytes = |layer: &Mutex<LayerStore>| match &*layer.lock().unwrap_or_else(PoisonError::into_inner) {
             LayerStore::Pages(pages) => pages.bytes(),
             LayerStore::Latents(pages) => pages.bytes(),
+            #[cfg(feature = "gpu")]
+            LayerStore::Device(pages) => pages.bytes(),
             LayerStore::Tensors { k, v } => {
                 4 * [k, v].iter().map(|t| t.dims().iter().product::<usize>()).sum::<usize>()
             }
@@ -171,9 +199,7 @@ impl KvStore {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Pages(pages) => f(pages),
-            LayerStore::Tensors { .. } | LayerStore::Latents(_) | LayerStore::Nothing => {
-                unreachable!("a stage on the kernels' route makes a store in memory for attention")
-            }
+            _ => unreachable!("a stage on the kernels' route makes a store in memory for attention"),
         }
     }
 
@@ -181,9 +207,7 @@ impl KvStore {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Latents(latents) => f(latents),
-            LayerStore::Pages(_) | LayerStore::Tensors { .. } | LayerStore::Nothing => {
-                unreachable!("a store has latent rows where the layer's attention is latent")
-            }
+            _ => unreachable!("a store has latent rows where the layer's attention is latent"),
         }
     }
 
@@ -202,9 +226,16 @@ impl KvStore {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Tensors { k, v } => f(k, v),
-            LayerStore::Pages(_) | LayerStore::Latents(_) | LayerStore::Nothing => {
-                unreachable!("a stage on the composed route makes a store of tensors")
-            }
+            _ => unreachable!("a stage on the composed route makes a store of tensors"),
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    pub(super) fn with_device<R>(&self, layer: usize, f: impl FnOnce(&super::gpu::DevicePages) -> R) -> R {
+        let layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
+        match &*layer {
+            LayerStore::Device(pages) => f(pages),
+            _ => unreachable!("a stage on the route of GPUs makes its store there"),
         }
     }
 }
@@ -220,6 +251,8 @@ pub(crate) struct PagedRows {
     pub(crate) tables: Vec<Vec<u32>>,
     /// Rows of each sequence, as recurrent layers see them.
     pub(crate) sequences: Arc<Vec<StateRows>>,
+    #[cfg(feature = "gpu")]
+    pub(crate) device: super::gpu::DeviceBatch,
 }
 
 /// Input: qkv [T, (Q + 2K)·D]; result [T, Q·D]. Appends the rows' keys and values to the store.

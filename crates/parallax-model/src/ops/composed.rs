@@ -1,6 +1,6 @@
-//! The operations composed of Burn's own: the specification, and what devices without our kernels run.
+//! The operations composed of Burn's own: the specification, and what has no kernel on GPUs.
 //!
-//! Every function here is differentiable by Burn and compared with its kernel in `ops/tests.rs`.
+//! Every function here is differentiable by Burn and compared with its kernel in `stage/tests.rs` and `train/tests.rs`.
 
 use burn::tensor::{Bool, Int, Tensor, TensorData, activation};
 
@@ -17,8 +17,7 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     x.matmul(weight.transpose())
 }
 
-/// y with the adapter's product added to the module's columns.
-/// Only the rows listed, where they are.
+/// y with the adapter's product added to the modules' columns, of the chosen rows or of all.
 pub(crate) fn lora_add(y: Tensor<2>, x: &Tensor<2>, part: &LoraPart, chosen: Option<&Vec<u32>>) -> Tensor<2> {
     let rows = y.dims()[0];
     let added = part.modules.iter().fold(y.clone(), |y, m| {

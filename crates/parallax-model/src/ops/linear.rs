@@ -216,7 +216,7 @@ impl Lora {
 }
 
 /// Chosen rows of a matrix.
-pub(super) fn pick(from: &[f32], width: usize, rows: &[u32]) -> Vec<f32> {
+pub(crate) fn pick(from: &[f32], width: usize, rows: &[u32]) -> Vec<f32> {
     let mut picked = Vec::with_capacity(rows.len() * width);
     for row in rows {
         picked.extend_from_slice(&from[*row as usize * width..][..width]);

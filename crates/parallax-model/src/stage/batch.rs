@@ -28,7 +28,7 @@ pub(super) fn rows(
         positions: Vec::with_capacity(n_rows),
         rows: Vec::with_capacity(n_rows),
         tables: Vec::with_capacity(batch.sequences.len()),
-        sequences: Arc::default(),
+        ..PagedRows::default()
     };
     let mut sequences = Vec::with_capacity(batch.sequences.len());
     for (i, sequence) in batch.sequences.iter().enumerate() {
@@ -77,18 +77,18 @@ pub(super) fn rows(
     Ok(out)
 }
 
-/// The hidden rows that need logits.
-pub(super) fn wanted_rows(batch: &ForwardBatch, hidden: &[f32], width: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(batch.n_wanted() * width);
+/// Numbers of the rows that need logits.
+pub(super) fn wanted_rows(batch: &ForwardBatch) -> Vec<u32> {
+    let mut out = Vec::with_capacity(batch.n_wanted());
     let mut first = 0;
     for sequence in &batch.sequences {
-        let n = sequence.rows as usize;
+        let n = sequence.rows;
         let skip = match sequence.want {
             Want::Nothing => n,
             Want::LastLogits => n.saturating_sub(1),
             Want::AllLogits => 0,
         };
-        out.extend_from_slice(&hidden[(first + skip) * width..(first + n) * width]);
+        out.extend(first + skip..first + n);
         first += n;
     }
     out

@@ -57,15 +57,23 @@ fn convert(stored: &StoredRows, to: WeightKind, k: usize) -> Result<Vec<u8>, Ker
     Ok(out)
 }
 
+/// Rows of one format, one below the other, as they are stored.
+#[derive(Debug)]
+pub(crate) struct Stacked {
+    pub(crate) kind: WeightKind,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) n: usize,
+}
+
 impl WeightIndex {
-    /// The rows, stacked, as packed weights: neighbours of one format become one weight.
-    pub(crate) fn pack(
+    /// The rows in the formats that `dtype` asks for; neighbours of one format are stacked.
+    pub(crate) fn stack(
         &self,
         pieces: &[Rows],
         k: usize,
         dtype: WeightDtype,
-    ) -> Result<Vec<PackedWeight>, LoadError> {
-        let mut groups: Vec<(WeightKind, Vec<u8>, usize)> = Vec::new();
+    ) -> Result<Vec<Stacked>, LoadError> {
+        let mut stacks: Vec<Stacked> = Vec::new();
         for piece in pieces {
             let error = |e: KernelError| LoadError::Pack { name: piece.name.clone(), reason: e.to_string() };
             let shape = self.shape(&piece.name)?;
@@ -80,18 +88,28 @@ impl WeightIndex {
             let kind = target(dtype, &stored, k);
             let bytes =
                 if kind == stored.kind { stored.bytes } else { convert(&stored, kind, k).map_err(error)? };
-            match groups.last_mut() {
-                Some((last, all, n)) if *last == kind => {
-                    all.extend(bytes);
-                    *n += piece.n;
+            match stacks.last_mut() {
+                Some(last) if last.kind == kind => {
+                    last.bytes.extend(bytes);
+                    last.n += piece.n;
                 }
-                _ => groups.push((kind, bytes, piece.n)),
+                _ => stacks.push(Stacked { kind, bytes, n: piece.n }),
             }
         }
+        Ok(stacks)
+    }
+
+    /// The same as packed weights, one for each stack.
+    pub(crate) fn pack(
+        &self,
+        pieces: &[Rows],
+        k: usize,
+        dtype: WeightDtype,
+    ) -> Result<Vec<PackedWeight>, LoadError> {
         let name = pieces.first().map_or_else(String::new, |p| p.name.clone());
-        groups
+        self.stack(pieces, k, dtype)?
             .into_iter()
-            .map(|(kind, bytes, n)| PackedWeight::from_bytes(kind, &bytes, n, k))
+            .map(|stack| PackedWeight::from_bytes(stack.kind, &stack.bytes, stack.n, k))
             .collect::<Result<_, _>>()
             .map_err(|e| LoadError::Pack { name, reason: e.to_string() })
     }
