@@ -9,6 +9,7 @@ pub mod adapters;
 pub mod bench;
 pub mod bench_swarm;
 pub mod chat;
+pub mod devices;
 pub mod engine;
 pub mod generate;
 pub mod hub;

@@ -28,6 +28,7 @@ fn every_binary_and_command_explains_itself() {
                 "run",
                 "chat",
                 "models",
+                "devices",
                 "fetch",
                 "serve",
                 "join",
@@ -55,6 +56,16 @@ fn every_binary_and_command_explains_itself() {
             assert!(output.status.success() && help.contains("Usage:"), "{binary} {subcommand:?}: {help}");
         }
     }
+}
+
+#[test]
+fn devices_are_named_or_missing_with_a_reason() {
+    let output = run(PARALLAX, &["devices", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let devices = report["devices"].as_array().unwrap();
+    assert_eq!(devices.iter().map(|d| &d["device"]).collect::<Vec<_>>(), ["cpu", "cuda", "wgpu"]);
+    assert!(devices.iter().all(|d| d["name"].is_string() != d["missing"].is_string()), "{report}");
+    assert!(devices[0]["name"].is_string());
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use swarm_examples::parallax::{
-    bench, bench_swarm, chat, generate, hub, join, models, plan, run, score, serve, status,
+    bench, bench_swarm, chat, devices, generate, hub, join, models, plan, run, score, serve, status,
 };
 use swarm_examples::program;
 
@@ -26,6 +26,7 @@ enum Command {
     Score(score::ScoreArgs),
     Bench(bench::BenchArgs),
     Models(models::ModelsArgs),
+    Devices(devices::DevicesArgs),
     Fetch(hub::FetchArgs),
     Run(run::RunArgs),
     Chat(chat::ChatArgs),
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Fetch(args) => hub::run(args),
         Command::Models(args) => models::run(args),
+        Command::Devices(args) => devices::run(args),
         Command::Serve(args) => serve::run(*args),
         Command::Join(args) => join::run(args),
         Command::Status(args) => status::run(args),
