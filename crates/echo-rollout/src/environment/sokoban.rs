@@ -16,7 +16,7 @@ const RULES: &str = "\nPush each $ onto a dot. You are @, # is wall. ";
 const SQUARES_RULES: &str = "Push each $ onto a dot. You are @, # is wall. U, D, L or R?\n";
 const CONTEXT: &str = "echo-rollout sokoban task v1";
 /// How often a beginner makes just any move.
-const WHIM: f64 = 0.6;
+const WHIM: f64 = 0.2;
 /// Most positions that the search visits for one level.
 pub const MAX_STATES: usize = 200_000;
 
@@ -25,8 +25,9 @@ pub const MAX_STATES: usize = 200_000;
 pub enum View {
     /// Drawn, in the usual characters.
     Picture,
-    /// Named, as in `#b1c0 .d3 $b2 @a1`: a letter for the column, a digit for the row, both counted from the upper left
-    /// square inside of the border. Half as long, and nobody need count characters to see who stands beside whom.
+    /// Named, as in `#r1u1 .r3d2 $r2d1 @a1`: how far to the right or left and down or up of the player everything is, and the
+    /// player's own square, a letter for the column and a digit for the row. Half as long, and nobody need count characters
+    /// or subtract squares to see who stands beside whom.
     Squares,
 }
 
@@ -51,6 +52,9 @@ pub struct Sokoban {
     pub moves_per_turn: usize,
     /// Reward for the share of boxes on goals when not all are. Default: 0.1.
     pub partial: f32,
+    /// Whether the game is over where no way leads to the end any more: then no turn is spent on what is lost. Asks the solver
+    /// after every turn, so it is for small levels. Default: no.
+    pub ends_lost: bool,
     /// How levels are shown. Default: drawn.
     pub view: View,
 }
@@ -67,6 +71,7 @@ impl Default for Sokoban {
             turns: 1,
             moves_per_turn: 24,
             partial: 0.1,
+            ends_lost: false,
             view: View::Picture,
         }
     }
@@ -78,9 +83,10 @@ impl Sokoban {
         Self { turns, moves_per_turn: 1, ..Self::default() }
     }
 
-    /// One move a turn, squares named instead of drawn: within reach of a model of half a million parameters.
+    /// One move a turn, squares named instead of drawn, over where it is lost: within reach of a model of a quarter of a million
+    /// parameters.
     pub fn tiny(turns: usize) -> Self {
-        Self { view: View::Squares, ..Self::interactive(turns) }
+        Self { view: View::Squares, ends_lost: true, ..Self::interactive(turns) }
     }
 
     /// Columns and rows of every level.
@@ -172,7 +178,8 @@ impl Episode for Play<'_> {
                 break;
             }
         }
-        if level.solved() || self.turn >= self.rules.turns.max(1) {
+        let lost = |level: &Level| self.rules.ends_lost && solve(level, MAX_STATES).is_none();
+        if level.solved() || self.turn >= self.rules.turns.max(1) || lost(level) {
             return Ok(Turn::Done(self.rules.reward(level)?));
         }
         Ok(Turn::Continue { observation: self.rules.show(level) })
@@ -183,7 +190,7 @@ impl Episode for Play<'_> {
         self.rules.reward(level)
     }
 
-    /// A beginner sees the best move, and often makes another one.
+    /// A beginner sees the best move, and now and then makes another one.
     fn options(&self) -> Vec<(&'static str, f64)> {
         let Some(level) = self.level.as_ref().filter(|_| self.rules.moves_per_turn == 1) else {
             return Vec::new();
@@ -202,6 +209,13 @@ impl Environment for Sokoban {
             View::Squares => "sokoban-squares",
             View::Picture if self.turns > 1 => "sokoban-steps",
             View::Picture => "sokoban",
+        }
+    }
+
+    fn version(&self) -> u32 {
+        match self.view {
+            View::Squares => 2,
+            View::Picture => 1,
         }
     }
 
@@ -285,7 +299,24 @@ mod tests {
     }
 
     #[test]
-    fn a_beginner_sees_the_best_move_and_often_makes_another() {
+    fn a_lost_level_is_over_where_that_is_the_rule() {
+        let lost = |env: Sokoban| {
+            let level = Level::from_squares(".r1d3 $l1d0 @c0", 6, 6).unwrap();
+            let prompt = match env.view {
+                View::Squares => format!("{SQUARES_RULES}{}", level.squares()),
+                View::Picture => format!("{level}{RULES}"),
+            };
+            env.episode(&Task { seed: 1, prompt, answer: String::new() }).step("L").unwrap()
+        };
+        assert!(
+            matches!(lost(Sokoban::tiny(16)), Turn::Done(reward) if reward.value() == 0.0),
+            "a box in a corner"
+        );
+        assert!(matches!(lost(Sokoban::interactive(16)), Turn::Continue { .. }));
+    }
+
+    #[test]
+    fn a_beginner_sees_the_best_move_and_now_and_then_makes_another() {
         let env = Sokoban::tiny(16);
         let task = env.task(5).unwrap();
         let mut play = env.episode(&task);
@@ -298,7 +329,7 @@ mod tests {
             let turn = play.step(best).unwrap();
             assert_eq!(matches!(turn, Turn::Done(reward) if reward.value() == 1.0), left == 0);
         }
-        let lost = Task { seed: 1, prompt: format!("{SQUARES_RULES}.c2 $a0 @b1"), answer: String::new() };
+        let lost = Task { seed: 1, prompt: format!("{SQUARES_RULES}.r1d1 $l1u1 @b1"), answer: String::new() };
         assert!(env.episode(&lost).options().iter().all(|(_, share)| *share == 0.25), "a box in a corner");
         let all_at_once = Sokoban::default();
         let task = all_at_once.task(5).unwrap();

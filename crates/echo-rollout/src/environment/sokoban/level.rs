@@ -49,7 +49,9 @@ pub enum LevelError {
         row: usize,
     },
     /// Something in a list of squares that is none.
-    #[error("{found:?} in a list of squares; it has parts like #b1c0 .d3 $b2 @a1, all inside of the border")]
+    #[error(
+        "{found:?} in a list of squares; it has parts like #r1u1 .r3d2 $r0d1 @a1, all inside of the border"
+    )]
     Square {
         /// It.
         found: String,
@@ -102,26 +104,42 @@ impl Level {
         (self.goals, self.boxes, self.player) = (goals, boxes, player);
     }
 
-    /// Inner walls, goals, boxes and the player by their squares, as in `#b1c0 .d3 $b2 @a1`: a letter for the column, a digit
-    /// for the row, both counted from the upper left square inside of the border, for at most ten rows. Without inner walls
-    /// there is no such part. What moves is always at the same distance from the end, where a small model finds it.
+    /// Inner walls, goals and boxes by their way from the player, and the player's own square, as in
+    /// `#r1u1r2d0 .r3d2 $r2u1 @a1`: so many columns to the right or left and rows down or up (0 is `r` and `d`), then a letter
+    /// for the column and a digit for the row, both counted from the upper left square inside of the border, for at most ten
+    /// rows. Without inner walls there is no such part. What moves is always at the same distance from the end, where a small
+    /// model finds it.
     pub(super) fn squares(&self) -> String {
         let walls: Vec<usize> = (0..self.walls.len()).filter(|at| self.walls[*at]).collect();
-        let parts =
-            [('#', &walls[..]), ('.', &self.goals[..]), ('$', &self.boxes[..]), ('@', &[self.player][..])];
-        let named = |squares: &[usize]| squares.iter().filter_map(|at| self.square(*at)).collect::<String>();
-        let parts = parts.map(|(kind, squares)| (kind, named(squares))).into_iter();
-        let written =
-            parts.filter(|(_, named)| !named.is_empty()).map(|(kind, named)| format!("{kind}{named}"));
-        written.collect::<Vec<_>>().join(" ")
+        let parts = [('#', &walls[..]), ('.', &self.goals[..]), ('$', &self.boxes[..])];
+        let ways = |squares: &[usize]| squares.iter().filter_map(|at| self.way(*at)).collect::<String>();
+        let parts = parts.map(|(kind, squares)| (kind, ways(squares))).into_iter();
+        let mut written: Vec<String> =
+            parts.filter(|(_, ways)| !ways.is_empty()).map(|(kind, ways)| format!("{kind}{ways}")).collect();
+        written.extend(self.square(self.player).map(|named| format!("@{named}")));
+        written.join(" ")
     }
 
     /// The name of a square inside of the border.
     fn square(&self, at: usize) -> Option<String> {
+        let (column, row) = self.inside(at)?;
+        Some(format!("{}{row}", char::from(b'a' + column as u8)))
+    }
+
+    /// How a square inside of the border is reached from the player's.
+    fn way(&self, at: usize) -> Option<String> {
+        let ((column, row), (from_column, from_row)) = (self.inside(at)?, self.inside(self.player)?);
+        let across = if column < from_column { 'l' } else { 'r' };
+        let along = if row < from_row { 'u' } else { 'd' };
+        Some(format!("{across}{}{along}{}", column.abs_diff(from_column), row.abs_diff(from_row)))
+    }
+
+    /// Column and row of a square inside of the border, counted from the upper left one of these.
+    fn inside(&self, at: usize) -> Option<(usize, usize)> {
         let (row, column) = (at / self.width, at % self.width);
         let inside =
             row > 0 && (row + 1) * self.width < self.walls.len() && column > 0 && column + 1 < self.width;
-        inside.then(|| format!("{}{}", char::from(b'a' + (column - 1) as u8), row - 1))
+        inside.then(|| (column - 1, row - 1))
     }
 
     /// The level of these [`Level::squares`] in a room of `width` x `height`, border included, at most 12 each.
@@ -130,26 +148,28 @@ impl Level {
     /// Squares that are none, or counts that do not make a level.
     pub(super) fn from_squares(text: &str, width: usize, height: usize) -> Result<Self, LevelError> {
         let mut level = Self::room(width, height);
-        let names: HashMap<String, usize> =
-            (0..width * height).filter_map(|at| Some((level.square(at)?, at))).collect();
-        let mut players = Vec::new();
-        for part in text.split_whitespace() {
-            let unknown = || LevelError::Square { found: part.chars().take(80).collect() };
-            let (kind, mut squares) = part.split_at_checked(1).ok_or_else(unknown)?;
+        let (players, others): (Vec<&str>, Vec<&str>) =
+            text.split_whitespace().partition(|part| part.starts_with('@'));
+        let unknown = |part: &str| LevelError::Square { found: part.chars().take(80).collect() };
+        let &[player] = &players[..] else { return level.counted(players.len()) };
+        let here = (0..width * height).find(|at| level.square(*at).is_some_and(|name| name == player[1..]));
+        level.player = here.ok_or_else(|| unknown(player))?;
+        let ways: HashMap<String, usize> =
+            (0..width * height).filter_map(|at| Some((level.way(at)?, at))).collect();
+        for part in others {
+            let (kind, mut squares) = part.split_at_checked(1).ok_or_else(|| unknown(part))?;
             while !squares.is_empty() {
-                let (square, rest) = squares.split_at_checked(2).ok_or_else(unknown)?;
-                let at = *names.get(square).ok_or_else(unknown)?;
+                let (way, rest) = squares.split_at_checked(4).ok_or_else(|| unknown(part))?;
+                let at = *ways.get(way).ok_or_else(|| unknown(part))?;
                 match kind {
                     "#" => level.set_wall(at),
                     "." => level.goals.push(at),
                     "$" => level.boxes.push(at),
-                    "@" => players.push(at),
-                    _ => return Err(unknown()),
+                    _ => return Err(unknown(part)),
                 }
                 squares = rest;
             }
         }
-        level.player = players.first().copied().unwrap_or_default();
         level.counted(players.len())
     }
 
@@ -308,22 +328,27 @@ mod tests {
     fn squares_are_the_picture_in_words() {
         let picture = "######\n#@   #\n# #$ #\n#  # #\n#   .#\n######";
         let mut level: Level = picture.parse().unwrap();
-        assert_eq!(level.squares(), "#b1c2 .d3 $c1 @a0");
+        assert_eq!(level.squares(), "#r1d1r2d2 .r3d3 $r2d1 @a0");
         assert_eq!(Level::from_squares(&level.squares(), 6, 6), Ok(level.clone()));
         assert_eq!(level.step(Move::Down), Some(false));
-        assert_eq!(level.squares(), "#b1c2 .d3 $c1 @a1");
+        assert_eq!(level.squares(), "#r1d0r2d1 .r3d2 $r2d0 @a1");
+        assert_eq!([Move::Down, Move::Down, Move::Right].map(|step| level.step(step)), [Some(false); 3]);
+        assert_eq!(level.squares(), "#r0u2r1u1 .r2d0 $r1u2 @b3");
+        assert_eq!(Level::from_squares(&level.squares(), 6, 6), Ok(level));
         let plain: Level = SMALL.parse().unwrap();
-        assert_eq!(plain.squares(), ".c0 $b0 @a0");
-        assert_eq!(Level::from_squares(".c0 $b0 @a0", 5, 4), Ok(plain));
+        assert_eq!(plain.squares(), ".r2d0 $r1d0 @a0");
+        assert_eq!(Level::from_squares(".r2d0 $r1d0 @a0", 5, 4), Ok(plain));
     }
 
     #[test]
     fn squares_that_are_no_level_are_named() {
         let error = |text: &str| Level::from_squares(text, 5, 4).unwrap_err();
-        for text in [".d0 $b0 @a0", ".c2 $b0 @a0", ".c $b0 @a0", "xc0 $b0 @a0", "é0"] {
+        for text in
+            [".r3d0 $r1d0 @a0", ".r2u1 $r1d0 @a0", ".r2 $r1d0 @a0", "xr2d0 $r1d0 @a0", "é0 @a0", "@d0", "@"]
+        {
             assert!(matches!(error(text), LevelError::Square { .. }), "{text}");
         }
-        for text in ["", ".c0 $b0", ".c0 @a0", ".c0 $b0 @a0b0"] {
+        for text in ["", ".r2d0 $r1d0", ".r2d0 @a0", ".r2d0 $r1d0 @a0 @b0"] {
             assert!(matches!(error(text), LevelError::Counts { .. }), "{text}");
         }
     }
