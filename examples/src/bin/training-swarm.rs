@@ -35,7 +35,8 @@ enum Command {
     /// Make a tiny chat model from random weights
     #[command(
         after_help = "Report: {\"steps\",\"loss_before\",\"loss_after\",\"seconds\",\"held_out_reward\",\"parameters\",\"tokens\"}; losses in nats \
-                      per answer token, held_out_reward the mean probability of exactly the right answer."
+                      per answer token, held_out_reward the mean probability of exactly the right answer; \
+                      in a game, of the teacher's best first word."
     )]
     Pretrain(MakeArgs),
     /// Fine-tune on right answers

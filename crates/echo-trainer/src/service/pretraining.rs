@@ -42,8 +42,8 @@ pub struct PretrainReport {
     pub loss_after: f64,
     /// Wall time.
     pub seconds: f64,
-    /// Expected reward of a sampled answer on held-out questions: the mean probability of exactly the right answer. In a game:
-    /// of saying one of the words that are offered first.
+    /// Expected reward of a sampled answer on held-out questions: the mean probability of exactly the right answer. In a game,
+    /// where the rewards are not asked: the mean probability that the first word is the teacher's best one.
     pub held_out_reward: f64,
     /// Number of parameters.
     pub parameters: u64,
@@ -58,7 +58,7 @@ pub struct Progress {
     pub step: u64,
     /// Loss of the last batch.
     pub loss: f64,
-    /// Expected reward on held-out questions.
+    /// As [`PretrainReport::held_out_reward`].
     pub held_out_reward: f64,
     /// Wall time so far.
     pub seconds: f64,
@@ -148,13 +148,13 @@ pub fn pretrain(
         report.tokens += lines.iter().map(|l| l.tokens.len() as u64).sum::<u64>();
         let done = trainer.step(&lines)?;
         if (step + 1) % REPORT_EVERY == 0 {
-            let held_out_reward = lessons.held_out_reward(trainer.policy(), &held_out)?;
+            let held_out_reward = expected_reward(trainer.policy(), &held_out)?;
             let seconds = started.elapsed().as_secs_f64();
             progress(Progress { step: step + 1, loss: done.loss, held_out_reward, seconds });
         }
     }
     report.loss_after = trainer.loss(&batch(config.steps.saturating_sub(1))?)?;
-    report.held_out_reward = lessons.held_out_reward(trainer.policy(), &held_out)?;
+    report.held_out_reward = expected_reward(trainer.policy(), &held_out)?;
     let model = trainer.into_policy();
     model.save_checkpoint(out).map_err(model_error)?;
     narrow_weights(&out.join("model.safetensors"))?;
@@ -201,25 +201,19 @@ impl<'a> Lessons<'a> {
         (0..config.batch).map(line).collect()
     }
 
-    /// Held-out questions with their right answer, or with each of the words that are offered.
+    /// Held-out questions with their right answer, or with the word that the teacher says most often where a game begins; hands
+    /// that are over before anything can be said are left out.
     fn held_out(&self) -> Result<Vec<Labelled>, DataError> {
         let mut lines = Vec::new();
         for i in 0..HELD_OUT {
             let task = self.environment.task(held_out_seed(i))?;
-            if self.game {
-                let options = self.environment.episode(&task).options();
-                for (word, _) in options {
-                    lines.push(self.encoder.line(&task.prompt, word, false)?);
-                }
-            } else {
-                lines.push(self.encoder.line(&task.prompt, &task.answer, false)?);
+            let options = if self.game { self.environment.episode(&task).options() } else { Vec::new() };
+            let best = options.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(word, _)| word);
+            if let Some(answer) = best.or((!self.game).then_some(&*task.answer)) {
+                lines.push(self.encoder.line(&task.prompt, answer, false)?);
             }
         }
         Ok(lines)
-    }
-
-    fn held_out_reward(&self, policy: &impl Policy, lines: &[Labelled]) -> Result<f64, StepError> {
-        Ok(expected_reward(policy, lines)? * lines.len() as f64 / HELD_OUT as f64)
     }
 }
 
