@@ -349,17 +349,18 @@ impl Game for Holdem {
         format!("{own} {board}:{}", self.history)
     }
 
+    /// What changes from one decision to the next stands last: a small model reads what is near to its answer.
     fn describe(&self, player: usize) -> String {
         let (own, board) = self.written(player);
         let or = |text: String| if text.is_empty() { "-".to_owned() } else { text };
         format!(
-            "{own} {} {} pot {} call {} left {}: {}?",
-            or(board),
+            "{} pot {} call {} left {}: {}? {} {own}",
             or(self.history.clone()),
             self.pot(),
             self.to_call(player),
             self.left(player),
-            self.actions().join(" ")
+            self.actions().join(" "),
+            or(board)
         )
     }
 

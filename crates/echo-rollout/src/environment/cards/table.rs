@@ -180,7 +180,7 @@ impl<G: Game> Environment for Table<G> {
     }
 
     fn version(&self) -> u32 {
-        3
+        4
     }
 
     /// The answer is not part of a game; it is what an opponent who is asked has said before the policy acts.

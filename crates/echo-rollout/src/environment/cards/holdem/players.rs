@@ -32,7 +32,7 @@ impl Strategy<Holdem> for Tight {
 }
 
 /// How often a beginner does just anything.
-const WHIM: f64 = 0.3;
+const WHIM: f64 = 0.1;
 
 /// A beginner: it gives up what looks weak and raises by the least with what looks strong.
 pub(super) fn timid(game: &Holdem) -> Vec<f64> {

@@ -39,7 +39,7 @@ fn blinds_are_posted_and_the_button_acts_first_only_before_the_flop() {
     assert!(matches!(hand.node(), Node::Player(0)));
     assert_eq!((hand.pot(), hand.to_call(0), hand.left(0), hand.left(1)), (3, 1, 39, 38));
     assert_eq!(hand.actions(), ["fold", "call", "raise", "pot", "shove"]);
-    assert_eq!(hand.describe(0), "AsKd - - pot 3 call 1 left 39: fold call raise pot shove?");
+    assert_eq!(hand.describe(0), "- pot 3 call 1 left 39: fold call raise pot shove? - AsKd");
     // The small blind gives up: it loses just that.
     assert_eq!(played(hand.clone(), &["fold"], ""), -1);
     let limped = hand.hear("call").unwrap();
