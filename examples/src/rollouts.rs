@@ -38,6 +38,8 @@ use veri_verify::{Answer, Job};
 
 use crate::program;
 
+pub(crate) use reach::reach;
+
 /// Tokens of a cache page.
 pub const PAGE_TOKENS: usize = 16;
 /// Cached positions of a learner's own engine, which only evaluates.
@@ -443,7 +445,7 @@ pub async fn start_worker(
     checkpoint: &Checkpoint,
     options: &WorkerOptions,
 ) -> anyhow::Result<Worker> {
-    let trainer = reach::reach(&node, &options.trainer, options.patience).await?;
+    let trainer = reach(&node, &options.trainer, options.patience).await?;
     let source = Arc::new(Spreads::new(Blocks::start(node.clone(), memory_blocks())));
     let engine = policy_engine(checkpoint, options.dtype, options.cache_tokens)?;
     let id = checkpoint.id()?;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+pub mod assist;
 pub mod bench;
 pub mod exploitability;
 pub mod finetune;

@@ -27,7 +27,8 @@ pub struct TrainerConfig {
     /// Most tokens of one micro-batch; bounds memory.
     pub micro_batch_tokens: usize,
     /// Copies of the model that compute a step's gradients at the same time, each a share of the batch. They share the frozen
-    /// weights of an adapter's model, and the threads of the kernels. How the batch is cut changes the last bits of a step.
+    /// weights of an adapter's model, and the threads of the kernels. For how many trainers the batch is cut (replicas and a run's
+    /// assistants together) changes the last bits of a step; which of them compute it does not.
     pub replicas: usize,
     /// Keep only the layers' inputs for the backward pass and compute the rest again: less memory, 1.4 times the time.
     pub activation_checkpointing: bool,

@@ -23,7 +23,8 @@
 //!
 //! Map: [`advantage`] (credit within a group), [`averaging`] (several trainers make one step), [`loss`] (policy losses, f64 and tensors),
 //! [`preference`] (pairs: DPO, reward models), [`packing`] (rollouts to one
-//! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`step`] (gradients, pure), [`optim`] (AdamW,
+//! ragged batch), [`policy`] (what is needed of a model), [`parameters`], [`shares`] (a step's gradients, in shares), [`step`] (what a policy
+//! says about sequences), [`optim`] (AdamW,
 //! clipping, schedules), [`trainer`] (rounds and versions), [`lease_set`] (what was trained on), [`checkpoint`] (resume
 //! bit for bit), [`pretrain`] and [`data`] (learning from text), [`dataset`] (JSON lines), [`vocabulary`] (the tiny model's tokenizer),
 //! [`exploitability`] (what a policy gives away in a small card game), [`config`], [`run`] (a whole run's settings), [`metrics`], [`error`]; with feature
@@ -49,6 +50,7 @@ pub mod pretrain;
 pub mod run;
 #[cfg(feature = "service")]
 pub mod service;
+pub mod shares;
 pub mod step;
 pub mod trainer;
 pub mod vocabulary;

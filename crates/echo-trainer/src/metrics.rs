@@ -24,6 +24,19 @@ pub struct LossMetrics {
     pub correction: CorrectionFigures,
 }
 
+impl LossMetrics {
+    /// Adds those of the next part of the same batch.
+    pub(crate) fn add(&mut self, next: &Self) {
+        self.loss += next.loss;
+        self.tokens += next.tokens;
+        self.batch_tokens += next.batch_tokens;
+        self.clip_fraction += next.clip_fraction;
+        self.sampled_kl += next.sampled_kl;
+        self.ratio_deviation_max = self.ratio_deviation_max.max(next.ratio_deviation_max);
+        self.correction = next.correction;
+    }
+}
+
 /// Figures of one round: groups in, next version out.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct StepReport {

@@ -52,6 +52,13 @@ pub struct PackedBatch {
     pub targets: PolicyTargets,
 }
 
+impl PackedBatch {
+    /// Rows: one for each token but the first of each sequence.
+    pub fn rows(&self) -> usize {
+        self.tokens.len() - self.cu_seqlens.len().saturating_sub(1)
+    }
+}
+
 /// Why samples could not be packed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

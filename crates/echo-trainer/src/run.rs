@@ -13,6 +13,7 @@ use echo_rollout::{AuditPolicy, DispatchConfig};
 use serde::{Deserialize, Serialize};
 use swarm_wire::{PeerId, RunId};
 
+use crate::averaging::MAX_ASSISTANTS;
 use crate::config::{ConfigError, TrainerConfig};
 
 /// How rollouts and training alternate.
@@ -52,6 +53,14 @@ pub struct RunConfig {
     pub audit_fraction: f64,
     /// The first trajectories of each worker are always audited: this many.
     pub audit_first: u32,
+    /// Peers that compute shares of each step's batch (`training-swarm assist`), while they are there. The batch is cut for all of them
+    /// in any case.
+    pub assistants: Vec<PeerId>,
+    /// Seconds that one of them is waited for before its share is computed here.
+    pub assistant_timeout_s: u64,
+    /// Share of steps in which one share of an assistant is computed here as well, 0 to 1; one with other bits is out. Only for machines
+    /// that compute the same bits.
+    pub assistant_check: f64,
     /// Held-out tasks of one evaluation; evaluations are made before the first and after the last step.
     pub eval_tasks: u64,
     /// No step begins after this many seconds.
@@ -74,6 +83,9 @@ impl Default for RunConfig {
             auditors: Vec::new(),
             audit_fraction: 0.0,
             audit_first: 0,
+            assistants: Vec::new(),
+            assistant_timeout_s: 60,
+            assistant_check: 0.0,
             eval_tasks: 200,
             seconds: 3600,
             trainer: TrainerConfig::default(),
@@ -178,6 +190,7 @@ impl RunConfig {
         for (setting, value) in [
             ("workers", self.workers as u64),
             ("workers_timeout_s", self.workers_timeout_s),
+            ("assistant_timeout_s", self.assistant_timeout_s),
             ("eval_tasks", self.eval_tasks),
             ("seconds", self.seconds),
         ] {
@@ -185,6 +198,15 @@ impl RunConfig {
                 let (setting, allowed) = (setting.to_owned(), "at least 1".to_owned());
                 faults.push(RunFault::OutOfRange { setting, value: value.to_string(), allowed });
             }
+        }
+        let mut assistants = self.assistants.clone();
+        assistants.sort_unstable();
+        assistants.dedup();
+        if assistants.len() < self.assistants.len() || assistants.len() > MAX_ASSISTANTS {
+            let (setting, allowed) =
+                ("assistants", format!("at most {MAX_ASSISTANTS} peers, each named once"));
+            let value = format!("a list of {}", self.assistants.len());
+            faults.push(RunFault::OutOfRange { setting: setting.to_owned(), value, allowed });
         }
         if self.is_audited() && self.auditors.is_empty() {
             faults.push(RunFault::NoAuditor);
@@ -205,6 +227,10 @@ impl RunConfig {
         } else if !(0.0..=1.0).contains(&self.audit_fraction) {
             let (setting, allowed) = ("audit_fraction".to_owned(), "0 to 1".to_owned());
             faults.push(RunFault::OutOfRange { setting, value: self.audit_fraction.to_string(), allowed });
+        }
+        if !(0.0..=1.0).contains(&self.assistant_check) {
+            let (setting, allowed) = ("assistant_check".to_owned(), "0 to 1".to_owned());
+            faults.push(RunFault::OutOfRange { setting, value: self.assistant_check.to_string(), allowed });
         }
         if faults.is_empty() { Ok(()) } else { Err(RunFaults(faults)) }
     }
@@ -288,6 +314,17 @@ mod tests {
         let mut long = RunConfig::default();
         long.trainer.max_completion_tokens = u32::MAX;
         assert!(long.validate().unwrap_err().to_string().contains("max_tokens"));
+    }
+
+    #[test]
+    fn assistants_are_named_once_each() {
+        let peer = |i| PeerId::from_ed25519(&[i; 32]);
+        let named = |assistants| RunConfig { assistants, ..RunConfig::default() }.validate();
+        named(vec![peer(1), peer(2)]).unwrap();
+        assert!(named(vec![peer(1), peer(2), peer(1)]).unwrap_err().to_string().contains("assistants"));
+        assert!(named((0..65).map(peer).collect()).unwrap_err().to_string().contains("at most 64"));
+        let often = RunConfig { assistant_check: f64::NAN, ..RunConfig::default() };
+        assert!(often.validate().unwrap_err().to_string().contains("assistant_check"));
     }
 
     #[test]

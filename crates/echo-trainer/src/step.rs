@@ -1,117 +1,11 @@
-//! One pure step: a policy and a batch in, gradients and figures out. Nothing is updated here.
-
-use std::ops::Range;
+//! What a policy says about sequences, and gradients of the cross entropy. Nothing is updated here.
 
 use burn::tensor::{Tensor, TensorData};
 
 use crate::error::StepError;
-use crate::loss::plan::{RowPlan, needs_current};
-use crate::loss::{LossConfig, reference, tensor};
-use crate::metrics::LossMetrics;
-use crate::packing::{PackError, PackedBatch, Sample, joined, micro_batches, pack};
+use crate::packing::{PackError, Sample, joined, micro_batches, pack};
 use crate::parameters::Gradients;
-use crate::policy::{Backward, Policy, read_parameters, values};
-
-/// Gradients of the policy loss over `samples`, cut into micro-batches of at most `max_tokens` tokens, as many of which are
-/// computed at a time as there are `policies`: replicas of one model. The cut changes memory and last bits, not the meaning: row
-/// weights are those of the whole batch. How many replicas there are changes nothing at all, because gradients are added in the
-/// order of the micro-batches. A loss whose corrections depend on the current policy costs one more forward pass when the batch
-/// is cut.
-///
-/// # Errors
-/// When samples do not fit, or the model or the loss refuses them.
-pub fn policy_gradients<P: Policy + Send>(
-    policies: &mut [&mut P],
-    samples: &[Sample],
-    config: &LossConfig,
-    max_tokens: usize,
-) -> Result<(Gradients, LossMetrics), StepError> {
-    let whole = pack(samples)?;
-    let total = whole.targets.mask.iter().filter(|m| **m).count().max(1) as f64;
-    let mut parts = Vec::new();
-    let mut rows = 0;
-    for part in micro_batches(samples, |s| s.tokens.len(), max_tokens) {
-        let batch = pack(part)?;
-        let start = rows;
-        rows += batch.targets.rows();
-        parts.push((batch, start..rows));
-    }
-    let plan = match (needs_current(&whole.targets, config), parts.len()) {
-        (false, _) => Some(RowPlan::new(&[], &whole.targets, config)?),
-        // The only part makes the plan from its own forward pass.
-        (true, 0 | 1) => None,
-        (true, _) => {
-            let mut current = Vec::with_capacity(whole.targets.rows());
-            let logprobs =
-                |policy: &P, (batch, _): &(PackedBatch, Range<usize>)| -> Result<Vec<f32>, StepError> {
-                    let logprobs = policy.token_logprobs(&batch.tokens, &batch.cu_seqlens)?;
-                    Ok(values(logprobs.into_data()))
-                };
-            each_part(policies, &parts, logprobs, |_, logprobs| {
-                current.extend(logprobs.into_iter().map(f64::from));
-            })?;
-            Some(RowPlan::new(&current, &whole.targets, config)?)
-        }
-    };
-    let learn = |policy: &P, (batch, rows): &(PackedBatch, Range<usize>)| -> Result<_, StepError> {
-        let (logprobs, backward) = policy.pass(&batch.tokens, &batch.cu_seqlens)?;
-        let seen = values(logprobs.clone().into_data()).into_iter().map(f64::from).collect::<Vec<_>>();
-        let rows = match &plan {
-            Some(plan) => plan.slice(rows.clone()),
-            None => RowPlan::new(&seen, &batch.targets, config)?,
-        };
-        let figures = reference::planned_loss(&seen, &batch.targets, config, &rows)?;
-        let loss = tensor::planned_loss(&logprobs, &batch.targets, config, &rows)?;
-        Ok((figures, backward(&loss)?))
-    };
-    let mut gradients: Option<Gradients> = None;
-    let mut metrics = LossMetrics::default();
-    each_part(policies, &parts, learn, |(batch, _), (figures, part)| {
-        accumulate(&mut gradients, part);
-        let part_tokens = batch.targets.mask.iter().filter(|m| **m).count();
-        let tokens_share = part_tokens as f64 / total;
-        metrics.loss += figures.loss;
-        metrics.tokens += part_tokens;
-        metrics.batch_tokens += batch.tokens.len();
-        metrics.clip_fraction += tokens_share * figures.clip_fraction;
-        metrics.sampled_kl += tokens_share * figures.sampled_kl;
-        metrics.ratio_deviation_max = metrics.ratio_deviation_max.max(figures.ratio_deviation_max);
-        metrics.correction = figures.correction;
-    })?;
-    let zeros = || Gradients::zeros(&policies.first().map(|p| read_parameters(&**p)).unwrap_or_default());
-    Ok((gradients.unwrap_or_else(zeros), metrics))
-}
-
-/// Does `work` for each of `parts`, for as many at a time as there are `policies`, each on a thread of its own; `take` gets what
-/// comes of it in the order of the parts.
-fn each_part<P: Policy + Send, B: Sync, T: Send>(
-    policies: &mut [&mut P],
-    parts: &[B],
-    work: impl Fn(&P, &B) -> Result<T, StepError> + Sync,
-    mut take: impl FnMut(&B, T),
-) -> Result<(), StepError> {
-    if let [policy] = policies {
-        for part in parts {
-            take(part, work(policy, part)?);
-        }
-        return Ok(());
-    }
-    for wave in parts.chunks(policies.len().max(1)) {
-        let work = &work;
-        let done: Vec<Result<T, StepError>> = std::thread::scope(|scope| {
-            let mut threads = Vec::with_capacity(wave.len());
-            for (policy, part) in policies.iter_mut().zip(wave) {
-                threads.push(scope.spawn(move || work(&**policy, part)));
-            }
-            let ended = threads.into_iter().map(std::thread::ScopedJoinHandle::join);
-            ended.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-        });
-        for (part, done) in wave.iter().zip(done) {
-            take(part, done?);
-        }
-    }
-    Ok(())
-}
+use crate::policy::{Backward, Policy, values};
 
 /// Log-probability of every completion token of `samples` under `policy`, for a reference policy.
 ///
@@ -246,8 +140,8 @@ pub(crate) mod tests {
     use burn::tensor::{Device, Int, activation::log_softmax};
 
     use super::*;
-    use crate::loss::config::Correction;
     use crate::parameters::Parameter;
+    use crate::policy::read_parameters;
 
     /// The smallest policy: a table of next-token logits.
     #[derive(Debug, Clone)]
@@ -308,67 +202,6 @@ pub(crate) mod tests {
     pub(crate) fn sample(tokens: &[u32], prompt_tokens: usize, advantage: f64) -> Sample {
         let logprobs = (prompt_tokens..tokens.len()).map(|i| -1.3 - 0.1 * i as f32).collect();
         Sample::new(tokens.to_vec(), prompt_tokens, logprobs, advantage)
-    }
-
-    #[test]
-    fn gradients_are_those_of_finite_differences_and_micro_batches_do_not_change_them() {
-        let samples =
-            [sample(&[0, 1, 2, 3], 2, 0.7), sample(&[3, 1], 1, -0.4), sample(&[2, 2, 0, 1, 3], 1, 0.2)];
-        let mut masked = samples[2].clone();
-        masked.trainable[1] = false;
-        let samples = [samples[0].clone(), samples[1].clone(), masked];
-        for config in [
-            LossConfig::grpo(),
-            LossConfig::dapo(),
-            LossConfig::dr_grpo(6),
-            LossConfig::ppo(),
-            LossConfig::gspo(),
-        ] {
-            let mut policy = Bigram::new(4);
-            let (whole, figures) = policy_gradients(&mut [&mut policy], &samples, &config, 1000).unwrap();
-            let (parts, same) = policy_gradients(&mut [&mut policy], &samples, &config, 5).unwrap();
-            assert!((figures.loss - same.loss).abs() < 1e-6);
-            for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
-                assert!((a - b).abs() < 1e-6, "{a} {b}");
-            }
-            for entry in [1, 6, 11, 13] {
-                let h = 1e-2_f32;
-                let at = |shift: f32| {
-                    let mut p = read_parameters(&policy);
-                    p[0].values[entry] += shift;
-                    let mut moved = policy.clone();
-                    moved.assign(&p).unwrap();
-                    policy_gradients(&mut [&mut moved], &samples, &config, 1000).unwrap().1.loss
-                };
-                let slope = (at(h) - at(-h)) / (2.0 * f64::from(h));
-                assert!((slope - f64::from(whole.values[0][entry])).abs() < 2e-3, "{entry}: {slope}");
-            }
-        }
-    }
-
-    #[test]
-    fn corrections_are_those_of_the_whole_batch_however_it_is_cut() {
-        let samples =
-            [sample(&[0, 1, 2, 3], 2, 0.7), sample(&[3, 1], 1, -0.4), sample(&[2, 2, 0, 1, 3], 1, 0.2)];
-        let mut correction = Correction::tis(1.1);
-        correction.weight.as_mut().unwrap().batch_normalise = true;
-        correction.filters.token.k3 = Some(0.02);
-        correction.count_filtered = false;
-        let config = LossConfig::ppo().decoupled(correction);
-        let mut policy = Bigram::new(4);
-        let (whole, figures) = policy_gradients(&mut [&mut policy], &samples, &config, 1000).unwrap();
-        let (parts, same) = policy_gradients(&mut [&mut policy], &samples, &config, 5).unwrap();
-        assert!(figures.correction.filtered_fraction > 0.0 && figures.correction.filtered_fraction < 1.0);
-        assert_eq!(figures.correction, same.correction);
-        // However many replicas compute it.
-        for n in [2, 3, 7] {
-            let mut replicas: Vec<Bigram> = (0..n).map(|_| policy.replica()).collect();
-            let mut replicas: Vec<&mut Bigram> = replicas.iter_mut().collect();
-            assert_eq!(policy_gradients(&mut replicas, &samples, &config, 5).unwrap(), (parts.clone(), same));
-        }
-        for (a, b) in whole.values[0].iter().zip(&parts.values[0]) {
-            assert!((a - b).abs() < 1e-6, "{a} {b}");
-        }
     }
 
     #[test]

@@ -4,10 +4,12 @@
 //! same checkpoint as the weights. The order of groups does not depend on who delivered first: a step sorts by id.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use swarm_wire::PolicyVersion;
 
 use crate::advantage::{Episode, advantages, is_degenerate};
+use crate::averaging::{Absent, Assistants};
 use crate::config::TrainerConfig;
 use crate::error::{AddError, StepError};
 use crate::lease_set::LeaseSet;
@@ -16,7 +18,8 @@ use crate::optim::AdamW;
 use crate::packing::Sample;
 use crate::parameters::Parameters;
 use crate::policy::{Policy, read_parameters};
-use crate::step::{completion_logprobs, policy_gradients};
+use crate::shares::{Answer, Cut, Hands, Replicas, Share, policy_gradients};
+use crate::step::completion_logprobs;
 
 /// One sampled answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,6 +103,11 @@ impl<P: Policy + Send> Trainer<P> {
             pending: BTreeMap::new(),
             dropped_stale: 0,
         })
+    }
+
+    /// Tells `assistants` the present weights, so that they have them when a step begins.
+    pub fn introduce(&self, assistants: &mut dyn Assistants) {
+        assistants.hold(self.version, &self.masters);
     }
 
     /// Goes on with these values.
@@ -263,6 +271,15 @@ impl<P: Policy + Send> Trainer<P> {
     /// # Errors
     /// When too few groups wait, or model, loss or optimiser refuse; the weights and the queue are as before then.
     pub fn train_step(&mut self) -> Result<StepReport, StepError> {
+        self.train_step_with(&mut Absent(0))
+    }
+
+    /// The same with `assistants`, who hold the new weights afterwards. Which of them are there changes nothing but the time; for
+    /// how many the batch is cut changes last bits, as replicas do.
+    ///
+    /// # Errors
+    /// As [`Trainer::train_step`].
+    pub fn train_step_with(&mut self, assistants: &mut dyn Assistants) -> Result<StepReport, StepError> {
         self.drop_stale();
         let needed = self.config.groups_per_step;
         if self.pending.len() < needed {
@@ -281,14 +298,17 @@ impl<P: Policy + Send> Trainer<P> {
             }
         }
         self.give_credit(&batch, &mut samples)?;
-        let mut policies: Vec<&mut P> = std::iter::once(&mut self.policy).chain(&mut self.replicas).collect();
-        let tokens: usize = samples.iter().map(|s| s.tokens.len()).sum();
-        let share = if policies.len() > 1 { tokens.div_ceil(policies.len()) } else { tokens };
-        let part_tokens = self.config.micro_batch_tokens.min(share);
-        let (mut gradients, loss) =
-            policy_gradients(&mut policies, &samples, &self.config.loss, part_tokens)?;
+        assistants.hold(self.version, &self.masters);
+        let policies: Vec<&mut P> = std::iter::once(&mut self.policy).chain(&mut self.replicas).collect();
+        let cut = Cut {
+            shares: policies.len() + assistants.seats(),
+            micro_batch_tokens: self.config.micro_batch_tokens,
+        };
+        let mut own = Replicas::new(policies, &self.config.loss);
+        let mut together = Together { assistants, own: &mut own };
+        let (mut gradients, loss) = policy_gradients(&mut together, &samples, &self.config.loss, cut)?;
         let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
-        for policy in policies {
+        for policy in std::iter::once(&mut self.policy).chain(&mut self.replicas) {
             policy.assign(&self.masters)?;
         }
 
@@ -314,7 +334,24 @@ impl<P: Policy + Send> Trainer<P> {
             }
         }
         self.version = report.version;
+        assistants.hold(self.version, &self.masters);
         Ok(report)
+    }
+}
+
+/// This trainer and its assistants.
+struct Together<'a> {
+    assistants: &'a mut dyn Assistants,
+    own: &'a mut dyn Hands,
+}
+
+impl Hands for Together<'_> {
+    fn width(&self) -> usize {
+        self.own.width() + self.assistants.seats()
+    }
+
+    fn compute(&mut self, shares: &[Arc<Share>]) -> Result<Vec<Answer>, StepError> {
+        self.assistants.compute(shares, self.own)
     }
 }
 
@@ -367,11 +404,26 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn round(trainer: &mut Trainer<Bigram>) -> StepReport {
+        round_with(trainer, &mut Absent(0))
+    }
+
+    pub(crate) fn round_with(trainer: &mut Trainer<Bigram>, assistants: &mut dyn Assistants) -> StepReport {
         let next = trainer.consumed().len() / 4;
         for id in next..next + 2 {
             trainer.add_group(group(&trainer.policy().clone(), id, trainer.version())).unwrap();
         }
-        trainer.train_step().unwrap()
+        trainer.train_step_with(assistants).unwrap()
+    }
+
+    #[test]
+    fn a_batch_is_cut_for_assistants_who_are_not_there() {
+        let weights = |replicas, seats| {
+            let mut trainer = Trainer::new(Bigram::new(4), TrainerConfig { replicas, ..config() }).unwrap();
+            let reports: Vec<_> = (0..5).map(|_| round_with(&mut trainer, &mut Absent(seats))).collect();
+            (trainer.masters, reports)
+        };
+        let three = weights(3, 0);
+        assert!(three == weights(1, 2) && three == weights(2, 1), "to the bit");
     }
 
     #[test]

@@ -167,6 +167,11 @@ impl Report {
                 self.convicted.push((peer, audits));
                 Some(line)
             }
+            "left_out" => {
+                let (peer, reason) = (event["peer"].as_str()?, event["reason"].as_str()?);
+                let out = if event["dismissed"] == true { " for this run" } else { "" };
+                Some(format!("assistant {peer} is left out{out}: {reason}; its share was computed by others"))
+            }
             "done" => {
                 self.trajectories = event["trajectories"].clone();
                 self.staleness = event["staleness"].clone();

@@ -31,7 +31,7 @@ fn may_pass(error: &anyhow::Error) -> bool {
 /// # Errors
 /// Nobody answers there in that time; at once: an address that is none, another peer or another swarm at it, a private
 /// swarm without its key.
-pub(super) async fn reach(node: &Node, address: &str, patience: Duration) -> anyhow::Result<PeerId> {
+pub(crate) async fn reach(node: &Node, address: &str, patience: Duration) -> anyhow::Result<PeerId> {
     let began = Instant::now();
     let mut failed = 0;
     loop {

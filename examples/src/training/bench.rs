@@ -7,7 +7,7 @@ use clap::Args;
 use echo_rollout::environment::draws::Draws;
 use echo_trainer::loss::LossConfig;
 use echo_trainer::packing::Sample;
-use echo_trainer::step::policy_gradients;
+use echo_trainer::shares::{Cut, Replicas, policy_gradients};
 use parallax_model::Checkpoint;
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use serde_json::json;
@@ -70,12 +70,13 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     ensure!(args.replicas > 0, "--replicas must be at least 1");
     let mut replicas: Vec<TrainModel> = (1..args.replicas).map(|_| model.replica()).collect();
     replicas.push(model);
-    let part_tokens = (args.batch * args.seq).div_ceil(args.replicas);
+    let cut = Cut { shares: args.replicas, micro_batch_tokens: usize::MAX };
+    let loss = LossConfig::grpo();
     let mut times_ms = Vec::new();
     for _ in 0..=args.repeats {
         let started = Instant::now();
-        let mut replicas: Vec<&mut TrainModel> = replicas.iter_mut().collect();
-        policy_gradients(&mut replicas, &samples, &LossConfig::grpo(), part_tokens)?;
+        let mut hands = Replicas::new(replicas.iter_mut().collect(), &loss);
+        policy_gradients(&mut hands, &samples, &loss, cut)?;
         times_ms.push(started.elapsed().as_secs_f64() * 1e3);
     }
     times_ms.remove(0);

@@ -152,6 +152,9 @@ async fn serve(settings: Settings, config: NodeConfig, json: bool) -> anyhow::Re
         }
         for address in &addresses {
             program::say(&format!("workers: {}", join_command(&model, &node, address, &run)));
+            if !run.assistants.is_empty() {
+                program::say(&format!("assistants: {}", assist_command(&model, &node, address)));
+            }
         }
         if let Some(news) = report.take(event) {
             program::say(&news);
@@ -175,6 +178,13 @@ fn join_command(model: &str, node: &NodeSettings, address: &str, run: &RunConfig
         words.push("--env-program".into());
         words.extend(run.environment_program.iter().map(Cow::from));
     }
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+}
+
+/// What starts an assistant.
+fn assist_command(model: &str, node: &NodeSettings, address: &str) -> String {
+    let mut words: Vec<Cow<'_, str>> = ["training-swarm", "assist", "--model", model].map(Cow::from).to_vec();
+    words.extend(node.worker_words(address));
     words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
 }
 
@@ -250,6 +260,12 @@ mod tests {
         assert_eq!(command(&run), format!(r"{start} --env-program python3 game.py --say 'it'\''s'"));
         node.relay = true;
         node.place.swarm_key = Some("swarm.key".into());
+        let assistant = assist_command("tiny", &node, address);
+        assert!(
+            assistant.starts_with("training-swarm assist --model tiny --network default --trainer"),
+            "{assistant}"
+        );
+        assert!(assistant.ends_with(&format!("--via {address} --swarm-key swarm.key")), "{assistant}");
         let private = join_command("tiny", &node, address, &run);
         assert!(
             private.contains(&format!("--via {address} --swarm-key swarm.key --env-program")),

@@ -1,243 +1,240 @@
-//! Who takes part in a step, and when all of them have come to the same sum.
+//! Who computes which share, how long it is waited for, and who is out.
 
 use std::collections::BTreeMap;
 
 use swarm_wire::PeerId;
 
-use super::{Attempt, Hash, MAX_MEMBERS, Message};
+use super::{Attempt, Exclusion};
 
-/// How long members are waited for.
+/// How long assistants are waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LeaderConfig {
-    /// A member that has not reported so long after an attempt began is left out.
+    /// An answer that takes longer is not waited for.
     pub patience_ms: u64,
-    /// `Begin` is said again this often, so that a lost message costs no member.
-    pub repeat_ms: u64,
+    /// Who is late so many times in a row is out for the run.
+    pub late_at_most: u32,
 }
 
-/// Why a member was left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
-#[non_exhaustive]
-pub enum Exclusion {
-    /// Its share or its report did not come in time, or was none.
-    #[error("its share or its report did not come in time")]
-    Late,
-    /// It sent one share to the leader and calls another one its own.
-    #[error("it sent different shares to different members")]
-    Share,
-    /// It says that it has another share of somebody than that one and the leader have.
-    #[error("it reports a share that its owner did not send")]
-    Report,
-    /// It has the same shares and comes to another sum.
-    #[error("it comes to another sum of the same shares")]
-    Sum,
-    /// Its weights or moments are not those that the step begins with.
-    #[error("its state is not the one that the step begins with; it needs the leader's")]
-    Behind,
-}
-
-/// What the leader is to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum LeaderAction {
-    /// Tell a peer, or the member in the same process.
-    Send {
+/// What is to be done next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// Ask an assistant for a share.
+    Ask {
         /// Whom.
-        to: PeerId,
-        /// What.
-        message: Message,
-    },
-    /// A member was left out; the step is attempted again.
-    Excluded {
-        /// The member.
         peer: PeerId,
-        /// Why.
-        why: Exclusion,
+        /// For what.
+        attempt: Attempt,
     },
+    /// Compute these shares here, and report each with [`Leader::handle_own`].
+    Own(Vec<usize>),
+    /// Wait for answers, until this time at most.
+    Wait {
+        /// When the next one is late.
+        until_ms: u64,
+    },
+    /// All shares are computed.
+    Done,
 }
 
-#[derive(Debug, Clone, PartialEq)]
-struct Trial {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nobody computes it.
+    Open,
+    /// An assistant does, or this trainer.
+    Taken,
+    Done,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Job {
     attempt: Attempt,
-    state: Hash,
-    /// Hashes of the shares, and of their sum.
-    reports: BTreeMap<PeerId, (Vec<Hash>, Hash)>,
     until_ms: u64,
-    repeat_at_ms: u64,
-    /// All agreed; the leader's own member applies the sum.
-    agreed: bool,
+    /// It is not waited for any more.
+    late: bool,
 }
 
-/// Leads the steps of one run.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Assistant {
+    /// What it has not answered yet.
+    job: Option<Job>,
+    /// How many answers in a row were late.
+    late: u32,
+}
+
+/// Gives the shares of one step after the other to assistants and to this trainer.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leader {
     config: LeaderConfig,
-    me: PeerId,
-    /// Without the leader, which is always there.
-    others: Vec<PeerId>,
-    committed: Option<Attempt>,
-    trial: Option<Trial>,
+    step: u64,
+    round: u64,
+    shares: Vec<State>,
+    assistants: BTreeMap<PeerId, Assistant>,
+    /// Who is out for the run. As many as may assist.
+    dismissed: BTreeMap<PeerId, Exclusion>,
+    /// Who was left out since the last time somebody asked.
+    news: Vec<(PeerId, Exclusion)>,
 }
 
+/// News beyond this are forgotten, the oldest first.
+const NEWS_MAX: usize = 256;
+
 impl Leader {
-    /// Leads as `me`; [`Leader::admit`] brings others in.
-    pub fn new(me: PeerId, config: LeaderConfig) -> Self {
-        Self { config, me, others: Vec::new(), committed: None, trial: None }
-    }
-
-    /// `peer`, which has the leader's state, takes part from the next step on. False when there are too many.
-    pub fn admit(&mut self, peer: PeerId) -> bool {
-        let room = self.others.len() + 1 < MAX_MEMBERS;
-        if room && peer != self.me && !self.others.contains(&peer) {
-            self.others.push(peer);
-        }
-        room
-    }
-
-    /// Who takes part, the leader first.
-    pub fn members(&self) -> Vec<PeerId> {
-        std::iter::once(&self.me).chain(&self.others).cloned().collect()
-    }
-
-    /// Whether a step is being made.
-    pub fn is_busy(&self) -> bool {
-        self.trial.is_some()
-    }
-
-    /// Begins `step` from `state`.
-    pub fn begin(&mut self, now_ms: u64, step: u64, state: Hash) -> Vec<LeaderAction> {
-        self.attempt(now_ms, Attempt { step, number: 0 }, state)
-    }
-
-    /// Something came from a member. What does not fit is ignored.
-    pub fn handle(&mut self, now_ms: u64, from: &PeerId, message: Message) -> Vec<LeaderAction> {
-        let ours = *from == self.me || self.others.contains(from);
-        let Some(trial) = self.trial.as_mut().filter(|t| ours && !t.agreed) else { return Vec::new() };
-        match message {
-            Message::Sum { attempt, shares, sum } if attempt == trial.attempt => {
-                trial.reports.entry(from.clone()).or_insert((shares, sum));
-                self.judge(now_ms)
-            }
-            Message::Behind { attempt } if attempt == trial.attempt && *from != self.me => {
-                self.again(now_ms, &[(from.clone(), Exclusion::Behind)])
-            }
-            _ => Vec::new(),
+    /// Leads nobody yet.
+    pub fn new(config: LeaderConfig) -> Self {
+        Self {
+            config,
+            step: 0,
+            round: 0,
+            shares: Vec::new(),
+            assistants: BTreeMap::new(),
+            dismissed: BTreeMap::new(),
+            news: Vec::new(),
         }
     }
 
-    /// Time has passed; `missing` is whose shares the leader's own member lacks ([`super::Member::missing`]).
-    pub fn handle_time(&mut self, now_ms: u64, missing: &[PeerId]) -> Vec<LeaderAction> {
-        let Some(trial) = self.trial.as_mut().filter(|t| !t.agreed) else { return Vec::new() };
-        if now_ms >= trial.until_ms {
-            // Where a share is missing nobody can report, so only its owner is to blame.
-            let late = |peer: &&PeerId| match missing.is_empty() {
-                true => !trial.reports.contains_key(*peer),
-                false => missing.contains(peer),
-            };
-            let late: Vec<_> =
-                self.others.iter().filter(late).map(|p| (p.clone(), Exclusion::Late)).collect();
-            if !late.is_empty() {
-                return self.again(now_ms, &late);
-            }
-            // The leader itself is slow.
-            trial.until_ms = now_ms + self.config.patience_ms;
+    /// `peer` has weights and nothing to do. One that was there already has begun anew.
+    ///
+    /// # Errors
+    /// It is out.
+    pub fn join(&mut self, peer: &PeerId) -> Result<(), Exclusion> {
+        if let Some(why) = self.dismissed.get(peer) {
+            return Err(why.clone());
         }
-        if now_ms >= trial.repeat_at_ms {
-            trial.repeat_at_ms = now_ms + self.config.repeat_ms;
-            return self.say_begin();
+        let reason = "it joined again".to_owned();
+        self.exclude(peer, Exclusion::Gone { reason });
+        self.assistants.insert(peer.clone(), Assistant::default());
+        Ok(())
+    }
+
+    /// Who is there, busy or not.
+    pub fn assistants(&self) -> usize {
+        self.assistants.len()
+    }
+
+    /// Whether `peer` is there.
+    pub fn knows(&self, peer: &PeerId) -> bool {
+        self.assistants.contains_key(peer)
+    }
+
+    /// What `peer` is asked for and has not answered.
+    pub fn asked(&self, peer: &PeerId) -> Option<Attempt> {
+        Some(self.assistants.get(peer)?.job?.attempt)
+    }
+
+    /// Why `peer` is out, if it is.
+    pub fn dismissed(&self, peer: &PeerId) -> Option<&Exclusion> {
+        self.dismissed.get(peer)
+    }
+
+    /// Who was left out since this was asked last.
+    pub fn take_news(&mut self) -> Vec<(PeerId, Exclusion)> {
+        std::mem::take(&mut self.news)
+    }
+
+    /// Begins with `shares` of `step`; what is left of others is given up.
+    pub fn begin(&mut self, step: u64, shares: usize) {
+        self.step = step;
+        self.round += 1;
+        self.shares = vec![State::Open; shares];
+    }
+
+    /// Which time shares are given out.
+    pub fn round(&self) -> u64 {
+        self.round
+    }
+
+    /// What to do at `now_ms`, when this trainer has nothing to do and can compute `own` shares at a time (at least one). It keeps
+    /// the first ones for itself, which need not travel.
+    pub fn next(&mut self, now_ms: u64, own: usize) -> Next {
+        self.leave_out_late(now_ms);
+        let open: Vec<usize> = self.places(State::Open).collect();
+        let idle = self.assistants.iter().find(|(_, a)| a.job.is_none()).map(|(peer, _)| peer.clone());
+        if let (Some(peer), Some(&share)) = (idle, open.get(own.max(1)..).and_then(<[usize]>::last)) {
+            let attempt = Attempt { step: self.step, round: self.round, share };
+            let until_ms = now_ms.saturating_add(self.config.patience_ms);
+            self.shares[share] = State::Taken;
+            let job = Some(Job { attempt, until_ms, late: false });
+            self.assistants.entry(peer.clone()).or_default().job = job;
+            return Next::Ask { peer, attempt };
         }
-        Vec::new()
+        if !open.is_empty() {
+            let mine: Vec<usize> = open.into_iter().take(own.max(1)).collect();
+            mine.iter().for_each(|share| self.shares[*share] = State::Taken);
+            return Next::Own(mine);
+        }
+        let waited = self.assistants.values().filter_map(|a| a.job).filter(|job| self.is_awaited(job));
+        match waited.map(|job| job.until_ms).min() {
+            Some(until_ms) => Next::Wait { until_ms },
+            None => Next::Done,
+        }
     }
 
-    /// The leader's own state after the step is on disk: others may apply it.
-    pub fn handle_applied(&mut self) -> Vec<LeaderAction> {
-        let Some(trial) = self.trial.take_if(|t| t.agreed) else { return Vec::new() };
-        let attempt = trial.attempt;
-        self.committed = Some(attempt);
-        let commit =
-            |to: &PeerId| LeaderAction::Send { to: to.clone(), message: Message::Commit { attempt } };
-        self.others.iter().map(commit).collect()
+    /// A share was computed here.
+    pub fn handle_own(&mut self, share: usize) {
+        self.shares[share] = State::Done;
     }
 
-    fn attempt(&mut self, now_ms: u64, attempt: Attempt, state: Hash) -> Vec<LeaderAction> {
-        self.trial = Some(Trial {
-            attempt,
-            state,
-            reports: BTreeMap::new(),
-            until_ms: now_ms + self.config.patience_ms,
-            repeat_at_ms: now_ms + self.config.repeat_ms,
-            agreed: false,
-        });
-        self.say_begin()
+    /// `peer` answered as it should; true when the answer counts, false when it came too late.
+    pub fn handle_answer(&mut self, peer: &PeerId, attempt: Attempt) -> bool {
+        let round = self.round;
+        let Some(assistant) = self.assistants.get_mut(peer) else { return false };
+        let Some(job) = assistant.job.take_if(|job| job.attempt == attempt) else { return false };
+        if !job.late {
+            assistant.late = 0;
+        }
+        let state =
+            self.shares.get_mut(attempt.share).filter(|s| attempt.round == round && **s != State::Done);
+        state.map(|state| *state = State::Done).is_some()
     }
 
-    fn say_begin(&self) -> Vec<LeaderAction> {
-        let Some(trial) = &self.trial else { return Vec::new() };
-        let members = self.members();
-        let begin = |to: &PeerId| LeaderAction::Send {
-            to: to.clone(),
-            message: Message::Begin {
-                attempt: trial.attempt,
-                members: members.clone(),
-                state: trial.state,
-                committed: self.committed,
-            },
+    /// `peer` is left out; its share goes to somebody else. For good, if [`Exclusion::is_final`], even if it has gone already.
+    pub fn exclude(&mut self, peer: &PeerId, why: Exclusion) {
+        let gone = self.assistants.remove(peer);
+        let known = gone.is_some();
+        if let Some(job) = gone.and_then(|gone| gone.job).filter(|job| self.is_awaited(job)) {
+            self.shares[job.attempt.share] = State::Open;
+        }
+        if why.is_final() && !self.dismissed.contains_key(peer) {
+            self.dismissed.insert(peer.clone(), why.clone());
+        } else if !known {
+            return;
+        }
+        self.tell(peer.clone(), why);
+    }
+
+    fn tell(&mut self, peer: PeerId, why: Exclusion) {
+        if self.news.len() == NEWS_MAX {
+            self.news.remove(0);
+        }
+        self.news.push((peer, why));
+    }
+
+    fn places(&self, state: State) -> impl Iterator<Item = usize> {
+        self.shares.iter().enumerate().filter(move |(_, s)| **s == state).map(|(share, _)| share)
+    }
+
+    /// Whether the step waits for it.
+    fn is_awaited(&self, job: &Job) -> bool {
+        let Attempt { round, share, .. } = job.attempt;
+        !job.late && round == self.round && self.shares.get(share) == Some(&State::Taken)
+    }
+
+    fn leave_out_late(&mut self, now_ms: u64) {
+        let due = |(peer, a): (&PeerId, &Assistant)| {
+            a.job.filter(|job| self.is_awaited(job) && now_ms >= job.until_ms).map(|job| (peer.clone(), job))
         };
-        members.iter().map(begin).collect()
-    }
-
-    /// Leaves these out and attempts the step again.
-    fn again(&mut self, now_ms: u64, out: &[(PeerId, Exclusion)]) -> Vec<LeaderAction> {
-        let Some(trial) = &self.trial else { return Vec::new() };
-        let attempt = Attempt { number: trial.attempt.number + 1, ..trial.attempt };
-        let state = trial.state;
-        self.others.retain(|peer| out.iter().all(|(gone, _)| gone != peer));
-        let excluded =
-            |(peer, why): &(PeerId, Exclusion)| LeaderAction::Excluded { peer: peer.clone(), why: *why };
-        let mut actions: Vec<LeaderAction> = out.iter().map(excluded).collect();
-        actions.extend(self.attempt(now_ms, attempt, state));
-        actions
-    }
-
-    /// When all have reported: whether they agree, and else who is wrong. The leader believes what it received itself.
-    fn judge(&mut self, now_ms: u64) -> Vec<LeaderAction> {
-        let Some(trial) = &self.trial else { return Vec::new() };
-        let members = self.members();
-        if trial.reports.len() < members.len() {
-            return Vec::new();
-        }
-        let (shares, sum) = &trial.reports[&self.me];
-        let mut out: BTreeMap<PeerId, Exclusion> = BTreeMap::new();
-        for peer in &self.others {
-            let (theirs, their_sum) = &trial.reports[peer];
-            if theirs.len() != shares.len() {
-                out.insert(peer.clone(), Exclusion::Report);
-                continue;
-            }
-            let differing = (0..shares.len()).filter(|place| theirs[*place] != shares[*place]);
-            let mut agrees = true;
-            for place in differing {
-                agrees = false;
-                let owner = &members[place];
-                // The owner says itself what it sent.
-                let own = trial.reports[owner].0.get(place);
-                let (who, why) = if owner == peer || own != Some(&shares[place]) {
-                    (owner, Exclusion::Share)
-                } else {
-                    (peer, Exclusion::Report)
-                };
-                out.entry(who.clone()).or_insert(why);
-            }
-            if agrees && their_sum != sum {
-                out.insert(peer.clone(), Exclusion::Sum);
+        let late: Vec<(PeerId, Job)> = self.assistants.iter().filter_map(due).collect();
+        for (peer, job) in late {
+            let patience_ms = self.config.patience_ms;
+            self.tell(peer.clone(), Exclusion::Late { patience_ms });
+            self.shares[job.attempt.share] = State::Open;
+            let Some(assistant) = self.assistants.get_mut(&peer) else { continue };
+            assistant.late += 1;
+            assistant.job = Some(Job { late: true, ..job });
+            let times = assistant.late;
+            if times >= self.config.late_at_most {
+                self.exclude(&peer, Exclusion::Slow { times });
             }
         }
-        if !out.is_empty() {
-            return self.again(now_ms, &out.into_iter().collect::<Vec<_>>());
-        }
-        let attempt = trial.attempt;
-        if let Some(trial) = &mut self.trial {
-            trial.agreed = true;
-        }
-        vec![LeaderAction::Send { to: self.me.clone(), message: Message::Commit { attempt } }]
     }
 }

@@ -1,333 +1,277 @@
-//! Trainers that average in virtual time: lost, repeated and late messages, trainers that die in the middle of a step, and some
-//! that say something else than they should. Whatever happens, the steps are those that one trainer alone would have made.
-//!
-//! Gradients are small whole numbers, so that sums are exact however a batch is shared.
+//! Assistants in virtual time: who answers, who is late, who goes and comes again. Whatever happens, every share is computed, none is
+//! asked of one that is busy or out, and the step ends.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 
-use swarm_sim::{Context, Fault, LinkConfig, Node, NodeId, Seed, World};
+use proptest::prelude::*;
 use swarm_wire::PeerId;
 
+use super::wire::{Frame, decode_frame, decode_share, encode_frame, encode_reply, encode_share};
 use super::*;
+use crate::loss::LossConfig;
+use crate::loss::plan::RowPlan;
+use crate::packing::{Sample, pack};
+use crate::shares::Part;
+use crate::step::tests::{Bigram, sample};
 
-const LEADER: NodeId = NodeId(0);
-const TRAINERS: usize = 4;
-const STEPS: u64 = 6;
-const PARTS: usize = 10;
-const WIDTH: usize = 5;
-const CONFIG: LeaderConfig = LeaderConfig { patience_ms: 400, repeat_ms: 60 };
+const CONFIG: LeaderConfig = LeaderConfig { patience_ms: 100, late_at_most: 3 };
 
-fn peer(i: usize) -> PeerId {
-    PeerId::from_ed25519(&[i as u8 + 1; 32])
+fn peer(i: u8) -> PeerId {
+    PeerId::from_ed25519(&[i + 1; 32])
 }
 
-/// What trainer `i` does wrong.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Flaw {
-    /// Sends other shares to the leader than to everybody else.
-    Shares,
-    /// Reports another sum.
-    Sum,
-    /// Reports another share of somebody else.
-    Report,
-    /// Its weights are not everybody's.
-    State,
-    /// Sends what is no gradient.
-    Nan,
-    /// Never answers.
-    Silence,
+/// What becomes of one question to an assistant.
+#[derive(Debug, Clone, Copy)]
+enum Fate {
+    /// It answers after so many milliseconds.
+    Answers(u64),
+    /// It is gone after so many, and comes again after as many more.
+    Goes(u64),
+    /// It says something wrong after so many.
+    Lies(u64),
 }
 
-fn state(weights: &[f32], step: u64) -> Hash {
-    let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).chain(step.to_le_bytes()).collect();
-    *blake3::hash(&bytes).as_bytes()
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![
+        6 => (0_u64..90).prop_map(Fate::Answers),
+        2 => (90_u64..400).prop_map(Fate::Answers),
+        1 => (0_u64..150).prop_map(Fate::Goes),
+        1 => (0_u64..150).prop_map(Fate::Lies),
+    ]
 }
 
-/// The gradients of these parts of a step's batch.
-fn gradients(step: u64, parts: std::ops::Range<usize>) -> Gradients {
-    let mut sum = vec![0.0; WIDTH];
-    for part in parts {
-        sum.iter_mut().enumerate().for_each(|(i, s)| *s += ((step as usize * 7 + part * 3 + i) % 5) as f32);
-    }
-    Gradients { values: vec![sum] }
-}
-
-/// What one trainer alone makes of it.
-fn alone(steps: u64) -> Vec<f32> {
-    let mut weights = vec![0.0; WIDTH];
-    for step in 0..steps {
-        apply(&mut weights, &gradients(step, 0..PARTS));
-    }
-    weights
-}
-
-fn apply(weights: &mut [f32], sum: &Gradients) {
-    weights.iter_mut().zip(&sum.values[0]).for_each(|(w, g)| *w -= g);
-}
-
-struct Trainer {
-    member: Member,
-    leader: Option<Leader>,
-    weights: Vec<f32>,
-    flaw: Option<Flaw>,
-    excluded: BTreeMap<PeerId, Exclusion>,
-    /// The share in the making, ready after a while.
-    computing: Option<(Attempt, Gradients)>,
-}
-
-impl Trainer {
-    fn new(i: usize, flaw: Option<Flaw>) -> Self {
-        let weights = vec![if flaw == Some(Flaw::State) { 1.0 } else { 0.0 }; WIDTH];
-        let member = Member::new(peer(i), peer(0), vec![WIDTH], 0, state(&weights, 0));
-        let leader = (i == 0).then(|| {
-            let mut leader = Leader::new(peer(0), CONFIG);
-            (1..TRAINERS).for_each(|i| assert!(leader.admit(peer(i))));
-            leader
-        });
-        Self { member, leader, weights, flaw, excluded: BTreeMap::new(), computing: None }
-    }
-
-    fn tell(&mut self, context: &mut Context<'_, Message>, to: &PeerId, mut message: Message) {
-        let to = (0..TRAINERS).find(|i| peer(*i) == *to).expect("a trainer");
-        match (&mut message, self.flaw) {
-            (_, Some(Flaw::Silence)) => return,
-            (Message::Share { gradients, .. }, Some(Flaw::Shares)) if to == 0 => {
-                Arc::make_mut(gradients).values[0][0] += 1.0;
-            }
-            (Message::Share { gradients, .. }, Some(Flaw::Nan)) => {
-                Arc::make_mut(gradients).values[0][0] = f32::NAN;
-            }
-            (Message::Sum { sum, .. }, Some(Flaw::Sum)) => sum[0] ^= 1,
-            // Of the leader.
-            (Message::Sum { shares, .. }, Some(Flaw::Report)) => shares[0][0] ^= 1,
-            _ => {}
-        }
-        if NodeId(to) == context.id() {
-            // To itself without a network.
-            self.hear(context, &peer(to), message);
-        } else {
-            context.send(NodeId(to), message, 200);
-        }
-    }
-
-    fn hear(&mut self, context: &mut Context<'_, Message>, from: &PeerId, message: Message) {
-        let now_ms = context.now_us() / 1000;
-        if let Some(leader) = &mut self.leader {
-            let actions = leader.handle(now_ms, from, message.clone());
-            self.lead(context, actions);
-        }
-        let actions = self.member.handle(from, message);
-        self.act(context, actions);
-    }
-
-    fn lead(&mut self, context: &mut Context<'_, Message>, actions: Vec<LeaderAction>) {
-        for action in actions {
-            match action {
-                LeaderAction::Send { to, message } => self.tell(context, &to, message),
-                LeaderAction::Excluded { peer, why } => _ = self.excluded.insert(peer, why),
-            }
-        }
-    }
-
-    fn act(&mut self, context: &mut Context<'_, Message>, actions: Vec<MemberAction>) {
-        for action in actions {
-            match action {
-                MemberAction::Send { to, message } => self.tell(context, &to, message),
-                MemberAction::Compute { attempt, place, of } => {
-                    self.computing = Some((attempt, gradients(attempt.step, share(PARTS, place, of))));
-                    let takes_us = 5_000 + context.random().below(40_000);
-                    context.timer(takes_us, 1);
-                }
-                MemberAction::Apply { attempt, sum } => {
-                    apply(&mut self.weights, &sum);
-                    assert_eq!(self.weights, alone(attempt.step + 1), "not what one trainer makes of it");
-                    let state = state(&self.weights, attempt.step + 1);
-                    let next = self.member.handle_applied(attempt, state);
-                    self.act(context, next);
-                    if let Some(leader) = &mut self.leader {
-                        let commits = leader.handle_applied();
-                        self.lead(context, commits);
+proptest! {
+    #[test]
+    fn every_share_is_computed_whatever_becomes_of_assistants(
+        n_assistants in 0_u8..5, n_shares in 1_usize..8, own in 1_usize..3,
+        fates in proptest::collection::vec(fate(), 1..40),
+    ) {
+        let mut leader = Leader::new(CONFIG);
+        let mut fates = fates.into_iter().cycle();
+        let (mut now, mut events) = (0_u64, BTreeMap::<(u64, u64), (PeerId, Option<Attempt>, Fate)>::new());
+        let (mut n_events, mut busy, mut out) = (0, BTreeSet::new(), BTreeSet::new());
+        (0..n_assistants).for_each(|i| leader.join(&peer(i)).unwrap());
+        for step in 0..6 {
+            leader.begin(step, n_shares);
+            let mut done = vec![false; n_shares];
+            let mut turns = 0;
+            loop {
+                turns += 1;
+                prop_assert!(turns < 500, "the step does not end");
+                // What came in the meantime.
+                while let Some(event) = events.first_entry().filter(|e| e.key().0 <= now) {
+                    let (peer, attempt, fate) = event.remove();
+                    match (attempt, fate) {
+                        (None, _) => {
+                            if leader.join(&peer).is_ok() {
+                                busy.remove(&peer);
+                            }
+                        }
+                        (Some(attempt), Fate::Answers(_)) => {
+                            if leader.handle_answer(&peer, attempt) {
+                                prop_assert!(attempt.step == step && !done[attempt.share]);
+                                done[attempt.share] = true;
+                            }
+                            busy.remove(&peer);
+                        }
+                        (Some(_), Fate::Goes(ms)) => {
+                            leader.exclude(&peer, Exclusion::Gone { reason: String::new() });
+                            n_events += 1;
+                            events.insert((now + ms, n_events), (peer, None, fate));
+                        }
+                        (Some(_), Fate::Lies(_)) => leader.exclude(&peer, Exclusion::NotFinite),
                     }
                 }
+                let next = leader.next(now, own);
+                for (peer, why) in leader.take_news() {
+                    if why.is_final() {
+                        out.insert(peer);
+                    }
+                }
+                match next {
+                    Next::Ask { peer, attempt } => {
+                        prop_assert!(!done[attempt.share] && attempt.step == step);
+                        prop_assert!(busy.insert(peer.clone()) && !out.contains(&peer), "busy, or out");
+                        let fate = fates.next().unwrap();
+                        let (Fate::Answers(ms) | Fate::Goes(ms) | Fate::Lies(ms)) = fate;
+                        n_events += 1;
+                        events.insert((now + ms, n_events), (peer, Some(attempt), fate));
+                    }
+                    Next::Own(mine) => {
+                        prop_assert!(!mine.is_empty() && mine.len() <= own);
+                        now += 50;
+                        for share in mine {
+                            prop_assert!(!done[share]);
+                            done[share] = true;
+                            leader.handle_own(share);
+                        }
+                    }
+                    Next::Wait { until_ms } => {
+                        prop_assert!(until_ms > now && until_ms <= now + CONFIG.patience_ms);
+                        let event = events.first_key_value().map_or(until_ms, |((at, _), _)| *at);
+                        now = until_ms.min(event.max(now));
+                    }
+                    Next::Done => break,
+                }
             }
+            prop_assert!(done.iter().all(|d| *d), "{done:?}");
+        }
+        // Liars stay out.
+        for peer in &out {
+            prop_assert!(leader.join(peer).is_err() && leader.dismissed(peer).is_some());
         }
     }
 }
 
-impl Node for Trainer {
-    type Message = Message;
-
-    fn on_start(&mut self, context: &mut Context<'_, Message>) {
-        context.timer(1_000, 0);
-    }
-
-    fn on_message(&mut self, context: &mut Context<'_, Message>, from: NodeId, message: Message) {
-        self.hear(context, &peer(from.0), message);
-    }
-
-    fn on_timer(&mut self, context: &mut Context<'_, Message>, token: u64) {
-        if token == 1 {
-            if let Some((attempt, gradients)) = self.computing.take() {
-                let actions = self.member.handle_computed(attempt, gradients);
-                self.act(context, actions);
-            }
-            return;
+#[test]
+fn who_is_late_three_times_in_a_row_is_out_and_who_answers_in_between_is_not() {
+    let (mut leader, p) = (Leader::new(CONFIG), peer(0));
+    leader.join(&p).unwrap();
+    let mut now = 0;
+    // Two shares, of which it is asked for the last one; late or not.
+    let mut step = |leader: &mut Leader, late: bool| {
+        leader.begin(0, 2);
+        let Next::Ask { attempt, .. } = leader.next(now, 1) else { panic!("it is not asked") };
+        assert_eq!((attempt.share, leader.next(now, 1)), (1, Next::Own(vec![0])));
+        leader.handle_own(0);
+        if late {
+            now += CONFIG.patience_ms;
+            assert_eq!(leader.next(now, 1), Next::Own(vec![1]), "somebody else computes it");
+            leader.handle_own(1);
         }
-        context.timer(10_000, 0);
-        let (now_ms, missing) = (context.now_us() / 1000, self.member.missing());
-        let Some(leader) = &mut self.leader else { return };
-        let actions = if leader.is_busy() {
-            leader.handle_time(now_ms, &missing)
-        } else if self.member.step() < STEPS {
-            leader.begin(now_ms, self.member.step(), self.member.state())
-        } else {
-            Vec::new()
-        };
-        self.lead(context, actions);
-    }
-
-    /// What it had in memory is gone; it says nothing any more, because it is not started again.
-    fn on_crash(&mut self) {
-        self.computing = None;
-    }
-}
-
-fn world(seed: u64, flaws: &[(usize, Flaw)], loss: f64) -> World<Trainer> {
-    let link = LinkConfig {
-        latency_us: 2000,
-        jitter_us: 6000,
-        loss,
-        duplicate: 0.1,
-        reorder: 0.3,
-        ..LinkConfig::default()
+        assert_eq!(leader.handle_answer(&p, attempt), !late);
+        assert_eq!(leader.next(now, 1), Next::Done);
     };
-    let mut world = World::new(seed, link);
-    for i in 0..TRAINERS {
-        let flaw = flaws.iter().find(|(at, _)| *at == i).map(|(_, flaw)| *flaw);
-        world.add(Trainer::new(i, flaw));
+    for late in [true, true, false, true, true] {
+        step(&mut leader, late);
     }
-    world
+    assert_eq!((leader.assistants(), leader.take_news().len()), (1, 4));
+    step(&mut leader, true);
+    let late = Exclusion::Late { patience_ms: 100 };
+    assert_eq!(leader.take_news(), [(p.clone(), late), (p.clone(), Exclusion::Slow { times: 3 })]);
+    assert_eq!((leader.assistants(), leader.join(&p)), (0, Err(Exclusion::Slow { times: 3 })));
 }
 
-fn finished(world: &mut World<Trainer>, seed: u64) {
-    let done = |world: &World<Trainer>| world.node(LEADER).member.step() == STEPS;
-    while !done(world) {
-        assert!(world.now_us() < 60_000_000, "seed {seed}: it stands still");
-        world.run_until(world.now_us() + 10_000);
-    }
-    // Commits arrive.
-    world.run_until(world.now_us() + 100_000);
-    assert_eq!(world.node(LEADER).weights, alone(STEPS), "seed {seed}");
-}
-
-#[test]
-fn several_trainers_make_the_steps_of_one() {
-    for seed in 0..50 {
-        let mut world = world(seed, &[], 0.0);
-        finished(&mut world, seed);
-        assert!(world.node(LEADER).excluded.is_empty(), "seed {seed}: {:?}", world.node(LEADER).excluded);
-        for i in 0..TRAINERS {
-            let trainer = world.node(NodeId(i));
-            assert_eq!((trainer.member.step(), &trainer.weights), (STEPS, &alone(STEPS)), "seed {seed}, {i}");
-        }
-    }
-}
-
-#[test]
-fn whoever_says_something_else_is_named_and_the_step_is_made_without_it() {
-    for (flaw, why) in [
-        (Flaw::Shares, Exclusion::Share),
-        (Flaw::Sum, Exclusion::Sum),
-        (Flaw::Report, Exclusion::Report),
-        (Flaw::State, Exclusion::Behind),
-        (Flaw::Nan, Exclusion::Late),
-        (Flaw::Silence, Exclusion::Late),
-    ] {
-        for seed in 0..20 {
-            let at = 1 + seed as usize % (TRAINERS - 1);
-            let mut world = world(seed, &[(at, flaw)], 0.0);
-            finished(&mut world, seed);
-            let excluded = &world.node(LEADER).excluded;
-            assert_eq!(*excluded, BTreeMap::from([(peer(at), why)]), "{flaw:?}, seed {seed}");
-            for i in (1..TRAINERS).filter(|i| *i != at) {
-                assert_eq!(world.node(NodeId(i)).weights, alone(STEPS), "{flaw:?}, seed {seed}, {i}");
-            }
-        }
-    }
-}
-
-#[test]
-fn trainers_that_die_in_the_middle_and_lost_messages_change_no_step() {
-    let mut late = 0;
-    for seed in 0..300 {
-        let mut world = world(seed, &[], 0.1);
-        let mut faults = Seed(seed).stream("deaths", 0);
-        for victim in 1..TRAINERS {
-            if faults.chance(0.5) {
-                world.fault_at(faults.below(900_000), Fault::Crash(NodeId(victim)));
-            }
-        }
-        finished(&mut world, seed);
-        let leader = world.node(LEADER);
-        late += leader.excluded.values().filter(|why| **why == Exclusion::Late).count();
-        // Nobody is blamed for more than silence, or for what silence led to.
-        for why in leader.excluded.values() {
-            assert!(matches!(why, Exclusion::Late | Exclusion::Behind), "seed {seed}: {why}");
-        }
-        for i in (1..TRAINERS).filter(|i| world.is_up(NodeId(*i)) && !leader.excluded.contains_key(&peer(*i)))
-        {
-            let trainer = world.node(NodeId(i));
-            let behind = STEPS - trainer.member.step();
-            assert!(behind <= 1, "seed {seed}: {i} misses more than the last commit");
-            assert_eq!(trainer.weights, alone(STEPS - behind), "seed {seed}, {i}");
-        }
-    }
-    assert!(late > 100, "{late}");
-}
-
-#[test]
-fn shares_cover_a_batch_once_and_in_order() {
-    for n in 0..40 {
-        for of in 1..9 {
-            let all: Vec<usize> = (0..of).flat_map(|place| share(n, place, of)).collect();
-            assert_eq!(all, (0..n).collect::<Vec<_>>(), "{n} of {of}");
-        }
-    }
-}
-
-#[test]
-fn sums_do_not_depend_on_who_was_first() {
-    // Numbers whose sum depends on the order.
-    let shares = [1e8_f32, 1.0, -1e8];
-    let members: Vec<PeerId> = (0..3).map(peer).collect();
-    let attempt = Attempt { step: 0, number: 0 };
-    let begin = Message::Begin { attempt, members, state: [0; 32], committed: None };
-    let sum = |order: [usize; 2]| {
-        let mut member = Member::new(peer(0), peer(0), vec![1], 0, [0; 32]);
-        let compute = member.handle(&peer(0), begin.clone());
-        assert!(matches!(compute[..], [MemberAction::Compute { place: 0, of: 3, .. }]));
-        let one = |i: usize| Gradients { values: vec![vec![shares[i]]] };
-        member.handle_computed(attempt, one(0));
-        let mut last = Vec::new();
-        for i in order {
-            last = member.handle(&peer(i), Message::Share { attempt, gradients: Arc::new(one(i)) });
-        }
-        let [MemberAction::Send { message: Message::Sum { sum, .. }, .. }] = &last[..] else {
-            panic!("{last:?}")
-        };
-        *sum
+/// A share of gradients of two parts and the right reply to it.
+fn share() -> (Share, Reply) {
+    let batches = [
+        [sample(&[0, 1, 2, 3], 2, 0.7), sample(&[3, 1], 1, -0.4)],
+        [sample(&[2, 2, 0, 1, 3], 1, 0.2), sample(&[1, 0], 1, 0.3)],
+    ];
+    let part = |samples: &[Sample; 2]| {
+        let batch = pack(samples).unwrap();
+        let plan = RowPlan::new(&[], &batch.targets, &LossConfig::grpo()).unwrap();
+        Part { batch, plan: Some(plan) }
     };
-    assert_eq!(sum([1, 2]), sum([2, 1]));
-    // A second share of one member is not taken, strangers' and misshapen ones neither.
-    let mut member = Member::new(peer(0), peer(0), vec![1], 0, [0; 32]);
-    member.handle(&peer(0), begin);
-    let of = |values: Vec<f32>| Message::Share {
-        attempt,
-        gradients: Arc::new(Gradients { values: vec![values] }),
+    let share = Share { task: Task::Gradients, parts: batches.iter().map(part).collect(), total_tokens: 8 };
+    let answer = share.compute(&Bigram::new(4), &LossConfig::grpo()).unwrap();
+    (share, Reply::new(Attempt { step: 3, round: 9, share: 1 }, [7; 32], answer))
+}
+
+#[test]
+fn what_is_no_answer_is_named() {
+    let (share, right) = share();
+    let asked = right.attempt;
+    let judge = |reply: Reply| check(reply, asked, &share, [7; 32], &[16]);
+    assert_eq!(judge(right.clone()), Ok(share.compute(&Bigram::new(4), &LossConfig::grpo()).unwrap()));
+    let wrong = |change: &dyn Fn(&mut Reply)| {
+        let mut reply = right.clone();
+        change(&mut reply);
+        judge(reply).unwrap_err()
     };
-    for (from, message) in [(7, of(vec![1.0])), (1, of(vec![1.0, 2.0])), (1, of(vec![f32::NAN]))] {
-        assert!(member.handle(&peer(from), message).is_empty());
+    let other = |got| Exclusion::OtherShare { asked, got };
+    for attempt in
+        [Attempt { step: 2, ..asked }, Attempt { round: 8, ..asked }, Attempt { share: 0, ..asked }]
+    {
+        assert_eq!(wrong(&|r| r.attempt = attempt), other(attempt));
     }
-    assert_eq!(member.missing().len(), 3);
+    assert_eq!(wrong(&|r| r.weights[0] = 0), Exclusion::OtherWeights);
+    assert_eq!(wrong(&|r| r.values.truncate(15)), Exclusion::Size { got: 60, needed: 64 });
+    assert_eq!(wrong(&|r| r.values[3] = f32::NAN), Exclusion::NotFinite);
+    assert_eq!(wrong(&|r| r.values[3] = f32::INFINITY), Exclusion::NotFinite);
+    assert_eq!(wrong(&|r| r.figures.loss = f64::NAN), Exclusion::NotFinite);
+    assert_eq!(wrong(&|r| r.figures.correction.weight_max = f64::INFINITY), Exclusion::NotFinite);
+    assert!(matches!(wrong(&|r| r.figures.tokens = usize::MAX), Exclusion::Protocol { .. }));
+}
+
+#[test]
+fn shares_and_answers_travel_to_the_bit() {
+    let (share, reply) = share();
+    let mut full = share.clone();
+    full.parts.iter_mut().for_each(|part| {
+        part.batch.targets.proximal = part.batch.targets.sampled.clone();
+        part.batch.targets.reference = Some(part.batch.targets.advantages.clone());
+    });
+    let whole = Share { parts: vec![Part { plan: None, ..share.parts[0].clone() }], ..share.clone() };
+    for share in [&share, &full, &whole] {
+        assert_eq!(decode_share(&encode_share(share).unwrap()).unwrap(), *share);
+    }
+    // Of log-probabilities only the tokens travel, and they are enough.
+    let logprobs = Share { task: Task::Logprobs, ..share.clone() };
+    let there = decode_share(&encode_share(&logprobs).unwrap()).unwrap();
+    let of = |share: &Share| share.compute(&Bigram::new(4), &LossConfig::grpo()).unwrap();
+    assert_eq!((of(&there), there.rows()), (of(&logprobs), logprobs.rows()));
+    assert!(there.parts.iter().all(|part| part.batch.targets.mask.is_empty()));
+
+    let (frame, payload) = encode_reply(&reply);
+    let (back, n_bytes) = decode_frame(&encode_frame(&frame, payload.len())).unwrap();
+    let Frame::Answer(answered) = back else { panic!("{back:?}") };
+    assert_eq!((answered.with(&payload).unwrap(), n_bytes), (reply, payload.len() as u64));
+    let mut damaged = payload.clone();
+    damaged[5] ^= 1;
+    assert_eq!(answered.with(&damaged), Err(Exclusion::Damaged));
+}
+
+#[test]
+fn lists_that_do_not_fit_are_no_share() {
+    use swarm_wire::generated::echo::v1::ShareWork;
+    use swarm_wire::prost::Message as _;
+    let right = ShareWork::decode(&encode_share(&share().0).unwrap()[..]).unwrap();
+    let refused = |change: &dyn Fn(&mut ShareWork)| {
+        let mut m = right.clone();
+        change(&mut m);
+        decode_share(&m.encode_to_vec()).unwrap_err()
+    };
+    refused(&|m| m.task = 0);
+    refused(&|m| m.tokens.push(1));
+    refused(&|m| m.sequence_tokens[0] = u32::MAX);
+    refused(&|m| (m.sequence_tokens[0], m.sequence_tokens[1]) = (5, 1));
+    refused(&|m| m.part_sequences[0] = 3);
+    refused(&|m| m.part_sequences.push(0));
+    refused(&|m| m.trainable = vec![2_u8; m.trainable.len()].into());
+    refused(&|m| m.trainable.clear());
+    refused(&|m| _ = m.sampled_logprobs.pop());
+    refused(&|m| m.reference_logprobs.push(0.0));
+    refused(&|m| m.advantages.clear());
+    refused(&|m| m.divergence_weights.clear());
+    refused(&|m| m.policy_weights.clear());
+    refused(&|m| (m.policy_weights, m.divergence_weights) = (Vec::new(), Vec::new()));
+    refused(&|m| *m = ShareWork { task: 1, ..ShareWork::default() });
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_a_share_or_refused(mut bytes in proptest::collection::vec(any::<u8>(), 0..80), at in 0_usize..300, with in any::<u8>()) {
+        let _ = decode_share(&bytes).map(|share| share.rows());
+        let _ = decode_frame(&bytes);
+        bytes = encode_share(&share().0).unwrap();
+        let n = bytes.len();
+        bytes[at % n] = with;
+        let _ = decode_share(&bytes).map(|share| share.rows());
+    }
+}
+
+#[test]
+fn weights_are_other_ones_with_another_name_shape_or_value() {
+    let parameter = |name: &str, shape, values: [f32; 4]| Parameter {
+        name: name.to_owned(),
+        shape,
+        values: values.to_vec(),
+    };
+    let weights = |name, shape, last| weights_hash(&[parameter(name, shape, [1.0, 2.0, 3.0, last])]);
+    let one = weights("q", [2, 2], 4.0);
+    assert_eq!(one, weights("q", [2, 2], 4.0));
+    for other in [weights("k", [2, 2], 4.0), weights("q", [1, 4], 4.0), weights("q", [2, 2], -4.0)] {
+        assert_ne!(one, other);
+    }
 }

@@ -36,14 +36,16 @@ use echo_rollout::sync::{SequentialConfig, SequentialSync};
 use echo_rollout::text::Text;
 use echo_rollout::{DropReason, GroupId, Weights};
 use lattica_bitswap::{Blocks, PublishError};
-use lattica_net::Node;
+use lattica_net::{Node, StreamError};
 use swarm_wire::signed::Signer;
 use swarm_wire::{PeerId, PolicyVersion};
 use tokio::task::JoinHandle;
 
+use super::assistants::{Assistants, AssistantsConfig};
 use super::checkpoint_dir::{self, CheckpointDirError};
 use super::evaluation::{Evaluation, EvaluationError, Player, Sampler, evaluate};
 use super::publisher::{Publisher, Update};
+use crate::averaging::Exclusion;
 use crate::checkpoint::CheckpointError;
 use crate::error::{AddError, StepError};
 use crate::metrics::StepReport;
@@ -108,6 +110,9 @@ pub enum LearnerError {
     /// Leases and trajectories.
     #[error(transparent)]
     Collector(#[from] CollectorError),
+    /// The assistants' protocol: a bug.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
     /// Settings with which an asynchronous run could not go on.
     #[error(transparent)]
     Impossible(#[from] Impossible),
@@ -152,6 +157,7 @@ pub struct Learner<P> {
     collector: Collector,
     publisher: Publisher,
     trainer: Arc<Mutex<Trainer<P>>>,
+    assistants: Assistants,
     player: Player,
     base_model_id: String,
     full_bytes: u64,
@@ -167,6 +173,9 @@ struct Learned {
     weights: Weights,
     flat_groups: u64,
     completion_tokens: usize,
+    /// Shares that assistants computed, and those of them that were left out.
+    assisted: usize,
+    left_out: Vec<(PeerId, Exclusion)>,
 }
 
 /// What the loops of both modes keep count of.
@@ -207,6 +216,13 @@ impl<T: FnMut(LearnerEvent)> Loops<T> {
         [rollouts, train, step]: [Duration; 3],
     ) {
         self.training += train;
+        for (peer, why) in &learned.left_out {
+            (self.tell)(LearnerEvent::LeftOut {
+                peer: peer.clone(),
+                reason: why.to_string(),
+                dismissed: why.is_final(),
+            });
+        }
         let report = &learned.report;
         (self.tell)(LearnerEvent::Step(StepEvent {
             version: report.version,
@@ -221,6 +237,7 @@ impl<T: FnMut(LearnerEvent)> Loops<T> {
             update_bytes: learned.weights.bytes().len() as u64,
             flat_groups: learned.flat_groups,
             completion_tokens: learned.completion_tokens,
+            assisted: learned.assisted,
             rollouts_s: rollouts.as_secs_f64(),
             train_s: train.as_secs_f64(),
             step_s: step.as_secs_f64(),
@@ -270,6 +287,19 @@ impl<P: Update + Send + 'static> Learner<P> {
         if config.trainer.full {
             trainer.policy().save_companions(dir)?;
         }
+        let mut assistants = Assistants::start(
+            parts.node.clone(),
+            AssistantsConfig {
+                peers: config.assistants.clone(),
+                run: config.run(),
+                base_model_id: parts.base_model_id.clone(),
+                trainer: config.trainer.clone(),
+                patience: Duration::from_secs(config.assistant_timeout_s),
+                check: config.assistant_check,
+                secret,
+            },
+        )?;
+        trainer.introduce(&mut assistants);
         let journal = Some(dir.join(JOURNAL));
         // The collector gives out its newest version and so many before it, and the oldest while the next one is published.
         let kept = usize::try_from(collector_config.dispatch.snapshots_kept()).unwrap_or(usize::MAX);
@@ -288,6 +318,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             dir: dir.to_owned(),
             collector,
             trainer: Arc::new(Mutex::new(trainer)),
+            assistants,
             player: Player { sampler: parts.sampler, text: parts.text, environment },
             base_model_id: parts.base_model_id,
             full_bytes: parts.full_bytes,
@@ -298,6 +329,11 @@ impl<P: Update + Send + 'static> Learner<P> {
     /// The trainer's side of the rollout swarm.
     pub fn collector(&self) -> &Collector {
         &self.collector
+    }
+
+    /// Who computes shares of its steps.
+    pub fn assistants(&self) -> &Assistants {
+        &self.assistants
     }
 
     /// The version of the present weights.
@@ -377,7 +413,7 @@ impl<P: Update + Send + 'static> Learner<P> {
     /// Tells workers and auditors that the run is over, waits for their goodbyes for at most `grace`, and closes the
     /// journal.
     pub async fn finish(&self, grace: Duration) {
-        self.collector.finish(grace).await;
+        tokio::join!(self.collector.finish(grace), self.assistants.finish(grace));
         self.collector.close();
     }
 
@@ -420,6 +456,7 @@ impl<P: Update + Send + 'static> Learner<P> {
         let flat_groups = self.collector.flat_groups();
         let groups: Vec<Group> = groups.iter().map(Group::from).collect();
         let (trainer, dir) = (Arc::clone(&self.trainer), self.dir.clone());
+        let mut assistants = self.assistants.clone();
         let (run, base_model_id) = (self.config.run(), self.base_model_id.clone());
         let ahead = self.config.mode == Mode::Async;
         let kept = self.config.dispatch(0).snapshots_kept().saturating_add(self.config.publish_every);
@@ -428,14 +465,15 @@ impl<P: Update + Send + 'static> Learner<P> {
             for group in groups {
                 trainer.add_group(group)?;
             }
-            let report = trainer.train_step()?;
+            let report = trainer.train_step_with(&mut assistants)?;
             let weights = trainer.policy().weights()?;
             checkpoint_dir::write(&dir.join(weights_file(&weights)), weights.bytes())?;
             if ahead {
                 published::keep(&dir, report.version, &weights, kept)?;
             }
             checkpoint_dir::save(&dir, &trainer.checkpoint(run, &base_model_id)?)?;
-            Ok(Learned { report, weights, flat_groups, completion_tokens })
+            let (assisted, left_out) = (assistants.assisted(), assistants.take_news());
+            Ok(Learned { report, weights, flat_groups, completion_tokens, assisted, left_out })
         })
     }
 

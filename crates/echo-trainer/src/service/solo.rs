@@ -13,6 +13,7 @@ use swarm_wire::PolicyVersion;
 
 use super::evaluation::{Evaluation, EvaluationError, Played, Player, SampleRequest, evaluate, play_all};
 use super::publisher::Update;
+use crate::averaging::Absent;
 use crate::error::{AddError, StepError};
 use crate::metrics::StepReport;
 use crate::run::RunConfig;
@@ -54,6 +55,8 @@ pub struct SoloStep {
 pub struct Solo<P> {
     trainer: Trainer<P>,
     player: Player,
+    /// None, in the seats of those that a swarm would have.
+    assistants: Absent,
     dispatch: DispatchConfig,
     eval_tasks: u64,
     /// What it is measured on.
@@ -83,6 +86,7 @@ impl<P: Update + Send> Solo<P> {
         let trainer = Trainer::new(policy, config.trainer.clone())?;
         Ok(Self {
             lag: config.trainer.max_staleness,
+            assistants: Absent(config.assistants.len()),
             next_group: 0,
             dispatch: config.dispatch(0),
             eval_tasks: config.eval_tasks,
@@ -143,7 +147,7 @@ impl<P: Update + Send> Solo<P> {
         for group in groups {
             self.trainer.add_group(group)?;
         }
-        let report = self.trainer.train_step()?;
+        let report = self.trainer.train_step_with(&mut self.assistants)?;
         self.versions.push_back((report.version, self.trainer.policy().weights()?));
         while self.versions.len() as u64 > self.lag + 1 {
             self.versions.pop_front();

@@ -23,6 +23,15 @@ pub enum LearnerEvent {
         /// Audits of it, the one that found it included.
         audits: u64,
     },
+    /// An assistant did not do its part; its share was computed by somebody else.
+    LeftOut {
+        /// The assistant.
+        peer: PeerId,
+        /// Why.
+        reason: String,
+        /// For the rest of the run; otherwise it may come again.
+        dismissed: bool,
+    },
 }
 
 /// One step.
@@ -50,6 +59,8 @@ pub struct StepEvent {
     pub update_bytes: u64,
     /// Groups whose rewards were all equal and that dynamic sampling had replaced.
     pub flat_groups: u64,
+    /// Shares of its batch that assistants computed.
+    pub assisted: usize,
     /// Sampled tokens that it trained on.
     pub completion_tokens: usize,
     /// Seconds that the learner waited for its rollouts.
