@@ -141,9 +141,8 @@ impl Assistant {
         let (reader, mut writer) = tokio::io::split(node.open_stream(learner, PROTOCOL).await?);
         let mut reader = BufReader::new(reader);
         send(&mut writer, &Frame::Hello { base_model_id: base_model_id.to_owned() }, &[]).await?;
-        let (run, settings) = match next(&mut reader).await? {
-            (Frame::Welcome { run, settings }, 0) => (run, settings),
-            _ => return Err(AssistantError::Protocol { reason: "its first frame is no welcome".to_owned() }),
+        let (Frame::Welcome { run, settings }, 0) = next(&mut reader).await? else {
+            return Err(AssistantError::Protocol { reason: "its first frame is no welcome".to_owned() });
         };
         let trainer = serde_json::from_slice(&settings);
         let trainer = trainer.map_err(|e| AssistantError::Settings { reason: e.to_string() })?;

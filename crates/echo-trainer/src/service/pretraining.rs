@@ -209,7 +209,7 @@ impl<'a> Lessons<'a> {
             let task = self.environment.task(held_out_seed(i))?;
             let options = if self.game { self.environment.episode(&task).options() } else { Vec::new() };
             let best = options.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(word, _)| word);
-            if let Some(answer) = best.or((!self.game).then_some(&*task.answer)) {
+            if let Some(answer) = best.or_else(|| (!self.game).then_some(&*task.answer)) {
                 lines.push(self.encoder.line(&task.prompt, answer, false)?);
             }
         }
