@@ -1,7 +1,7 @@
 //! The learner's side of assistants: takes those in that the settings name, gives them weights and shares, and computes what does not
 //! come back itself.
 //!
-//! Every assistant has one stream ([`connection`]). A step waits on a condition variable, because it runs on a thread of its own and
+//! Every assistant has one stream (`connection`). A step waits on a condition variable, because it runs on a thread of its own and
 //! computes between waits; who computes what is decided by [`Leader`], under the same lock.
 
 mod connection;
