@@ -267,7 +267,9 @@ impl<P: Ord + Clone> Spread<P> {
                 let neighbour = self.neighbours.get_mut(peer).expect("checked above");
                 if neighbour.asked.remove(&chunk).is_some() {
                     neighbour.busy_until = now + pause;
+                    neighbour.busy += 1;
                     self.release(chunk);
+                    self.judge(peer);
                 }
             }
             SpreadMessage::Offer(chunk) => self.offered(peer, chunk, now),

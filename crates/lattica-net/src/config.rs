@@ -122,7 +122,7 @@ pub struct Limits {
     pub waiting_streams_per_connection: usize,
     /// Calls of one peer that run here at the same time; further ones are answered RESOURCE_EXHAUSTED. Default: 256.
     pub calls_per_peer: usize,
-    /// Bytes of call bodies of one peer held here; beyond, calls are answered RESOURCE_EXHAUSTED. Default: 64 MiB.
+    /// Bytes of call bodies of one peer held here; beyond, calls are answered RESOURCE_EXHAUSTED. Default: 32 MiB.
     pub call_bytes_per_peer: usize,
     /// Our own calls that wait for answers of one peer; further ones wait for a place. Default: 4096.
     pub outgoing_calls_per_peer: usize,
@@ -148,7 +148,7 @@ impl Default for Limits {
             streams_per_connection: 256,
             waiting_streams_per_connection: 64,
             calls_per_peer: 256,
-            call_bytes_per_peer: 64 * 1024 * 1024,
+            call_bytes_per_peer: 32 * 1024 * 1024,
             outgoing_calls_per_peer: 4096,
             body_bytes: RPC_BODY_MAX_BYTES,
             relay_circuits: 128,

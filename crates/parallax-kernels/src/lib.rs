@@ -46,7 +46,7 @@
 //! the shape (`gpu/`).
 #![allow(
     unsafe_code,
-    reason = "this crate is the one home of unsafe code: intrinsics and the fork-join pool"
+    reason = "this crate is the one home of unsafe code: intrinsics, the fork-join pool, and launches of GPU kernels"
 )]
 
 pub mod activation;

@@ -249,7 +249,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Whether all layers run on devices without our kernels.
+    /// Whether all layers run along the composed route and on GPUs.
     pub(crate) fn runs_composed(&self) -> bool {
         !self.layers.iter().any(LayerConfig::is_kernels_only)
     }

@@ -226,9 +226,9 @@ pub enum ForwardError {
         /// Position of the row in its sequence.
         position: u32,
     },
-    /// A GPU did not do what it was asked, in this pass or before: it ran out of memory, or is gone. The stage is to be
-    /// loaded again.
-    #[error("the device failed: {reason}")]
+    /// A GPU did not do what it was asked, in this pass or before: it ran out of memory, or is gone. Nothing loads
+    /// the stage again by itself.
+    #[error("the device failed, start the program again: {reason}")]
     Device {
         /// What its driver says.
         reason: String,

@@ -163,6 +163,16 @@ impl Stage {
                 reason: format!("{} runs on the CPU only", config.family.name()),
             });
         }
+        #[cfg(feature = "gpu")]
+        if route == Route::Gpu
+            && let Some(dim) = config.layers[range.clone()].iter().filter_map(LayerConfig::head_dim).max()
+            && dim > parallax_kernels::gpu::attention::HEAD_DIM_MAX
+        {
+            return Err(LoadError::Device {
+                device: options.device.to_string(),
+                reason: format!("heads of {dim} elements run on the CPU only"),
+            });
+        }
         let loader = Loader {
             index: checkpoint.index(),
             config: &config,
@@ -322,7 +332,7 @@ impl Stage {
     ///
     /// # Errors
     /// A batch that does not fit together or leaves the context, a token outside the vocabulary, a hidden state
-    /// that is not finite.
+    /// that is not finite, or a device that failed.
     pub fn forward(
         &mut self,
         batch: &ForwardBatch,

@@ -2,14 +2,18 @@
 //!
 //! Who asks outside says so to its neighbours inside ([`SpreadMessage::Coming`]); they treat the chunk as if it were shown,
 //! for as long as they would wait for an answer. Two that ask at once compare lots, another for each chunk, and one of them
-//! takes its request back. A neighbour that does not keep its word counts no more than one that is far away, so that a dead
-//! or lying one delays a chunk and no more.
+//! takes its request back. A neighbour that does not keep its word, or always has too much to send, counts no more than one that is
+//! far away, so that a dead or lying one delays a chunk and no more.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::neighbour::Neighbour;
 use super::{Bitmap, Spread, SpreadMessage};
+
+/// Answers in a row that there is too much to send, after which a neighbour is relied on no more. In a local network that all
+/// fetch from at once some of them are usual.
+const MOST_BUSY: u32 = 16;
 
 /// A neighbour on the local network has asked outside of it for a chunk.
 #[derive(Debug, Clone, Copy)]
@@ -34,9 +38,11 @@ impl<P: Ord + Clone> Spread<P> {
     pub fn set_near(&mut self, peer: &P, near: bool, now: Duration) {
         let Some(neighbour) = self.neighbours.get_mut(peer).filter(|n| n.near != near) else { return };
         neighbour.near = near;
+        // What others nearer had was not to be asked of it.
+        neighbour.nothing_new = false;
         self.judge(peer);
-        self.neighbours.get_mut(peer).expect("checked above").coming.clear();
-        // A new one hears of all that is coming.
+        // What is not asked outside any more is taken back; then a new one hears of all that is coming.
+        self.announce();
         self.announced.clear();
         self.assign(now);
     }
@@ -49,7 +55,8 @@ impl<P: Ord + Clone> Spread<P> {
     /// Whether a neighbour is relied on from now on, after what changed of it.
     pub(super) fn judge(&mut self, peer: &P) {
         let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
-        let relied_on = neighbour.near && neighbour.strikes == 0;
+        let able = neighbour.strikes == 0 && neighbour.busy < MOST_BUSY;
+        let relied_on = neighbour.near && able;
         if std::mem::replace(&mut neighbour.relied_on, relied_on) == relied_on {
             return;
         }
@@ -81,19 +88,19 @@ impl<P: Ord + Clone> Spread<P> {
         self.near_copies[chunk as usize] += u32::from(neighbour.relied_on && !counted);
     }
 
-    /// A neighbour says that it has asked for `chunk` outside.
+    /// A neighbour says that it has asked for `chunk` outside. It may know before this member does that they are near.
     pub(super) fn comes(&mut self, peer: &P, chunk: u32, lot: u32, now: Duration) {
         let usual = self.usual_latency(false);
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         let n_live = neighbour.coming.values().filter(|c| c.live).count();
-        let heard = neighbour.near
-            && neighbour.broken < self.config.max_strikes
-            && n_live < self.config.max_outstanding;
+        let heard = neighbour.broken < self.config.max_strikes && n_live < self.config.max_outstanding;
         let lacks = |have: &Bitmap| chunk < have.n_chunks() && !have.contains(chunk);
         if !heard || !lacks(&self.have) || !lacks(&neighbour.holds) {
             return;
         }
-        let until = now + neighbour.patience(usual, &self.config);
+        // Its own answers tell nothing of those from outside.
+        let patience = usual.map_or(self.config.first_timeout, |_| neighbour.patience(usual, &self.config));
+        let until = now + patience;
         let coming = neighbour.coming.entry(chunk).or_insert(Coming { until, live: false });
         if coming.until <= now {
             return;

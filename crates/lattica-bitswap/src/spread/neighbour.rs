@@ -21,6 +21,8 @@ pub(super) struct Neighbour {
     pub(super) coming: BTreeMap<u32, Coming>,
     /// How often in a row that did not come in time.
     pub(super) broken: u32,
+    /// How often in a row it had too much to send.
+    pub(super) busy: u32,
     /// What it is asked for, and since when.
     pub(super) asked: BTreeMap<u32, Duration>,
     /// What it was asked for once and may still send: requests and cancels cross on the wire.
@@ -53,6 +55,7 @@ impl Neighbour {
             relied_on: false,
             coming: BTreeMap::new(),
             broken: 0,
+            busy: 0,
             asked: BTreeMap::new(),
             cancelled: BTreeSet::new(),
             requests: VecDeque::new(),
@@ -77,6 +80,7 @@ impl Neighbour {
         let took = now.saturating_sub(self.asked.remove(&chunk)?);
         self.latency = Some(self.latency.map_or(took, |latency| (latency * 3 + took) / 4));
         self.strikes = 0;
+        self.busy = 0;
         Some(took)
     }
 

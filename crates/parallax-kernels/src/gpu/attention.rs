@@ -38,6 +38,9 @@ pub struct Heads {
     pub head_dim: usize,
 }
 
+/// Elements of the largest head.
+pub const HEAD_DIM_MAX: usize = 512;
+
 impl Heads {
     fn check(&self, op: &'static str) -> Result<(), KernelError> {
         let Self { n_heads, n_kv_heads, head_dim } = *self;
@@ -45,7 +48,7 @@ impl Heads {
             let rule = "must be a positive multiple of the key-value heads";
             return Err(KernelError::BadDimension { op, what: "query heads", got: n_heads, rule });
         }
-        if head_dim == 0 || head_dim > 512 {
+        if head_dim == 0 || head_dim > HEAD_DIM_MAX {
             let rule = "must be within 1..=512";
             return Err(KernelError::BadDimension { op, what: "head dimension", got: head_dim, rule });
         }

@@ -328,11 +328,12 @@ pub(super) fn many_rows<W: Size>(
 /// Rows `ids` of a packed table [N, K], as f32 [T, K].
 ///
 /// # Errors
-/// An id that the table does not have.
+/// An id that the table does not have, or more results than a kernel can index.
 pub fn rows(client: &Client, table: &DeviceWeight, ids: &[u32]) -> Result<Values, KernelError> {
     if let Some(id) = ids.iter().find(|id| **id as usize >= table.n) {
         return Err(KernelError::OutOfRange { op: "rows", what: "id", limit: table.n, got: *id as usize });
     }
+    check_indices("rows", "results", ids.len().saturating_mul(table.k))?;
     let y = Values::empty(client, ids.len() * table.k);
     let steps = ids.len() * table.k / table.form.step();
     let uploaded = Ids::upload(client, ids);

@@ -253,6 +253,28 @@ impl LayerConfig {
         mixer || matches!(self.mlp, Mlp::Experts(_))
     }
 
+    /// Elements of a head of grouped attention.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn head_dim(&self) -> Option<usize> {
+        match &self.mixer {
+            Mixer::Attention(a) => Some(a.head_dim),
+            Mixer::Latent(_) | Mixer::Delta(_) => None,
+        }
+    }
+
+    /// Elements of the widest row of a pass through it, given H; of layers that exist as CPU kernels only, H.
+    pub(crate) fn widest_row(&self, hidden: usize) -> usize {
+        let mixer = match &self.mixer {
+            Mixer::Attention(a) => a.q_width() + 2 * a.kv_width(),
+            Mixer::Latent(_) | Mixer::Delta(_) => hidden,
+        };
+        let mlp = match &self.mlp {
+            Mlp::Dense(mlp) => 2 * mlp.ffn,
+            Mlp::Experts(_) => hidden,
+        };
+        hidden.max(mixer).max(mlp).next_multiple_of(32)
+    }
+
     /// Bytes that the layer stores per token: keys and values.
     pub(crate) fn stored_bytes_per_token(&self, format: KvFormat) -> usize {
         match &self.mixer {

@@ -9,8 +9,11 @@ use crate::{
     config::ModelConfig,
     error::ForwardError,
     ops::{attention::PagedRows, delta::StateRows},
-    options::LoadOptions,
+    options::{DeviceKind, LoadOptions},
 };
+
+/// Elements that the kernels of a GPU tell apart in one matrix.
+const DEVICE_ELEMENTS: usize = u32::MAX as usize;
 
 /// Rows of one batch; what the largest prefill chunk of an engine needs, many times over.
 const MAX_ROWS: usize = 1 << 20;
@@ -23,6 +26,14 @@ pub(super) fn rows(
     let n_rows = batch.sequences.iter().fold(0usize, |n, s| n.saturating_add(s.rows as usize));
     if n_rows == 0 || n_rows > MAX_ROWS {
         return Err(ForwardError::Batch { reason: format!("{n_rows} rows, must be within 1..={MAX_ROWS}") });
+    }
+    if options.device != DeviceKind::Cpu {
+        let widths = config.layers.iter().map(|layer| layer.widest_row(config.hidden));
+        let most = (n_rows * widths.max().unwrap_or(0)).max(batch.n_wanted() * config.vocab);
+        if most >= DEVICE_ELEMENTS {
+            let reason = format!("{n_rows} rows make a matrix of {most} elements, too large for a GPU");
+            return Err(ForwardError::Batch { reason });
+        }
     }
     let mut out = PagedRows {
         positions: Vec::with_capacity(n_rows),
@@ -104,4 +115,27 @@ pub(super) fn locate(batch: &ForwardBatch, row: usize) -> (usize, u32) {
         first += sequence.rows as usize;
     }
     (batch.sequences.len(), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Checkpoint, SequenceRows, catalogue};
+
+    #[test]
+    fn a_pass_that_a_gpu_cannot_index_is_refused_before_it_starts() {
+        let tiny = Checkpoint::tiny().unwrap();
+        let config = catalogue::find("meta-llama/Llama-3.1-8B").unwrap().config();
+        let refused = |rows, device| {
+            let sequence = SequenceRows { rows, ..SequenceRows::default() };
+            let batch = ForwardBatch { sequences: vec![sequence], ..ForwardBatch::default() };
+            let options = LoadOptions { device, kv_pages: 1, ..LoadOptions::whole(&tiny) };
+            super::rows(&batch, &options, &config).unwrap_err().to_string()
+        };
+        // 2 x 14,336 wide.
+        assert!(refused(149_797, DeviceKind::Wgpu).contains("too large for a GPU"));
+        for (rows, device) in [(149_796, DeviceKind::Wgpu), (149_797, DeviceKind::Cpu)] {
+            assert!(!refused(rows, device).contains("GPU"));
+        }
+    }
 }

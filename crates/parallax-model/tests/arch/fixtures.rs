@@ -137,7 +137,12 @@ pub(crate) fn prompts(f: &Fixture, stage: &mut Stage) -> f32 {
             .collect();
         worst(&picked, &floats(&case["logits"]))
     };
-    f.golden["prompts"].as_array().unwrap().iter().map(case).fold(0.0, f32::max)
+    f.golden["prompts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(case)
+        .fold(0.0, |m, d| if d > m || d.is_nan() { d } else { m })
 }
 
 /// 32 tokens, one at a time.

@@ -98,7 +98,7 @@ fn of_two_that_ask_at_once_the_smaller_lot_goes_on() {
 }
 
 #[test]
-fn one_that_owes_an_answer_is_not_relied_on_and_who_is_far_is_not_heard() {
+fn one_that_owes_an_answer_is_not_relied_on_and_who_is_far_counts_when_it_is_near() {
     let now = Duration::ZERO;
     let mut spread = with_near();
     spread.handle(&2, holds(2, &[0]), now);
@@ -108,8 +108,10 @@ fn one_that_owes_an_answer_is_not_relied_on_and_who_is_far_is_not_heard() {
     spread.handle_timeout(late);
     assert!(spread.may_ask(&spread.neighbours[&1], 0));
     spread.handle(&1, coming(1, 0), now);
-    assert!(spread.neighbours[&1].coming.is_empty());
     assert_eq!(spread.near_copies, [0, 0]);
+    // Both ends measure, one of them first.
+    spread.set_near(&1, true, now);
+    assert_eq!(spread.near_copies, [1, 1]);
 }
 
 #[test]
@@ -123,4 +125,38 @@ fn as_much_may_be_coming_as_may_be_asked_for() {
     spread.handle(&2, coming(5000, 0), now);
     spread.remove_neighbour(&2, now);
     assert!(spread.near_copies.iter().all(|&copies| copies == 0));
+}
+
+#[test]
+fn one_that_is_always_busy_is_not_waited_for() {
+    let mut now = Duration::ZERO;
+    let mut spread = with_near();
+    spread.handle(&2, holds(2, &[0]), now);
+    spread.handle(&1, holds(2, &[0]), now);
+    for _ in 1..MOST_BUSY {
+        assert_eq!(requests(&mut spread, now), [(2, 0)]);
+        spread.handle(&2, SpreadMessage::Busy(0), now);
+        now = spread.next_deadline().unwrap();
+        spread.handle_timeout(now);
+    }
+    assert!(!spread.is_owed(&1, 0));
+    spread.handle(&2, SpreadMessage::Busy(0), now);
+    assert!(spread.is_owed(&1, 0));
+}
+
+#[test]
+fn one_that_turns_out_to_be_near_is_asked_beside_another() {
+    let now = Duration::ZERO;
+    let mut spread = member(200);
+    let all: Vec<u32> = (0..200).collect();
+    for peer in [1, 2] {
+        spread.add_neighbour(&peer, now);
+    }
+    spread.set_near(&2, true, now);
+    spread.handle(&2, holds(200, &all), now);
+    spread.handle(&1, holds(200, &all), now);
+    assert!(requests(&mut spread, now).iter().all(|(peer, _)| *peer == 2));
+    spread.set_near(&1, true, now);
+    spread.handle_chunk(&2, *spread.neighbours[&2].asked.keys().next().unwrap(), now);
+    assert!(requests(&mut spread, now).iter().any(|(peer, _)| *peer == 1));
 }
