@@ -10,24 +10,33 @@ use anyhow::{Context, Result};
 
 use crate::ci::{cargo, target_dir};
 
-/// The lock file as it was, put back when the build is over: the stand-in is in nobody's lock.
+/// The lock file as it was, put back when the build is over: the stand-in is in nobody's lock. A copy on disk outlives a build
+/// that was broken off; the next one puts that back first.
 struct Lock {
     path: PathBuf,
-    text: String,
+    copy: PathBuf,
 }
 
 impl Lock {
-    fn keep(root: &Path) -> Result<Self> {
-        let path = root.join("Cargo.lock");
-        let text = fs::read_to_string(&path).context("reading Cargo.lock")?;
-        Ok(Self { path, text })
+    fn keep(root: &Path, folder: &Path) -> Result<Self> {
+        let lock = Self { path: root.join("Cargo.lock"), copy: folder.join("Cargo.lock.before") };
+        if lock.copy.exists() {
+            lock.put_back()?;
+        }
+        fs::copy(&lock.path, &lock.copy).context("copying Cargo.lock")?;
+        Ok(lock)
+    }
+
+    fn put_back(&self) -> Result<()> {
+        fs::copy(&self.copy, &self.path).context("putting Cargo.lock back")?;
+        fs::remove_file(&self.copy).with_context(|| format!("removing {}", self.copy.display()))
     }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if let Err(e) = fs::write(&self.path, &self.text) {
-            eprintln!("Cargo.lock names the stand-in for cubecl-llvm and could not be put back: {e}");
+        if let Err(e) = self.put_back() {
+            eprintln!("Cargo.lock names the stand-in for cubecl-llvm and could not be put back: {e:#}");
         }
     }
 }
@@ -44,7 +53,7 @@ pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
     let args = [verb, "--release", "--package", "swarm-examples", "--bin", "parallax"];
     let args = [&args[..], &["--features", features, "--config", &patch]].concat();
     let start = Instant::now();
-    let lock = Lock::keep(root)?;
+    let lock = Lock::keep(root, &folder)?;
     cargo(root, &args, &[])?;
     drop(lock);
     let seconds = start.elapsed().as_secs_f64();

@@ -121,7 +121,8 @@ pub enum Exclusion {
 }
 
 impl Exclusion {
-    /// Whether it is for good: a machine may be slow or lose its connection, but does not say what is not so.
+    /// Whether it holds until the learner is started again: a machine may be slow or lose its connection, but does not say what is not
+    /// so.
     pub fn is_final(&self) -> bool {
         !matches!(self, Self::Late { .. } | Self::Gone { .. })
     }

@@ -26,6 +26,9 @@ pub struct TeacherConfig {
     pub small_talk: f64,
     /// Weight 1 on the prompt's own tokens too, so that the model learns what questions look like.
     pub learn_prompt: bool,
+    /// In a game, lessons end after their first turn before this step, and are whole games from it on. One question at a time is
+    /// learnt where whole games are too much to begin with.
+    pub whole_games_from_step: u64,
 }
 
 impl Default for TeacherConfig {
@@ -36,6 +39,7 @@ impl Default for TeacherConfig {
             one_too_large: 0.4,
             small_talk: 0.04,
             learn_prompt: false,
+            whole_games_from_step: 0,
         }
     }
 }
@@ -203,8 +207,8 @@ impl ChatEncoder {
     }
 
     /// A whole episode of `environment`, with one of the words that are offered said at every turn, as often as a beginner
-    /// says it; all of them are learnt. It is broken off where it would become longer than `most_tokens`. `None` when no
-    /// words are offered at all.
+    /// says it; all of them are learnt. It is broken off where it would become longer than `most_tokens`, after its first
+    /// turn at the earliest. `None` when no words are offered at all.
     ///
     /// # Errors
     /// Words that cannot be put into tokens, a template that changes what was said.

@@ -58,8 +58,8 @@ pub struct RunConfig {
     pub assistants: Vec<PeerId>,
     /// Seconds that one of them is waited for before its share is computed here.
     pub assistant_timeout_s: u64,
-    /// Share of steps in which one share of an assistant is computed here as well, 0 to 1; one with other bits is out. Only for machines
-    /// that compute the same bits.
+    /// Share of rounds in which one share of an assistant is computed here as well, 0 to 1; one with other bits is out. A step has one
+    /// round, or two where its loss needs the present weights' log-probabilities first. Only for machines that compute the same bits.
     pub assistant_check: f64,
     /// Held-out tasks of one evaluation; evaluations are made before the first and after the last step.
     pub eval_tasks: u64,

@@ -38,7 +38,7 @@ pub struct Part {
     /// Its sequences; of [`Task::Logprobs`] only the tokens are read.
     pub batch: PackedBatch,
     /// What each row weighs in the whole batch's loss; `None` when this is the whole batch, which then makes the plan from its own
-    /// forward pass.
+    /// forward pass and does not travel.
     pub plan: Option<RowPlan>,
 }
 
@@ -224,13 +224,13 @@ fn cut(samples: &[Sample], shares: usize) -> Vec<Range<usize>> {
     cuts.into_iter().map(|(_, range)| range).collect()
 }
 
-/// Gradients of the policy loss over `samples`, computed by `hands`. A loss whose corrections depend on the current policy costs one
-/// more forward pass when the batch is cut.
+/// Gradients of the policy loss over `samples`. `compute` is [`Hands::compute`], of these hands or of others beside them. A loss whose
+/// corrections depend on the current policy costs one more forward pass when the batch is cut.
 ///
 /// # Errors
 /// When there are no samples or they do not fit, or the model or the loss refuses them.
 pub fn policy_gradients(
-    hands: &mut dyn Hands,
+    mut compute: impl FnMut(&[Arc<Share>]) -> Result<Vec<Answer>, StepError>,
     samples: &[Sample],
     config: &LossConfig,
     sizes: Cut,
@@ -261,7 +261,7 @@ pub fn policy_gradients(
         (true, 0 | 1) => None,
         (true, _) => {
             let mut current = Vec::with_capacity(whole.targets.rows());
-            for answer in hands.compute(&shares(Task::Logprobs, None))? {
+            for answer in compute(&shares(Task::Logprobs, None))? {
                 let Answer::Logprobs(logprobs) = answer else {
                     unreachable!("log-probabilities were asked for")
                 };
@@ -271,7 +271,7 @@ pub fn policy_gradients(
         }
     };
     let mut sum = Sum::default();
-    for answer in hands.compute(&shares(Task::Gradients, plan.as_ref()))? {
+    for answer in compute(&shares(Task::Gradients, plan.as_ref()))? {
         let Answer::Gradients(gradients, figures) = answer else { unreachable!("gradients were asked for") };
         sum.add((gradients, figures));
     }
@@ -297,7 +297,7 @@ mod tests {
     ) -> (Gradients, LossMetrics) {
         let mut replicas: Vec<Bigram> = (0..n).map(|_| policy.replica()).collect();
         let mut hands = Replicas::new(replicas.iter_mut().collect(), config);
-        policy_gradients(&mut hands, samples, config, sizes).unwrap()
+        policy_gradients(|shares| hands.compute(shares), samples, config, sizes).unwrap()
     }
 
     const WHOLE: Cut = Cut { shares: 1, micro_batch_tokens: 1000 };
@@ -372,7 +372,7 @@ mod tests {
     fn a_batch_without_samples_is_refused() {
         let (mut policy, config) = (Bigram::new(4), LossConfig::grpo());
         let mut hands = Replicas::new(vec![&mut policy], &config);
-        let refused = policy_gradients(&mut hands, &[], &config, WHOLE);
+        let refused = policy_gradients(|shares| hands.compute(shares), &[], &config, WHOLE);
         assert!(matches!(refused, Err(StepError::Pack(PackError::Empty { .. }))));
     }
 

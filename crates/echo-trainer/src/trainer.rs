@@ -4,7 +4,6 @@
 //! same checkpoint as the weights. The order of groups does not depend on who delivered first: a step sorts by id.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use swarm_wire::PolicyVersion;
 
@@ -18,7 +17,7 @@ use crate::optim::AdamW;
 use crate::packing::Sample;
 use crate::parameters::Parameters;
 use crate::policy::{Policy, read_parameters};
-use crate::shares::{Answer, Cut, Hands, Replicas, Share, policy_gradients};
+use crate::shares::{Cut, Replicas, policy_gradients};
 use crate::step::completion_logprobs;
 
 /// One sampled answer.
@@ -305,8 +304,8 @@ impl<P: Policy + Send> Trainer<P> {
             micro_batch_tokens: self.config.micro_batch_tokens,
         };
         let mut own = Replicas::new(policies, &self.config.loss);
-        let mut together = Together { assistants, own: &mut own };
-        let (mut gradients, loss) = policy_gradients(&mut together, &samples, &self.config.loss, cut)?;
+        let compute = |shares: &[_]| assistants.compute(shares, &mut own);
+        let (mut gradients, loss) = policy_gradients(compute, &samples, &self.config.loss, cut)?;
         let update = self.optimiser.update(&mut self.masters, &mut gradients)?;
         for policy in std::iter::once(&mut self.policy).chain(&mut self.replicas) {
             policy.assign(&self.masters)?;
@@ -336,22 +335,6 @@ impl<P: Policy + Send> Trainer<P> {
         self.version = report.version;
         assistants.hold(self.version, &self.masters);
         Ok(report)
-    }
-}
-
-/// This trainer and its assistants.
-struct Together<'a> {
-    assistants: &'a mut dyn Assistants,
-    own: &'a mut dyn Hands,
-}
-
-impl Hands for Together<'_> {
-    fn width(&self) -> usize {
-        self.own.width() + self.assistants.seats()
-    }
-
-    fn compute(&mut self, shares: &[Arc<Share>]) -> Result<Vec<Answer>, StepError> {
-        self.assistants.compute(shares, self.own)
     }
 }
 

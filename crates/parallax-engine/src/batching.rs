@@ -29,7 +29,7 @@ pub const LOGITS_BYTES: usize = TENSOR_MAX_BYTES / 2;
 const TOKEN_WORK: u64 = 2;
 
 /// Rows that prompts get beside decoding sequences however short a step should be: below, a step costs more than its rows.
-const LEAST_PROMPT_ROWS: usize = 32;
+const LEAST_PROMPT_ROWS: usize = 16;
 
 /// Running sequences, first admitted first, and waiting ones.
 #[derive(Debug)]

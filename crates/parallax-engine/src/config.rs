@@ -12,7 +12,7 @@ pub struct EngineConfig {
     /// nobody wait for the end of others' prompts; a processor is as fast with 128 rows as with more, a GPU wants more.
     pub step_tokens: usize,
     /// Milliseconds that a step should take at most; 0: any time. Where one takes longer, the engine thread of
-    /// [`crate::EngineHandle`] takes smaller pieces of prompts, though at least 32 tokens: a step is what new tokens, new
+    /// [`crate::EngineHandle`] takes smaller pieces of prompts, though at least 16 tokens: a step is what new tokens, new
     /// requests and the pages of broken-off ones wait for.
     pub step_ms: u64,
     /// Milliseconds that requests wait at most for others to take the place of a lost stage. They are computed again there

@@ -139,7 +139,7 @@ impl Engine {
     }
 
     /// Gives the next steps about `rows` rows, within [`EngineConfig::step_tokens`]: sequences that decode keep theirs, prompts
-    /// at least 32 together. No result depends on it.
+    /// at least 16 together. No result depends on it.
     pub fn limit_rows(&mut self, rows: usize) {
         self.scheduler.limit_rows(rows);
     }

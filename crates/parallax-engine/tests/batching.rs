@@ -517,7 +517,7 @@ fn a_limit_cuts_prompts_shorter_and_leaves_every_answer_its_row() {
     engine.step(&mut model);
     engine.add(Request::greedy(vec![3; 300], 4)).unwrap();
     engine.limit_rows(10);
-    assert_eq!(engine.plan().unwrap().0.n_rows(), 20 + 32, "a row for each answer, and some of the prompt");
+    assert_eq!(engine.plan().unwrap().0.n_rows(), 20 + 16, "a row for each answer, and some of the prompt");
 }
 
 proptest! {

@@ -48,7 +48,7 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
     let options = JoinOptions {
         swarm: args.node.swarm.clone(),
         bootstrap: args.node.network.bootstrap.clone(),
-        memory_bytes: args.node.memory_bytes()?,
+        memory_bytes: args.node.memory_bytes(args.device)?,
         device: args.device,
         pinned: args.node.layers,
         model: args.model.as_deref().map(super::hub::obtain).transpose()?,

@@ -158,7 +158,7 @@ fn options(args: &ServeArgs, checkpoint: &Checkpoint) -> anyhow::Result<ServeOpt
         dtype: args.dtype,
         device: args.device,
         take_layers: !args.no_layers,
-        memory_bytes: args.node.memory_bytes()?,
+        memory_bytes: args.node.memory_bytes(args.device)?,
         pinned: args.node.layers,
         kv_pages: context.div_ceil(PAGE_TOKENS).max(1),
         kv_page_tokens: PAGE_TOKENS,

@@ -8,6 +8,7 @@ use anyhow::{Context as _, anyhow};
 use clap::Args;
 use lattica_bitswap::{Blocks, FsStore, StoreError};
 use lattica_net::{Identity, Liveness, Node, NodeConfig};
+use parallax_model::DeviceKind;
 use swarm_wire::LayerRange;
 
 use crate::network::{EVERYWHERE, NetworkArgs};
@@ -32,7 +33,7 @@ pub struct SwarmNodeArgs {
     /// Where weights from peers are kept [default: the user's cache directory]
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
-    /// Memory for weights and cache, gigabytes [default: 70 % of what is available]
+    /// Memory for weights and cache, gigabytes [default: 70 % of what is available]. A GPU's has to be said
     #[arg(long, value_name = "G")]
     pub memory_gb: Option<f64>,
     /// Take exactly these layers
@@ -101,12 +102,16 @@ impl SwarmNodeArgs {
         Ok(base.context("no HOME to keep weights in: pass --cache-dir")?.join("open-intelligence-stack"))
     }
 
-    /// Bytes for weights and cache.
+    /// Bytes for weights and cache on `device`.
     ///
     /// # Errors
-    /// An impossible number.
-    pub fn memory_bytes(&self) -> anyhow::Result<u64> {
+    /// An impossible number; none for a GPU.
+    pub fn memory_bytes(&self, device: DeviceKind) -> anyhow::Result<u64> {
         let Some(gb) = self.memory_gb else {
+            anyhow::ensure!(
+                device == DeviceKind::Cpu,
+                "how much memory a GPU may give is not known here: say --memory-gb with --device {device}"
+            );
             let mut system = sysinfo::System::new();
             system.refresh_memory();
             return Ok(system.available_memory() / 10 * 7);

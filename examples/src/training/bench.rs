@@ -7,7 +7,7 @@ use clap::Args;
 use echo_rollout::environment::draws::Draws;
 use echo_trainer::loss::LossConfig;
 use echo_trainer::packing::Sample;
-use echo_trainer::shares::{Cut, Replicas, policy_gradients};
+use echo_trainer::shares::{Cut, Hands as _, Replicas, policy_gradients};
 use parallax_model::Checkpoint;
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use serde_json::json;
@@ -76,7 +76,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     for _ in 0..=args.repeats {
         let started = Instant::now();
         let mut hands = Replicas::new(replicas.iter_mut().collect(), &loss);
-        policy_gradients(&mut hands, &samples, &loss, cut)?;
+        policy_gradients(|shares| hands.compute(shares), &samples, &loss, cut)?;
         times_ms.push(started.elapsed().as_secs_f64() * 1e3);
     }
     times_ms.remove(0);

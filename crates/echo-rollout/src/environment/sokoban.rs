@@ -53,7 +53,8 @@ pub struct Sokoban {
     /// Reward for the share of boxes on goals when not all are. Default: 0.1.
     pub partial: f32,
     /// Whether the game is over where no way leads to the end any more: then no turn is spent on what is lost. Asks the solver
-    /// after every turn, so it is for small levels. Default: no.
+    /// after every turn, so it is for small levels; where that finds nothing within 200,000 positions, the game counts as lost
+    /// too. Default: no.
     pub ends_lost: bool,
     /// How levels are shown. Default: drawn.
     pub view: View,
@@ -83,8 +84,8 @@ impl Sokoban {
         Self { turns, moves_per_turn: 1, ..Self::default() }
     }
 
-    /// One move a turn, squares named instead of drawn, over where it is lost: within reach of a model of a quarter of a million
-    /// parameters.
+    /// One move a turn, squares named instead of drawn, over where it is lost: meant for a model of some 0.3 million
+    /// parameters (docs/LEARNING.md).
     pub fn tiny(turns: usize) -> Self {
         Self { view: View::Squares, ends_lost: true, ..Self::interactive(turns) }
     }

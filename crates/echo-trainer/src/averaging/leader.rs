@@ -11,7 +11,7 @@ use super::{Attempt, Exclusion};
 pub struct LeaderConfig {
     /// An answer that takes longer is not waited for.
     pub patience_ms: u64,
-    /// Who is late so many times in a row is out for the run.
+    /// Who is late so many times in a row is out until the learner is started again.
     pub late_at_most: u32,
 }
 
@@ -57,8 +57,6 @@ struct Job {
 struct Assistant {
     /// What it has not answered yet.
     job: Option<Job>,
-    /// How many answers in a row were late.
-    late: u32,
 }
 
 /// Gives the shares of one step after the other to assistants and to this trainer.
@@ -69,7 +67,10 @@ pub struct Leader {
     round: u64,
     shares: Vec<State>,
     assistants: BTreeMap<PeerId, Assistant>,
-    /// Who is out for the run. As many as may assist.
+    /// How many answers in a row were late. Kept of those that have gone, too: who joins again is not on time by that. As many as may
+    /// assist.
+    late: BTreeMap<PeerId, u32>,
+    /// Who is out until the learner is started again. As many as may assist.
     dismissed: BTreeMap<PeerId, Exclusion>,
     /// Who was left out since the last time somebody asked.
     news: Vec<(PeerId, Exclusion)>,
@@ -87,6 +88,7 @@ impl Leader {
             round: 0,
             shares: Vec::new(),
             assistants: BTreeMap::new(),
+            late: BTreeMap::new(),
             dismissed: BTreeMap::new(),
             news: Vec::new(),
         }
@@ -144,7 +146,7 @@ impl Leader {
     }
 
     /// What to do at `now_ms`, when this trainer has nothing to do and can compute `own` shares at a time (at least one). It keeps
-    /// the first ones for itself, which need not travel.
+    /// the first ones for itself, which need not travel; an only one never does.
     pub fn next(&mut self, now_ms: u64, own: usize) -> Next {
         self.leave_out_late(now_ms);
         let open: Vec<usize> = self.places(State::Open).collect();
@@ -180,14 +182,15 @@ impl Leader {
         let Some(assistant) = self.assistants.get_mut(peer) else { return false };
         let Some(job) = assistant.job.take_if(|job| job.attempt == attempt) else { return false };
         if !job.late {
-            assistant.late = 0;
+            self.late.remove(peer);
         }
         let state =
             self.shares.get_mut(attempt.share).filter(|s| attempt.round == round && **s != State::Done);
         state.map(|state| *state = State::Done).is_some()
     }
 
-    /// `peer` is left out; its share goes to somebody else. For good, if [`Exclusion::is_final`], even if it has gone already.
+    /// `peer` is left out; its share goes to somebody else. Until the learner is started again, if [`Exclusion::is_final`], even if it
+    /// has gone already.
     pub fn exclude(&mut self, peer: &PeerId, why: Exclusion) {
         let gone = self.assistants.remove(peer);
         let known = gone.is_some();
@@ -229,9 +232,10 @@ impl Leader {
             self.tell(peer.clone(), Exclusion::Late { patience_ms });
             self.shares[job.attempt.share] = State::Open;
             let Some(assistant) = self.assistants.get_mut(&peer) else { continue };
-            assistant.late += 1;
             assistant.job = Some(Job { late: true, ..job });
-            let times = assistant.late;
+            let late = self.late.entry(peer.clone()).or_default();
+            *late += 1;
+            let times = *late;
             if times >= self.config.late_at_most {
                 self.exclude(&peer, Exclusion::Slow { times });
             }

@@ -91,6 +91,7 @@ proptest! {
                 match next {
                     Next::Ask { peer, attempt } => {
                         prop_assert!(!done[attempt.share] && attempt.step == step);
+                        prop_assert!(attempt.share > 0, "an only share does not travel");
                         prop_assert!(busy.insert(peer.clone()) && !out.contains(&peer), "busy, or out");
                         let fate = fates.next().unwrap();
                         let (Fate::Answers(ms) | Fate::Goes(ms) | Fate::Lies(ms)) = fate;
@@ -152,6 +153,23 @@ fn who_is_late_three_times_in_a_row_is_out_and_who_answers_in_between_is_not() {
     assert_eq!((leader.assistants(), leader.join(&p)), (0, Err(Exclusion::Slow { times: 3 })));
 }
 
+#[test]
+fn who_joins_again_is_as_late_as_it_was() {
+    let (mut leader, p) = (Leader::new(CONFIG), peer(0));
+    for step in 0..3 {
+        leader.join(&p).unwrap();
+        leader.begin(step, 2);
+        let now = 1000 * step;
+        assert!(matches!(leader.next(now, 1), Next::Ask { .. }));
+        assert_eq!(leader.next(now, 1), Next::Own(vec![0]));
+        leader.handle_own(0);
+        assert_eq!(leader.next(now + CONFIG.patience_ms, 1), Next::Own(vec![1]), "it is late");
+        leader.handle_own(1);
+        leader.exclude(&p, Exclusion::Gone { reason: "it hung up".to_owned() });
+    }
+    assert_eq!(leader.join(&p), Err(Exclusion::Slow { times: 3 }));
+}
+
 /// A share of gradients of two parts and the right reply to it.
 fn share() -> (Share, Reply) {
     let batches = [
@@ -202,10 +220,11 @@ fn shares_and_answers_travel_to_the_bit() {
         part.batch.targets.proximal = part.batch.targets.sampled.clone();
         part.batch.targets.reference = Some(part.batch.targets.advantages.clone());
     });
-    let whole = Share { parts: vec![Part { plan: None, ..share.parts[0].clone() }], ..share.clone() };
-    for share in [&share, &full, &whole] {
+    for share in [&share, &full] {
         assert_eq!(decode_share(&encode_share(share).unwrap()).unwrap(), *share);
     }
+    let whole = Share { parts: vec![Part { plan: None, ..share.parts[0].clone() }], ..share.clone() };
+    encode_share(&whole).unwrap_err();
     // Of log-probabilities only the tokens travel, and they are enough.
     let logprobs = Share { task: Task::Logprobs, ..share.clone() };
     let there = decode_share(&encode_share(&logprobs).unwrap()).unwrap();
@@ -246,6 +265,10 @@ fn lists_that_do_not_fit_are_no_share() {
     refused(&|m| m.divergence_weights.clear());
     refused(&|m| m.policy_weights.clear());
     refused(&|m| (m.policy_weights, m.divergence_weights) = (Vec::new(), Vec::new()));
+    refused(&|m| {
+        m.part_sequences = vec![4];
+        (m.policy_weights, m.divergence_weights) = (Vec::new(), Vec::new());
+    });
     refused(&|m| *m = ShareWork { task: 1, ..ShareWork::default() });
 }
 

@@ -98,7 +98,13 @@ pub fn encode_reply(reply: &Reply) -> (Frame, Vec<u8>) {
 
 /// Lists of values as they travel, one after the other.
 pub fn encode_values<'a>(lists: impl IntoIterator<Item = &'a [f32]>) -> Vec<u8> {
-    lists.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect()
+    let lists: Vec<&[f32]> = lists.into_iter().collect();
+    // Of a whole model: a list that grows would be copied over and over, and keep room for up to twice of it.
+    let mut bytes = Vec::with_capacity(4 * lists.iter().map(|list| list.len()).sum::<usize>());
+    for value in lists.into_iter().flatten() {
+        bytes.extend_from_slice(&value.to_le_bytes());
+    }
+    bytes
 }
 
 /// The values in a payload.
@@ -230,7 +236,7 @@ fn figures(m: proto::ShareFigures) -> LossMetrics {
 /// A share as it travels.
 ///
 /// # Errors
-/// One of more than [`WORK_MAX_BYTES`].
+/// One of more than [`WORK_MAX_BYTES`], or one of gradients without the weights of its rows: that is a whole batch, which nobody shares.
 pub fn encode_share(share: &Share) -> Result<Vec<u8>, DecodeError> {
     let mut m = proto::ShareWork {
         task: match share.task {
@@ -258,11 +264,12 @@ pub fn encode_share(share: &Share) -> Result<Vec<u8>, DecodeError> {
             all.extend(list.iter().flatten());
         }
         m.advantages.extend(&t.advantages);
-        if let Some(plan) = plan {
-            m.policy_weights.extend(&plan.policy);
-            m.divergence_weights.extend(&plan.divergence);
-            m.correction = Some(correction_to_proto(&plan.figures));
-        }
+        let Some(plan) = plan else {
+            return Err(DecodeError::invalid("share of gradients", "no weights of rows"));
+        };
+        m.policy_weights.extend(&plan.policy);
+        m.divergence_weights.extend(&plan.divergence);
+        m.correction = Some(correction_to_proto(&plan.figures));
     }
     m.trainable = trainable.into();
     let got_bytes = m.encoded_len();
@@ -301,15 +308,10 @@ pub fn decode_share(payload: &[u8]) -> Result<Share, DecodeError> {
     counted("proximal log-probabilities", m.proximal_logprobs.len(), true)?;
     counted("reference log-probabilities", m.reference_logprobs.len(), true)?;
     counted("advantages", m.advantages.len(), false)?;
-    counted("weights of rows", m.policy_weights.len(), true)?;
-    counted("divergence weights of rows", m.divergence_weights.len(), m.policy_weights.is_empty())?;
+    counted("weights of rows", m.policy_weights.len(), false)?;
+    counted("divergence weights of rows", m.divergence_weights.len(), false)?;
     if let Some(mark) = m.trainable.iter().find(|mark| **mark > 1) {
         return Err(DecodeError::invalid("trainable mark", mark));
-    }
-    let planned = !m.policy_weights.is_empty();
-    if task == Task::Gradients && !planned && (m.part_sequences.len() > 1 || !m.divergence_weights.is_empty())
-    {
-        return Err(DecodeError::invalid("parts without weights of rows", m.part_sequences.len()));
     }
     let total_tokens = usize::try_from(m.total_tokens).unwrap_or(usize::MAX).max(1);
     let figures = m.correction.map(correction).unwrap_or_default();
@@ -337,7 +339,7 @@ pub fn decode_share(payload: &[u8]) -> Result<Share, DecodeError> {
                 advantages: m.advantages[rows.clone()].to_vec(),
             },
         };
-        let plan = planned.then(|| RowPlan {
+        let plan = (task == Task::Gradients).then(|| RowPlan {
             policy: m.policy_weights[rows.clone()].to_vec(),
             divergence: m.divergence_weights[rows.clone()].to_vec(),
             figures,

@@ -25,7 +25,7 @@ use crate::error::StepError;
 use crate::parameters::Parameter;
 use crate::shares::{Answer, Hands, Share, Task};
 
-/// Late so many times in a row, an assistant is out for the run.
+/// Late so many times in a row, an assistant is out until the learner is started again.
 const LATE_AT_MOST: u32 = 3;
 /// Orders that wait for one stream: a share, and its end.
 const ORDERS: usize = 4;
@@ -43,7 +43,8 @@ pub struct AssistantsConfig {
     pub trainer: TrainerConfig,
     /// How long one is waited for.
     pub patience: Duration,
-    /// Share of steps, 0 to 1, in which one answer of an assistant is computed here as well, and compared to the bit.
+    /// Share of rounds, 0 to 1, in which one answer of an assistant is computed here as well, and compared to the bit. A step has one
+    /// round, or two where its loss needs the present weights' log-probabilities first.
     pub check: f64,
     /// Decides which; assistants must not know it.
     pub secret: u64,
@@ -89,7 +90,7 @@ struct Weights {
     version: PolicyVersion,
     hash: Hash,
     /// Values of each parameter.
-    lengths: Vec<usize>,
+    lengths: Arc<[usize]>,
     payload: Bytes,
 }
 
@@ -100,7 +101,7 @@ struct State {
     n_connections: u64,
     /// Of the present shares, with the assistant that each is of.
     answers: Vec<Option<(Answer, Option<PeerId>)>>,
-    /// Shares of the last gradients that assistants computed.
+    /// Shares of the last gradients that assistants computed, without one that was found wrong.
     assisted: usize,
     finished: bool,
 }
@@ -109,10 +110,19 @@ struct State {
 struct Connection {
     number: u64,
     orders: mpsc::Sender<Order>,
-    /// What it was asked for last, and under which weights.
-    job: Option<(Arc<Share>, Arc<Weights>)>,
+    /// What it was asked for, until it answers.
+    job: Option<Job>,
     /// Hashes of weights that were sent and not confirmed.
     sent: VecDeque<Hash>,
+}
+
+/// What an answer is compared with. Of the weights only what that needs: one that never answers would keep old ones for ever.
+#[derive(Debug)]
+struct Job {
+    share: Arc<Share>,
+    weights: Hash,
+    /// Values of each parameter.
+    lengths: Arc<[usize]>,
 }
 
 /// What a stream's writer is to say.
@@ -123,7 +133,12 @@ enum Order {
 }
 
 impl State {
-    /// Ends the stream of `peer`.
+    /// The connection of `peer`, if it is still the one with this number: what an older stream says does not concern the present one.
+    fn connection(&mut self, peer: &PeerId, number: u64) -> Option<&mut Connection> {
+        self.connections.get_mut(peer).filter(|connection| connection.number == number)
+    }
+
+    /// Ends the stream of `peer`: it is told so, or its orders end.
     fn end(&mut self, peer: &PeerId, finished: bool, reason: String) {
         if let Some(connection) = self.connections.remove(peer) {
             // A full queue belongs to a stream that takes nothing any more.
@@ -142,6 +157,26 @@ impl State {
 }
 
 impl Shared {
+    fn new(config: AssistantsConfig) -> Self {
+        let patience_ms = u64::try_from(config.patience.as_millis()).unwrap_or(u64::MAX);
+        let state = State {
+            leader: Leader::new(LeaderConfig { patience_ms, late_at_most: LATE_AT_MOST }),
+            connections: BTreeMap::new(),
+            n_connections: 0,
+            answers: Vec::new(),
+            assisted: 0,
+            finished: false,
+        };
+        Self {
+            config,
+            began: Instant::now(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            weights: watch::Sender::new(None),
+            attended: watch::Sender::new(0),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -157,23 +192,7 @@ impl Assistants {
     /// # Errors
     /// None that a node of this version gives.
     pub fn start(node: Node, config: AssistantsConfig) -> Result<Self, StreamError> {
-        let patience_ms = u64::try_from(config.patience.as_millis()).unwrap_or(u64::MAX);
-        let state = State {
-            leader: Leader::new(LeaderConfig { patience_ms, late_at_most: LATE_AT_MOST }),
-            connections: BTreeMap::new(),
-            n_connections: 0,
-            answers: Vec::new(),
-            assisted: 0,
-            finished: false,
-        };
-        let shared = Arc::new(Shared {
-            config,
-            began: Instant::now(),
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            weights: watch::Sender::new(None),
-            attended: watch::Sender::new(0),
-        });
+        let shared = Arc::new(Shared::new(config));
         let of_streams = Arc::clone(&shared);
         node.handle_stream(PROTOCOL, move |peer, stream| {
             connection::attend(Arc::clone(&of_streams), peer, stream)
@@ -241,11 +260,16 @@ impl averaging::Assistants for Assistants {
             state.end_dismissed();
             match next {
                 Next::Ask { peer, attempt } => {
-                    let share = Arc::clone(&shares[attempt.share]);
+                    let share = &shares[attempt.share];
+                    let job = Job {
+                        share: Arc::clone(share),
+                        weights: weights.hash,
+                        lengths: Arc::clone(&weights.lengths),
+                    };
                     let work =
-                        Order::Work { attempt, share: Arc::clone(&share), weights: Arc::clone(&weights) };
+                        Order::Work { attempt, share: Arc::clone(share), weights: Arc::clone(&weights) };
                     let asked = state.connections.get_mut(&peer).is_some_and(|connection| {
-                        connection.job = Some((share, Arc::clone(&weights)));
+                        connection.job = Some(job);
                         connection.orders.try_send(work).is_ok()
                     });
                     if !asked {
@@ -276,21 +300,22 @@ impl averaging::Assistants for Assistants {
         let by =
             |answers: &[Option<(Answer, Option<PeerId>)>], share: usize| answers[share].as_ref()?.1.clone();
         let assisted = (0..shares.len()).filter_map(|share| Some((share, by(&state.answers, share)?)));
-        let assisted: Vec<(usize, PeerId)> = assisted.collect();
+        let mut assisted: Vec<(usize, PeerId)> = assisted.collect();
+        if let Some(drawn) = shared.config.drawn(state.leader.round(), assisted.len()) {
+            let (share, peer) = assisted[drawn].clone();
+            drop(state);
+            let again = own.compute(std::slice::from_ref(&shares[share]))?.pop();
+            state = shared.state();
+            let told = state.answers[share].take().map(|(answer, _)| answer);
+            if told != again {
+                state.leader.exclude(&peer, Exclusion::Wrong);
+                state.end_dismissed();
+                assisted.remove(drawn);
+            }
+            state.answers[share] = again.map(|answer| (answer, None));
+        }
         if shares.first().is_some_and(|share| share.task == Task::Gradients) {
             state.assisted = assisted.len();
-        }
-        if let Some(drawn) = shared.config.drawn(state.leader.round(), assisted.len()) {
-            let (share, peer) = &assisted[drawn];
-            drop(state);
-            let again = own.compute(std::slice::from_ref(&shares[*share]))?.pop();
-            state = shared.state();
-            let told = state.answers[*share].take().map(|(answer, _)| answer);
-            if told != again {
-                state.leader.exclude(peer, Exclusion::Wrong);
-                state.end_dismissed();
-            }
-            state.answers[*share] = again.map(|answer| (answer, None));
         }
         let answers = std::mem::take(&mut state.answers);
         Ok(answers.into_iter().map(|answer| answer.expect("every share is done").0).collect())

@@ -119,7 +119,7 @@ pub struct ShareWork {
     pub reference_logprobs: ::prost::alloc::vec::Vec<f64>,
     #[prost(double, repeated, tag = "10")]
     pub advantages: ::prost::alloc::vec::Vec<f64>,
-    /// What a row weighs in the whole batch's loss. Both empty: this is the whole batch, in one part.
+    /// What a row weighs in the whole batch's loss.
     #[prost(double, repeated, tag = "11")]
     pub policy_weights: ::prost::alloc::vec::Vec<f64>,
     #[prost(double, repeated, tag = "12")]

@@ -349,7 +349,7 @@ impl Game for Holdem {
         format!("{own} {board}:{}", self.history)
     }
 
-    /// What changes from one decision to the next stands last: a small model reads what is near to its answer.
+    /// The cards stand last: a small model reads what is near to its answer.
     fn describe(&self, player: usize) -> String {
         let (own, board) = self.written(player);
         let or = |text: String| if text.is_empty() { "-".to_owned() } else { text };

@@ -13,11 +13,11 @@ use tokio::time::timeout;
 use super::frames::{payload, receive, send};
 use super::{Connection, ORDERS, Order, Shared, Weights};
 use crate::averaging::wire::{Answered, Frame, encode_share};
-use crate::averaging::{Exclusion, answer_values, check};
+use crate::averaging::{Exclusion, Hash, answer_values, check};
 
 /// How long the first frame, and the last one's writing, may take.
 const GREETING: Duration = Duration::from_secs(10);
-/// Weights that may be on their way to one assistant that has not confirmed them.
+/// Weights that may be on their way to one assistant that has not confirmed them. The last place is kept for those that a share needs.
 const SENT_MAX: usize = 8;
 
 /// Serves the assistant at the other end until one of both has enough.
@@ -32,25 +32,24 @@ pub(super) async fn attend(shared: Arc<Shared>, peer: PeerId, stream: Stream) {
     }
     shared.attended.send_modify(|streams| *streams += 1);
     let (orders, todo) = mpsc::channel(ORDERS);
-    let number = register(&shared, &peer, orders.clone());
+    let number = register(&shared, &peer, orders);
     let weights = shared.weights.subscribe();
-    let mut writing = Box::pin(write(&shared, &peer, &mut writer, todo, weights));
+    let mut writing = Box::pin(write(&shared, &peer, number, &mut writer, todo, weights));
     let (why, silent) = tokio::select! {
-        gone = &mut writing => (gone, true),
-        why = read(&shared, &peer, &mut reader) => (why, false),
+        why = &mut writing => (why, true),
+        why = read(&shared, &peer, number, &mut reader) => (why, false),
     };
     tracing::info!(%peer, %why, "an assistant's stream ends");
     {
         let mut state = shared.state();
-        // Otherwise the peer has a newer stream, or is out.
-        if state.connections.get(&peer).is_some_and(|connection| connection.number == number) {
-            state.connections.remove(&peer);
-            state.leader.exclude(&peer, why.clone());
+        // Otherwise the peer has a newer stream, or is out, and this stream's end is ordered.
+        if state.connection(&peer, number).is_some() {
+            state.end(&peer, false, why.to_string());
+            state.leader.exclude(&peer, why);
         }
     }
     shared.changed.notify_all();
     if !silent {
-        let _ = orders.try_send(Order::End { finished: false, reason: why.to_string() });
         let _ = timeout(GREETING, writing).await;
     }
     shared.attended.send_modify(|streams| *streams -= 1);
@@ -81,22 +80,26 @@ async fn greet(
     }
     let dismissed = shared.state().leader.dismissed(peer).map(ToString::to_string);
     if let Some(why) = dismissed {
-        return Err(format!("it is out for this run: {why}"));
+        return Err(format!("it is out until the learner is started again: {why}"));
     }
     let settings = serde_json::to_vec(&config.trainer).map_err(|e| e.to_string())?;
     let welcome = Frame::Welcome { run: config.run, settings };
     send(writer, &welcome, &[]).await.map_err(|e| e.to_string())
 }
 
-/// From now on orders go to this stream; an older one of the same peer ends.
+/// From now on orders go to this stream; an older one of the same peer ends. When the run is over, so does this one.
 fn register(shared: &Shared, peer: &PeerId, orders: mpsc::Sender<Order>) -> u64 {
     let mut state = shared.state();
     state.end(peer, false, "it joined again".to_owned());
-    state.leader.exclude(peer, Exclusion::Gone { reason: "it joined again".to_owned() });
+    state.leader.exclude(peer, gone("it joined again".to_owned()));
     state.n_connections += 1;
     let number = state.n_connections;
     let connection = Connection { number, orders, job: None, sent: VecDeque::new() };
     state.connections.insert(peer.clone(), connection);
+    if state.finished {
+        // The others were told while it was being greeted.
+        state.end(peer, true, String::new());
+    }
     number
 }
 
@@ -104,15 +107,17 @@ fn register(shared: &Shared, peer: &PeerId, orders: mpsc::Sender<Order>) -> u64 
 async fn write(
     shared: &Shared,
     peer: &PeerId,
+    number: u64,
     writer: &mut (impl AsyncWrite + Unpin),
     mut orders: mpsc::Receiver<Order>,
     mut newest: watch::Receiver<Option<Arc<Weights>>>,
 ) -> Exclusion {
-    let gone = |reason: String| Exclusion::Gone { reason };
     let mut sent = None;
     newest.mark_changed();
     loop {
         let (weights, work) = tokio::select! {
+            // An end comes before weights that nobody needs any more, and a share before newer ones than its own.
+            biased;
             order = orders.recv() => match order {
                 Some(Order::Work { attempt, share, weights }) => (Some(weights), Some((attempt, share))),
                 Some(Order::End { finished, reason }) => {
@@ -127,9 +132,10 @@ async fn write(
             },
         };
         if let Some(weights) = weights.filter(|weights| sent != Some(weights.hash)) {
-            sent = Some(weights.hash);
-            if !announce(shared, peer, &weights) {
-                return Exclusion::Protocol { reason: "it does not confirm weights".to_owned() };
+            match announce(shared, peer, number, &weights, work.is_some()) {
+                Ok(true) => sent = Some(weights.hash),
+                Ok(false) => continue,
+                Err(why) => return why,
             }
             let frame = Frame::Weights { version: weights.version, hash: weights.hash };
             if let Err(error) = send(writer, &frame, &weights.payload).await {
@@ -148,12 +154,40 @@ async fn write(
     }
 }
 
-/// Notes that weights are sent; false when too many are not confirmed.
-fn announce(shared: &Shared, peer: &PeerId, weights: &Weights) -> bool {
+/// Notes that weights are sent, because a share needs them or because they are new. False when they are not to be sent: new ones wait
+/// until a share needs them where many are not confirmed, and on a stream whose end is ordered nothing matters but that.
+///
+/// # Errors
+/// Too many are not confirmed.
+fn announce(
+    shared: &Shared,
+    peer: &PeerId,
+    number: u64,
+    weights: &Weights,
+    needed: bool,
+) -> Result<bool, Exclusion> {
     let mut state = shared.state();
-    let Some(connection) = state.connections.get_mut(peer) else { return true };
-    connection.sent.push_back(weights.hash);
-    connection.sent.len() <= SENT_MAX
+    let Some(connection) = state.connection(peer, number) else { return Ok(false) };
+    let places = if needed { SENT_MAX } else { SENT_MAX - 1 };
+    if connection.sent.len() < places {
+        connection.sent.push_back(weights.hash);
+        return Ok(true);
+    }
+    // It need not be more than slow.
+    if needed { Err(gone("it does not confirm weights".to_owned())) } else { Ok(false) }
+}
+
+fn gone(reason: String) -> Exclusion {
+    Exclusion::Gone { reason }
+}
+
+/// Of a stream that has lost its place: what it says does not count.
+fn replaced() -> Exclusion {
+    gone("another stream took its place, or it is out".to_owned())
+}
+
+fn protocol(reason: &str) -> Exclusion {
+    Exclusion::Protocol { reason: reason.to_owned() }
 }
 
 /// A frame that nothing follows.
@@ -163,29 +197,24 @@ async fn last(writer: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> std::io:
 }
 
 /// Takes what the assistant says; why it is no longer listened to.
-async fn read(shared: &Shared, peer: &PeerId, reader: &mut (impl AsyncRead + Unpin)) -> Exclusion {
-    let protocol = |reason: &str| Exclusion::Protocol { reason: reason.to_owned() };
+async fn read(
+    shared: &Shared,
+    peer: &PeerId,
+    number: u64,
+    reader: &mut (impl AsyncRead + Unpin),
+) -> Exclusion {
     loop {
         let frame = match receive(reader).await {
             Ok(Some(frame)) => frame,
-            Ok(None) => return Exclusion::Gone { reason: "it hung up".to_owned() },
+            Ok(None) => return gone("it hung up".to_owned()),
             Err(error) => return broken(&error),
         };
         let outcome = match frame {
-            (Frame::Held { hash }, 0) => {
-                let mut state = shared.state();
-                let confirmed = state.connections.get_mut(peer).and_then(|c| c.sent.pop_front());
-                match confirmed {
-                    Some(sent) if sent == hash => {
-                        // Those that were there before hold newer weights now and go on as they were.
-                        if state.leader.knows(peer) { Ok(()) } else { state.leader.join(peer) }
-                    }
-                    Some(_) => Err(Exclusion::OtherWeights),
-                    None => Err(protocol("it holds weights that nobody sent")),
-                }
+            (Frame::Held { hash }, 0) => held(shared, peer, number, hash),
+            (Frame::Answer(answered), announced) => {
+                answer(shared, peer, number, reader, answered, announced).await
             }
-            (Frame::Answer(answered), announced) => answer(shared, peer, reader, answered, announced).await,
-            (Frame::End { reason, .. }, 0) => Err(Exclusion::Gone { reason }),
+            (Frame::End { reason, .. }, 0) => Err(gone(reason)),
             _ => Err(protocol("a frame that is the learner's")),
         };
         shared.changed.notify_all();
@@ -197,8 +226,21 @@ async fn read(shared: &Shared, peer: &PeerId, reader: &mut (impl AsyncRead + Unp
 
 fn broken(error: &FrameError) -> Exclusion {
     match error {
-        FrameError::Io(error) => Exclusion::Gone { reason: error.to_string() },
-        error => Exclusion::Protocol { reason: error.to_string() },
+        FrameError::Io(error) => gone(error.to_string()),
+        error => protocol(&error.to_string()),
+    }
+}
+
+/// Compares the weights that the assistant holds with those that it was sent; from then on it can be asked.
+fn held(shared: &Shared, peer: &PeerId, number: u64, hash: Hash) -> Result<(), Exclusion> {
+    let mut state = shared.state();
+    let connection = state.connection(peer, number).ok_or_else(replaced)?;
+    match connection.sent.pop_front() {
+        Some(sent) if sent != hash => Err(Exclusion::OtherWeights),
+        // Those that were there before hold newer weights now and go on as they were.
+        Some(_) if state.leader.knows(peer) => Ok(()),
+        Some(_) => state.leader.join(peer),
+        None => Err(protocol("it holds weights that nobody sent")),
     }
 }
 
@@ -206,19 +248,18 @@ fn broken(error: &FrameError) -> Exclusion {
 async fn answer(
     shared: &Shared,
     peer: &PeerId,
+    number: u64,
     reader: &mut (impl AsyncRead + Unpin),
     answered: Answered,
     announced: u64,
 ) -> Result<(), Exclusion> {
-    let asked = {
-        let state = shared.state();
-        let job = state.connections.get(peer).and_then(|connection| connection.job.clone());
-        state.leader.asked(peer).zip(job)
+    let (asked, job) = {
+        let mut state = shared.state();
+        let job = state.connection(peer, number).ok_or_else(replaced)?.job.take();
+        let asked = state.leader.asked(peer).zip(job);
+        asked.ok_or_else(|| protocol("an answer that nobody asked for"))?
     };
-    let Some((asked, (share, weights))) = asked else {
-        return Err(Exclusion::Protocol { reason: "an answer that nobody asked for".to_owned() });
-    };
-    let needed = 4 * answer_values(&share, &weights.lengths);
+    let needed = 4 * answer_values(&job.share, &job.lengths);
     if announced != needed as u64 {
         return Err(Exclusion::Size { got: announced, needed: needed as u64 });
     }
@@ -226,12 +267,180 @@ async fn answer(
     // Millions of numbers, of a whole model.
     let checked = tokio::task::spawn_blocking(move || {
         let reply = answered.with(&bytes)?;
-        check(reply, asked, &share, weights.hash, &weights.lengths)
+        check(reply, asked, &job.share, job.weights, &job.lengths)
     });
     let answer = checked.await.expect("a check does not panic")?;
     let mut state = shared.state();
+    // In the meantime the peer may have come with another stream, and been asked for the same share there.
+    state.connection(peer, number).ok_or_else(replaced)?;
     if state.leader.handle_answer(peer, asked) {
         state.answers[asked.share] = Some((answer, Some(peer.clone())));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use swarm_wire::{PolicyVersion, RunId};
+
+    use super::super::{AssistantsConfig, Job};
+    use super::*;
+    use crate::averaging::wire::encode_reply;
+    use crate::averaging::{Attempt, Next, Reply};
+    use crate::config::TrainerConfig;
+    use crate::packing::pack;
+    use crate::shares::{Answer, Part, Share, Task};
+    use crate::step::tests::sample;
+
+    fn shared() -> Shared {
+        Shared::new(AssistantsConfig {
+            peers: Vec::new(),
+            run: RunId(1),
+            base_model_id: String::new(),
+            trainer: TrainerConfig::default(),
+            patience: Duration::from_secs(60),
+            check: 0.0,
+            secret: 0,
+        })
+    }
+
+    fn peer() -> PeerId {
+        PeerId::from_ed25519(&[1; 32])
+    }
+
+    fn weights(version: u8) -> Arc<Weights> {
+        Arc::new(Weights {
+            version: PolicyVersion(version.into()),
+            hash: [version; 32],
+            lengths: [1_usize].into(),
+            payload: Bytes::new(),
+        })
+    }
+
+    /// Two rows.
+    fn share() -> Arc<Share> {
+        let batch = pack(&[sample(&[0, 1, 2], 1, 0.5)]).unwrap();
+        Arc::new(Share { task: Task::Logprobs, parts: vec![Part { batch, plan: None }], total_tokens: 2 })
+    }
+
+    /// Another stream of the peer's, and what is ordered of it.
+    fn stream(shared: &Shared) -> (u64, mpsc::Receiver<Order>) {
+        let (orders, todo) = mpsc::channel(ORDERS);
+        (register(shared, &peer(), orders), todo)
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_was_replaced_confirms_nothing_for_the_new_one() {
+        let (shared, peer, held) = (shared(), peer(), weights(1));
+        let (old, _old_todo) = stream(&shared);
+        let (new, _new_todo) = stream(&shared);
+        assert_eq!(announce(&shared, &peer, new, &held, false), Ok(true));
+        assert_eq!(announce(&shared, &peer, old, &weights(2), true), Ok(false), "only its end is said");
+        let mut said: Vec<u8> = Vec::new();
+        send(&mut said, &Frame::Held { hash: held.hash }, &[]).await.unwrap();
+        assert_eq!(read(&shared, &peer, old, &mut &said[..]).await, replaced());
+        assert!(!shared.state().leader.knows(&peer));
+        assert_eq!(read(&shared, &peer, new, &mut &said[..]).await, gone("it hung up".to_owned()));
+        assert!(shared.state().leader.knows(&peer), "what it was sent is what it confirms");
+    }
+
+    #[tokio::test]
+    async fn an_answer_on_a_stream_that_was_replaced_does_not_count_for_the_new_one() {
+        let (shared, peer, share, held) = (shared(), peer(), share(), weights(1));
+        {
+            let mut state = shared.state();
+            state.leader.begin(0, 2);
+            state.answers = vec![None; 2];
+        }
+        let ask = |number: u64| {
+            let mut state = shared.state();
+            state.leader.join(&peer).unwrap();
+            let lengths = Arc::clone(&held.lengths);
+            let job = Job { share: Arc::clone(&share), weights: held.hash, lengths };
+            state.connection(&peer, number).unwrap().job = Some(job);
+            let Next::Ask { attempt, .. } = state.leader.next(0, 1) else { panic!("it is not asked") };
+            attempt
+        };
+        let (old, _old_todo) = stream(&shared);
+        let asked = ask(old);
+        let answer = Answer::Logprobs(vec![-1.0, -2.0]);
+        let (frame, values) = encode_reply(&Reply::new(asked, held.hash, answer.clone()));
+        let mut said: Vec<u8> = Vec::new();
+        send(&mut said, &frame, &values).await.unwrap();
+
+        // The peer comes again in the middle of its answer, and is asked for the same share.
+        let (mut here, mut there) = tokio::io::duplex(1024);
+        let again = async {
+            let (begun, rest) = said.split_at(said.len() - 3);
+            there.write_all(begun).await.unwrap();
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            let taken = shared.state().connection(&peer, old).unwrap().job.is_none();
+            assert!(taken, "the answer has begun");
+            let new = stream(&shared);
+            assert_eq!(ask(new.0), asked);
+            there.write_all(rest).await.unwrap();
+            new
+        };
+        let (why, (new, _new_todo)) = tokio::join!(read(&shared, &peer, old, &mut here), again);
+        assert_eq!(why, replaced());
+        {
+            let state = shared.state();
+            assert_eq!(state.leader.asked(&peer), Some(asked), "the new stream still owes it");
+            assert!(state.answers[1].is_none());
+        }
+        assert_eq!(read(&shared, &peer, new, &mut &said[..]).await, gone("it hung up".to_owned()));
+        let mut state = shared.state();
+        assert_eq!(state.answers[1], Some((answer, Some(peer.clone()))));
+        assert!(state.connection(&peer, new).unwrap().job.is_none(), "nothing is kept for it");
+    }
+
+    #[tokio::test]
+    async fn who_is_slow_to_confirm_weights_is_sent_them_only_for_a_share() {
+        let (shared, peer) = (shared(), peer());
+        let (number, todo) = stream(&shared);
+        for version in 1..8 {
+            assert_eq!(announce(&shared, &peer, number, &weights(version), false), Ok(true));
+        }
+        shared.weights.send_replace(Some(weights(8)));
+        let mut written: Vec<u8> = Vec::new();
+        let newest = shared.weights.subscribe();
+        let mut writing = Box::pin(write(&shared, &peer, number, &mut written, todo, newest));
+        tokio::select! {
+            biased;
+            why = &mut writing => panic!("new weights end it: {why}"),
+            () = std::future::ready(()) => {}
+        }
+        let attempt = |step| Attempt { step, round: step, share: 1 };
+        for version in [8_u8, 9] {
+            let attempt = attempt(version.into());
+            let work = Order::Work { attempt, share: share(), weights: weights(version) };
+            shared.state().connections[&peer].orders.try_send(work).unwrap();
+        }
+        let why = timeout(GREETING, writing).await.expect("it ends");
+        assert_eq!(why, gone("it does not confirm weights".to_owned()));
+        // The first share, and its weights.
+        let mut reader = &written[..];
+        let first = receive(&mut reader).await.unwrap();
+        assert_eq!(first, Some((Frame::Weights { version: PolicyVersion(8), hash: [8; 32] }, 0)));
+        let (second, n_bytes) = receive(&mut reader).await.unwrap().unwrap();
+        assert_eq!((second, n_bytes), (Frame::Work(attempt(8)), reader.len() as u64));
+    }
+
+    #[tokio::test]
+    async fn who_is_let_in_when_the_run_is_over_is_told_so() {
+        let (shared, peer) = (shared(), peer());
+        shared.state().finished = true;
+        shared.weights.send_replace(Some(weights(1)));
+        let (number, todo) = stream(&shared);
+        let mut written: Vec<u8> = Vec::new();
+        let newest = shared.weights.subscribe();
+        let writing = write(&shared, &peer, number, &mut written, todo, newest);
+        timeout(GREETING, writing).await.expect("it ends");
+        let said = receive(&mut &written[..]).await.unwrap();
+        assert_eq!(said, Some((Frame::End { finished: true, reason: String::new() }, 0)));
+        assert!(shared.state().connections.is_empty());
+    }
 }

@@ -29,7 +29,7 @@ pub enum LearnerEvent {
         peer: PeerId,
         /// Why.
         reason: String,
-        /// For the rest of the run; otherwise it may come again.
+        /// Until the learner is started again; otherwise it may come again at once.
         dismissed: bool,
     },
 }
