@@ -35,6 +35,7 @@ mod connection;
 mod counters;
 mod credit;
 mod driver;
+mod early;
 mod frames;
 mod gate;
 mod gossip;

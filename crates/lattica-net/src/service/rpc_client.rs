@@ -1,7 +1,8 @@
 //! Calls to peers. Small calls share a few long-lived streams per connection, which saves a negotiation per call; large
 //! bodies have streams of their own, so that nothing small waits behind them.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -30,7 +31,8 @@ const SMALL_LANES: usize = 2;
 const LARGE_LANES: usize = LARGE_CALLS;
 /// Frames that wait for a stream's writer; further callers wait.
 const FRAME_QUEUE: usize = 256;
-/// Tries when a connection turns out to be gone before anything was sent on it.
+/// Tries when a connection turns out to be gone before anything was sent on it, or stands and the peer, of which nothing is
+/// known, ends the stream.
 const TRIES: u32 = 3;
 /// Times that one call is sent again because its path broke.
 const RESENDS: u32 = 16;
@@ -65,6 +67,8 @@ enum Outcome {
     Lost,
     /// The peer sent what it must not send.
     Broken,
+    /// The peer does not speak the protocol.
+    Unsupported,
 }
 
 /// The RPC streams of one connection, opened when first needed.
@@ -114,6 +118,8 @@ struct LaneStream {
     calls: Mutex<CallTable<oneshot::Sender<Outcome>>>,
     /// The incarnation of the peer, once it has said hello; 0 before.
     incarnation: watch::Sender<u64>,
+    /// The peer has said that it does not speak the protocol.
+    unsupported: AtomicBool,
 }
 
 impl Lanes {
@@ -175,8 +181,12 @@ impl Lane {
         let hello = Header::Hello(Hello { incarnation: shared.incarnation, calls: 0, body_bytes: 0 });
         // The queue is empty: there is room.
         let _ = frames.try_send(OutFrame { header: hello.encode(), body: Bytes::new(), held: None });
-        let stream =
-            Arc::new(LaneStream { frames, calls: Mutex::default(), incarnation: watch::channel(0).0 });
+        let stream = Arc::new(LaneStream {
+            frames,
+            calls: Mutex::default(),
+            incarnation: watch::channel(0).0,
+            unsupported: AtomicBool::new(false),
+        });
         let writing = Arc::downgrade(&stream);
         shared.network.spawn(async move {
             if let Err(error) = write_frames(writer, queue).await {
@@ -239,8 +249,14 @@ async fn read_answers(
             Ok(None) => return stream.close(|| Outcome::Lost),
             Err(error) => {
                 tracing::debug!(peer = %connection.peer.short(), %error, "rpc stream: reading ended");
-                let broken = error.kind() == std::io::ErrorKind::InvalidData;
-                return stream.close(|| if broken { Outcome::Broken } else { Outcome::Lost });
+                // The stream was opened without waiting for the peer's consent, see `early`.
+                let unsupported = error.kind() == ErrorKind::Unsupported;
+                stream.unsupported.store(unsupported, Ordering::Relaxed);
+                return stream.close(|| match error.kind() {
+                    ErrorKind::InvalidData => Outcome::Broken,
+                    ErrorKind::Unsupported => Outcome::Unsupported,
+                    _ => Outcome::Lost,
+                });
             }
         }
     }
@@ -260,10 +276,9 @@ async fn read_answer(
             Ok(Some(Incoming::Answer(call_id, refusal, reader.body(body_bytes).await?)))
         }
         Some(Header::Hello(hello)) => Ok(Some(Incoming::Hello(hello))),
-        Some(other) => Err(std::io::Error::new(
-            std::io::ErrorKind::InvalidData,
-            format!("expected an answer, got {other:?}"),
-        )),
+        Some(other) => {
+            Err(std::io::Error::new(ErrorKind::InvalidData, format!("expected an answer, got {other:?}")))
+        }
         None => Ok(None),
     }
 }
@@ -345,6 +360,10 @@ impl OneCall<'_> {
         CallError::Unreachable { peer: self.peer.clone(), reason }
     }
 
+    fn unsupported(&self) -> CallError {
+        self.unreachable(format!("it does not speak {RPC_PROTOCOL}"))
+    }
+
     /// Sends the call, and again with the same number while its paths break and others stand. The peer runs it once.
     async fn run(&self) -> Result<(Option<Status>, Bytes), CallError> {
         let connection = self.connect().await?;
@@ -355,25 +374,37 @@ impl OneCall<'_> {
         // The incarnation that may have the call already; 0 when it has not said hello yet.
         let mut sent_to: Option<u64> = None;
         let begun = self.shared.now();
-        let (mut connection, mut not_sent) = (connection, 0);
+        let first = connection.key;
+        let (mut connection, mut in_vain) = (connection, 0);
         for attempt in 0..RESENDS + TRIES {
             // On a connection that stood before the call left and stands now, the peer is the one that may have got it.
             let unknown = sent_to == Some(0) && !self.options.idempotent;
             if unknown && connection.made >= begun {
                 break;
             }
-            match self.send(&connection, (&number, attempt), sent_to).await? {
+            let sent = self.send(&connection, (&number, attempt), sent_to).await?;
+            // A stream may break a moment before its connection is known to be gone.
+            let gone = tokio::time::timeout(BREAK_TIME, connection.closed.cancelled());
+            match sent {
                 Sent::Answer(refusal, answer) => return Ok((refusal, answer)),
                 Sent::Nowhere => {
-                    not_sent += 1;
-                    if not_sent >= TRIES {
-                        break;
-                    }
+                    in_vain += 1;
+                    let _ = gone.await;
                 }
-                Sent::Lost(incarnation) => sent_to = sent_to.filter(|i| *i != 0).or(Some(incarnation)),
+                Sent::Lost(incarnation) => {
+                    sent_to = sent_to.filter(|i| *i != 0).or(Some(incarnation));
+                    // A peer of another kind may end the stream, on a connection that stands.
+                    let ended_it = gone.await.is_err();
+                    in_vain += u32::from(ended_it && incarnation == 0);
+                }
             }
-            // A stream may break a moment before its connection is known to be gone.
-            let _ = tokio::time::timeout(BREAK_TIME, connection.closed.cancelled()).await;
+            if in_vain >= TRIES {
+                // It had all its tries on one connection, which stands: who runs calls says hello first.
+                if sent_to == Some(0) && connection.key == first && !connection.closed.is_cancelled() {
+                    return Err(self.unreachable(format!("it ended every stream of {RPC_PROTOCOL}")));
+                }
+                break;
+            }
             connection = self.another_path(sent_to.is_some()).await?;
         }
         Err(self.lost())
@@ -417,9 +448,7 @@ impl OneCall<'_> {
         let stream = match lane.stream(shared, connection).await {
             Ok(stream) => stream,
             Err(OpenError::Lost) => return Ok(Sent::Nowhere),
-            Err(OpenError::Unsupported) => {
-                return Err(self.unreachable(format!("it does not speak {RPC_PROTOCOL}")));
-            }
+            Err(OpenError::Unsupported) => return Err(self.unsupported()),
             Err(OpenError::Timeout) => {
                 return Err(self.unreachable(format!("it did not open {RPC_PROTOCOL}")));
             }
@@ -436,8 +465,9 @@ impl OneCall<'_> {
                 () = connection.closed.cancelled() => return Ok(Sent::Nowhere),
             };
             if said == 0 {
-                // The stream ended before the peer said who it is.
-                return Ok(Sent::Nowhere);
+                // The stream ended before the peer said who it is. One that never did has not run the call either.
+                let foreign = first == 0 && stream.unsupported.load(Ordering::Relaxed);
+                return if foreign { Err(self.unsupported()) } else { Ok(Sent::Nowhere) };
             }
             if first != 0 && said != first {
                 return Err(self.lost());
@@ -466,6 +496,7 @@ impl OneCall<'_> {
         match outcome.await {
             Ok(Outcome::Answer(refusal, answer)) => Ok(Sent::Answer(refusal, answer)),
             Ok(Outcome::Broken) => Err(self.lost()),
+            Ok(Outcome::Unsupported) => Err(self.unsupported()),
             Ok(Outcome::Lost) | Err(_) => {
                 let said = *stream.incarnation.borrow();
                 Ok(Sent::Lost(if said == 0 { known } else { said }))

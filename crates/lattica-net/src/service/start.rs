@@ -21,6 +21,7 @@ use super::adopted::Adopting;
 use super::answerless;
 use super::behaviour::Behaviour;
 use super::driver::{Driver, root_cause};
+use super::early;
 use super::gate::Gate;
 use super::guess::GUESS_PROTOCOL;
 use super::identity::Identity;
@@ -167,7 +168,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         .upgrade(Version::V1Lazy)
         .authenticate(noise.clone())
         .multiplex(yamux::Config::default())
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::Connection(muxer))));
     let mut quic = quic::Config::new(keypair);
     quic.max_idle_timeout =
         u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
@@ -176,8 +177,9 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
     let limits = &shared.config.limits;
     let streams = limits.streams_per_connection + limits.waiting_streams_per_connection + OTHER_STREAMS;
     quic.max_concurrent_stream_limit = u32::try_from(streams).expect("validated: three millions at most");
-    let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted))
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(answerless::Connection(muxer))));
+    let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted)).map(
+        |(peer, muxer), _| (peer, StreamMuxerBox::new(early::Connection(answerless::Connection(muxer)))),
+    );
     let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());
     let named =
         dns::tokio::Transport::system(direct).map_err(|error| setup("name lookup", error.to_string()))?;
@@ -186,7 +188,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         .upgrade(Version::V1Lazy)
         .authenticate(noise)
         .multiplex(yamux::Config::default())
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::Connection(muxer))));
 
     // Whatever the way, nobody gets past the gate unproved.
     let gate = Gate::new(shared.local.clone(), &shared.config.network, shared.config.access.clone());

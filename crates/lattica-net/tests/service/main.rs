@@ -24,6 +24,7 @@ mod calls;
 mod death;
 mod dht;
 mod discovery;
+mod first_calls;
 mod gossip;
 mod hostile;
 mod log;

@@ -81,20 +81,20 @@ async fn an_allow_list_narrows_the_circle() {
     }
 }
 
-#[tokio::test]
-async fn members_meet_over_a_relay_of_their_swarm() {
-    let relay = start(NodeConfig { relay_server: true, ..keyed(Transport::Tcp, 7) }).await;
+async fn members_meet_over_a_relay_of_their_swarm(transport: Transport) {
+    let relay = start(NodeConfig { relay_server: true, ..keyed(transport, 7) }).await;
     let relays = relay.listen_addrs().await;
-    let hidden =
-        start(NodeConfig { listen: vec![], relays: relays.clone(), ..keyed(Transport::Tcp, 7) }).await;
+    let hidden = start(NodeConfig { listen: vec![], relays: relays.clone(), ..keyed(transport, 7) }).await;
     hidden.handle("echo", |_, body| async move { Ok(body) });
     reserved(&hidden).await;
     let address = format!("{}/p2p-circuit/p2p/{}", relays[0], hidden.peer_id());
-    let client = start(NodeConfig { listen: vec![], hole_punching: false, ..keyed(Transport::Tcp, 7) }).await;
+    let client = start(NodeConfig { listen: vec![], hole_punching: false, ..keyed(transport, 7) }).await;
     client.dial(&address).await.unwrap();
     let answer = client.call(&hidden.peer_id(), "echo", Bytes::from_static(b"x"), PATIENCE).await.unwrap();
     assert_eq!(answer, "x");
 }
+
+over_quic_and_tcp!(members_meet_over_a_relay_of_their_swarm);
 
 /// A stock libp2p node speaks identify and ping as soon as it is connected: it must get no answer to either.
 #[tokio::test]

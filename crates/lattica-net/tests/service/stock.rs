@@ -9,12 +9,13 @@ pub(crate) struct Stock {
     ping: ping::Behaviour,
 }
 
-/// One over TCP.
+/// One over TCP and QUIC.
 pub(crate) fn stock() -> Swarm<Stock> {
     libp2p::SwarmBuilder::with_new_identity()
         .with_tokio()
         .with_tcp(libp2p::tcp::Config::default(), libp2p::noise::Config::new, libp2p::yamux::Config::default)
         .unwrap()
+        .with_quic()
         .with_behaviour(|key| Stock {
             identify: identify::Behaviour::new(identify::Config::new("somebody/1".to_owned(), key.public())),
             ping: ping::Behaviour::default(),
