@@ -4,11 +4,14 @@
 //! functions that the transformers library adds are here too (`raise_exception`, `strftime_now`, the `tojson`
 //! filter). The clock is an argument of [`ChatTemplate::render_at`]; a core reads none.
 
+mod json;
+
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TemplateError;
+pub use json::{to_python_json, to_python_json_lines};
 
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +72,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
+        environment.add_filter("tojson", json::tojson);
         environment
             .add_template_owned(NAME, source.to_owned())
             .map_err(|e| TemplateError::Compile(format!("{e:#}")))?;

@@ -15,7 +15,7 @@ use crate::{
     error::{ConfigError, OpenError, TemplateError, TokenizerError},
     hub,
     options::WeightDtype,
-    tokenizer::{Tokenizer, gguf::GgufVocabulary},
+    tokenizer::{Tokenizer, gguf::GgufVocabulary, tiktoken},
     weights::{Source, WeightIndex, gguf::GgufFile, is_rope_factors, quantized, safetensors},
 };
 
@@ -34,12 +34,40 @@ pub struct TensorSpan {
 
 #[derive(Debug)]
 enum Text {
-    /// tokenizer.json, and the chat template with its special tokens.
+    /// The chat template with its special tokens beside the tokenizer.
     Json {
-        tokenizer: Option<Vec<u8>>,
+        tokenizer: Option<Definition>,
         template: Option<(String, String, String)>,
     },
     Gguf(Box<GgufVocabulary>),
+}
+
+/// A tokenizer as a directory has it.
+#[derive(Debug)]
+enum Definition {
+    /// tokenizer.json.
+    Json(Vec<u8>),
+    /// tiktoken.model with tokenizer_config.json.
+    Tiktoken { model: Vec<u8>, settings: Vec<u8> },
+}
+
+impl Definition {
+    fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        match self {
+            Self::Json(bytes) => Tokenizer::from_json(bytes),
+            Self::Tiktoken { model, settings } => tiktoken::tokenizer(model, settings),
+        }
+    }
+
+    /// As a tokenizer.json; none for what is broken.
+    fn to_json(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Json(bytes) => Some(bytes.clone()),
+            Self::Tiktoken { .. } => {
+                self.tokenizer().and_then(|tokenizer| tokenizer.to_json()).ok().map(String::into_bytes)
+            }
+        }
+    }
 }
 
 /// An opened checkpoint. Weights stay on disk until they are asked for.
@@ -149,11 +177,19 @@ impl Checkpoint {
             .map_err(|source| OpenError::Io { path: config_path.clone(), source })?;
         let generation = read("generation_config.json")?;
         let index = safetensors::open_dir(dir).map_err(|e| e.within(dir))?;
+        let settings = read("tokenizer_config.json")?;
+        let tokenizer = match read("tokenizer.json")? {
+            Some(json) => Some(Definition::Json(json)),
+            None => read("tiktoken.model")?.map(|model| Definition::Tiktoken {
+                model,
+                settings: settings.clone().unwrap_or_else(|| b"{}".to_vec()),
+            }),
+        };
         let mut opened = Self::from_parts(
             &config,
             generation.as_deref(),
-            read("tokenizer.json")?,
-            read("tokenizer_config.json")?.as_deref(),
+            tokenizer,
+            settings.as_deref(),
             read("chat_template.jinja")?.as_deref(),
             index,
             dir,
@@ -166,7 +202,7 @@ impl Checkpoint {
     fn from_parts(
         config: &[u8],
         generation: Option<&[u8]>,
-        tokenizer: Option<Vec<u8>>,
+        tokenizer: Option<Definition>,
         tokenizer_config: Option<&[u8]>,
         template: Option<&[u8]>,
         mut index: WeightIndex,
@@ -235,7 +271,7 @@ impl Checkpoint {
     /// The checkpoint brings none, or it is of an unsupported kind.
     pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
         match &self.text {
-            Text::Json { tokenizer: Some(bytes), .. } => Tokenizer::from_json(bytes),
+            Text::Json { tokenizer: Some(definition), .. } => definition.tokenizer(),
             Text::Json { tokenizer: None, .. } => Err(TokenizerError::Missing(self.location.clone())),
             Text::Gguf(vocabulary) => vocabulary.tokenizer(),
         }
@@ -347,7 +383,8 @@ impl Checkpoint {
         files.push(("generation_config.json".to_owned(), format!("{generation:#}\n").into_bytes()));
         match &self.text {
             Text::Json { tokenizer, template } => {
-                files.extend(tokenizer.clone().map(|t| ("tokenizer.json".to_owned(), t)));
+                let json = tokenizer.as_ref().and_then(Definition::to_json);
+                files.extend(json.map(|t| ("tokenizer.json".to_owned(), t)));
                 files.extend(template.as_ref().map(|(t, bos, eos)| settings(Some(t), bos, eos)));
             }
             Text::Gguf(vocabulary) => {
@@ -421,7 +458,7 @@ impl Checkpoint {
         Self::from_parts(
             config,
             Some(generation),
-            Some(tokenizer.to_vec()),
+            Some(Definition::Json(tokenizer.to_vec())),
             Some(tokenizer_config),
             None,
             index,

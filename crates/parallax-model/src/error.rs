@@ -240,7 +240,7 @@ pub enum ForwardError {
 #[non_exhaustive]
 pub enum TokenizerError {
     /// The checkpoint brings no tokenizer.
-    #[error("{0} has no tokenizer.json beside it")]
+    #[error("{0} has neither a tokenizer.json nor a tiktoken.model beside it")]
     Missing(PathBuf),
     /// A pre-tokenizer kind without an equivalent here.
     #[error("the GGUF file's tokenizer is {model:?} with pre-tokenizer {pre:?}; supported are {supported}")]

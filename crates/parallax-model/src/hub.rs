@@ -10,11 +10,12 @@ use std::str::FromStr;
 use crate::weights::gguf::split;
 
 /// Small files that belong to a checkpoint in Hugging Face's layout; it may lack some.
-pub const COMPANIONS: [&str; 7] = [
+pub const COMPANIONS: [&str; 8] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tiktoken.model",
     "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors.index.json",

@@ -1,10 +1,12 @@
 //! Text to tokens and back, by the model's own tokenizer.
 //!
-//! From tokenizer.json, or rebuilt from the vocabulary and merges inside a GGUF file.
+//! From tokenizer.json, or rebuilt from the vocabulary and merges inside a GGUF file or from the ranks in Kimi's
+//! `tiktoken.model`.
 
 mod bytes;
 pub(crate) mod gguf;
 mod stream;
+pub(crate) mod tiktoken;
 
 use std::{fmt, sync::Arc};
 

@@ -58,7 +58,7 @@ fn whole(f: &Fixture, dtype: WeightDtype) -> Stage {
 
 /// The recordings of dense models, some of each test.
 const LLAMA: &[&str] = &["llama", "llama-linear-bias", "llama-yarn", "llama3-rope", "mistral"];
-const QWEN: &[&str] = &["qwen2", "qwen2-window", "qwen3", "smollm3"];
+const QWEN: &[&str] = &["qwen2", "qwen2-window", "qwen3", "smollm2", "smollm3"];
 const GEMMA: &[&str] = &["gemma2", "gemma3", "glm4"];
 const PHI: &[&str] = &["phi3", "phi3-longrope", "phi3-longrope-long"];
 

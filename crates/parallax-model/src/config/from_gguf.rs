@@ -28,9 +28,10 @@ const SIZES: [(&str, &str); 11] = [
 ];
 
 /// The same for numbers.
-const FLOATS: [(&str, &str); 4] = [
+const FLOATS: [(&str, &str); 5] = [
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
     ("rope.freq_base", "rope_theta"),
+    ("rope.freq_base_swa", "rope_local_base_freq"),
     ("attn_logit_softcapping", "attn_logit_softcapping"),
     ("final_logit_softcapping", "final_logit_softcapping"),
 ];
@@ -54,9 +55,9 @@ pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError>
     };
     let mut map = Map::new();
     for (from, to) in SIZES {
-        if let Some(value) = file.unsigned(&key(from)) {
-            map.insert(to.to_owned(), value.into());
-        }
+        // A window of zero tokens says that there is none (Phi-4).
+        let value = file.unsigned(&key(from)).filter(|value| *value > 0 || to != "sliding_window");
+        map.extend(value.map(|value| (to.to_owned(), value.into())));
     }
     for (from, to) in FLOATS {
         if let Some(value) = file.float(&key(from)) {
@@ -95,8 +96,10 @@ pub(super) fn fields(file: &GgufFile) -> Result<Map<String, Value>, ConfigError>
         eos.extend(file.unsigned(name).filter(|i| !eos.contains(i)));
     }
     map.insert("eos_token_id".to_owned(), eos.into());
-    if file.has_tensor("blk.0.attn_q.bias") {
-        map.insert("attention_bias".to_owned(), true.into());
+    for (tensor, field) in [("blk.0.attn_q.bias", "attention_bias"), ("blk.0.ffn_gate.bias", "mlp_bias")] {
+        if file.has_tensor(tensor) {
+            map.insert(field.to_owned(), true.into());
+        }
     }
     (architecture.gguf_fields)(file, &mut map);
     Ok(map)

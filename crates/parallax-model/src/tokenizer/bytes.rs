@@ -83,7 +83,7 @@ fn spelling(decoder: &Value) -> Spelling {
 }
 
 /// GPT-2's table: printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on.
-fn byte_characters() -> BTreeMap<char, u8> {
+pub(super) fn byte_characters() -> BTreeMap<char, u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut next = 0x100;
     (0..=u8::MAX)

@@ -83,6 +83,11 @@ fn split_then_bytes(patterns: &[&str]) -> Value {
     json!({"type": "Sequence", "pretokenizers": steps})
 }
 
+/// How Kimi cuts words, as a pre-tokenizer.
+pub(super) fn kimi_splitting() -> Value {
+    split_then_bytes(&[KIMI_SPLIT])
+}
+
 /// `tokenizer.ggml.pre` of the splittings there are, for a message.
 const SPLITTINGS: &str = "llama; gpt2 with smollm, gpt-2, llama-bpe, qwen2, qwen35, gpt-4o, minimax-m2, glm4, deepseek-llm, deepseek-v3, kimi-k2";
 
@@ -144,7 +149,7 @@ impl GgufVocabulary {
                 Ok((Value::Null, split_then_bytes(&DEEPSEEK3_SPLITS), false))
             }
             ("gpt2", "deepseek-llm") => Ok((Value::Null, split_then_bytes(&DEEPSEEK_SPLITS), false)),
-            ("gpt2", "kimi-k2") => Ok((Value::Null, split_then_bytes(&[KIMI_SPLIT]), false)),
+            ("gpt2", "kimi-k2") => Ok((Value::Null, kimi_splitting(), false)),
             (model, pre) => Err(TokenizerError::Unsupported {
                 model: model.to_owned(),
                 pre: pre.to_owned(),

@@ -135,9 +135,14 @@ fn adapters_compute_what_merged_weights_do() {
 
 #[test]
 fn adapters_fit_gguf_files_too() {
-    for (name, architecture) in
-        [("qwen3.5", "qwen35"), ("deepseek-v3", "deepseek2"), ("qwen3-next", "qwen3next")]
-    {
+    for (name, architecture) in [
+        ("smollm2", "llama"),
+        ("phi3", "phi3"),
+        ("gemma3", "gemma3"),
+        ("qwen3.5", "qwen35"),
+        ("deepseek-v3", "deepseek2"),
+        ("qwen3-next", "qwen3next"),
+    ] {
         let golden = recording(name);
         let (dir, hf) = checkpoint_of(&golden);
         let gguf = write(&convert(&golden, architecture, Age::New), &dir.path().join("model.gguf"));

@@ -68,6 +68,47 @@ pub(crate) fn hf_tensors(golden: &Value) -> Vec<Tensor> {
     golden["tensors"].as_array().unwrap().iter().map(tensor).collect()
 }
 
+/// A recording of larger matrices: every size but those of the vocabulary, of heads and of experts times a factor; and the
+/// width inside of the feed-forward parts what is given. The numbers of the recording no longer hold.
+pub(crate) fn grown(mut golden: Value, factor: u64, ffn: Option<u64>) -> Value {
+    let config = &golden["config"];
+    let kept = ["vocab_size", "num_attention_heads", "num_local_experts", "n_routed_experts"];
+    let kept: Vec<u64> = kept.iter().filter_map(|name| config[name].as_u64()).collect();
+    let old = config["intermediate_size"].as_u64().unwrap();
+    let ffn = ffn.unwrap_or(factor * old);
+    let size = |n: u64| match n {
+        n if kept.contains(&n) => n,
+        n if n == old => ffn,
+        n if n == 2 * old => 2 * ffn,
+        n => factor * n,
+    };
+    for tensor in golden["tensors"].as_array_mut().unwrap() {
+        let shape: Vec<u64> = tensor[1].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+        if shape.len() > 1 {
+            let last = shape[shape.len() - 1];
+            tensor[3] = json!(tensor[3].as_f64().unwrap() * (last as f64 / size(last) as f64).sqrt());
+        }
+        tensor[1] = shape.into_iter().map(size).collect();
+    }
+    for field in [
+        "hidden_size",
+        "moe_intermediate_size",
+        "head_dim",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+    ] {
+        if let Some(n) = golden["config"][field].as_u64() {
+            golden["config"][field] = json!(factor * n);
+        }
+    }
+    golden["config"]["intermediate_size"] = json!(ffn);
+    golden
+}
+
 pub(crate) fn write_safetensors(tensors: &[Tensor], path: &Path) {
     let (mut header, mut data) = (Map::new(), Vec::new());
     for t in tensors {
@@ -97,6 +138,8 @@ pub(crate) enum Key {
 pub(crate) struct Gguf {
     pub(crate) keys: BTreeMap<String, Key>,
     pub(crate) tensors: Vec<Tensor>,
+    /// Tensors of these names are stored as this type of ggml's and these bytes, the others in f32.
+    pub(crate) stored: BTreeMap<String, (u32, Vec<u8>)>,
 }
 
 fn text(text: &str) -> Vec<u8> {
@@ -125,9 +168,11 @@ impl Gguf {
             file.extend(text(&t.name));
             file.extend((t.shape.len() as u32).to_le_bytes());
             t.shape.iter().rev().for_each(|dim| file.extend((*dim as u64).to_le_bytes()));
-            file.extend(0u32.to_le_bytes());
+            let plain = || (0, t.values.iter().flat_map(|v| v.to_le_bytes()).collect());
+            let (kind, bytes): (u32, Vec<u8>) = self.stored.get(&t.name).cloned().unwrap_or_else(plain);
+            file.extend(kind.to_le_bytes());
             file.extend((data.len() as u64).to_le_bytes());
-            data.extend(t.values.iter().flat_map(|v| v.to_le_bytes()));
+            data.extend(bytes);
             data.resize(data.len().next_multiple_of(32), 0);
         }
         file.resize(file.len().next_multiple_of(32), 0);
@@ -143,7 +188,7 @@ impl Gguf {
             keys.insert("split.count".to_owned(), Key::Short(n as u16));
             keys.insert("split.tensors.count".to_owned(), Key::Count(self.tensors.len() as u64));
             let own = i * share..((i + 1) * share).min(self.tensors.len());
-            Self { keys, tensors: self.tensors[own].to_vec() }
+            Self { keys, tensors: self.tensors[own].to_vec(), stored: self.stored.clone() }
         };
         (0..n).map(part).collect()
     }
@@ -164,7 +209,50 @@ pub(crate) fn convert(golden: &Value, architecture: &str, age: Age) -> Gguf {
     for t in &mut tensors {
         t.name = gguf_name(architecture, &t.name);
     }
-    Gguf { keys: keys(config, architecture, age), tensors }
+    tensors.extend(rope_factors(config));
+    Gguf { keys: keys(config, architecture, age), tensors, stored: BTreeMap::new() }
+}
+
+/// D, which not every config.json says.
+fn head_dim(config: &Value) -> u64 {
+    let size = |name: &str| config[name].as_u64();
+    size("head_dim").unwrap_or_else(|| size("hidden_size").unwrap() / size("num_attention_heads").unwrap())
+}
+
+/// Divisors of the rotary frequencies: Llama 3's are computed, those of LongRoPE are listed in config.json.
+fn rope_factors(config: &Value) -> Vec<Tensor> {
+    let rope = &config["rope_parameters"];
+    let number = |name: &str| rope[name].as_f64().unwrap();
+    let factors = |name: &str, values: Vec<f64>| {
+        let values: Vec<f32> = values.into_iter().map(|v| v as f32).collect();
+        Tensor::new(name.to_owned(), &[values.len()], values)
+    };
+    match rope["rope_type"].as_str() {
+        Some("llama3") => {
+            let (factor, context) = (number("factor"), number("original_max_position_embeddings"));
+            let (low, high) = (number("low_freq_factor"), number("high_freq_factor"));
+            let dim = head_dim(config);
+            let of_pair = |i: u64| {
+                let wave = std::f64::consts::TAU * number("rope_theta").powf((2 * i) as f64 / dim as f64);
+                let smooth = (context / wave - low) / (high - low);
+                if wave < context / high {
+                    1.0
+                } else if wave > context / low {
+                    factor
+                } else {
+                    1.0 / ((1.0 - smooth) / factor + smooth)
+                }
+            };
+            vec![factors("rope_freqs.weight", (0..dim / 2).map(of_pair).collect())]
+        }
+        Some("longrope") => [("long_factor", "long"), ("short_factor", "short")]
+            .map(|(field, name)| {
+                let listed = rope[field].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+                factors(&format!("rope_factors_{name}.weight"), listed)
+            })
+            .into(),
+        _ => Vec::new(),
+    }
 }
 
 /// The experts of a layer as one tensor each of gate, up and down.
@@ -202,8 +290,10 @@ fn changed(t: Tensor, config: &Value, architecture: &str, age: Age) -> Vec<Tenso
     let inside = |part: &str| t.name.rsplit_once(part).map(|(_, last)| last);
     match inside("self_attn.").or_else(|| inside("mlp.")).unwrap_or_default() {
         // Each head's elements i and i + D/2 side by side.
-        "q_proj.weight" | "k_proj.weight" if architecture == "llama" => {
-            let (d, n) = (size("head_dim"), t.shape[0]);
+        "q_proj.weight" | "k_proj.weight" | "q_proj.bias" | "k_proj.bias"
+            if matches!(architecture, "llama" | "smollm3") =>
+        {
+            let (d, n) = (head_dim(config) as usize, t.shape[0]);
             vec![t.rows((0..n).map(|row| row / d * d + row % d / 2 + row % 2 * (d / 2)))]
         }
         "kv_b_proj.weight" if age == Age::New => {
@@ -237,6 +327,10 @@ fn changed(t: Tensor, config: &Value, architecture: &str, age: Age) -> Vec<Tenso
         }
         "experts.down_proj_bias" => vec![t.renamed("_bias", ".bias")],
         _ if delta => delta_net(t, config, architecture, age),
+        // With their one.
+        _ if matches!(architecture, "gemma2" | "gemma3") && t.name.ends_with("norm.weight") => {
+            vec![Tensor { values: t.values.iter().map(|v| v + 1.0).collect(), ..t }]
+        }
         _ => vec![t],
     }
 }
@@ -325,9 +419,16 @@ fn gguf_name(architecture: &str, name: &str) -> String {
     let module = match module {
         "input_layernorm" => "attn_norm",
         "post_attention_layernorm" => match architecture {
-            "llama" | "qwen3moe" | "deepseek2" | "minimax-m2" => "ffn_norm",
-            _ => "post_attention_norm",
+            "gpt-oss" | "glm4moe" | "qwen3next" | "qwen35" | "qwen35moe" | "gemma2" | "gemma3" => {
+                "post_attention_norm"
+            }
+            _ => "ffn_norm",
         },
+        "pre_feedforward_layernorm" => "ffn_norm",
+        "post_self_attn_layernorm" => "post_attention_norm",
+        "post_feedforward_layernorm" | "post_mlp_layernorm" => "post_ffw_norm",
+        "self_attn.qkv_proj" => "attn_qkv",
+        "mlp.gate_up_proj" => "ffn_up",
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
         "self_attn.v_proj" => "attn_v",
@@ -374,7 +475,6 @@ fn keys(config: &Value, architecture: &str, age: Age) -> BTreeMap<String, Key> {
         keys.extend(value.map(|value| (format!("{architecture}.{name}"), value)));
     };
     let size = |field: &str| config[field].as_u64();
-    let rope = &config["rope_parameters"];
     for (name, field) in [
         ("block_count", "num_hidden_layers"),
         ("embedding_length", "hidden_size"),
@@ -390,7 +490,6 @@ fn keys(config: &Value, architecture: &str, age: Age) -> BTreeMap<String, Key> {
         ("expert_used_count", "num_experts_per_tok"),
         ("expert_group_count", "n_group"),
         ("expert_group_used_count", "topk_group"),
-        ("attention.sliding_window", "sliding_window"),
         ("expert_shared_count", "n_shared_experts"),
         ("leading_dense_block_count", "first_k_dense_replace"),
         ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
@@ -405,7 +504,8 @@ fn keys(config: &Value, architecture: &str, age: Age) -> BTreeMap<String, Key> {
     }
     for (name, value) in [
         ("attention.layer_norm_rms_epsilon", &config["rms_norm_eps"]),
-        ("rope.freq_base", &rope["rope_theta"]),
+        ("attn_logit_softcapping", &config["attn_logit_softcapping"]),
+        ("final_logit_softcapping", &config["final_logit_softcapping"]),
         ("expert_weights_scale", &config["routed_scaling_factor"]),
     ] {
         put(name, value.as_f64().map(Key::Number));
@@ -420,21 +520,18 @@ fn keys(config: &Value, architecture: &str, age: Age) -> BTreeMap<String, Key> {
     // Released files of these say it in their config.json.
     let sigmoid = ["deepseek_v3", "glm4_moe", "minimax_m2"].iter().any(|name| config["model_type"] == *name);
     put("expert_gating_func", sigmoid.then_some(Key::Count(2)));
-    if rope["rope_type"] == "yarn" {
-        put("rope.scaling.type", Some(Key::Text("yarn".to_owned())));
-        for (name, field) in
-            [("factor", "factor"), ("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")]
-        {
-            put(&format!("rope.scaling.{name}"), rope[field].as_f64().map(Key::Number));
-        }
-        let original = rope["original_max_position_embeddings"].as_u64();
-        put("rope.scaling.original_context_length", original.map(Key::Count));
-        let tenth = rope["mscale_all_dim"].as_f64().map(|m| Key::Number(0.1 * m));
-        put("rope.scaling.yarn_log_multiplier", tenth);
+    put(
+        "attention.sliding_window",
+        match architecture {
+            "llama" => None,
+            // Zero says that there is none.
+            "phi3" => Some(Key::Count(size("sliding_window").unwrap_or(0))),
+            _ => size("sliding_window").map(Key::Count),
+        },
+    );
+    for (name, key) in rope_keys(config, architecture) {
+        put(name, Some(key));
     }
-    let head = size("head_dim").unwrap_or(0) as f64;
-    let rotated = rope["partial_rotary_factor"].as_f64().map(|share| (head * share) as u64);
-    put("rope.dimension_count", size("rotary_dim").or(rotated).map(Key::Count));
     if let (Some(n), Some(dim)) = (size("linear_num_value_heads"), size("linear_value_head_dim")) {
         put("ssm.inner_size", Some(Key::Count(n * dim)));
     }
@@ -453,5 +550,46 @@ fn keys(config: &Value, architecture: &str, age: Age) -> BTreeMap<String, Key> {
             put("attention.value_length_mla", value);
         }
     }
+    keys
+}
+
+/// The metadata of rotary positions.
+fn rope_keys(config: &Value, architecture: &str) -> Vec<(&'static str, Key)> {
+    let size = |field: &str| config[field].as_u64();
+    let all = &config["rope_parameters"];
+    // Of several kinds of layers the ones that see everything.
+    let rope = if all["full_attention"].is_object() { &all["full_attention"] } else { all };
+    let mut keys = Vec::new();
+    let mut put = |name: &'static str, value: Option<Key>| keys.extend(value.map(|value| (name, value)));
+    let number = |value: &Value| value.as_f64().map(Key::Number);
+    // All Gemma 2 have the same.
+    put("rope.freq_base", number(&rope["rope_theta"]).filter(|_| architecture != "gemma2"));
+    put("rope.freq_base_swa", number(&all["sliding_attention"]["rope_theta"]));
+    let original = match architecture {
+        "phi3" => size("original_max_position_embeddings"),
+        _ => rope["original_max_position_embeddings"].as_u64().filter(|_| rope["rope_type"] == "yarn"),
+    };
+    put("rope.scaling.original_context_length", original.map(Key::Count));
+    match rope["rope_type"].as_str() {
+        Some(kind @ ("linear" | "yarn")) => {
+            put("rope.scaling.type", Some(Key::Text(kind.to_owned())));
+            put("rope.scaling.factor", number(&rope["factor"]));
+            put("rope.scaling.yarn_beta_fast", number(&rope["beta_fast"]));
+            put("rope.scaling.yarn_beta_slow", number(&rope["beta_slow"]));
+            let tenth = rope["mscale_all_dim"].as_f64().map(|m| Key::Number(0.1 * m));
+            put("rope.scaling.yarn_log_multiplier", tenth);
+        }
+        Some("longrope") => {
+            let whole = size("max_position_embeddings").unwrap() as f64;
+            let original = original.unwrap() as f64;
+            let factor = (1.0 + (whole / original).max(1.0).ln() / original.ln()).sqrt();
+            put("rope.scaling.attn_factor", Some(Key::Number(factor)));
+        }
+        _ => {}
+    }
+    let head = head_dim(config);
+    let rotated = rope["partial_rotary_factor"].as_f64().map(|share| (head as f64 * share) as u64);
+    let rotated = rotated.or(matches!(architecture, "llama" | "smollm3").then_some(head));
+    put("rope.dimension_count", size("rotary_dim").or(rotated).map(Key::Count));
     keys
 }
