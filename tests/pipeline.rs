@@ -5,14 +5,21 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use parallax_engine::local::Pipeline;
+use parallax_engine::score;
+use parallax_model::{Checkpoint, LoadOptions};
 use serde_json::{Value, json};
-use swarm_tests::swarm::{Swarm, call, parallax, send};
+use swarm_tests::swarm::{Process, Swarm, call, parallax, send};
 
 /// A killed stage has to be reported within this.
 const DETECTED_WITHIN: Duration = Duration::from_secs(2);
+/// More than any change of weights takes.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
 fn three_processes_give_the_tokens_of_one_and_a_killed_stage_is_reported_in_time() {
@@ -118,6 +125,167 @@ fn other_weights_are_taken_up_by_all_machines_at_once_while_answers_go_on() {
     let again = swarm.join("again", 4, "4..6");
     swarm.wait_until_ready(&[&middle, &again]);
     swarm.check_tokens_of(&other);
+}
+
+/// Two prompts, whose answers share every step of the pipeline.
+const PROMPTS: [&[u32]; 2] = [&[3, 9, 1, 44], &[60]];
+
+/// What a client hears of a sampled answer: its tokens behind those of the prompt, how likely each is, and which weights made
+/// it.
+#[derive(Debug, Default)]
+struct Heard {
+    prompt_tokens: usize,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    versions: Vec<u64>,
+    reason: String,
+}
+
+impl Heard {
+    fn take(&mut self, event: &Value) {
+        let choice = &event["choices"][0];
+        assert!(choice["text"].is_string(), "{event}");
+        let list = |name: &str| choice["logprobs"][name].as_array().cloned().unwrap_or_default();
+        let id = |token: Value| token.as_str().unwrap().strip_prefix('w').unwrap().parse::<u32>().unwrap();
+        self.tokens.extend(list("tokens").into_iter().map(id));
+        // Written with all its bits.
+        self.logprobs.extend(list("token_logprobs").into_iter().map(|p| p.as_f64().unwrap() as f32));
+        self.versions.extend(list("weights_versions").into_iter().map(|v| v.as_u64().unwrap()));
+        self.reason = choice["finish_reason"].as_str().unwrap_or_default().to_owned();
+    }
+}
+
+/// One process with certain weights, which says how likely tokens are.
+struct Judge(Pipeline);
+
+impl Judge {
+    fn of(model: &Path) -> Self {
+        let checkpoint = Checkpoint::open(model).unwrap();
+        let options = LoadOptions { kv_pages: 512, ..LoadOptions::whole(&checkpoint) };
+        Self(Pipeline::load(&checkpoint, &options, 1, |_| ()).unwrap())
+    }
+
+    /// The bits of the log-probability of each of the answer's tokens, with everything before it computed by these weights.
+    fn bits(&mut self, heard: &Heard) -> Vec<u32> {
+        let scored = score(&mut self.0, &heard.tokens).unwrap();
+        scored.logprobs[heard.prompt_tokens - 1..].iter().map(|p| p.to_bits()).collect()
+    }
+}
+
+/// Every token is exactly as likely as the weights say that made it, and not as the others say. Even versions are of the
+/// first judge.
+fn check_versions(heard: &Heard, judges: &mut [Judge; 2]) {
+    let bits = judges.each_mut().map(|judge| judge.bits(heard));
+    assert_eq!((heard.versions.len(), heard.logprobs.len()), (bits[0].len(), bits[0].len()));
+    let mut apart = 0;
+    for (i, (version, logprob)) in heard.versions.iter().zip(&heard.logprobs).enumerate() {
+        let own = usize::try_from(version % 2).unwrap();
+        assert_eq!(logprob.to_bits(), bits[own][i], "token {i}, made by version {version}");
+        apart += usize::from(bits[0][i] != bits[1][i]);
+    }
+    assert!(apart * 10 > bits[0].len() * 9, "the weights can be told apart: {apart} of {}", bits[0].len());
+}
+
+/// Asks for sampled answers to all prompts and hears them until they end or there is `enough` of each; does something
+/// `meanwhile`, as soon as all have begun.
+fn hear(
+    swarm: &Swarm,
+    max_tokens: usize,
+    enough: impl Fn(&Heard) -> bool + Sync,
+    meanwhile: impl FnOnce(),
+) -> Vec<Heard> {
+    let (begun, begins) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let clients = PROMPTS.map(|prompt| {
+            let (begun, enough) = (begun.clone(), &enough);
+            scope.spawn(move || {
+                let body = json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 1, "seed": 7,
+                                  "logprobs": 0});
+                let mut heard =
+                    Heard { prompt_tokens: prompt.len(), tokens: prompt.to_vec(), ..Heard::default() };
+                for (n, event) in events(swarm, &body).enumerate() {
+                    heard.take(&event);
+                    if n == 5 {
+                        begun.send(()).unwrap();
+                    }
+                    if enough(&heard) {
+                        break;
+                    }
+                }
+                heard
+            })
+        });
+        for _ in PROMPTS {
+            begins.recv_timeout(PATIENCE).expect("every answer begins");
+        }
+        meanwhile();
+        clients.map(|client| client.join().unwrap()).into()
+    })
+}
+
+/// Waits until a member has staged weights for the `n`th time.
+fn wait_until_staged(member: &Process, n: usize) {
+    let started = Instant::now();
+    while member.log().matches("the next weights are here").count() < n {
+        assert!(started.elapsed() < PATIENCE, "{}", member.log());
+        // Its cores are ours, too.
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn every_token_is_as_likely_as_the_weights_say_that_made_it_whatever_becomes_of_answers_in_the_making() {
+    let swarm = Swarm::start();
+    let members = [swarm.join("middle", 2, "2..4"), swarm.join("last", 3, "4..6")];
+    swarm.wait_until_ready(&[&members[0], &members[1]]);
+    let other = swarm.other_weights();
+    let first = Path::new(&other).with_file_name("model");
+    let mut judges = [Judge::of(&first), Judge::of(Path::new(&other))];
+    let update = |version: u64, on_swap: &str| {
+        let path = if version % 2 == 0 { first.to_str().unwrap() } else { &other };
+        let body = json!({"path": path, "on_swap": on_swap});
+        let (status, updated) = call(&swarm.address, "POST", "/v1/update_weights", &body);
+        assert_eq!((status, &updated["version"]), (200, &json!(version)), "{updated}\n{}", members[0].log());
+    };
+    let running =
+        || call(&swarm.address, "GET", "/cluster/status", &Value::Null).1["engine"]["running"].clone();
+
+    // Computed again: begun under the first weights, they go on under the second.
+    let new = |heard: &Heard| heard.versions.iter().filter(|version| **version == 1).count();
+    for heard in hear(&swarm, 8000, |heard| new(heard) >= 100, || update(1, "switch")) {
+        assert!(heard.versions.is_sorted() && heard.versions[0] == 0, "{:?}", heard.versions);
+        assert!(new(&heard) >= 100, "it ended with {:?}", heard.reason);
+        check_versions(&heard, &mut judges);
+    }
+
+    // Finished: in the middle when every machine has the next weights, they end under the old ones.
+    let finish = || {
+        std::thread::scope(|scope| {
+            let updating = scope.spawn(|| update(2, "finish"));
+            members.iter().for_each(|member| wait_until_staged(member, 2));
+            assert_eq!(running(), 2, "both answers are in the making when the weights could change");
+            updating.join().unwrap();
+            assert_eq!(running(), 0);
+        });
+    };
+    for heard in hear(&swarm, 2000, |_| false, finish) {
+        assert_eq!((heard.versions.len(), heard.reason.as_str()), (2000, "length"));
+        assert!(heard.versions.iter().all(|version| *version == 1), "{:?}", heard.versions);
+        check_versions(&heard, &mut judges);
+    }
+
+    // Ended.
+    for heard in hear(&swarm, 8000, |_| false, || update(3, "abort")) {
+        assert_eq!(heard.reason, "abort");
+        assert!(heard.versions.iter().all(|version| *version == 2), "{:?}", heard.versions);
+        check_versions(&heard, &mut judges);
+    }
+
+    // And whoever comes then has the weights that are served.
+    for heard in hear(&swarm, 40, |_| false, || ()) {
+        assert_eq!(heard.versions, [3; 40]);
+        check_versions(&heard, &mut judges);
+    }
 }
 
 #[test]

@@ -55,7 +55,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             step_tokens: 128,
-            step_ms: 60,
+            step_ms: 45,
             patience_ms: 60_000,
             running_sequences: 64,
             queued_requests: 1024,

@@ -33,6 +33,7 @@ mod sampling;
 mod server;
 mod tokens;
 mod tools;
+mod turns;
 mod updates;
 
 use std::future::IntoFuture as _;

@@ -110,7 +110,7 @@ impl Markup {
         match std::mem::replace(&mut self.state, State::Content) {
             State::Harmony(mut machine) => machine.finish(&mut parts),
             State::Reasoning => text(&mut parts, Part::Reasoning, held),
-            State::WholeCall => match calls::whole(&held) {
+            State::WholeCall => match self.whole_call(&held) {
                 Some(found) => parts.extend(found.into_iter().map(Part::Call)),
                 None => text(&mut parts, Part::Content, held),
             },
@@ -193,18 +193,15 @@ impl Markup {
                 return false;
             }
         }
-        let whole = self.options.tools
-            && self.options.dialect.calls_are_whole_answers()
-            && (begun.starts_with('{') || begun.starts_with(dialect::PYTHON_TAG));
-        if self.options.tools
-            && self.options.dialect.calls_are_whole_answers()
-            && !whole
-            && dialect::PYTHON_TAG.starts_with(begun)
-        {
-            return false;
-        }
+        let whole = if self.options.tools { self.options.dialect.is_whole_call(begun) } else { Some(false) };
+        let Some(whole) = whole else { return false };
         self.state = if whole { State::WholeCall } else { State::Content };
         !whole
+    }
+
+    /// The calls of a whole answer: one that was forced is the same object in every dialect.
+    fn whole_call(&self, text: &str) -> Option<Vec<ToolCall>> {
+        if self.options.forced_call { calls::whole(text) } else { self.options.dialect.whole_answer(text) }
     }
 
     fn content(&mut self, parts: &mut Vec<Part>) -> bool {

@@ -5,11 +5,11 @@ use std::time::SystemTime;
 use parallax_model::Conversation;
 use serde_json::{Map, Value, json};
 
-use super::Server;
 use super::conversation::take_prefill;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::tools::Tools;
+use super::{Server, turns};
 
 /// A rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,9 +84,10 @@ impl Server {
             let why = "continue_final_message needs a last message of the assistant that holds text";
             return Err(ApiError::invalid(Some("continue_final_message"), why));
         }
+        let (messages, tools) = turns::shape(self.dialect, messages, tools.for_template());
         let conversation = Conversation {
             messages,
-            tools: tools.for_template(),
+            tools,
             variables: rendering.variables,
             date: Some(date(SystemTime::now())),
         };

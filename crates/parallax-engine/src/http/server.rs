@@ -37,7 +37,7 @@ pub(super) struct Server {
     /// Bytes of each token.
     pub(super) vocabulary: Arc<[TokenBytes]>,
     controls: Arc<ControlTokens>,
-    dialect: Dialect,
+    pub(super) dialect: Dialect,
     #[cfg(feature = "structured")]
     grammars: std::sync::OnceLock<Result<crate::structured::Grammars, String>>,
     started: u64,

@@ -1,8 +1,9 @@
 //! Reading tool calls: each family's text between markers becomes names and JSON arguments.
 
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::dialect::PYTHON_TAG;
+use super::dialect::{ASSISTANT, PYTHON_TAG, is_named_call, is_of_name};
 
 /// A call that a model makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +50,8 @@ impl ToolCall {
 pub(super) enum CallSyntax {
     Hermes,
     Glm,
+    Glm4,
+    Phi4,
     PythonTag,
     Mistral,
     DeepSeek,
@@ -65,6 +68,8 @@ impl CallSyntax {
         match self {
             Self::Hermes | Self::Glm | Self::QwenXml => "<tool_call>",
             Self::MiniMax => "<minimax:tool_call>",
+            Self::Glm4 => ASSISTANT,
+            Self::Phi4 => "<|tool_call|>",
             Self::PythonTag => PYTHON_TAG,
             Self::Mistral => "[TOOL_CALLS]",
             Self::DeepSeek => "<｜tool▁calls▁begin｜>",
@@ -76,10 +81,11 @@ impl CallSyntax {
         match self {
             Self::Hermes | Self::Glm | Self::QwenXml => Some("</tool_call>"),
             Self::MiniMax => Some("</minimax:tool_call>"),
+            Self::Phi4 => Some("<|/tool_call|>"),
             Self::DeepSeek => Some("<｜tool▁calls▁end｜>"),
             Self::Kimi => Some("<|tool_calls_section_end|>"),
             // They run to the end of the answer.
-            Self::PythonTag | Self::Mistral => None,
+            Self::Glm4 | Self::PythonTag | Self::Mistral => None,
         }
     }
 
@@ -100,7 +106,8 @@ impl CallSyntax {
         let calls = match self {
             Self::Hermes => vec![object(body)?],
             Self::Glm => vec![glm(body)?],
-            Self::PythonTag => whole(body)?,
+            Self::Glm4 => glm4(body)?,
+            Self::Phi4 | Self::PythonTag => whole(body)?,
             Self::Mistral => mistral(body)?,
             Self::DeepSeek => deepseek(body)?,
             Self::Kimi => kimi(body)?,
@@ -110,9 +117,13 @@ impl CallSyntax {
         (!calls.is_empty()).then_some((calls, end))
     }
 
-    /// The text is complete and still not readable: waiting does not help.
+    /// The text is complete and still not readable, or begins as no call does: waiting does not help.
     pub(super) fn is_hopeless(self, text: &str) -> bool {
-        self.closing().is_some_and(|closing| text[self.opening().len()..].contains(closing))
+        let inside = &text[self.opening().len()..];
+        match self {
+            Self::Glm4 => is_named_call(inside) == Some(false),
+            _ => self.closing().is_some_and(|closing| inside.contains(closing)),
+        }
     }
 }
 
@@ -215,6 +226,20 @@ fn glm(body: &str) -> Option<ToolCall> {
         rest = after.split_once("<arg_key>").map(|(_, rest)| rest);
     }
     ToolCall::of_texts(name, texts)
+}
+
+/// A name on a line of its own and an object behind it, again behind `<|assistant|>` or a line break.
+pub(super) fn glm4(body: &str) -> Option<Vec<ToolCall>> {
+    let (mut rest, mut calls) = (body.trim(), Vec::new());
+    while !rest.is_empty() {
+        let (name, behind) = rest.split_once('\n')?;
+        let mut values = serde_json::Deserializer::from_str(behind).into_iter::<&RawValue>();
+        let arguments = values.next()?.ok()?.get();
+        calls.push(named(name, arguments).filter(|call| call.name.chars().all(is_of_name))?);
+        let behind = behind[values.byte_offset()..].trim_start();
+        rest = behind.strip_prefix(ASSISTANT).unwrap_or(behind).trim_start();
+    }
+    (!calls.is_empty()).then_some(calls)
 }
 
 /// Calls as elements: `open` with a name up to `>`, for each argument `parameter` with its name up to `>`, its text and

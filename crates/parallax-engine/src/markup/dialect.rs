@@ -1,10 +1,14 @@
 //! Which family writes how, found in the chat template.
 
-use super::calls::CallSyntax;
+use super::calls::{self, CallSyntax, ToolCall};
 use super::{THINK, THINK_END};
 
 /// Llama 3's marker in front of a call.
 pub(super) const PYTHON_TAG: &str = "<|python_tag|>";
+/// GLM-4's, between turns: also between the calls of one answer.
+pub(super) const ASSISTANT: &str = "<|assistant|>";
+/// Longest name of a tool, as the API takes them.
+const MAX_NAME_BYTES: usize = 64;
 
 /// How a model family writes tool calls and thoughts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -23,6 +27,11 @@ pub enum Dialect {
     Kimi,
     /// `<tool_call>name <arg_key>..</arg_key><arg_value>..</arg_value></tool_call>`: GLM-4.5 and later.
     Glm,
+    /// The name on a line of its own and a JSON object behind it, several with `<|assistant|>` between: GLM-4 and GLM-Z1 up to
+    /// those of April 2025.
+    Glm4,
+    /// `<|tool_call|>[{"name", "arguments"}]<|/tool_call|>`: Phi-4-mini.
+    Phi4,
     /// `<tool_call><function=name><parameter=key>..</parameter></function></tool_call>`: Qwen3-Coder, Qwen3-Next and 3.5.
     QwenXml,
     /// `<minimax:tool_call><invoke name="name"><parameter name="key">..</parameter></invoke></minimax:tool_call>`: MiniMax-M2.
@@ -43,6 +52,8 @@ impl Dialect {
             ("<minimax:tool_call>", Self::MiniMax),
             ("<function=", Self::QwenXml),
             ("<tool_call>", Self::Hermes),
+            ("<|/tool|>", Self::Phi4),
+            ("'observation'", Self::Glm4),
             (PYTHON_TAG, Self::Llama3),
             ("\"parameters\": dictionary", Self::Llama3),
         ];
@@ -65,6 +76,8 @@ impl Dialect {
             Self::QwenXml => &[THINK, THINK_END, "<tool_call>", "</tool_call>"],
             Self::MiniMax => &[THINK, THINK_END, "<minimax:tool_call>", "</minimax:tool_call>"],
             Self::Llama3 => &[PYTHON_TAG, THINK, THINK_END],
+            Self::Glm4 => &[ASSISTANT, THINK, THINK_END],
+            Self::Phi4 => &["<|tool_call|>", "<|/tool_call|>", THINK, THINK_END],
             Self::Mistral => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", THINK, THINK_END],
             Self::DeepSeek => &[
                 "<｜tool▁calls▁begin｜>",
@@ -108,14 +121,30 @@ impl Dialect {
         }
     }
 
-    pub(super) fn calls_are_whole_answers(self) -> bool {
-        self == Self::Llama3
+    /// Whether an answer that begins like this, behind white space, is calls as a whole. `None`: more must be seen.
+    pub(super) fn is_whole_call(self, begun: &str) -> Option<bool> {
+        match self {
+            Self::Llama3 if begun.starts_with('{') || begun.starts_with(PYTHON_TAG) => Some(true),
+            Self::Llama3 if PYTHON_TAG.starts_with(begun) => None,
+            Self::Glm4 => is_named_call(begun),
+            _ => Some(false),
+        }
+    }
+
+    /// The calls of an answer that is nothing else.
+    pub(super) fn whole_answer(self, text: &str) -> Option<Vec<ToolCall>> {
+        match self {
+            Self::Glm4 => calls::glm4(text),
+            _ => calls::whole(text),
+        }
     }
 
     pub(super) fn call_syntaxes(self) -> &'static [CallSyntax] {
         match self {
             Self::Hermes => &[CallSyntax::Hermes],
             Self::Glm => &[CallSyntax::Glm],
+            Self::Glm4 => &[CallSyntax::Glm4],
+            Self::Phi4 => &[CallSyntax::Phi4],
             Self::QwenXml => &[CallSyntax::QwenXml],
             Self::MiniMax => &[CallSyntax::MiniMax],
             Self::Llama3 => &[CallSyntax::PythonTag],
@@ -124,5 +153,27 @@ impl Dialect {
             Self::Kimi => &[CallSyntax::Kimi],
             Self::Harmony => &[],
         }
+    }
+}
+
+/// A character of a tool's name.
+pub(super) fn is_of_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
+}
+
+/// Whether a text begins with a name on a line of its own and `{` behind it.
+pub(super) fn is_named_call(text: &str) -> Option<bool> {
+    let text = text.trim_start();
+    let rest = text.trim_start_matches(is_of_name);
+    let name_bytes = text.len() - rest.len();
+    if name_bytes > MAX_NAME_BYTES || (name_bytes == 0 && !rest.is_empty()) {
+        return Some(false);
+    }
+    let rest = rest.trim_start_matches([' ', '\t']);
+    match rest.strip_prefix('\n').map(str::trim_start) {
+        Some("") => None,
+        Some(behind) => Some(behind.starts_with('{')),
+        None if rest.is_empty() => None,
+        None => Some(false),
     }
 }

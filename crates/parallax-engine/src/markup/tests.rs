@@ -91,6 +91,36 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
             vec![thought("a"), call("w", "{\"c\":\"Rome\",\"n\":3}")],
         ),
         (
+            Dialect::Glm4,
+            "\nget_weather \n{\"c\": \"Rome\",\n \"n\": 3}",
+            vec![call("get_weather", "{\"c\": \"Rome\",\n \"n\": 3}")],
+        ),
+        (
+            Dialect::Glm4,
+            "<think>a</think>w\n{\"c\": 1}<|assistant|>t\n{}",
+            vec![thought("a"), call("w", "{\"c\": 1}"), call("t", "{}")],
+        ),
+        (
+            Dialect::Glm4,
+            "Let me see.<|assistant|>w\n{\"c\": 1}",
+            vec![content("Let me see."), call("w", "{\"c\": 1}")],
+        ),
+        (Dialect::Glm4, "Sure\n\nIt is {hot}.", vec![content("Sure\n\nIt is {hot}.")]),
+        (Dialect::Glm4, "w\n{no json}", vec![content("w\n{no json}")]),
+        (Dialect::Glm4, "a.<|assistant|>\nb {", vec![content("a.<|assistant|>\nb {")]),
+        (
+            Dialect::Phi4,
+            "<|tool_call|>[{\"name\": \"w\", \"arguments\": {\"c\": 1}}, {\"name\": \"t\", \"arguments\": {}}]<|/tool_call|>",
+            vec![call("w", "{\"c\":1}"), call("t", "{}")],
+        ),
+        // Without a list, and the end token in the place of the closing marker.
+        (
+            Dialect::Phi4,
+            "So: <|tool_call|>{\"name\": \"w\", \"arguments\": {}}, {\"name\": \"t\"}",
+            vec![content("So: "), call("w", "{}"), call("t", "{}")],
+        ),
+        (Dialect::Phi4, "<|tool_call|>none<|/tool_call|>", vec![content("<|tool_call|>none<|/tool_call|>")]),
+        (
             Dialect::QwenXml,
             "<think>\nhm\n</think>\n\nSo:\n<tool_call>\n<function=w>\n<parameter=c>\nRome\nand Ostia\n</parameter>\n<parameter=n>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=t>\n</function>\n</tool_call>",
             vec![
@@ -154,7 +184,7 @@ fn thoughts_that_the_prompt_opened_end_with_the_closing_tag() {
 
 #[test]
 fn a_forced_call_is_the_whole_answer() {
-    for dialect in [Dialect::Hermes, Dialect::Harmony, Dialect::Mistral] {
+    for dialect in [Dialect::Hermes, Dialect::Harmony, Dialect::Mistral, Dialect::Glm4] {
         let options = MarkupOptions { forced_call: true, ..all(dialect) };
         assert_eq!(
             read(options, &["{\"name\":\"w\",", "\"arguments\":{\"a\":1}}"]),
@@ -184,19 +214,30 @@ fn templates_tell_their_dialect() {
         ("<|start|>assistant<|channel|>final", Dialect::Harmony),
         ("<tool_call>\\n<function=example>", Dialect::QwenXml),
         ("{%- set begin = '<minimax:tool_call>' -%}", Dialect::MiniMax),
+        // Of microsoft/Phi-4-mini-instruct, zai-org/GLM-4-9B-0414 and GLM-4.5, which both know observations.
+        ("{{ message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}", Dialect::Phi4),
+        ("{%- elif role == 'observation' %}\n<|observation|>\n{{ content }}", Dialect::Glm4),
+        ("<tool_call>{{ tc.name }}<arg_key>{{ k }}</arg_key> <|observation|>", Dialect::Glm),
+        // Of google/gemma-3-4b-it, which knows no tools.
+        (
+            "{{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else \"\") }}",
+            Dialect::Hermes,
+        ),
         ("nothing", Dialect::Hermes),
     ] {
         assert_eq!(Dialect::of_template(source), dialect, "{source}");
     }
 }
 
-const DIALECTS: [Dialect; 9] = [
+const DIALECTS: [Dialect; 11] = [
     Dialect::Hermes,
     Dialect::Llama3,
     Dialect::Mistral,
     Dialect::DeepSeek,
     Dialect::Kimi,
     Dialect::Glm,
+    Dialect::Glm4,
+    Dialect::Phi4,
     Dialect::QwenXml,
     Dialect::MiniMax,
     Dialect::Harmony,
@@ -223,9 +264,20 @@ fn texts() -> impl Strategy<Value = String> {
     for dialect in DIALECTS {
         words.extend(dialect.markers().iter().map(|m| (*m).to_owned()));
     }
-    for noise in
-        ["a", " ", "\n", "{", "}", "<", "<|", "é", "{\"name\":\"t\",\"arguments\":{}}", "analysis", "[TOOL"]
-    {
+    for noise in [
+        "a",
+        " ",
+        "\n",
+        "{",
+        "}",
+        "<",
+        "<|",
+        "é",
+        "{\"name\":\"t\",\"arguments\":{}}",
+        "analysis",
+        "[TOOL",
+        "w\n",
+    ] {
         words.push(noise.to_owned());
     }
     prop::collection::vec(prop::sample::select(words), 0..8).prop_map(|words| words.concat())

@@ -560,6 +560,8 @@ mod tests {
             chosen("a/b", &["model.safetensors", "config.json", "model-x.safetensors"]).unwrap().len(),
             2
         );
+        let ranks = ["tiktoken.model", "tokenization_kimi.py", "model.safetensors", "config.json"];
+        assert_eq!(chosen("a/b", &ranks).unwrap(), ["model.safetensors", "tiktoken.model", "config.json"]);
         assert_eq!(chosen("a/b", &["config.json", "x.gguf"]).unwrap(), ["x.gguf"]);
         let parts = ["m-00002-of-00002.gguf", "README.md", "m-00001-of-00002.gguf"];
         let both = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];

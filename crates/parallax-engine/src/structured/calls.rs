@@ -86,6 +86,11 @@ pub(super) fn grammar(
             let call = each(tools, |i, name| format!("{} NUMBER S {arguments} S args_{i}", quoted(name)));
             ("<|tool_call_begin|>", format!("S \"functions.\" {call} S {end}\nNUMBER: /:[0-9]{{1,3}}/"))
         }
+        Dialect::Phi4 => {
+            let (call, end) = (object(tools, "arguments"), mark("<|/tool_call|>"));
+            ("<|tool_call|>", format!("S \"[\" S {call} (S \",\" S {call})* S \"]\" S {end}"))
+        }
+        Dialect::Glm4 => return glm4(tools, &mark("<|assistant|>")),
         Dialect::Harmony => {
             let (channel, kind, message) = (mark("<|channel|>"), mark("<|constrain|>"), mark("<|message|>"));
             let header = format!("({channel} \"commentary\")? (\" \"? {kind}? \"json\")? {message}");
@@ -101,6 +106,23 @@ pub(super) fn grammar(
         Dialect::MiniMax => return elements(&MINIMAX, tools, mark),
     };
     CallGrammar { marker: Some(marker), lark: format!("start: {start}\n{}", rules(tools)) }
+}
+
+/// Calls that nothing opens but a tool's name on a line of its own, at the beginning or behind `between`. Other answers are free,
+/// unless they begin as a call does, of one of these tools or of another.
+fn glm4(tools: &[ToolSchema], between: &str) -> CallGrammar {
+    let call = each(tools, |i, _| format!("name_{i} S args_{i}"));
+    let start = format!("start: (free? {between})? {call} S ({between} {call} S)* | free?\n");
+    let mut lark = start + "free: FREE\n" + &rules(tools);
+    let mut other = String::from("FREE: /(.|\\n)+/ & ~/(.|\\n)*<\\|assistant\\|>(.|\\n)*/");
+    other.push_str(r" & ~/\s*[A-Za-z0-9_.\-]{1,64}[ \t]*\n\s*\{(.|\n)*/");
+    for (i, tool) in tools.iter().enumerate() {
+        // A name has no characters that mean something in an expression but the dot.
+        let line = format!("{}[ \\t]*\\n", tool.name.replace('.', "\\."));
+        let _ = writeln!(lark, "name_{i}: NAME_{i}\nNAME_{i}: /[ \\n]{{0,16}}{line}/");
+        let _ = write!(other, " & ~/\\s*{line}(.|\\n)*/");
+    }
+    CallGrammar { marker: None, lark: lark + &other + "\n" }
 }
 
 /// A grammar of one call as an object.

@@ -107,14 +107,21 @@ pub struct Setup {
     pub template: Option<&'static str>,
     /// What clients may change.
     pub updates: Option<Updates>,
+    /// Bounds of the engine.
+    pub config: EngineConfig,
 }
 
 /// A server on a free port; ends with the runtime.
 pub async fn start(setup: Setup) -> SocketAddr {
+    start_over(setup).await.0
+}
+
+/// A server on a free port, and its engine.
+pub async fn start_over(setup: Setup) -> (SocketAddr, EngineHandle) {
     let (listener, state) = open(setup).await;
-    let address = listener.local_addr().unwrap();
+    let (address, engine) = (listener.local_addr().unwrap(), state.engine.clone());
     tokio::spawn(async move { axum::serve(listener, router(state)).await });
-    address
+    (address, engine)
 }
 
 /// A server that ends after `stop` and at most `patience`.
@@ -131,7 +138,7 @@ pub async fn start_until(
 async fn open(setup: Setup) -> (TcpListener, HttpState) {
     let runner = Box::new(Alphabet { fails_at_x: setup.fails_at_x, at_x: setup.at_x });
     let template = setup.template.unwrap_or("{{ messages[-1].content }}");
-    let engine = EngineHandle::start(runner, EngineConfig::default()).unwrap();
+    let engine = EngineHandle::start(runner, setup.config).unwrap();
     let state = HttpState {
         updates: setup.updates,
         template: Some(Arc::new(ChatTemplate::new(template, "", "").unwrap())),

@@ -7,7 +7,7 @@ use crate::markup::{Dialect, Markup, MarkupOptions, Part, ToolSchema};
 use crate::structured::{Grammars, VocabularyToken};
 
 /// Control tokens of the vocabulary below, behind its 256 bytes and the end.
-const CONTROLS: [&str; 10] = [
+const CONTROLS: [&str; 12] = [
     "[TOOL_CALLS]",
     "[ARGS]",
     "<｜tool▁call▁begin｜>",
@@ -18,6 +18,8 @@ const CONTROLS: [&str; 10] = [
     "<|message|>",
     "<arg_key>",
     "</arg_value>",
+    "<|/tool_call|>",
+    "<|assistant|>",
 ];
 const END: u32 = 256;
 
@@ -81,7 +83,7 @@ fn tools() -> Vec<ToolSchema> {
 }
 
 /// A call of each dialect with `DAYS` where the number of days stands and `FN` where the name does.
-const CALLS: [(Dialect, &str); 11] = [
+const CALLS: [(Dialect, &str); 14] = [
     (
         Dialect::Hermes,
         "Let me see.\n<tool_call>\n{\"name\": \"FN\", \"arguments\": {\"city\": \"Ulm\", \"days\": DAYS}}\n</tool_call>",
@@ -115,6 +117,12 @@ const CALLS: [(Dialect, &str); 11] = [
     (
         Dialect::MiniMax,
         "<minimax:tool_call>\n<invoke name=\"FN\">\n<parameter name=\"city\">Ulm</parameter>\n<parameter name=\"days\">DAYS</parameter>\n</invoke>\n</minimax:tool_call>",
+    ),
+    (Dialect::Glm4, "FN\n{\"city\": \"Ulm\", \"days\": DAYS}"),
+    (Dialect::Glm4, "\nFN \n{\"city\": \"Ulm\", \"days\": DAYS}"),
+    (
+        Dialect::Phi4,
+        "So: <|tool_call|>[{\"name\": \"FN\", \"arguments\": {\"city\": \"Ulm\", \"days\": DAYS}}]<|/tool_call|>",
     ),
     (
         Dialect::Harmony,
@@ -162,7 +170,7 @@ fn answers_without_calls_are_free() {
     let grammars = grammars(false);
     for (dialect, _) in CALLS {
         let constraint = grammars.calls(dialect, &tools()).unwrap();
-        for answer in ["", "It rains, { } and <b>.", "\n7"] {
+        for answer in ["", "It rains, { } and <b>.", "\n7", "weather", "Weather\nis {bad}"] {
             let (taken, all, may_end) = said(&*constraint, answer, false);
             assert_eq!((taken, may_end), (all, true), "{dialect:?}: {answer:?}");
         }
@@ -200,4 +208,20 @@ fn arguments_in_markup_may_be_left_out_listed_or_anything() {
         "<function=any.thing><parameter=x>\n1</parameter><parameter=y>\nz\n</parameter></function>"
     ));
     assert!(!allows("<function=closing></function>"));
+}
+
+#[test]
+fn calls_without_a_marker_begin_an_answer_or_follow_the_token_between_turns() {
+    let grammars = grammars(true);
+    let constraint = grammars.calls(Dialect::Glm4, &tools()).unwrap();
+    let allows = |text: &str| {
+        let (taken, all, may_end) = said(&*constraint, text, true);
+        taken == all && may_end
+    };
+    let all = "closing\n{\"days\": \"all\"}";
+    assert!(allows(all) && allows(&format!("{all}<|assistant|>any.thing\n{{}}")));
+    assert!(allows(&format!("Let me see:\n<|assistant|>{all}")) && allows("It is closing\n{today}"));
+    assert!(!allows("closing\n{\"days\": \"none\"}") && !allows("closing\nit"), "a name begins a call");
+    assert!(!allows("anything\n{}") && !allows("opening\n\n {\"days\": 1}"), "of no other tools");
+    assert!(!allows("Let me see:<|assistant|>closing\n{}") && !allows("Let me see:<|assistant|>it"));
 }
