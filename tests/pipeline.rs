@@ -91,7 +91,7 @@ fn events(swarm: &Swarm, body: &Value) -> impl Iterator<Item = Value> {
 
 #[test]
 fn other_weights_are_taken_up_by_all_machines_at_once_while_answers_go_on() {
-    let swarm = Swarm::start();
+    let swarm = Swarm::updatable();
     let middle = swarm.join("middle", 2, "2..4");
     let mut last = swarm.join("last", 3, "4..6");
     swarm.wait_until_ready(&[&middle, &last]);
@@ -235,7 +235,7 @@ fn wait_until_staged(member: &Process, n: usize) {
 
 #[test]
 fn every_token_is_as_likely_as_the_weights_say_that_made_it_whatever_becomes_of_answers_in_the_making() {
-    let swarm = Swarm::start();
+    let swarm = Swarm::updatable();
     let members = [swarm.join("middle", 2, "2..4"), swarm.join("last", 3, "4..6")];
     swarm.wait_until_ready(&[&members[0], &members[1]]);
     let other = swarm.other_weights();

@@ -149,13 +149,22 @@ pub struct Swarm {
 }
 
 impl Swarm {
-    /// Starts the head, which then waits for layers 2..6; it takes other weights.
+    /// Starts the head, which then waits for layers 2..6.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// One that takes other weights.
+    pub fn updatable() -> Self {
+        Self::start_with(&["--allow-weight-updates"])
+    }
+
+    fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let model = dir.path().join("model");
         random_checkpoint(&model, 20_260);
         let model = model.to_str().unwrap().to_owned();
-        let command = ["serve", "--model", &model, "--port", "0", "--allow-weight-updates"];
+        let command = [&["serve", "--model", &model, "--port", "0"], options].concat();
         let mut head = member(dir.path(), "serve", 1, "0..2", &command);
         let address = head.wait_for("serving on http://");
         let bootstrap = head.wait_for("--bootstrap ");

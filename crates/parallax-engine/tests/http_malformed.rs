@@ -251,6 +251,8 @@ fn particular() -> Vec<Case> {
         (json!({"thinking": {"type": "often"}}), "thinking.type"),
         (json!({"thinking": {"type": "enabled", "budget_tokens": -1}}), "budget_tokens"),
         (json!({"thinking": {"type": "enabled"}}), "budget_tokens"),
+        (json!({"output_config": {"format": {"type": "json_object"}}}), "output_config.format.type"),
+        (json!({"output_config": {"format": {"type": "json_schema"}}}), "output_config.format.schema"),
         (json!({"thinking": {"type": "enabled", "budget_tokens": 100_000}}), "budget_tokens"),
         (
             json!({"thinking": {"type": "enabled", "budget_tokens": 2},

@@ -96,7 +96,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         membership::serve(&node, Some(&blocks), Arc::clone(&checkpoint), options.clone()).await?;
     let head = Arc::new(head);
     let engine = args.engine.start(&model_name(&args.model), &checkpoint, Box::new(runner), args.device)?;
-    let updates = WeightUpdates::new(Arc::clone(&head), blocks, Arc::clone(&checkpoint), options);
+    let updates = WeightUpdates::new(Arc::clone(&head), blocks.clone(), Arc::clone(&checkpoint), options);
     let readiness = adapted(head.readiness(), named, &engine);
     let status = head.status_source(&engine);
     let state = HttpState {
@@ -123,6 +123,8 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         () = tell_readiness(&head) => {}
     }
     node.drain(program::DRAIN).await;
+    // Until here: the other machines read the weights from them.
+    drop(blocks);
     Ok(())
 }
 

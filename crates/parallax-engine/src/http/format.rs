@@ -94,6 +94,19 @@ pub(super) fn response_format(
     Ok(Some(Format { field, form }))
 }
 
+/// `output_config.format` of the messages API: `{"type": "json_schema", "schema": ..}`.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn output_config(body: &Fields<'_>) -> Result<Option<Format>, ApiError> {
+    let Some(config) = body.object("output_config")? else { return Ok(None) };
+    let Some(format) = config.object("format")? else { return Ok(None) };
+    format.choice("type", &[("json_schema", ())])?.ok_or_else(|| format.missing("type"))?;
+    let schema = format.get("schema").ok_or_else(|| format.missing("schema"))?;
+    let form = Form::Schema(schema_of(schema, &format.path("schema"))?);
+    Ok(Some(Format { field: "output_config.format", form }))
+}
+
 fn guide(fields: &Fields<'_>, name: &str, kind: &str) -> Result<Form, ApiError> {
     Ok(match kind {
         "json" => {

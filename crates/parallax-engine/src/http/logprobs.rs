@@ -59,7 +59,12 @@ pub(super) fn completion(
     let mut add = |id: u32, logprob: Option<f32>, top: Option<&[(u32, f32)]>| {
         let text = token_text(vocabulary, id);
         offsets.push(*offset);
-        *offset += text.chars().count();
+        // A character counts where it begins, however many tokens it is made of. Of special tokens only those of the prompt, which
+        // have no alternatives, are in the text.
+        let seen = |token: &&parallax_model::TokenBytes| !token.special || top.is_none();
+        let begins = |byte: &&u8| **byte & 0xc0 != 0x80;
+        let token = vocabulary.get(id as usize).filter(seen);
+        *offset += token.map_or(0, |token| token.bytes.iter().filter(begins).count());
         tops.push(top.map(|top| {
             let alternatives = top.iter().map(|(id, p)| (token_text(vocabulary, *id), json!(finite(*p))));
             Value::Object(alternatives.collect::<Map<_, _>>())
@@ -101,5 +106,23 @@ mod tests {
         assert_eq!(plain["token_logprobs"], json!([null, -1.0, -0.5]));
         assert_eq!(plain["weights_versions"], json!([3]));
         assert_eq!((&plain["text_offset"], offset), (&json!([0, 1, 2]), 3));
+    }
+
+    #[test]
+    fn offsets_are_those_of_the_text() {
+        let token = |bytes: &[u8], special| TokenBytes { bytes: bytes.to_vec(), special };
+        let vocabulary = [
+            token(b"<s>", true),
+            token(&[0xc3], false),
+            token(&[0xa9, b'!'], false),
+            token(b"</s>", true),
+            token(b"a", false),
+        ];
+        let report = |id| TokenReport { id, logprob: -0.5, version: 0, top: Vec::new() };
+        let mut offset = 0;
+        let reports = [1, 2, 3, 4].map(report);
+        let plain = completion(&vocabulary, Some((&[0], &[])), &reports, &mut offset);
+        // "<s>é!a": the prompt's special token is shown, the answer's is not.
+        assert_eq!((&plain["text_offset"], offset), (&json!([0, 3, 4, 5, 5]), 6));
     }
 }

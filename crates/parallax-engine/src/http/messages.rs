@@ -11,6 +11,7 @@ use super::answer::{self, Collected, Frame, Job, Writer};
 use super::conversation::{call_value, text_content, within_limits};
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
+use super::format;
 use super::generation::Delta;
 use super::prompt::{Prompt, Rendering};
 use super::sampling::{MAX_TOKENS, Sampling};
@@ -72,6 +73,7 @@ fn read(
     let prompt_tokens = tokens.len();
     let ask = Ask {
         adapter: asked.adapter,
+        format: format::output_config(body)?,
         markup: Some(server.markup(&asked.tools, asked.prompt.in_reasoning)),
         thought_tokens: match asked.thinking {
             Thinking::AtMost(budget) => Some(budget),
@@ -276,7 +278,7 @@ impl MessageFrame {
             let signature = signature(&thoughts);
             content.push(json!({"type": "thinking", "thinking": one.reasoning, "signature": signature}));
         }
-        if !one.content.trim().is_empty() || one.calls.is_empty() {
+        if !one.content.trim().is_empty() || content.is_empty() && one.calls.is_empty() {
             content.push(json!({"type": "text", "text": one.content}));
         }
         for (i, ToolCall { name, arguments, .. }) in one.calls.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! Tools that a model may call, and whether it must.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
@@ -94,10 +94,12 @@ impl Tools {
             return Vec::new();
         }
         let described = |tool: &Tool| {
-            let mut function = json!({"name": tool.name, "parameters": tool.parameters});
+            // In the order in which models have seen tools described.
+            let mut function = json!({"name": tool.name});
             if let Some(description) = &tool.description {
                 function["description"] = json!(description);
             }
+            function["parameters"] = tool.parameters.clone();
             json!({"type": "function", "function": function})
         };
         self.tools.iter().map(described).collect()
@@ -127,7 +129,17 @@ impl Tools {
     /// What sampling holds the calls of an answer to.
     pub(super) fn held_calls(&self) -> HeldCalls {
         let any = json!({"type": "object"});
-        let held = |tool: &Tool, by: &Value| ToolSchema { name: tool.name.clone(), arguments: by.clone() };
+        let held = |tool: &Tool, by: &Value| {
+            let mut arguments = by.clone();
+            // A tool that names no parameters takes none, whatever a schema without any admits.
+            if by["properties"].as_object().is_some_and(Map::is_empty)
+                && by.get("additionalProperties").is_none()
+                && by.get("patternProperties").is_none()
+            {
+                arguments["additionalProperties"] = json!(false);
+            }
+            ToolSchema { name: tool.name.clone(), arguments }
+        };
         match &self.choice {
             ToolChoice::Required => {
                 HeldCalls::Whole(self.tools.iter().map(|tool| held(tool, &tool.parameters)).collect())
@@ -282,6 +294,17 @@ mod tests {
             HeldCalls::Whole(vec![ToolSchema { name: "w".into(), arguments: schema }])
         );
         assert_eq!(chat.for_template()[0]["function"]["name"], "w");
+    }
+
+    #[test]
+    fn a_tool_without_parameters_is_called_without_arguments() {
+        for function in [json!({"name": "now"}), json!({"name": "now", "parameters": {"properties": {}}})] {
+            let body = json!({"tools": [{"type": "function", "function": function}], "tool_choice": "required"});
+            let tools = tools(&body).unwrap();
+            let HeldCalls::Whole(held) = tools.held_calls() else { panic!("the call is held") };
+            assert_eq!(held[0].arguments["additionalProperties"], json!(false));
+            assert_eq!(tools.for_template()[0]["function"]["parameters"].get("additionalProperties"), None);
+        }
     }
 
     #[test]
