@@ -2,7 +2,7 @@
 //! over a relay. Each saves the round trip that agreeing takes.
 //!
 //! multistream-select can do so itself, but for all streams or none; and while the answer is outstanding it flushes the stream
-//! whenever it is read, so that of two tasks that read and write, one takes the other's place to be woken at (0022). So it is
+//! whenever it is read, so that of two tasks that read and write, one takes the other's place to be woken at (0023). So it is
 //! done below: once the name of such a protocol has been written, the stream gives the answer that is hoped for, and the peer's
 //! own answer is compared with it when the first bytes behind it are read.
 
