@@ -299,7 +299,8 @@ mod tests {
     #[test]
     fn a_tool_without_parameters_is_called_without_arguments() {
         for function in [json!({"name": "now"}), json!({"name": "now", "parameters": {"properties": {}}})] {
-            let body = json!({"tools": [{"type": "function", "function": function}], "tool_choice": "required"});
+            let body =
+                json!({"tools": [{"type": "function", "function": function}], "tool_choice": "required"});
             let tools = tools(&body).unwrap();
             let HeldCalls::Whole(held) = tools.held_calls() else { panic!("the call is held") };
             assert_eq!(held[0].arguments["additionalProperties"], json!(false));
