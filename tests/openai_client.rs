@@ -23,7 +23,8 @@ struct TinyServer {
 }
 
 impl TinyServer {
-    fn new(engine: EngineConfig, limits: HttpLimits) -> Self {
+    fn new(engine: EngineConfig, mut limits: HttpLimits) -> Self {
+        limits.api_keys = vec!["secret".into()];
         let checkpoint = Checkpoint::tiny().unwrap();
         let options = LoadOptions { kv_pages: 2048, ..LoadOptions::whole(&checkpoint) };
         let stage = LocalStage::load(&checkpoint, &options).unwrap();
@@ -31,7 +32,7 @@ impl TinyServer {
         let state = HttpState {
             template: checkpoint.chat_template().unwrap().map(Arc::new),
             stop_ids: checkpoint.config().eos.clone(),
-            limits: HttpLimits { api_keys: vec!["secret".into()], ..limits },
+            limits,
             ..HttpState::new(engine, checkpoint.tokenizer().unwrap(), "tiny")
         };
         let runtime = tokio::runtime::Runtime::new().unwrap();

@@ -242,7 +242,7 @@ fn every_token_is_as_likely_as_the_weights_say_that_made_it_whatever_becomes_of_
     let first = Path::new(&other).with_file_name("model");
     let mut judges = [Judge::of(&first), Judge::of(Path::new(&other))];
     let update = |version: u64, on_swap: &str| {
-        let path = if version % 2 == 0 { first.to_str().unwrap() } else { &other };
+        let path = if version.is_multiple_of(2) { first.to_str().unwrap() } else { &other };
         let body = json!({"path": path, "on_swap": on_swap});
         let (status, updated) = call(&swarm.address, "POST", "/v1/update_weights", &body);
         assert_eq!((status, &updated["version"]), (200, &json!(version)), "{updated}\n{}", members[0].log());

@@ -26,6 +26,7 @@ pub fn to_python_json_lines(value: &impl Serialize, indent: usize) -> Result<Str
 }
 
 /// The filter: `tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
+#[expect(clippy::needless_pass_by_value, reason = "filters take their arguments by value")]
 pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Result<Value, Error> {
     let ensure_ascii = ensure_ascii.or(options.get("ensure_ascii")?).unwrap_or(false);
     let mut style = options.get::<Option<usize>>("indent")?.map_or_else(Python::default, Python::indented);

@@ -128,7 +128,7 @@ mod tests {
         let config = catalogue::find("meta-llama/Llama-3.1-8B").unwrap().config();
         let refused = |rows, device| {
             let sequence = SequenceRows { rows, ..SequenceRows::default() };
-            let batch = ForwardBatch { sequences: vec![sequence], ..ForwardBatch::default() };
+            let batch = ForwardBatch { sequences: vec![sequence] };
             let options = LoadOptions { device, kv_pages: 1, ..LoadOptions::whole(&tiny) };
             super::rows(&batch, &options, &config).unwrap_err().to_string()
         };

@@ -107,7 +107,7 @@ fn base64(text: &[u8]) -> Option<Vec<u8>> {
         _ => None,
     };
     let digits = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
-    if text.len() % 4 != 0 || digits.len() % 4 == 1 {
+    if !text.len().is_multiple_of(4) || digits.len() % 4 == 1 {
         return None;
     }
     let (mut bytes, mut bits, mut held) = (Vec::new(), 0u32, 0);

@@ -191,7 +191,9 @@ fn mixed(mut gguf: Gguf, n_layers: usize) -> (Gguf, Vec<Kind>) {
 }
 
 /// Recording, name of its architecture, factor of its sizes, width of the feed-forward parts, and the formats of the file.
-const CASES: [(&str, &str, u64, Option<u64>, &[Kind]); 6] = [
+type Case = (&'static str, &'static str, u64, Option<u64>, &'static [Kind]);
+
+const CASES: [Case; 6] = [
     ("llama", "llama", 4, Some(512), &[Kind::Q4K, Kind::Q6K]),
     ("llama3-rope", "llama", 8, None, &[Kind::Q5_0, Kind::Q8_0, Kind::Q4K, Kind::Q6K]),
     ("phi3", "phi3", 4, None, &[Kind::Q5_0, Kind::Q8_0, Kind::Q4K, Kind::Q5K, Kind::Q6K]),

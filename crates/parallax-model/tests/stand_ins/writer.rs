@@ -589,7 +589,7 @@ fn rope_keys(config: &Value, architecture: &str) -> Vec<(&'static str, Key)> {
     }
     let head = head_dim(config);
     let rotated = rope["partial_rotary_factor"].as_f64().map(|share| (head as f64 * share) as u64);
-    let rotated = rotated.or(matches!(architecture, "llama" | "smollm3").then_some(head));
+    let rotated = rotated.or_else(|| matches!(architecture, "llama" | "smollm3").then_some(head));
     put("rope.dimension_count", size("rotary_dim").or(rotated).map(Key::Count));
     keys
 }
