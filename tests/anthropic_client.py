@@ -8,47 +8,15 @@ import asyncio
 import collections
 import json
 import math
-import re
 import sys
 import time
 import typing
 
 import anthropic
 
-QUESTION = "What is 12+30?"
-USER = [{"role": "user", "content": QUESTION}]
-RENDERED = f"<bos><user>{QUESTION}<assistant>"
+from checks import QUESTION, RENDERED, USER, Server, check, run, runner, until
 
-runner = asyncio.Runner()
-counts = collections.Counter()
-area = ""
-
-
-def check(fact, *seen):
-    counts[area] += 1
-    assert fact, seen
-
-
-class Server:
-    """One server, its model, and a client of each kind."""
-
-    def __init__(self, url, model):
-        settings = dict(base_url=url, api_key="secret", max_retries=0, timeout=60)
-        self.model, self.sync, self.later = model, anthropic.Anthropic(**settings), anthropic.AsyncAnthropic(**settings)
-
-    def post(self, path, **body):
-        """A route of another API."""
-        return self.sync.post(path, cast_to=object, body=body)
-
-    def waiting(self):
-        text = self.sync.get("/metrics", cast_to=str)
-        return float(re.search(r"^vllm:num_requests_waiting{.*} (\S+)$", text, re.M)[1])
-
-    def n_tokens(self, text):
-        return self.post("/tokenize", prompt=text, add_special_tokens=False)["count"]
-
-
-thinker, tiny, narrow = Server(sys.argv[1], "toy"), Server(sys.argv[2], "tiny"), Server(sys.argv[3], "tiny")
+thinker, tiny, narrow = (Server(anthropic, *served) for served in zip(sys.argv[1:], ["toy", "tiny", "tiny"]))
 
 
 # ---- one question, asked in six ways ----------------------------------------------------------------------------------
@@ -171,7 +139,7 @@ def sampling():
         return all(holds(logprob, sorted(top.values(), reverse=True)) for logprob, top in steps)
 
     greedy, plain = ask(), drawn()
-    check((greedy.text, greedy.reason, greedy.usage) == ("42", "end_turn", (tiny.n_tokens(RENDERED), 3)), greedy)
+    check((greedy.text, greedy.reason, greedy.usage) == ("42", "end_turn", (len(tiny.ids(RENDERED)), 3)), greedy)
     check(len(plain[1]) > 2, plain[1])
     for changes, holds in [
         ({"top_k": 2}, lambda logprob, top: logprob >= top[1]),
@@ -202,7 +170,7 @@ def conversations():
     def same_prompt(rendered, **asked):
         answer = ask(**asked)
         text = tiny.post("/v1/completions", model="tiny", prompt=rendered, max_tokens=24, temperature=0)["choices"][0]["text"]
-        check((answer.text, answer.usage[0]) == (text, tiny.n_tokens(rendered)), rendered, answer)
+        check((answer.text, answer.usage[0]) == (text, len(tiny.ids(rendered))), rendered, answer)
         counting = {"model": "tiny", "messages": USER, **asked}
         counting.pop("max_tokens", None)
         check(tiny.sync.messages.count_tokens(**counting).input_tokens == answer.usage[0])
@@ -322,14 +290,14 @@ def limits():
         create, asked = narrow.later.messages.create, parameters(narrow, {})
         busy = {"model": "tiny", "messages": USER, "n": 64, "max_tokens": 400, "ignore_eos": True}
         taken = [asyncio.create_task(narrow.later.post("/v1/chat/completions", cast_to=object, body=busy)) for _ in range(4)]
-        while narrow.waiting() < 200:
-            await asyncio.sleep(0.02)
+        await until(lambda: narrow.metric("num_requests_waiting"), lambda n: n >= 200)
         try:
             check(False, await create(**asked))
         except anthropic.RateLimitError as error:
             check(error.status_code == 429 and int(error.response.headers["retry-after"]) > 0, error)
-        again = asyncio.create_task(narrow.later.with_options(max_retries=5).messages.create(**asked))
-        await asyncio.sleep(0.1)
+        patient, refused = narrow.retrying()
+        again = asyncio.create_task(patient.messages.create(**asked))
+        await refused.wait()
         for task in taken:
             task.cancel()
         return (await again).content[0].text
@@ -355,7 +323,4 @@ def together():
     check(alone == beside and len({answer.text for answer in alone}) > 8)
 
 
-for one in [sampling, ends, conversations, tools, thinking, errors, limits, together]:
-    area = one.__name__
-    one()
-print(json.dumps({"client": anthropic.__version__, "checks": counts}))
+run([sampling, ends, conversations, tools, thinking, errors, limits, together], anthropic)

@@ -9,8 +9,8 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
+use swarm_tests::server::Server;
 use swarm_tests::swarm::Swarm;
-use swarm_tests::toy_server::ToyServer;
 
 fn is_there(program: &str) -> bool {
     let run = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -29,7 +29,7 @@ fn seen() -> Option<Value> {
         std::io::stderr().write_all(skipped.as_bytes()).expect("stderr is open");
         return None;
     }
-    let server = ToyServer::new();
+    let server = Server::toy();
     let swarm = Swarm::start();
     let (middle, last) = (swarm.join("middle", 2, "2..3"), swarm.join("last", 3, "3..6"));
     swarm.wait_until_ready(&[&middle, &last]);

@@ -8,7 +8,6 @@ an answer. Prints how many checks each area made, as JSON; the first that fails 
 import argparse
 import asyncio
 import collections
-import contextlib
 import datetime
 import inspect
 import json
@@ -22,6 +21,8 @@ import typing
 import openai
 import pydantic
 
+from checks import QUESTION, RENDERED, USER, Server, check, run, runner, until
+
 parser = argparse.ArgumentParser()
 parser.add_argument("thinker")
 parser.add_argument("tiny")
@@ -31,43 +32,11 @@ parser.add_argument("--only", help="one area")
 options = parser.parse_args()
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .?{}\":,0123456789</>"
-QUESTION = "What is 12+30?"
-USER = [{"role": "user", "content": QUESTION}]
-RENDERED = f"<bos><user>{QUESTION}<assistant>"
 # Probabilities are compared as sums of rounded ones.
 NEARLY = 1e-3
 
-runner = asyncio.Runner()
-counts = collections.Counter()
-area = ""
-
-
-def check(fact, *seen):
-    counts[area] += 1
-    assert fact, seen
-
-
-class Server:
-    """One server, its model, and a client of each kind."""
-
-    def __init__(self, url, model):
-        settings = dict(base_url=url + "/v1", api_key="secret", max_retries=0, timeout=60)
-        self.url, self.model = url, model
-        self.sync, self.later = openai.OpenAI(**settings), openai.AsyncOpenAI(**settings)
-
-    def post(self, path, **body):
-        """A route that the client has no method for."""
-        return self.sync.post(self.url + path, cast_to=object, body=body)
-
-    def ids(self, text):
-        return self.post("/tokenize", prompt=text, add_special_tokens=False)["tokens"]
-
-    def metric(self, name):
-        text = self.sync.get(self.url + "/metrics", cast_to=str)
-        return float(re.search(rf"^{name}{{.*}} (\S+)$", text, re.M)[1])
-
-
-thinker, tiny, narrow = Server(options.thinker, "toy"), Server(options.tiny, "tiny"), Server(options.narrow, "tiny")
+thinker, tiny, narrow = (
+    Server(openai, url, model) for url, model in [(options.thinker, "toy"), (options.tiny, "tiny"), (options.narrow, "tiny")])
 
 
 # ---- one question, asked in four ways ---------------------------------------------------------------------------------
@@ -643,16 +612,19 @@ def together():
         async for _ in stream:
             break
         await stream.close()
+        seen = tiny.prompts()
         create = tiny.later.completions.create
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(create(model="tiny", prompt="a", n=32, max_tokens=480, extra_body={"ignore_eos": True}), 0.05)
+        asked = asyncio.create_task(create(model="tiny", prompt="a", n=32, max_tokens=480, extra_body={"ignore_eos": True}))
+        await until(tiny.prompts, lambda n: n > seen)
+        asked.cancel()
+        await until(aborted, lambda n: n == before + 64)
 
+    def aborted():
+        return tiny.metric("request_success_total", 'finished_reason="abort"')
+
+    before = aborted()
     runner.run(leave())
-    left = [tiny.metric("vllm:num_requests_running")]
-    while left[-1] and len(left) < 100:
-        time.sleep(0.02)
-        left.append(tiny.metric("vllm:num_requests_running"))
-    check(left[-1] == 0, left)
+    check(tiny.metric("num_requests_running") == 0)
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
@@ -727,16 +699,18 @@ def limits():
         await anext(aiter(first))
         waiting = []
         for name, priority in [("late", 5), ("last", 9), ("early", 0)]:
+            seen = narrow.prompts()
             waiting.append(asyncio.create_task(named(name, priority)))
-            await asyncio.sleep(0.2)
+            await until(narrow.prompts, lambda n: n > seen)
         try:
             await named("one too many", 0)
         except openai.RateLimitError as error:
             check(error.status_code == 429 and int(error.response.headers["retry-after"]) > 0, error)
         check(order == [], order)
         # A client that tries again, as it does by itself, gets in once there is room.
-        again = asyncio.create_task(narrow.later.with_options(max_retries=5).chat.completions.create(**asked, temperature=0))
-        await asyncio.sleep(0.05)
+        patient, refused = narrow.retrying()
+        again = asyncio.create_task(patient.chat.completions.create(**asked, temperature=0))
+        await refused.wait()
         await first.close()
         await asyncio.gather(*waiting)
         check(order == ["early", "late", "last"], order)
@@ -881,8 +855,4 @@ def schemas():
 
 AREAS = [models, chat_sampling, completions_sampling, completions, conversations, thoughts, tools, responses, helpers, together,
          errors, limits, schemas]
-for one in AREAS:
-    if options.only in (None, one.__name__):
-        area = one.__name__
-        one()
-print(json.dumps({"client": openai.__version__, "checks": counts}))
+run(AREAS, openai, options.only)

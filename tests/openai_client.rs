@@ -7,51 +7,21 @@
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 
-use parallax_engine::http::{HttpLimits, HttpState, serve};
-use parallax_engine::local::LocalStage;
-use parallax_engine::{EngineConfig, EngineHandle};
-use parallax_model::{Checkpoint, LoadOptions};
+use parallax_engine::EngineConfig;
+use parallax_engine::http::HttpLimits;
 use serde_json::{Map, Value};
-use swarm_tests::toy_server::ToyServer;
+use swarm_tests::server::Server;
 
-/// Serves the embedded model as `tiny` with the API key `secret` until it is dropped.
-struct TinyServer {
-    url: String,
-    _runtime: tokio::runtime::Runtime,
-}
-
-impl TinyServer {
-    fn new(engine: EngineConfig, mut limits: HttpLimits) -> Self {
-        limits.api_keys = vec!["secret".into()];
-        let checkpoint = Checkpoint::tiny().unwrap();
-        let options = LoadOptions { kv_pages: 2048, ..LoadOptions::whole(&checkpoint) };
-        let stage = LocalStage::load(&checkpoint, &options).unwrap();
-        let engine = EngineHandle::start(Box::new(stage), engine).unwrap();
-        let state = HttpState {
-            template: checkpoint.chat_template().unwrap().map(Arc::new),
-            stop_ids: checkpoint.config().eos.clone(),
-            limits,
-            ..HttpState::new(engine, checkpoint.tokenizer().unwrap(), "tiny")
-        };
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        runtime.spawn(serve(listener, state));
-        Self { url, _runtime: runtime }
-    }
-
-    /// One that soon has no room.
-    fn narrow() -> Self {
-        let limits = HttpLimits {
-            concurrent_requests: 4,
-            requests_per_minute: Some(20),
-            body_bytes: 20_000,
-            ..HttpLimits::default()
-        };
-        Self::new(EngineConfig { running_sequences: 1, ..EngineConfig::default() }, limits)
-    }
+/// The embedded model, where there is soon no room.
+fn narrow() -> Server {
+    let limits = HttpLimits {
+        concurrent_requests: 4,
+        requests_per_minute: Some(20),
+        body_bytes: 20_000,
+        ..HttpLimits::default()
+    };
+    Server::tiny(EngineConfig { running_sequences: 1, ..EngineConfig::default() }, limits)
 }
 
 /// An interpreter that can import a package.
@@ -74,9 +44,9 @@ fn python(package: &str) -> Option<String> {
 /// How many checks the script of a client made in each area, against servers of its own; nothing without the client.
 fn checked(package: &str, script: &str) -> Option<Map<String, Value>> {
     let python = python(package)?;
-    let thinker = ToyServer::new();
-    let tiny = TinyServer::new(EngineConfig::default(), HttpLimits::default());
-    let narrow = TinyServer::narrow();
+    let thinker = Server::toy();
+    let tiny = Server::tiny(EngineConfig::default(), HttpLimits::default());
+    let narrow = narrow();
     let output = Command::new(python)
         .args([script, &thinker.url, &tiny.url, &narrow.url])
         .env_remove("HTTP_PROXY")

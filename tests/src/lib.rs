@@ -1,4 +1,4 @@
 //! Shared harness of the cross-crate tests.
 
+pub mod server;
 pub mod swarm;
-pub mod toy_server;

@@ -42,6 +42,7 @@ mod gossip;
 mod guess;
 mod identity;
 mod link_probe;
+mod muxer;
 mod news;
 mod peers_file;
 mod private_file;

@@ -6,42 +6,20 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use futures::{AsyncRead, AsyncWrite};
-use libp2p::core::muxing::{StreamMuxer, StreamMuxerEvent};
 use libp2p::quic;
+
+use super::muxer::Wrapped;
 
 /// The most that agreeing upon a protocol writes: the answer to `/multistream/1.0.0` and a name of 140 bytes, with lengths.
 const AGREEMENT_BYTES: usize = 192;
 
 /// A QUIC connection whose incoming streams are [`Answerless`] at their beginning.
-pub(super) struct Connection(pub(super) quic::Connection);
-
-impl StreamMuxer for Connection {
-    type Substream = Answerless<quic::Stream>;
-    type Error = quic::Error;
-
-    fn poll_inbound(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Self::Substream, Self::Error>> {
-        let stream = Pin::new(&mut self.get_mut().0).poll_inbound(cx);
-        stream.map_ok(|inner| Answerless { inner, left_bytes: AGREEMENT_BYTES })
-    }
-
-    fn poll_outbound(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Self::Substream, Self::Error>> {
-        let stream = Pin::new(&mut self.get_mut().0).poll_outbound(cx);
-        stream.map_ok(|inner| Answerless { inner, left_bytes: 0 })
-    }
-
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Pin::new(&mut self.get_mut().0).poll_close(cx)
-    }
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<StreamMuxerEvent, Self::Error>> {
-        Pin::new(&mut self.get_mut().0).poll(cx)
-    }
+pub(super) fn connection(inner: quic::Connection) -> Wrapped<quic::Connection, Answerless<quic::Stream>> {
+    Wrapped::new(
+        inner,
+        |inner| Answerless { inner, left_bytes: AGREEMENT_BYTES },
+        |inner| Answerless { inner, left_bytes: 0 },
+    )
 }
 
 /// A stream that may be written to in vain at first: the other end does not read, and what it sent can still be read.

@@ -11,7 +11,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use futures::{AsyncRead, AsyncWrite};
-use libp2p::core::muxing::{StreamMuxer, StreamMuxerEvent};
+use libp2p::core::muxing::StreamMuxer;
+
+use super::muxer::Wrapped;
 
 /// What opens such a stream, and the answer of a peer that agrees is the same: the version of multistream-select and a name, each
 /// with its length. A name must not be offered together with others, and what follows it must not look like another one: a
@@ -25,35 +27,8 @@ const OFFERS: [&[u8]; 3] = [
 const OFFER_MAX_BYTES: usize = 64;
 
 /// A connection whose outgoing streams are [`Early`].
-pub(super) struct Connection<M>(pub(super) M);
-
-impl<M: StreamMuxer<Substream: Unpin> + Unpin> StreamMuxer for Connection<M> {
-    type Substream = Early<M::Substream>;
-    type Error = M::Error;
-
-    fn poll_inbound(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Self::Substream, Self::Error>> {
-        let stream = Pin::new(&mut self.get_mut().0).poll_inbound(cx);
-        stream.map_ok(|inner| Early { inner, state: State::Settled })
-    }
-
-    fn poll_outbound(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Self::Substream, Self::Error>> {
-        let stream = Pin::new(&mut self.get_mut().0).poll_outbound(cx);
-        stream.map_ok(Early::outgoing)
-    }
-
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Pin::new(&mut self.get_mut().0).poll_close(cx)
-    }
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<StreamMuxerEvent, Self::Error>> {
-        Pin::new(&mut self.get_mut().0).poll(cx)
-    }
+pub(super) fn connection<M: StreamMuxer>(inner: M) -> Wrapped<M, Early<M::Substream>> {
+    Wrapped::new(inner, |inner| Early { inner, state: State::Settled }, Early::outgoing)
 }
 
 /// A stream that is written to before the peer has agreed to its protocol. Where the peer does not, the first read behind the

@@ -168,7 +168,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         .upgrade(Version::V1Lazy)
         .authenticate(noise.clone())
         .multiplex(yamux::Config::default())
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::Connection(muxer))));
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::connection(muxer))));
     let mut quic = quic::Config::new(keypair);
     quic.max_idle_timeout =
         u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
@@ -178,7 +178,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
     let streams = limits.streams_per_connection + limits.waiting_streams_per_connection + OTHER_STREAMS;
     quic.max_concurrent_stream_limit = u32::try_from(streams).expect("validated: three millions at most");
     let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted)).map(
-        |(peer, muxer), _| (peer, StreamMuxerBox::new(early::Connection(answerless::Connection(muxer)))),
+        |(peer, muxer), _| (peer, StreamMuxerBox::new(early::connection(answerless::connection(muxer)))),
     );
     let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());
     let named =
@@ -188,7 +188,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         .upgrade(Version::V1Lazy)
         .authenticate(noise)
         .multiplex(yamux::Config::default())
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::Connection(muxer))));
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::connection(muxer))));
 
     // Whatever the way, nobody gets past the gate unproved.
     let gate = Gate::new(shared.local.clone(), &shared.config.network, shared.config.access.clone());

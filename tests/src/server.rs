@@ -1,4 +1,4 @@
-//! A server of a small random model over real HTTP on a free loopback port, for programs that others wrote.
+//! Servers of small models over real HTTP on free loopback ports, for programs that others wrote.
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that cannot go on has failed")]
 
 use std::sync::Arc;
@@ -11,39 +11,55 @@ use parallax_model::{ChatTemplate, Checkpoint, LoadOptions, ModelConfig, Tokeniz
 use serde_json::{Value, json};
 
 /// The vocabulary: one token each.
-pub const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?{}\":,0123456789</>";
+const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz .?{}\":,0123456789</>";
 
-/// Serves the model `toy` with the API key `secret` until it is dropped.
+/// Serves until it is dropped; the API key is `secret`.
 #[derive(Debug)]
-pub struct ToyServer {
+pub struct Server {
     /// Where it listens.
     pub url: String,
     _runtime: tokio::runtime::Runtime,
 }
 
-impl ToyServer {
-    /// Makes the model and serves it.
-    #[expect(clippy::new_without_default, reason = "it opens a port")]
-    pub fn new() -> Self {
+impl Server {
+    /// A random model `toy`, whose template can open thoughts.
+    pub fn toy() -> Self {
         let dir = tempfile::tempdir().unwrap();
         TrainModel::new_random(&config(), 5).unwrap().save_checkpoint(dir.path()).unwrap();
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        let options = LoadOptions { kv_pages: 64, ..LoadOptions::whole(&checkpoint) };
-        let stage = LocalStage::load(&checkpoint, &options).unwrap();
         let template =
             "{% for m in messages %}{{ m.content }}. {% endfor %}{% if enable_thinking %}<think>{% endif %}";
-        let engine = EngineHandle::start(Box::new(stage), EngineConfig::default()).unwrap();
-        let state = HttpState {
+        let engine = engine(&Checkpoint::open(dir.path()).unwrap(), 64, EngineConfig::default());
+        Self::of(HttpState {
             template: Some(Arc::new(ChatTemplate::new(template, "", "").unwrap())),
-            limits: HttpLimits { api_keys: vec!["secret".into()], ..HttpLimits::default() },
             ..HttpState::new(engine, tokenizer(), "toy")
-        };
+        })
+    }
+
+    /// The embedded model `tiny`.
+    pub fn tiny(config: EngineConfig, limits: HttpLimits) -> Self {
+        let checkpoint = Checkpoint::tiny().unwrap();
+        Self::of(HttpState {
+            template: checkpoint.chat_template().unwrap().map(Arc::new),
+            stop_ids: checkpoint.config().eos.clone(),
+            limits,
+            ..HttpState::new(engine(&checkpoint, 2048, config), checkpoint.tokenizer().unwrap(), "tiny")
+        })
+    }
+
+    fn of(mut state: HttpState) -> Self {
+        state.limits.api_keys = vec!["secret".into()];
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         runtime.spawn(serve(listener, state));
         Self { url, _runtime: runtime }
     }
+}
+
+fn engine(checkpoint: &Checkpoint, kv_pages: usize, config: EngineConfig) -> EngineHandle {
+    let options = LoadOptions { kv_pages, ..LoadOptions::whole(checkpoint) };
+    let stage = LocalStage::load(checkpoint, &options).unwrap();
+    EngineHandle::start(Box::new(stage), config).unwrap()
 }
 
 fn config() -> ModelConfig {
