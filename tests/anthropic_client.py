@@ -14,7 +14,7 @@ import typing
 
 import anthropic
 
-from checks import QUESTION, RENDERED, USER, Server, check, run, runner, until
+from checks import QUESTION, RENDERED, USER, Server, check, refusal, run, runner, until, until_refused
 
 thinker, tiny, narrow = (Server(anthropic, *served) for served in zip(sys.argv[1:], ["toy", "tiny", "tiny"]))
 
@@ -107,16 +107,6 @@ def ask(server=tiny, **changes):
 
     check(runner.run(all_later()) == [answer] * 3, changes, answer)
     return answer
-
-
-def refusal(call, kind=anthropic.BadRequestError):
-    """The error that a call ends with."""
-    try:
-        call()
-    except kind as error:
-        check(type(error) is kind and error.body["type"] == "error", type(error), error.body)
-        return error
-    raise AssertionError(f"nothing was refused, {kind.__name__} was expected")
 
 
 # ---- what the parameters do --------------------------------------------------------------------------------------------
@@ -303,13 +293,8 @@ def limits():
         return (await again).content[0].text
 
     check(runner.run(seats()) == "42")
-
-    def until_refused():
-        for _ in range(30):
-            whole(narrow, max_tokens=1)
-
-    error = refusal(until_refused, anthropic.RateLimitError)
-    check(error.body["error"]["type"] == "rate_limit_error" and 0 < int(error.response.headers["retry-after"]) <= 60, error)
+    error = until_refused(lambda: whole(narrow, max_tokens=1))
+    check(error.body["error"]["type"] == "rate_limit_error", error)
 
 
 def together():

@@ -125,7 +125,8 @@ def stop(out):
     # Before the first token can be there.
     run("ask('and now'); $('send').click()")
     wait(DONE, "the end of a stopped answer")
-    out["stopped"] = run("return [current.turns[3].finish, " + LAST + ".querySelector('.speed').textContent]")
+    out["stopped"] = run("return [current.turns[3].finish, current.turns[3].content.length, " + LAST
+                         + ".querySelector('.speed').textContent]")
     # In the middle, by the button and by the keyboard: what came stays, also after a reload, and is how the answer begins.
     # This model is too fast for that: its events come as slowly as a large one's.
     slow = """const real = window.fetch;
@@ -241,7 +242,7 @@ def cluster(out):
         row.cells[0].querySelector('small').textContent, row.cells[1].textContent, row.cells[2].firstChild.textContent])""")
     out["rows"] = rows
     out["nodes"] = [[node["peer"], ("head, " if node["head"] else "") + node["device"],
-                     f"{node['layers'][0]}–{node['layers'][1] - 1}", node["state"]] for node in status["swarm"]["nodes"]]
+                     f"{node['layers'][0]}–{node['layers'][1] - 1}", node["state"]] for node in sorted(status["swarm"]["nodes"], key=lambda node: node["layers"][0])]
     lanes = run("""return [...document.querySelectorAll('.lane .bar')].map(bar => [...bar.children].map(seg =>
         [seg.querySelector('b').textContent, seg.querySelector('div').textContent.split(' · ')[0], seg.getBoundingClientRect().width]))""")
     heads = {node["peer"]: node["head"] for node in status["swarm"]["nodes"]}

@@ -5,41 +5,30 @@
 //! Without Chromium's driver or `python3` it says so and passes. `CHROMEDRIVER` names another driver; with
 //! `CHAT_PAGE_SHOTS` screenshots are left in that folder.
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
-
 use serde_json::{Value, json};
+use swarm_tests::script;
 use swarm_tests::server::Server;
 use swarm_tests::swarm::Swarm;
-
-fn is_there(program: &str) -> bool {
-    let run = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    run.is_ok_and(|status| status.success())
-}
 
 /// What the script saw; nothing without a browser.
 fn seen() -> Option<Value> {
     let driver = std::env::var("CHROMEDRIVER").unwrap_or_else(|_| "chromedriver".into());
-    if let Some(missing) = [driver.as_str(), "python3"].into_iter().find(|program| !is_there(program)) {
-        let skipped = format!(
-            "SKIPPED: the chat page was not tried in a browser; {missing} is not there (Debian: apt-get install \
-             chromium-driver python3), or CHROMEDRIVER=PROGRAM\n"
-        );
-        // Past the test harness, which shows nothing of tests that pass.
-        std::io::stderr().write_all(skipped.as_bytes()).expect("stderr is open");
+    if let Some(missing) =
+        [driver.as_str(), "python3"].into_iter().find(|program| !script::runs(program, &["--version"]))
+    {
+        script::skipped(&format!(
+            "the chat page was not tried in a browser; {missing} is not there (Debian: apt-get install chromium-driver \
+             python3), or CHROMEDRIVER=PROGRAM"
+        ));
         return None;
     }
     let server = Server::toy();
     let swarm = Swarm::start();
     let (middle, last) = (swarm.join("middle", 2, "2..3"), swarm.join("last", 3, "3..6"));
     swarm.wait_until_ready(&[&middle, &last]);
-    let mut script = Command::new("python3");
-    script.args([concat!(env!("CARGO_MANIFEST_DIR"), "/chat_page.py"), &driver, &server.url]);
-    script.arg(format!("http://{}", swarm.address));
-    script.args(std::env::var_os("CHAT_PAGE_SHOTS")).env_remove("HTTP_PROXY").env_remove("http_proxy");
-    let output = script.stderr(Stdio::inherit()).output().expect("python3 was there a moment ago");
-    assert!(output.status.success(), "the browser's script failed; what it missed is above");
-    Some(serde_json::from_slice(&output.stdout).expect("the script prints JSON"))
+    let (cluster, shots) = (format!("http://{}", swarm.address), std::env::var("CHAT_PAGE_SHOTS").ok());
+    let args = [driver.as_str(), &server.url, &cluster];
+    Some(script::run("python3", "chat_page.py", args.into_iter().chain(shots.as_deref())))
 }
 
 #[test]
@@ -54,7 +43,13 @@ fn check_chat(seen: &Value) {
     let speed = seen["speed"].as_str().unwrap_or_default();
     assert!(speed.starts_with("40 tokens · ") && speed.contains(" tok/s · first after "), "{speed}");
     assert_eq!(seen["regenerated_equal"], json!(true));
-    assert_eq!(seen["stopped"][0], json!("stopped"), "{}", seen["stopped"]);
+    // Nothing of the answer was there yet.
+    assert_eq!(
+        (&seen["stopped"][0], &seen["stopped"][1]),
+        (&json!("stopped"), &json!(0)),
+        "{}",
+        seen["stopped"]
+    );
     let midway = seen["stopped_midway"].as_array().expect("both ways to stop were tried");
     assert_eq!(midway.len(), 2);
     for stopped in midway {

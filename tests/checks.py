@@ -4,6 +4,8 @@ import asyncio
 import collections
 import json
 import re
+import socket
+import sys
 import time
 
 QUESTION = "What is 12+30?"
@@ -18,6 +20,8 @@ CLIENTS = {"openai": ("OpenAI", "/v1"), "anthropic": ("Anthropic", "")}
 runner = asyncio.Runner()
 counts = collections.Counter()
 area = ""
+# The package whose client is tried.
+client = None
 
 
 def check(fact, *seen):
@@ -27,12 +31,46 @@ def check(fact, *seen):
 
 def run(areas, package, only=None):
     """Runs all areas, or one, and prints how many checks each made."""
-    global area
+    global area, client
+    names = [one.__name__ for one in areas]
+    if only not in (None, *names):
+        sys.exit(f"there is no area {only}; there are {', '.join(names)}")
+    client = package
     for one in areas:
         if only in (None, one.__name__):
             area = one.__name__
             one()
     print(json.dumps({"client": package.__version__, "checks": counts}))
+
+
+def refusal(call, kind=None):
+    """The error that a call ends with: the client's own class, by default that of a 400."""
+    kind = kind or client.BadRequestError
+    try:
+        call()
+    except kind as error:
+        check(type(error) is kind, type(error))
+        if client.__name__ == "anthropic":
+            check(error.body["type"] == "error", error.body)
+        return error
+    raise AssertionError(f"nothing was refused, {kind.__name__} was expected")
+
+
+def until_refused(call):
+    """The refusal of one call too many, of which there may be only so many in a minute."""
+    def often():
+        for _ in range(30):
+            call()
+
+    error = refusal(often, client.RateLimitError)
+    check(0 < int(error.response.headers["retry-after"]) <= 60, error)
+    return error
+
+
+def nobody():
+    """An address where somebody listened a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as left:
+        return "http://127.0.0.1:%d" % left.getsockname()[1]
 
 
 class Server:

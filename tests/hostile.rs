@@ -4,14 +4,11 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::time::Duration;
 
 use lattica_net::{Identity, Node, NodeConfig};
-use swarm_tests::swarm::{Process, Swarm};
+use swarm_tests::swarm::{PATIENCE, Process, Swarm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Longer than anything here takes on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(30);
 const PROTOCOLS: [&str; 4] =
     ["/parallax/stage/2", lattica_bitswap::wire::PROTOCOL, "/lattica/rpc/2.0.0", "/lattica/link/1.0.0"];
 
@@ -31,10 +28,11 @@ fn frames() -> Vec<Vec<u8>> {
 
 /// The TCP address that a process says in its log, behind `mark`.
 fn said(process: &Process, mark: &str) -> String {
-    let log = process.log();
-    let mut addresses =
-        log.lines().filter_map(|line| line.split_once(mark)).map(|(_, address)| address.trim());
-    addresses.find(|a| a.contains("/tcp/")).unwrap_or_else(|| panic!("no TCP address in:\n{log}")).to_owned()
+    process.wait_until(&format!("TCP address behind {mark}"), |log| {
+        let mut addresses =
+            log.lines().filter_map(|line| line.split_once(mark)).map(|(_, address)| address.trim());
+        addresses.find(|address| address.contains("/tcp/")).map(str::to_owned)
+    })
 }
 
 /// The TCP port behind `/ip4/A/tcp/P/p2p/...`.

@@ -21,7 +21,7 @@ import typing
 import openai
 import pydantic
 
-from checks import QUESTION, RENDERED, USER, Server, check, run, runner, until
+from checks import QUESTION, RENDERED, USER, Server, check, nobody, refusal, run, runner, until, until_refused
 
 parser = argparse.ArgumentParser()
 parser.add_argument("thinker")
@@ -196,16 +196,6 @@ def ask(endpoint, server=tiny, **changes):
     check(read_whole(runner.run(later(**arguments))) == answer, endpoint, changes, answer)
     check(read_streamed(runner.run(all_of(later(**arguments, **streams)))) == answer, endpoint, changes, answer)
     return answer
-
-
-def refusal(call, kind=openai.BadRequestError):
-    """The error that a call ends with."""
-    try:
-        call()
-    except kind as error:
-        check(type(error) is kind, type(error))
-        return error
-    raise AssertionError(f"nothing was refused, {kind.__name__} was expected")
 
 
 # ---- what a parameter does to tokens, told from the model's own log-probabilities --------------------------------------
@@ -474,8 +464,14 @@ def thoughts():
     with tiny.sync.chat.completions.stream(model="tiny", messages=USER, extra_body=asked) as stream:
         kinds = {event.type for event in stream}
         check(stream.get_final_completion().choices[0].message.content.isdigit() and "content.delta" in kinds, kinds)
+    # The tokens of thoughts are told apart: here <think>, three letters and </think> of seven.
+    counted = whole("chat", **asked)
+    check(5 <= counted.usage.completion_tokens_details.reasoning_tokens < counted.usage.completion_tokens, counted.usage)
+    check(whole("chat").usage.completion_tokens_details.reasoning_tokens == 0)
     effort = ask("responses", server=thinker, reasoning={"effort": "high"})
     check(effort.text == "" and len(effort.thoughts[0]) == 24, effort)
+    thinking = whole("responses", server=thinker, reasoning={"effort": "high"}).usage
+    check(thinking.output_tokens_details.reasoning_tokens == thinking.output_tokens == 24, thinking)
     check(ask("responses", server=thinker, reasoning={"effort": "none"}).thoughts == [""])
 
 
@@ -552,6 +548,13 @@ def responses():
         check(name == "w" and json.loads(arguments)["c"] in "ab" and called.finishes == ["completed"], called)
     for choice in ["none", "auto"]:
         check(ask("responses", tools=[function], tool_choice=choice, parallel_tool_calls=False) == said)
+    # Log-probabilities where they are asked for, as the chat has them.
+    asked = dict(include=["message.output_text.logprobs"], top_logprobs=3)
+    (item,) = whole("responses", **asked).output
+    pairs = [(e.token, e.logprob, {t.token: t.logprob for t in e.top_logprobs}) for e in item.content[0].logprobs]
+    check("".join(token for token, *_ in pairs).startswith(item.content[0].text) and len(pairs[0][2]) == 3, pairs)
+    deltas = [e for e in pieces("responses", **asked) if e.type == "response.output_text.delta"]
+    check([entry.token for delta in deltas for entry in delta.logprobs] == [token for token, *_ in pairs])
     # What is told back.
     told = whole("responses", metadata={"a": "b"}, user="ann", store=True, parallel_tool_calls=False, top_p=0.5, instructions="be kind")
     check((told.metadata, told.parallel_tool_calls, told.top_p, told.instructions) == ({"a": "b"}, False, 0.5, "be kind"))
@@ -679,7 +682,8 @@ def errors():
     hasty = tiny.sync.with_options(timeout=0.02)
     long = dict(model="tiny", prompt="a", n=64, max_tokens=400, extra_body={"ignore_eos": True})
     refusal(lambda: hasty.completions.create(**long), openai.APITimeoutError)
-    refusal(openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key="a", max_retries=0).models.list, openai.APIConnectionError)
+    gone = openai.OpenAI(base_url=nobody() + "/v1", api_key="a", max_retries=0)
+    refusal(gone.models.list, openai.APIConnectionError)
 
 
 def limits():
@@ -720,13 +724,8 @@ def limits():
     huge = [{"role": "user", "content": "a" * 20_000}]
     error = refusal(lambda: narrow.sync.chat.completions.create(model="tiny", messages=huge), openai.APIStatusError)
     check(error.status_code == 413 and "20000 bytes" in error.body["message"], error)
-
-    def until_refused():
-        for _ in range(30):
-            narrow.sync.completions.create(model="tiny", prompt="a", max_tokens=1)
-
-    error = refusal(until_refused, openai.RateLimitError)
-    check(error.type == "rate_limit_error" and 0 < int(error.response.headers["retry-after"]) <= 60, error)
+    error = until_refused(lambda: narrow.sync.completions.create(model="tiny", prompt="a", max_tokens=1))
+    check(error.type == "rate_limit_error", error)
 
 
 # ---- many forms --------------------------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 //!
 //! Without `python3` or the packages it says so and passes: the build needs no Python. `OPENAI_PYTHON` names another
 //! interpreter, for instance one of a virtual environment with `pip install openai anthropic jsonschema`.
-#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
-
-use std::io::Write as _;
-use std::process::{Command, Stdio};
 
 use parallax_engine::EngineConfig;
 use parallax_engine::http::HttpLimits;
 use serde_json::{Map, Value};
+use swarm_tests::script;
 use swarm_tests::server::Server;
 
 /// The embedded model, where there is soon no room.
@@ -27,42 +24,29 @@ fn narrow() -> Server {
 /// An interpreter that can import a package.
 fn python(package: &str) -> Option<String> {
     let python = std::env::var("OPENAI_PYTHON").unwrap_or_else(|_| "python3".into());
-    let import = format!("import {package}");
-    let found = Command::new(&python).args(["-c", &import]).stderr(Stdio::null()).status();
-    if found.is_ok_and(|status| status.success()) {
+    if script::runs(&python, &["-c", &format!("import {package}")]) {
         return Some(python);
     }
-    // Past the test harness, which shows nothing of tests that pass.
-    let skipped = format!(
-        "SKIPPED: the client {package} was not tried; it needs python3 with that package (pip install {package}), or \
-         OPENAI_PYTHON=INTERPRETER\n"
-    );
-    std::io::stderr().write_all(skipped.as_bytes()).unwrap();
+    script::skipped(&format!(
+        "the client {package} was not tried; it needs python3 with that package (pip install {package}), or \
+         OPENAI_PYTHON=INTERPRETER"
+    ));
     None
 }
 
 /// How many checks the script of a client made in each area, against servers of its own; nothing without the client.
-fn checked(package: &str, script: &str) -> Option<Map<String, Value>> {
+fn checked(package: &str, file: &str) -> Option<Map<String, Value>> {
     let python = python(package)?;
     let thinker = Server::toy();
     let tiny = Server::tiny(EngineConfig::default(), HttpLimits::default());
     let narrow = narrow();
-    let output = Command::new(python)
-        .args([script, &thinker.url, &tiny.url, &narrow.url])
-        .env_remove("HTTP_PROXY")
-        .env_remove("http_proxy")
-        .stderr(Stdio::inherit())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "the client's script failed; its traceback is above");
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = script::run(&python, file, [thinker.url.as_str(), &tiny.url, &narrow.url]);
     report["checks"].as_object().cloned()
 }
 
 #[test]
 fn the_openai_client_is_served() {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/openai_client.py");
-    let Some(checks) = checked("openai", script) else { return };
+    let Some(checks) = checked("openai", "openai_client.py") else { return };
     for area in [
         "models",
         "chat_sampling",
@@ -83,8 +67,7 @@ fn the_openai_client_is_served() {
 
 #[test]
 fn the_anthropic_client_is_served() {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/anthropic_client.py");
-    let Some(checks) = checked("anthropic", script) else { return };
+    let Some(checks) = checked("anthropic", "anthropic_client.py") else { return };
     for area in ["sampling", "ends", "conversations", "tools", "thinking", "errors", "limits", "together"] {
         assert!(checks[area].as_u64() > Some(0), "{area}: {checks:?}");
     }

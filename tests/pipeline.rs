@@ -14,12 +14,12 @@ use parallax_engine::local::Pipeline;
 use parallax_engine::score;
 use parallax_model::{Checkpoint, LoadOptions};
 use serde_json::{Value, json};
-use swarm_tests::swarm::{Process, Swarm, call, parallax, send};
+use swarm_tests::swarm::{PATIENCE, Swarm, call, parallax, send};
 
+/// What a member says when it has other weights beside those that are served.
+const STAGED: &str = "the next weights are here";
 /// A killed stage has to be reported within this.
 const DETECTED_WITHIN: Duration = Duration::from_secs(2);
-/// More than any change of weights takes.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
 fn three_processes_give_the_tokens_of_one_and_a_killed_stage_is_reported_in_time() {
@@ -117,7 +117,7 @@ fn other_weights_are_taken_up_by_all_machines_at_once_while_answers_go_on() {
     }
     assert_eq!(words, 1500);
     swarm.check_tokens_of(&other);
-    assert!(middle.log().contains("the next weights are here"), "{}", middle.log());
+    middle.wait_for(STAGED);
 
     // Who comes later gets the weights that are served.
     last.kill();
@@ -159,8 +159,8 @@ impl Heard {
 struct Judge(Pipeline);
 
 impl Judge {
-    fn of(model: &Path) -> Self {
-        let checkpoint = Checkpoint::open(model).unwrap();
+    fn of(model: &str) -> Self {
+        let checkpoint = Checkpoint::open(Path::new(model)).unwrap();
         let options = LoadOptions { kv_pages: 512, ..LoadOptions::whole(&checkpoint) };
         Self(Pipeline::load(&checkpoint, &options, 1, |_| ()).unwrap())
     }
@@ -223,26 +223,16 @@ fn hear(
     })
 }
 
-/// Waits until a member has staged weights for the `n`th time.
-fn wait_until_staged(member: &Process, n: usize) {
-    let started = Instant::now();
-    while member.log().matches("the next weights are here").count() < n {
-        assert!(started.elapsed() < PATIENCE, "{}", member.log());
-        // Its cores are ours, too.
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn every_token_is_as_likely_as_the_weights_say_that_made_it_whatever_becomes_of_answers_in_the_making() {
     let swarm = Swarm::updatable();
     let members = [swarm.join("middle", 2, "2..4"), swarm.join("last", 3, "4..6")];
     swarm.wait_until_ready(&[&members[0], &members[1]]);
     let other = swarm.other_weights();
-    let first = Path::new(&other).with_file_name("model");
-    let mut judges = [Judge::of(&first), Judge::of(Path::new(&other))];
+    let first = swarm.weights();
+    let mut judges = [first, &other].map(Judge::of);
     let update = |version: u64, on_swap: &str| {
-        let path = if version.is_multiple_of(2) { first.to_str().unwrap() } else { &other };
+        let path = if version.is_multiple_of(2) { first } else { &other };
         let body = json!({"path": path, "on_swap": on_swap});
         let (status, updated) = call(&swarm.address, "POST", "/v1/update_weights", &body);
         assert_eq!((status, &updated["version"]), (200, &json!(version)), "{updated}\n{}", members[0].log());
@@ -262,7 +252,9 @@ fn every_token_is_as_likely_as_the_weights_say_that_made_it_whatever_becomes_of_
     let finish = || {
         std::thread::scope(|scope| {
             let updating = scope.spawn(|| update(2, "finish"));
-            members.iter().for_each(|member| wait_until_staged(member, 2));
+            for member in &members {
+                member.wait_for_nth(STAGED, 2);
+            }
             assert_eq!(running(), 2, "both answers are in the making when the weights could change");
             updating.join().unwrap();
             assert_eq!(running(), 0);

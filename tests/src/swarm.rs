@@ -1,11 +1,11 @@
 //! A swarm of real processes: `parallax serve` and `parallax join` on loopback addresses, with a small random model.
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that cannot go on has failed")]
 
-use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use parallax_engine::local::Pipeline;
@@ -13,7 +13,8 @@ use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams};
 use parallax_model::{Checkpoint, LoadOptions, ModelConfig, TrainModel};
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than anything takes on a loaded machine: who has waited for so long waits in vain.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 const WORDS: usize = 64;
 
 /// The binary beside this test's own: target/release/deps/TEST-1234 -> target/release/parallax.
@@ -47,45 +48,87 @@ fn random_checkpoint(dir: &Path, seed: u64) {
     model.save_checkpoint(dir).unwrap();
 }
 
-/// A process that does not outlive the test, with its stderr in a file.
+/// What a process wrote to stderr so far, in whole lines.
+#[derive(Debug, Default)]
+struct Log {
+    text: String,
+    /// Nothing more will come: the process has ended.
+    is_complete: bool,
+}
+
+/// A process that does not outlive the test, and what it writes to stderr.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
-    log: PathBuf,
+    /// The second tells of every change of the first.
+    log: Arc<(Mutex<Log>, Condvar)>,
 }
 
 impl Process {
-    fn start(args: &[&str], log: PathBuf) -> Self {
-        let stderr = File::create(&log).unwrap();
-        let child = Command::new(parallax())
+    fn start(args: &[&str]) -> Self {
+        let mut child = Command::new(parallax())
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(stderr)
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).split(b'\n');
+        let log = Arc::<(Mutex<Log>, Condvar)>::default();
+        let read = Arc::clone(&log);
+        std::thread::spawn(move || {
+            let (log, changed) = &*read;
+            for line in lines.map_while(Result::ok) {
+                let mut log = log.lock().unwrap();
+                log.text.push_str(&String::from_utf8_lossy(&line));
+                log.text.push('\n');
+                changed.notify_all();
+            }
+            log.lock().unwrap().is_complete = true;
+            changed.notify_all();
+        });
         Self { child, log }
     }
 
     /// What it wrote to stderr so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        self.log.0.lock().unwrap().text.clone()
+    }
+
+    /// What `find` makes of the log, as soon as it makes something of it; the log where the process ends before, or
+    /// patience does.
+    fn hear<T>(&self, find: impl Fn(&str) -> Option<T>) -> Result<T, String> {
+        let (log, changed) = &*self.log;
+        let end = Instant::now() + PATIENCE;
+        let mut log = log.lock().unwrap();
+        loop {
+            if let Some(found) = find(&log.text) {
+                return Ok(found);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if log.is_complete || left.is_zero() {
+                return Err(log.text.clone());
+            }
+            log = changed.wait_timeout(log, left).unwrap().0;
+        }
+    }
+
+    /// What `find` makes of the log, as soon as it makes something of it; `what` is the name of that.
+    pub fn wait_until<T>(&self, what: &str, find: impl Fn(&str) -> Option<T>) -> T {
+        self.hear(find).unwrap_or_else(|log| panic!("no {what:?}:\n{log}"))
     }
 
     /// What follows `mark` on the first line that has it.
-    pub fn wait_for(&mut self, mark: &str) -> String {
-        let started = Instant::now();
-        loop {
-            let log = self.log();
-            // Only whole lines: the process may be in the middle of writing one.
-            let whole = log.rfind('\n').map_or("", |end| &log[..end]);
-            if let Some(rest) = whole.lines().find_map(|line| line.split_once(mark)) {
-                return rest.1.trim().to_owned();
-            }
-            let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none() && started.elapsed() < PATIENCE, "no {mark:?}, {ended:?}:\n{log}");
-            pause();
-        }
+    pub fn wait_for(&self, mark: &str) -> String {
+        self.wait_for_nth(mark, 1)
+    }
+
+    /// What follows `mark` on the `n`th line that has it.
+    pub fn wait_for_nth(&self, mark: &str, n: usize) -> String {
+        self.wait_until(mark, |log| {
+            let (_, rest) = log.lines().filter_map(|line| line.split_once(mark)).nth(n - 1)?;
+            Some(rest.trim().to_owned())
+        })
     }
 
     /// SIGKILL.
@@ -125,14 +168,19 @@ pub fn call(address: &str, method: &str, path: &str, body: &Value) -> (u16, Valu
     (head[9..12].parse().unwrap(), serde_json::from_str(body).unwrap())
 }
 
-/// A process of the swarm with an address, a cache and a log of its own.
+/// A process of the swarm with an address and a cache of its own.
 fn member(dir: &Path, name: &str, n: u8, layers: &str, command: &[&str]) -> Process {
     let cache = dir.join(format!("cache-{name}"));
     let (tcp, quic) = (format!("/ip4/127.0.0.{n}/tcp/0"), format!("/ip4/127.0.0.{n}/udp/0/quic-v1"));
     let place =
         ["--swarm", "test", "--cache-dir", cache.to_str().unwrap(), "--listen", &tcp, "--listen", &quic];
     let share = ["--layers", layers, "--threads", "1", "--memory-gb", "1"];
-    Process::start(&[command, &place, &share].concat(), dir.join(format!("{name}.log")))
+    Process::start(&[command, &place, &share].concat())
+}
+
+/// What a head said last about requests: `ready`, or `not ready: ` and why.
+fn readiness(log: &str) -> Option<&str> {
+    log.lines().rfind(|line| *line == "ready" || line.starts_with("not ready: "))
 }
 
 /// A head with the first two of six layers.
@@ -165,10 +213,15 @@ impl Swarm {
         random_checkpoint(&model, 20_260);
         let model = model.to_str().unwrap().to_owned();
         let command = [&["serve", "--model", &model, "--port", "0"], options].concat();
-        let mut head = member(dir.path(), "serve", 1, "0..2", &command);
+        let head = member(dir.path(), "serve", 1, "0..2", &command);
         let address = head.wait_for("serving on http://");
         let bootstrap = head.wait_for("--bootstrap ");
         Self { dir, head, address, bootstrap, model }
+    }
+
+    /// The weights that it starts with.
+    pub fn weights(&self) -> &str {
+        &self.model
     }
 
     /// Other weights of the same model.
@@ -188,34 +241,26 @@ impl Swarm {
         call(&self.address, "GET", "/swarm/status", &Value::Null).1
     }
 
-    /// Waits until all layers are held.
+    /// Waits until all layers are held, as far as the head says so: up to a fifth of a second late.
     pub fn wait_until_ready(&self, members: &[&Process]) {
-        let started = Instant::now();
-        while self.status()["ready"] != json!(true) {
-            let logs: Vec<String> = members.iter().map(|m| m.log()).collect();
-            assert!(
-                started.elapsed() < PATIENCE,
-                "{}\n{}\n{}",
-                self.status(),
-                self.head.log(),
-                logs.join("\n---\n")
-            );
-            pause();
+        let ready = |log: &str| (readiness(log)? == "ready").then_some(());
+        if let Err(log) = self.head.hear(ready) {
+            let logs: Vec<String> = members.iter().map(|member| member.log()).collect();
+            panic!("layers are missing:\n{log}\n---\n{}", logs.join("\n---\n"));
         }
     }
 
     /// Every request is refused with 503; soon the reason is this one.
     pub fn wait_until_refused(&self, why: &str) {
-        let started = Instant::now();
-        loop {
+        let refusal = || {
             let (status, refused) = self.complete(&json!({"prompt": "w1", "max_tokens": 1}));
             assert_eq!(status, 503, "{refused}");
-            if refused["error"]["message"].as_str().is_some_and(|message| message.contains(why)) {
-                return;
-            }
-            assert!(started.elapsed() < PATIENCE, "{refused}");
-            pause();
-        }
+            refused["error"]["message"].as_str().unwrap_or_default().to_owned()
+        };
+        refusal();
+        self.head.wait_until(why, |log| readiness(log)?.contains(why).then_some(()));
+        let refused = refusal();
+        assert!(refused.contains(why), "{refused}");
     }
 
     /// Status and answer of a completion.
@@ -268,9 +313,4 @@ fn expected(model: &str) -> Vec<(Value, String)> {
         }
     }
     cases
-}
-
-/// Between two looks at another process, whose cores these are, too.
-fn pause() {
-    std::thread::park_timeout(Duration::from_millis(20));
 }

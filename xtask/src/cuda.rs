@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use crate::ci::{cargo, target_dir};
 
 /// The lock file as it was, put back when the build is over: the stand-in is in nobody's lock. A copy on disk outlives a build
-/// that was broken off; the next one puts that back first.
+/// that was broken off; the next one puts that back first, if the lock file still names the stand-in.
 struct Lock {
     path: PathBuf,
     copy: PathBuf,
@@ -20,10 +20,15 @@ struct Lock {
 impl Lock {
     fn keep(root: &Path, folder: &Path) -> Result<Self> {
         let lock = Self { path: root.join("Cargo.lock"), copy: folder.join("Cargo.lock.before") };
-        if lock.copy.exists() {
+        if lock.copy.exists()
+            && names_stand_in(&fs::read_to_string(&lock.path).context("reading Cargo.lock")?)
+        {
             lock.put_back()?;
         }
-        fs::copy(&lock.path, &lock.copy).context("copying Cargo.lock")?;
+        // Whole or not at all.
+        let part = folder.join("Cargo.lock.part");
+        fs::copy(&lock.path, &part).context("copying Cargo.lock")?;
+        fs::rename(&part, &lock.copy).context("naming the copy of Cargo.lock")?;
         Ok(lock)
     }
 
@@ -39,6 +44,12 @@ impl Drop for Lock {
             eprintln!("Cargo.lock names the stand-in for cubecl-llvm and could not be put back: {e:#}");
         }
     }
+}
+
+/// Whether cubecl-llvm comes from no registry.
+fn names_stand_in(lock: &str) -> bool {
+    let package = lock.split("[[package]]").find(|package| package.contains("name = \"cubecl-llvm\""));
+    package.is_some_and(|package| !package.contains("source = "))
 }
 
 /// Builds the binary; with `check` only checks that it would build.
@@ -72,4 +83,24 @@ fn write(path: &Path, text: &str) -> Result<()> {
     }
     fs::create_dir_all(path.parent().context("a path with a folder")?)?;
     fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lock_with_the_stand_in_is_replaced_by_the_copy() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, copy) = (folder.path().join("Cargo.lock"), folder.path().join("Cargo.lock.before"));
+        let ours = "[[package]]\nname = \"a\"\nsource = \"r\"\n\n[[package]]\nname = \"cubecl-llvm\"\nversion = \"1\"\n";
+        let newer = format!("{}source = \"r\"\n", ours);
+        for (found, kept) in [(ours, "as it was"), (&newer, &newer)] {
+            fs::write(&path, found).unwrap();
+            fs::write(&copy, "as it was").unwrap();
+            drop(Lock::keep(folder.path(), folder.path()).unwrap());
+            assert_eq!(fs::read_to_string(&path).unwrap(), kept);
+            assert!(!copy.exists());
+        }
+    }
 }

@@ -121,8 +121,8 @@ pub enum Exclusion {
 }
 
 impl Exclusion {
-    /// Whether it holds until the learner is started again: a machine may be slow or lose its connection, but does not say what is not
-    /// so.
+    /// Whether it holds until the learner is started again. A machine may be late once or lose its connection; who is too often late,
+    /// or says what is not so, stays out.
     pub fn is_final(&self) -> bool {
         !matches!(self, Self::Late { .. } | Self::Gone { .. })
     }

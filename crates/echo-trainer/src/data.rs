@@ -26,9 +26,6 @@ pub struct TeacherConfig {
     pub small_talk: f64,
     /// Weight 1 on the prompt's own tokens too, so that the model learns what questions look like.
     pub learn_prompt: bool,
-    /// In a game, lessons end after their first turn before this step, and are whole games from it on. One question at a time is
-    /// learnt where whole games are too much to begin with.
-    pub whole_games_from_step: u64,
 }
 
 impl Default for TeacherConfig {
@@ -39,7 +36,6 @@ impl Default for TeacherConfig {
             one_too_large: 0.4,
             small_talk: 0.04,
             learn_prompt: false,
-            whole_games_from_step: 0,
         }
     }
 }

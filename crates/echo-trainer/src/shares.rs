@@ -224,8 +224,8 @@ fn cut(samples: &[Sample], shares: usize) -> Vec<Range<usize>> {
     cuts.into_iter().map(|(_, range)| range).collect()
 }
 
-/// Gradients of the policy loss over `samples`. `compute` is [`Hands::compute`], of these hands or of others beside them. A loss whose
-/// corrections depend on the current policy costs one more forward pass when the batch is cut.
+/// Gradients of the policy loss over `samples`. `compute` computes shares in their order, as [`Hands::compute`] does; the trainer asks
+/// its assistants there. A loss whose corrections depend on the current policy costs one more forward pass when the batch is cut.
 ///
 /// # Errors
 /// When there are no samples or they do not fit, or the model or the loss refuses them.

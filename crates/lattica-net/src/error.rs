@@ -183,12 +183,12 @@ pub enum DialError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CallError {
-    /// There is no connection to the peer and none could be made.
+    /// No connection to the peer could be made, or it takes no calls over one that stands; then the call may have left.
     #[error("peer {peer} cannot be reached: {reason}")]
     Unreachable {
         /// The peer.
         peer: PeerId,
-        /// Why no connection could be made.
+        /// Why no connection could be made, or how the peer met the call.
         reason: String,
     },
     /// The peer did not answer in time.

@@ -2,7 +2,10 @@
 //!
 //! A step has a budget of rows. Every decoding sequence gets its one row first, so that a long prompt never stops the
 //! answers that are being written; then prompts in chunks, in the order of admission; what is left goes to drafted
-//! tokens. Rows whose logits are wanted have a budget of their own. Waiting sequences are admitted in the order of [`FairQueue`] and only with room for all the tokens they have.
+//! tokens. Prompts with few rows to go may come before all others for a few steps in a row: when many users ask
+//! behind one cached beginning, half of them have their first token before the answers of the others take the rows.
+//! Rows whose logits are wanted have a budget of their own. Waiting sequences are admitted in the order of [`FairQueue`]
+//! and only with room for all the tokens they have.
 //! When pages run out, the sequence that was admitted last gives its pages up and goes back to the head of its queue; it
 //! is prefilled again later (with batch-invariant kernels, to the same bits). Drafts never cost anybody a page.
 //!
@@ -31,6 +34,11 @@ const TOKEN_WORK: u64 = 2;
 /// Rows that prompts get beside decoding sequences however short a step should be: below, a step costs more than its rows.
 const LEAST_PROMPT_ROWS: usize = 16;
 
+/// A prompt with at most so many rows to go is nearly done: what a user asks behind a beginning that is cached.
+const NEARLY_DONE_ROWS: usize = 32;
+/// Steps in a row in which nearly done prompts come before everything else.
+const MOST_HELD_BACK: usize = 3;
+
 /// Running sequences, first admitted first, and waiting ones.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -40,6 +48,8 @@ pub struct Scheduler {
     logits_rows: usize,
     /// Rows of the next step, if fewer than the configured ones.
     limit: usize,
+    /// Steps in a row in which nearly done prompts left a running sequence without a row.
+    held_back: usize,
     running: Vec<Sequence>,
     waiting: FairQueue,
     preempted: Vec<RequestId>,
@@ -63,6 +73,7 @@ impl Scheduler {
             logits_rows,
             config,
             limit: usize::MAX,
+            held_back: 0,
             running: Vec::new(),
             waiting: FairQueue::default(),
             preempted: Vec::new(),
@@ -190,21 +201,16 @@ impl Scheduler {
             // Each running sequence has a row of its own, used or not.
             logits: self.logits_rows.saturating_sub(self.running.len()),
         };
-        for decoding in [true, false] {
-            let mut i = 0;
-            while i < self.running.len() {
-                let sequence = &self.running[i];
-                if sequence.is_decoding() == decoding && budget.rows > 0 {
-                    let chunk = budget.chunk(sequence);
-                    if self.reserve(i, chunk, &mut rows, &mut budget, cache) {
-                        rows[i] = chunk;
-                        budget.take(&self.running[i], chunk);
-                    }
-                }
-                i += 1;
-            }
+        let all = budget.rows;
+        if self.held_back < MOST_HELD_BACK {
+            self.schedule(|s| !s.is_decoding() && s.due() <= NEARLY_DONE_ROWS, &mut rows, &mut budget, cache);
+            self.admit(NEARLY_DONE_ROWS, &mut rows, &mut budget, cache);
         }
-        self.admit(&mut rows, &mut budget, cache);
+        let came_before = budget.rows < all;
+        self.schedule(Sequence::is_decoding, &mut rows, &mut budget, cache);
+        self.schedule(|s| !s.is_decoding(), &mut rows, &mut budget, cache);
+        self.admit(usize::MAX, &mut rows, &mut budget, cache);
+        self.held_back = if came_before && rows.contains(&0) { self.held_back + 1 } else { 0 };
         if let Some(drafter) = drafter {
             self.draft(&rows, budget, cache, drafter);
         }
@@ -225,6 +231,28 @@ impl Scheduler {
         self.steps += 1;
         let (copies, state_copies) = (cache.take_copies(), cache.take_state_copies());
         Some(Batch { step: self.steps, want_hidden, copies, state_copies, sequences })
+    }
+
+    /// Gives rows to the running sequences that are `chosen` and have none yet, first admitted first.
+    fn schedule(
+        &mut self,
+        chosen: impl Fn(&Sequence) -> bool,
+        rows: &mut Vec<usize>,
+        budget: &mut Budget,
+        cache: &mut KvCache,
+    ) {
+        let mut i = 0;
+        while i < self.running.len() && budget.rows > 0 {
+            let sequence = &self.running[i];
+            if rows[i] == 0 && chosen(sequence) {
+                let chunk = budget.chunk(sequence);
+                if self.reserve(i, chunk, rows, budget, cache) {
+                    rows[i] = chunk;
+                    budget.take(&self.running[i], chunk);
+                }
+            }
+            i += 1;
+        }
     }
 
     /// Reserves pages for `chunk` more rows of running sequence `i`, at the cost of later ones. False when `i` itself was
@@ -250,9 +278,9 @@ impl Scheduler {
         true
     }
 
-    /// Admits waiting sequences while rows, places and pages last; stops at the first that does not fit, so that nobody
-    /// overtakes it. Sequences that will be forked from a running prompt wait for that.
-    fn admit(&mut self, rows: &mut Vec<usize>, budget: &mut Budget, cache: &mut KvCache) {
+    /// Admits waiting sequences while rows, places and pages last; stops at the first that does not fit or has more
+    /// than `most_due` rows to go, so that nobody overtakes it. Sequences that will be forked from a running prompt wait for that.
+    fn admit(&mut self, most_due: usize, rows: &mut Vec<usize>, budget: &mut Budget, cache: &mut KvCache) {
         while budget.rows > 0 && budget.logits > 0 && self.running.len() < self.config.running_sequences {
             let running = &self.running;
             let forked_soon = |s: &Sequence| {
@@ -276,7 +304,7 @@ impl Scheduler {
                 None => 0,
             };
             let missing = cache.pages_for(next.tokens().len()) - cache.pages(id).len();
-            if missing + promised > cache.n_free() {
+            if next.tokens().len() - found > most_due || missing + promised > cache.n_free() {
                 cache.release(id);
                 return;
             }

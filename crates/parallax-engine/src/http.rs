@@ -42,7 +42,7 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request as HttpRequest, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -57,6 +57,9 @@ pub use updates::{Updates, WeightLoader};
 
 use crate::service::EngineHandle;
 use server::{Ask, Entry, Placement, Server, unix_seconds};
+
+/// Longest name of a request that is given back.
+const MAX_REQUEST_ID_BYTES: usize = 128;
 
 /// Says whether requests can be served now, else why not; a pipeline that waits for stages answers `Err`.
 pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
@@ -153,6 +156,7 @@ fn routes(server: &Shared) -> Router {
         .layer(DefaultBodyLimit::max(limit))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a bug").into_response()))
         .layer(middleware::from_fn(in_the_shape_of_the_api))
+        .layer(middleware::from_fn_with_state(Arc::clone(server), named))
         .with_state(Arc::clone(server))
 }
 
@@ -231,6 +235,18 @@ async fn in_the_shape_of_the_api(request: HttpRequest, next: Next) -> Response {
         Some(error) if is_anthropic => error.clone().into_anthropic_response(),
         _ => response,
     }
+}
+
+/// Every answer has the name that its request came with, or else a new one, where the clients of both APIs look for it.
+async fn named(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
+    let given = request.headers().get("x-request-id").filter(|id| id.len() <= MAX_REQUEST_ID_BYTES).cloned();
+    let mut response = next.run(request).await;
+    let fresh = || HeaderValue::from_str(&format!("req_{}", server.answer_id()));
+    if let Some(id) = given.or_else(|| fresh().ok()) {
+        response.headers_mut().insert("x-request-id", id.clone());
+        response.headers_mut().insert("request-id", id);
+    }
+    response
 }
 
 /// A body that says it is JSON, still as bytes: reading it is work, see [`Server::read`].

@@ -12,6 +12,7 @@ mod harmony;
 use calls::CallSyntax;
 pub use calls::ToolCall;
 pub use dialect::Dialect;
+pub(crate) use dialect::{MAX_NAME_BYTES, is_of_name};
 use harmony::Harmony;
 
 /// A piece of an answer.
@@ -101,6 +102,15 @@ impl Markup {
             while self.advance(&mut parts) {}
         }
         parts
+    }
+
+    /// Whether what comes next is a thought, unless it ends them.
+    pub fn is_reasoning(&self) -> bool {
+        match &self.state {
+            State::Reasoning => true,
+            State::Harmony(machine) => machine.is_reasoning(),
+            _ => false,
+        }
     }
 
     /// The parts that were still undecided when the answer ended.

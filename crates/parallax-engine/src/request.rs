@@ -140,6 +140,8 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// Tokens of the answer.
     pub completion_tokens: usize,
+    /// Of these, tokens of thoughts: 0 from the engine, which reads no texts; who does counts them.
+    pub reasoning_tokens: usize,
 }
 
 /// What happened to a request.

@@ -329,6 +329,7 @@ impl Sequence {
             prompt_tokens: self.prompt_tokens,
             cached_tokens: self.reused,
             completion_tokens: self.generated(),
+            reasoning_tokens: 0,
         }
     }
 }

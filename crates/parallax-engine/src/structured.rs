@@ -5,6 +5,7 @@
 //! elements of JSON is limited, because a model that may write spaces for ever sometimes does.
 
 mod calls;
+mod finite;
 mod formats;
 
 use std::fmt;
@@ -121,7 +122,10 @@ impl Grammars {
     /// A grammar that is too large, broken or contradictory.
     pub fn compile(&self, spec: &GrammarSpec) -> Result<Arc<dyn Constraint>, GrammarError> {
         let grammar = match spec {
-            GrammarSpec::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_space(schema)),
+            GrammarSpec::JsonSchema(schema) => {
+                ends(schema)?;
+                TopLevelGrammar::from_json_schema(with_space(schema))
+            }
             GrammarSpec::JsonObject => {
                 TopLevelGrammar::from_json_schema(with_space(&json!({"type": "object"})))
             }
@@ -160,6 +164,7 @@ impl Grammars {
     /// # Errors
     /// A schema that cannot be followed.
     pub fn call(&self, tools: &[ToolSchema]) -> Result<Arc<dyn Constraint>, GrammarError> {
+        tools.iter().try_for_each(|tool| ends(&tool.arguments))?;
         self.compile(&GrammarSpec::Grammar(calls::object_grammar(tools)))
     }
 
@@ -169,6 +174,7 @@ impl Grammars {
     /// # Errors
     /// A schema that cannot be followed.
     pub fn calls(&self, dialect: Dialect, tools: &[ToolSchema]) -> Result<Arc<dyn Constraint>, GrammarError> {
+        tools.iter().try_for_each(|tool| ends(&tool.arguments))?;
         let trie = self.factory.tok_env().tok_trie();
         let grammar = calls::grammar(dialect, tools, |text| trie.get_special_token(text));
         let compiled = self.compile(&GrammarSpec::Grammar(grammar.lark))?;
@@ -281,6 +287,14 @@ impl ConstraintState for Watching {
     }
 }
 
+fn ends(schema: &Value) -> Result<(), GrammarError> {
+    if finite::has_end(schema) {
+        return Ok(());
+    }
+    let reason = "whatever fits the schema holds another value of its own kind, without end";
+    Err(GrammarError::Invalid { reason: reason.to_owned() })
+}
+
 /// The schema with exact formats and limits on white space, unless it sets some itself.
 fn with_space(schema: &Value) -> Value {
     let mut schema = match schema {
@@ -295,8 +309,12 @@ fn with_space(schema: &Value) -> Value {
     schema
 }
 
+/// The compiler's words without what it shows of the grammar: the first line, and of an expression's fault the last, which
+/// names it.
 fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
+    let fault = text.lines().skip(1).filter_map(|line| line.trim().strip_prefix("error: ")).last();
+    let first = text.lines().next().unwrap_or_default();
+    fault.map_or_else(|| first.to_owned(), |fault| format!("{first} {fault}"))
 }
 
 struct Compiled {
@@ -462,6 +480,7 @@ mod tests {
             GrammarSpec::JsonSchema(json!({"type": "string", "minLength": 5, "maxLength": 2})),
             GrammarSpec::JsonSchema(json!({"type": "nonsense"})),
             GrammarSpec::JsonSchema(json!(false)),
+            GrammarSpec::JsonSchema(json!({"$ref": "#"})),
             GrammarSpec::Regex("(".into()),
             GrammarSpec::Grammar("start: nothing".into()),
             GrammarSpec::Grammar(String::new()),
@@ -469,6 +488,12 @@ mod tests {
             let error = grammars.compile(&spec).expect_err(&format!("{spec:?}"));
             assert!(matches!(error, GrammarError::Invalid { .. }), "{error}");
         }
+        let endless = json!({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]});
+        let tool = ToolSchema { name: "f".into(), arguments: endless };
+        assert!(grammars.call(std::slice::from_ref(&tool)).is_err());
+        assert!(grammars.calls(Dialect::Hermes, &[tool]).is_err());
+        let unclosed = grammars.compile(&GrammarSpec::Regex("a(b".into())).expect_err("a( is open");
+        assert!(unclosed.to_string().contains("unclosed group"), "the fault is named: {unclosed}");
         let long = GrammarSpec::Regex("a".repeat(MAX_GRAMMAR_BYTES));
         assert!(matches!(grammars.compile(&long), Err(GrammarError::TooLarge { .. })));
     }

@@ -150,6 +150,34 @@ fn prompts_do_not_stop_answers_that_are_being_written() {
 }
 
 #[test]
+fn many_first_tokens_behind_a_cached_beginning_come_before_most_tokens_of_the_first_answers() {
+    let mut model = ToyModel::new(256, 4);
+    let mut engine = engine(&model, 20, 20);
+    let shared = vec![7; 80];
+    engine.add(Request::greedy(shared.clone(), 1)).unwrap();
+    run(&mut engine, &mut model);
+    let ids: Vec<_> = (0..16u32)
+        .map(|i| engine.add(Request::greedy([&shared[..], &[i + 1; 10]].concat(), 20)).unwrap())
+        .collect();
+    let (mut first, mut tokens, mut pause, mut longest) = (Vec::new(), 0, 0, 0);
+    while first.len() < ids.len() {
+        let events: Vec<_> = engine.step(&mut model).into_iter().filter(|e| e.token_id().is_some()).collect();
+        pause = if events.iter().any(|e| first.contains(&e.request)) { 0 } else { pause + 1 };
+        longest = longest.max(pause);
+        tokens += events.len();
+        for event in events {
+            if !first.contains(&event.request) {
+                first.push(event.request);
+            }
+        }
+    }
+    assert_eq!(first, ids, "in the order of arrival");
+    // Two prompts fill a step. With every answer's row in every step it would be 154 tokens.
+    assert!(tokens <= 60, "{tokens} tokens before everybody had one");
+    assert!(longest <= 4, "answers pause for {longest} steps at most");
+}
+
+#[test]
 fn an_abort_frees_the_pages_before_the_next_step() {
     let mut model = ToyModel::new(256, 4);
     let mut engine = engine(&model, 64, 8);

@@ -195,6 +195,47 @@ async fn messages_and_responses_answer_in_their_own_shapes() {
 }
 
 #[tokio::test]
+async fn responses_report_tokens_where_they_are_asked_for() {
+    let address = start(Setup::default()).await;
+    let ask = json!({"input": "uv", "temperature": 0, "max_output_tokens": 2});
+    let plain = post(address, "/v1/responses", &ask).await.json();
+    assert_eq!(plain["output"][0]["content"][0]["logprobs"], json!([]));
+    let ask = with(ask, "include", json!(["message.output_text.logprobs", "file_search_call.results"]));
+    let ask = with(ask, "top_logprobs", json!(2));
+    let whole = post(address, "/v1/responses", &ask).await.json();
+    let reported = &whole["output"][0]["content"][0]["logprobs"];
+    assert_eq!((&reported[0]["token"], &reported[1]["token"]), (&json!("w"), &json!("x")));
+    assert_eq!(reported[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    assert!((-0.1..=0.0).contains(&reported[1]["logprob"].as_f64().unwrap()), "{reported}");
+    let answer = post(address, "/v1/responses", &with(ask, "stream", json!(true))).await;
+    let events: Vec<Value> = answer.events().iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+    let of = |kind: &str| -> Vec<Value> {
+        events
+            .iter()
+            .filter(|e| e["type"] == kind)
+            .flat_map(|e| e["logprobs"].as_array().unwrap().clone())
+            .collect()
+    };
+    assert_eq!(json!(of("response.output_text.delta")), *reported);
+    assert_eq!(json!(of("response.output_text.done")), *reported);
+    assert_eq!(events.last().unwrap()["response"]["output"][0]["content"][0]["logprobs"], *reported);
+}
+
+#[tokio::test]
+async fn every_answer_has_the_name_of_its_request() {
+    let address = start(Setup::default()).await;
+    let fresh =
+        [send(address, "GET", "/v1/models", "", b"").await, send(address, "GET", "/nowhere", "", b"").await];
+    let [first, second] = fresh.map(|answer| answer.header("x-request-id").unwrap().to_owned());
+    assert!(first.starts_with("req_") && second.starts_with("req_") && first != second);
+    let given = send(address, "GET", "/v1/models", "x-request-id: mine\r\n", b"").await;
+    assert_eq!((given.header("x-request-id"), given.header("request-id")), (Some("mine"), Some("mine")));
+    let long = format!("x-request-id: {}\r\n", "m".repeat(200));
+    let refused = send(address, "GET", "/v1/models", &long, b"").await;
+    assert!(refused.header("request-id").unwrap().starts_with("req_"));
+}
+
+#[tokio::test]
 async fn tokens_and_texts_are_translated() {
     let address = start(Setup::default()).await;
     let answer =

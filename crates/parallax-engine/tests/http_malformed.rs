@@ -86,6 +86,8 @@ fn endpoints() -> Vec<Endpoint> {
                 ("store", "flag"),
                 ("text", "object"),
                 ("reasoning", "object"),
+                ("include", "list"),
+                ("top_logprobs", "count"),
                 ("tools", "list"),
             ],
         ),
@@ -226,6 +228,8 @@ fn particular() -> Vec<Case> {
             "text.format.name",
         ),
         (json!({"input": "a", "reasoning": {"effort": "wild"}}), "reasoning.effort"),
+        (json!({"input": "a", "include": [1]}), "include[0]"),
+        (json!({"input": "a", "top_logprobs": 2}), "top_logprobs"),
         (json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
     ] {
         add("/v1/responses", body, names);

@@ -239,7 +239,9 @@ async fn refusals_say_what_to_do() {
         let fetched = fetch(StandIn::default(), name, None).await;
         assert!(matches!(fetched.result, Err(HubError::Missing { .. })), "{}", fetched.error());
     }
-    let nobody = Hub::new("http://127.0.0.1:1", None, std::env::temp_dir()).unwrap();
+    // Where somebody listened a moment ago.
+    let left = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let nobody = Hub::new(&format!("http://{left}"), None, std::env::temp_dir()).unwrap();
     let error = nobody.fetch(&"org/tiny".parse().unwrap(), |_| ()).await.unwrap_err().to_string();
     assert!(error.contains("HF_ENDPOINT"), "{error}");
 }

@@ -11,7 +11,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxCon
 use serde::{Deserialize, Serialize};
 
 use crate::error::TemplateError;
-pub use json::{to_python_json, to_python_json_lines};
+pub use json::to_python_json;
 
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,6 +4,8 @@
 
 #[path = "arch/fixtures.rs"]
 mod fixtures;
+#[path = "arch/seeded.rs"]
+mod seeded;
 
 use std::ops::Range;
 
@@ -12,10 +14,8 @@ use parallax_model::{
     WeightDtype, config::Mlp,
 };
 
-use fixtures::{
-    Fixture, bits, fixtures, floats, folder, forward, greedy, ids, one, open, options, prompts, ragged, rows,
-    worst,
-};
+use fixtures::{Fixture, fixtures, floats, forward, greedy, one, open, options, prompts, ragged, rows};
+use seeded::{bits, ids, largest, longest_prompt, relative, worst_of_largest};
 
 /// Largest difference of a logit, and of a hidden value relative to the largest of its layer.
 const TOLERANCE: f32 = 1e-4;
@@ -44,17 +44,15 @@ fn hidden(f: &Fixture) -> f32 {
     let case = prompts.iter().find(|case| case.get("hidden").is_some()).unwrap();
     let tokens = ids(&case["tokens"]);
     let mut x: Vec<f32> = Vec::new();
-    let mut difference = 0.0f32;
+    let mut differences = Vec::new();
     for (i, expected) in case["hidden"].as_array().unwrap().iter().enumerate() {
         let mut stage = load(f, i..i + 1, WeightDtype::F32);
         let input = if i == 0 { StageInput::Tokens(&tokens) } else { StageInput::Hidden(&x) };
         let output = stage.forward(&one(0, tokens.len(), Want::Nothing), input).unwrap();
-        let expected = floats(expected);
-        let largest = expected.iter().fold(1.0f32, |m, v| m.max(v.abs()));
-        difference = difference.max(worst(&output.hidden, &expected) / largest);
+        differences.push(worst_of_largest(&output.hidden, &floats(expected)));
         x = output.hidden;
     }
-    difference
+    largest(differences)
 }
 
 #[test]
@@ -80,8 +78,7 @@ fn every_architecture_agrees_with_transformers() {
 fn cuts_chunks_and_batches_do_not_change_a_bit() {
     for f in &fixtures() {
         let n_layers = f.checkpoint.config().n_layers;
-        let prompts = f.golden["prompts"].as_array().unwrap();
-        let tokens = ids(&prompts.last().unwrap()["tokens"]);
+        let tokens = longest_prompt(&f.golden);
         let n = tokens.len();
         for (dtype, kv_format) in FORMATS {
             let load = |layers| load_with(f, layers, dtype, kv_format);
@@ -125,7 +122,7 @@ fn threads_and_pages_do_not_change_a_bit() {
     let before = parallax_kernels::pool::threads();
     for f in &fixtures() {
         let n_layers = f.checkpoint.config().n_layers;
-        let tokens = ids(&f.golden["prompts"].as_array().unwrap().last().unwrap()["tokens"]);
+        let tokens = longest_prompt(&f.golden);
         let n = tokens.len();
         for (dtype, kv_format) in FORMATS {
             let run = |threads: usize, kv_page_tokens: usize| {
@@ -157,42 +154,31 @@ fn threads_and_pages_do_not_change_a_bit() {
     parallax_kernels::pool::set_threads(before);
 }
 
-/// Root mean square of the difference, relative to that of the numbers; infinite where some are none.
-fn relative(got: &[f32], expected: &[f32]) -> f32 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
-    let size: f64 = expected.iter().map(|v| square(*v)).sum();
-    if error.is_nan() { f32::INFINITY } else { (error / size).sqrt() as f32 }
-}
-
 /// Largest change of a layer's output by a cache in bf16 and in q8, in the middle one of its rows: measured were 0.45 % and
 /// 1.3 % (`phi3-longrope-long`, whose scores are the sharpest). Not of every row: some get other experts.
-const OF_A_LAYER: [f32; 2] = [6e-3, 2e-2];
+const OF_A_LAYER: [f64; 2] = [6e-3, 2e-2];
 /// The same of all logits together, where no layer has experts: measured were 4.4 % and 9 % (`phi3-longrope-long`), and 1.2 %
 /// and 2.9 % without it.
-const OF_LOGITS: [f32; 2] = [6e-2, 0.12];
+const OF_LOGITS: [f64; 2] = [6e-2, 0.12];
 /// The same with experts: measured were 12 % (`deepseek-v3`) and 21 % (`kimi-k2`).
-const OF_LOGITS_OF_EXPERTS: [f32; 2] = [0.18, 0.3];
+const OF_LOGITS_OF_EXPERTS: [f64; 2] = [0.18, 0.3];
 
 /// Change of every layer's output in its middle row, the largest of all layers, each layer beginning with the exact rows.
-fn of_a_layer(f: &Fixture, tokens: &[u32]) -> [f32; 2] {
+fn of_a_layer(f: &Fixture, tokens: &[u32]) -> [f64; 2] {
     let (n, hidden) = (tokens.len(), f.checkpoint.config().hidden);
-    let (mut x, mut largest) = (Vec::new(), [0f32; 2]);
+    let (mut x, mut most) = (Vec::new(), [0f64; 2]);
     for i in 0..f.checkpoint.config().n_layers {
         let input = if i == 0 { StageInput::Tokens(tokens) } else { StageInput::Hidden(&x) };
         let [exact, rounded @ ..] = KvFormat::ALL.map(|kv_format| {
             let mut stage = load_with(f, i..i + 1, WeightDtype::F32, kv_format);
             stage.forward(&one(0, n, Want::Nothing), input).unwrap().hidden
         });
-        for (largest, rounded) in largest.iter_mut().zip(rounded) {
-            let rows = rounded.chunks_exact(hidden).zip(exact.chunks_exact(hidden));
-            let mut rows: Vec<f32> = rows.map(|(a, b)| relative(a, b)).collect();
-            rows.sort_by(f32::total_cmp);
-            *largest = largest.max(rows[rows.len() / 2]);
+        for (most, rounded) in most.iter_mut().zip(rounded) {
+            *most = most.max(relative(&rounded, &exact, hidden)[0]);
         }
         x = exact;
     }
-    largest
+    most
 }
 
 #[test]
@@ -200,7 +186,7 @@ fn a_rounded_cache_stays_near_the_exact_one_in_every_architecture() {
     let mut failures = Vec::new();
     for f in &fixtures() {
         let config = f.checkpoint.config();
-        let tokens = ids(&f.golden["prompts"].as_array().unwrap().last().unwrap()["tokens"]);
+        let tokens = longest_prompt(&f.golden);
         let [(exact, mut bytes), rounded @ ..] = KvFormat::ALL.map(|kv_format| {
             let mut stage = load_with(f, 0..config.n_layers, WeightDtype::F32, kv_format);
             let logits = forward(&mut stage, &one(0, tokens.len(), Want::AllLogits), &tokens);
@@ -210,7 +196,8 @@ fn a_rounded_cache_stays_near_the_exact_one_in_every_architecture() {
         let of_logits = if experts { OF_LOGITS_OF_EXPERTS } else { OF_LOGITS };
         let layer = of_a_layer(f, &tokens);
         for (i, (logits, smaller)) in rounded.into_iter().enumerate() {
-            let (format, logits) = (KvFormat::ALL[i + 1].to_string(), relative(&logits, &exact));
+            let format = KvFormat::ALL[i + 1].to_string();
+            let [logits, _] = relative(&logits, &exact, exact.len());
             println!("{:<24} {format:>4}: logits {logits:.1e}  a layer {:.1e}", f.name, layer[i]);
             // Nothing at all would mean that the format is not used.
             let near = 0.0 < logits && logits < of_logits[i] && 0.0 < layer[i] && layer[i] < OF_A_LAYER[i];
@@ -226,9 +213,9 @@ fn a_rounded_cache_stays_near_the_exact_one_in_every_architecture() {
 #[test]
 fn a_recurrent_state_is_continued_taken_back_and_kept_as_asked() {
     for name in ["qwen3-next", "qwen3.5", "qwen3.5-moe"] {
-        let f = &open(&folder().join(format!("{name}.json")));
+        let f = &open(name);
         let n_layers = f.checkpoint.config().n_layers;
-        let tokens = ids(&f.golden["prompts"].as_array().unwrap().last().unwrap()["tokens"]);
+        let tokens = longest_prompt(&f.golden);
         let n = tokens.len();
         let mut stage = load(f, 0..n_layers, WeightDtype::F32);
         assert!(stage.is_recurrent());

@@ -90,8 +90,8 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let (listener, address) = args.listen.bind().await?;
     let checkpoint = Arc::new(hub::open(&args.model)?);
     let named = args.adapters.read(&checkpoint, &name)?;
-    let (node, blocks) = args.node.start().await?;
     let options = options(&args, &checkpoint)?;
+    let (node, blocks) = args.node.start().await?;
     let (head, runner) =
         membership::serve(&node, Some(&blocks), Arc::clone(&checkpoint), options.clone()).await?;
     let head = Arc::new(head);
@@ -160,7 +160,8 @@ fn options(args: &ServeArgs, checkpoint: &Checkpoint) -> anyhow::Result<ServeOpt
         dtype: args.dtype,
         device: args.device,
         take_layers: !args.no_layers,
-        memory_bytes: args.node.memory_bytes(args.device)?,
+        // Asked of machines that compute.
+        memory_bytes: if args.no_layers { 0 } else { args.node.memory_bytes(args.device)? },
         pinned: args.node.layers,
         kv_pages: context.div_ceil(PAGE_TOKENS).max(1),
         kv_page_tokens: PAGE_TOKENS,

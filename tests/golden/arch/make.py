@@ -4,7 +4,7 @@
     python make.py --write DIR NAME   also leaves the checkpoint in DIR, to be run by hand
 
 The weights are never stored: each value is a hash of its tensor's name and its index, and the Rust test
-(crates/parallax-model/tests/architectures.rs) makes the same ones from the list of tensors in NAME.json.
+(crates/parallax-model/tests/arch/seeded.rs) makes the same ones from the list of tensors in NAME.json.
 A recipe is {"model_type", "config": {...}, and optionally "prompts", "long_context", "norm_offset"}.
 """
 

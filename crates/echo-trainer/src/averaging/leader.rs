@@ -53,12 +53,6 @@ struct Job {
     late: bool,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Assistant {
-    /// What it has not answered yet.
-    job: Option<Job>,
-}
-
 /// Gives the shares of one step after the other to assistants and to this trainer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leader {
@@ -66,7 +60,8 @@ pub struct Leader {
     step: u64,
     round: u64,
     shares: Vec<State>,
-    assistants: BTreeMap<PeerId, Assistant>,
+    /// Who is there, with what it has not answered yet.
+    assistants: BTreeMap<PeerId, Option<Job>>,
     /// How many answers in a row were late. Kept of those that have gone, too: who joins again is not on time by that. As many as may
     /// assist.
     late: BTreeMap<PeerId, u32>,
@@ -104,7 +99,7 @@ impl Leader {
         }
         let reason = "it joined again".to_owned();
         self.exclude(peer, Exclusion::Gone { reason });
-        self.assistants.insert(peer.clone(), Assistant::default());
+        self.assistants.insert(peer.clone(), None);
         Ok(())
     }
 
@@ -120,7 +115,7 @@ impl Leader {
 
     /// What `peer` is asked for and has not answered.
     pub fn asked(&self, peer: &PeerId) -> Option<Attempt> {
-        Some(self.assistants.get(peer)?.job?.attempt)
+        self.assistants.get(peer)?.map(|job| job.attempt)
     }
 
     /// Why `peer` is out, if it is.
@@ -150,13 +145,12 @@ impl Leader {
     pub fn next(&mut self, now_ms: u64, own: usize) -> Next {
         self.leave_out_late(now_ms);
         let open: Vec<usize> = self.places(State::Open).collect();
-        let idle = self.assistants.iter().find(|(_, a)| a.job.is_none()).map(|(peer, _)| peer.clone());
+        let idle = self.assistants.iter().find(|(_, job)| job.is_none()).map(|(peer, _)| peer.clone());
         if let (Some(peer), Some(&share)) = (idle, open.get(own.max(1)..).and_then(<[usize]>::last)) {
             let attempt = Attempt { step: self.step, round: self.round, share };
             let until_ms = now_ms.saturating_add(self.config.patience_ms);
             self.shares[share] = State::Taken;
-            let job = Some(Job { attempt, until_ms, late: false });
-            self.assistants.entry(peer.clone()).or_default().job = job;
+            self.assistants.insert(peer.clone(), Some(Job { attempt, until_ms, late: false }));
             return Next::Ask { peer, attempt };
         }
         if !open.is_empty() {
@@ -164,7 +158,7 @@ impl Leader {
             mine.iter().for_each(|share| self.shares[*share] = State::Taken);
             return Next::Own(mine);
         }
-        let waited = self.assistants.values().filter_map(|a| a.job).filter(|job| self.is_awaited(job));
+        let waited = self.assistants.values().flatten().filter(|job| self.is_awaited(job));
         match waited.map(|job| job.until_ms).min() {
             Some(until_ms) => Next::Wait { until_ms },
             None => Next::Done,
@@ -179,8 +173,8 @@ impl Leader {
     /// `peer` answered as it should; true when the answer counts, false when it came too late.
     pub fn handle_answer(&mut self, peer: &PeerId, attempt: Attempt) -> bool {
         let round = self.round;
-        let Some(assistant) = self.assistants.get_mut(peer) else { return false };
-        let Some(job) = assistant.job.take_if(|job| job.attempt == attempt) else { return false };
+        let Some(owed) = self.assistants.get_mut(peer) else { return false };
+        let Some(job) = owed.take_if(|job| job.attempt == attempt) else { return false };
         if !job.late {
             self.late.remove(peer);
         }
@@ -194,7 +188,7 @@ impl Leader {
     pub fn exclude(&mut self, peer: &PeerId, why: Exclusion) {
         let gone = self.assistants.remove(peer);
         let known = gone.is_some();
-        if let Some(job) = gone.and_then(|gone| gone.job).filter(|job| self.is_awaited(job)) {
+        if let Some(job) = gone.flatten().filter(|job| self.is_awaited(job)) {
             self.shares[job.attempt.share] = State::Open;
         }
         if why.is_final() && !self.dismissed.contains_key(peer) {
@@ -223,16 +217,16 @@ impl Leader {
     }
 
     fn leave_out_late(&mut self, now_ms: u64) {
-        let due = |(peer, a): (&PeerId, &Assistant)| {
-            a.job.filter(|job| self.is_awaited(job) && now_ms >= job.until_ms).map(|job| (peer.clone(), job))
+        let due = |(peer, job): (&PeerId, &Option<Job>)| {
+            job.filter(|job| self.is_awaited(job) && now_ms >= job.until_ms).map(|job| (peer.clone(), job))
         };
         let late: Vec<(PeerId, Job)> = self.assistants.iter().filter_map(due).collect();
         for (peer, job) in late {
             let patience_ms = self.config.patience_ms;
             self.tell(peer.clone(), Exclusion::Late { patience_ms });
             self.shares[job.attempt.share] = State::Open;
-            let Some(assistant) = self.assistants.get_mut(&peer) else { continue };
-            assistant.job = Some(Job { late: true, ..job });
+            let Some(owed) = self.assistants.get_mut(&peer) else { continue };
+            *owed = Some(Job { late: true, ..job });
             let late = self.late.entry(peer.clone()).or_default();
             *late += 1;
             let times = *late;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use lattica_net::{Node, StreamError};
 use swarm_wire::{PeerId, PolicyVersion, RunId};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::averaging::wire::{PROTOCOL, encode_values};
 use crate::averaging::{self, Attempt, Exclusion, Hash, Leader, LeaderConfig, Next, weights_hash};
@@ -74,7 +74,6 @@ pub struct Assistants {
 #[derive(Debug)]
 struct Shared {
     config: AssistantsConfig,
-    began: Instant,
     state: Mutex<State>,
     /// Something came, or somebody went.
     changed: Condvar,
@@ -96,6 +95,8 @@ struct Weights {
 
 #[derive(Debug)]
 struct State {
+    /// From when on time is counted.
+    began: Instant,
     leader: Leader,
     connections: BTreeMap<PeerId, Connection>,
     n_connections: u64,
@@ -110,6 +111,8 @@ struct State {
 struct Connection {
     number: u64,
     orders: mpsc::Sender<Order>,
+    /// Told that the end is among the orders, so that what is being sent before it does not hold it up for ever.
+    ended: oneshot::Sender<()>,
     /// What it was asked for, until it answers.
     job: Option<Job>,
     /// Hashes of weights that were sent and not confirmed.
@@ -143,6 +146,7 @@ impl State {
         if let Some(connection) = self.connections.remove(peer) {
             // A full queue belongs to a stream that takes nothing any more.
             let _ = connection.orders.try_send(Order::End { finished, reason });
+            let _ = connection.ended.send(());
         }
     }
 
@@ -154,12 +158,17 @@ impl State {
             self.end(&peer, false, reason);
         }
     }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 impl Shared {
     fn new(config: AssistantsConfig) -> Self {
         let patience_ms = u64::try_from(config.patience.as_millis()).unwrap_or(u64::MAX);
         let state = State {
+            began: Instant::now(),
             leader: Leader::new(LeaderConfig { patience_ms, late_at_most: LATE_AT_MOST }),
             connections: BTreeMap::new(),
             n_connections: 0,
@@ -169,7 +178,6 @@ impl Shared {
         };
         Self {
             config,
-            began: Instant::now(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             weights: watch::Sender::new(None),
@@ -179,10 +187,6 @@ impl Shared {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn now_ms(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -256,7 +260,8 @@ impl averaging::Assistants for Assistants {
         state.leader.begin(weights.version.0, shares.len());
         state.answers = vec![None; shares.len()];
         loop {
-            let next = state.leader.next(shared.now_ms(), own.width());
+            let now_ms = state.now_ms();
+            let next = state.leader.next(now_ms, own.width());
             state.end_dismissed();
             match next {
                 Next::Ask { peer, attempt } => {
@@ -290,7 +295,7 @@ impl averaging::Assistants for Assistants {
                     }
                 }
                 Next::Wait { until_ms } => {
-                    let wait = Duration::from_millis(until_ms.saturating_sub(shared.now_ms()));
+                    let wait = Duration::from_millis(until_ms.saturating_sub(now_ms));
                     let waited = shared.changed.wait_timeout(state, wait);
                     state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }

@@ -189,12 +189,10 @@ impl<'a> Lessons<'a> {
                 return encoder.draw(&**environment, &config.teacher, config.seed, step, row);
             }
             let mut draws = LineDraws::new(config.seed, step, row);
-            let whole = step >= config.teacher.whole_games_from_step;
-            let most_tokens = if whole { config.max_context } else { 0 };
             for _ in 0..MOST_DRAWS {
                 // The upper half of all seeds is held out for evaluation.
                 let seed = draws.next_u64() >> 1;
-                if let Some(line) = encoder.played(&**environment, seed, &mut draws, most_tokens)? {
+                if let Some(line) = encoder.played(&**environment, seed, &mut draws, config.max_context)? {
                     return Ok(line);
                 }
             }
@@ -252,24 +250,4 @@ fn narrow_weights(path: &Path) -> Result<(), PretrainError> {
     }
     let narrowed = serialize(views, None).map_err(model_error)?;
     Ok(checkpoint_dir::write(path, &narrowed)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::data::TeacherConfig;
-
-    #[test]
-    fn games_are_learnt_a_turn_at_a_time_before_they_are_learnt_whole() {
-        let teacher = TeacherConfig { whole_games_from_step: 1, ..TeacherConfig::default() };
-        let environment = "sokoban-squares".to_owned();
-        let config =
-            PretrainConfig { batch: 8, max_context: 768, environment, teacher, ..PretrainConfig::default() };
-        let lessons = Lessons::new(&config, tiny_encoder().unwrap()).unwrap();
-        // A move and its end.
-        let turns = |line: &Labelled| line.learn.iter().filter(|learn| **learn).count() / 2;
-        assert!(lessons.batch(0).unwrap().iter().all(|line| turns(line) == 1));
-        let whole: Vec<usize> = lessons.batch(1).unwrap().iter().map(turns).collect();
-        assert!(whole.iter().any(|turns| *turns > 2), "{whole:?}");
-    }
 }

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::neighbour::Neighbour;
+use super::neighbour::{Neighbour, patience};
 use super::{Bitmap, Spread, SpreadMessage};
 
 /// Answers in a row that there is too much to send, after which a neighbour is relied on no more. In a local network that all
@@ -20,6 +20,8 @@ const MOST_BUSY: u32 = 16;
 pub(super) struct Coming {
     /// It is not waited for any longer, however often that is said again.
     until: Duration,
+    /// Its lot: who has the smaller one goes on asking.
+    lot: u32,
     /// It has not been taken back, nor has the time run out.
     pub(super) live: bool,
 }
@@ -41,9 +43,18 @@ impl<P: Ord + Clone> Spread<P> {
         // What others nearer had was not to be asked of it.
         neighbour.nothing_new = false;
         self.judge(peer);
-        // What is not asked outside any more is taken back; then a new one hears of all that is coming.
-        self.announce();
-        self.announced.clear();
+        let neighbour = &self.neighbours[peer];
+        // What it said before it was known to be near.
+        let rivals = neighbour.coming.iter().filter(|(_, c)| c.live && neighbour.relied_on);
+        let rivals: Vec<(u32, u32)> = rivals.map(|(&chunk, c)| (chunk, c.lot)).collect();
+        // The others have heard of these; of what changes now everybody near hears from `assign`.
+        let lacks = |chunk: &u32| !neighbour.holds.contains(*chunk);
+        let announced: Vec<u32> = self.announced.keys().copied().filter(lacks).collect();
+        rivals.into_iter().for_each(|(chunk, lot)| self.give_way(chunk, lot));
+        for chunk in announced {
+            let message = if near { self.coming(chunk) } else { SpreadMessage::Refuse(chunk) };
+            self.send(peer, message);
+        }
         self.assign(now);
     }
 
@@ -99,22 +110,28 @@ impl<P: Ord + Clone> Spread<P> {
             return;
         }
         // Its own answers tell nothing of those from outside.
-        let patience = usual.map_or(self.config.first_timeout, |_| neighbour.patience(usual, &self.config));
-        let until = now + patience;
-        let coming = neighbour.coming.entry(chunk).or_insert(Coming { until, live: false });
+        let until = now + patience(usual, &self.config);
+        let coming = neighbour.coming.entry(chunk).or_insert(Coming { until, lot, live: false });
         if coming.until <= now {
             return;
         }
+        coming.lot = lot;
         let was_live = std::mem::replace(&mut coming.live, true);
         if !neighbour.relied_on {
             return;
         }
         self.near_copies[chunk as usize] += u32::from(!was_live);
-        if lot < self.ties[chunk as usize] {
-            let afar = self.neighbours.iter().filter(|(_, n)| !n.near && n.asked.contains_key(&chunk));
-            let afar: Vec<P> = afar.map(|(name, _)| name.clone()).collect();
-            afar.iter().for_each(|name| self.take_back(name, chunk));
+        self.give_way(chunk, lot);
+    }
+
+    /// Takes back what is asked for outside where a near neighbour that has asked for it, too, has the smaller lot.
+    fn give_way(&mut self, chunk: u32, lot: u32) {
+        if lot >= self.ties[chunk as usize] {
+            return;
         }
+        let afar = self.neighbours.iter().filter(|(_, n)| !n.near && n.asked.contains_key(&chunk));
+        let afar: Vec<P> = afar.map(|(name, _)| name.clone()).collect();
+        afar.iter().for_each(|name| self.take_back(name, chunk));
     }
 
     /// A neighbour says that `chunk` is not coming any more.
@@ -154,6 +171,7 @@ impl<P: Ord + Clone> Spread<P> {
     /// Tells neighbours on the local network what is asked for outside of it, and what is not any more.
     pub(super) fn announce(&mut self) {
         if !self.neighbours.values().any(|n| n.near) {
+            self.announced.clear();
             return;
         }
         let mut afar = BTreeMap::new();
@@ -174,15 +192,15 @@ impl<P: Ord + Clone> Spread<P> {
             .collect();
         self.announced = afar;
         for (chunk, comes) in news {
-            let message = if comes {
-                SpreadMessage::Coming { chunk, lot: self.ties[chunk as usize] }
-            } else {
-                SpreadMessage::Refuse(chunk)
-            };
+            let message = if comes { self.coming(chunk) } else { SpreadMessage::Refuse(chunk) };
             let near = self.neighbours.iter().filter(|(_, n)| n.near && !n.holds.contains(chunk));
             let near: Vec<P> = near.map(|(name, _)| name.clone()).collect();
             near.iter().for_each(|name| self.send(name, message.clone()));
         }
+    }
+
+    fn coming(&self, chunk: u32) -> SpreadMessage {
+        SpreadMessage::Coming { chunk, lot: self.ties[chunk as usize] }
     }
 
     /// Neighbours may have something to ask for after all, when what was near is not.

@@ -89,11 +89,8 @@ impl Neighbour {
         (self.asked.len(), !self.near, self.latency)
     }
 
-    pub(super) fn patience(&self, usual: Option<Duration>, config: &SpreadConfig) -> Duration {
-        match self.latency.max(usual) {
-            Some(latency) => (latency * PATIENCE).max(config.min_timeout),
-            None => config.first_timeout,
-        }
+    fn patience(&self, usual: Option<Duration>, config: &SpreadConfig) -> Duration {
+        patience(self.latency.max(usual), config)
     }
 
     /// Requests that have waited too long at `now`, when an answer usually takes `usual`.
@@ -106,4 +103,9 @@ impl Neighbour {
     pub(super) fn deadline(&self, usual: Option<Duration>, config: &SpreadConfig) -> Option<Duration> {
         self.asked.values().min().map(|&at| at + self.patience(usual, config))
     }
+}
+
+/// How long an answer is waited for that usually takes `usual`.
+pub(super) fn patience(usual: Option<Duration>, config: &SpreadConfig) -> Duration {
+    usual.map_or(config.first_timeout, |usual| (usual * PATIENCE).max(config.min_timeout))
 }

@@ -366,7 +366,7 @@ impl OneCall<'_> {
 
     /// Sends the call, and again with the same number while its paths break and others stand. The peer runs it once.
     async fn run(&self) -> Result<(Option<Status>, Bytes), CallError> {
-        let connection = self.connect().await?;
+        let mut connection = self.connect().await?;
         let state = Arc::clone(&connection.state);
         let credit = state.credit(&self.shared.config);
         let _place = credit.place(self.body.len()).await.map_err(|_| CallError::ShutDown)?;
@@ -375,7 +375,7 @@ impl OneCall<'_> {
         let mut sent_to: Option<u64> = None;
         let begun = self.shared.now();
         let first = connection.key;
-        let (mut connection, mut in_vain) = (connection, 0);
+        let mut in_vain = 0;
         for attempt in 0..RESENDS + TRIES {
             // On a connection that stood before the call left and stands now, the peer is the one that may have got it.
             let unknown = sent_to == Some(0) && !self.options.idempotent;
@@ -399,7 +399,7 @@ impl OneCall<'_> {
                 }
             }
             if in_vain >= TRIES {
-                // It had all its tries on one connection, which stands: who runs calls says hello first.
+                // The connection that it began on stands, and who runs calls says hello first.
                 if sent_to == Some(0) && connection.key == first && !connection.closed.is_cancelled() {
                     return Err(self.unreachable(format!("it ended every stream of {RPC_PROTOCOL}")));
                 }

@@ -9,7 +9,7 @@ use lattica_net::{CallError, Limits, Node, NodeConfig, Stream};
 use libp2p::swarm::SwarmEvent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::stock::{StockEvent, stock};
+use super::stock::{StockEvent, beside, stock};
 use super::{PATIENCE, RPC, Transport, config, connect, eventually, hang, pair, start};
 
 const LINK: &str = "/lattica/link/1.0.0";
@@ -183,27 +183,9 @@ async fn a_stock_libp2p_peer_stays_connected_and_is_measured_by_ping() {
         stock
     });
     let mut stock = tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap();
-    let driving = async {
-        loop {
-            stock.select_next_some().await;
-        }
-    };
-    tokio::select! {
-        () = driving => {}
-        () = eventually("the ping is measured", || node.link(&peer).is_some()) => {}
-    }
-    let error = node.call(&peer, "echo", Bytes::new(), PATIENCE);
-    let driving = async {
-        loop {
-            stock.select_next_some().await;
-        }
-    };
-    tokio::select! {
-        () = driving => {}
-        result = error => {
-            let error = result.unwrap_err();
-            assert!(matches!(&error, CallError::Unreachable { reason, .. } if reason.contains(RPC)), "{error}");
-        }
-    }
+    beside(&mut stock, eventually("the ping is measured", || node.link(&peer).is_some())).await;
+    let call = node.call(&peer, "echo", Bytes::new(), PATIENCE);
+    let error = beside(&mut stock, call).await.unwrap_err();
+    assert!(matches!(&error, CallError::Unreachable { reason, .. } if reason.contains(RPC)), "{error}");
     assert!(node.is_connected(&peer));
 }

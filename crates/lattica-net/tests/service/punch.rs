@@ -8,6 +8,7 @@ use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
 use libp2p::{Multiaddr, Swarm, dcutr, identify, noise, relay, tcp, yamux};
 use swarm_wire::PeerId;
 
+use crate::stock::{beside, listening, loopback};
 use crate::{PATIENCE, Transport, config, eventually, reserved, start, until};
 
 /// Our own relay over a transport, and its address.
@@ -20,11 +21,7 @@ async fn relay_over(transport: Transport) -> (Node, String) {
 /// A node that dials nobody by itself. On an address of its own in 127/8 it would not be reachable where it is seen over TCP: a
 /// dial that shares the listener's port leaves from 127.0.0.1.
 fn quiet(transport: Transport) -> NodeConfig {
-    let listen = match transport {
-        Transport::Quic => "/ip4/127.0.0.1/udp/0/quic-v1",
-        Transport::Tcp => "/ip4/127.0.0.1/tcp/0",
-    };
-    NodeConfig { listen: vec![listen.to_owned()], autonat: false, ..config(transport) }
+    NodeConfig { listen: vec![loopback(transport).to_owned()], autonat: false, ..config(transport) }
 }
 
 async fn a_relayed_connection_becomes_direct_and_calls_go_on(transport: Transport) {
@@ -80,8 +77,7 @@ async fn stock(relay: &Node, via: &str) -> Swarm<Stock> {
         })
         .unwrap()
         .build();
-    swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
-    drive(&mut swarm, |event| matches!(event, SwarmEvent::NewListenAddr { .. })).await;
+    listening(&mut swarm, Transport::Tcp).await;
     swarm.dial(via.parse::<Multiaddr>().unwrap()).unwrap();
     let relay = relay.peer_id().to_string();
     // It names addresses only once the relay has told where it is seen.
@@ -120,12 +116,8 @@ async fn a_stock_node_that_dials_us_over_a_relay_is_punched_through_to() {
     let peer = id(&stock);
     stock.dial(address.parse::<Multiaddr>().unwrap()).unwrap();
     drive(&mut stock, |event| is_direct(event, &hidden.peer_id())).await;
-    let driving = async { while let Some(_event) = stock.next().await {} };
     let known = eventually("we see it, too", || hidden.paths(&peer).iter().any(|path| !path.relayed));
-    tokio::select! {
-        () = driving => {}
-        () = known => {}
-    }
+    beside(&mut stock, known).await;
 }
 
 #[tokio::test]

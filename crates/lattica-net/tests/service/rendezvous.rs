@@ -18,6 +18,7 @@ use swarm_wire::frame;
 use tokio::io::AsyncWriteExt as _;
 
 use super::log::{keep, logged};
+use super::stock::{beside, listening};
 use super::{PATIENCE, Transport, config, eventually, start};
 
 /// What the nodes of these tests register under.
@@ -124,14 +125,10 @@ async fn theirs() -> (Swarm<Theirs>, Multiaddr) {
         })
         .unwrap()
         .build();
-    swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
-    loop {
-        if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
-            swarm.add_external_address(address.clone());
-            let peer = *swarm.local_peer_id();
-            return (swarm, address.with(Protocol::P2p(peer)));
-        }
-    }
+    let address = listening(&mut swarm, Transport::Tcp).await;
+    swarm.add_external_address(address.clone());
+    let peer = *swarm.local_peer_id();
+    (swarm, address.with(Protocol::P2p(peer)))
 }
 
 /// Runs the swarm until `wanted` is found in what happens.
@@ -186,28 +183,17 @@ async fn libp2ps_own_clients_register_and_find_our_nodes_here() {
     }
     // Ours was told of theirs, and dials it.
     let theirs = swarm_wire::PeerId::from_bytes(&swarm.local_peer_id().to_bytes()).unwrap();
-    let running = async {
-        loop {
-            swarm.select_next_some().await;
-        }
-    };
-    tokio::select! {
-        () = eventually("ours dials theirs", || ours.is_connected(&theirs)) => {}
-        () = running => {}
-    }
+    beside(&mut swarm, eventually("ours dials theirs", || ours.is_connected(&theirs))).await;
 }
 
 #[tokio::test]
 async fn our_nodes_register_and_find_others_at_libp2ps_own_points() {
     let (mut swarm, address) = theirs().await;
-    let running = tokio::spawn(async move {
-        loop {
-            swarm.select_next_some().await;
-        }
-    });
     let address = address.to_string();
-    let (a, b) =
-        (start(visitor(Transport::Tcp, &address)).await, start(visitor(Transport::Tcp, &address)).await);
-    eventually("they meet", || a.is_connected(&b.peer_id())).await;
-    running.abort();
+    let meeting = async {
+        let visitor = || start(visitor(Transport::Tcp, &address));
+        let (a, b) = (visitor().await, visitor().await);
+        eventually("they meet", || a.is_connected(&b.peer_id())).await;
+    };
+    beside(&mut swarm, meeting).await;
 }

@@ -83,6 +83,17 @@ pub(super) async fn collect(job: Job) -> Result<Vec<Collected>, ApiError> {
     Ok(collected)
 }
 
+/// Drives a writer of whose events nobody hears, to its end.
+pub(super) async fn written<W: Writer>(job: Job, mut writer: W) -> Result<W, ApiError> {
+    let mut steps = steps(job.generations);
+    while let Some((choice, step)) = steps.next().await {
+        writer.delta(choice, step?);
+    }
+    writer.end();
+    drop(job.seat);
+    Ok(writer)
+}
+
 /// The tokens of the answers to one prompt: it counts once, answers add up. What one of them had to compute was not
 /// cached, even if the others took it over.
 pub(super) fn total<'a>(usages: impl IntoIterator<Item = &'a Usage>) -> Usage {
@@ -90,6 +101,7 @@ pub(super) fn total<'a>(usages: impl IntoIterator<Item = &'a Usage>) -> Usage {
         prompt_tokens: sum.prompt_tokens.max(usage.prompt_tokens),
         cached_tokens: sum.cached_tokens.min(usage.cached_tokens),
         completion_tokens: sum.completion_tokens + usage.completion_tokens,
+        reasoning_tokens: sum.reasoning_tokens + usage.reasoning_tokens,
     });
     sum.unwrap_or_default()
 }

@@ -109,7 +109,8 @@ impl Streams {
 pub(super) fn usage_json(usage: &Usage) -> Value {
     json!({"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-           "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}})
+           "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+           "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}})
 }
 
 /// Why an answer ended, in OpenAI's words.

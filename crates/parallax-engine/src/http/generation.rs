@@ -21,6 +21,8 @@ pub(super) struct TokenReport {
     pub logprob: f32,
     /// Of the weights that made it.
     pub version: u64,
+    /// It belongs to the thoughts.
+    pub reasoning: bool,
     /// The likeliest tokens instead of it.
     pub top: Vec<(u32, f32)>,
 }
@@ -97,6 +99,7 @@ pub(super) struct Generation {
     reading: Reading,
     markup: Markup,
     n_tokens: usize,
+    n_reasoning: usize,
     cached_tokens: usize,
     n_calls: usize,
     ended: bool,
@@ -105,7 +108,16 @@ pub(super) struct Generation {
 impl Generation {
     pub(super) fn new(tokens: TokenStream, reading: Reading) -> Self {
         let markup = Markup::new(reading.markup.unwrap_or_default());
-        Self { tokens, reading, markup, n_tokens: 0, cached_tokens: 0, n_calls: 0, ended: false }
+        Self {
+            tokens,
+            reading,
+            markup,
+            n_tokens: 0,
+            n_reasoning: 0,
+            cached_tokens: 0,
+            n_calls: 0,
+            ended: false,
+        }
     }
 
     /// The next step; `None` after the end. Cancel-safe.
@@ -134,15 +146,20 @@ impl Generation {
 
     fn token(&mut self, token: Token) -> Result<Delta, ApiError> {
         self.n_tokens += 1;
+        let text = self.text_of(token.id)?;
+        let (text, met) = self.reading.stops.push(&text);
+        // The markers around thoughts are of them.
+        let thought = self.markup.is_reasoning();
+        let mut parts = self.take(&text);
+        let reasoning = thought || self.markup.is_reasoning();
+        self.n_reasoning += usize::from(reasoning);
         let report = TokenReport {
             id: token.id,
             logprob: token.logprob,
             version: token.version.0,
+            reasoning,
             top: token.top_logprobs,
         };
-        let text = self.text_of(token.id)?;
-        let (text, met) = self.reading.stops.push(&text);
-        let mut parts = self.take(&text);
         let Some(stop) = met else { return Ok(Delta::Token { parts, report }) };
         if self.reading.include_stop {
             parts.extend(self.take(&stop));
@@ -153,6 +170,7 @@ impl Generation {
             prompt_tokens: self.reading.prompt_tokens,
             cached_tokens: self.cached_tokens,
             completion_tokens: self.n_tokens,
+            reasoning_tokens: self.n_reasoning,
         };
         Ok(Delta::End(Ending { parts, reason: FinishReason::Stop, stop: Some(stop), usage }))
     }
@@ -214,6 +232,7 @@ impl Generation {
         let mut parts = self.take(&text);
         parts.extend(self.rest());
         let reason = if stop.is_some() { FinishReason::Stop } else { reason };
+        let usage = Usage { reasoning_tokens: self.n_reasoning, ..usage };
         Ok(Delta::End(Ending { parts, reason, stop, usage }))
     }
 }

@@ -94,8 +94,13 @@ mod tests {
     fn both_shapes_tell_the_same() {
         let token = |bytes: &[u8]| TokenBytes { bytes: bytes.to_vec(), special: false };
         let vocabulary = [token(b"a"), token("é".as_bytes()), token(&[0xc3])];
-        let report =
-            TokenReport { id: 1, logprob: -0.5, version: 3, top: vec![(1, -0.5), (2, f32::NEG_INFINITY)] };
+        let report = TokenReport {
+            id: 1,
+            logprob: -0.5,
+            version: 3,
+            reasoning: false,
+            top: vec![(1, -0.5), (2, f32::NEG_INFINITY)],
+        };
         let chat = chat_entry(&vocabulary, &report);
         assert_eq!((&chat["token"], &chat["bytes"]), (&json!("é"), &json!([0xc3, 0xa9])));
         assert_eq!(chat["top_logprobs"][1]["logprob"], json!(-9999.0));
@@ -118,7 +123,7 @@ mod tests {
             token(b"</s>", true),
             token(b"a", false),
         ];
-        let report = |id| TokenReport { id, logprob: -0.5, version: 0, top: Vec::new() };
+        let report = |id| TokenReport { id, logprob: -0.5, version: 0, reasoning: false, top: Vec::new() };
         let mut offset = 0;
         let reports = [1, 2, 3, 4].map(report);
         let plain = completion(&vocabulary, Some((&[0], &[])), &reports, &mut offset);

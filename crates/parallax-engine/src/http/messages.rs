@@ -453,7 +453,10 @@ mod tests {
     }
 
     fn token(parts: Vec<Part>) -> Delta {
-        Delta::Token { parts, report: TokenReport { id: 0, logprob: 0.0, version: 0, top: vec![] } }
+        Delta::Token {
+            parts,
+            report: TokenReport { id: 0, logprob: 0.0, version: 0, reasoning: false, top: vec![] },
+        }
     }
 
     #[test]
@@ -487,7 +490,7 @@ mod tests {
         frames.extend(writer.delta(0, token(vec![Part::Content("b".into())])));
         let call = ToolCall { name: "w".into(), arguments: "{}".into(), texts: vec![] };
         frames.extend(writer.delta(0, token(vec![Part::Call(call)])));
-        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 5 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 5, reasoning_tokens: 0 };
         let end =
             Ending { parts: vec![Part::Content("\n".into())], reason: FinishReason::Stop, stop: None, usage };
         frames.extend(writer.delta(0, Delta::End(end)));

@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Frame, Job, Writer};
 use super::error::ApiError;
-use super::fields::Fields;
-use super::generation::Delta;
+use super::fields::{Fields, wrong};
+use super::generation::{Delta, TokenReport};
 use super::prompt::Rendering;
-use super::sampling::{MAX_TOKENS, Sampling};
-use super::{Ask, Entry, JsonBody, Placement, Server, conversation, format, tools, unix_seconds};
+use super::sampling::{MAX_TOKENS, MAX_TOP_LOGPROBS, Sampling};
+use super::{Ask, Entry, JsonBody, Placement, Server, conversation, format, logprobs, tools, unix_seconds};
 use crate::markup::{Part, ToolCall};
 use crate::request::{FinishReason, Usage};
 use crate::sampling::SamplingParams;
@@ -25,21 +25,11 @@ use crate::sampling::SamplingParams;
 /// # Errors
 /// 400 naming the field, or what [`Server::start`] says.
 pub(super) async fn respond(State(server): State<Arc<Server>>, body: JsonBody) -> Result<Response, ApiError> {
-    let (job, mut writer, streams) = server.read(body, read).await?;
+    let (job, writer, streams) = server.read(body, read).await?;
     if streams {
         return answer::stream(job, writer).await;
     }
-    let mut collected = answer::collect(job).await?;
-    let one = collected.pop().ok_or_else(|| ApiError::internal("no answer"))?;
-    let mut silent = Vec::new();
-    writer.part(Part::Reasoning(one.reasoning), &mut silent);
-    writer.part(Part::Content(one.content), &mut silent);
-    for call in one.calls {
-        writer.part(Part::Call(call), &mut silent);
-    }
-    writer.close(&mut silent);
-    writer.ending = Some((one.reason.unwrap_or(FinishReason::Stop), one.usage));
-    Ok(Json(writer.finished()).into_response())
+    Ok(Json(answer::written(job, writer).await?.finished()).into_response())
 }
 
 /// The job, its writer, and whether it is to be streamed.
@@ -57,7 +47,13 @@ fn read(
     }
     body.unsupported("background", &[json!(false)])?;
     body.flag("store")?;
+    let top = body.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
+    let wants_logprobs = includes(body, "message.output_text.logprobs")?;
+    if top.is_some_and(|n| n > 0) && !wants_logprobs {
+        return Err(body.fault("top_logprobs", "needs \"include\": [\"message.output_text.logprobs\"]"));
+    }
     let params = SamplingParams {
+        top_logprobs: top.unwrap_or(0),
         temperature: body.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
         top_p: body.number("top_p", f32::MIN_POSITIVE..=1.0)?.unwrap_or(1.0),
         seed: body
@@ -112,16 +108,27 @@ fn read(
         "max_output_tokens": kept("max_output_tokens", Value::Null),
         "text": kept("text", json!({"format": {"type": "text"}})),
         "tools": kept("tools", json!([])), "tool_choice": kept("tool_choice", json!("auto")),
-        "store": false, "status": "in_progress", "usage": null,
+        "top_logprobs": top.unwrap_or(0), "store": false, "status": "in_progress", "usage": null,
     });
-    let writer = ResponseWriter::new(server.answer_id(), frame);
+    let reporter = wants_logprobs.then(|| Arc::clone(server));
+    let writer = ResponseWriter::new(server.answer_id(), frame, reporter);
     Ok((server.start(ask, entry)?, writer, streams))
+}
+
+/// Whether `include` has `what`; other things that OpenAI knows are never there.
+fn includes(body: &Fields<'_>, what: &str) -> Result<bool, ApiError> {
+    let mut found = false;
+    for (path, item) in body.list("include")?.unwrap_or_default() {
+        found |= item.as_str().ok_or_else(|| wrong(&path, "a string", item))? == what;
+    }
+    Ok(found)
 }
 
 /// The item that is being written.
 #[derive(Debug, Clone, PartialEq)]
 enum Item {
-    Message(String),
+    /// Its text, and its tokens if they are reported.
+    Message(String, Vec<Value>),
     Reasoning(String),
 }
 
@@ -134,12 +141,23 @@ struct ResponseWriter {
     open: Option<Item>,
     n_events: usize,
     ending: Option<(FinishReason, Usage)>,
+    /// What knows the texts of tokens, if they are reported.
+    reporter: Option<Arc<Server>>,
+    /// Tokens whose text is not certain yet.
+    reports: Vec<Value>,
 }
 
 impl ResponseWriter {
-    fn new(id: String, mut frame: Value) -> Self {
+    fn new(id: String, mut frame: Value, reporter: Option<Arc<Server>>) -> Self {
         frame["id"] = json!(format!("resp_{id}"));
-        Self { id, frame, output: Vec::new(), open: None, n_events: 0, ending: None }
+        let (output, reports) = (Vec::new(), Vec::new());
+        Self { id, frame, output, open: None, n_events: 0, ending: None, reporter, reports }
+    }
+
+    fn report(&mut self, report: &TokenReport) {
+        if let Some(server) = self.reporter.as_ref().filter(|_| !report.reasoning) {
+            self.reports.push(logprobs::chat_entry(&server.vocabulary, report));
+        }
     }
 
     fn event(&mut self, name: &'static str, mut data: Value) -> Frame {
@@ -153,12 +171,10 @@ impl ResponseWriter {
         format!("{kind}_{}{:03}", self.id, self.output.len())
     }
 
-    fn message(&self, text: &str, status: &str) -> Value {
-        let content = if status == "completed" {
-            json!([{"type": "output_text", "text": text, "annotations": []}])
-        } else {
-            json!([])
-        };
+    fn message(&self, text: Option<(&str, &[Value])>) -> Value {
+        let status = if text.is_some() { "completed" } else { "in_progress" };
+        let content = text.map(|(text, logprobs)| text_part(text, logprobs));
+        let content: Vec<Value> = content.into_iter().collect();
         json!({"id": self.item_id("msg"), "type": "message", "role": "assistant", "status": status, "content": content})
     }
 
@@ -174,27 +190,24 @@ impl ResponseWriter {
             Part::Reasoning(text) if text.is_empty() => {}
             // White space between calls is no message of its own.
             Part::Content(text)
-                if !matches!(self.open, Some(Item::Message(_)))
+                if !matches!(self.open, Some(Item::Message(..)))
                     && text.trim().is_empty()
                     && !self.output.is_empty() => {}
             Part::Content(text) => {
-                if !matches!(self.open, Some(Item::Message(_))) {
+                if !matches!(self.open, Some(Item::Message(..))) {
                     self.close(frames);
-                    let item = self.message("", "in_progress");
-                    self.begin_item(
-                        &item,
-                        &json!({"type": "output_text", "text": "", "annotations": []}),
-                        frames,
-                    );
-                    self.open = Some(Item::Message(String::new()));
+                    self.begin_item(&self.message(None), &text_part("", &[]), frames);
+                    self.open = Some(Item::Message(String::new(), Vec::new()));
                 }
                 let (id, index) = (self.item_id("msg"), self.output.len());
-                if let Some(Item::Message(all)) = &mut self.open {
+                let reports = std::mem::take(&mut self.reports);
+                if let Some(Item::Message(all, reported)) = &mut self.open {
                     all.push_str(&text);
+                    reported.extend_from_slice(&reports);
                 }
                 frames.push(self.event(
                     "response.output_text.delta",
-                    json!({"item_id": id, "output_index": index, "content_index": 0, "delta": text, "logprobs": []}),
+                    json!({"item_id": id, "output_index": index, "content_index": 0, "delta": text, "logprobs": reports}),
                 ));
             }
             Part::Reasoning(text) => {
@@ -215,6 +228,7 @@ impl ResponseWriter {
             }
             Part::Call(ToolCall { name, arguments, .. }) => {
                 self.close(frames);
+                self.reports.clear();
                 let (id, index) = (self.item_id("fc"), self.output.len());
                 let call_id = format!("call_{}{index:03}", self.id);
                 let item = |arguments: &str, status: &str| {
@@ -250,16 +264,19 @@ impl ResponseWriter {
     fn close(&mut self, frames: &mut Vec<Frame>) {
         let Some(open) = self.open.take() else { return };
         let index = self.output.len();
-        let (item, done, text) = match open {
-            Item::Message(text) => (self.message(&text, "completed"), "response.output_text.done", text),
+        let (item, done, text, logprobs) = match open {
+            Item::Message(text, reports) => {
+                let item = self.message(Some((&text, &reports)));
+                (item, "response.output_text.done", text, Some(reports))
+            }
             Item::Reasoning(text) => {
-                (self.reasoning(&text, "completed"), "response.reasoning_text.done", text)
+                (self.reasoning(&text, "completed"), "response.reasoning_text.done", text, None)
             }
         };
         let id = item["id"].clone();
         let mut finished = json!({"item_id": id, "output_index": index, "content_index": 0, "text": text});
-        if done == "response.output_text.done" {
-            finished["logprobs"] = json!([]);
+        if let Some(logprobs) = logprobs {
+            finished["logprobs"] = json!(logprobs);
         }
         frames.push(self.event(done, finished));
         let part =
@@ -280,10 +297,15 @@ impl ResponseWriter {
         response["output"] = json!(self.output);
         response["usage"] = json!({"input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens});
         response
     }
+}
+
+fn text_part(text: &str, logprobs: &[Value]) -> Value {
+    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})
 }
 
 impl Writer for ResponseWriter {
@@ -297,7 +319,10 @@ impl Writer for ResponseWriter {
 
     fn delta(&mut self, _choice: usize, delta: Delta) -> Vec<Frame> {
         let mut frames = Vec::new();
-        let (parts, _, ending) = delta.split();
+        let (parts, report, ending) = delta.split();
+        if let Some(report) = &report {
+            self.report(report);
+        }
         if let Some(ending) = ending {
             self.ending = Some((ending.reason, ending.usage));
         }

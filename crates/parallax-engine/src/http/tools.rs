@@ -4,12 +4,10 @@ use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
-use crate::markup::ToolSchema;
+use crate::markup::{MAX_NAME_BYTES, ToolSchema, is_of_name};
 
 /// Tools of a request.
 const MAX_TOOLS: usize = 128;
-/// Length of a tool's name, as OpenAI has it.
-const MAX_NAME_BYTES: usize = 64;
 
 /// One tool.
 #[derive(Debug, Clone, PartialEq)]
@@ -131,11 +129,7 @@ impl Tools {
         let any = json!({"type": "object"});
         let held = |tool: &Tool, by: &Value| {
             let mut arguments = by.clone();
-            // A tool that names no parameters takes none, whatever a schema without any admits.
-            if by["properties"].as_object().is_some_and(Map::is_empty)
-                && by.get("additionalProperties").is_none()
-                && by.get("patternProperties").is_none()
-            {
+            if names_no_parameters(by) {
                 arguments["additionalProperties"] = json!(false);
             }
             ToolSchema { name: tool.name.clone(), arguments }
@@ -155,6 +149,17 @@ impl Tools {
             ToolChoice::None | ToolChoice::Auto => HeldCalls::Free,
         }
     }
+}
+
+/// A tool whose schema says nothing but that its arguments are an object without properties takes none, whatever such a schema
+/// admits.
+fn names_no_parameters(schema: &Value) -> bool {
+    const SILENT: [&str; 5] = ["type", "properties", "title", "description", "$schema"];
+    let says_more = |(key, value): (&String, &Value)| {
+        !SILENT.contains(&key.as_str()) && !(key == "required" && *value == json!([]))
+    };
+    schema["properties"].as_object().is_some_and(Map::is_empty)
+        && !schema.as_object().into_iter().flatten().any(says_more)
 }
 
 /// OpenAI's chat shape: `{"type": "function", "function": {"name", "description", "parameters"}}`; the responses shape has
@@ -246,8 +251,7 @@ fn limited<'a>(body: &Fields<'a>) -> Result<Vec<(String, &'a Value)>, ApiError> 
 
 fn one(tool: &Fields<'_>, schema_field: &str) -> Result<Tool, ApiError> {
     let name = tool.required_text("name")?;
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.chars().all(fits) {
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.chars().all(is_of_name) {
         return Err(tool.fault("name", format!("must be 1 to {MAX_NAME_BYTES} of a-z, A-Z, 0-9, _ - .")));
     }
     // A tool without parameters takes none.
@@ -306,6 +310,12 @@ mod tests {
             assert_eq!(held[0].arguments["additionalProperties"], json!(false));
             assert_eq!(tools.for_template()[0]["function"]["parameters"].get("additionalProperties"), None);
         }
+        let elsewhere = json!({"type": "object", "properties": {}, "required": [],
+                               "oneOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}]});
+        let body = json!({"tools": [{"type": "function", "function": {"name": "now", "parameters": elsewhere}}],
+                          "tool_choice": "required"});
+        let HeldCalls::Whole(held) = tools(&body).unwrap().held_calls() else { panic!("the call is held") };
+        assert_eq!(held[0].arguments, elsewhere);
     }
 
     #[test]

@@ -1,9 +1,7 @@
-//! Turns of a conversation as the templates of two families want them, which do not know `tools` and `tool_calls` as
-//! transformers passes them. Their model cards say what to pass instead.
+//! Turns of a conversation as the templates of two families want them, which do not know `tool_calls`, or not even `tools`,
+//! as transformers passes them. Their model cards say what to pass instead.
 
-use std::fmt::Write as _;
-
-use parallax_model::chat_template::{to_python_json, to_python_json_lines};
+use parallax_model::chat_template::to_python_json as text;
 use serde_json::{Value, json};
 
 use crate::markup::Dialect;
@@ -11,20 +9,12 @@ use crate::markup::Dialect;
 /// What Phi-4-mini's card has in front of tools when there is no other instruction.
 const SYSTEM_WITH_TOOLS: &str = "You are a helpful assistant with some tools.";
 
-/// What GLM-4's card has in front of tools, and behind each: that arguments are to be written as JSON.
-const AVAILABLE_TOOLS: &str = "# 可用工具";
-const ARGUMENTS_AS_JSON: &str = "在调用上述函数时，请使用 Json 格式表示调用的参数。";
-
 /// Messages and tools with tools, calls and their results where a dialect's template looks for them. Those of other dialects
 /// are left as they are.
 pub(super) fn shape(dialect: Dialect, messages: Vec<Value>, tools: Vec<Value>) -> (Vec<Value>, Vec<Value>) {
     match dialect {
         Dialect::Phi4 => (phi4(messages, &tools), Vec::new()),
-        Dialect::Glm4 => {
-            let offered =
-                (!tools.is_empty()).then(|| json!({"role": "system", "content": glm4_tools(&tools)}));
-            (offered.into_iter().chain(messages.into_iter().flat_map(glm4)).collect(), Vec::new())
-        }
+        Dialect::Glm4 => (messages.into_iter().flat_map(glm4).collect(), tools),
         _ => (messages, tools),
     }
 }
@@ -46,17 +36,6 @@ fn phi4(mut messages: Vec<Value>, tools: &[Value]) -> Vec<Value> {
         messages[0]["tools"] = json!(text(&functions));
     }
     messages
-}
-
-fn glm4_tools(tools: &[Value]) -> String {
-    let mut offered = AVAILABLE_TOOLS.to_owned();
-    for function in tools.iter().map(|tool| &tool["function"]) {
-        let name = function["name"].as_str().unwrap_or_default();
-        let described = to_python_json_lines(function, 4).expect("a JSON value can be written");
-        // Writing to a String does not fail.
-        let _ = write!(offered, "\n\n## {name}\n\n{described}\n{ARGUMENTS_AS_JSON}");
-    }
-    offered
 }
 
 /// Every call is a turn of its own with the tool's name as `metadata`, results are observations.
@@ -83,11 +62,6 @@ fn object(call: &Value) -> String {
     format!("{{\"name\": {}, \"arguments\": {}}}", text(&call["name"]), text(&call["arguments"]))
 }
 
-/// JSON as models have seen it.
-fn text(value: &Value) -> String {
-    to_python_json(value).expect("a JSON value can be written")
-}
-
 #[cfg(test)]
 mod tests {
     use parallax_model::{ChatTemplate, Conversation};
@@ -99,7 +73,10 @@ mod tests {
         {{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|><|end|>' }}{% else %}\
         {{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}";
     /// That of zai-org/GLM-4-9B-0414.
-    const GLM4: &str = "{% for m in messages %}{% if m.role == 'system' %}<|system|>\n{{ m.content }}{% endif %}{% endfor %}\
+    const GLM4: &str = "{%- if tools -%}<|system|>\n# 可用工具{% for tool in tools %}{{ '\n\n## ' + tool.function.name + '\n\n' }}\
+        {{ tool.function | tojson(indent=4, ensure_ascii=False) }}{{ '\n' }}在调用上述函数时，请使用 Json 格式表示调用的参数。\
+        {%- endfor %}{%- endif -%}\
+        {% for m in messages %}{% if m.role == 'system' %}<|system|>\n{{ m.content }}{% endif %}{% endfor %}\
         {% for message in messages %}{% set role = message['role'] %}\
         {% set meta = message.get(\"metadata\", \"\") %}\
         {% if role == 'user' %}<|user|>\n{{ message.content }}{% elif role == 'assistant' and not meta %}<|assistant|>\n\
@@ -144,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn glm_finds_tools_in_a_system_message_and_every_call_in_a_turn_of_its_own() {
+    fn glm_finds_tools_where_transformers_passes_them_and_every_call_in_a_turn_of_its_own() {
         let tools = "<|system|>\n# 可用工具\n\n## w\n\n{\n    \"name\": \"w\",\n    \"parameters\": {\n        \"type\": \"object\"\n    }\n}\n\
                      在调用上述函数时，请使用 Json 格式表示调用的参数。";
         assert_eq!(

@@ -7,8 +7,8 @@ use super::{THINK, THINK_END};
 pub(super) const PYTHON_TAG: &str = "<|python_tag|>";
 /// GLM-4's, between turns: also between the calls of one answer.
 pub(super) const ASSISTANT: &str = "<|assistant|>";
-/// Longest name of a tool, as the API takes them.
-const MAX_NAME_BYTES: usize = 64;
+/// Longest name of a tool, as OpenAI has it.
+pub(crate) const MAX_NAME_BYTES: usize = 64;
 
 /// How a model family writes tool calls and thoughts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -157,7 +157,7 @@ impl Dialect {
 }
 
 /// A character of a tool's name.
-pub(super) fn is_of_name(c: char) -> bool {
+pub(crate) fn is_of_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
 }
 

@@ -35,6 +35,10 @@ impl Harmony {
         Self { options, state, held: String::new() }
     }
 
+    pub(super) fn is_reasoning(&self) -> bool {
+        self.state == State::Reasoning
+    }
+
     pub(super) fn push(&mut self, piece: &str, parts: &mut Vec<Part>) {
         self.held.push_str(piece);
         while self.advance(parts) {}

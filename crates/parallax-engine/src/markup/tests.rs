@@ -307,3 +307,21 @@ proptest! {
         prop_assert_eq!(read(all(dialect), &[&text]), vec![content(&text)]);
     }
 }
+
+#[test]
+fn thoughts_are_known_while_they_go_on() {
+    for (dialect, before, thoughts, behind) in [
+        (Dialect::Hermes, " <thi", ["nk>a", "b</thin"], "k>c"),
+        (Dialect::Harmony, "<|channel|>analysis", ["<|message|>a", "b"], "<|end|><|start|>assistant"),
+    ] {
+        let mut markup = Markup::new(all(dialect));
+        let mut pushed = |piece: &str| {
+            markup.push(piece);
+            markup.is_reasoning()
+        };
+        assert!(
+            !pushed(before) && pushed(thoughts[0]) && pushed(thoughts[1]) && !pushed(behind),
+            "{dialect:?}"
+        );
+    }
+}

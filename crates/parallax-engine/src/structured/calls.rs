@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::{JSON_SPACE, with_space};
-use crate::markup::{Dialect, ToolSchema};
+use crate::markup::{Dialect, MAX_NAME_BYTES, ToolSchema};
 
 /// A grammar behind a marker.
 #[derive(Debug, PartialEq)]
@@ -115,7 +115,7 @@ fn glm4(tools: &[ToolSchema], between: &str) -> CallGrammar {
     let start = format!("start: (free? {between})? {call} S ({between} {call} S)* | free?\n");
     let mut lark = start + "free: FREE\n" + &rules(tools);
     let mut other = String::from("FREE: /(.|\\n)+/ & ~/(.|\\n)*<\\|assistant\\|>(.|\\n)*/");
-    other.push_str(r" & ~/\s*[A-Za-z0-9_.\-]{1,64}[ \t]*\n\s*\{(.|\n)*/");
+    let _ = write!(other, r" & ~/\s*[A-Za-z0-9_.\-]{{1,{MAX_NAME_BYTES}}}[ \t]*\n\s*\{{(.|\n)*/");
     for (i, tool) in tools.iter().enumerate() {
         // A name has no characters that mean something in an expression but the dot.
         let line = format!("{}[ \\t]*\\n", tool.name.replace('.', "\\."));

@@ -49,7 +49,7 @@ impl Heads {
             return Err(KernelError::BadDimension { op, what: "query heads", got: n_heads, rule });
         }
         if head_dim == 0 || head_dim > HEAD_DIM_MAX {
-            let rule = "must be within 1..=512";
+            let rule = "must be within 1..=HEAD_DIM_MAX";
             return Err(KernelError::BadDimension { op, what: "head dimension", got: head_dim, rule });
         }
         Ok(())

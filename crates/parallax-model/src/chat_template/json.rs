@@ -1,71 +1,143 @@
 //! JSON as Python's `json.dumps` writes it, which is what models have seen of tools and calls, and the `tojson` filter of
 //! templates, with the arguments and defaults that transformers gives it.
 
-use std::io::{self, Write};
-
 use minijinja::value::Kwargs;
 use minijinja::{Error, ErrorKind, Value};
-use serde::Serialize;
-use serde_json::ser::{Formatter, Serializer};
+use serde_json::{Number, Value as Json};
+
+/// Spaces of one level that a template may ask for: it comes with the model, from anybody.
+const MAX_INDENT: usize = 64;
 
 /// A value as `json.dumps(value, ensure_ascii=False)` writes it: a space behind commas and colons, nothing escaped that need
 /// not be.
-///
-/// # Errors
-/// Keys that are no texts.
-pub fn to_python_json(value: &impl Serialize) -> Result<String, serde_json::Error> {
-    written(value, Python::default())
+pub fn to_python_json(value: &Json) -> String {
+    let mut text = String::new();
+    Style::default().write(value, 0, &mut text);
+    text
 }
 
-/// As [`to_python_json`], each member on a line of its own behind `indent` spaces for each level.
-///
-/// # Errors
-/// As [`to_python_json`].
-pub fn to_python_json_lines(value: &impl Serialize, indent: usize) -> Result<String, serde_json::Error> {
-    written(value, Python::indented(indent))
-}
-
-/// The filter: `tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
+/// The filter: `tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`, the first two by position too.
 #[expect(clippy::needless_pass_by_value, reason = "filters take their arguments by value")]
-pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Result<Value, Error> {
-    let ensure_ascii = ensure_ascii.or(options.get("ensure_ascii")?).unwrap_or(false);
-    let mut style = options.get::<Option<usize>>("indent")?.map_or_else(Python::default, Python::indented);
-    if let Some((item, key)) = separators(&options)? {
-        (style.item, style.key) = (item, key);
-    }
-    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+pub(super) fn tojson(
+    value: &Value,
+    ensure_ascii: Option<Value>,
+    indent: Option<usize>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let is_true = |given: Option<Value>| given.is_some_and(|value| value.is_true());
+    let ensure_ascii = is_true(ensure_ascii.or(options.get("ensure_ascii")?));
+    let sort_keys = is_true(options.get("sort_keys")?);
+    let style = Style::new(indent.or(options.get("indent")?), options.get("separators")?)?;
     options.assert_all_used()?;
-    let refused = |e| Error::new(ErrorKind::InvalidOperation, "not to be written as JSON").with_source(e);
-    let text = if sort_keys {
-        let mut sorted = serde_json::to_value(value).map_err(refused)?;
-        sorted.sort_all_objects();
-        written(&sorted, style)
-    } else {
-        written(value, style)
-    };
-    let text = text.map_err(refused)?;
+    let mut value = serde_json::to_value(value).map_err(|error| {
+        Error::new(ErrorKind::InvalidOperation, "not to be written as JSON").with_source(error)
+    })?;
+    if sort_keys {
+        value.sort_all_objects();
+    }
+    let mut text = String::new();
+    style.write(&value, 0, &mut text);
     Ok(Value::from_safe_string(if ensure_ascii { in_ascii(&text) } else { text }))
 }
 
-fn separators(options: &Kwargs) -> Result<Option<(String, String)>, Error> {
-    let Some(given) = options.get::<Option<Vec<String>>>("separators")? else { return Ok(None) };
-    match <[String; 2]>::try_from(given) {
-        Ok([item, key]) => Ok(Some((item, key))),
-        Err(_) => Err(Error::new(ErrorKind::InvalidOperation, "separators are two texts")),
+struct Style {
+    /// Between members.
+    item: String,
+    /// Behind a key.
+    key: String,
+    /// Spaces of a level; `None`: all on one line.
+    indent: Option<usize>,
+}
+
+impl Default for Style {
+    fn default() -> Self {
+        Self { item: ", ".to_owned(), key: ": ".to_owned(), indent: None }
     }
 }
 
-fn written(value: &impl Serialize, style: Python) -> Result<String, serde_json::Error> {
-    let mut bytes = Vec::new();
-    value.serialize(&mut Serializer::with_formatter(&mut bytes, style))?;
-    Ok(String::from_utf8(bytes).expect("JSON is text"))
+impl Style {
+    fn new(indent: Option<usize>, separators: Option<Vec<String>>) -> Result<Self, Error> {
+        let refused = |rule: String| Err(Error::new(ErrorKind::InvalidOperation, rule));
+        if indent.is_some_and(|spaces| spaces > MAX_INDENT) {
+            return refused(format!("an indent is {MAX_INDENT} spaces at most"));
+        }
+        match separators.map(<[String; 2]>::try_from) {
+            Some(Ok([item, key])) => Ok(Self { item, key, indent }),
+            Some(Err(_)) => refused("separators are two texts".to_owned()),
+            None if indent.is_some() => Ok(Self { item: ",".to_owned(), indent, ..Self::default() }),
+            None => Ok(Self::default()),
+        }
+    }
+
+    fn write(&self, value: &Json, level: usize, text: &mut String) {
+        match value {
+            Json::Number(number) => text.push_str(&python_number(number)),
+            Json::Array(members) => {
+                let members = members.iter().map(|member| (None, member));
+                self.write_members(['[', ']'], members, level, text);
+            }
+            Json::Object(members) => {
+                let members = members.iter().map(|(key, member)| (Some(key), member));
+                self.write_members(['{', '}'], members, level, text);
+            }
+            // Python and serde_json escape the same characters.
+            Json::Null | Json::Bool(_) | Json::String(_) => text.push_str(&value.to_string()),
+        }
+    }
+
+    fn write_members<'a>(
+        &self,
+        [open, close]: [char; 2],
+        members: impl ExactSizeIterator<Item = (Option<&'a String>, &'a Json)>,
+        level: usize,
+        text: &mut String,
+    ) {
+        let line = |level: usize, text: &mut String| {
+            if let Some(spaces) = self.indent {
+                text.push('\n');
+                text.extend(std::iter::repeat_n(' ', spaces * level));
+            }
+        };
+        let empty = members.len() == 0;
+        text.push(open);
+        for (i, (key, member)) in members.enumerate() {
+            if i > 0 {
+                text.push_str(&self.item);
+            }
+            line(level + 1, text);
+            if let Some(key) = key {
+                text.push_str(&Json::from(key.as_str()).to_string());
+                text.push_str(&self.key);
+            }
+            self.write(member, level + 1, text);
+        }
+        if !empty {
+            line(level, text);
+        }
+        text.push(close);
+    }
 }
 
-/// What is not ASCII stands only inside of texts, where it may be escaped.
+/// Whole numbers as they are; others as `repr(float)`: the shortest digits that name them, with an exponent of two digits at
+/// least where the number is below 1e-4 or from 1e16 on.
+fn python_number(number: &Number) -> String {
+    let Some(float) = number.as_f64().filter(|_| number.is_f64()) else { return number.to_string() };
+    let scientific = format!("{float:e}");
+    let (digits, exponent) = scientific.split_once('e').expect("that is how floats are written");
+    let exponent: i32 = exponent.parse().expect("a float's exponent is a number");
+    let fixed = float.to_string();
+    match exponent {
+        -4..16 if fixed.contains('.') => fixed,
+        -4..16 => format!("{fixed}.0"),
+        _ => format!("{digits}e{exponent:+03}"),
+    }
+}
+
+/// What is not printable ASCII stands only inside of texts, where it may be escaped.
 fn in_ascii(json: &str) -> String {
     let mut ascii = String::with_capacity(json.len());
     for c in json.chars() {
-        if c.is_ascii() {
+        if c.is_ascii() && c != '\u{7f}' {
             ascii.push(c);
         } else {
             for unit in c.encode_utf16(&mut [0; 2]) {
@@ -76,102 +148,17 @@ fn in_ascii(json: &str) -> String {
     ascii
 }
 
-struct Python {
-    /// Between members.
-    item: String,
-    /// Behind a key.
-    key: String,
-    /// Spaces of a level; `None`: all on one line.
-    indent: Option<usize>,
-    level: usize,
-    /// The array or object that is open has members.
-    filled: bool,
-}
-
-impl Default for Python {
-    fn default() -> Self {
-        Self { item: ", ".to_owned(), key: ": ".to_owned(), indent: None, level: 0, filled: false }
-    }
-}
-
-impl Python {
-    fn indented(indent: usize) -> Self {
-        Self { item: ",".to_owned(), indent: Some(indent), ..Self::default() }
-    }
-
-    fn open(&mut self) {
-        self.level += 1;
-        self.filled = false;
-    }
-
-    fn line<W: ?Sized + Write>(&self, writer: &mut W) -> io::Result<()> {
-        self.indent.map_or(Ok(()), |spaces| write!(writer, "\n{:width$}", "", width = spaces * self.level))
-    }
-
-    fn member<W: ?Sized + Write>(&self, writer: &mut W, first: bool) -> io::Result<()> {
-        if !first {
-            writer.write_all(self.item.as_bytes())?;
-        }
-        self.line(writer)
-    }
-
-    fn close<W: ?Sized + Write>(&mut self, writer: &mut W, end: &[u8]) -> io::Result<()> {
-        self.level -= 1;
-        if self.filled {
-            self.line(writer)?;
-        }
-        self.filled = true;
-        writer.write_all(end)
-    }
-}
-
-impl Formatter for Python {
-    fn begin_array<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        self.open();
-        writer.write_all(b"[")
-    }
-
-    fn end_array<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        self.close(writer, b"]")
-    }
-
-    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        self.member(writer, first)
-    }
-
-    fn end_array_value<W: ?Sized + Write>(&mut self, _: &mut W) -> io::Result<()> {
-        self.filled = true;
-        Ok(())
-    }
-
-    fn begin_object<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        self.open();
-        writer.write_all(b"{")
-    }
-
-    fn end_object<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        self.close(writer, b"}")
-    }
-
-    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        self.member(writer, first)
-    }
-
-    fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(self.key.as_bytes())
-    }
-
-    fn end_object_value<W: ?Sized + Write>(&mut self, _: &mut W) -> io::Result<()> {
-        self.filled = true;
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
-    use super::super::{ChatTemplate, Conversation};
+    use super::super::{ChatTemplate, Conversation, TemplateError};
+
+    fn shown(filter: &str, value: &super::Json) -> Result<String, TemplateError> {
+        let template = ChatTemplate::new(&format!("{{{{ tools[0] | {filter} }}}}"), "", "").unwrap();
+        let conversation = Conversation { tools: vec![value.clone()], ..Conversation::default() };
+        template.render_conversation(&conversation, false)
+    }
 
     /// Python 3: `json.dumps(v, ...)` of `{"b": [1, {}, []], "a": "it's <é> & 😀\n"}`.
     #[test]
@@ -186,14 +173,35 @@ mod tests {
                 "tojson(indent=4)",
                 "{\n    \"b\": [\n        1,\n        {},\n        []\n    ],\n    \"a\": \"it's <é> & 😀\\n\"\n}",
             ),
+            (
+                "tojson(true, 1)",
+                "{\n \"b\": [\n  1,\n  {},\n  []\n ],\n \"a\": \"it's <\\u00e9> & \\ud83d\\ude00\\n\"\n}",
+            ),
         ];
         let value = json!({"b": [1, {}, []], "a": "it's <é> & 😀\n"});
         for (filter, expected) in cases {
-            let template = ChatTemplate::new(&format!("{{{{ tools[0] | {filter} }}}}"), "", "").unwrap();
-            let conversation = Conversation { tools: vec![value.clone()], ..Conversation::default() };
-            assert_eq!(template.render_conversation(&conversation, false).unwrap(), expected, "{filter}");
+            assert_eq!(shown(filter, &value).unwrap(), expected, "{filter}");
         }
-        let wrong = ChatTemplate::new("{{ 1 | tojson(separators=(',',)) }}", "", "").unwrap();
-        assert!(wrong.render(&[], false).unwrap_err().to_string().contains("two texts"));
+    }
+
+    /// Python 3: `json.dumps([1.0, 0.1, 1e15, 1e16, -2.5e-5, 0.0001, 1.5e300, 12345678901234567890, -0.0, "\x7f"])`.
+    #[test]
+    fn numbers_are_written_as_python_writes_them() {
+        let value =
+            json!([1.0, 0.1, 1e15, 1e16, -2.5e-5, 0.0001, 1.5e300, 12345678901234567890u64, -0.0, "\u{7f}"]);
+        let expected = "[1.0, 0.1, 1000000000000000.0, 1e+16, -2.5e-05, 0.0001, 1.5e+300, 12345678901234567890, -0.0, \"\\u007f\"]";
+        assert_eq!(shown("tojson(1)", &value).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_a_template_must_not_ask_for_is_an_error() {
+        for (filter, rule) in [
+            ("tojson(separators=(',',))", "two texts"),
+            ("tojson(indent=70000)", "64 spaces"),
+            ("tojson(spaces=2)", "spaces"),
+        ] {
+            let refused = shown(filter, &json!([1])).unwrap_err().to_string();
+            assert!(refused.contains(rule), "{filter}: {refused}");
+        }
     }
 }

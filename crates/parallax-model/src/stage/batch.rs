@@ -29,10 +29,13 @@ pub(super) fn rows(
     }
     if options.device != DeviceKind::Cpu {
         let widths = config.layers.iter().map(|layer| layer.widest_row(config.hidden));
-        let most = (n_rows * widths.max().unwrap_or(0)).max(batch.n_wanted() * config.vocab);
-        if most >= DEVICE_ELEMENTS {
-            let reason = format!("{n_rows} rows make a matrix of {most} elements, too large for a GPU");
-            return Err(ForwardError::Batch { reason });
+        let (wanted, widest) = (batch.n_wanted(), widths.max().unwrap_or(0));
+        for (rows, width) in [(n_rows, widest), (wanted, config.vocab)] {
+            if rows * width >= DEVICE_ELEMENTS {
+                let reason =
+                    format!("a matrix [{rows}, {width}] is too large for a GPU: send fewer rows at once");
+                return Err(ForwardError::Batch { reason });
+            }
         }
     }
     let mut out = PagedRows {

@@ -7,10 +7,12 @@ use parallax_model::{
     Adapter, Checkpoint, ForwardBatch, LoadOptions, LoraTensors, SequenceRows, Stage, StageInput, Want,
     WeightDtype,
 };
-use serde_json::Value;
 
-use super::writer::{Age, Tensor, convert, hf_tensors, uniform, write_safetensors};
-use super::{TOLERANCE, bits, checkpoint_of, logits, prompt, recording, worst, write};
+use super::seeded::{
+    Tensor, bits, checkpoint_of, hf_tensors, longest_prompt, names, uniform, worst, worst_of_largest,
+};
+use super::writer::{Age, convert};
+use super::{TOLERANCE, logits, recording, write};
 
 const RANK: usize = 3;
 const ALPHA: f32 = 4.5;
@@ -74,36 +76,27 @@ fn run(stage: &mut Stage, sequences: Vec<SequenceRows>, tokens: &[u32]) -> Vec<f
     stage.forward(&ForwardBatch { sequences }, StageInput::Tokens(tokens)).unwrap().logits
 }
 
-fn recordings() -> Vec<String> {
-    let dir = format!("{}/../../tests/golden/arch", env!("CARGO_MANIFEST_DIR"));
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-    let json = files.filter(|path| path.extension().is_some_and(|e| e == "json"));
-    json.map(|path| path.file_stem().unwrap().to_string_lossy().into_owned()).collect()
-}
-
 #[test]
 fn adapters_compute_what_merged_weights_do() {
     let mut seen = std::collections::BTreeSet::new();
-    for name in recordings() {
-        let golden: Value = recording(&name);
-        let (_dir, base) = checkpoint_of(&golden);
+    for name in names() {
+        let golden = recording(&name);
         let tensors = hf_tensors(&golden);
+        let (_dir, base) = checkpoint_of(&golden, &tensors);
         let adapter = adapter(&tensors);
         seen.extend(adapter.tensors.keys().map(|m| m.splitn(3, '.').nth(2).unwrap().to_owned()));
         assert_eq!(Adapter::from_bytes(&adapter.to_bytes().unwrap()).unwrap(), adapter, "{name}");
-        let (other, _) = checkpoint_of(&golden);
-        write_safetensors(&merged(tensors, &adapter), &other.path().join("model.safetensors"));
-        let mut tokens = prompt(&golden);
+        let (_other_dir, other) = checkpoint_of(&golden, &merged(tensors, &adapter));
+        let mut tokens = longest_prompt(&golden);
         tokens.truncate(base.config().max_context);
-        let expected = logits(&Checkpoint::open(other.path()).unwrap(), &tokens);
+        let expected = logits(&other, &tokens);
 
         let mut stage = load(&base);
         let n = tokens.len();
         let bare = run(&mut stage, vec![rows(0, n, None)], &tokens);
         stage.set_adapter(Some(&adapter)).unwrap();
         let got = run(&mut stage, vec![rows(0, n, None)], &tokens);
-        let largest = expected.iter().fold(1.0f32, |m, v| m.max(v.abs()));
-        let difference = worst(&got, &expected) / largest;
+        let difference = worst_of_largest(&got, &expected);
         assert!(difference < TOLERANCE, "{name}: {difference}");
         assert!(worst(&got, &bare) > 100.0 * TOLERANCE, "{name}: the adapter changes something");
 
@@ -144,17 +137,18 @@ fn adapters_fit_gguf_files_too() {
         ("qwen3-next", "qwen3next"),
     ] {
         let golden = recording(name);
-        let (dir, hf) = checkpoint_of(&golden);
+        let tensors = hf_tensors(&golden);
+        let (dir, hf) = checkpoint_of(&golden, &tensors);
         let gguf = write(&convert(&golden, architecture, Age::New), &dir.path().join("model.gguf"));
-        let adapter = adapter(&hf_tensors(&golden));
-        let tokens = prompt(&golden);
+        let adapter = adapter(&tensors);
+        let tokens = longest_prompt(&golden);
         let [got, expected] = [&gguf, &hf].map(|checkpoint| {
             let mut stage = load(checkpoint);
             stage.set_adapter(Some(&adapter)).unwrap();
             run(&mut stage, vec![rows(0, tokens.len(), None)], &tokens)
         });
-        let largest = expected.iter().fold(1.0f32, |m, v| m.max(v.abs()));
-        assert!(worst(&got, &expected) / largest < TOLERANCE, "{name}: {}", worst(&got, &expected));
+        let difference = worst_of_largest(&got, &expected);
+        assert!(difference < TOLERANCE, "{name}: {difference}");
     }
 }
 
@@ -175,8 +169,9 @@ fn adapters_of_routed_experts_and_routers_are_refused_by_name() {
     }
     // A dense layer has no shared expert.
     let golden = recording("deepseek-v2");
-    let (_dir, base) = checkpoint_of(&golden);
-    let mut adapter = adapter(&hf_tensors(&golden));
+    let tensors = hf_tensors(&golden);
+    let (_dir, base) = checkpoint_of(&golden, &tensors);
+    let mut adapter = adapter(&tensors);
     let factors = adapter.tensors["layers.1.shared_experts.up_proj"].clone();
     adapter.tensors.insert("layers.0.shared_experts.up_proj".to_owned(), factors);
     let error = load(&base).set_adapter(Some(&adapter)).unwrap_err().to_string();

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use parallax_model::{Checkpoint, StageInput};
 use tempfile::TempDir;
 
+use super::seeded::{bits, longest_prompt};
 use super::writer::{Age, Gguf, Key, convert};
-use super::{bits, forward, logits, prompt, recording, sparse_copy, write};
+use super::{forward, logits, recording, sparse_copy, write};
 
 const N: usize = 3;
 
@@ -34,7 +35,7 @@ fn refused(path: &Path) -> String {
 #[test]
 fn any_part_or_the_folder_names_the_model() {
     let (dir, whole, _) = split();
-    let tokens = prompt(&recording("glm4-moe"));
+    let tokens = longest_prompt(&recording("glm4-moe"));
     let other = tempfile::tempdir().unwrap();
     let whole = write(&whole, &other.path().join("model.gguf"));
     let expected = bits(&logits(&whole, &tokens));

@@ -1,17 +1,11 @@
-//! The seeded stand-ins of `tests/golden/arch` as safetensors files, and as GGUF files by the rules of llama.cpp's converter
-//! (its `conversion/` folder and the gguf package 0.19, `constants.py` and `tensor_mapping.py`; the rules, no code).
+//! The seeded stand-ins of `tests/golden/arch` as GGUF files by the rules of llama.cpp's converter (its `conversion/` folder and
+//! the gguf package 0.19, `constants.py` and `tensor_mapping.py`; the rules, no code), and larger ones than are recorded.
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-/// Row-major, in PyTorch's order.
-#[derive(Clone)]
-pub(crate) struct Tensor {
-    pub(crate) name: String,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) values: Vec<f32>,
-}
+use super::seeded::{Tensor, hf_tensors};
 
 impl Tensor {
     fn new(name: String, shape: &[usize], values: Vec<f32>) -> Self {
@@ -39,33 +33,6 @@ impl Tensor {
         assert_eq!(self.values.len(), n * a * b);
         (0..n * a * b).map(at).collect()
     }
-}
-
-/// Values of a tensor: SplitMix64 of the FNV-1a hash of its name plus a counter, multiples of 2^-23 in -1..1.
-pub(crate) fn uniform(name: &str, n: usize) -> impl Iterator<Item = f32> {
-    let hash = name
-        .bytes()
-        .fold(0xCBF2_9CE4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
-    (1..=n as u64).map(move |i| {
-        let mut z = hash.wrapping_add(i.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
-        (z >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    })
-}
-
-/// The tensors of a recording under their Hugging Face names.
-pub(crate) fn hf_tensors(golden: &Value) -> Vec<Tensor> {
-    let tensor = |entry: &Value| {
-        let name = entry[0].as_str().unwrap();
-        let shape: Vec<usize> =
-            entry[1].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect();
-        let (offset, scale) = (entry[2].as_f64().unwrap() as f32, entry[3].as_f64().unwrap() as f32);
-        let values = uniform(name, shape.iter().product()).map(|v| offset + scale * v).collect();
-        Tensor::new(name.to_owned(), &shape, values)
-    };
-    golden["tensors"].as_array().unwrap().iter().map(tensor).collect()
 }
 
 /// A recording of larger matrices: every size but those of the vocabulary, of heads and of experts times a factor; and the
@@ -107,19 +74,6 @@ pub(crate) fn grown(mut golden: Value, factor: u64, ffn: Option<u64>) -> Value {
     }
     golden["config"]["intermediate_size"] = json!(ffn);
     golden
-}
-
-pub(crate) fn write_safetensors(tensors: &[Tensor], path: &Path) {
-    let (mut header, mut data) = (Map::new(), Vec::new());
-    for t in tensors {
-        let start = data.len();
-        data.extend(t.values.iter().flat_map(|v| v.to_le_bytes()));
-        let entry = json!({"dtype": "F32", "shape": t.shape, "data_offsets": [start, data.len()]});
-        header.insert(t.name.clone(), entry);
-    }
-    let header = Value::Object(header).to_string();
-    let size = (header.len() as u64).to_le_bytes();
-    std::fs::write(path, [size.as_slice(), header.as_bytes(), &data].concat()).unwrap();
 }
 
 /// A metadata value.

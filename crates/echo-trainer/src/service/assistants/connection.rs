@@ -7,7 +7,7 @@ use std::time::Duration;
 use lattica_net::{FrameError, Stream};
 use swarm_wire::PeerId;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use super::frames::{payload, receive, send};
@@ -15,7 +15,7 @@ use super::{Connection, ORDERS, Order, Shared, Weights};
 use crate::averaging::wire::{Answered, Frame, encode_share};
 use crate::averaging::{Exclusion, Hash, answer_values, check};
 
-/// How long the first frame, and the last one's writing, may take.
+/// How long the first frame may take, and the last one's writing, with what is on its way before it.
 const GREETING: Duration = Duration::from_secs(10);
 /// Weights that may be on their way to one assistant that has not confirmed them. The last place is kept for those that a share needs.
 const SENT_MAX: usize = 8;
@@ -31,28 +31,43 @@ pub(super) async fn attend(shared: Arc<Shared>, peer: PeerId, stream: Stream) {
         return;
     }
     shared.attended.send_modify(|streams| *streams += 1);
-    let (orders, todo) = mpsc::channel(ORDERS);
-    let number = register(&shared, &peer, orders);
+    serve(&shared, &peer, &mut reader, &mut writer, GREETING).await;
+    shared.attended.send_modify(|streams| *streams -= 1);
+}
+
+/// Serves an assistant that was let in. Once its end is ordered, it has `grace` to take what is on its way, and the end.
+async fn serve(
+    shared: &Shared,
+    peer: &PeerId,
+    reader: &mut (impl AsyncRead + Unpin),
+    writer: &mut (impl AsyncWrite + Unpin),
+    grace: Duration,
+) {
+    let (number, todo, ended) = register(shared, peer);
     let weights = shared.weights.subscribe();
-    let mut writing = Box::pin(write(&shared, &peer, number, &mut writer, todo, weights));
+    let mut writing = Box::pin(write(shared, peer, number, writer, todo, weights));
+    let overdue = async {
+        let _ = ended.await;
+        tokio::time::sleep(grace).await;
+    };
     let (why, silent) = tokio::select! {
         why = &mut writing => (why, true),
-        why = read(&shared, &peer, number, &mut reader) => (why, false),
+        why = read(shared, peer, number, reader) => (why, false),
+        () = overdue => (gone("it does not take its end".to_owned()), true),
     };
     tracing::info!(%peer, %why, "an assistant's stream ends");
     {
         let mut state = shared.state();
         // Otherwise the peer has a newer stream, or is out, and this stream's end is ordered.
-        if state.connection(&peer, number).is_some() {
-            state.end(&peer, false, why.to_string());
-            state.leader.exclude(&peer, why);
+        if state.connection(peer, number).is_some() {
+            state.end(peer, false, why.to_string());
+            state.leader.exclude(peer, why);
         }
     }
     shared.changed.notify_all();
     if !silent {
-        let _ = timeout(GREETING, writing).await;
+        let _ = timeout(grace, writing).await;
     }
-    shared.attended.send_modify(|streams| *streams -= 1);
 }
 
 /// Lets the peer in, or says why not.
@@ -87,20 +102,23 @@ async fn greet(
     send(writer, &welcome, &[]).await.map_err(|e| e.to_string())
 }
 
-/// From now on orders go to this stream; an older one of the same peer ends. When the run is over, so does this one.
-fn register(shared: &Shared, peer: &PeerId, orders: mpsc::Sender<Order>) -> u64 {
+/// From now on orders go to this stream; an older one of the same peer ends. When the run is over, so does this one. Its number, what
+/// is ordered of it, and when its end is.
+fn register(shared: &Shared, peer: &PeerId) -> (u64, mpsc::Receiver<Order>, oneshot::Receiver<()>) {
+    let (orders, todo) = mpsc::channel(ORDERS);
+    let (ended, when_ended) = oneshot::channel();
     let mut state = shared.state();
     state.end(peer, false, "it joined again".to_owned());
     state.leader.exclude(peer, gone("it joined again".to_owned()));
     state.n_connections += 1;
     let number = state.n_connections;
-    let connection = Connection { number, orders, job: None, sent: VecDeque::new() };
+    let connection = Connection { number, orders, ended, job: None, sent: VecDeque::new() };
     state.connections.insert(peer.clone(), connection);
     if state.finished {
         // The others were told while it was being greeted.
         state.end(peer, true, String::new());
     }
-    number
+    (number, todo, when_ended)
 }
 
 /// Says what is ordered, and the newest weights; why it stopped.
@@ -138,8 +156,8 @@ async fn write(
                 Err(why) => return why,
             }
             let frame = Frame::Weights { version: weights.version, hash: weights.hash };
-            if let Err(error) = send(writer, &frame, &weights.payload).await {
-                return gone(error.to_string());
+            if let Err(why) = send_in_time(shared, writer, &frame, &weights.payload).await {
+                return why;
             }
         }
         if let Some((attempt, share)) = work {
@@ -147,10 +165,23 @@ async fn write(
                 Ok(bytes) => bytes,
                 Err(error) => return gone(format!("its share cannot be sent: {error}")),
             };
-            if let Err(error) = send(writer, &Frame::Work(attempt), &bytes).await {
-                return gone(error.to_string());
+            if let Err(why) = send_in_time(shared, writer, &Frame::Work(attempt), &bytes).await {
+                return why;
             }
         }
+    }
+}
+
+/// Says what must be taken in the time that an answer may take: who takes nothing keeps old weights here. Not cancel safe.
+async fn send_in_time(
+    shared: &Shared,
+    writer: &mut (impl AsyncWrite + Unpin),
+    frame: &Frame,
+    payload: &[u8],
+) -> Result<(), Exclusion> {
+    match timeout(shared.config.patience, send(writer, frame, payload)).await {
+        Ok(sent) => sent.map_err(|error| gone(error.to_string())),
+        Err(_) => Err(gone("it does not take what it is sent".to_owned())),
     }
 }
 
@@ -326,8 +357,19 @@ mod tests {
 
     /// Another stream of the peer's, and what is ordered of it.
     fn stream(shared: &Shared) -> (u64, mpsc::Receiver<Order>) {
-        let (orders, todo) = mpsc::channel(ORDERS);
-        (register(shared, &peer(), orders), todo)
+        let (number, todo, _) = register(shared, &peer());
+        (number, todo)
+    }
+
+    /// More than the other end's buffers take.
+    fn large() -> Arc<Weights> {
+        let payload = Bytes::from(vec![0; 1 << 16]);
+        Arc::new(Weights {
+            version: PolicyVersion(1),
+            hash: [1; 32],
+            lengths: [1_usize << 14].into(),
+            payload,
+        })
     }
 
     #[tokio::test]
@@ -427,6 +469,38 @@ mod tests {
         assert_eq!(first, Some((Frame::Weights { version: PolicyVersion(8), hash: [8; 32] }, 0)));
         let (second, n_bytes) = receive(&mut reader).await.unwrap().unwrap();
         assert_eq!((second, n_bytes), (Frame::Work(attempt(8)), reader.len() as u64));
+    }
+
+    #[tokio::test]
+    async fn whose_end_is_ordered_does_not_keep_weights_here_by_taking_nothing() {
+        let (shared, peer, held) = (shared(), peer(), large());
+        shared.weights.send_replace(Some(Arc::clone(&held)));
+        let (here, _there) = tokio::io::duplex(64);
+        let (mut reader, mut writer) = tokio::io::split(here);
+        let ending = async {
+            let sending = || shared.state().connections.get(&peer).is_some_and(|c| !c.sent.is_empty());
+            while !sending() {
+                tokio::task::yield_now().await;
+            }
+            shared.state().end(&peer, false, "it is slow".to_owned());
+        };
+        let serving = serve(&shared, &peer, &mut reader, &mut writer, Duration::ZERO);
+        let both = async { tokio::join!(serving, ending) };
+        timeout(GREETING, both).await.expect("it ends");
+        assert_eq!(Arc::strong_count(&held), 2, "held here, and the newest");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_take_weights_in_time_is_gone() {
+        let (mut shared, peer) = (shared(), peer());
+        shared.config.patience = Duration::ZERO;
+        shared.weights.send_replace(Some(large()));
+        let (number, todo) = stream(&shared);
+        let (mut here, _there) = tokio::io::duplex(64);
+        let newest = shared.weights.subscribe();
+        let writing = write(&shared, &peer, number, &mut here, todo, newest);
+        let why = timeout(GREETING, writing).await.expect("it is given up");
+        assert_eq!(why, gone("it does not take what it is sent".to_owned()));
     }
 
     #[tokio::test]

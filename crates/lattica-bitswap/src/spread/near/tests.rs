@@ -26,6 +26,19 @@ fn sent_to_near(spread: &mut Spread<u32>) -> Vec<SpreadMessage> {
         .collect()
 }
 
+/// What is said of chunks that are asked for outside, and to whom.
+fn announcements(spread: &mut Spread<u32>) -> Vec<(u32, SpreadMessage)> {
+    std::iter::from_fn(|| spread.poll(Duration::ZERO))
+        .filter_map(|action| match action {
+            Action::Send {
+                to,
+                message: message @ (SpreadMessage::Coming { .. } | SpreadMessage::Refuse(_)),
+            } => Some((to, message)),
+            _ => None,
+        })
+        .collect()
+}
+
 #[test]
 fn what_a_near_neighbour_shows_is_asked_of_nobody_else_until_it_leaves() {
     let now = Duration::ZERO;
@@ -95,6 +108,49 @@ fn of_two_that_ask_at_once_the_smaller_lot_goes_on() {
         // What was under way already counts all the same.
         assert!(spread.is_owed(&1, 1));
     }
+}
+
+#[test]
+fn what_was_said_before_both_were_known_to_be_near_counts_then() {
+    let now = Duration::ZERO;
+    for (lot, goes_on) in [(0, false), (u32::MAX, true)] {
+        let mut spread = member(2);
+        spread.add_neighbour(&1, now);
+        spread.add_neighbour(&2, now);
+        spread.handle(&1, holds(2, &[1]), now);
+        spread.handle(&2, coming(1, lot), now);
+        assert!(spread.neighbours[&1].asked.contains_key(&1), "it may be of another network");
+        spread.set_near(&2, true, now);
+        assert_eq!(spread.neighbours[&1].asked.contains_key(&1), goes_on);
+        let own = (2, spread.coming(1));
+        assert_eq!(announcements(&mut spread), if goes_on { vec![own] } else { vec![] });
+    }
+}
+
+#[test]
+fn who_is_near_from_now_on_or_no_more_hears_what_is_coming_and_nobody_else() {
+    let now = Duration::ZERO;
+    let mut spread = with_near();
+    spread.add_neighbour(&3, now);
+    spread.handle(&1, holds(2, &[1]), now);
+    let own = spread.coming(1);
+    assert_eq!(announcements(&mut spread), [(2, own.clone())]);
+    for (peer, near) in [(3, true), (3, false), (2, false), (2, true)] {
+        spread.set_near(&peer, near, now);
+        let heard = if near { own.clone() } else { SpreadMessage::Refuse(1) };
+        assert_eq!(announcements(&mut spread), [(peer, heard)]);
+    }
+}
+
+#[test]
+fn how_fast_a_near_neighbour_answers_says_nothing_of_what_comes_to_it() {
+    let mut spread = with_near();
+    for (peer, seconds) in [(1, 1), (2, 5)] {
+        spread.neighbours.get_mut(&peer).unwrap().latency = Some(Duration::from_secs(seconds));
+    }
+    spread.handle(&2, coming(0, 0), Duration::ZERO);
+    // Eight usual answers from outside.
+    assert_eq!(spread.next_deadline(), Some(Duration::from_secs(8)));
 }
 
 #[test]
