@@ -24,8 +24,8 @@ import make  # noqa: E402
 # Not "phi3-longrope-long": `parallax score` keeps to the original context, where the short factors hold.
 FAMILIES = ["llama", "llama-linear-bias", "llama3-rope", "llama-yarn", "smollm2", "smollm3", "mistral", "mixtral",
             "qwen2", "qwen2-window", "qwen3", "qwen3-moe", "qwen3-moe-plain", "gemma2", "gemma3", "phi3", "phi3-longrope",
-            "glm4", "glm4-moe", "gpt-oss", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "kimi-k2", "minimax-m2",
-            "qwen3-next", "qwen3.5", "qwen3.5-moe"]
+            "glm4", "glm4-moe", "glm4-moe-air", "gpt-oss", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "kimi-k2",
+            "minimax-m2", "qwen3-next", "qwen3.5", "qwen3.5-moe"]
 LIMIT = 1e-4
 
 

@@ -203,7 +203,7 @@ impl Scheduler {
         };
         let all = budget.rows;
         if self.held_back < MOST_HELD_BACK {
-            self.schedule(|s| !s.is_decoding() && s.due() <= NEARLY_DONE_ROWS, &mut rows, &mut budget, cache);
+            self.schedule(is_nearly_done, &mut rows, &mut budget, cache);
             self.admit(NEARLY_DONE_ROWS, &mut rows, &mut budget, cache);
         }
         let came_before = budget.rows < all;
@@ -357,6 +357,12 @@ impl Scheduler {
             }
         }
     }
+}
+
+/// It has few rows to go before a token, and does not merely go on with its answer.
+fn is_nearly_done(sequence: &Sequence) -> bool {
+    let goes_on = sequence.is_decoding() && sequence.generated() > 0;
+    !goes_on && sequence.due() <= NEARLY_DONE_ROWS
 }
 
 /// What is left of a step.

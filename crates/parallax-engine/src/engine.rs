@@ -1,7 +1,7 @@
 //! `Engine`: requests in, batches out to a runner, tokens back.
 //!
 //! Getters: `limits`, `version`, `metrics`, `is_busy`, `adapters`. Commands: `add`, `add_group`, `abort`, `set_version`,
-//! `lose_pages`, `postpone`, `abort_all`, `hand_adapters_to`, `add_adapter`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
+//! `lose_pages`, `postpone`, `abort_all`, `hand_adapters_to`, `add_adapter`, `add_adapter_as`, `remove_adapter`, `set_drafter`, `limit_rows`. Either call `step`, which does a whole forward pass, or
 //! `housekeep`, `plan`, run the batch elsewhere, and `complete` it; never plan twice without completing.
 
 mod adapters;
@@ -129,8 +129,20 @@ impl Engine {
             states: states.len(),
             states_used: states.len() - states.n_available(),
             states_kept: states.n_kept(),
+            running_adapters: self.adapters_of(self.scheduler.running().iter()),
+            waiting_adapters: self.adapters_of(self.scheduler.waiting().iter()),
             ..self.counted.clone()
         }
+    }
+
+    /// What the resident adapters that these sequences pass through are called.
+    fn adapters_of<'a>(&self, sequences: impl Iterator<Item = &'a Sequence>) -> Vec<String> {
+        let used: BTreeSet<u32> = sequences.filter_map(Sequence::adapter).collect();
+        if used.is_empty() {
+            return Vec::new();
+        }
+        let is_used = |name: &&str| self.adapters.find(name).is_ok_and(|adapter| used.contains(&adapter.id));
+        self.adapters.names().filter(is_used).map(str::to_owned).collect()
     }
 
     /// Lets `drafter` guess tokens from now on, as many as [`EngineConfig::draft_tokens`] allows.
@@ -299,6 +311,42 @@ impl Engine {
         runner.add_adapter(id, &adapter)?;
         self.adapters.insert(name, id, adapter);
         Ok(())
+    }
+
+    /// As [`Self::add_adapter`], with what becomes of the requests on a replaced one: [`OnSwap::Recompute`] computes them
+    /// again on the new one, [`OnSwap::Abort`] ends them, which the events tell; else they finish on the old one.
+    ///
+    /// # Errors
+    /// As [`Self::add_adapter`]; then nothing becomes of them.
+    pub fn add_adapter_as(
+        &mut self,
+        runner: &mut dyn StageRunner,
+        name: &str,
+        adapter: AdapterFile,
+        on_swap: OnSwap,
+    ) -> Result<Vec<RequestEvent>, StageError> {
+        let replaced = self.adapters.find(name).ok();
+        self.add_adapter(runner, name, adapter)?;
+        let Some(replaced) = replaced else { return Ok(Vec::new()) };
+        let is_on_it = |s: &&mut Sequence| s.adapter() == Some(replaced.id);
+        match on_swap {
+            OnSwap::Recompute => {
+                // All give up their pages, so that none loses its place; the others find theirs in the prefix index.
+                self.scheduler.requeue_all(&mut self.cache);
+                let adapter = self.adapters.find(name).ok();
+                for sequence in self.scheduler.all_mut().filter(is_on_it) {
+                    sequence.set_adapter(adapter);
+                    sequence.index_under(&self.model, self.version);
+                    sequence.forget_prompt_logprobs();
+                }
+                Ok(Vec::new())
+            }
+            OnSwap::Abort => {
+                let ids: Vec<RequestId> = self.scheduler.all_mut().filter(is_on_it).map(|s| s.id()).collect();
+                Ok(ids.into_iter().filter_map(|id| self.abort(id)).collect())
+            }
+            OnSwap::Keep | OnSwap::Finish => Ok(Vec::new()),
+        }
     }
 
     /// Requests can no longer name an adapter; those that did finish on it. False when there is none of that name.

@@ -36,26 +36,35 @@ mod tools;
 mod turns;
 mod updates;
 
-use std::future::IntoFuture as _;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::Listener;
 use axum::{Json, Router};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
 use parallax_model::{ChatTemplate, Tokenizer};
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use error::ApiError;
 pub use gate::{DEFAULT_BODY_LIMIT_BYTES, HttpLimits};
 pub use updates::{Updates, WeightLoader};
 
+use crate::sampling::SamplingParams;
 use crate::service::EngineHandle;
+use metrics::Scrape;
 use server::{Ask, Entry, Placement, Server, unix_seconds};
 
 /// Longest name of a request that is given back.
@@ -80,6 +89,8 @@ pub struct HttpState {
     pub model_name: String,
     /// Ids that end an answer.
     pub stop_ids: Vec<u32>,
+    /// What requests are sampled with where they do not say: temperature, top-p, top-k, min-p and repetition penalty.
+    pub defaults: SamplingParams,
     /// Who may come in, and how much at once.
     pub limits: HttpLimits,
     /// Asked before every request.
@@ -99,6 +110,7 @@ impl HttpState {
             template: None,
             model_name: model_name.into(),
             stop_ids: Vec::new(),
+            defaults: SamplingParams { temperature: 1.0, ..SamplingParams::default() },
             limits: HttpLimits::default(),
             readiness: None,
             cluster: None,
@@ -118,7 +130,7 @@ type Shared = Arc<Server>;
 /// How long the last bytes of answers may take to leave, and connections to close, once all answers have ended.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// The routes, to be merged with others or served by [`serve`].
+/// The routes, to be merged with others. Only [`serve`] and [`serve_until`] bound how long the head of a request may take.
 pub fn router(state: HttpState) -> Router {
     routes(&Arc::new(Server::new(state)))
 }
@@ -142,7 +154,7 @@ fn routes(server: &Shared) -> Router {
         .route("/v1/models/{*id}", get(model))
         .route("/cluster/status", get(cluster_status))
         .route_layer(middleware::from_fn_with_state(Arc::clone(server), authorized));
-    Router::new()
+    let all = Router::new()
         .merge(counted)
         .merge(known)
         .route("/health", get(health))
@@ -155,49 +167,92 @@ fn routes(server: &Shared) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(DefaultBodyLimit::max(limit))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a bug").into_response()))
-        .layer(middleware::from_fn(in_the_shape_of_the_api))
-        .layer(middleware::from_fn_with_state(Arc::clone(server), named))
-        .with_state(Arc::clone(server))
+        .layer(middleware::from_fn(in_the_shape_of_the_api));
+    // Outside of what makes new answers of errors: pages from elsewhere may read those, too.
+    let all = match server.state.limits.cors() {
+        Some(cors) => all.layer(cors),
+        None => all,
+    };
+    all.layer(middleware::from_fn_with_state(Arc::clone(server), named)).with_state(Arc::clone(server))
 }
 
-/// Serves until the listener fails or the future is dropped; connections that are still busy then end with the runtime.
+/// Serves until the future is dropped; connections that are still busy then end with the runtime.
 ///
 /// # Errors
-/// When accepting connections fails.
-pub async fn serve(listener: tokio::net::TcpListener, state: HttpState) -> std::io::Result<()> {
-    axum::serve(listener, router(state)).await
+/// None: whoever cannot be let in now is let in later.
+pub async fn serve(listener: TcpListener, state: HttpState) -> std::io::Result<()> {
+    let server = Arc::new(Server::new(state));
+    serve_connections(listener, &server, Router::new(), std::future::pending()).await;
+    Ok(())
 }
 
 /// As [`serve`], with `more` routes beside these, until `stop`: then new requests get 503 and those in flight have
 /// `patience` to end. Connections that are busy even then end with the runtime.
 ///
 /// # Errors
-/// When accepting connections fails.
+/// As [`serve`].
 pub async fn serve_until(
-    listener: tokio::net::TcpListener,
+    listener: TcpListener,
     state: HttpState,
     more: Router,
     stop: impl Future<Output = ()>,
     patience: Duration,
 ) -> std::io::Result<()> {
     let server = Arc::new(Server::new(state));
-    let (close, closed) = tokio::sync::oneshot::channel::<()>();
+    let (close, closed) = oneshot::channel::<()>();
     let last = async move {
         // An error means that the other end is gone, which is as good.
         let _ = closed.await;
     };
-    let serving = axum::serve(listener, routes(&server).merge(more)).with_graceful_shutdown(last);
-    let mut serving = std::pin::pin!(serving.into_future());
+    let mut serving = pin!(serve_connections(listener, &server, more, last));
     tokio::select! {
-        served = &mut serving => return served,
+        () = &mut serving => return Ok(()),
         () = stop => {}
     }
     tokio::select! {
-        served = &mut serving => return served,
+        () = &mut serving => return Ok(()),
         _ = tokio::time::timeout(patience, server.gate.close()) => {}
     }
     drop(close);
-    tokio::time::timeout(GOODBYE, serving).await.unwrap_or(Ok(()))
+    // Who has not gone by then is left behind.
+    let _ = tokio::time::timeout(GOODBYE, serving).await;
+    Ok(())
+}
+
+/// Serves connections until `stop`, and on until the last of them is closed: at the end of its answer, or at once where
+/// there is none. Dropping the future asks them to close as well.
+async fn serve_connections(
+    mut listener: TcpListener,
+    server: &Shared,
+    more: Router,
+    stop: impl Future<Output = ()>,
+) {
+    // Of HTTP/1 alone, whose timer runs from the first moment: it bounds heads and idle connections.
+    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(server.state.limits.read_time);
+    let service = TowerToHyperService::new(routes(server).merge(more).with_state::<()>(()));
+    let (closing, _) = watch::channel(());
+    let mut stop = pin!(stop);
+    loop {
+        let (stream, _) = tokio::select! {
+            // The trait's own tries again after errors, such as too many open files.
+            accepted = Listener::accept(&mut listener) => accepted,
+            () = &mut stop => break,
+        };
+        let (builder, service, mut told) = (builder.clone(), service.clone(), closing.subscribe());
+        tokio::spawn(async move {
+            let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+            tokio::select! {
+                // However it ended, its client is gone.
+                _ = connection.as_mut() => return,
+                _ = told.changed() => connection.as_mut().graceful_shutdown(),
+            }
+            let _ = connection.await;
+        });
+    }
+    drop(listener);
+    closing.send_replace(());
+    closing.closed().await;
 }
 
 /// Which key a request came with; without keys all clients are one.
@@ -237,11 +292,13 @@ async fn in_the_shape_of_the_api(request: HttpRequest, next: Next) -> Response {
     }
 }
 
-/// Every answer has the name that its request came with, or else a new one, where the clients of both APIs look for it.
+/// Every answer has the name that its request came with, or else a new one, where the clients of both APIs look for it;
+/// refusals are counted.
 async fn named(State(server): State<Shared>, request: HttpRequest, next: Next) -> Response {
     let given = request.headers().get("x-request-id").filter(|id| id.len() <= MAX_REQUEST_ID_BYTES).cloned();
     let mut response = next.run(request).await;
     let fresh = || HeaderValue::from_str(&format!("req_{}", server.answer_id()));
+    server.gate.refusals.count(response.status());
     if let Some(id) = given.or_else(|| fresh().ok()) {
         response.headers_mut().insert("x-request-id", id.clone());
         response.headers_mut().insert("request-id", id);
@@ -270,11 +327,13 @@ impl FromRequest<Shared> for JsonBody {
             }
         }
         let caller = request.extensions().get().copied().unwrap_or_default();
-        let bytes =
-            Bytes::from_request(request, server).await.map_err(|rejection| match rejection.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(server.state.limits.body_bytes),
-                _ => ApiError::invalid(None, "the request body could not be read"),
-            })?;
+        let limits = &server.state.limits;
+        let read = tokio::time::timeout(limits.read_time, Bytes::from_request(request, server)).await;
+        let read = read.map_err(|_| ApiError::timed_out(limits.read_time))?;
+        let bytes = read.map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(limits.body_bytes),
+            _ => ApiError::invalid(None, "the request body could not be read"),
+        })?;
         Ok(Self { bytes, caller })
     }
 }
@@ -283,7 +342,11 @@ async fn models(State(server): State<Shared>) -> Response {
     Json(json!({"object": "list", "data": server.models()})).into_response()
 }
 
-async fn model(State(server): State<Shared>, Path(id): Path<String>) -> Result<Response, ApiError> {
+async fn model(
+    id: Result<Path<String>, PathRejection>,
+    State(server): State<Shared>,
+) -> Result<Response, ApiError> {
+    let Path(id) = id?;
     server.model(Some(&id))?;
     let card = server.models().into_iter().find(|card| card["id"] == id);
     Ok(Json(card.ok_or_else(|| ApiError::not_found(format!("model: {id:?} is gone")))?).into_response())
@@ -296,7 +359,14 @@ async fn health(State(server): State<Shared>) -> Result<Response, ApiError> {
 }
 
 async fn metrics_text(State(server): State<Shared>) -> Response {
-    let text = metrics::text(&server.state.engine.metrics(), &server.state.model_name);
+    let text = metrics::text(&Scrape {
+        engine: &server.state.engine.metrics(),
+        page_tokens: server.state.engine.shape().page_tokens,
+        model: &server.state.model_name,
+        refusals: &server.gate.refusals,
+        resident_bytes: metrics::resident_bytes(),
+        unix_seconds: unix_seconds(),
+    });
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 

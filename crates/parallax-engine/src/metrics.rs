@@ -19,6 +19,10 @@ pub struct EngineMetrics {
     pub states_used: usize,
     /// Of the others, those with a state that requests can begin with.
     pub states_kept: usize,
+    /// Names of the resident adapters of running sequences.
+    pub running_adapters: Vec<String>,
+    /// Names of those of sequences in the queue.
+    pub waiting_adapters: Vec<String>,
     /// Forward passes.
     pub steps: u64,
     /// Rows of all forward passes.
@@ -82,6 +86,8 @@ pub struct Latencies {
     pub prefill: Histogram,
     /// From the first token to the last one.
     pub decode: Histogram,
+    /// `decode` per token after the first, of requests with more than one.
+    pub time_per_token: Histogram,
     /// `prefill` and `decode` together.
     pub inference: Histogram,
     /// Tokens of the prompts of finished requests.
@@ -114,6 +120,7 @@ impl Default for Latencies {
             queue: seconds.clone(),
             prefill: seconds.clone(),
             decode: seconds.clone(),
+            time_per_token: seconds.clone(),
             inference: seconds,
             prompt_tokens: tokens.clone(),
             generated_tokens: tokens.clone(),

@@ -77,6 +77,7 @@ enum Command {
     AddAdapter {
         name: String,
         adapter: AdapterFile,
+        on_swap: OnSwap,
         reply: Reply,
     },
     RemoveAdapter {
@@ -363,8 +364,22 @@ impl EngineHandle {
     /// # Errors
     /// An adapter that does not fit, a runner that holds one at a time, or an engine that has stopped.
     pub async fn add_adapter(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
+        self.add_adapter_as(name, adapter, OnSwap::Finish).await
+    }
+
+    /// As [`Self::add_adapter`], with what becomes of the requests on a replaced one: [`OnSwap::Recompute`] computes them
+    /// again on the new one, [`OnSwap::Abort`] ends them; else they finish on the old one.
+    ///
+    /// # Errors
+    /// As [`Self::add_adapter`].
+    pub async fn add_adapter_as(
+        &self,
+        name: &str,
+        adapter: Vec<u8>,
+        on_swap: OnSwap,
+    ) -> Result<(), StageError> {
         let adapter = self.read(adapter).await.map_err(|reason| misfit(&reason))?;
-        self.send_adapter(name, adapter)?.await.unwrap_or_else(|_| Err(stopped()))
+        self.send_adapter(name, adapter, on_swap)?.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     /// As [`Self::add_adapter`], waiting on the calling thread, which must not belong to an async runtime.
@@ -373,7 +388,7 @@ impl EngineHandle {
     /// As [`Self::add_adapter`].
     pub fn add_adapter_blocking(&self, name: &str, adapter: Vec<u8>) -> Result<(), StageError> {
         let adapter = self.read_here(adapter).map_err(|reason| misfit(&reason))?;
-        self.send_adapter(name, adapter)?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
+        self.send_adapter(name, adapter, OnSwap::Finish)?.blocking_recv().unwrap_or_else(|_| Err(stopped()))
     }
 
     /// From the next step on no request can name this adapter; those that did finish on it.
@@ -418,9 +433,10 @@ impl EngineHandle {
         &self,
         name: &str,
         adapter: AdapterFile,
+        on_swap: OnSwap,
     ) -> Result<oneshot::Receiver<Result<(), StageError>>, StageError> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::AddAdapter { name: name.to_owned(), adapter, reply })?;
+        self.send(Command::AddAdapter { name: name.to_owned(), adapter, on_swap, reply })?;
         Ok(answer)
     }
 

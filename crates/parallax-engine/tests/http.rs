@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 
 #[path = "support/alphabet.rs"]
 mod alphabet;
+#[path = "http/fields.rs"]
+mod fields;
 
 use alphabet::{Alphabet, LETTERS, Setup, chat, post, send, start, start_until, with};
 
@@ -465,6 +467,28 @@ async fn answers_are_held_to_a_form() {
     }
     let text = json!({"prompt": "a", "guided_regex": "[m-p]{4}", "temperature": 0});
     assert_eq!(post(address, "/v1/completions", &text).await.json()["choices"][0]["text"], "mnop");
+    let item = json!({"input": "a", "guided_regex": "[m-p]{4}", "temperature": 0});
+    let answer = post(address, "/v1/responses", &item).await.json();
+    assert_eq!(answer["output"][0]["content"][0]["text"], "mnop");
+    let tool = json!({"type": "function", "function": {"name": "w", "strict": true,
+                      "parameters": {"properties": {"a": {"type": "nonsense"}}, "required": ["a"]}}});
+    let nothing = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [null]}}});
+    let both = with(with(chat("a"), "tools", json!([tool])), "response_format", nothing);
+    let refused = post(address, "/v1/chat/completions", &both).await;
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["param"]),
+        (400, &json!("tools")),
+        "{}",
+        refused.body
+    );
+    // Where no tool may be called, the form alone rules; so does a text that the client writes out.
+    for alone in [
+        with(both.clone(), "tool_choice", json!("none")),
+        with(with(both, "response_format", Value::Null), "guided_choice", json!(["null"])),
+    ] {
+        let answer = post(address, "/v1/chat/completions", &alone).await.json();
+        assert_eq!(answer["choices"][0]["message"]["content"], "null", "{answer}");
+    }
     let format =
         |schema: Value| json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
     for (path, ask, param) in [
@@ -473,6 +497,11 @@ async fn answers_are_held_to_a_form() {
             "/v1/chat/completions",
             with(chat("a"), "response_format", format(json!({"type": "nonsense"}))),
             "response_format",
+        ),
+        (
+            "/v1/chat/completions",
+            with(chat("a"), "guided_grammar", json!("start: start \"a\"")),
+            "guided_grammar",
         ),
         // Letters alone cannot write an object.
         (
@@ -489,6 +518,7 @@ async fn answers_are_held_to_a_form() {
         let refused = post(address, path, &ask).await;
         assert_eq!(refused.status, 400, "{ask}: {}", refused.body);
         assert_eq!(refused.json()["error"]["param"], param, "{}", refused.body);
+        assert!(!refused.body.contains("NoExtensionBias"), "{}", refused.body);
     }
 }
 

@@ -1,13 +1,14 @@
-//! Clients that leave before their answer has ended, and clients that come when a server is full: over real connections,
-//! to a model that stops at the letter x until the test lets it go on.
+//! Clients that leave before their answer has ended, that come when a server is full, that never finish their request, and
+//! that come from elsewhere: over real connections, to a model that stops at the letter x until the test lets it go on.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 #![cfg(feature = "http")]
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use parallax_engine::http::HttpLimits;
+use parallax_engine::http::{HttpLimits, Updates};
 use parallax_engine::{EngineConfig, EngineHandle};
+use parallax_model::{Adapter, LoraTensors};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -16,7 +17,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 #[path = "support/alphabet.rs"]
 mod alphabet;
 
-use alphabet::{Answer, Setup, chat, post, send, start_over, with};
+use alphabet::{Answer, Setup, chat, post, send, start, start_over, with};
 
 /// More than any step of these tests takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -45,15 +46,18 @@ struct Held {
 
 impl Held {
     async fn start(concurrent_requests: usize, config: EngineConfig) -> Self {
+        let limits = HttpLimits { concurrent_requests, ..HttpLimits::default() };
+        Self::over(Setup { limits, config, ..Setup::default() }).await
+    }
+
+    async fn over(setup: Setup) -> Self {
         let (arrived, arrivals) = tokio::sync::mpsc::unbounded_channel();
         let (stop, stopped) = std::sync::mpsc::channel();
         let at_x = move || {
             let _ = arrived.send(());
             let _ = stopped.recv();
         };
-        let limits = HttpLimits { concurrent_requests, ..HttpLimits::default() };
-        let setup = Setup { at_x: Some(Box::new(at_x)), limits, config, ..Setup::default() };
-        let (address, engine) = start_over(setup).await;
+        let (address, engine) = start_over(Setup { at_x: Some(Box::new(at_x)), ..setup }).await;
         Self { address, engine, arrivals, stop }
     }
 
@@ -232,6 +236,142 @@ async fn a_full_queue_refuses_what_does_not_fit_and_takes_it_later() {
     assert!(seen.contains("data: [DONE]"), "{seen}");
     until("there is room for two", async || {
         post(held.address, "/v1/chat/completions", &two).await.status == 200
+    })
+    .await;
+}
+
+/// Sends what is given of a request, and reads until the server closes the connection.
+async fn break_off(address: SocketAddr, text: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut seen = Vec::new();
+    let closed = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut seen)).await;
+    closed.expect("the server closes the connection").unwrap();
+    String::from_utf8(seen).unwrap()
+}
+
+#[tokio::test]
+async fn half_a_request_is_waited_for_only_so_long_and_answers_take_their_time() {
+    let limits = HttpLimits { read_time: Duration::from_millis(100), ..HttpLimits::default() };
+    let mut held = Held::over(Setup { limits, ..Setup::default() }).await;
+    let address = held.address;
+    let mut open = ask(address, "/v1/chat/completions", &with(chat("uv"), "stream", json!(true))).await;
+    let mut seen = first_event(&mut open).await;
+    held.wait_for_x().await;
+
+    // Heads: nothing, what HTTP/2 begins with, half of one; and a connection that is kept after an answer.
+    for head in ["", "PRI * HT", "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"] {
+        assert_eq!(break_off(address, head).await, "", "{head:?}");
+    }
+    let kept = break_off(address, "GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(kept.starts_with("HTTP/1.1 200"), "{kept}");
+
+    for path in ["/v1/chat/completions", "/v1/messages"] {
+        let part = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{{}}");
+        let answer = break_off(address, &part).await;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 408") && head.contains("connection: close"), "{head}");
+        let body: Value = serde_json::from_str(body).unwrap();
+        assert_eq!(body["error"]["type"], "timeout_error", "{body}");
+        assert!(body["error"]["message"].as_str().unwrap().contains("100ms"), "{body}");
+        assert_eq!(body["type"] == "error", path == "/v1/messages", "{body}");
+    }
+    let counted = send(address, "GET", "/metrics", "", b"").await.body;
+    assert!(counted.contains("http_refusals_total{model_name=\"alphabet\",code=\"408\"} 2\n"), "{counted}");
+
+    drop(held.stop);
+    open.read_to_string(&mut seen).await.unwrap();
+    assert!(seen.contains("data: [DONE]"), "an answer may take longer: {seen}");
+}
+
+#[tokio::test]
+async fn a_path_that_is_no_text_is_refused_in_the_apis_shape() {
+    let address = start(Setup::default()).await;
+    let refused = send(address, "GET", "/v1/models/%ff", "", b"").await;
+    assert_eq!((refused.status, refused.header("content-type")), (400, Some("application/json")));
+    let error = &refused.json()["error"];
+    assert_eq!(error["type"], "invalid_request_error", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("UTF-8"), "{error}");
+}
+
+/// What a browser asks before it lets a page at `origin` post JSON with a key.
+async fn preflight(address: SocketAddr, origin: &str) -> Answer {
+    let asks = format!(
+        "origin: {origin}\r\naccess-control-request-method: POST\r\n\
+         access-control-request-headers: authorization,content-type\r\n"
+    );
+    send(address, "OPTIONS", "/v1/chat/completions", &asks, b"").await
+}
+
+#[tokio::test]
+async fn pages_from_elsewhere_come_in_where_they_are_named() {
+    const ALLOWED: &str = "access-control-allow-origin";
+    let app = "https://app.example";
+    let closed = preflight(start(Setup::default()).await, app).await;
+    assert_eq!((closed.status, closed.header(ALLOWED)), (405, None));
+
+    let limited = |origins: &[&'static str]| HttpLimits {
+        api_keys: vec!["secret".into()],
+        allow_origins: origins.iter().map(|origin| origin.parse().unwrap()).collect(),
+        ..HttpLimits::default()
+    };
+    let limits = limited(&["http://localhost:5173", app]);
+    let address = start(Setup { limits, ..Setup::default() }).await;
+    let asked = preflight(address, app).await;
+    assert_eq!((asked.status, asked.header(ALLOWED)), (200, Some(app)), "{}", asked.head);
+    let allowed = asked.header("access-control-allow-headers").unwrap();
+    for name in ["content-type", "authorization", "x-api-key", "anthropic-version", "x-stainless-os"] {
+        assert!(allowed.split(',').any(|allowed| allowed == name), "{name} in {allowed}");
+    }
+    assert_eq!(asked.header("access-control-allow-methods"), Some("GET,POST"));
+    assert!(asked.header("x-request-id").is_some(), "{}", asked.head);
+    assert_eq!(preflight(address, "https://other.example").await.header(ALLOWED), None);
+
+    // Answers are for the page to read, refusals too, in the shape of either API.
+    let from_app = format!("origin: {app}\r\n");
+    for path in ["/v1/chat/completions", "/v1/messages"] {
+        let refused = send(address, "POST", path, &from_app, b"{}").await;
+        assert_eq!((refused.status, refused.header(ALLOWED)), (401, Some(app)), "{}", refused.head);
+        let shown = refused.header("access-control-expose-headers").unwrap();
+        assert!(shown.contains("x-request-id") && shown.contains("retry-after"), "{shown}");
+    }
+    let with_key = format!("{from_app}x-api-key: secret\r\n");
+    let models = send(address, "GET", "/v1/models", &with_key, b"").await;
+    assert_eq!((models.status, models.header(ALLOWED)), (200, Some(app)));
+
+    let open = start(Setup { limits: limited(&[app, "*"]), ..Setup::default() }).await;
+    assert_eq!(preflight(open, "https://other.example").await.header(ALLOWED), Some("*"));
+}
+
+#[tokio::test]
+async fn an_adapter_loaded_in_place_says_what_becomes_of_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = LoraTensors { a: vec![1.0; 2], b: vec![1.0; 2], inputs: 2, outputs: 2 };
+    let adapter = Adapter { rank: 1, alpha: 2.0, tensors: [("layers.0.q_proj".to_owned(), tensors)].into() };
+    adapter.save(dir.path()).unwrap();
+    let mut held = Held::over(Setup { updates: Some(Updates::default()), ..Setup::default() }).await;
+    let address = held.address;
+    let load = json!({"lora_name": "pirate", "lora_path": dir.path(), "load_inplace": true});
+    let refused =
+        post(address, "/v1/load_lora_adapter", &with(load.clone(), "on_swap", json!("later"))).await;
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("on_swap")));
+    assert_eq!(post(address, "/v1/load_lora_adapter", &load).await.status, 200);
+
+    // Nobody can see whether the change waits for the end of the step already: sooner or later it does.
+    let mine = with(chat("uvw"), "model", json!("pirate"));
+    let abort = with(load, "on_swap", json!("abort"));
+    until("an answer on the replaced adapter is ended", async || {
+        let (mine, abort) = (mine.clone(), abort.clone());
+        let answer = tokio::spawn(async move { post(address, "/v1/chat/completions", &mine).await });
+        held.wait_for_x().await;
+        let change = tokio::spawn(async move { post(address, "/v1/load_lora_adapter", &abort).await });
+        assert_eq!(held.knock().await, 200);
+        held.stop.send(()).unwrap();
+        assert_eq!(change.await.unwrap().status, 200);
+        let answer = answer.await.unwrap().json();
+        let is_ended = answer["choices"][0]["finish_reason"] == "abort";
+        assert_eq!(held.engine.metrics().finished_aborted == 1, is_ended, "{answer}");
+        is_ended
     })
     .await;
 }

@@ -54,8 +54,23 @@ fn endpoints() -> Vec<Endpoint> {
         ("ignore_eos", "flag"),
         ("stream", "flag"),
         ("response_format", "object"),
+        ("allowed_token_ids", "list"),
+        ("bad_words", "texts"),
+        ("truncate_prompt_tokens", "count"),
+        ("return_token_ids", "flag"),
     ];
-    let mut of_chat = sampling.to_vec();
+    // They change no answer.
+    let hints = [
+        ("user", "text"),
+        ("metadata", "object"),
+        ("store", "flag"),
+        ("service_tier", "text"),
+        ("safety_identifier", "text"),
+        ("prompt_cache_key", "text"),
+        ("prediction", "object"),
+        ("verbosity", "text"),
+    ];
+    let mut of_chat = [&sampling[..], &hints].concat();
     of_chat.extend([
         ("messages", "list"),
         ("logprobs", "flag"),
@@ -64,10 +79,12 @@ fn endpoints() -> Vec<Endpoint> {
         ("parallel_tool_calls", "flag"),
         ("max_completion_tokens", "count"),
         ("reasoning_effort", "text"),
+        ("include_reasoning", "flag"),
+        ("thinking_token_budget", "count"),
         ("chat_template_kwargs", "object"),
         ("model", "text"),
     ]);
-    let mut of_text = sampling.to_vec();
+    let mut of_text = [&sampling[..], &hints].concat();
     of_text.extend([("echo", "flag"), ("logprobs", "count"), ("model", "text")]);
     let message = json!([{"role": "user", "content": "a"}]);
     vec![
@@ -81,9 +98,26 @@ fn endpoints() -> Vec<Endpoint> {
                 ("instructions", "text"),
                 ("temperature", "number"),
                 ("top_p", "number"),
+                ("top_k", "count"),
+                ("min_p", "number"),
+                ("presence_penalty", "number"),
+                ("frequency_penalty", "number"),
+                ("repetition_penalty", "number"),
+                ("logit_bias", "object"),
+                ("stop", "texts"),
+                ("stop_token_ids", "list"),
+                ("allowed_token_ids", "list"),
+                ("bad_words", "texts"),
+                ("guided_regex", "text"),
+                ("thinking_token_budget", "count"),
                 ("max_output_tokens", "count"),
                 ("stream", "flag"),
                 ("store", "flag"),
+                ("user", "text"),
+                ("metadata", "object"),
+                ("service_tier", "text"),
+                ("background", "flag"),
+                ("truncation", "text"),
                 ("text", "object"),
                 ("reasoning", "object"),
                 ("include", "list"),
@@ -106,6 +140,12 @@ fn endpoints() -> Vec<Endpoint> {
                 ("tools", "list"),
                 ("tool_choice", "object"),
                 ("thinking", "object"),
+                ("min_p", "number"),
+                ("metadata", "object"),
+                ("service_tier", "text"),
+                ("output_config", "object"),
+                ("output_format", "object"),
+                ("context_management", "object"),
             ],
         ),
         (
@@ -160,6 +200,19 @@ fn particular() -> Vec<Case> {
         (json!({"functions": [{"name": "w"}]}), "functions"),
         (json!({"modalities": ["audio"]}), "modalities"),
         (json!({"audio": {"voice": "alloy"}}), "audio"),
+        (json!({"chat_template": "{{ messages }}"}), "chat_template"),
+        (json!({"documents": [{"text": "a"}]}), "documents"),
+        (json!({"echo": true}), "echo"),
+        (json!({"return_tokens_as_token_ids": true}), "return_tokens_as_token_ids"),
+        (json!({"skip_special_tokens": false}), "skip_special_tokens"),
+        (json!({"detokenize": false}), "detokenize"),
+        (json!({"length_penalty": 1.5}), "length_penalty"),
+        (json!({"allowed_token_ids": []}), "allowed_token_ids"),
+        (json!({"allowed_token_ids": [9999]}), "outside the vocabulary"),
+        (json!({"bad_words": ["a".repeat(300)]}), "bad_words"),
+        (json!({"truncate_prompt_tokens": 0}), "truncate_prompt_tokens"),
+        (json!({"thinking_token_budget": 0}), "thinking_token_budget"),
+        (json!({"verbosity": "mute"}), "verbosity"),
         (json!({"tools": [tool, tool]}), "tools"),
         (json!({"tools": [tool], "tool_choice": "sometimes"}), "tool_choice"),
         (
@@ -170,6 +223,10 @@ fn particular() -> Vec<Case> {
         (json!({"tools": [{"type": "retrieval"}]}), "tools[0].type"),
         (json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}), "tools[0].function.name"),
         (json!({"tools": [{"type": "function", "function": {"name": "w", "parameters": 3}}]}), "parameters"),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "w", "parameters": {"properties": 5}}}]}),
+            "tools[0].function.parameters.properties",
+        ),
         (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
         (json!({"guided_json": "{"}), "guided_json"),
@@ -205,6 +262,9 @@ fn particular() -> Vec<Case> {
         (json!({"prompt": [99]}), "99"),
         (json!({"prompt": [-1]}), "prompt[0]"),
         (json!({"prompt": "a", "suffix": "b"}), "suffix"),
+        (json!({"prompt": "a", "thinking_token_budget": 3}), "thinking_token_budget"),
+        (json!({"prompt": "a", "skip_special_tokens": false}), "skip_special_tokens"),
+        (json!({"prompt": "a", "truncate_prompt_tokens": -2}), "truncate_prompt_tokens"),
         (json!({"prompt": "a", "logprobs": 21}), "logprobs"),
         (json!({"prompt": "a", "echo": true, "stream": true}), "echo"),
     ] {
@@ -229,6 +289,18 @@ fn particular() -> Vec<Case> {
         ),
         (json!({"input": "a", "reasoning": {"effort": "wild"}}), "reasoning.effort"),
         (json!({"input": "a", "include": [1]}), "include[0]"),
+        (json!({"input": "a", "include": ["file_search_call.results", "banana"]}), "include[1]"),
+        (json!({"input": "a", "truncation": "banana"}), "truncation"),
+        (json!({"input": "a", "max_tool_calls": 3}), "max_tool_calls"),
+        (json!({"input": "a", "prompt": {"id": "p"}}), "prompt"),
+        (json!({"input": "a", "text": {"verbosity": "low"}}), "text.verbosity"),
+        (json!({"input": "a", "reasoning": {"summary": 3}}), "reasoning.summary"),
+        (json!({"input": "a", "n": 2}), "n is not supported"),
+        (json!({"input": "a", "return_token_ids": true}), "return_token_ids"),
+        (
+            json!({"input": "a", "guided_regex": "a", "text": {"format": {"type": "json_object"}}}),
+            "text.format and guided_regex",
+        ),
         (json!({"input": "a", "top_logprobs": 2}), "top_logprobs"),
         (json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
     ] {
@@ -269,6 +341,23 @@ fn particular() -> Vec<Case> {
         (json!({"tool_choice": {"type": "any"}}), "tool_choice"),
         (json!({"tool_choice": {"type": "perhaps"}}), "tool_choice.type"),
         (json!({"mcp_servers": [{"url": "x"}]}), "mcp_servers"),
+        (
+            json!({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}),
+            "context_management",
+        ),
+        (json!({"output_config": {"effort": "low"}}), "output_config.effort"),
+        (json!({"output_format": {"type": "json_object"}}), "output_format.type"),
+        (
+            json!({"output_format": {"type": "json_schema", "schema": {}},
+                   "output_config": {"format": {"type": "json_schema", "schema": {}}}}),
+            "output_format and output_config.format",
+        ),
+        (json!({"metadata": {"user_id": 7}}), "metadata.user_id"),
+        (json!({"seed": "x"}), "seed"),
+        (
+            json!({"tools": [{"name": "w", "input_schema": {"properties": [1]}}]}),
+            "tools[0].input_schema.properties",
+        ),
     ] {
         add("/v1/messages", messages_with(fields), names);
     }

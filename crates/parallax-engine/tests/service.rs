@@ -6,8 +6,8 @@
 mod toy;
 
 use parallax_engine::{
-    AdapterFile, Batch, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap, Recovery,
-    Request, RequestError, StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
+    AdapterFile, Batch, Completion, EngineConfig, EngineHandle, Event, FinishReason, LogSoftmax, OnSwap,
+    Recovery, Request, RequestError, StageError, StageOutput, StageRunner, StageShape, Tensor, TokenStream,
 };
 use swarm_wire::PolicyVersion;
 use toy::{ToyModel, sampled, toy_greedy};
@@ -174,7 +174,7 @@ fn several_answers_come_out_of_streams_of_their_own() {
     let request = sampled(vec![1, 2, 3, 4, 5], 6, 10);
     let streams = handle.submit_n(request.clone(), 3).unwrap();
     for (i, mut stream) in streams.into_iter().enumerate() {
-        let mut got = parallax_engine::Completion::default();
+        let mut got = Completion::default();
         while let Some(event) = stream.next_blocking() {
             got.take(event);
         }
@@ -220,7 +220,7 @@ fn all_weights_are_swapped_for_a_runner_that_was_made_meanwhile() {
     let mut next = ToyModel::new(512, 4);
     next.salt = 77;
     handle.swap_weights_blocking(PolicyVersion(1), Box::new(next)).unwrap();
-    let mut completion = parallax_engine::Completion::default();
+    let mut completion = Completion::default();
     while let Some(event) = stream.next_blocking() {
         completion.take(event);
     }
@@ -249,7 +249,7 @@ fn resident_adapters_go_along_with_a_swap_of_all_weights() {
     // Its request is in flight, so that it goes along as well.
     handle.remove_adapter("pirate").unwrap();
     handle.swap_weights_blocking(PolicyVersion(1), Box::new(ToyModel::new(1024, 4))).unwrap();
-    let mut rest = parallax_engine::Completion::default();
+    let mut rest = Completion::default();
     while let Some(event) = stream.next_blocking() {
         rest.take(event);
     }
@@ -290,6 +290,57 @@ async fn each_swap_says_what_becomes_of_requests_in_flight() {
     assert_eq!(handle.version(), PolicyVersion(2));
 }
 
+/// The rest of a stream, and how it ended.
+async fn rest(stream: &mut TokenStream) -> Completion {
+    let mut completion = Completion::default();
+    while let Some(event) = stream.next().await {
+        completion.take(event);
+    }
+    completion
+}
+
+#[tokio::test]
+async fn an_adapter_that_takes_the_place_of_another_says_what_becomes_of_requests_on_it() {
+    let handle = start(ToyModel::new(4096, 4));
+    let salt = |bytes: &[u8]| bytes.iter().map(|b| u64::from(*b)).sum();
+    let on = |n| Request { adapter: Some("pirate".into()), ..Request::greedy(vec![1, 2], n) };
+    handle.add_adapter("pirate", b"one".to_vec()).await.unwrap();
+    let mut bystander = handle.submit(Request::greedy(vec![3], 4000)).unwrap();
+    let mut stream = handle.submit(on(4000)).unwrap();
+    while !matches!(stream.next().await, Some(Event::Token(_))) {}
+    assert_eq!(handle.metrics().running_adapters, ["pirate"]);
+    let refused = handle.add_adapter_as("pirate", b"bad".to_vec(), OnSwap::Abort).await.unwrap_err();
+    assert!(refused.to_string().contains("not an adapter"), "{refused}");
+
+    // Switched: the tokens so far stay, all later ones are of the new adapter alone.
+    handle.add_adapter_as("pirate", b"two".to_vec(), OnSwap::Recompute).await.unwrap();
+    let switched = rest(&mut stream).await;
+    let first = toy_greedy(&[1, 2], 1, salt(b"one"))[0];
+    let ids = switched.token_ids();
+    let unswitched = toy_greedy(&[1, 2, first], ids.len(), salt(b"one"));
+    let kept = ids.iter().zip(&unswitched).take_while(|(got, old)| got == old).count();
+    assert!(kept < ids.len(), "the switch comes before the end");
+    let before = [&[1, 2, first][..], &ids[..kept]].concat();
+    assert_eq!(ids[kept..], toy_greedy(&before, ids.len() - kept, salt(b"two")));
+
+    // Left to finish, then ended.
+    let mut stream = handle.submit(on(1500)).unwrap();
+    while !matches!(stream.next().await, Some(Event::Token(_))) {}
+    handle.add_adapter_as("pirate", b"three".to_vec(), OnSwap::Finish).await.unwrap();
+    let finished = rest(&mut stream).await;
+    assert_eq!(finished.token_ids(), toy_greedy(&[1, 2], 1500, salt(b"two"))[1..]);
+    let mut stream = handle.submit(on(4000)).unwrap();
+    while !matches!(stream.next().await, Some(Event::Token(_))) {}
+    handle.add_adapter_as("pirate", b"four".to_vec(), OnSwap::Abort).await.unwrap();
+    assert_eq!(rest(&mut stream).await.reason, FinishReason::Aborted);
+    let after = handle.generate(on(5)).await.unwrap();
+    assert_eq!(after.token_ids(), toy_greedy(&[1, 2], 5, salt(b"four")));
+
+    assert_eq!(rest(&mut bystander).await.token_ids(), toy_greedy(&[3], 4000, 0));
+    let metrics = handle.metrics();
+    assert_eq!((metrics.finished_aborted, metrics.running_adapters.len()), (1, 0));
+}
+
 #[test]
 fn what_requests_wait_for_is_measured() {
     let handle = start(ToyModel::new(64, 4));
@@ -298,11 +349,21 @@ fn what_requests_wait_for_is_measured() {
     for one in [&times.queue, &times.prefill, &times.decode, &times.inference] {
         assert_eq!(one.count(), 1);
     }
+    assert_eq!(times.time_per_token.count(), 1);
+    assert!((times.time_per_token.sum() * 11.0 - times.decode.sum()).abs() < 1e-9);
     let parts = times.queue.sum() + times.inference.sum();
     assert!((times.prefill.sum() + times.decode.sum() - times.inference.sum()).abs() < 1e-9);
     assert!(parts <= times.end_to_end.sum() + 1e-9, "{parts} of {}", times.end_to_end.sum());
     assert_eq!((times.prompt_tokens.sum(), times.generated_tokens.sum()), (9.0, 12.0));
     assert_eq!(times.step_rows.sum(), 9.0 + 11.0);
+}
+
+#[test]
+fn one_token_alone_has_no_time_between_tokens() {
+    let handle = start(ToyModel::new(64, 4));
+    handle.generate_blocking(Request::greedy(vec![1, 2], 1)).unwrap();
+    let times = handle.metrics().latencies;
+    assert_eq!((times.decode.count(), times.time_per_token.count()), (1, 0));
 }
 
 #[test]

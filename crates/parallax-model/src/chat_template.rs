@@ -4,6 +4,7 @@
 //! functions that the transformers library adds are here too (`raise_exception`, `strftime_now`, the `tojson`
 //! filter). The clock is an argument of [`ChatTemplate::render_at`]; a core reads none.
 
+mod date_time;
 mod json;
 
 use minijinja::value::Serde;
@@ -11,6 +12,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxCon
 use serde::{Deserialize, Serialize};
 
 use crate::error::TemplateError;
+pub use date_time::DateTime;
 pub use json::to_python_json;
 
 /// One message of a conversation.
@@ -40,8 +42,8 @@ pub struct Conversation {
     pub tools: Vec<serde_json::Value>,
     /// Further variables, such as `enable_thinking`. They cannot replace the ones above.
     pub variables: serde_json::Map<String, serde_json::Value>,
-    /// What `strftime_now` returns; `None`: the function is undefined.
-    pub date: Option<String>,
+    /// What `strftime_now` writes in the format that it is given; `None`: the function is undefined.
+    pub now: Option<DateTime>,
 }
 
 /// A compiled chat template with the special tokens it may name.
@@ -101,8 +103,8 @@ impl ChatTemplate {
         self.render_at(messages, add_generation_prompt, None)
     }
 
-    /// As [`Self::render`]; `date` is what `strftime_now` returns whatever the format asked for, e.g.
-    /// `"21 Nov 2026"`. Without it a template that asks sees `strftime_now` undefined and uses its own default.
+    /// As [`Self::render`]; `now` is what `strftime_now` writes. Without it a template that asks sees `strftime_now` undefined
+    /// and uses its own default.
     ///
     /// # Errors
     /// As [`Self::render`].
@@ -110,13 +112,12 @@ impl ChatTemplate {
         &self,
         messages: &[ChatMessage],
         add_generation_prompt: bool,
-        date: Option<&str>,
+        now: Option<DateTime>,
     ) -> Result<String, TemplateError> {
         let messages =
             messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
-        let date = date.map(str::to_owned);
         self.render_conversation(
-            &Conversation { messages, date, ..Conversation::default() },
+            &Conversation { messages, now, ..Conversation::default() },
             add_generation_prompt,
         )
     }
@@ -131,8 +132,8 @@ impl ChatTemplate {
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
         let mut environment = self.environment.clone();
-        if let Some(date) = conversation.date.clone() {
-            environment.add_function("strftime_now", move |_format: String| date.clone());
+        if let Some(now) = conversation.now {
+            environment.add_function("strftime_now", move |format: String| now.format(&format));
         }
         let template =
             environment.get_template(NAME).map_err(|e| TemplateError::Compile(format!("{e:#}")))?;
@@ -194,8 +195,29 @@ mod tests {
         )
         .unwrap();
         let m = [ChatMessage::new("user", "a\"b")];
+        let now = DateTime::from_unix_seconds(1_795_305_600);
         assert_eq!(t.render(&m, false).unwrap(), "\"a\\\"b\" none");
-        assert_eq!(t.render_at(&m, false, Some("21 Nov 2026")).unwrap(), "\"a\\\"b\" 21 Nov 2026");
+        assert_eq!(t.render_at(&m, false, Some(now)).unwrap(), "\"a\\\"b\" 22");
+    }
+
+    /// How openai/gpt-oss-20b, meta-llama/Llama-3.2-1B-Instruct and ibm-granite/granite-3.1-2b-instruct ask.
+    #[test]
+    fn templates_get_the_date_in_their_format() {
+        let now = Some(DateTime::from_unix_seconds(1_795_305_600));
+        for (source, expected) in [
+            (
+                "{{- \"Current date: \" + strftime_now(\"%Y-%m-%d\") + \"\\n\\n\" }}",
+                "Current date: 2026-11-22\n\n",
+            ),
+            ("{%- set date_string = strftime_now(\"%d %b %Y\") %}{{- date_string }}", "22 Nov 2026"),
+            (
+                "{{ \"Today's Date: \" + strftime_now('%B %d, %Y') + \".\" }}",
+                "Today's Date: November 22, 2026.",
+            ),
+        ] {
+            let t = ChatTemplate::new(source, "", "").unwrap();
+            assert_eq!(t.render_at(&[], true, now).unwrap(), expected, "{source}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One checkpoint, whatever its container: configuration, weights by HF name, tokenizer, chat template.
 
+mod generation;
 mod resolve;
 mod tiny;
 
@@ -8,6 +9,8 @@ use std::{
     path::{Path, PathBuf},
     sync::OnceLock,
 };
+
+pub use generation::GenerationDefaults;
 
 use crate::{
     chat_template::ChatTemplate,
@@ -76,6 +79,7 @@ pub struct Checkpoint {
     config: ModelConfig,
     index: WeightIndex,
     text: Text,
+    generation: GenerationDefaults,
     location: PathBuf,
     /// Files beside the weights: config.json, tokenizer.json and so on.
     companions: Vec<PathBuf>,
@@ -120,7 +124,8 @@ impl Checkpoint {
     /// Opens a `.gguf` file, any part of one, a directory with one, or a directory with config.json and safetensors.
     ///
     /// # Errors
-    /// Nothing is there, or what is there is incomplete, truncated, corrupt or of an unsupported architecture.
+    /// Nothing is there, or what is there is incomplete, truncated, corrupt or of an unsupported architecture; or
+    /// generation_config.json has a text where a number belongs.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         if path.is_dir() {
             return match hub::only_gguf(path).filter(|_| !hub::is_whole(path)) {
@@ -157,6 +162,7 @@ impl Checkpoint {
             config,
             index,
             text: Text::Gguf(Box::new(vocabulary)),
+            generation: GenerationDefaults::default(),
             location: path.to_owned(),
             companions: Vec::new(),
             id: OnceLock::new(),
@@ -215,18 +221,20 @@ impl Checkpoint {
         index.rename(language_model_name);
         quantized::derive(&mut index, &fields["quantization_config"]).map_err(|e| e.within(location))?;
         check_layers(&config, &index).map_err(|e| e.within(&file))?;
+        let generation: serde_json::Value =
+            generation.and_then(|g| serde_json::from_slice(g).ok()).unwrap_or_default();
         // generation_config.json knows end tokens that config.json does not.
-        if let Some(more) = generation.and_then(|g| serde_json::from_slice::<serde_json::Value>(g).ok()) {
-            let ids = match &more["eos_token_id"] {
-                serde_json::Value::Array(ids) => ids.iter().filter_map(serde_json::Value::as_u64).collect(),
-                one => one.as_u64().into_iter().collect::<Vec<_>>(),
-            };
-            for id in ids.into_iter().filter_map(|id| u32::try_from(id).ok()) {
-                if !config.eos.contains(&id) && (id as usize) < config.vocab {
-                    config.eos.push(id);
-                }
+        let ids = match &generation["eos_token_id"] {
+            serde_json::Value::Array(ids) => ids.iter().filter_map(serde_json::Value::as_u64).collect(),
+            one => one.as_u64().into_iter().collect::<Vec<_>>(),
+        };
+        for id in ids.into_iter().filter_map(|id| u32::try_from(id).ok()) {
+            if !config.eos.contains(&id) && (id as usize) < config.vocab {
+                config.eos.push(id);
             }
         }
+        let generation = GenerationDefaults::read(&generation)
+            .map_err(|e| OpenError::from(e).within(&location.join("generation_config.json")))?;
         config.tied_embeddings |= !index.contains("lm_head.weight");
         let settings = tokenizer_config.and_then(|t| serde_json::from_slice::<serde_json::Value>(t).ok());
         let token = |name: &str| {
@@ -249,6 +257,7 @@ impl Checkpoint {
             config,
             index,
             text: Text::Json { tokenizer, template },
+            generation,
             location: location.to_owned(),
             companions: Vec::new(),
             id: OnceLock::new(),
@@ -289,6 +298,11 @@ impl Checkpoint {
             Text::Json { template: None, .. } => Ok(None),
             Text::Gguf(vocabulary) => vocabulary.chat_template(),
         }
+    }
+
+    /// What the model's makers sample with, from generation_config.json; nothing for a GGUF file.
+    pub fn generation_defaults(&self) -> GenerationDefaults {
+        self.generation
     }
 
     /// Values of a tensor by its HF name, in HF row order.
@@ -378,8 +392,9 @@ impl Checkpoint {
             ("tokenizer_config.json".to_owned(), format!("{json:#}\n").into_bytes())
         };
         let mut files = Vec::new();
-        let generation =
+        let mut generation =
             serde_json::json!({"bos_token_id": self.config.bos, "eos_token_id": self.config.eos});
+        self.generation.write(&mut generation);
         files.push(("generation_config.json".to_owned(), format!("{generation:#}\n").into_bytes()));
         match &self.text {
             Text::Json { tokenizer, template } => {
@@ -441,6 +456,7 @@ impl Checkpoint {
             config: self.config.clone(),
             index,
             text: Text::Json { tokenizer: None, template: None },
+            generation: self.generation,
             location: self.location.clone(),
             companions: Vec::new(),
             id: OnceLock::new(),

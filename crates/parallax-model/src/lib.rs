@@ -68,7 +68,7 @@ pub mod weights;
 
 pub use adapter::{Adapter, LoraTensors};
 pub use chat_template::{ChatMessage, ChatTemplate, Conversation};
-pub use checkpoint::{Checkpoint, TensorSpan};
+pub use checkpoint::{Checkpoint, GenerationDefaults, TensorSpan};
 pub use config::{Family, LayerConfig, ModelConfig, RopeScaling};
 pub use error::{
     AdapterError, ConfigError, ForwardError, LoadError, OpenError, SaveError, TemplateError, TokenizerError,

@@ -39,7 +39,11 @@ pub struct BenchSwarmArgs {
     #[arg(long)]
     nodes: usize,
     /// Weights in memory, on every stage
-    #[arg(long, default_value = "native", value_name = "f32|bf16|q8_0|q4_0|native")]
+    #[arg(
+        long,
+        default_value = "native",
+        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
+    )]
     dtype: WeightDtype,
     /// Streams at the same time, after the single one
     #[arg(long, default_value_t = 4)]

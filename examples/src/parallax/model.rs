@@ -21,7 +21,11 @@ pub struct ModelArgs {
     #[arg(long)]
     pub model: String,
     /// Weights in memory: native keeps what the file has
-    #[arg(long, default_value = "native", value_name = "f32|bf16|q8_0|q4_0|native")]
+    #[arg(
+        long,
+        default_value = "native",
+        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
+    )]
     pub dtype: WeightDtype,
     /// Keys and values in memory; q8 takes a quarter of f32 and moves logits a little
     #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]
@@ -95,5 +99,32 @@ impl ModelArgs {
             Pipeline::load(&checkpoint, &options, self.stages, |loaded| bar.set_position(loaded as u64))?;
         bar.finish_and_clear();
         Ok(LoadedModel { checkpoint, pipeline, load_ms: started.elapsed().as_secs_f64() * 1e3 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Command;
+
+    use super::super::{bench_swarm::BenchSwarmArgs, chat::ChatArgs, plan::PlanArgs, serve::ServeArgs};
+    use super::*;
+
+    #[test]
+    fn help_names_every_weight_format_that_is_taken() {
+        let unknown = "no".parse::<WeightDtype>().unwrap_err();
+        let known: Vec<&str> = unknown.split_once("known are ").unwrap().1.split(", ").collect();
+        let options = [
+            ModelArgs::augment_args,
+            BenchSwarmArgs::augment_args,
+            ChatArgs::augment_args,
+            PlanArgs::augment_args,
+            ServeArgs::augment_args,
+        ];
+        for augment in options {
+            let command: Command = augment(Command::new("parallax"));
+            let dtype = command.get_arguments().find(|argument| argument.get_id() == "dtype").unwrap();
+            let shown = dtype.get_value_names().unwrap()[0].as_str();
+            assert_eq!(shown.split('|').collect::<Vec<_>>(), known);
+        }
     }
 }

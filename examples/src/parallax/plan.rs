@@ -39,7 +39,11 @@ pub struct PlanArgs {
     #[arg(long, default_value = "auto", value_name = "exact|cover|auto")]
     algorithm: String,
     /// Weights in memory; native is what the file has, and bf16 for a name out of `parallax models`
-    #[arg(long, default_value = "native")]
+    #[arg(
+        long,
+        default_value = "native",
+        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
+    )]
     dtype: WeightDtype,
     /// Keys and values in memory
     #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use axum::Router;
+use axum::http::HeaderValue;
 use clap::Args;
-use parallax_engine::EngineHandle;
 use parallax_engine::http::{self, DEFAULT_BODY_LIMIT_BYTES, HttpLimits, HttpState, WeightLoader};
+use parallax_engine::{EngineHandle, SamplingParams};
 use parallax_model::Checkpoint;
 use serde::Serialize;
 use tokio::net::TcpListener;
@@ -73,6 +74,21 @@ pub struct ListenArgs {
     /// Let clients put requests before those of others, with a `priority` below 0
     #[arg(long)]
     pub urgent_requests: bool,
+    /// Origin whose pages may use this server in a browser, as https://app.example; again for another, `*` for all
+    #[arg(long, value_name = "ORIGIN", value_parser = origin)]
+    pub allow_origin: Vec<HeaderValue>,
+    /// Sample at temperature 1 where a request does not say how, whatever the model's generation_config.json says
+    #[arg(long)]
+    pub plain_sampling: bool,
+}
+
+/// An origin as browsers send it: one with a path would never match.
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let host = text.split_once("://").map_or("", |(_, host)| host);
+    if text != "*" && (host.is_empty() || host.contains('/')) {
+        return Err("give SCHEME://HOST or SCHEME://HOST:PORT, without a path, or *".to_owned());
+    }
+    text.to_ascii_lowercase().parse().map_err(|_| "an origin has printable ASCII letters only".to_owned())
 }
 
 impl ListenArgs {
@@ -109,6 +125,28 @@ impl ListenArgs {
         Ok(name)
     }
 
+    /// What requests are sampled with where they do not say.
+    ///
+    /// # Errors
+    /// A generation_config.json with what cannot be sampled with.
+    pub fn sampling(&self, checkpoint: &Checkpoint) -> anyhow::Result<SamplingParams> {
+        let plain = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+        if self.plain_sampling {
+            return Ok(plain);
+        }
+        let model = checkpoint.generation_defaults();
+        let params = SamplingParams {
+            temperature: model.temperature.unwrap_or(plain.temperature),
+            top_p: model.top_p.unwrap_or(plain.top_p),
+            top_k: model.top_k.unwrap_or(plain.top_k),
+            min_p: model.min_p.unwrap_or(plain.min_p),
+            repetition_penalty: model.repetition_penalty.unwrap_or(plain.repetition_penalty),
+            ..plain
+        };
+        params.validate().context("the model's generation_config.json (--plain-sampling goes without it)")?;
+        Ok(params)
+    }
+
     /// As the server takes them.
     ///
     /// # Errors
@@ -123,6 +161,8 @@ impl ListenArgs {
             concurrent_requests: self.max_concurrent,
             requests_per_minute: self.requests_per_minute,
             urgent_requests: self.urgent_requests,
+            allow_origins: self.allow_origin.clone(),
+            ..HttpLimits::default()
         })
     }
 }
@@ -150,13 +190,14 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         // The port first: a taken port should not cost a load.
         let (listener, address) = args.listen.bind().await?;
         let checkpoint = args.model.open()?;
+        let defaults = args.listen.sampling(&checkpoint)?;
         let named = args.adapters.read(&checkpoint, &name)?;
         let LoadedModel { checkpoint, pipeline, load_ms } = args.model.load(checkpoint, args.context)?;
         let engine = args.engine.start(&name, &checkpoint, Box::new(pipeline), args.model.device)?;
         adapters::load(&engine, named).await?;
         let context_tokens = engine.limits().context_tokens;
         let updates = args.adapters.updates(Some(loader(args.model, args.context)));
-        let state = HttpState { limits, updates, ..http_state(engine, &checkpoint, name)? };
+        let state = HttpState { limits, updates, defaults, ..http_state(engine, &checkpoint, name)? };
         let report = Report {
             url: format!("http://{address}"),
             model: state.model_name.clone(),
@@ -213,6 +254,22 @@ pub fn model_name(model: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_origin_is_what_browsers_send() {
+        for (text, taken) in [
+            ("*", "*"),
+            ("https://App.example", "https://app.example"),
+            ("http://[::1]:8080", "http://[::1]:8080"),
+        ] {
+            assert_eq!(origin(text).unwrap(), taken);
+        }
+        for text in
+            ["", "app.example", "https://", "https://app.example/", "https://app.example/chat", "https://ä"]
+        {
+            assert!(origin(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn a_model_is_known_by_its_own_name() {

@@ -44,7 +44,11 @@ pub struct ServeArgs {
     #[command(flatten)]
     node: SwarmNodeArgs,
     /// Weights in memory, on every stage
-    #[arg(long, default_value = "native", value_name = "f32|bf16|q8_0|q4_0|native")]
+    #[arg(
+        long,
+        default_value = "native",
+        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
+    )]
     dtype: WeightDtype,
     /// Keys and values in memory, on every stage; q8 takes a quarter of f32 and moves logits a little
     #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]
@@ -89,6 +93,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let name = args.listen.served_name(&args.model)?;
     let (listener, address) = args.listen.bind().await?;
     let checkpoint = Arc::new(hub::open(&args.model)?);
+    let defaults = args.listen.sampling(&checkpoint)?;
     let named = args.adapters.read(&checkpoint, &name)?;
     let options = options(&args, &checkpoint)?;
     let (node, blocks) = args.node.start().await?;
@@ -101,6 +106,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let status = head.status_source(&engine);
     let state = HttpState {
         limits,
+        defaults,
         readiness: Some(readiness),
         cluster: Some(Arc::clone(&status)),
         updates: args.adapters.updates(Some(loader(updates))),

@@ -13,7 +13,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{Delta, TokenReport};
 use super::prompt::Rendering;
-use super::sampling::{self, MAX_TOP_LOGPROBS};
+use super::sampling::{self, MAX_TOKENS, MAX_TOP_LOGPROBS};
 use super::tools;
 use super::{Ask, Entry, JsonBody, Placement, Server, conversation, format, logprobs};
 use crate::markup::{Part, ToolCall};
@@ -45,8 +45,12 @@ fn read(
     body.unsupported("modalities", &[json!(["text"])])?;
     body.unsupported("web_search_options", &[])?;
     body.unsupported("prompt_logprobs", &[])?;
+    body.unsupported("chat_template", &[])?;
+    body.unsupported("documents", &[json!([])])?;
+    body.unsupported("echo", &[json!(false)])?;
+    body.hints()?;
     let adapter = server.model(body.text("model")?)?;
-    let mut sampling = sampling::read(body, server.fresh_seed())?;
+    let mut sampling = sampling::read(body, &server.state.defaults, server.fresh_seed())?;
     let wants_logprobs = body.flag("logprobs")?.unwrap_or(false);
     let top = body.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
     if top.is_some_and(|n| n > 0) && !wants_logprobs {
@@ -59,11 +63,15 @@ fn read(
     let tools = tools::openai(body)?;
     let messages = conversation::chat(body)?;
     let prompt = server.render(messages, &tools, Rendering::read(body)?, "messages")?;
-    let tokens = server.encode(&prompt.text, false)?;
+    let mut tokens = server.encode(&prompt.text, false)?;
+    let context_tokens = server.state.engine.limits().context_tokens;
+    sampling::truncate(body, context_tokens, sampling.max_tokens, std::slice::from_mut(&mut tokens))?;
     let frame = ChatFrame {
         envelope: server.envelope(body, "chatcmpl")?,
         server: Arc::clone(server),
         logprobs: wants_logprobs,
+        shows_thoughts: body.flag("include_reasoning")?.unwrap_or(true),
+        told_prompt: body.flag("return_token_ids")?.unwrap_or(false).then(|| tokens.clone()),
         prompt_tokens: tokens.len(),
     };
     let ask = Ask {
@@ -71,6 +79,7 @@ fn read(
         format,
         adapter,
         markup: Some(server.markup(&tools, prompt.in_reasoning)),
+        thought_tokens: body.count("thinking_token_budget", 1, MAX_TOKENS)?,
         single_call: tools.is_single(),
         held_calls: tools.held_calls(),
         text_arguments: tools.text_arguments(),
@@ -128,6 +137,9 @@ struct ChatFrame {
     envelope: Envelope,
     server: Arc<Server>,
     logprobs: bool,
+    shows_thoughts: bool,
+    /// The prompt, when the ids of its tokens and of the answers' are reported.
+    told_prompt: Option<Vec<u32>>,
     prompt_tokens: usize,
 }
 
@@ -155,18 +167,25 @@ impl ChatFrame {
                 let blank = one.content.trim().is_empty() && !one.calls.is_empty();
                 let content = if blank { Value::Null } else { json!(one.content) };
                 let mut message = json!({"role": "assistant", "content": content, "refusal": null});
-                if !one.reasoning.is_empty() {
+                if !one.reasoning.is_empty() && self.shows_thoughts {
                     message["reasoning_content"] = json!(one.reasoning);
                 }
                 if !one.calls.is_empty() {
                     let calls = one.calls.iter().enumerate().map(|(i, call)| self.call(index, i, call));
                     message["tool_calls"] = calls.collect();
                 }
-                json!({"index": index, "message": message, "logprobs": self.logprobs(&one.reports),
-                       "finish_reason": finish_reason(one.reason, !one.calls.is_empty()), "stop_reason": one.stop})
+                let mut choice = json!({"index": index, "message": message, "logprobs": self.logprobs(&one.reports),
+                       "finish_reason": finish_reason(one.reason, !one.calls.is_empty()), "stop_reason": one.stop});
+                if self.told_prompt.is_some() {
+                    choice["token_ids"] = one.reports.iter().map(|report| report.id).collect();
+                }
+                choice
             })
             .collect();
         let mut answer = self.envelope.json("chat.completion");
+        if let Some(prompt) = &self.told_prompt {
+            answer["prompt_token_ids"] = json!(prompt);
+        }
         answer["choices"] = json!(choices);
         answer["usage"] = usage_json(&usage);
         answer
@@ -177,9 +196,13 @@ impl ChatFrame {
 #[derive(Debug, Clone, Default)]
 struct Choice {
     begun: bool,
+    /// The ids of the prompt's tokens were told.
+    told: bool,
     n_calls: usize,
     /// Tokens whose text is not certain yet: their reports wait for it.
     reports: Vec<TokenReport>,
+    /// Tokens that are to be told and that no chunk has told of yet.
+    ids: Vec<u32>,
     n_tokens: usize,
 }
 
@@ -191,10 +214,16 @@ struct ChatWriter {
 }
 
 impl ChatWriter {
-    fn chunk(&self, choice: usize, delta: &Value, logprobs: &Value, finish: Option<&str>) -> Frame {
+    fn chunk(&mut self, choice: usize, delta: &Value, logprobs: &Value, finish: Option<&str>) -> Frame {
         let mut chunk = self.frame.envelope.json("chat.completion.chunk");
         chunk["choices"] =
             json!([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
+        if let Some(prompt) = &self.frame.told_prompt {
+            if !std::mem::replace(&mut self.choices[choice].told, true) {
+                chunk["prompt_token_ids"] = json!(prompt);
+            }
+            chunk["choices"][0]["token_ids"] = json!(std::mem::take(&mut self.choices[choice].ids));
+        }
         if self.streams.every_chunk {
             let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
             let prompt_tokens = self.frame.prompt_tokens;
@@ -205,10 +234,22 @@ impl ChatWriter {
         Frame::data(chunk.to_string())
     }
 
+    fn report(&mut self, choice: usize, report: TokenReport) {
+        let state = &mut self.choices[choice];
+        state.n_tokens += 1;
+        if self.frame.told_prompt.is_some() {
+            state.ids.push(report.id);
+        }
+        if self.frame.logprobs {
+            state.reports.push(report);
+        }
+    }
+
     fn parts(&mut self, choice: usize, parts: Vec<Part>, frames: &mut Vec<Frame>) {
         for part in parts {
             let delta = match part {
                 Part::Content(text) => json!({"content": text}),
+                Part::Reasoning(_) if !self.frame.shows_thoughts => continue,
                 Part::Reasoning(text) => json!({"reasoning_content": text}),
                 Part::Call(call) => {
                     let index = self.choices[choice].n_calls;
@@ -239,13 +280,13 @@ impl Writer for ChatWriter {
         match delta {
             Delta::Prompt(_) => {}
             Delta::Token { parts, report } => {
-                self.choices[choice].n_tokens += 1;
-                if self.frame.logprobs {
-                    self.choices[choice].reports.push(report);
-                }
+                self.report(choice, report);
                 self.parts(choice, parts, &mut frames);
             }
             Delta::End(ending) => {
+                if let Some(report) = ending.report {
+                    self.report(choice, report);
+                }
                 self.parts(choice, ending.parts, &mut frames);
                 let reports = std::mem::take(&mut self.choices[choice].reports);
                 let logprobs = if reports.is_empty() { Value::Null } else { self.frame.logprobs(&reports) };

@@ -43,9 +43,11 @@ fn read(
     entry: Entry,
 ) -> Result<(Job, TextFrame, Streams), ApiError> {
     body.unsupported("suffix", &[json!("")])?;
+    body.unsupported("thinking_token_budget", &[])?;
+    body.hints()?;
     let wants_prompt = prompt_logprobs(body)?;
     let adapter = server.model(body.text("model")?)?;
-    let mut sampling = sampling::read(body, server.fresh_seed())?;
+    let mut sampling = sampling::read(body, &server.state.defaults, server.fresh_seed())?;
     if sampling.max_tokens.is_none() {
         // OpenAI's default for this API.
         sampling.max_tokens = Some(16.max(sampling.params.min_tokens));
@@ -63,7 +65,9 @@ fn read(
     let placement = Placement::read(body, &server.state.limits)?;
     let format = format::read(body)?;
     let special = body.flag("add_special_tokens")?.unwrap_or(true);
-    let prompts = prompts(body, server, special)?;
+    let mut prompts = prompts(body, server, special)?;
+    let context_tokens = server.state.engine.limits().context_tokens;
+    sampling::truncate(body, context_tokens, sampling.max_tokens, &mut prompts)?;
     let frame = TextFrame {
         envelope: server.envelope(body, "cmpl")?,
         server: Arc::clone(server),
@@ -71,6 +75,7 @@ fn read(
         prompt_tokens: prompts.iter().map(Vec::len).sum(),
         echoed: echo.then(|| prompts.clone()),
         scored: wants_prompt.then(|| prompts.clone()),
+        told: body.flag("return_token_ids")?.unwrap_or(false).then(|| prompts.clone()),
         n: sampling.n,
     };
     let ask = Ask {
@@ -134,6 +139,8 @@ struct TextFrame {
     echoed: Option<Vec<Vec<u32>>>,
     /// The prompts, when their log-probabilities are reported.
     scored: Option<Vec<Vec<u32>>>,
+    /// The prompts, when the ids of their tokens and of the answers' are reported.
+    told: Option<Vec<Vec<u32>>>,
     /// Choices for each prompt.
     n: usize,
 }
@@ -168,6 +175,10 @@ impl TextFrame {
                 choice["prompt_logprobs"] =
                     logprobs::prompt(&self.server.vocabulary, prompt, &one.prompt_logprobs);
             }
+            if let Some(prompts) = &self.told {
+                choice["prompt_token_ids"] = json!(prompts[index / self.n]);
+                choice["token_ids"] = one.reports.iter().map(|report| report.id).collect();
+            }
             choices.push(choice);
         }
         let usages: Vec<Usage> = collected.iter().map(|one| one.usage).collect();
@@ -181,6 +192,10 @@ impl TextFrame {
 #[derive(Debug, Clone, Default)]
 struct Choice {
     reports: Vec<TokenReport>,
+    /// Tokens that are to be told and that no chunk has told of yet.
+    ids: Vec<u32>,
+    /// The ids of the prompt's tokens were told.
+    told: bool,
     offset: usize,
     n_tokens: usize,
 }
@@ -201,6 +216,12 @@ impl TextWriter {
         let mut chunk = self.frame.envelope.json("text_completion");
         chunk["choices"] =
             json!([{"index": choice, "text": text, "logprobs": report, "finish_reason": finish}]);
+        if let Some(prompts) = &self.frame.told {
+            if !std::mem::replace(&mut state.told, true) {
+                chunk["choices"][0]["prompt_token_ids"] = json!(prompts[choice / self.frame.n]);
+            }
+            chunk["choices"][0]["token_ids"] = json!(std::mem::take(&mut state.ids));
+        }
         if self.streams.every_chunk {
             let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
             let prompt_tokens = self.frame.prompt_tokens;
@@ -226,6 +247,9 @@ impl Writer for TextWriter {
         let (parts, report, ending) = delta.split();
         if let Some(report) = report {
             self.choices[choice].n_tokens += 1;
+            if self.frame.told.is_some() {
+                self.choices[choice].ids.push(report.id);
+            }
             if self.frame.logprobs {
                 self.choices[choice].reports.push(report);
             }

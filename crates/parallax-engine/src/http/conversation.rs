@@ -143,8 +143,9 @@ pub(super) fn responses(body: &Fields<'_>) -> Result<Vec<Value>, ApiError> {
         Some(Value::Array(_)) => {
             let items = body.list("input")?.unwrap_or_default();
             within_limits(body, "input", items.len())?;
+            let mut thoughts = String::new();
             for (path, item) in items {
-                responses_item(&Fields::of(item, path)?, &mut messages)?;
+                responses_item(&Fields::of(item, path)?, &mut messages, &mut thoughts)?;
             }
         }
         Some(other) => return Err(wrong("input", "a string or a list of items", other)),
@@ -152,14 +153,27 @@ pub(super) fn responses(body: &Fields<'_>) -> Result<Vec<Value>, ApiError> {
     Ok(messages)
 }
 
-fn responses_item(item: &Fields<'_>, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+/// Adds an item to the messages. `thoughts` are those of the items before it that no message has yet.
+fn responses_item(
+    item: &Fields<'_>,
+    messages: &mut Vec<Value>,
+    thoughts: &mut String,
+) -> Result<(), ApiError> {
     match item.text("type")?.unwrap_or("message") {
         "message" => {
             let roles =
                 [("system", "system"), ("developer", "system"), ("user", "user"), ("assistant", "assistant")];
             let role = item.choice("role", &roles)?.ok_or_else(|| item.missing("role"))?;
             let content = text_content(item, "content", &["text", "input_text", "output_text", "refusal"])?;
-            messages.push(json!({"role": role, "content": content.ok_or_else(|| item.missing("content"))?}));
+            let mut message =
+                json!({"role": role, "content": content.ok_or_else(|| item.missing("content"))?});
+            if role == "assistant" {
+                attach(thoughts, &mut message);
+            } else {
+                // What they led to was left out: they are nobody's.
+                thoughts.clear();
+            }
+            messages.push(message);
         }
         "function_call" => {
             let id = item.required_text("call_id")?;
@@ -168,11 +182,18 @@ fn responses_item(item: &Fields<'_>, messages: &mut Vec<Value>) -> Result<(), Ap
             // Calls that follow each other belong to one turn.
             let last = messages.last_mut().filter(|m| m["role"] == "assistant");
             match last {
-                Some(message) => match message.get_mut("tool_calls").and_then(Value::as_array_mut) {
-                    Some(calls) => calls.push(call),
-                    None => message["tool_calls"] = json!([call]),
-                },
-                None => messages.push(json!({"role": "assistant", "content": "", "tool_calls": [call]})),
+                Some(message) => {
+                    attach(thoughts, message);
+                    match message.get_mut("tool_calls").and_then(Value::as_array_mut) {
+                        Some(calls) => calls.push(call),
+                        None => message["tool_calls"] = json!([call]),
+                    }
+                }
+                None => {
+                    let mut message = json!({"role": "assistant", "content": "", "tool_calls": [call]});
+                    attach(thoughts, &mut message);
+                    messages.push(message);
+                }
             }
         }
         "function_call_output" => {
@@ -181,11 +202,34 @@ fn responses_item(item: &Fields<'_>, messages: &mut Vec<Value>) -> Result<(), Ap
             let output = output.ok_or_else(|| item.missing("output"))?;
             messages.push(json!({"role": "tool", "tool_call_id": id, "content": output}));
         }
-        // Thoughts of earlier turns are not shown to models again.
-        "reasoning" => {}
+        // Which thoughts a model sees again is for its template to say.
+        "reasoning" => {
+            let content = text_content(item, "content", &["reasoning_text"])?;
+            let summary = text_content(item, "summary", &["summary_text"])?;
+            let told = [content, summary].into_iter().flatten().find(|text| !text.is_empty());
+            add_thoughts(thoughts, &told.unwrap_or_default());
+        }
         other => return Err(item.fault("type", format!("{other:?} is not supported by this server"))),
     }
     Ok(())
+}
+
+/// Gives a message of the assistant the thoughts before it.
+fn attach(thoughts: &mut String, message: &mut Value) {
+    if thoughts.is_empty() {
+        return;
+    }
+    let mut all = message["reasoning_content"].as_str().unwrap_or_default().to_owned();
+    add_thoughts(&mut all, thoughts);
+    thoughts.clear();
+    message["reasoning_content"] = json!(all);
+}
+
+fn add_thoughts(all: &mut String, more: &str) {
+    if !all.is_empty() && !more.is_empty() {
+        all.push('\n');
+    }
+    all.push_str(more);
 }
 
 /// Takes an assistant's message from the end, which the answer is to continue.
@@ -237,6 +281,27 @@ mod tests {
         assert_eq!(got.len(), 4);
         assert_eq!(got[2]["tool_calls"].as_array().unwrap().len(), 2);
         assert_eq!(got[3]["role"], "tool");
+    }
+
+    #[test]
+    fn thoughts_of_the_responses_api_stay_with_what_they_led_to() {
+        let thinks = |text: &str| json!({"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]});
+        let calls =
+            |id: &str| json!({"type": "function_call", "call_id": id, "name": "w", "arguments": "{}"});
+        let answers = |id: &str| json!({"type": "function_call_output", "call_id": id, "output": "1"});
+        let body = json!({"input": [
+            {"role": "user", "content": "q"},
+            thinks("a"), thinks("b"), calls("c1"), thinks("c"), calls("c2"), answers("c1"), answers("c2"),
+            // As OpenAI gives them: a summary.
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "d"}], "encrypted_content": "?"},
+            {"role": "assistant", "content": "hot"},
+            thinks("of an answer that was cut off"),
+            {"role": "user", "content": "so?"}, calls("c3"), answers("c3"),
+        ]});
+        let got = responses(&Fields::of(&body, "").unwrap()).unwrap();
+        let thoughts: Vec<Option<&str>> = got.iter().map(|m| m["reasoning_content"].as_str()).collect();
+        assert_eq!(thoughts, [None, Some("a\nb\nc"), None, None, Some("d"), None, None, None]);
+        assert_eq!(got[1]["tool_calls"].as_array().unwrap().len(), 2);
     }
 
     #[test]

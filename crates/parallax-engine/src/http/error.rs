@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -60,6 +61,12 @@ impl ApiError {
     pub fn method_not_allowed() -> Self {
         let message = "this route does not take that HTTP method";
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// 408: the body did not arrive in time.
+    pub fn timed_out(limit: Duration) -> Self {
+        let message = format!("the request body did not arrive within {limit:?}");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "timeout_error", message)
     }
 
     /// 413: the body is too large.
@@ -119,6 +126,10 @@ impl ApiError {
             let value = HeaderValue::from_str(&seconds.to_string()).expect("digits are a header value");
             response.headers_mut().insert(header::RETRY_AFTER, value);
         }
+        if self.status == StatusCode::REQUEST_TIMEOUT {
+            // The rest of the body would be taken for the next request (RFC 9110, 15.5.9).
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         response
     }
 
@@ -142,6 +153,12 @@ impl From<RequestError> for ApiError {
             | RequestError::UnknownToken { .. } => Self::invalid(Some("prompt"), text),
             RequestError::UnknownAdapter { .. } => Self::not_found(text),
         }
+    }
+}
+
+impl From<PathRejection> for ApiError {
+    fn from(rejection: PathRejection) -> Self {
+        Self::invalid(None, format!("the path cannot be read: {}", rejection.body_text()))
     }
 }
 

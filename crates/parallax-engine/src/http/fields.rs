@@ -1,6 +1,6 @@
 //! Reading request bodies: every complaint names the field by its path, such as `messages[2].content[0].text`.
 //!
-//! `null` counts as absent, as OpenAI's clients send it. Fields that nobody reads are ignored: clients are newer than
+//! `null` counts as absent, as OpenAI's clients send it. Fields that nobody knows are ignored: clients are newer than
 //! servers.
 
 use std::ops::RangeInclusive;
@@ -196,6 +196,22 @@ impl<'a> Fields<'a> {
         self.fault(name, "is missing")
     }
 
+    /// Fields of OpenAI's that tell its servers something and change no answer here: of the right type they must be all the
+    /// same.
+    pub(super) fn hints(&self) -> Result<(), ApiError> {
+        for name in
+            ["user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"]
+        {
+            self.text(name)?;
+        }
+        for name in ["metadata", "prediction"] {
+            self.object(name)?;
+        }
+        self.flag("store")?;
+        self.choice("verbosity", &[("low", ()), ("medium", ()), ("high", ())])?;
+        Ok(())
+    }
+
     /// 400 when the field is there and is not one of the harmless values.
     pub(super) fn unsupported(&self, name: &str, harmless: &[Value]) -> Result<(), ApiError> {
         match self.get(name) {
@@ -237,6 +253,16 @@ mod tests {
         ] {
             assert!(error.to_string().contains(words), "{error} / {words}");
         }
+        for hint in [
+            json!({"user": 1}),
+            json!({"metadata": "a"}),
+            json!({"store": "no"}),
+            json!({"verbosity": "mute"}),
+        ] {
+            assert!(Fields::of(&hint, "").unwrap().hints().is_err(), "{hint}");
+        }
+        let hints = json!({"user": "ann", "metadata": {"a": "b"}, "store": true, "verbosity": "low", "prediction": null});
+        assert!(Fields::of(&hints, "").unwrap().hints().is_ok());
         assert_eq!(root.text("none").unwrap(), None);
         assert_eq!(root.integer("n", 0..=9).unwrap(), Some(3));
     }

@@ -1,9 +1,14 @@
 //! What an answer must look like: `response_format`, and vLLM's guided fields.
 
+#[cfg(feature = "structured")]
+mod or_calls;
+
 use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
+#[cfg(feature = "structured")]
+pub(super) use or_calls::CallsOrForm;
 
 /// Alternatives of `guided_choice`.
 const MAX_CHOICES: usize = 1024;
@@ -23,6 +28,27 @@ pub(super) enum Form {
     Regex(String),
     Grammar(String),
     Choice(Vec<String>),
+}
+
+#[cfg(feature = "structured")]
+impl Form {
+    /// It says what an answer's JSON is, and nothing of calls: those may stand in its place. Expressions, grammars and choices
+    /// say what the text is, calls in it included.
+    pub(super) fn leaves_calls(&self) -> bool {
+        matches!(self, Self::Schema(_) | Self::Object)
+    }
+
+    /// What the compiler takes.
+    pub(super) fn spec(&self) -> crate::structured::GrammarSpec {
+        use crate::structured::GrammarSpec;
+        match self.clone() {
+            Self::Schema(schema) => GrammarSpec::JsonSchema(schema),
+            Self::Object => GrammarSpec::JsonObject,
+            Self::Regex(regex) => GrammarSpec::Regex(regex),
+            Self::Grammar(grammar) => GrammarSpec::Grammar(grammar),
+            Self::Choice(choices) => GrammarSpec::Choice(choices),
+        }
+    }
 }
 
 /// `response_format` of the chat API, and vLLM's `guided_json`, `guided_regex`, `guided_grammar`, `guided_choice` or
@@ -94,17 +120,28 @@ pub(super) fn response_format(
     Ok(Some(Format { field, form }))
 }
 
-/// `output_config.format` of the messages API: `{"type": "json_schema", "schema": ..}`.
+/// `output_config.format` of the messages API, `{"type": "json_schema", "schema": ..}`, and `output_format`, its first name.
 ///
 /// # Errors
 /// 400 naming the field.
 pub(super) fn output_config(body: &Fields<'_>) -> Result<Option<Format>, ApiError> {
-    let Some(config) = body.object("output_config")? else { return Ok(None) };
-    let Some(format) = config.object("format")? else { return Ok(None) };
+    let mut newer = None;
+    if let Some(config) = body.object("output_config")? {
+        config.unsupported("effort", &[json!("high")])?;
+        newer = config.object("format")?;
+    }
+    let (field, format) = match (newer, body.object("output_format")?) {
+        (None, None) => return Ok(None),
+        (Some(format), None) => ("output_config.format", format),
+        (None, Some(format)) => ("output_format", format),
+        (Some(_), Some(_)) => {
+            return Err(body.fault("output_format", "and output_config.format both ask for a form: use one"));
+        }
+    };
     format.choice("type", &[("json_schema", ())])?.ok_or_else(|| format.missing("type"))?;
     let schema = format.get("schema").ok_or_else(|| format.missing("schema"))?;
     let form = Form::Schema(schema_of(schema, &format.path("schema"))?);
-    Ok(Some(Format { field: "output_config.format", form }))
+    Ok(Some(Format { field, form }))
 }
 
 fn guide(fields: &Fields<'_>, name: &str, kind: &str) -> Result<Form, ApiError> {
@@ -192,5 +229,27 @@ mod tests {
             let error = format(&body).expect_err(&body.to_string()).to_string();
             assert!(error.contains(name), "{body}: {error}");
         }
+    }
+
+    #[test]
+    fn anthropics_format_has_two_names() {
+        let format = json!({"type": "json_schema", "schema": {"type": "integer"}});
+        let read = |body: Value| output_config(&Fields::of(&body, "").unwrap());
+        let wanted = Form::Schema(json!({"type": "integer"}));
+        for (body, field) in [
+            (json!({"output_config": {"format": format, "effort": "high"}}), "output_config.format"),
+            (json!({"output_format": format}), "output_format"),
+        ] {
+            assert_eq!(read(body).unwrap(), Some(Format { field, form: wanted.clone() }));
+        }
+        for (body, name) in [
+            (json!({"output_format": format, "output_config": {"format": format}}), "output_format"),
+            (json!({"output_format": {"type": "json_schema"}}), "output_format.schema"),
+            (json!({"output_config": {"effort": "low"}}), "output_config.effort"),
+        ] {
+            let error = read(body.clone()).expect_err(&body.to_string()).to_string();
+            assert!(error.contains(name), "{body}: {error}");
+        }
+        assert_eq!(read(json!({"output_config": {}})).unwrap(), None);
     }
 }

@@ -1,18 +1,46 @@
-//! Who may come in: keys, requests per minute, requests at the same time.
+//! Who may come in: keys, requests per minute, requests at the same time, pages from elsewhere; and who was sent away.
 //!
 //! Keys are compared by their hashes, in constant time. Every key has a rate of its own; without keys all clients share one.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use super::error::ApiError;
 
 /// Largest request body by default: a long context as JSON.
 pub const DEFAULT_BODY_LIMIT_BYTES: usize = 8 * 1024 * 1024;
+
+/// Headers that pages from elsewhere may send; from the seventh on, those that the clients of OpenAI and Anthropic add of
+/// their own.
+const SENT_HEADERS: [&str; 17] = [
+    "content-type",
+    "authorization",
+    "x-api-key",
+    "anthropic-version",
+    "anthropic-beta",
+    "x-request-id",
+    "anthropic-dangerous-direct-browser-access",
+    "x-stainless-arch",
+    "x-stainless-helper-method",
+    "x-stainless-lang",
+    "x-stainless-os",
+    "x-stainless-package-version",
+    "x-stainless-poll-helper",
+    "x-stainless-retry-count",
+    "x-stainless-runtime",
+    "x-stainless-runtime-version",
+    "x-stainless-timeout",
+];
+/// Headers of answers that they may read.
+const SHOWN_HEADERS: [&str; 3] = ["x-request-id", "request-id", "retry-after"];
+
+/// Statuses of refusals that are counted one by one.
+const COUNTED: [u16; 10] = [400, 401, 404, 405, 408, 413, 415, 429, 500, 503];
 
 /// Limits of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +55,28 @@ pub struct HttpLimits {
     pub requests_per_minute: Option<u32>,
     /// Clients may put their requests before those of others (a negative `priority`); behind them they always may.
     pub urgent_requests: bool,
+    /// How long a client may take to send the head of a request, and then its body. A connection that is idle for as long
+    /// is closed.
+    pub read_time: Duration,
+    /// Origins whose pages may use this server in a browser; `*` is all of them, none leaves it to its own pages.
+    pub allow_origins: Vec<HeaderValue>,
+}
+
+impl HttpLimits {
+    /// What browsers are told about pages from elsewhere; nothing when none may come.
+    pub(super) fn cors(&self) -> Option<CorsLayer> {
+        let origins = &self.allow_origins;
+        if origins.is_empty() {
+            return None;
+        }
+        let all = origins.iter().any(|origin| origin == "*");
+        let origin = if all { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
+        let cors = CorsLayer::new().allow_origin(origin).allow_methods([Method::GET, Method::POST]);
+        let named = |names: &[&'static str]| -> Vec<HeaderName> {
+            names.iter().copied().map(HeaderName::from_static).collect()
+        };
+        Some(cors.allow_headers(named(&SENT_HEADERS)).expose_headers(named(&SHOWN_HEADERS)))
+    }
 }
 
 impl Default for HttpLimits {
@@ -37,6 +87,8 @@ impl Default for HttpLimits {
             concurrent_requests: 1024,
             requests_per_minute: None,
             urgent_requests: false,
+            read_time: Duration::from_secs(30),
+            allow_origins: Vec::new(),
         }
     }
 }
@@ -67,6 +119,26 @@ impl Bucket {
     }
 }
 
+/// Requests that were answered with an error, by status. One that fails in the middle of a stream is none of them.
+#[derive(Debug, Default)]
+pub(super) struct Refusals([AtomicU64; COUNTED.len() + 1]);
+
+impl Refusals {
+    /// Counts an answer, if it is one.
+    pub(super) fn count(&self, status: StatusCode) {
+        if status.is_client_error() || status.is_server_error() {
+            let place = COUNTED.iter().position(|counted| *counted == status.as_u16());
+            self.0[place.unwrap_or(COUNTED.len())].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many there were of each status; at last, of all others.
+    pub(super) fn counts(&self) -> impl Iterator<Item = (String, u64)> {
+        let codes = COUNTED.into_iter().map(|code| code.to_string()).chain(["other".to_owned()]);
+        codes.zip(self.0.iter().map(|n| n.load(Ordering::Relaxed)))
+    }
+}
+
 /// The gate of one server.
 #[derive(Debug)]
 pub(super) struct Gate {
@@ -78,6 +150,7 @@ pub(super) struct Gate {
     concurrent_requests: u32,
     closed: AtomicBool,
     opened: Instant,
+    pub(super) refusals: Refusals,
 }
 
 impl Gate {
@@ -95,6 +168,7 @@ impl Gate {
             concurrent_requests,
             closed: AtomicBool::new(false),
             opened: Instant::now(),
+            refusals: Refusals::default(),
         }
     }
 
@@ -106,7 +180,7 @@ impl Gate {
         if self.keys.is_empty() {
             return Ok(0);
         }
-        let text = |name| headers.get(name).and_then(|value: &axum::http::HeaderValue| value.to_str().ok());
+        let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let bearer = text(header::AUTHORIZATION.as_str()).and_then(|v| v.strip_prefix("Bearer "));
         let sent = blake3::hash(bearer.or_else(|| text("x-api-key")).unwrap_or_default().trim().as_bytes());
         self.keys.iter().position(|key| *key == sent).ok_or_else(ApiError::unauthorized)
@@ -193,6 +267,17 @@ mod tests {
         assert_eq!(sent("x-api-key", "three"), None);
         assert_eq!(sent("authorization", "two"), None);
         assert_eq!(gate.key(&HeaderMap::new()).ok(), None);
+    }
+
+    #[test]
+    fn refusals_are_counted_by_status_with_one_place_for_the_rest() {
+        let refusals = Refusals::default();
+        for status in [200, 429, 404, 429, 418, 511, 302] {
+            refusals.count(StatusCode::from_u16(status).unwrap());
+        }
+        let counts: Vec<_> = refusals.counts().filter(|(_, n)| *n > 0).collect();
+        assert_eq!(counts, [("404".to_owned(), 1), ("429".to_owned(), 2), ("other".to_owned(), 2)]);
+        assert_eq!(refusals.counts().count(), COUNTED.len() + 1);
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Delta {
         match self {
             Self::Prompt(_) => (Vec::new(), None, None),
             Self::Token { parts, report } => (parts, Some(report), None),
-            Self::End(mut ending) => (std::mem::take(&mut ending.parts), None, Some(ending)),
+            Self::End(mut ending) => (std::mem::take(&mut ending.parts), ending.report.take(), Some(ending)),
         }
     }
 }
@@ -54,6 +54,8 @@ impl Delta {
 pub(super) struct Ending {
     /// What was held back until now.
     pub parts: Vec<Part>,
+    /// The token that ended a stop string: it comes with the end.
+    pub report: Option<TokenReport>,
     pub reason: FinishReason,
     /// The stop string that was met.
     pub stop: Option<String>,
@@ -172,7 +174,8 @@ impl Generation {
             completion_tokens: self.n_tokens,
             reasoning_tokens: self.n_reasoning,
         };
-        Ok(Delta::End(Ending { parts, reason: FinishReason::Stop, stop: Some(stop), usage }))
+        let (report, reason) = (Some(report), FinishReason::Stop);
+        Ok(Delta::End(Ending { parts, report, reason, stop: Some(stop), usage }))
     }
 
     fn text_of(&mut self, id: u32) -> Result<String, ApiError> {
@@ -233,6 +236,6 @@ impl Generation {
         parts.extend(self.rest());
         let reason = if stop.is_some() { FinishReason::Stop } else { reason };
         let usage = Usage { reasoning_tokens: self.n_reasoning, ..usage };
-        Ok(Delta::End(Ending { parts, reason, stop, usage }))
+        Ok(Delta::End(Ending { parts, report: None, reason, stop, usage }))
     }
 }

@@ -47,20 +47,23 @@ fn read(
 ) -> Result<(Job, MessageFrame, usize, bool), ApiError> {
     let asked = Asked::read(server, body)?;
     let max_tokens = body.count("max_tokens", 1, MAX_TOKENS)?.ok_or_else(|| body.missing("max_tokens"))?;
+    let defaults = &server.state.defaults;
     let params = SamplingParams {
-        temperature: body.number("temperature", 0.0..=1.0)?.unwrap_or(1.0),
-        top_p: body.number("top_p", f32::MIN_POSITIVE..=1.0)?.unwrap_or(1.0),
-        top_k: body.count("top_k", 0, i64::from(i32::MAX))?.unwrap_or(0),
-        seed: server.fresh_seed(),
+        temperature: body.number("temperature", 0.0..=1.0)?.unwrap_or(defaults.temperature),
+        top_p: body.number("top_p", f32::MIN_POSITIVE..=1.0)?.unwrap_or(defaults.top_p),
+        top_k: body.count("top_k", 0, i64::from(i32::MAX))?.unwrap_or(defaults.top_k),
+        // These two are vLLM's.
+        min_p: body.number("min_p", 0.0..=0.999)?.unwrap_or(defaults.min_p),
+        repetition_penalty: defaults.repetition_penalty,
+        seed: body
+            .integer("seed", i64::MIN..=i64::MAX)?
+            .map_or_else(|| server.fresh_seed(), i64::cast_unsigned),
         ..SamplingParams::default()
     };
     let sampling = Sampling {
-        params,
         max_tokens: Some(max_tokens),
         stops: body.texts("stop_sequences", MAX_STOPS)?,
-        n: 1,
-        ignore_eos: false,
-        include_stop: false,
+        ..Sampling::new(params)
     };
     if let Thinking::AtMost(budget) = asked.thinking
         && budget >= max_tokens
@@ -132,6 +135,13 @@ impl Asked {
         let adapter = server.model(Some(body.required_text("model")?))?;
         body.unsupported("mcp_servers", &[json!([])])?;
         body.unsupported("container", &[])?;
+        body.unsupported("context_management", &[json!({}), json!({"edits": []})])?;
+        // What tells others something and changes no answer here.
+        if let Some(metadata) = body.object("metadata")? {
+            metadata.text("user_id")?;
+        }
+        body.text("service_tier")?;
+        body.object("cache_control")?;
         let tools = tools::anthropic(body)?;
         let mut rendering = Rendering { opens_turn: true, ..Rendering::default() };
         let mut thinks = Thinking::AsItLikes;
@@ -491,8 +501,13 @@ mod tests {
         let call = ToolCall { name: "w".into(), arguments: "{}".into(), texts: vec![] };
         frames.extend(writer.delta(0, token(vec![Part::Call(call)])));
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 5, reasoning_tokens: 0 };
-        let end =
-            Ending { parts: vec![Part::Content("\n".into())], reason: FinishReason::Stop, stop: None, usage };
+        let end = Ending {
+            parts: vec![Part::Content("\n".into())],
+            report: None,
+            reason: FinishReason::Stop,
+            stop: None,
+            usage,
+        };
         frames.extend(writer.delta(0, Delta::End(end)));
         frames.extend(writer.end());
         assert_eq!(

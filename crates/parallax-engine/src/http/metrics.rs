@@ -2,11 +2,26 @@
 
 use std::fmt::Write as _;
 
+use super::gate::Refusals;
 use crate::metrics::{EngineMetrics, Histogram};
 
-/// The metrics of the engine that serves `model`, in Prometheus' text format 0.0.4.
-pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
-    let label = format!("model_name=\"{}\"", model.replace(['\\', '"', '\n'], "_"));
+/// What there is to report.
+#[derive(Debug)]
+pub(super) struct Scrape<'a> {
+    pub engine: &'a EngineMetrics,
+    /// Positions of one cache page.
+    pub page_tokens: usize,
+    pub model: &'a str,
+    pub refusals: &'a Refusals,
+    /// Memory of this process, where the system tells.
+    pub resident_bytes: Option<u64>,
+    pub unix_seconds: u64,
+}
+
+/// In Prometheus' text format 0.0.4.
+pub(super) fn text(scrape: &Scrape<'_>) -> String {
+    let engine = scrape.engine;
+    let label = format!("model_name=\"{}\"", clean(scrape.model));
     let mut text = String::new();
     let mut one = |name: &str, kind: &str, help: &str, value: f64| {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{{{label}}} {value}");
@@ -59,6 +74,30 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
     ] {
         let _ = writeln!(text, "{name}{{{label},finished_reason=\"{reason}\"}} {n}");
     }
+    let name = "parallax:http_refusals_total";
+    let _ =
+        writeln!(text, "# HELP {name} Requests answered with an error, by status.\n# TYPE {name} counter");
+    for (code, n) in scrape.refusals.counts() {
+        let _ = writeln!(text, "{name}{{{label},code=\"{code}\"}} {n}");
+    }
+    let name = "vllm:cache_config_info";
+    let _ = writeln!(text, "# HELP {name} Size of the cache.\n# TYPE {name} gauge");
+    let (page_tokens, pages) = (scrape.page_tokens, engine.pages);
+    let _ = writeln!(text, "{name}{{{label},block_size=\"{page_tokens}\",num_gpu_blocks=\"{pages}\"}} 1");
+    let name = "vllm:lora_requests_info";
+    let help = "Adapters of running and of waiting requests; the value is the time of this report.";
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
+    let list = |names: &[String]| names.iter().map(|name| clean(name)).collect::<Vec<_>>().join(",");
+    let (running, waiting) = (list(&engine.running_adapters), list(&engine.waiting_adapters));
+    let _ = writeln!(
+        text,
+        "{name}{{{label},running_lora_adapters=\"{running}\",waiting_lora_adapters=\"{waiting}\"}} {}",
+        scrape.unix_seconds
+    );
+    if let Some(bytes) = scrape.resident_bytes {
+        let name = "process_resident_memory_bytes";
+        let _ = writeln!(text, "# HELP {name} Memory of this process.\n# TYPE {name} gauge\n{name} {bytes}");
+    }
     let times = &engine.latencies;
     let histograms = [
         ("time_to_first_token_seconds", "From submission to the first token.", &times.time_to_first_token),
@@ -67,6 +106,11 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
         ("request_queue_time_seconds", "From submission to the first step.", &times.queue),
         ("request_prefill_time_seconds", "From the first step to the first token.", &times.prefill),
         ("request_decode_time_seconds", "From the first token to the last one.", &times.decode),
+        (
+            "request_time_per_output_token_seconds",
+            "Of each request, the mean time between two of its tokens.",
+            &times.time_per_token,
+        ),
         ("request_inference_time_seconds", "From the first step to the last token.", &times.inference),
         ("request_prompt_tokens", "Tokens of prompts.", &times.prompt_tokens),
         ("request_generation_tokens", "Tokens of answers.", &times.generated_tokens),
@@ -76,6 +120,23 @@ pub(super) fn text(engine: &EngineMetrics, model: &str) -> String {
         histogram(&mut text, &label, &format!("vllm:{name}"), help, observed);
     }
     text
+}
+
+/// What this process has in memory, where there is a /proc.
+pub(super) fn resident_bytes() -> Option<u64> {
+    resident_of(&std::fs::read_to_string("/proc/self/status").ok()?)
+}
+
+/// The line `VmRSS: N kB` (proc_pid_status(5)).
+fn resident_of(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Text that cannot break out of a label.
+fn clean(text: &str) -> String {
+    text.replace(['\\', '"', '\n'], "_")
 }
 
 fn histogram(text: &mut String, label: &str, name: &str, help: &str, histogram: &Histogram) {
@@ -94,10 +155,36 @@ mod tests {
 
     #[test]
     fn every_line_is_a_comment_or_a_sample_and_names_cannot_break_out() {
-        let mut engine =
-            EngineMetrics { running: 2, generated_tokens: 7, speculations: 3, ..EngineMetrics::default() };
+        let mut engine = EngineMetrics {
+            running: 2,
+            pages: 64,
+            generated_tokens: 7,
+            speculations: 3,
+            running_adapters: vec!["par\"rot".into(), "pirate".into()],
+            ..EngineMetrics::default()
+        };
         engine.latencies.inter_token.observe(0.02);
-        let text = text(&engine, "a\"b\n");
+        let refusals = Refusals::default();
+        refusals.count(axum::http::StatusCode::TOO_MANY_REQUESTS);
+        let text = text(&Scrape {
+            engine: &engine,
+            page_tokens: 16,
+            model: "a\"b\n",
+            refusals: &refusals,
+            resident_bytes: Some(4096),
+            unix_seconds: 1_750_000_000,
+        });
+        for line in [
+            "parallax:http_refusals_total{model_name=\"a_b_\",code=\"429\"} 1",
+            "parallax:http_refusals_total{model_name=\"a_b_\",code=\"other\"} 0",
+            "vllm:cache_config_info{model_name=\"a_b_\",block_size=\"16\",num_gpu_blocks=\"64\"} 1",
+            "vllm:lora_requests_info{model_name=\"a_b_\",running_lora_adapters=\"par_rot,pirate\",\
+             waiting_lora_adapters=\"\"} 1750000000",
+            "process_resident_memory_bytes 4096",
+            "vllm:request_time_per_output_token_seconds_count{model_name=\"a_b_\"} 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} in {text}");
+        }
         assert!(text.contains("vllm:generation_tokens_total{model_name=\"a_b_\"} 7"), "{text}");
         assert!(text.contains("vllm:spec_decode_num_drafts_total{model_name=\"a_b_\"} 3"), "{text}");
         assert!(
@@ -114,5 +201,12 @@ mod tests {
                 "{line}"
             );
         }
+    }
+
+    #[test]
+    fn the_memory_of_this_process_is_read_where_the_system_tells() {
+        assert_eq!(resident_of("VmPeak:\t 9 kB\nVmRSS:\t   1234 kB\n"), Some(1234 * 1024));
+        assert_eq!(resident_of("Name:\tparallax\n"), None);
+        assert_eq!(resident_bytes().is_some(), cfg!(target_os = "linux"));
     }
 }

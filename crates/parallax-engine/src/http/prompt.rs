@@ -1,15 +1,14 @@
 //! A conversation becomes the text that the model continues, by the model's own template.
 
-use std::time::SystemTime;
-
 use parallax_model::Conversation;
+use parallax_model::chat_template::DateTime;
 use serde_json::{Map, Value, json};
 
 use super::conversation::take_prefill;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::tools::Tools;
-use super::{Server, turns};
+use super::{Server, turns, unix_seconds};
 
 /// A rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,13 +41,7 @@ impl Rendering {
                 variables.insert(name.to_owned(), value.clone());
             });
         }
-        let efforts = [
-            ("none", "none"),
-            ("minimal", "minimal"),
-            ("low", "low"),
-            ("medium", "medium"),
-            ("high", "high"),
-        ];
+        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
         if let Some(effort) = body.choice("reasoning_effort", &efforts)? {
             variables.insert("reasoning_effort".to_owned(), json!(effort));
             // Qwen's and its kin's templates know only on and off.
@@ -89,7 +82,7 @@ impl Server {
             messages,
             tools,
             variables: rendering.variables,
-            date: Some(date(SystemTime::now())),
+            now: Some(DateTime::from_unix_seconds(unix_seconds())),
         };
         let mut text = template.render_conversation(&conversation, rendering.opens_turn).map_err(|e| {
             ApiError::invalid(Some(field), format!("the model's chat template refuses this: {e}"))
@@ -97,24 +90,5 @@ impl Server {
         let in_reasoning = prefill.is_none() && text.trim_end().ends_with("<think>");
         text.push_str(&prefill.unwrap_or_default());
         Ok(Prompt { text, in_reasoning })
-    }
-}
-
-/// A date as templates show it: `21 Nov 2026`.
-fn date(now: SystemTime) -> String {
-    // "Sat, 21 Nov 2026 11:00:00 GMT".
-    httpdate::fmt_http_date(now)[5..16].to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
-
-    use super::date;
-
-    #[test]
-    fn dates_are_the_calendars() {
-        assert_eq!(date(UNIX_EPOCH), "01 Jan 1970");
-        assert_eq!(date(UNIX_EPOCH + Duration::from_secs(1_795_219_200)), "21 Nov 2026");
     }
 }

@@ -14,11 +14,23 @@ use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::generation::{Delta, TokenReport};
 use super::prompt::Rendering;
-use super::sampling::{MAX_TOKENS, MAX_TOP_LOGPROBS, Sampling};
+use super::sampling::{self, MAX_TOKENS, MAX_TOP_LOGPROBS};
 use super::{Ask, Entry, JsonBody, Placement, Server, conversation, format, logprobs, tools, unix_seconds};
 use crate::markup::{Part, ToolCall};
 use crate::request::{FinishReason, Usage};
-use crate::sampling::SamplingParams;
+
+/// What OpenAI's server can add to an answer. Of these, ours knows the log-probabilities.
+const INCLUDED: [&str; 8] = [
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+];
+const LOGPROBS: &str = "message.output_text.logprobs";
 
 /// Answers a responses request.
 ///
@@ -45,39 +57,34 @@ fn read(
             body.fault(name, "is not supported: this server keeps nothing, send the whole conversation")
         );
     }
-    body.unsupported("background", &[json!(false)])?;
-    body.flag("store")?;
+    for (name, harmless) in [
+        ("background", json!(false)),
+        ("max_tool_calls", Value::Null),
+        ("prompt", Value::Null),
+        ("n", json!(1)),
+        ("truncate_prompt_tokens", Value::Null),
+        ("return_token_ids", json!(false)),
+        ("include_reasoning", json!(true)),
+    ] {
+        body.unsupported(name, &[harmless])?;
+    }
+    body.hints()?;
+    // A prompt that does not fit is refused with either.
+    let truncation = body.choice("truncation", &[("auto", "auto"), ("disabled", "disabled")])?;
     let top = body.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
-    let wants_logprobs = includes(body, "message.output_text.logprobs")?;
+    let wants_logprobs = includes_logprobs(body)?;
     if top.is_some_and(|n| n > 0) && !wants_logprobs {
         return Err(body.fault("top_logprobs", "needs \"include\": [\"message.output_text.logprobs\"]"));
     }
-    let params = SamplingParams {
-        top_logprobs: top.unwrap_or(0),
-        temperature: body.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
-        top_p: body.number("top_p", f32::MIN_POSITIVE..=1.0)?.unwrap_or(1.0),
-        seed: body
-            .integer("seed", i64::MIN..=i64::MAX)?
-            .map_or_else(|| server.fresh_seed(), i64::cast_unsigned),
-        ..SamplingParams::default()
-    };
-    let sampling = Sampling {
-        params,
-        max_tokens: body.count("max_output_tokens", 1, MAX_TOKENS)?,
-        stops: Vec::new(),
-        n: 1,
-        ignore_eos: false,
-        include_stop: false,
-    };
+    let mut sampling = sampling::read(body, &server.state.defaults, server.fresh_seed())?;
+    sampling.max_tokens = body.count("max_output_tokens", 1, MAX_TOKENS)?.or(sampling.max_tokens);
+    sampling.params.top_logprobs = top.unwrap_or(0);
     let streams = body.flag("stream")?.unwrap_or(false);
-    let mut form = None;
-    if let Some(text) = body.object("text")?
-        && let Some(asked) = text.object("format")?
-    {
-        form = format::response_format(&asked, "text.format", false)?;
-    }
+    let form = form(body)?;
     let mut rendering = Rendering { opens_turn: true, ..Rendering::default() };
-    if let Some(reasoning) = body.object("reasoning")? {
+    let reasoning = body.object("reasoning")?;
+    if let Some(reasoning) = &reasoning {
+        reasoning.text("summary")?;
         let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
         if let Some(effort) = reasoning.choice("effort", &efforts)? {
             rendering.variables.insert("reasoning_effort".to_owned(), json!(effort));
@@ -93,33 +100,58 @@ fn read(
         format: form,
         adapter,
         markup: Some(server.markup(&offered, prompt.in_reasoning)),
+        thought_tokens: body.count("thinking_token_budget", 1, MAX_TOKENS)?,
         single_call: offered.is_single(),
         held_calls: offered.held_calls(),
         text_arguments: offered.text_arguments(),
         ..Ask::new(vec![tokens], sampling)
     };
     let kept = |name: &str, default: Value| body.get(name).cloned().unwrap_or(default);
+    let thinking = |name: &str| reasoning.as_ref().and_then(|reasoning| reasoning.get(name));
     let frame = json!({
         "object": "response", "created_at": unix_seconds(), "error": null, "incomplete_details": null,
         "instructions": kept("instructions", Value::Null), "metadata": kept("metadata", json!({})),
         "model": body.text("model")?.unwrap_or(&server.state.model_name), "output": [],
         "parallel_tool_calls": !offered.single, "previous_response_id": null,
-        "temperature": kept("temperature", json!(1.0)), "top_p": kept("top_p", json!(1.0)),
+        "temperature": kept("temperature", json!(server.state.defaults.temperature)),
+        "top_p": kept("top_p", json!(server.state.defaults.top_p)),
         "max_output_tokens": kept("max_output_tokens", Value::Null),
         "text": kept("text", json!({"format": {"type": "text"}})),
         "tools": kept("tools", json!([])), "tool_choice": kept("tool_choice", json!("auto")),
         "top_logprobs": top.unwrap_or(0), "store": false, "status": "in_progress", "usage": null,
+        "reasoning": {"effort": thinking("effort"), "summary": thinking("summary")}, "background": false,
+        "truncation": truncation.unwrap_or("disabled"), "user": kept("user", Value::Null),
+        "service_tier": "default",
     });
     let reporter = wants_logprobs.then(|| Arc::clone(server));
     let writer = ResponseWriter::new(server.answer_id(), frame, reporter);
     Ok((server.start(ask, entry)?, writer, streams))
 }
 
-/// Whether `include` has `what`; other things that OpenAI knows are never there.
-fn includes(body: &Fields<'_>, what: &str) -> Result<bool, ApiError> {
+/// `text.format`, or one of vLLM's guided fields.
+fn form(body: &Fields<'_>) -> Result<Option<format::Format>, ApiError> {
+    let mut form = format::read(body)?;
+    let Some(text) = body.object("text")? else { return Ok(form) };
+    text.unsupported("verbosity", &[json!("medium")])?;
+    if let Some(asked) = text.object("format")?
+        && let Some(own) = format::response_format(&asked, "text.format", false)?
+        && let Some(other) = form.replace(own)
+    {
+        return Err(text.fault("format", format!("and {} both ask for a form: use one", other.field)));
+    }
+    Ok(form)
+}
+
+/// Whether `include` asks for log-probabilities. Other things that OpenAI knows are never there.
+fn includes_logprobs(body: &Fields<'_>) -> Result<bool, ApiError> {
     let mut found = false;
     for (path, item) in body.list("include")?.unwrap_or_default() {
-        found |= item.as_str().ok_or_else(|| wrong(&path, "a string", item))? == what;
+        let word = item.as_str().ok_or_else(|| wrong(&path, "a string", item))?;
+        if !INCLUDED.contains(&word) {
+            let why = format!("{path} must be one of {}, not {word:?}", INCLUDED.join(", "));
+            return Err(ApiError::invalid(Some(&path), why));
+        }
+        found |= word == LOGPROBS;
     }
     Ok(found)
 }

@@ -15,7 +15,7 @@ use super::fields::Fields;
 use super::format::Format;
 use super::gate::Gate;
 use super::generation::{ControlTokens, Generation, Reading};
-use super::sampling::Sampling;
+use super::sampling::{Masked, Masks, Sampling};
 use super::tools::{HeldCalls, TextArguments, Tools};
 use super::{Caller, HttpLimits, HttpState, JsonBody, fields};
 use crate::constraint::{Constraint, ThoughtBudget};
@@ -221,7 +221,7 @@ impl Server {
     /// 400 for what the engine refuses, 429 when there is no room, 503 when nobody can compute.
     pub(super) fn start(&self, ask: Ask, entry: Entry) -> Result<Job, ApiError> {
         self.check_ready()?;
-        let constraint = self.bounded(&ask, self.constraint(&ask)?)?;
+        let constraint = self.masked(&ask.sampling, self.bounded(&ask, self.constraint(&ask)?)?)?;
         let limits = self.state.engine.limits();
         let Ask { prompts, sampling, placement, adapter, prompt_logprobs, markup, single_call, .. } = ask;
         let text_arguments = Arc::new(ask.text_arguments);
@@ -268,6 +268,35 @@ impl Server {
         Ok(Job { generations, seat: entry.seat })
     }
 
+    /// The constraint without the tokens and words that the answer must not have, if there are any.
+    fn masked(
+        &self,
+        sampling: &Sampling,
+        then: Option<Arc<dyn Constraint>>,
+    ) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
+        if sampling.allowed.is_none() && sampling.bad_words.is_empty() {
+            return Ok(then);
+        }
+        let vocab = self.state.engine.limits().vocab;
+        if let Some(id) = sampling.allowed.iter().flatten().find(|id| **id as usize >= vocab) {
+            let why = format!("allowed_token_ids holds {id}, which is outside the vocabulary of {vocab}");
+            return Err(ApiError::invalid(Some("allowed_token_ids"), why));
+        }
+        let mut bad_words = Vec::new();
+        for word in &sampling.bad_words {
+            let bare = if word.trim_start().is_empty() { word.as_str() } else { word.trim_start() };
+            let plain = self.encode(bare, false)?;
+            // As vLLM has it: also where it begins a word in a text, if that takes another first token and no more of them.
+            let inside = self.encode(&format!(" {bare}"), false)?;
+            if inside.len() == plain.len() && inside.first() != plain.first() {
+                bad_words.push(inside);
+            }
+            bad_words.push(plain);
+        }
+        let masks = Arc::new(Masks { allowed: sampling.allowed.clone(), bad_words });
+        Ok(Some(Arc::new(Masked { masks, then })))
+    }
+
     /// The constraint with the bound on thoughts, where there is one.
     fn bounded(
         &self,
@@ -293,7 +322,7 @@ impl Server {
             (Some(format), _) => format.field,
             (None, HeldCalls::Whole(_)) => "tool_choice",
             (None, HeldCalls::Each(_)) => "tools",
-            (None, HeldCalls::Free) => return Ok(None),
+            (None, HeldCalls::Free | HeldCalls::BesideForm(_)) => return Ok(None),
         };
         let why = format!("{field}: this server was built without structured output");
         Err(ApiError::invalid(Some(field), why))
@@ -302,34 +331,30 @@ impl Server {
     #[cfg(feature = "structured")]
     fn constraint(&self, ask: &Ask) -> Result<Option<Arc<dyn Constraint>>, ApiError> {
         use crate::markup::ToolSchema;
-        use crate::structured::{GrammarSpec, Grammars};
+        use crate::structured::{GrammarError, Grammars};
 
-        use super::format::Form;
+        use super::format::{CallsOrForm, Form};
         /// What sampling follows.
         enum Held<'a> {
-            Form(GrammarSpec),
+            Form(&'a Form),
             Call(&'a [ToolSchema]),
             Calls(&'a [ToolSchema]),
+            CallsOrForm(&'a [ToolSchema], &'a Form),
         }
         let (field, held) = match (&ask.format, &ask.held_calls) {
-            (None, HeldCalls::Free) => return Ok(None),
+            (None, HeldCalls::Free | HeldCalls::BesideForm(_)) => return Ok(None),
             (Some(format), HeldCalls::Whole(_)) => {
                 let why = format!("tool_choice asks for a call and {} for a form: use one", format.field);
                 return Err(ApiError::invalid(Some("tool_choice"), why));
             }
             (None, HeldCalls::Whole(tools)) => ("tool_choice", Held::Call(tools)),
             (None, HeldCalls::Each(tools)) => ("tools", Held::Calls(tools)),
-            // Inside the form there is no place for a call.
-            (Some(format), HeldCalls::Free | HeldCalls::Each(_)) => {
-                let spec = match &format.form {
-                    Form::Schema(schema) => GrammarSpec::JsonSchema(schema.clone()),
-                    Form::Object => GrammarSpec::JsonObject,
-                    Form::Regex(regex) => GrammarSpec::Regex(regex.clone()),
-                    Form::Grammar(grammar) => GrammarSpec::Grammar(grammar.clone()),
-                    Form::Choice(choices) => GrammarSpec::Choice(choices.clone()),
-                };
-                (format.field, Held::Form(spec))
+            (Some(format), HeldCalls::Each(tools) | HeldCalls::BesideForm(tools))
+                if format.form.leaves_calls() =>
+            {
+                (format.field, Held::CallsOrForm(tools, &format.form))
             }
+            (Some(format), _) => (format.field, Held::Form(&format.form)),
         };
         let grammars = self.grammars.get_or_init(|| {
             let tokens = self.vocabulary.iter().map(|t| (t.bytes.clone(), t.special)).collect();
@@ -337,12 +362,20 @@ impl Server {
         });
         let grammars =
             grammars.as_ref().map_err(|why| ApiError::invalid(Some(field), format!("{field}: {why}")))?;
-        let compiled = match held {
-            Held::Form(spec) => grammars.compile(&spec),
-            Held::Call(tools) => grammars.call(tools),
-            Held::Calls(tools) => grammars.calls(self.dialect, tools),
+        let refused = |field: &'static str| {
+            move |e: GrammarError| ApiError::invalid(Some(field), format!("{field}: {e}"))
         };
-        let compiled = compiled.map_err(|e| ApiError::invalid(Some(field), format!("{field}: {e}")))?;
+        let compiled: Arc<dyn Constraint> = match held {
+            Held::Form(form) => grammars.compile(&form.spec()).map_err(refused(field))?,
+            Held::Call(tools) => grammars.call(tools).map_err(refused(field))?,
+            Held::Calls(tools) => grammars.calls(self.dialect, tools).map_err(refused(field))?,
+            Held::CallsOrForm(tools, form) => {
+                let calls = grammars.calls(self.dialect, tools).map_err(refused("tools"))?;
+                let form = grammars.compile(&form.spec()).map_err(refused(field))?;
+                let vocabulary = Arc::clone(&self.vocabulary);
+                Arc::new(CallsOrForm::new(self.dialect, tools, calls, form, vocabulary))
+            }
+        };
         // Thoughts that the prompt has opened are free; the form begins behind them.
         let in_reasoning = ask.markup.is_some_and(|markup| markup.in_reasoning);
         Ok(Some(if in_reasoning { grammars.after(compiled, "</think>") } else { compiled }))

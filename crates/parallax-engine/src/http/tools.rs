@@ -30,6 +30,8 @@ pub(super) enum HeldCalls {
     Whole(Vec<ToolSchema>),
     /// Every call that the answer makes, as the model writes calls, is one of these.
     Each(Vec<ToolSchema>),
+    /// Nothing, unless the answer has a form: then what has not is calls of these.
+    BesideForm(Vec<ToolSchema>),
 }
 
 /// Whether tools are called.
@@ -142,9 +144,11 @@ impl Tools {
                 let wanted = self.tools.iter().filter(|tool| tool.name == *name);
                 HeldCalls::Whole(wanted.map(|tool| held(tool, &tool.parameters)).collect())
             }
-            ToolChoice::Auto if self.tools.iter().any(|tool| tool.strict) => {
+            ToolChoice::Auto if !self.tools.is_empty() => {
                 let schema = |tool: &Tool| held(tool, if tool.strict { &tool.parameters } else { &any });
-                HeldCalls::Each(self.tools.iter().map(schema).collect())
+                let each = self.tools.iter().map(schema).collect();
+                let is_strict = self.tools.iter().any(|tool| tool.strict);
+                if is_strict { HeldCalls::Each(each) } else { HeldCalls::BesideForm(each) }
             }
             ToolChoice::None | ToolChoice::Auto => HeldCalls::Free,
         }
@@ -268,6 +272,10 @@ fn one(tool: &Fields<'_>, schema_field: &str) -> Result<Tool, ApiError> {
             return Err(tool.fault(schema_field, why));
         }
     }
+    let properties = parameters.get("properties").filter(|properties| !properties.is_null());
+    if let Some(other) = properties.filter(|properties| !properties.is_object()) {
+        return Err(wrong(&format!("{}.properties", tool.path(schema_field)), "an object", other));
+    }
     let description = tool.text("description")?.map(str::to_owned);
     let strict = tool.flag("strict")?.unwrap_or(false);
     Ok(Tool { name: name.to_owned(), description, parameters, strict })
@@ -325,12 +333,11 @@ mod tests {
         let body = json!({"tools": [tool("a", true), tool("b", false)]});
         let HeldCalls::Each(held) = tools(&body).unwrap().held_calls() else { panic!("each call is held") };
         assert_eq!((&held[0].arguments, &held[1].arguments), (&schema, &json!({"type": "object"})));
-        let free = [
-            json!({"tools": [tool("b", false)]}),
-            json!({"tools": [tool("a", true)], "tool_choice": "none"}),
-        ];
-        for body in free {
-            assert_eq!(tools(&body).unwrap().held_calls(), HeldCalls::Free);
+        let loose = json!({"tools": [tool("b", false)]});
+        let HeldCalls::BesideForm(held) = tools(&loose).unwrap().held_calls() else { panic!("it is loose") };
+        assert_eq!((held.len(), &held[0].arguments), (1, &json!({"type": "object"})));
+        for free in [json!({"tools": [tool("a", true)], "tool_choice": "none"}), json!({"tools": []})] {
+            assert_eq!(tools(&free).unwrap().held_calls(), HeldCalls::Free);
         }
     }
 
@@ -347,6 +354,10 @@ mod tests {
             (
                 json!({"tools": [{"type": "function", "function": {"name": "w", "parameters": []}}]}),
                 "tools[0].function.parameters",
+            ),
+            (
+                json!({"tools": [{"type": "function", "name": "w", "parameters": {"properties": 5}}]}),
+                "tools[0].parameters.properties",
             ),
             (json!({"tools": [good, good]}), "two tools"),
             (json!({"tools": [good], "tool_choice": "maybe"}), "tool_choice"),

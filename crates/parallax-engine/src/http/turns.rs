@@ -1,5 +1,7 @@
-//! Turns of a conversation as the templates of two families want them, which do not know `tool_calls`, or not even `tools`,
-//! as transformers passes them. Their model cards say what to pass instead.
+//! Turns of a conversation as the templates of some families want them, where that is not what transformers passes: they know
+//! no `tool_calls`, or no `tools`, or only calls of a certain name, or one at a time. Their templates and model cards say so.
+
+use std::collections::{BTreeMap, VecDeque};
 
 use parallax_model::chat_template::to_python_json as text;
 use serde_json::{Value, json};
@@ -8,14 +10,23 @@ use crate::markup::Dialect;
 
 /// What Phi-4-mini's card has in front of tools when there is no other instruction.
 const SYSTEM_WITH_TOOLS: &str = "You are a helpful assistant with some tools.";
+/// Letters and digits that Mistral's templates want in a call's id, neither more nor less.
+const MISTRAL_ID_LENGTH: usize = 9;
+const LETTERS_AND_DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// Messages and tools with tools, calls and their results where a dialect's template looks for them. Those of other dialects
-/// are left as they are.
+/// Messages and tools with tools, calls, their results and thoughts where a dialect's template looks for them. Those of other
+/// dialects are left as they are.
 pub(super) fn shape(dialect: Dialect, messages: Vec<Value>, tools: Vec<Value>) -> (Vec<Value>, Vec<Value>) {
+    let turns = messages.into_iter();
     match dialect {
-        Dialect::Phi4 => (phi4(messages, &tools), Vec::new()),
-        Dialect::Glm4 => (messages.into_iter().flat_map(glm4).collect(), tools),
-        _ => (messages, tools),
+        Dialect::Phi4 => (phi4(turns.collect(), &tools), Vec::new()),
+        Dialect::Glm4 => (turns.flat_map(glm4).collect(), tools),
+        Dialect::Mistral => (turns.map(mistral).collect(), tools),
+        Dialect::DeepSeek => (turns.map(deepseek).collect(), tools),
+        Dialect::Kimi => (kimi(turns.collect()), tools),
+        Dialect::Llama3 => (one_call_a_turn(turns), tools),
+        Dialect::Harmony => (one_call_a_turn(turns.map(harmony)), tools),
+        _ => (turns.collect(), tools),
     }
 }
 
@@ -53,9 +64,118 @@ fn glm4(mut message: Value) -> Vec<Value> {
     says.then_some(message).into_iter().chain(turns).collect()
 }
 
+/// Templates refuse ids of other lengths, such as OpenAI's and ours.
+fn mistral(mut message: Value) -> Value {
+    calls_mut(&mut message).for_each(|call| shorten(call, "id"));
+    shorten(&mut message, "tool_call_id");
+    message
+}
+
+/// An id of another form becomes letters and digits of its digest: equal ids stay equal.
+fn shorten(named: &mut Value, field: &str) {
+    let Some(Value::String(id)) = named.get_mut(field) else { return };
+    if id.len() != MISTRAL_ID_LENGTH || id.bytes().any(|c| !c.is_ascii_alphanumeric()) {
+        let digest = blake3::hash(id.as_bytes());
+        let digits = digest.as_bytes()[..MISTRAL_ID_LENGTH].iter();
+        *id = digits.map(|byte| char::from(LETTERS_AND_DIGITS[usize::from(*byte) % 62])).collect();
+    }
+}
+
+/// Arguments are joined to other text as they are; a message with calls must have no content, not an empty one, for R1's
+/// first template to see the calls.
+fn deepseek(mut message: Value) -> Value {
+    let mut has_calls = false;
+    for call in calls_mut(&mut message) {
+        has_calls = true;
+        let arguments = &mut call["function"]["arguments"];
+        *arguments = json!(text(arguments));
+    }
+    if has_calls && message["content"].as_str().is_some_and(|content| content.trim().is_empty()) {
+        message["content"] = Value::Null;
+    }
+    message
+}
+
+/// Calls are numbered through the conversation: the id is all that tells the model a call's name, and a result's too.
+fn kimi(mut messages: Vec<Value>) -> Vec<Value> {
+    let mut n_calls = 0;
+    // By the ids that the client knows, which may come again in a later turn.
+    let mut unanswered: BTreeMap<String, VecDeque<String>> = BTreeMap::new();
+    for message in &mut messages {
+        for call in calls_mut(message) {
+            let id = format!("functions.{}:{n_calls}", call["function"]["name"].as_str().unwrap_or_default());
+            n_calls += 1;
+            if let Value::String(known) = std::mem::replace(&mut call["id"], json!(id)) {
+                unanswered.entry(known).or_default().push_back(id);
+            }
+        }
+        if let Some(Value::String(id)) = message.get_mut("tool_call_id")
+            && let Some(numbered) = unanswered.get_mut(id.as_str()).and_then(VecDeque::pop_front)
+        {
+            *id = numbered;
+        }
+    }
+    messages
+}
+
+/// Thoughts are `thinking`. The template has no place for a text between thoughts and a call and refuses it, but shows a text
+/// alone as a thought: so both are one thought.
+fn harmony(mut message: Value) -> Value {
+    let mut thoughts = message["reasoning_content"].as_str().unwrap_or_default().to_owned();
+    if thoughts.is_empty() {
+        return message;
+    }
+    if message.get("tool_calls").is_some() {
+        let said = message["content"].as_str().unwrap_or_default().trim();
+        if !said.is_empty() {
+            thoughts.push_str("\n\n");
+            thoughts.push_str(said);
+        }
+        message["content"] = json!("");
+    }
+    message["thinking"] = json!(thoughts);
+    message
+}
+
+/// Every call is a turn of its own with its result behind it: Llama's template refuses a turn with several, GPT-OSS's shows the
+/// first and takes all results for its.
+fn one_call_a_turn(messages: impl Iterator<Item = Value>) -> Vec<Value> {
+    let mut turns = Vec::new();
+    let mut messages = messages.peekable();
+    while let Some(mut message) = messages.next() {
+        let calls = match message.get_mut("tool_calls") {
+            Some(Value::Array(calls)) if calls.len() > 1 => std::mem::take(calls),
+            _ => {
+                turns.push(message);
+                continue;
+            }
+        };
+        let mut results: BTreeMap<String, VecDeque<Value>> = BTreeMap::new();
+        while let Some(result) = messages.next_if(|next| next["role"] == "tool") {
+            let id = result["tool_call_id"].as_str().unwrap_or_default().to_owned();
+            results.entry(id).or_default().push_back(result);
+        }
+        for call in calls {
+            let id = call["id"].as_str().unwrap_or_default();
+            let result = results.get_mut(id).and_then(VecDeque::pop_front);
+            message["tool_calls"] = json!([call]);
+            // What was said and thought before the calls stands before the first.
+            turns.push(std::mem::replace(&mut message, json!({"role": "assistant", "content": ""})));
+            turns.extend(result);
+        }
+        turns.extend(results.into_values().flatten());
+    }
+    turns
+}
+
 /// The functions that a message calls.
 fn calls(message: &Value) -> impl Iterator<Item = &Value> {
     message["tool_calls"].as_array().into_iter().flatten().map(|call| &call["function"])
+}
+
+/// A message's calls, whole.
+fn calls_mut(message: &mut Value) -> impl Iterator<Item = &mut Value> {
+    message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten()
 }
 
 fn object(call: &Value) -> String {
@@ -63,78 +183,4 @@ fn object(call: &Value) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use parallax_model::{ChatTemplate, Conversation};
-
-    use super::*;
-
-    /// The essence of the template of microsoft/Phi-4-mini-instruct.
-    const PHI4: &str = "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message %}\
-        {{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|><|end|>' }}{% else %}\
-        {{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}";
-    /// That of zai-org/GLM-4-9B-0414.
-    const GLM4: &str = "{%- if tools -%}<|system|>\n# 可用工具{% for tool in tools %}{{ '\n\n## ' + tool.function.name + '\n\n' }}\
-        {{ tool.function | tojson(indent=4, ensure_ascii=False) }}{{ '\n' }}在调用上述函数时，请使用 Json 格式表示调用的参数。\
-        {%- endfor %}{%- endif -%}\
-        {% for m in messages %}{% if m.role == 'system' %}<|system|>\n{{ m.content }}{% endif %}{% endfor %}\
-        {% for message in messages %}{% set role = message['role'] %}\
-        {% set meta = message.get(\"metadata\", \"\") %}\
-        {% if role == 'user' %}<|user|>\n{{ message.content }}{% elif role == 'assistant' and not meta %}<|assistant|>\n\
-        {{ message.content }}{% elif role == 'assistant' and meta %}<|assistant|>{{ meta }}\n{{ message.content }}\
-        {% elif role == 'observation' %}<|observation|>\n{{ message.content }}{% endif %}{% endfor %}";
-
-    fn conversation() -> Vec<Value> {
-        let call = |name: &str, arguments: Value| json!({"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}});
-        vec![
-            json!({"role": "user", "content": "q"}),
-            json!({"role": "assistant", "content": "",
-                   "tool_calls": [call("w", json!({"c": "Rome", "n": [1, 2]})), call("t", json!({}))]}),
-            json!({"role": "tool", "tool_call_id": "1", "content": "31 C"}),
-            json!({"role": "assistant", "content": "Hot.", "tool_calls": [call("t", json!({}))]}),
-        ]
-    }
-
-    fn tools() -> Vec<Value> {
-        vec![json!({"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}})]
-    }
-
-    fn rendered(source: &str, messages: Vec<Value>) -> String {
-        let template = ChatTemplate::new(source, "", "").unwrap();
-        let dialect = Dialect::of_template(source);
-        let (messages, tools) = shape(dialect, messages, tools());
-        let conversation = Conversation { messages, tools, ..Conversation::default() };
-        template.render_conversation(&conversation, false).unwrap()
-    }
-
-    #[test]
-    fn phi_finds_tools_in_the_system_message_and_calls_in_the_text() {
-        let shown =
-            r#"<|tool|>[{"name": "w", "parameters": {"type": "object"}}]<|/tool|><|end|><|user|>q<|end|>"#;
-        let calls = r#"<|tool_call|>[{"name": "w", "arguments": {"c": "Rome", "n": [1, 2]}}, {"name": "t", "arguments": {}}]<|/tool_call|>"#;
-        let rest = "<|end|><|tool|>31 C<|end|><|assistant|>Hot.<|tool_call|>[{\"name\": \"t\", \"arguments\": {}}]<|/tool_call|><|end|>";
-        assert_eq!(
-            rendered(PHI4, conversation()),
-            format!("<|system|>{SYSTEM_WITH_TOOLS}{shown}<|assistant|>{calls}{rest}")
-        );
-        let system = vec![json!({"role": "system", "content": "Be kind."})];
-        assert!(rendered(PHI4, system).starts_with("<|system|>Be kind.<|tool|>[{"));
-    }
-
-    #[test]
-    fn glm_finds_tools_where_transformers_passes_them_and_every_call_in_a_turn_of_its_own() {
-        let tools = "<|system|>\n# 可用工具\n\n## w\n\n{\n    \"name\": \"w\",\n    \"parameters\": {\n        \"type\": \"object\"\n    }\n}\n\
-                     在调用上述函数时，请使用 Json 格式表示调用的参数。";
-        assert_eq!(
-            rendered(GLM4, conversation()).strip_prefix(tools).unwrap(),
-            "<|user|>\nq<|assistant|>w\n{\"c\": \"Rome\", \"n\": [1, 2]}<|assistant|>t\n{}<|observation|>\n31 C\
-             <|assistant|>\nHot.<|assistant|>t\n{}"
-        );
-    }
-
-    #[test]
-    fn other_families_find_what_transformers_passes() {
-        assert_eq!(shape(Dialect::Hermes, conversation(), tools()), (conversation(), tools()));
-        let (untouched, _) = shape(Dialect::Glm4, vec![json!({"role": "user", "content": "q"})], Vec::new());
-        assert_eq!(untouched, [json!({"role": "user", "content": "q"})]);
-    }
-}
+mod tests;

@@ -44,7 +44,8 @@ impl Server {
     }
 }
 
-/// vLLM's `POST /v1/load_lora_adapter`: `{"lora_name", "lora_path", "load_inplace"}`.
+/// vLLM's `POST /v1/load_lora_adapter`: `{"lora_name", "lora_path", "load_inplace"}`; `on_swap` says what becomes of requests
+/// on a replaced one, which finish on it otherwise.
 ///
 /// # Errors
 /// 400 for what does not fit or is loaded already, 404 for what is not there.
@@ -54,15 +55,17 @@ pub(super) async fn load_adapter(
 ) -> Result<String, ApiError> {
     server.updates()?;
     server.check_ready()?;
-    let (name, bytes) = server.read(body, |server, body, _| adapter(server, body)).await?;
-    server.state.engine.add_adapter(&name, bytes).await.map_err(|error| match error {
+    let (name, bytes, on_swap) = server.read(body, |server, body, _| adapter(server, body)).await?;
+    let added = server.state.engine.add_adapter_as(&name, bytes, on_swap).await;
+    added.map_err(|error| match error {
         StageError::Lost { .. } | StageError::NotReady { .. } => ApiError::unavailable(error.to_string()),
         error => ApiError::invalid(Some("lora_path"), error.to_string()),
     })?;
     Ok(format!("Success: LoRA adapter '{name}' added successfully."))
 }
 
-fn adapter(server: &Server, body: &Fields<'_>) -> Result<(String, Vec<u8>), ApiError> {
+fn adapter(server: &Server, body: &Fields<'_>) -> Result<(String, Vec<u8>, OnSwap), ApiError> {
+    let on_swap = on_swap(body)?.unwrap_or(OnSwap::Finish);
     let (name, path) = (body.required_text("lora_name")?, body.required_text("lora_path")?);
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name == server.state.model_name {
         let why = format!("must have 1 to {MAX_NAME_BYTES} bytes and not be the model's own name");
@@ -78,7 +81,7 @@ fn adapter(server: &Server, body: &Fields<'_>) -> Result<(String, Vec<u8>), ApiE
         AdapterError::Io { .. } => ApiError::not_found(error.to_string()),
         error => body.fault("lora_path", format!("cannot be loaded: {error}")),
     })?;
-    Ok((name.to_owned(), bytes))
+    Ok((name.to_owned(), bytes, on_swap))
 }
 
 /// vLLM's `POST /v1/unload_lora_adapter`: `{"lora_name"}`. Requests in flight finish on it.
@@ -133,7 +136,11 @@ pub(super) async fn update_weights(
 }
 
 fn change(body: &Fields<'_>) -> Result<(PathBuf, Option<OnSwap>), ApiError> {
-    let words = [("finish", OnSwap::Finish), ("switch", OnSwap::Recompute), ("abort", OnSwap::Abort)];
-    let on_swap = body.choice("on_swap", &words)?;
+    let on_swap = on_swap(body)?;
     Ok((body.required_text("path")?.into(), on_swap))
+}
+
+fn on_swap(body: &Fields<'_>) -> Result<Option<OnSwap>, ApiError> {
+    let words = [("finish", OnSwap::Finish), ("switch", OnSwap::Recompute), ("abort", OnSwap::Abort)];
+    body.choice("on_swap", &words)
 }

@@ -132,10 +132,10 @@ impl EngineThread {
                 self.pending = Some(swap);
             }
             Command::Swap(swap) => self.swap(swap),
-            Command::AddAdapter { name, adapter, reply } => {
-                let added = self.engine.add_adapter(&mut *self.runner, &name, adapter);
+            Command::AddAdapter { name, adapter, on_swap, reply } => {
+                let added = self.engine.add_adapter_as(&mut *self.runner, &name, adapter, on_swap);
                 self.publish_adapters();
-                let _ = reply.send(added);
+                let _ = reply.send(added.map(|aborted| self.close(aborted)));
             }
             Command::RemoveAdapter { name, reply } => {
                 self.engine.remove_adapter(&name);
@@ -159,15 +159,20 @@ impl EngineThread {
         };
         if done.is_ok() {
             if on_swap == OnSwap::Abort {
-                let events = self.engine.abort_all();
-                events.iter().for_each(|event| self.runner.close(event.request));
-                self.deliver(events);
+                let aborted = self.engine.abort_all();
+                self.close(aborted);
             }
             self.engine.set_version_as(version, on_swap);
             self.shared.version.store(version.0, Ordering::Release);
             tracing::info!(%version, "weights swapped");
         }
         let _ = reply.send(done);
+    }
+
+    /// Hands out the ends of requests that no step ended.
+    fn close(&mut self, events: Vec<RequestEvent>) {
+        events.iter().for_each(|event| self.runner.close(event.request));
+        self.deliver(events);
     }
 
     /// Another runner under the same requests: its pages are empty. Resident adapters go along.
@@ -303,7 +308,12 @@ impl EngineThread {
                     self.latencies.inference.observe(seconds(started, last));
                     if let Some(first) = listener.first_token {
                         self.latencies.prefill.observe(seconds(started, first));
-                        self.latencies.decode.observe(seconds(first, last));
+                        let decode = seconds(first, last);
+                        self.latencies.decode.observe(decode);
+                        if usage.completion_tokens > 1 {
+                            let gaps = (usage.completion_tokens - 1) as f64;
+                            self.latencies.time_per_token.observe(decode / gaps);
+                        }
                     }
                     self.latencies.prompt_tokens.observe(usage.prompt_tokens as f64);
                     self.latencies.generated_tokens.observe(usage.completion_tokens as f64);

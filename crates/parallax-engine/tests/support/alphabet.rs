@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parallax_engine::http::{HttpLimits, HttpState, Readiness, Updates, router, serve_until};
+use parallax_engine::http::{HttpLimits, HttpState, Readiness, Updates, serve, serve_until};
 use parallax_engine::{
     AdapterFile, Batch, EngineConfig, EngineHandle, LogSoftmax, StageError, StageOutput, StageRunner,
     StageShape, Tensor,
@@ -120,7 +120,7 @@ pub async fn start(setup: Setup) -> SocketAddr {
 pub async fn start_over(setup: Setup) -> (SocketAddr, EngineHandle) {
     let (listener, state) = open(setup).await;
     let (address, engine) = (listener.local_addr().unwrap(), state.engine.clone());
-    tokio::spawn(async move { axum::serve(listener, router(state)).await });
+    tokio::spawn(serve(listener, state));
     (address, engine)
 }
 

@@ -17,7 +17,9 @@ pub enum StoredDtype {
     F64,
     /// Signed integer of this many bytes: 1, 2, 4 or 8.
     Signed(u8),
-    /// Unsigned byte; also packed codes, exponents and booleans.
+    /// Power of two between 2^-127 and 2^127, without sign: a scale (OCP E8M0).
+    Exponent,
+    /// Unsigned byte; also packed codes and booleans, and exponents in files that do not call them so.
     Byte,
 }
 
@@ -68,7 +70,8 @@ impl StoredDtype {
             "I16" => Self::Signed(2),
             "I32" => Self::Signed(4),
             "I64" => Self::Signed(8),
-            "U8" | "BOOL" | "F8_E8M0" => Self::Byte,
+            "F8_E8M0" => Self::Exponent,
+            "U8" | "BOOL" => Self::Byte,
             _ => return None,
         })
     }
@@ -77,7 +80,7 @@ impl StoredDtype {
     pub fn block(self) -> (usize, usize) {
         match self {
             Self::Kind(kind) => kind.block(),
-            Self::Fp8E4m3 | Self::Fp8E5m2 | Self::Byte => (1, 1),
+            Self::Fp8E4m3 | Self::Fp8E5m2 | Self::Exponent | Self::Byte => (1, 1),
             Self::F64 => (1, 8),
             Self::Signed(bytes) => (1, bytes.into()),
         }
@@ -116,6 +119,7 @@ impl StoredDtype {
             Self::Signed(2) => "I16",
             Self::Signed(4) => "I32",
             Self::Signed(_) => "I64",
+            Self::Exponent => "F8_E8M0",
             Self::Byte => "U8",
         }
     }
@@ -141,6 +145,16 @@ fn e4m3(bits: u8) -> f32 {
     if bits & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
+/// OCP microscaling formats specification 1.0, E8M0: an exponent with bias 127, and one NaN.
+fn e8m0(bits: u8) -> f32 {
+    match bits {
+        // 2^-127 is below the normal numbers of an f32.
+        0 => f32::from_bits(1 << 22),
+        255 => f32::NAN,
+        _ => f32::from_bits(u32::from(bits) << 23),
+    }
+}
+
 /// Values of whole blocks; a partial block at the end is left out.
 pub(crate) fn to_f32(dtype: StoredDtype, bytes: &[u8]) -> Vec<f32> {
     let (_, size) = dtype.block();
@@ -154,6 +168,7 @@ pub(crate) fn to_f32(dtype: StoredDtype, bytes: &[u8]) -> Vec<f32> {
         // The upper half of an f16.
         StoredDtype::Fp8E5m2 => bytes.iter().map(|b| f16::from_bits(u16::from(*b) << 8).to_f32()).collect(),
         StoredDtype::F64 => bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        StoredDtype::Exponent => bytes.iter().map(|b| e8m0(*b)).collect(),
         StoredDtype::Byte => bytes.iter().map(|b| f32::from(*b)).collect(),
         StoredDtype::Signed(_) => integers(dtype, bytes).map(|v| v as f32).collect(),
     }
@@ -185,6 +200,17 @@ mod tests {
         assert_eq!(v[..6], [0.0, 2f32.powi(-9), 2f32.powi(-6), 1.0, 448.0, -1.0]);
         assert!(v[6].is_nan());
         assert_eq!(to_f32(StoredDtype::Fp8E5m2, &[0x3c, 0xc0, 0x7b]), [1.0, -2.0, 57344.0]);
+    }
+
+    #[test]
+    fn exponents_are_powers_of_two_and_bytes_are_not() {
+        let dtype = StoredDtype::from_safetensors("F8_E8M0").unwrap();
+        assert_eq!((dtype.name(), dtype.bytes(3)), ("F8_E8M0", Some(3)));
+        let v = to_f32(dtype, &[127, 128, 120, 1, 254, 0, 255]);
+        assert_eq!(v[..4], [1.0, 2.0, 0.007_812_5, f32::MIN_POSITIVE]);
+        assert_eq!(v[4..6], [2f32.powi(127), f32::MIN_POSITIVE / 2.0]);
+        assert!(v[6].is_nan());
+        assert_eq!(to_f32(StoredDtype::from_safetensors("U8").unwrap(), &[127]), [127.0]);
     }
 
     #[test]

@@ -52,8 +52,49 @@ fn unsupported(name: &str, what: impl Into<String>) -> OpenError {
     OpenError::UnsupportedDtype {
         name: name.to_owned(),
         dtype: what.into(),
-        readable: "FP8 with scales per tensor, row or block; GPTQ and AWQ; symmetric pack-quantized; MXFP4",
+        readable: "FP8 with scales per tensor, row or block; GPTQ; AWQ of version \"gemm\"; symmetric pack-quantized of one \
+            number of bits; MXFP4",
     }
+}
+
+/// That AWQ codes are laid out as AutoAWQ's "gemm" does it, which is meant where nothing is said. The other versions have as
+/// many codes in another order: square matrices would be read, wrongly.
+fn check_awq(name: &str, settings: &Value) -> Result<(), OpenError> {
+    let bits = settings["bits"].as_u64().unwrap_or(4);
+    if bits != 4 {
+        return Err(unsupported(name, format!("AWQ with {bits} bits")));
+    }
+    // The newer name of the field counts where the older one is not there.
+    let field = if settings["version"].is_null() { "format" } else { "version" };
+    match &settings[field] {
+        Value::Null => Ok(()),
+        Value::String(version) if version.eq_ignore_ascii_case("gemm") => Ok(()),
+        other => {
+            Err(unsupported(name, format!("AWQ of {field} {other} (quantise the model again with \"gemm\")")))
+        }
+    }
+}
+
+/// `weights` of compressed-tensors' groups of layers. Which layer is of which group is not looked at: groups whose codes are
+/// not read alike are refused. How many inputs share a scale may differ: that is read off the scales.
+fn packed_settings<'a>(name: &str, settings: &'a Value) -> Result<&'a Value, OpenError> {
+    let groups = settings["config_groups"].as_object().into_iter().flatten();
+    let mut groups = groups
+        .map(|(group, scheme)| (group, &scheme["weights"]))
+        // Groups of activations alone.
+        .filter(|(_, weights)| !weights.is_null());
+    let Some((first, weights)) = groups.next() else { return Ok(&Value::Null) };
+    let read = [("num_bits", Value::from(4)), ("symmetric", Value::from(true)), ("type", Value::from("int"))];
+    for (group, others) in groups {
+        for (field, absent) in &read {
+            let [a, b] = [weights, others].map(|w| if w[*field].is_null() { absent } else { &w[*field] });
+            if a != b {
+                let what = format!("pack-quantized with {field} {a} in {first:?} and {b} in {group:?}");
+                return Err(unsupported(name, what));
+            }
+        }
+    }
+    Ok(weights)
 }
 
 /// Finds the quantised weights among the tensors. `settings` is `quantization_config` of config.json.
@@ -64,6 +105,7 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
         let derived = if let Some(base) = name.strip_suffix(".qweight") {
             let [rows, columns] = info.shape[..] else { continue };
             if method == "awq" {
+                check_awq(name, settings)?;
                 // K by N / 8.
                 (format!("{base}.weight"), vec![columns * 8, rows], Recipe::Awq { base: base.to_owned() })
             } else {
@@ -77,8 +119,7 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
                 (format!("{base}.weight"), vec![columns, rows * (32 / bits) as usize], recipe)
             }
         } else if let Some(base) = name.strip_suffix(".weight_packed") {
-            let scheme = settings["config_groups"].as_object().and_then(|groups| groups.values().next());
-            let weights = scheme.map_or(&Value::Null, |scheme| &scheme["weights"]);
+            let weights = packed_settings(name, settings)?;
             let bits = weights["num_bits"].as_u64().unwrap_or(4) as u32;
             let [n, packed] = info.shape[..] else { continue };
             if !matches!(bits, 4 | 8) || weights["symmetric"] == false || weights["type"] == "float" {

@@ -31,7 +31,7 @@ const OF_BLOCKS: f64 = 0.05;
 
 /// The recordings, the name of their architecture in GGUF files, how old the file is, and whether every bit is the same:
 /// decays go through an exponential, llama.cpp's order of value heads adds other heads first, and rotary factors are rounded.
-const FAMILIES: [(&str, &str, Age, bool); 29] = [
+const FAMILIES: [(&str, &str, Age, bool); 30] = [
     ("llama", "llama", Age::New, true),
     ("llama-linear-bias", "llama", Age::New, true),
     ("llama-yarn", "llama", Age::New, true),
@@ -56,6 +56,7 @@ const FAMILIES: [(&str, &str, Age, bool); 29] = [
     ("deepseek-v3", "deepseek2", Age::New, true),
     ("kimi-k2", "deepseek2", Age::New, true),
     ("glm4-moe", "glm4moe", Age::New, true),
+    ("glm4-moe-air", "glm4moe", Age::New, true),
     ("minimax-m2", "minimax-m2", Age::New, true),
     ("qwen3-next", "qwen3next", Age::New, false),
     ("qwen3-next", "qwen3next", Age::Old, false),

@@ -23,7 +23,7 @@ struct Stored {
 
 #[derive(Clone, Copy, Debug)]
 enum Format {
-    /// A scale in f32 or bf16 per block of these sizes.
+    /// A scale in f32, in bf16 or as a power of two (E8M0) per block of these sizes.
     Fp8Blocks([usize; 2], Dtype),
     Fp8Rows,
     Gptq {
@@ -51,10 +51,11 @@ enum Native {
 }
 
 /// Recording, factor of its sizes, format, what it becomes.
-const CASES: [(&str, u64, Format, Native); 13] = [
+const CASES: [(&str, u64, Format, Native); 14] = [
     ("qwen3", 4, Format::Fp8Blocks([128, 128], Dtype::BF16), Native::Bf16),
     ("qwen3-moe-plain", 4, Format::Fp8Blocks([128, 128], Dtype::BF16), Native::Bf16),
     ("deepseek-v3", 1, Format::Fp8Blocks([32, 48], Dtype::F32), Native::Bf16),
+    ("deepseek-v3", 1, Format::Fp8Blocks([32, 48], Dtype::F8_E8M0), Native::Bf16),
     ("llama", 4, Format::Fp8Rows, Native::Bf16),
     ("qwen2", 4, Format::Gptq { bits: 4, group: 128, act_order: false }, Native::Blocks(5.0)),
     ("qwen2", 4, Format::Gptq { bits: 4, group: 128, act_order: true }, Native::Bf16),
@@ -128,6 +129,11 @@ fn rounded(dtype: Dtype, value: f32) -> (Vec<u8>, f32) {
         Dtype::F32 => (value.to_le_bytes().into(), value),
         Dtype::BF16 => (bf16::from_f32(value).to_le_bytes().into(), bf16::from_f32(value).to_f32()),
         Dtype::F16 => (f16::from_f32(value).to_le_bytes().into(), f16::from_f32(value).to_f32()),
+        // The next larger one, so that no code has to be larger than there are.
+        Dtype::F8_E8M0 => {
+            let exponent = value.log2().ceil() as i32;
+            (vec![(exponent + 127) as u8], f32::powi(2.0, exponent))
+        }
         other => panic!("{other:?}"),
     }
 }

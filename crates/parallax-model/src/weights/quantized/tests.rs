@@ -173,6 +173,73 @@ fn awq_packed_and_mxfp4_run_as_they_are_stored() {
 }
 
 #[test]
+fn awq_in_another_layout_than_gemm_is_refused_by_name() {
+    for (field, value, fine) in [
+        ("version", Value::Null, true),
+        ("version", json!("gemm"), true),
+        ("version", json!("GEMM"), true),
+        ("format", json!("gemm"), true),
+        ("version", json!("gemv"), false),
+        ("version", json!("gemv_fast"), false),
+        ("version", json!("GEMV"), false),
+        ("version", json!("exllama"), false),
+        ("version", json!("marlin"), false),
+        ("version", json!(2), false),
+        ("format", json!("llm-awq"), false),
+        ("bits", json!(8), false),
+    ] {
+        let mut settings = json!({"quant_method": "awq", "bits": 4, "group_size": 32});
+        settings[field] = value.clone();
+        let mut index = safetensors::index([Source::open(&golden("awq")).unwrap()]).unwrap();
+        match derive(&mut index, &settings) {
+            Ok(()) => assert!(fine, "{field} {value} is read"),
+            Err(e) => {
+                let text = e.to_string();
+                assert!(!fine, "{text}");
+                assert!(text.contains(&value.to_string()) && text.contains(".qweight"), "{text}");
+                assert!(text.contains("\"gemm\""), "what to do instead: {text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_groups_that_are_not_read_alike_are_refused_by_name() {
+    let weights = json!({"num_bits": 4, "type": "int", "symmetric": true, "group_size": 32});
+    for (field, value, fine) in [
+        ("num_bits", json!(8), false),
+        ("symmetric", json!(false), false),
+        ("type", json!("float"), false),
+        // As if it were said.
+        ("symmetric", Value::Null, true),
+        // Read off the scales.
+        ("group_size", json!(128), true),
+    ] {
+        let mut others = weights.clone();
+        others[field] = value.clone();
+        let groups =
+            json!({"kv": {"weights": null}, "attention": {"weights": weights}, "mlp": {"weights": others}});
+        let settings = json!({"quant_method": "compressed-tensors", "config_groups": groups});
+        let mut index = safetensors::index([Source::open(&golden("packed")).unwrap()]).unwrap();
+        match derive(&mut index, &settings) {
+            Ok(()) => assert!(fine, "{field} {value} is read"),
+            Err(e) => {
+                let text = e.to_string();
+                assert!(!fine, "{text}");
+                for word in [".weight_packed", field, &value.to_string(), "\"attention\"", "\"mlp\""] {
+                    assert!(text.contains(word), "{word}: {text}");
+                }
+            }
+        }
+    }
+    // The first group that has weights is the one that counts.
+    let groups = json!({"kv": {"weights": null}, "all": {"weights": {"num_bits": 8, "symmetric": false}}});
+    let mut index = safetensors::index([Source::open(&golden("packed")).unwrap()]).unwrap();
+    let refused = derive(&mut index, &json!({"config_groups": groups})).unwrap_err().to_string();
+    assert!(refused.contains("symmetric"), "{refused}");
+}
+
+#[test]
 fn any_source_is_quantised_to_what_was_asked_for() {
     let index = open("fp8", &json!({"weight_block_size": [64, 128]}));
     let name = "model.layers.0.self_attn.q_proj.weight";
@@ -208,7 +275,8 @@ proptest! {
                     *last = *last * grow / 2;
                 }
             }
-            let method = if name == "awq" { "awq" } else { "gptq" };
+            // AWQ has four bits or is refused.
+            let (method, bits) = if name == "awq" { ("awq", 4) } else { ("gptq", bits) };
             let _ = derive(&mut index, &json!({"quant_method": method, "bits": bits, "weight_block_size": [grow, bits]}));
             let names: Vec<String> = index.derived.keys().cloned().collect();
             for name in names {
