@@ -74,7 +74,7 @@ pub struct ListenArgs {
     /// Let clients put requests before those of others, with a `priority` below 0
     #[arg(long)]
     pub urgent_requests: bool,
-    /// Origin whose pages may use this server in a browser, as https://app.example; again for another, `*` for all
+    /// Origin whose pages may use this server in a browser, as `https://app.example`; again for another, `*` for all
     #[arg(long, value_name = "ORIGIN", value_parser = origin)]
     pub allow_origin: Vec<HeaderValue>,
     /// Sample at temperature 1 where a request does not say how, whatever the model's generation_config.json says

@@ -159,11 +159,11 @@ impl Tools {
 /// admits.
 fn names_no_parameters(schema: &Value) -> bool {
     const SILENT: [&str; 5] = ["type", "properties", "title", "description", "$schema"];
-    let says_more = |(key, value): (&String, &Value)| {
-        !SILENT.contains(&key.as_str()) && !(key == "required" && *value == json!([]))
+    let is_silent = |(key, value): (&String, &Value)| {
+        SILENT.contains(&key.as_str()) || (key == "required" && *value == json!([]))
     };
     schema["properties"].as_object().is_some_and(Map::is_empty)
-        && !schema.as_object().into_iter().flatten().any(says_more)
+        && schema.as_object().into_iter().flatten().all(is_silent)
 }
 
 /// OpenAI's chat shape: `{"type": "function", "function": {"name", "description", "parameters"}}`; the responses shape has
