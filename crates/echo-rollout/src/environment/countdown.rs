@@ -1,7 +1,8 @@
 //! Countdown: reach a number with given numbers, each used once, and `+ - * /`.
 //!
 //! Every task is solvable because its target is computed from the numbers. The verifier does not compare with that
-//! solution: any expression that uses exactly the numbers and has exactly the value is right.
+//! solution: any expression that uses exactly the numbers and has exactly the value is right. What is written on the lines
+//! before the last is thinking, and free.
 
 use super::draws::{Draws, draw_on_side};
 use super::exact::{Fraction, evaluate};
@@ -129,13 +130,25 @@ fn asked(prompt: &str) -> Option<(i64, Vec<i64>)> {
     Some((target.parse().ok()?, numbers.ok()?))
 }
 
-/// The expression in a completion: inside `<answer>` where that is used, else all of it, without what follows an `=`.
+/// What is thought before the answer to sums: how much too large all numbers are together, `18-12=6` when 12 is to be made of
+/// 7, 8 and 3. Half of it is what has to be taken off.
+fn thought(numbers: &[i64], target: i64) -> String {
+    let all: i64 = numbers.iter().sum();
+    format!("{all}-{target}={}", all - target)
+}
+
+/// What stands inside `<answer>` where that is used, else the whole completion.
 pub(super) fn answer_of(completion: &str) -> &str {
-    let inner = match completion.rsplit_once("<answer>") {
-        Some((_, rest)) => rest.split_once("</answer>").map_or(rest, |(inner, _)| inner),
-        None => completion,
-    };
-    inner.split_once('=').map_or(inner, |(left, _)| left).trim()
+    match completion.rsplit_once("<answer>") {
+        Some((_, rest)) => rest.split_once("</answer>").map_or(rest, |(inner, _)| inner).trim(),
+        None => completion.trim(),
+    }
+}
+
+/// The expression on the last line of an answer, without what follows an `=`.
+fn expression_of(answer: &str) -> &str {
+    let last = answer.lines().next_back().unwrap_or_default();
+    last.split_once('=').map_or(last, |(left, _)| left).trim()
 }
 
 impl Environment for Countdown {
@@ -143,9 +156,9 @@ impl Environment for Countdown {
         if self.products { "countdown" } else { "countdown-sums" }
     }
 
-    /// The answers of sums were written in another way once.
+    /// The answers of sums have been written in three ways, and lines before the last were once no thinking but a mistake.
     fn version(&self) -> u32 {
-        if self.products { 1 } else { 2 }
+        if self.products { 2 } else { 3 }
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
@@ -154,7 +167,12 @@ impl Environment for Countdown {
         let solution = problem.solution.as_str();
         let answer = solution.strip_prefix('(').and_then(|s| s.strip_suffix(')')).unwrap_or(solution);
         let prompt = format!("Make {} from {}.", problem.target, numbers.join(", "));
-        Ok(Task { seed, prompt, answer: answer.to_owned() })
+        let answer = if self.products {
+            answer.to_owned()
+        } else {
+            format!("{}\n{answer}", thought(&problem.numbers, problem.target))
+        };
+        Ok(Task { seed, prompt, answer })
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -165,7 +183,7 @@ impl Environment for Countdown {
     fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
         let (target, numbers) = asked(&task.prompt)
             .ok_or_else(|| RewardError::OtherTask { environment: self.name().to_owned(), seed: task.seed })?;
-        let evaluated = evaluate(answer_of(completion)).ok();
+        let evaluated = evaluate(expression_of(answer_of(completion))).ok();
         let sorted = |mut numbers: Vec<Fraction>| {
             numbers.sort_unstable_by_key(|f| (f.numerator(), f.denominator()));
             numbers
@@ -216,7 +234,8 @@ mod tests {
         for seed in 0..300 {
             let task = Countdown::tiny().task(seed).unwrap();
             let given = asked(&task.prompt).unwrap().1;
-            let (added, taken) = task.answer.split_once('-').unwrap_or((&task.answer, ""));
+            let answer = expression_of(&task.answer);
+            let (added, taken) = answer.split_once('-').unwrap_or((answer, ""));
             let numbers = |text: &str, sign| -> Vec<i64> {
                 text.split(sign).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect()
             };
@@ -227,6 +246,21 @@ mod tests {
         }
         assert_eq!(in_order(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "4+7-2");
         assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "7-4");
+    }
+
+    #[test]
+    fn lines_before_the_last_are_thinking() {
+        let env = Countdown::tiny();
+        let prompt = "Make 12 from 7, 8, 3.".to_owned();
+        let task = Task { seed: 1, prompt, answer: format!("{}\n7+8-3", thought(&[7, 8, 3], 12)) };
+        assert_eq!(task.answer, "18-12=6\n7+8-3");
+        let reward = |text: &str| env.verify(&task, text).unwrap().value();
+        for right in
+            [task.answer.as_str(), "7+8-3", "no idea\n\n 8+7-3 = 12\n", "?\n<answer>4=\n7+8-3</answer>\n8"]
+        {
+            assert_eq!(reward(right), 1.0, "{right}");
+        }
+        assert_eq!(["7+8-3\n7+8+3", "7+8-3\n12", "7+8-3\n?"].map(reward), [0.1, 0.0, 0.0]);
     }
 
     #[test]
