@@ -82,13 +82,18 @@ pub struct ListenArgs {
     pub plain_sampling: bool,
 }
 
-/// An origin as browsers send it: one with a path would never match.
+/// An origin as browsers send it: one with a path, or with the port that they leave out, would never match.
 fn origin(text: &str) -> Result<HeaderValue, String> {
-    let host = text.split_once("://").map_or("", |(_, host)| host);
-    if text != "*" && (host.is_empty() || host.contains('/')) {
-        return Err("give SCHEME://HOST or SCHEME://HOST:PORT, without a path, or *".to_owned());
+    let text = text.to_ascii_lowercase();
+    let (scheme, host) = text.split_once("://").unwrap_or_default();
+    let usual = [("http", ":80"), ("https", ":443")];
+    let left_out = usual.into_iter().any(|(of, port)| scheme == of && host.ends_with(port));
+    let is_origin = !scheme.is_empty() && !host.is_empty() && !host.contains(['/', '?', '#', '@', ' ']);
+    if text != "*" && (!is_origin || left_out) {
+        let form = "SCHEME://HOST or SCHEME://HOST:PORT, without a path or the scheme's usual port, or *";
+        return Err(format!("give {form}"));
     }
-    text.to_ascii_lowercase().parse().map_err(|_| "an origin has printable ASCII letters only".to_owned())
+    text.parse().map_err(|_| "an origin has printable ASCII letters only".to_owned())
 }
 
 impl ListenArgs {
@@ -261,12 +266,24 @@ mod tests {
             ("*", "*"),
             ("https://App.example", "https://app.example"),
             ("http://[::1]:8080", "http://[::1]:8080"),
+            ("http://app.example:443", "http://app.example:443"),
         ] {
             assert_eq!(origin(text).unwrap(), taken);
         }
-        for text in
-            ["", "app.example", "https://", "https://app.example/", "https://app.example/chat", "https://ä"]
-        {
+        for text in [
+            "",
+            "app.example",
+            "://app.example",
+            "https://",
+            "https://app.example/",
+            "https://app.example/chat",
+            "https://app.example?chat",
+            "https://me@app.example",
+            "https://app.example, https://b.example",
+            "https://app.example:443",
+            "http://app.example:80",
+            "https://ä",
+        ] {
             assert!(origin(text).is_err(), "{text}");
         }
     }
