@@ -258,6 +258,8 @@ pub fn model_name(model: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::FromArgMatches as _;
+
     use super::*;
 
     #[test]
@@ -286,6 +288,41 @@ mod tests {
         ] {
             assert!(origin(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn requests_that_do_not_say_are_sampled_as_the_model_recommends() {
+        let listening = |options: &[&str]| {
+            let command = ListenArgs::augment_args(clap::Command::new("run").no_binary_name(true));
+            ListenArgs::from_arg_matches(&command.get_matches_from(options)).unwrap()
+        };
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/tiny");
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(tiny.join(file), dir.path().join(file)).unwrap();
+        }
+        let sampling = |file: &str, options: &[&str]| {
+            std::fs::write(dir.path().join("generation_config.json"), file).unwrap();
+            listening(options).sampling(&Checkpoint::open(dir.path()).unwrap())
+        };
+        let plain = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+        assert_eq!(sampling("{}", &[]).unwrap(), plain);
+        let whole =
+            r#"{"temperature": 0.5, "top_p": 0.25, "top_k": 20, "min_p": 0.125, "repetition_penalty": 1.5}"#;
+        let recommended = SamplingParams {
+            temperature: 0.5,
+            top_p: 0.25,
+            top_k: 20,
+            min_p: 0.125,
+            repetition_penalty: 1.5,
+            ..plain.clone()
+        };
+        assert_eq!(sampling(whole, &[]).unwrap(), recommended);
+        assert_eq!(sampling(whole, &["--plain-sampling"]).unwrap(), plain);
+        let wrong = r#"{"top_p": 0}"#;
+        let error = format!("{:#}", sampling(wrong, &[]).unwrap_err());
+        assert!(error.contains("--plain-sampling") && error.contains("top_p"), "{error}");
+        assert_eq!(sampling(wrong, &["--plain-sampling"]).unwrap(), plain);
     }
 
     #[test]
