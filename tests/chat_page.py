@@ -241,8 +241,9 @@ def cluster(out):
     rows = run("""return [...document.querySelectorAll('#nodes tr')].map(row => [row.cells[0].title,
         row.cells[0].querySelector('small').textContent, row.cells[1].textContent, row.cells[2].firstChild.textContent])""")
     out["rows"] = rows
+    by_layers = sorted(status["swarm"]["nodes"], key=lambda node: node["layers"][0])
     out["nodes"] = [[node["peer"], ("head, " if node["head"] else "") + node["device"],
-                     f"{node['layers'][0]}–{node['layers'][1] - 1}", node["state"]] for node in sorted(status["swarm"]["nodes"], key=lambda node: node["layers"][0])]
+                     f"{node['layers'][0]}–{node['layers'][1] - 1}", node["state"]] for node in by_layers]
     lanes = run("""return [...document.querySelectorAll('.lane .bar')].map(bar => [...bar.children].map(seg =>
         [seg.querySelector('b').textContent, seg.querySelector('div').textContent.split(' · ')[0], seg.getBoundingClientRect().width]))""")
     heads = {node["peer"]: node["head"] for node in status["swarm"]["nodes"]}

@@ -19,28 +19,28 @@ struct Lock {
 
 impl Lock {
     fn keep(root: &Path, folder: &Path) -> Result<Self> {
-        let lock = Self { path: root.join("Cargo.lock"), copy: folder.join("Cargo.lock.before") };
-        if lock.copy.exists()
-            && names_stand_in(&fs::read_to_string(&lock.path).context("reading Cargo.lock")?)
-        {
-            lock.put_back()?;
+        let (path, copy) = (root.join("Cargo.lock"), folder.join("Cargo.lock.before"));
+        let found = fs::read_to_string(&path).context("reading Cargo.lock")?;
+        if copy.exists() && names_stand_in(&found) {
+            put_back(&copy, &path)?;
         }
         // Whole or not at all.
         let part = folder.join("Cargo.lock.part");
-        fs::copy(&lock.path, &part).context("copying Cargo.lock")?;
-        fs::rename(&part, &lock.copy).context("naming the copy of Cargo.lock")?;
-        Ok(lock)
+        fs::copy(&path, &part).context("copying Cargo.lock")?;
+        fs::rename(&part, &copy).context("naming the copy of Cargo.lock")?;
+        // Only now: dropped before, it would put back what an earlier build had left.
+        Ok(Self { path, copy })
     }
+}
 
-    fn put_back(&self) -> Result<()> {
-        fs::copy(&self.copy, &self.path).context("putting Cargo.lock back")?;
-        fs::remove_file(&self.copy).with_context(|| format!("removing {}", self.copy.display()))
-    }
+fn put_back(copy: &Path, path: &Path) -> Result<()> {
+    fs::copy(copy, path).context("putting Cargo.lock back")?;
+    fs::remove_file(copy).with_context(|| format!("removing {}", copy.display()))
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if let Err(e) = self.put_back() {
+        if let Err(e) = put_back(&self.copy, &self.path) {
             eprintln!("Cargo.lock names the stand-in for cubecl-llvm and could not be put back: {e:#}");
         }
     }
@@ -90,11 +90,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_lock_that_cannot_be_copied_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, copy) = (folder.path().join("Cargo.lock"), folder.path().join("Cargo.lock.before"));
+        fs::write(&path, "newer").unwrap();
+        fs::write(&copy, "as it was").unwrap();
+        // In the place of what is copied to.
+        fs::create_dir(folder.path().join("Cargo.lock.part")).unwrap();
+        assert!(Lock::keep(folder.path(), folder.path()).is_err());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "newer");
+    }
+
+    #[test]
     fn only_a_lock_with_the_stand_in_is_replaced_by_the_copy() {
         let folder = tempfile::tempdir().unwrap();
         let (path, copy) = (folder.path().join("Cargo.lock"), folder.path().join("Cargo.lock.before"));
         let ours = "[[package]]\nname = \"a\"\nsource = \"r\"\n\n[[package]]\nname = \"cubecl-llvm\"\nversion = \"1\"\n";
-        let newer = format!("{}source = \"r\"\n", ours);
+        let newer = format!("{ours}source = \"r\"\n");
         for (found, kept) in [(ours, "as it was"), (&newer, &newer)] {
             fs::write(&path, found).unwrap();
             fs::write(&copy, "as it was").unwrap();

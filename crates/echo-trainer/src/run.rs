@@ -56,7 +56,7 @@ pub struct RunConfig {
     /// Peers that compute shares of each step's batch (`training-swarm assist`), while they are there. The batch is cut for all of them
     /// in any case.
     pub assistants: Vec<PeerId>,
-    /// Seconds that one of them is waited for before its share is computed here.
+    /// Seconds that one of them is waited for before its share is computed here, and that it may take to receive weights.
     pub assistant_timeout_s: u64,
     /// Share of rounds in which one share of an assistant is computed here as well, 0 to 1; one with other bits is out. A step has one
     /// round, or two where its loss needs the present weights' log-probabilities first. Only for machines that compute the same bits.

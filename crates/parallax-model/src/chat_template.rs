@@ -7,6 +7,8 @@
 mod date_time;
 mod json;
 
+use std::io;
+
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
@@ -58,6 +60,27 @@ pub struct ChatTemplate {
 const NAME: &str = "chat";
 /// Template instructions of one rendering, about a second; a long conversation takes some ten thousand.
 const FUEL: u64 = 10_000_000;
+/// Bytes that a template may write, and make of one value: more than any context holds. Indented JSON of a request may be
+/// hundreds of times as long as the request.
+const MAX_TEXT_BYTES: usize = 32 << 20;
+
+/// What a template has written.
+#[derive(Default)]
+struct Text(Vec<u8>);
+
+impl io::Write for Text {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > MAX_TEXT_BYTES - self.0.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl ChatTemplate {
     /// Compiles a template.
@@ -152,9 +175,16 @@ impl ChatTemplate {
             eos_token => &self.eos_token,
         };
         let variables = Value::from(Serde(&conversation.variables));
-        template
-            .render(context! { ..known, ..variables })
-            .map_err(|e| TemplateError::Render(format!("{e:#}")))
+        let mut text = Text::default();
+        let written = template.render_captured_to(context! { ..known, ..variables }, &mut text).map(drop);
+        written.map_err(|error| {
+            TemplateError::Render(match error.kind() {
+                // Nothing else keeps it from writing.
+                ErrorKind::WriteFailure => format!("it writes more than {MAX_TEXT_BYTES} bytes"),
+                _ => format!("{error:#}"),
+            })
+        })?;
+        Ok(String::from_utf8(text.0).expect("templates write text"))
     }
 }
 
@@ -184,6 +214,16 @@ mod tests {
         let loops = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
         let t = ChatTemplate::new(loops, "", "").unwrap();
         assert!(t.render(&[], false).unwrap_err().to_string().contains("fuel"));
+    }
+
+    #[test]
+    fn a_template_that_writes_more_than_any_context_holds_is_an_error() {
+        let repeats = "{% for i in range(9999) %}{{ messages[0].content }}{% endfor %}";
+        let t = ChatTemplate::new(repeats, "", "").unwrap();
+        let written = |n: usize| t.render(&[ChatMessage::new("user", "é".repeat(n))], false);
+        assert_eq!(written(3).unwrap(), "é".repeat(3 * 9999));
+        let refused = written(10_000).unwrap_err().to_string();
+        assert!(refused.contains("more than 33554432 bytes"), "{refused}");
     }
 
     #[test]

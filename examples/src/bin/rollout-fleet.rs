@@ -9,6 +9,7 @@ use lattica_net::{Identity, Node, NodeConfig};
 use parallax_model::{Checkpoint, WeightDtype};
 use serde::{Deserialize, Serialize};
 use swarm_examples::network::{EVERYWHERE, NetworkArgs};
+use swarm_examples::parallax::model::DTYPES;
 use swarm_examples::program;
 use swarm_examples::rollouts::{WorkerOptions, start_worker};
 
@@ -58,8 +59,8 @@ struct Args {
     /// Directory of the workers' keys, so that they are the same peers after a restart [default: new keys]
     #[arg(long)]
     keys: Option<PathBuf>,
-    /// Weights in memory. A trainer that audits expects f32
-    #[arg(long, default_value = "f32", value_name = "f32|bf16|q8_0|q4_0|native")]
+    /// Weights in memory: native keeps what the file has. A trainer that audits expects f32
+    #[arg(long, default_value = "f32", value_name = DTYPES)]
     dtype: String,
     /// Samples made at once by one worker
     #[arg(long, default_value_t = 16)]
@@ -269,7 +270,16 @@ async fn worker(
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+
+    #[test]
+    fn help_names_every_weight_format_that_is_taken() {
+        let command = Args::command();
+        let dtype = command.get_arguments().find(|argument| argument.get_id() == "dtype").unwrap();
+        assert_eq!(dtype.get_value_names().unwrap()[0].as_str(), DTYPES);
+    }
 
     #[test]
     fn a_file_says_what_flags_say_and_unknown_settings_are_named() {

@@ -17,6 +17,7 @@ use parallax_model::{Checkpoint, DeviceKind, KvFormat, LoadOptions, WeightDtype}
 use serde::Serialize;
 use serde_json::Value;
 
+use super::model::DTYPES;
 use super::serve::PAGE_TOKENS;
 use crate::{machine, program};
 
@@ -39,11 +40,7 @@ pub struct BenchSwarmArgs {
     #[arg(long)]
     nodes: usize,
     /// Weights in memory, on every stage
-    #[arg(
-        long,
-        default_value = "native",
-        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
-    )]
+    #[arg(long, default_value = "native", value_name = DTYPES)]
     dtype: WeightDtype,
     /// Streams at the same time, after the single one
     #[arg(long, default_value_t = 4)]

@@ -8,7 +8,7 @@ use parallax_engine::{EngineConfig, EngineHandle, Event, FinishReason, Request, 
 use parallax_model::{ChatMessage, ChatTemplate, DeviceKind, KvFormat, Tokenizer, WeightDtype};
 use serde_json::{Value, json};
 
-use super::model::ModelArgs;
+use super::model::{DTYPES, ModelArgs};
 use crate::program;
 
 /// Cached positions of a local chat.
@@ -33,11 +33,7 @@ pub struct ChatArgs {
     #[arg(long, env = "PARALLAX_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
     /// Weights in memory, with --model
-    #[arg(
-        long,
-        default_value = "native",
-        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
-    )]
+    #[arg(long, default_value = "native", value_name = DTYPES)]
     dtype: WeightDtype,
     /// 0 is greedy
     #[arg(long, default_value_t = 0.0)]

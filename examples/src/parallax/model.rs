@@ -13,6 +13,9 @@ use super::hub;
 /// Tokens of a cache page.
 const PAGE_TOKENS: usize = 16;
 
+/// What `--dtype` takes, as help shows it.
+pub const DTYPES: &str = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0";
+
 /// The model and how to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
@@ -21,11 +24,7 @@ pub struct ModelArgs {
     #[arg(long)]
     pub model: String,
     /// Weights in memory: native keeps what the file has
-    #[arg(
-        long,
-        default_value = "native",
-        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
-    )]
+    #[arg(long, default_value = "native", value_name = DTYPES)]
     pub dtype: WeightDtype,
     /// Keys and values in memory; q8 takes a quarter of f32 and moves logits a little
     #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]
@@ -112,7 +111,8 @@ mod tests {
     #[test]
     fn help_names_every_weight_format_that_is_taken() {
         let unknown = "no".parse::<WeightDtype>().unwrap_err();
-        let known: Vec<&str> = unknown.split_once("known are ").unwrap().1.split(", ").collect();
+        let (_, known) = unknown.split_once("known are ").unwrap();
+        assert_eq!(DTYPES, known.replace(", ", "|"));
         let options = [
             ModelArgs::augment_args,
             BenchSwarmArgs::augment_args,
@@ -123,8 +123,7 @@ mod tests {
         for augment in options {
             let command: Command = augment(Command::new("parallax"));
             let dtype = command.get_arguments().find(|argument| argument.get_id() == "dtype").unwrap();
-            let shown = dtype.get_value_names().unwrap()[0].as_str();
-            assert_eq!(shown.split('|').collect::<Vec<_>>(), known);
+            assert_eq!(dtype.get_value_names().unwrap()[0].as_str(), DTYPES);
         }
     }
 }

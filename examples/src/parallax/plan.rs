@@ -12,6 +12,7 @@ use parallax_sched::{Algorithm, ModelProfile, NodeId, NodeProfile, PlanOptions, 
 use serde::{Deserialize, Serialize};
 use swarm_wire::LayerRange;
 
+use super::model::DTYPES;
 use crate::program;
 
 /// Pipelines that are printed for people; the report has all.
@@ -39,11 +40,7 @@ pub struct PlanArgs {
     #[arg(long, default_value = "auto", value_name = "exact|cover|auto")]
     algorithm: String,
     /// Weights in memory; native is what the file has, and bf16 for a name out of `parallax models`
-    #[arg(
-        long,
-        default_value = "native",
-        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
-    )]
+    #[arg(long, default_value = "native", value_name = DTYPES)]
     dtype: WeightDtype,
     /// Keys and values in memory
     #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]

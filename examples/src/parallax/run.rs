@@ -82,13 +82,18 @@ pub struct ListenArgs {
     pub plain_sampling: bool,
 }
 
-/// An origin as browsers send it: one with a path would never match.
+/// An origin as browsers send it: one with a path, or with the port that they leave out, would never match.
 fn origin(text: &str) -> Result<HeaderValue, String> {
-    let host = text.split_once("://").map_or("", |(_, host)| host);
-    if text != "*" && (host.is_empty() || host.contains('/')) {
-        return Err("give SCHEME://HOST or SCHEME://HOST:PORT, without a path, or *".to_owned());
+    let text = text.to_ascii_lowercase();
+    let (scheme, host) = text.split_once("://").unwrap_or_default();
+    let usual = [("http", ":80"), ("https", ":443")];
+    let left_out = usual.into_iter().any(|(of, port)| scheme == of && host.ends_with(port));
+    let is_origin = !scheme.is_empty() && !host.is_empty() && !host.contains(['/', '?', '#', '@', ' ']);
+    if text != "*" && (!is_origin || left_out) {
+        let form = "SCHEME://HOST or SCHEME://HOST:PORT, without a path or the scheme's usual port, or *";
+        return Err(format!("give {form}"));
     }
-    text.to_ascii_lowercase().parse().map_err(|_| "an origin has printable ASCII letters only".to_owned())
+    text.parse().map_err(|_| "an origin has printable ASCII letters only".to_owned())
 }
 
 impl ListenArgs {
@@ -253,6 +258,8 @@ pub fn model_name(model: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::FromArgMatches as _;
+
     use super::*;
 
     #[test]
@@ -261,14 +268,61 @@ mod tests {
             ("*", "*"),
             ("https://App.example", "https://app.example"),
             ("http://[::1]:8080", "http://[::1]:8080"),
+            ("http://app.example:443", "http://app.example:443"),
         ] {
             assert_eq!(origin(text).unwrap(), taken);
         }
-        for text in
-            ["", "app.example", "https://", "https://app.example/", "https://app.example/chat", "https://ä"]
-        {
+        for text in [
+            "",
+            "app.example",
+            "://app.example",
+            "https://",
+            "https://app.example/",
+            "https://app.example/chat",
+            "https://app.example?chat",
+            "https://me@app.example",
+            "https://app.example, https://b.example",
+            "https://app.example:443",
+            "http://app.example:80",
+            "https://ä",
+        ] {
             assert!(origin(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn requests_that_do_not_say_are_sampled_as_the_model_recommends() {
+        let listening = |options: &[&str]| {
+            let command = ListenArgs::augment_args(clap::Command::new("run").no_binary_name(true));
+            ListenArgs::from_arg_matches(&command.get_matches_from(options)).unwrap()
+        };
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/tiny");
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(tiny.join(file), dir.path().join(file)).unwrap();
+        }
+        let sampling = |file: &str, options: &[&str]| {
+            std::fs::write(dir.path().join("generation_config.json"), file).unwrap();
+            listening(options).sampling(&Checkpoint::open(dir.path()).unwrap())
+        };
+        let plain = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+        assert_eq!(sampling("{}", &[]).unwrap(), plain);
+        let whole =
+            r#"{"temperature": 0.5, "top_p": 0.25, "top_k": 20, "min_p": 0.125, "repetition_penalty": 1.5}"#;
+        let recommended = SamplingParams {
+            temperature: 0.5,
+            top_p: 0.25,
+            top_k: 20,
+            min_p: 0.125,
+            repetition_penalty: 1.5,
+            ..plain.clone()
+        };
+        assert_eq!(sampling(whole, &[]).unwrap(), recommended);
+        assert_eq!(sampling(whole, &["--plain-sampling"]).unwrap(), plain);
+        let wrong = r#"{"top_p": 0}"#;
+        let error = format!("{:#}", sampling(wrong, &[]).unwrap_err());
+        assert!(error.contains("--plain-sampling") && error.contains("top_p"), "{error}");
+        assert_eq!(sampling(wrong, &["--plain-sampling"]).unwrap(), plain);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use serde_json::json;
 use super::adapters::{self, AdapterArgs};
 use super::engine::EngineArgs;
 use super::hub;
+use super::model::DTYPES;
 use super::run::{ListenArgs, http_state, model_name};
 use super::swarm_node::SwarmNodeArgs;
 use crate::program;
@@ -44,11 +45,7 @@ pub struct ServeArgs {
     #[command(flatten)]
     node: SwarmNodeArgs,
     /// Weights in memory, on every stage
-    #[arg(
-        long,
-        default_value = "native",
-        value_name = "native|f32|bf16|f16|q8_0|q6_k|q5_k|q5_1|q5_0|q4_k|q4_1|q4_0"
-    )]
+    #[arg(long, default_value = "native", value_name = DTYPES)]
     dtype: WeightDtype,
     /// Keys and values in memory, on every stage; q8 takes a quarter of f32 and moves logits a little
     #[arg(long, default_value = "f32", value_name = "f32|bf16|q8")]

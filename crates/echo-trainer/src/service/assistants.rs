@@ -41,7 +41,7 @@ pub struct AssistantsConfig {
     pub base_model_id: String,
     /// The run's settings.
     pub trainer: TrainerConfig,
-    /// How long one is waited for.
+    /// How long one is waited for, and may take to receive weights.
     pub patience: Duration,
     /// Share of rounds, 0 to 1, in which one answer of an assistant is computed here as well, and compared to the bit. A step has one
     /// round, or two where its loss needs the present weights' log-probabilities first.

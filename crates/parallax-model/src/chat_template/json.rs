@@ -5,6 +5,8 @@ use minijinja::value::Kwargs;
 use minijinja::{Error, ErrorKind, Value};
 use serde_json::{Number, Value as Json};
 
+use super::MAX_TEXT_BYTES;
+
 /// Spaces of one level that a template may ask for: it comes with the model, from anybody.
 const MAX_INDENT: usize = 64;
 
@@ -37,6 +39,10 @@ pub(super) fn tojson(
     }
     let mut text = String::new();
     style.write(&value, 0, &mut text);
+    if text.len() > style.most_bytes {
+        let rule = format!("a value is more than {MAX_TEXT_BYTES} bytes of JSON");
+        return Err(Error::new(ErrorKind::InvalidOperation, rule));
+    }
     Ok(Value::from_safe_string(if ensure_ascii { in_ascii(&text) } else { text }))
 }
 
@@ -47,11 +53,13 @@ struct Style {
     key: String,
     /// Spaces of a level; `None`: all on one line.
     indent: Option<usize>,
+    /// What is longer than this is not written to its end.
+    most_bytes: usize,
 }
 
 impl Default for Style {
     fn default() -> Self {
-        Self { item: ", ".to_owned(), key: ": ".to_owned(), indent: None }
+        Self { item: ", ".to_owned(), key: ": ".to_owned(), indent: None, most_bytes: usize::MAX }
     }
 }
 
@@ -61,11 +69,12 @@ impl Style {
         if indent.is_some_and(|spaces| spaces > MAX_INDENT) {
             return refused(format!("an indent is {MAX_INDENT} spaces at most"));
         }
+        let default = Self { indent, most_bytes: MAX_TEXT_BYTES, ..Self::default() };
         match separators.map(<[String; 2]>::try_from) {
-            Some(Ok([item, key])) => Ok(Self { item, key, indent }),
+            Some(Ok([item, key])) => Ok(Self { item, key, ..default }),
             Some(Err(_)) => refused("separators are two texts".to_owned()),
-            None if indent.is_some() => Ok(Self { item: ",".to_owned(), indent, ..Self::default() }),
-            None => Ok(Self::default()),
+            None if indent.is_some() => Ok(Self { item: ",".to_owned(), ..default }),
+            None => Ok(default),
         }
     }
 
@@ -101,6 +110,9 @@ impl Style {
         let empty = members.len() == 0;
         text.push(open);
         for (i, (key, member)) in members.enumerate() {
+            if text.len() > self.most_bytes {
+                return;
+            }
             if i > 0 {
                 text.push_str(&self.item);
             }
@@ -133,7 +145,7 @@ fn python_number(number: &Number) -> String {
     }
 }
 
-/// What is not printable ASCII stands only inside of texts, where it may be escaped.
+/// Escapes what is not ASCII, and DEL, as Python does: both stand only inside of texts.
 fn in_ascii(json: &str) -> String {
     let mut ascii = String::with_capacity(json.len());
     for c in json.chars() {
@@ -203,5 +215,13 @@ mod tests {
             let refused = shown(filter, &json!([1])).unwrap_err().to_string();
             assert!(refused.contains(rule), "{filter}: {refused}");
         }
+    }
+
+    #[test]
+    fn a_value_of_mostly_spaces_is_an_error() {
+        let deep = (0..100).fold(json!(vec![1; 6000]), |value, _| json!([value]));
+        let refused = shown("tojson(indent=64)", &deep).unwrap_err().to_string();
+        assert!(refused.contains("more than 33554432 bytes"), "{refused}");
+        assert_eq!(shown("tojson", &deep).unwrap(), super::to_python_json(&deep));
     }
 }

@@ -179,9 +179,10 @@ async fn send_in_time(
     frame: &Frame,
     payload: &[u8],
 ) -> Result<(), Exclusion> {
-    match timeout(shared.config.patience, send(writer, frame, payload)).await {
+    let patience = shared.config.patience;
+    match timeout(patience, send(writer, frame, payload)).await {
         Ok(sent) => sent.map_err(|error| gone(error.to_string())),
-        Err(_) => Err(gone("it does not take what it is sent".to_owned())),
+        Err(_) => Err(gone(format!("it did not take {} bytes within {patience:?}", payload.len()))),
     }
 }
 
@@ -500,7 +501,7 @@ mod tests {
         let newest = shared.weights.subscribe();
         let writing = write(&shared, &peer, number, &mut here, todo, newest);
         let why = timeout(GREETING, writing).await.expect("it is given up");
-        assert_eq!(why, gone("it does not take what it is sent".to_owned()));
+        assert_eq!(why, gone("it did not take 65536 bytes within 0ns".to_owned()));
     }
 
     #[tokio::test]
