@@ -28,8 +28,8 @@ use parallax_engine::sampler::{Place, uniform};
 use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams, StageRunner};
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use parallax_model::{
-    Adapter, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, KvFormat, LoadOptions, Stage, Tokenizer,
-    WeightDtype, logprob,
+    Adapter, BaseDtype, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, KvFormat, LoadOptions, Stage,
+    Tokenizer, WeightDtype, logprob,
 };
 use swarm_wire::PolicyVersion;
 use veri_verify::config::DRAW_SLACK;
@@ -116,7 +116,7 @@ impl Text for ModelText {
     }
 }
 
-/// How rollouts are computed, by workers and auditors alike: the whole model in f32 on the CPU, with a cache for
+/// How rollouts are computed, by workers and auditors alike: the whole model on the CPU, with a cache in f32 for
 /// `cache_tokens` positions.
 pub fn load_options(checkpoint: &Checkpoint, dtype: WeightDtype, cache_tokens: usize) -> LoadOptions {
     LoadOptions {
@@ -170,21 +170,24 @@ pub fn policy_engine(
 #[derive(Debug)]
 pub struct ModelReplay {
     auditor: Auditor,
+    /// The checkpoint, with the format of its weights.
+    model_id: String,
     /// Hash of the installed adapter.
     installed: Option<[u8; 32]>,
     sampler: parallax_engine::Sampler,
 }
 
 impl ModelReplay {
-    /// Loads the whole model in f32 for answers of up to `max_tokens`, prompt included.
+    /// Loads the whole model, in the format of the run's learner, for answers of up to `max_tokens`, prompt included.
     ///
     /// # Errors
     /// Weights that cannot be read.
-    pub fn load(checkpoint: &Checkpoint, max_tokens: usize) -> anyhow::Result<Self> {
-        let stage = Stage::load(checkpoint, &load_options(checkpoint, WeightDtype::F32, max_tokens))?;
+    pub fn load(checkpoint: &Checkpoint, base_dtype: BaseDtype, max_tokens: usize) -> anyhow::Result<Self> {
+        let model_id = base_dtype.model_id(&checkpoint.id()?);
+        let stage = Stage::load(checkpoint, &load_options(checkpoint, base_dtype.weights(), max_tokens))?;
         let auditor = Auditor::new(stage, checkpoint.config().n_layers)?;
         let sampler = parallax_engine::Sampler::new(logprob::log_softmax);
-        Ok(Self { auditor, installed: None, sampler })
+        Ok(Self { auditor, model_id, installed: None, sampler })
     }
 }
 
@@ -195,6 +198,10 @@ impl Replay for ModelReplay {
         job: &Job,
         answer: &Answer,
     ) -> Result<veri_verify::Replay, String> {
+        // In another format honest work has other bits.
+        if self.model_id != job.model_id {
+            return Err(format!("this auditor has model {}, not {}", self.model_id, job.model_id));
+        }
         if self.installed != job.adapter_hash {
             let adapter = adapter.map(Adapter::from_bytes).transpose().map_err(|e| e.to_string())?;
             self.auditor.set_adapter(adapter.as_ref()).map_err(|e| e.to_string())?;
@@ -249,12 +256,12 @@ pub struct EngineSampler {
 }
 
 impl EngineSampler {
-    /// Loads the whole model in f32, with a cache for `cache_tokens` positions.
+    /// Loads the whole model in the learner's format, with a cache for `cache_tokens` positions.
     ///
     /// # Errors
     /// Weights that cannot be read.
-    pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
-        let engine = policy_engine(checkpoint, WeightDtype::F32, cache_tokens)?;
+    pub fn load(checkpoint: &Checkpoint, base_dtype: BaseDtype, cache_tokens: usize) -> anyhow::Result<Self> {
+        let engine = policy_engine(checkpoint, base_dtype.weights(), cache_tokens)?;
         Ok(Self { engine, stop_ids: checkpoint.config().eos.clone() })
     }
 }
@@ -373,6 +380,7 @@ pub fn trainable(checkpoint: &Checkpoint, config: &RunConfig) -> anyhow::Result<
         alpha: config.trainer.lora_alpha,
         targets: config.trainer.lora_targets.clone(),
         seed: config.seed,
+        base_dtype: config.trainer.base_dtype,
     };
     let full = config.trainer.full;
     let options = TrainOptions { lora: (!full).then_some(lora), full };
@@ -406,7 +414,7 @@ pub async fn start_learner(
         node,
         blocks,
         policy: trainable(checkpoint, &config)?,
-        sampler: Arc::new(EngineSampler::load(checkpoint, EVAL_CACHE_TOKENS)?),
+        sampler: Arc::new(EngineSampler::load(checkpoint, config.trainer.base_dtype, EVAL_CACHE_TOKENS)?),
         text: Arc::new(ModelText::open(checkpoint)?),
         base_model_id: checkpoint.id()?,
         vocabulary: u32::try_from(shape.vocab)?,
@@ -426,7 +434,9 @@ pub struct WorkerOptions {
     pub environment: String,
     /// The program that is the environment, with its arguments; empty for a built-in one.
     pub environment_program: Vec<String>,
-    /// Weights in memory; a trainer that audits expects f32.
+    /// Format of the learner's frozen weights; one that trains over another refuses the worker.
+    pub base_dtype: BaseDtype,
+    /// Weights in memory; a trainer that audits expects those of `base_dtype`.
     pub dtype: WeightDtype,
     /// Samples made at once.
     pub leases: u32,
@@ -448,7 +458,7 @@ pub async fn start_worker(
     let trainer = reach(&node, &options.trainer, options.patience).await?;
     let source = Arc::new(Spreads::new(Blocks::start(node.clone(), memory_blocks())));
     let engine = policy_engine(checkpoint, options.dtype, options.cache_tokens)?;
-    let id = checkpoint.id()?;
+    let id = options.base_dtype.model_id(&checkpoint.id()?);
     let n_layers = u32::try_from(checkpoint.config().n_layers)?;
     // A commitment is about one policy, which samples that switch are not.
     let commits = options.in_flight != InFlight::Switch;
@@ -484,7 +494,7 @@ mod tests {
         let logprobs = completion.tokens.iter().map(|t| t.logprob).collect();
         let answer = Answer::new(completion.token_ids(), logprobs);
         let job = Job {
-            model_id: "tiny".to_owned(),
+            model_id: Checkpoint::resolve("tiny").unwrap().id().unwrap(),
             policy_version: 0,
             adapter_hash: None,
             prompt: prompt.to_vec(),
@@ -502,7 +512,7 @@ mod tests {
     async fn honest_draws_are_repeated_and_chosen_tokens_are_not() {
         let checkpoint = Checkpoint::resolve("tiny").unwrap();
         let engine = engine(&checkpoint, WeightDtype::F32, 256).unwrap();
-        let mut auditor = ModelReplay::load(&checkpoint, 256).unwrap();
+        let mut auditor = ModelReplay::load(&checkpoint, BaseDtype::F32, 256).unwrap();
         let prompt: Vec<u32> = (40..150).collect();
         for (seed, temperature) in [(1, 1.0), (2, 1.0), (3, 0.7), (4, 0.0)] {
             let (job, answer) = sampled(&engine, &prompt, seed, temperature).await;
@@ -516,6 +526,11 @@ mod tests {
         let replay = auditor.replay(None, &job, &chosen).unwrap();
         assert_eq!(replay.logprobs, chosen.logprobs);
         assert!(agreeing(&replay, &chosen) * 10 < chosen.tokens.len() * 9, "{replay:?}");
+        // An auditor with weights in another format convicts nobody.
+        let mut other = ModelReplay::load(&checkpoint, BaseDtype::Q8_0, 256).unwrap();
+        assert!(other.replay(None, &job, &chosen).unwrap_err().contains("with weights in q8_0"));
+        let job = Job { model_id: BaseDtype::Q8_0.model_id(&job.model_id), ..job };
+        assert_ne!(other.replay(None, &job, &chosen).unwrap().logprobs, chosen.logprobs);
     }
 
     #[test]

@@ -446,6 +446,38 @@ fn all_weights_are_trained_as_in_one_process() {
 }
 
 #[test]
+fn a_swarm_trains_an_adapter_over_weights_in_few_bits() {
+    let at = |format: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let trainer = format!("steps = 2\ngroups_per_step = 3\ngroup_size = 4\nbase_dtype = \"{format}\"");
+        let settings = ["eval_tasks = 4", trainer.as_str()];
+        let lines = run(dir.path(), settings[0], settings[1], &["--base-dtype", format]);
+        let steps: Vec<&Value> = lines.iter().filter(|l| l["event"] == "step").collect();
+        assert_eq!(steps.len(), 2, "{lines:?}");
+        for step in steps {
+            assert_eq!(step["ratio_deviation_max"], 0.0, "sampled as it is learnt, bit for bit: {step}");
+        }
+        learns_what_one_process_learns(dir.path(), settings, lines.last().unwrap());
+        std::fs::read(dir.path().join("run/adapter.safetensors")).unwrap()
+    };
+    let adapters = ["f32", "bf16", "q8_0"].map(at);
+    assert!(
+        adapters[0] == adapters[1],
+        "the tiny model's weights are bf16: nothing is lost, nothing changes"
+    );
+    assert!(adapters[1] != adapters[2]);
+
+    // Who has the weights in another format is told so.
+    let dir = tempfile::tempdir().unwrap();
+    let mut learner = learner(dir.path(), "eval_tasks = 4", "steps = 1\nbase_dtype = \"q8_0\"");
+    let ready = learner.next().expect("the learner gets ready");
+    let args = ["--network", "training-swarm-test", "--trainer", ready["addrs"][0].as_str().unwrap()];
+    let output = Command::new(env!("CARGO_BIN_EXE_rollout-fleet")).args(args).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("with weights in q8_0"), "{said}");
+}
+
+#[test]
 fn a_reward_model_judges_for_a_swarm() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();

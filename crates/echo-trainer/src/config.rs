@@ -1,5 +1,6 @@
 //! Settings of a training run, of fine-tuning and of pre-training, with the defaults that the demo uses.
 
+use parallax_model::BaseDtype;
 use serde::{Deserialize, Serialize};
 
 use crate::advantage::{AdvantageConfig, RewardShaping};
@@ -43,6 +44,9 @@ pub struct TrainerConfig {
     pub lora_alpha: f32,
     /// Which projections it is put on, for example `q_proj`; empty: all linear ones.
     pub lora_targets: Vec<String>,
+    /// Format of the frozen weights under the adapter, at the learner, its assistants, workers and auditors: with the same one
+    /// everywhere a fresh rollout's importance ratio is exactly 1. Adapter, gradients and optimiser are f32 with each.
+    pub base_dtype: BaseDtype,
     /// Credit.
     pub advantage: AdvantageConfig,
     /// What is taken off rewards before credit is given.
@@ -79,6 +83,7 @@ impl Default for TrainerConfig {
             lora_rank: 8,
             lora_alpha: 16.0,
             lora_targets: Vec::new(),
+            base_dtype: BaseDtype::F32,
             advantage: AdvantageConfig::grpo(),
             shaping: RewardShaping::default(),
             dynamic_sampling: false,
@@ -103,6 +108,15 @@ pub enum ConfigError {
         /// Its value.
         value: usize,
     },
+    /// A format of frozen weights where none are frozen.
+    #[error(
+        "base_dtype = \"{base_dtype}\" is the format of frozen weights, and full = true freezes none: set full to false, or \
+         base_dtype to \"f32\""
+    )]
+    NothingFrozen {
+        /// The format.
+        base_dtype: BaseDtype,
+    },
     /// The loss.
     #[error(transparent)]
     Loss(#[from] crate::loss::LossError),
@@ -115,6 +129,11 @@ pub enum ConfigError {
     /// The optimiser.
     #[error(transparent)]
     Optim(#[from] crate::optim::OptimError),
+}
+
+/// What is wrong with the format of frozen weights.
+fn not_frozen(full: bool, base_dtype: BaseDtype) -> Option<ConfigError> {
+    (full && base_dtype != BaseDtype::F32).then_some(ConfigError::NothingFrozen { base_dtype })
 }
 
 impl TrainerConfig {
@@ -147,6 +166,7 @@ impl TrainerConfig {
                 faults.push(ConfigError::TooSmall { setting, least, value });
             }
         }
+        faults.extend(not_frozen(self.full, self.base_dtype));
         faults.extend(self.advantage.validate().err().map(ConfigError::from));
         faults.extend(self.shaping.validate().err().map(ConfigError::from));
         faults.extend(self.loss.validate().err().map(ConfigError::from));
@@ -239,6 +259,8 @@ pub struct FinetuneConfig {
     pub lora_alpha: f32,
     /// Which projections it is put on, for example `q_proj`; empty: all linear ones.
     pub lora_targets: Vec<String>,
+    /// Format of the frozen weights under the adapter; the adapter, gradients and optimiser are f32 with each.
+    pub base_dtype: BaseDtype,
     /// Preferences: the loss.
     pub preference: PreferenceConfig,
     /// Reward models: the loss.
@@ -263,6 +285,7 @@ impl Default for FinetuneConfig {
             lora_rank: 8,
             lora_alpha: 16.0,
             lora_targets: Vec::new(),
+            base_dtype: BaseDtype::F32,
             preference: PreferenceConfig::dpo(0.1),
             reward: RewardModelConfig::default(),
             optim: OptimConfig::default(),
@@ -288,6 +311,9 @@ impl FinetuneConfig {
                 return Err(ConfigError::TooSmall { setting, least, value });
             }
         }
+        if let Some(fault) = not_frozen(self.full, self.base_dtype) {
+            return Err(fault);
+        }
         self.preference.validate()?;
         self.reward.validate()?;
         Ok(self.optim.validate()?)
@@ -305,7 +331,13 @@ mod tests {
         assert!(none.validate().unwrap_err().to_string().contains("groups_per_step"));
         let full = TrainerConfig { max_pending_groups: 3, ..TrainerConfig::default() };
         assert!(full.validate().unwrap_err().to_string().contains("max_pending_groups"));
+        let thin = TrainerConfig { full: true, base_dtype: BaseDtype::Bf16, ..TrainerConfig::default() };
+        let fault = thin.validate().unwrap_err().to_string();
+        assert!(fault.contains("base_dtype = \"bf16\"") && fault.contains("set full to false"), "{fault}");
+        TrainerConfig { full: false, ..thin }.validate().unwrap();
         FinetuneConfig::default().validate().unwrap();
+        let thin = FinetuneConfig { full: true, base_dtype: BaseDtype::Q8_0, ..FinetuneConfig::default() };
+        assert!(thin.validate().unwrap_err().to_string().contains("q8_0"));
         let never = FinetuneConfig { epochs: 0, ..FinetuneConfig::default() };
         assert!(never.validate().unwrap_err().to_string().contains("epochs"));
         FinetuneConfig { steps: 3, ..never }.validate().unwrap();

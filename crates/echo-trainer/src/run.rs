@@ -290,6 +290,7 @@ mod tests {
         config.trainer.group_size = 0;
         config.trainer.full = true;
         config.trainer.lora_rank = 0;
+        config.trainer.base_dtype = parallax_model::BaseDtype::Bf16;
         let text = config.validate().unwrap_err().to_string();
         for named in [
             "lets nobody sample",
@@ -300,10 +301,11 @@ mod tests {
             "group_size",
             "lora_rank",
             "trainer.full",
+            "trainer: base_dtype",
         ] {
             assert!(text.contains(named), "{named}: {text}");
         }
-        assert_eq!(text.lines().count(), 8, "{text}");
+        assert_eq!(text.lines().count(), 9, "{text}");
         let mut stale = RunConfig::default();
         stale.trainer.max_staleness = 2;
         assert!(stale.validate().unwrap_err().to_string().contains("max_staleness = 2"));

@@ -6,6 +6,7 @@
 //! chain runs over blocks of 32, whose integer dot products are exact.
 
 mod activations;
+mod backward;
 mod blocks;
 mod codes;
 pub(crate) mod panels;
@@ -17,6 +18,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use self::activations::{ActivationBlock, with_quantized};
+pub use self::backward::linear_backward;
 use self::blocks::PackedBlocks;
 use self::panels::{Bf16Line, F16Line, PackedDense};
 use self::super_tiles::{Q2KTile, Q3KTile, Q4KTile, Q5KTile, Q6KTile};
@@ -24,7 +26,7 @@ use self::tiles::{Int4Tile, Mxfp4Tile, Q4Tile, Q8Tile, Q41Tile, Q50Tile, Q51Tile
 use crate::dispatch::{self, Isa};
 use crate::dtype::{WeightKind, check_blocks};
 use crate::error::{KernelError, check_len, rows_of};
-use crate::parallel::{Shared, share, task_count};
+use crate::parallel::{Shared, for_rows, share, task_count};
 use crate::pool;
 use crate::simd::{LANES, Line, Simd};
 
@@ -182,6 +184,16 @@ impl PackedWeight {
         check_len(op, "out", self.k(), out.len())?;
         each_kind!(self, w => w.row(i, out));
         Ok(())
+    }
+
+    /// Writes the rows from `first` on as f32, in parallel: as many as `out` has room for. They must exist.
+    pub(crate) fn widen(&self, first: usize, out: &mut [f32]) {
+        let k = self.k();
+        for_rows(out, k, k, |mine, out| {
+            for (row, out) in mine.zip(out.chunks_exact_mut(k)) {
+                each_kind!(self, w => w.row(first + row, out));
+            }
+        });
     }
 
     /// Whether the product quantises its activations to eight bits.

@@ -73,7 +73,7 @@ pub use config::{Family, LayerConfig, ModelConfig, RopeScaling};
 pub use error::{
     AdapterError, ConfigError, ForwardError, LoadError, OpenError, SaveError, TemplateError, TokenizerError,
 };
-pub use options::{DeviceKind, KvFormat, LoadOptions, WeightDtype};
+pub use options::{BaseDtype, DeviceKind, KvFormat, LoadOptions, WeightDtype};
 #[cfg(feature = "cpu")]
 pub use stage::{ForwardBatch, SequenceRows, Stage, StageInput, StageOutput, StateSave, Want};
 pub use tokenizer::{StreamDecoder, TokenBytes, Tokenizer};

@@ -42,7 +42,7 @@ pub(crate) struct Loader<'a> {
     pub(crate) dtype: WeightDtype,
     pub(crate) device: Device,
     pub(crate) route: Route,
-    /// Keep the transposed f32 weights too: the gradient of a frozen layer's input needs them.
+    /// Keep the transposed f32 weights too, by which the gradient of a frozen layer's input is faster.
     pub(crate) keep_transposed: bool,
 }
 

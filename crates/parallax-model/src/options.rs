@@ -4,6 +4,7 @@ use std::{fmt, ops::Range, str::FromStr};
 
 use parallax_kernels::WeightKind;
 pub use parallax_kernels::attention::KvFormat;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 
@@ -114,6 +115,65 @@ impl fmt::Display for WeightDtype {
     }
 }
 
+/// Format of the weights under a trained adapter. A sampler whose stage is loaded in [`Self::weights`] computes the
+/// log-probabilities of training, bit for bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum BaseDtype {
+    /// 32-bit floats, and their transpose beside them in the layers: 8 bytes a weight, 4 in tables.
+    #[default]
+    F32,
+    /// 16-bit brain floats: 2 bytes a weight.
+    Bf16,
+    /// 16-bit IEEE floats: 2 bytes a weight.
+    F16,
+    /// Blocks of 32 signed bytes with one scale: 1.06 bytes a weight. Activations round to eight bits in these layers, and gradients
+    /// pass straight through the rounding.
+    Q8_0,
+}
+
+impl BaseDtype {
+    /// Every format.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::F16, Self::Q8_0];
+
+    /// The format that training's weights are packed in, and a sampler's have to be.
+    pub fn weights(self) -> WeightDtype {
+        match self {
+            Self::F32 => WeightDtype::F32,
+            Self::Bf16 => WeightDtype::Bf16,
+            Self::F16 => WeightDtype::F16,
+            Self::Q8_0 => WeightDtype::Q8_0,
+        }
+    }
+
+    /// What names the model `checkpoint` ([`Checkpoint::id`]) with its weights in this format to learners, workers and auditors:
+    /// another format is another model.
+    pub fn model_id(self, checkpoint: &str) -> String {
+        match self {
+            Self::F32 => checkpoint.to_owned(),
+            other => format!("{checkpoint} with weights in {other}"),
+        }
+    }
+}
+
+impl FromStr for BaseDtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL.into_iter().find(|dtype| dtype.to_string() == text).ok_or_else(|| {
+            let known = Self::ALL.map(|dtype| dtype.to_string());
+            format!("unknown format {text:?} of frozen weights; known are {}", known.join(", "))
+        })
+    }
+}
+
+impl fmt::Display for BaseDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.weights(), f)
+    }
+}
+
 /// Where a stage computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -205,5 +265,18 @@ mod tests {
             assert_eq!(name.parse(), Ok(dtype));
         }
         assert!("int3".parse::<WeightDtype>().unwrap_err().contains("q8_0"));
+    }
+
+    #[test]
+    fn formats_of_frozen_weights_have_one_name_everywhere() {
+        for dtype in BaseDtype::ALL {
+            let name = dtype.to_string();
+            assert_eq!(name.parse(), Ok(dtype));
+            assert_eq!(serde_json::to_string(&dtype).unwrap(), format!("{name:?}"));
+        }
+        assert!("q4_0".parse::<BaseDtype>().unwrap_err().contains("q8_0"));
+        assert_eq!(BaseDtype::F32.model_id("m"), "m", "what it was called before there were others");
+        let ids = BaseDtype::ALL.map(|dtype| dtype.model_id("m"));
+        assert!(ids.iter().all(|id| ids.iter().filter(|other| *other == id).count() == 1), "{ids:?}");
     }
 }

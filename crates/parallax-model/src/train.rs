@@ -1,6 +1,6 @@
 //! The same layers on an autodiff device: gradients for an adapter, or for all weights.
 //!
-//! On the CPU its values equal [`crate::Stage`]'s bit for bit (f32 weights, same kernels, same adapter formula).
+//! On the CPU its values equal [`crate::Stage`]'s bit for bit (weights of the same format, same kernels, same adapter formula).
 
 mod init;
 mod recompute;
@@ -29,7 +29,7 @@ use crate::{
         head::{BentLogProbs, DenseHead, FrozenHead, Targets},
         run1, run2,
     },
-    options::WeightDtype,
+    options::BaseDtype,
 };
 
 /// What to train.
@@ -178,7 +178,7 @@ fn invalid(field: &str, value: String, reason: &str) -> LoadError {
 }
 
 impl TrainModel {
-    /// Loads a checkpoint in f32 for training.
+    /// Loads a checkpoint for training: trained weights in f32, frozen ones as [`LoraConfig::base_dtype`] says.
     ///
     /// # Errors
     /// Neither or both of an adapter and all weights are asked for, an unknown target, weights that cannot be
@@ -203,7 +203,7 @@ impl TrainModel {
             }
             (Some(lora), false) => {
                 let (modules, parameters) = init::lora_parameters(lora, &config, &device)?;
-                let frozen = Self::freeze(checkpoint, &config, &device, route)?;
+                let frozen = Self::freeze(checkpoint, lora.base_dtype, &device, route)?;
                 (Mode::Lora { rank: lora.rank, alpha: lora.alpha, modules }, parameters, Some(frozen))
             }
             (lora, full) => {
@@ -249,23 +249,24 @@ impl TrainModel {
 
     fn freeze(
         checkpoint: &Checkpoint,
-        config: &ModelConfig,
+        dtype: BaseDtype,
         device: &Device,
         route: Route,
     ) -> Result<Frozen, LoadError> {
+        let config = checkpoint.config();
         let loader = Loader {
             index: checkpoint.index(),
             config,
-            dtype: WeightDtype::F32,
+            dtype: dtype.weights(),
             device: device.clone(),
             route,
-            keep_transposed: true,
+            keep_transposed: dtype == BaseDtype::F32,
         };
         let mut rotations = Rotations::new(config, MAX_SEQUENCE_TOKENS);
         let layers =
             (0..config.n_layers).map(|i| loader.layer(i, &mut rotations)).collect::<Result<_, _>>()?;
         // The table needs no transposed copy: its gradient is never asked for, unless logits are made of it.
-        let keep_transposed = bends_logits(config);
+        let keep_transposed = loader.keep_transposed && bends_logits(config);
         let tables = Loader { keep_transposed, device: device.clone(), ..loader };
         let embedding = tables.table(load::EMBEDDING)?;
         let head =
@@ -301,6 +302,21 @@ impl TrainModel {
     /// What [`Self::set_activation_checkpointing`] said; off at first.
     pub fn activation_checkpointing(&self) -> bool {
         self.recomputes
+    }
+
+    /// Bytes of memory that frozen linear layers and tables take; 0 where all weights are trained. Replicas share them.
+    pub fn frozen_bytes(&self) -> usize {
+        let Some(frozen) = &self.frozen else { return 0 };
+        let held = |weight: &LinearWeight| match weight {
+            LinearWeight::Packed(packed) => packed.held_bytes(),
+            LinearWeight::Dense(tensor) => 4 * tensor.dims().iter().product::<usize>(),
+            #[cfg(feature = "gpu")]
+            LinearWeight::Device(_) => unreachable!("training loads its weights on the CPU"),
+        };
+        let linears = frozen.layers.iter().flat_map(LayerWeights::linears);
+        let layers: usize = linears.map(|linear| held(&linear.weight)).sum();
+        let head = if self.config.tied_embeddings { 0 } else { held(&frozen.head) };
+        layers + held(&frozen.embedding) + head
     }
 
     /// The model's shape.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use echo_rollout::service::{InFlight, Stopper, Worker, WorkerStats};
 use lattica_net::{Identity, Node, NodeConfig};
-use parallax_model::{Checkpoint, WeightDtype};
+use parallax_model::{BaseDtype, Checkpoint, WeightDtype};
 use serde::{Deserialize, Serialize};
 use swarm_examples::network::{EVERYWHERE, NetworkArgs};
 use swarm_examples::parallax::model::DTYPES;
@@ -59,9 +59,14 @@ struct Args {
     /// Directory of the workers' keys, so that they are the same peers after a restart [default: new keys]
     #[arg(long)]
     keys: Option<PathBuf>,
-    /// Weights in memory: native keeps what the file has. A trainer that audits expects f32
-    #[arg(long, default_value = "f32", value_name = DTYPES)]
-    dtype: String,
+    /// Format of the trainer's frozen weights (its run.trainer.base_dtype), which it names in the command that it prints. A trainer
+    /// with another one refuses the worker
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|f16|q8_0")]
+    base_dtype: String,
+    /// Weights in memory. A trainer that audits expects what --base-dtype says, and with others the probabilities of sampling are
+    /// not quite those of training [default: as --base-dtype]
+    #[arg(long, value_name = DTYPES)]
+    dtype: Option<String>,
     /// Samples made at once by one worker
     #[arg(long, default_value_t = 16)]
     leases: u32,
@@ -136,6 +141,7 @@ fn main() -> ExitCode {
 /// What the words in the options mean.
 struct Settled {
     node: NodeConfig,
+    base_dtype: BaseDtype,
     dtype: WeightDtype,
 }
 
@@ -166,12 +172,15 @@ fn settle(args: &Args) -> Result<Settled, Vec<String>> {
             )
         }));
     }
-    let dtype = args.dtype.parse::<WeightDtype>();
-    let dtype = dtype.map_err(|reason| faults.push(format!("--dtype {}: {reason}", args.dtype)));
+    let base_dtype = args.base_dtype.parse::<BaseDtype>();
+    let base_dtype = base_dtype.map_err(|reason| faults.push(format!("--base-dtype: {reason}")));
+    let dtype = args.dtype.as_deref().map(str::parse::<WeightDtype>).transpose();
+    let dtype = dtype.map_err(|reason| faults.push(format!("--dtype: {reason}")));
     let node = args.place.config(&args.network, EVERYWHERE).map_err(|found| faults.extend(found));
-    match (dtype, node) {
-        (Ok(dtype), Ok(node)) if faults.is_empty() => {
-            Ok(Settled { node: NodeConfig { mdns: args.mdns, ..node }, dtype })
+    match (base_dtype, dtype, node) {
+        (Ok(base_dtype), Ok(dtype), Ok(node)) if faults.is_empty() => {
+            let dtype = dtype.unwrap_or_else(|| base_dtype.weights());
+            Ok(Settled { node: NodeConfig { mdns: args.mdns, ..node }, base_dtype, dtype })
         }
         _ => Err(faults),
     }
@@ -260,6 +269,7 @@ async fn worker(
         patience: std::time::Duration::from_secs(args.patience_s),
         environment: args.env.clone(),
         environment_program: args.env_program.clone(),
+        base_dtype: settled.base_dtype,
         dtype: settled.dtype,
         leases: args.leases,
         cache_tokens: args.cache_tokens,
@@ -313,15 +323,17 @@ mod tests {
             "2",
             "--listen",
             "/ip4/0.0.0.0/tcp/4001",
+            "--base-dtype",
+            "f98",
             "--dtype",
             "f99",
             "--via",
             "x",
         ];
         let faults = settle(&Args::parse_from(args)).err().unwrap();
-        for (fault, named) in faults.iter().zip(["--trainer", "cannot share a port", "f99", "via x"]) {
+        for (fault, named) in faults.iter().zip(["--trainer", "cannot share a port", "f98", "f99", "via x"]) {
             assert!(fault.contains(named), "{named}: {fault}");
         }
-        assert_eq!(faults.len(), 4, "{faults:?}");
+        assert_eq!(faults.len(), 5, "{faults:?}");
     }
 }

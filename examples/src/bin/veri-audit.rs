@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use echo_rollout::service::Replay as _;
-use parallax_model::Checkpoint;
+use parallax_model::{BaseDtype, Checkpoint};
 use serde_json::json;
 use swarm_examples::program;
 use swarm_examples::rollouts::ModelReplay;
@@ -59,13 +59,13 @@ fn check(args: &CheckArgs) -> anyhow::Result<()> {
         Ok(opened) => {
             let checkpoint = Checkpoint::resolve(&args.model)?;
             let (id, job) = (checkpoint.id()?, &evidence.job);
-            anyhow::ensure!(
-                id == job.model_id,
-                "the evidence is about model {}, not {id}; name the right one with --model",
-                job.model_id
-            );
+            let format = BaseDtype::ALL.into_iter().find(|format| format.model_id(&id) == job.model_id);
+            let format = format.with_context(|| {
+                let other = &job.model_id;
+                format!("the evidence is about model {other}, not {id}; name the right one with --model")
+            })?;
             let n_tokens = job.prompt.len() + evidence.answer.tokens.len();
-            let mut replay = ModelReplay::load(&checkpoint, n_tokens)?;
+            let mut replay = ModelReplay::load(&checkpoint, format, n_tokens)?;
             let again = replay.replay(opened.adapter(), job, &evidence.answer);
             opened.judge(&again.map_err(anyhow::Error::msg)?, &profile)
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use echo_rollout::service::{Audited, AuditorConfig, PayloadSource, Spreads, run_auditor};
 use lattica_bitswap::Blocks;
-use parallax_model::Checkpoint;
+use parallax_model::{BaseDtype, Checkpoint};
 use rand::RngExt as _;
 use serde_json::json;
 
@@ -27,6 +27,9 @@ pub struct AuditorArgs {
     /// The model.
     #[arg(long)]
     model: String,
+    /// Format of the learner's frozen weights
+    #[arg(long, default_value_t = BaseDtype::F32)]
+    base_dtype: BaseDtype,
     /// Directory for the evidence against convicted workers, which `veri-audit check` reads
     #[arg(long)]
     evidence: PathBuf,
@@ -42,7 +45,7 @@ fn keep(audited: &Audited<'_>, path: &Path) -> anyhow::Result<()> {
 /// A model that cannot be loaded, a learner that cannot be reached.
 pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
-    let mut replay = ModelReplay::load(&checkpoint, MAX_TOKENS)?;
+    let mut replay = ModelReplay::load(&checkpoint, args.base_dtype, MAX_TOKENS)?;
     let node = args.node.start().await?;
     let trainer = node.dial(&args.trainer).await?;
     let source: Arc<dyn PayloadSource> =

@@ -1,7 +1,7 @@
 //! A worker's role: sample what the learner leases. A cheater loads other weights than it says.
 
 use echo_rollout::service::{InFlight, WorkerError};
-use parallax_model::{Checkpoint, WeightDtype};
+use parallax_model::{BaseDtype, Checkpoint, WeightDtype};
 use serde_json::json;
 
 use super::process::say;
@@ -39,6 +39,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         patience: std::time::Duration::from_secs(60),
         environment: args.env.clone(),
         environment_program: Vec::new(),
+        base_dtype: BaseDtype::F32,
         dtype: args.dtype,
         leases: 64,
         cache_tokens: 8192,

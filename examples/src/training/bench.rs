@@ -8,8 +8,8 @@ use echo_rollout::environment::draws::Draws;
 use echo_trainer::loss::LossConfig;
 use echo_trainer::packing::Sample;
 use echo_trainer::shares::{Cut, Hands as _, Replicas, policy_gradients};
-use parallax_model::Checkpoint;
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
+use parallax_model::{BaseDtype, Checkpoint};
 use serde_json::json;
 
 use crate::{machine, program};
@@ -18,7 +18,7 @@ use crate::{machine, program};
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Report: {\"tokens_per_s\",\"forward_backward_ms\",\"rss_mb\",\"forward_backward_ms_min\",\"forward_backward_ms_max\",\
-                  \"machine\",\"commit\",...}; the median of --repeats after one warm-up."
+                  \"base_bytes\",\"machine\",\"commit\",...}; base_bytes is the memory of the frozen weights; the median of --repeats after one warm-up."
 )]
 pub struct BenchArgs {
     /// Model to train
@@ -33,6 +33,9 @@ pub struct BenchArgs {
     /// Inner width of the adapter
     #[arg(long, default_value_t = 8)]
     lora_rank: usize,
+    /// Format of the frozen weights: f32, bf16, f16 or q8_0
+    #[arg(long, default_value_t = BaseDtype::F32)]
+    base_dtype: BaseDtype,
     /// Keep only the layers' inputs for the backward pass and compute the rest again
     #[arg(long)]
     activation_checkpointing: bool,
@@ -56,10 +59,17 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     anyhow::ensure!(args.lora_rank > 0 && args.repeats > 0, "--lora-rank and --repeats must be at least 1");
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let vocabulary = checkpoint.config().vocab as u64;
-    let lora = LoraConfig { rank: args.lora_rank, alpha: 16.0, targets: Vec::new(), seed: 1 };
+    let lora = LoraConfig {
+        rank: args.lora_rank,
+        alpha: 16.0,
+        targets: Vec::new(),
+        seed: 1,
+        base_dtype: args.base_dtype,
+    };
     let mut model =
         TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: Some(lora), full: false })?;
     model.set_activation_checkpointing(args.activation_checkpointing);
+    let base_bytes = model.frozen_bytes();
     let sample = |row: u64| {
         let mut draws = Draws::new("training-swarm bench tokens", row);
         let tokens = (0..args.seq).map(|_| (draws.next_u64() % vocabulary) as u32).collect();
@@ -91,7 +101,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "tokens_per_s": tokens_per_s, "forward_backward_ms": median, "forward_backward_ms_min": times_ms[0],
         "forward_backward_ms_max": times_ms[times_ms.len() - 1], "rss_mb": machine::resident_mb(), "model": args.model,
         "batch": args.batch, "seq": args.seq, "lora_rank": args.lora_rank, "repeats": args.repeats, "replicas": args.replicas,
-        "activation_checkpointing": args.activation_checkpointing,
+        "activation_checkpointing": args.activation_checkpointing, "base_dtype": args.base_dtype, "base_bytes": base_bytes,
         "machine": machine::describe(), "commit": machine::commit()
     }))
 }

@@ -9,7 +9,7 @@ use clap::Args;
 use echo_trainer::RunConfig;
 use lattica_bitswap::Blocks;
 use lattica_net::{Identity, Node, NodeConfig};
-use parallax_model::Checkpoint;
+use parallax_model::{BaseDtype, Checkpoint};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -172,6 +172,9 @@ async fn serve(settings: Settings, config: NodeConfig, json: bool) -> anyhow::Re
 fn join_command(model: &str, node: &NodeSettings, address: &str, run: &RunConfig) -> String {
     let mut words: Vec<Cow<'_, str>> = ["rollout-fleet", "--model", model].map(Cow::from).to_vec();
     words.extend(node.worker_words(address));
+    if run.trainer.base_dtype != BaseDtype::F32 {
+        words.extend(["--base-dtype".into(), Cow::Owned(run.trainer.base_dtype.to_string())]);
+    }
     if run.environment_program.is_empty() {
         words.extend(["--env", &run.environment].map(Cow::from));
     } else {
@@ -256,6 +259,9 @@ mod tests {
         let start =
             "rollout-fleet --model 'a model' --network default --trainer /ip4/127.0.0.1/tcp/1/p2p/12D3";
         assert_eq!(command(&run), format!("{start} --env holdem:station"));
+        let mut thin = run.clone();
+        thin.trainer.base_dtype = BaseDtype::Bf16;
+        assert_eq!(command(&thin), format!("{start} --base-dtype bf16 --env holdem:station"));
         run.environment_program = ["python3", "game.py", "--say", "it's"].map(str::to_owned).to_vec();
         assert_eq!(command(&run), format!(r"{start} --env-program python3 game.py --say 'it'\''s'"));
         node.relay = true;

@@ -156,11 +156,11 @@ impl Bench {
         }
         let checkpoint = Checkpoint::resolve(model)?;
         let text = Arc::new(ModelText::open(&checkpoint)?);
-        let sampler = Arc::new(EngineSampler::load(&checkpoint, CACHE_TOKENS)?);
+        let sampler = Arc::new(EngineSampler::load(&checkpoint, run.trainer.base_dtype, CACHE_TOKENS)?);
         let opponent = run.environment.split_once(':').map(|(_, opponent)| opponent);
         let best = (opponent == Some("best")).then(Arc::<Shared>::default);
         let past = match opponent {
-            Some("self") => Some(Arc::new(PastSelf::load(&checkpoint, CACHE_TOKENS, run.seed)?)),
+            Some("self") => Some(Arc::new(PastSelf::load(&checkpoint, run, CACHE_TOKENS)?)),
             _ => None,
         };
         let speaker = |who: &str| match (&past, who) {

@@ -153,7 +153,8 @@ pub fn reward(job: &Job<'_>, progress: impl FnMut(Progress)) -> Result<FinetuneR
         ));
     }
     let (report, middle) = job.learn_pairs(PairObjective::Reward(job.config.reward), progress)?;
-    RewardScale { model: job.model.to_owned(), middle }.save(job.out)?;
+    let base_dtype = job.config.base_dtype;
+    RewardScale { model: job.model.to_owned(), middle, base_dtype }.save(job.out)?;
     Ok(report)
 }
 
@@ -213,7 +214,7 @@ impl Job<'_> {
             None => (config.lora_rank, config.lora_alpha, config.lora_targets.clone()),
             Some(adapter) => (adapter.rank, adapter.alpha, targets(adapter)),
         };
-        LoraConfig { rank, alpha, targets, seed: config.seed }
+        LoraConfig { rank, alpha, targets, seed: config.seed, base_dtype: config.base_dtype }
     }
 
     /// Learns from pairs; the report, and the mean of the measured answers' log-probabilities at the end.
@@ -297,6 +298,7 @@ impl Job<'_> {
 
 #[cfg(test)]
 mod tests {
+    use parallax_model::BaseDtype;
     use serde_json::Value;
 
     use super::*;
@@ -412,10 +414,13 @@ no line
         let lines = r#"{"prompt": "What is 1+1?", "chosen": "two", "rejected": "2"}
 {"prompt": "What is 2+1?", "chosen": "three", "rejected": "3"}
 "#;
-        let out = tempfile::tempdir().unwrap();
-        let report = dpo(&job(&config(30), &checkpoint, lines, out.path()), |_| ()).unwrap();
-        assert!((report.loss_before - 2f64.ln()).abs() < 1e-5, "{report:?}");
-        assert!(report.loss_after < 0.2 && report.accuracy_after == Some(1.0), "{report:?}");
-        Adapter::load(out.path()).unwrap();
+        for base_dtype in [BaseDtype::F32, BaseDtype::Bf16] {
+            let out = tempfile::tempdir().unwrap();
+            let c = FinetuneConfig { base_dtype, ..config(30) };
+            let report = dpo(&job(&c, &checkpoint, lines, out.path()), |_| ()).unwrap();
+            assert!((report.loss_before - 2f64.ln()).abs() < 1e-5, "{report:?}");
+            assert!(report.loss_after < 0.2 && report.accuracy_after == Some(1.0), "{report:?}");
+            Adapter::load(out.path()).unwrap();
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use echo_rollout::environment::{Environment, Episode, Reward, RewardError, Task, one_turn};
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
-use parallax_model::{Adapter, Checkpoint};
+use parallax_model::{Adapter, BaseDtype, Checkpoint};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint_dir::{self, CheckpointDirError};
@@ -32,6 +32,9 @@ pub struct RewardScale {
     pub model: String,
     /// The score that is worth one half.
     pub middle: f64,
+    /// Format of the model's weights in which the adapter was trained.
+    #[serde(default)]
+    pub base_dtype: BaseDtype,
 }
 
 impl RewardScale {
@@ -107,8 +110,13 @@ impl Judge {
         }
         let checkpoint = Checkpoint::resolve(&scale.model).map_err(|e| model_error(&e))?;
         let adapter = Adapter::load(dir).map_err(|e| absent("adapter_model.safetensors", &e))?;
-        let lora =
-            LoraConfig { rank: adapter.rank, alpha: adapter.alpha, targets: targets(&adapter), seed: 0 };
+        let lora = LoraConfig {
+            rank: adapter.rank,
+            alpha: adapter.alpha,
+            targets: targets(&adapter),
+            seed: 0,
+            base_dtype: scale.base_dtype,
+        };
         let options = TrainOptions { lora: Some(lora), full: false };
         let mut model = TrainModel::from_checkpoint(&checkpoint, &options).map_err(|e| model_error(&e))?;
         model.set_adapter(&adapter).map_err(|e| model_error(&e))?;
@@ -120,7 +128,8 @@ impl Judge {
         hasher.update(&adapter.to_bytes().map_err(|e| model_error(&e))?);
         hasher.update(&scale.middle.to_le_bytes());
         // Other weights may stand under the same name elsewhere.
-        hasher.update(checkpoint.id().map_err(|e| model_error(&e))?.as_bytes());
+        let id = checkpoint.id().map_err(|e| model_error(&e))?;
+        hasher.update(scale.base_dtype.model_id(&id).as_bytes());
         let version = u32::from_le_bytes(hasher.finalize().as_bytes()[..4].try_into().expect("four bytes"));
         let encoder = ChatEncoder::new(tokenizer, template, eos);
         Ok(Self { model: Mutex::new(model), encoder, scale, version })
@@ -230,9 +239,16 @@ mod tests {
         assert!((thousandths - thousandths.round()).abs() < 1e-3, "{thousandths}");
         assert!(matches!(judged.verify(&task, &"9".repeat(5000)), Err(RewardError::Verifier { .. })));
         // Another judge is another environment, so that workers with it are refused.
-        RewardScale { model: "tiny".to_owned(), middle: -1.0 }.save(out.path()).unwrap();
+        let saved = |model: &str, base_dtype| {
+            RewardScale { model: model.to_owned(), middle: -1.0, base_dtype }.save(out.path()).unwrap();
+        };
+        saved("tiny", BaseDtype::F32);
         let other = Judged::new(by_name("arithmetic").unwrap(), judge(out.path()).unwrap()).unwrap();
         assert_ne!(other.version(), judged.version());
+        // Or the same weights in another format.
+        saved("tiny", BaseDtype::Bf16);
+        let thin = Judged::new(by_name("arithmetic").unwrap(), judge(out.path()).unwrap()).unwrap();
+        assert_ne!(thin.version(), other.version());
         // And so is one with other weights under the adapter: those of the tiny model but for the last bit of one.
         let base = tempfile::tempdir().unwrap();
         let full =
@@ -243,7 +259,7 @@ mod tests {
         let mut version = |last_bit: u8| {
             *weights.iter_mut().nth_back(3).unwrap() ^= last_bit;
             std::fs::write(base.path().join("model.safetensors"), &weights).unwrap();
-            RewardScale { model: model.clone(), middle: -1.0 }.save(out.path()).unwrap();
+            saved(&model, BaseDtype::F32);
             Judged::new(by_name("arithmetic").unwrap(), judge(out.path()).unwrap()).unwrap().version()
         };
         assert_ne!(version(0), version(1), "with the same adapter and the same scale");

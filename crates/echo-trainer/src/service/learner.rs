@@ -78,7 +78,8 @@ pub struct Parts<P> {
     pub text: Arc<dyn Text>,
     /// What is trained on: the one that the settings name.
     pub environment: Arc<dyn Environment>,
-    /// Identity of the base checkpoint; workers with another one are refused.
+    /// Identity of the base checkpoint; workers with another one, or with another format of its weights than
+    /// `trainer.base_dtype`, are refused.
     pub base_model_id: String,
     /// Tokens that the model has.
     pub vocabulary: u32,
@@ -259,13 +260,14 @@ impl<P: Update + Send + 'static> Learner<P> {
     pub async fn start(config: RunConfig, parts: Parts<P>, dir: &Path) -> Result<Self, LearnerError> {
         config.validate()?;
         let environment = parts.environment;
-        let trainer = open_trainer(&config, parts.policy, &parts.base_model_id, dir)?;
+        let base_model_id = config.trainer.base_dtype.model_id(&parts.base_model_id);
+        let trainer = open_trainer(&config, parts.policy, &base_model_id, dir)?;
         let secret = audit_secret(parts.node.identity(), config.seed);
         let collector_config = CollectorConfig {
             auditors: config.auditors.clone(),
             ..CollectorConfig::new(
                 config.dispatch(secret),
-                parts.base_model_id.clone(),
+                base_model_id.clone(),
                 environment.name().to_owned(),
                 environment.version(),
             )
@@ -292,7 +294,8 @@ impl<P: Update + Send + 'static> Learner<P> {
             AssistantsConfig {
                 peers: config.assistants.clone(),
                 run: config.run(),
-                base_model_id: parts.base_model_id.clone(),
+                // They are told the format with the settings.
+                base_model_id: parts.base_model_id,
                 trainer: config.trainer.clone(),
                 patience: Duration::from_secs(config.assistant_timeout_s),
                 check: config.assistant_check,
@@ -304,9 +307,8 @@ impl<P: Update + Send + 'static> Learner<P> {
         // The collector gives out its newest version and so many before it, and the oldest while the next one is published.
         let kept = usize::try_from(collector_config.dispatch.snapshots_kept()).unwrap_or(usize::MAX);
         let collector = Collector::start(node, collector_config, admission, journal, steps).await?;
-        let base_model_id = parts.base_model_id.clone();
         let kept = kept.saturating_add(2);
-        let publisher = Publisher::new(config.run(), base_model_id, &parts.node, parts.blocks, kept);
+        let publisher = Publisher::new(config.run(), base_model_id.as_str(), &parts.node, parts.blocks, kept);
         let published = match config.mode {
             Mode::Sequential => None,
             Mode::Async => published::again(&collector, &publisher, dir).await?,
@@ -320,7 +322,7 @@ impl<P: Update + Send + 'static> Learner<P> {
             trainer: Arc::new(Mutex::new(trainer)),
             assistants,
             player: Player { sampler: parts.sampler, text: parts.text, environment },
-            base_model_id: parts.base_model_id,
+            base_model_id,
             full_bytes: parts.full_bytes,
             newest,
         })

@@ -3,7 +3,7 @@
 use super::*;
 use crate::dtype;
 use crate::reference;
-use crate::testing::{bits, noise, same_at_every_level};
+use crate::testing::{bits, noise, same_at_every_level, with_threads};
 
 const KINDS: [WeightKind; 15] = WeightKind::ALL;
 
@@ -278,4 +278,51 @@ fn wrong_shapes_are_refused() {
         KernelError::NoQuantizer { kind: WeightKind::Q2K }
     );
     assert_eq!(linear(&[], &w, &mut []), Ok(()));
+}
+
+#[test]
+fn the_gradient_of_the_input_has_the_bits_of_a_product_with_the_widened_weights() {
+    for kind in KINDS {
+        for (n, k, rows) in [(1, 32, 3), (37, 96, 5), (50, 64, 40)] {
+            let k = whole(kind, k);
+            // Two weights, one below the other, of which the second is bf16.
+            let (first, second) = (stored(kind, n, k, 2), stored(WeightKind::Bf16, 20, k, 3));
+            let mut w = dtype::dequantize(kind, &first).unwrap();
+            w.extend(dtype::dequantize(WeightKind::Bf16, &second).unwrap());
+            let first = PackedWeight::from_bytes(kind, &first, n, k).unwrap();
+            let second = PackedWeight::from_bytes(WeightKind::Bf16, &second, 20, k).unwrap();
+            let n = n + 20;
+            let across: Vec<f32> = (0..k).flat_map(|i| w.iter().skip(i).step_by(k).copied()).collect();
+            let dy = noise(rows * n, 4);
+            let expected = reference::linear::dense(&dy, &across, n);
+            // Widened at once, and sixteen outputs at a time.
+            for bytes in [usize::MAX, 1] {
+                let dx = same_at_every_level(|| {
+                    let mut dx = vec![f32::NAN; rows * k];
+                    backward::in_pieces(&dy, &[&first, &second], &mut dx, bytes).unwrap();
+                    dx
+                });
+                assert_eq!(bits(&dx), bits(&expected), "{kind:?} [{rows}, {n}] x [{n}, {k}]");
+            }
+            for threads in [1, 3] {
+                let mut dx = vec![f32::NAN; rows * k];
+                with_threads(threads, || linear_backward(&dy, &[&first, &second], &mut dx)).unwrap();
+                assert_eq!(bits(&dx), bits(&expected), "{kind:?} with {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_other_shapes_are_refused() {
+    let w = packed(WeightKind::Bf16, 3, 4, 1);
+    let wider = packed(WeightKind::Bf16, 3, 5, 1);
+    let mut dx = [0.0; 8];
+    assert!(linear_backward(&[0.0; 5], &[&w], &mut dx).is_err());
+    assert!(linear_backward(&[0.0; 9], &[&w], &mut dx).is_err());
+    assert!(linear_backward(&[0.0; 12], &[&w, &wider], &mut dx).is_err());
+    assert!(linear_backward(&[], &[], &mut []).is_err());
+    linear_backward(&[], &[&w], &mut []).unwrap();
+    linear_backward(&[0.0; 6], &[&w], &mut dx).unwrap();
+    assert_eq!(bits(&dx), [0; 8]);
 }

@@ -154,11 +154,7 @@ fn for_blocks(
     for first in (0..head.n()).step_by(VOCAB_BLOCK) {
         let columns = first..(first + VOCAB_BLOCK).min(head.n());
         let weights = &mut weights[..columns.len() * width];
-        for_rows(weights, width, width, |mine, weights| {
-            for (row, w) in mine.zip(weights.chunks_exact_mut(width)) {
-                head.dequantize_row(first + row, w).expect("the row exists and the slice is one row");
-            }
-        });
+        head.widen(first, weights);
         f(columns, weights)?;
     }
     Ok(())

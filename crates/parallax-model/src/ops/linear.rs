@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use parallax_kernels::linear::{PackedWeight, linear, linear_multi};
+use parallax_kernels::linear::{PackedWeight, linear, linear_backward, linear_multi};
 use parallax_kernels::matmul::{gemm_nn, gemm_nt, gemm_tn};
 
 use super::{BackwardArgs, CpuOp, Output, matrix};
@@ -13,7 +13,8 @@ const SHAPES: &str = "shapes were checked when the weights were loaded";
 #[derive(Debug)]
 pub(crate) struct FrozenLinear {
     pub(crate) parts: Vec<PackedWeight>,
-    /// The same weights in f32 as [K, N], for the gradient of the input; only when training.
+    /// The same weights in f32 as [K, N], for the gradient of the input: only when training with f32 weights. Others are widened
+    /// in passing, which costs some time and no memory.
     pub(crate) transposed: Option<PackedWeight>,
 }
 
@@ -28,6 +29,11 @@ impl FrozenLinear {
 
     pub(crate) fn bytes(&self) -> usize {
         self.parts.iter().map(PackedWeight::bytes).sum()
+    }
+
+    /// Bytes with what training keeps beside.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.bytes() + self.transposed.as_ref().map_or(0, PackedWeight::bytes)
     }
 
     /// y[T, N] = x[T, K] · Wᵀ.
@@ -55,9 +61,12 @@ impl FrozenLinear {
 
     /// Gradient of x [T, K] for the gradient of y [T, N].
     fn input_gradient(&self, grad: &[f32]) -> Vec<f32> {
-        let transposed = self.transposed.as_ref().expect("training loads keep the transposed weights");
         let mut dx = vec![0.0; grad.len() / self.n() * self.k()];
-        linear(grad, transposed, &mut dx).expect(SHAPES);
+        match &self.transposed {
+            Some(transposed) => linear(grad, transposed, &mut dx),
+            None => linear_backward(grad, &self.parts.iter().collect::<Vec<_>>(), &mut dx),
+        }
+        .expect(SHAPES);
         dx
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     config::{Attention, HeadSpan, LayerConfig, Mixer, Mlp, ModelConfig, Norm, NormKind, Projection},
     error::LoadError,
     load,
+    options::BaseDtype,
     weights::WeightIndex,
 };
 
@@ -22,6 +23,8 @@ pub struct LoraConfig {
     pub targets: Vec<String>,
     /// Seed of A's initial values; B starts at zero.
     pub seed: u64,
+    /// Format of the frozen weights. The adapter, its gradients and all activations are f32 with each.
+    pub base_dtype: BaseDtype,
 }
 
 type Leaves = Vec<(String, Tensor<2>)>;

@@ -1,6 +1,7 @@
 //! Training against inference (bit for bit), against the composed path, and against finite differences.
 
 use burn::tensor::TensorData;
+use parallax_kernels::dtype::{dequantize, quantize};
 
 use super::*;
 use crate::{
@@ -25,7 +26,11 @@ fn packed() -> (Vec<u32>, Vec<u32>) {
 }
 
 fn lora(rank: usize) -> TrainOptions {
-    let lora = LoraConfig { rank, alpha: 8.0, targets: Vec::new(), seed: 3 };
+    lora_over(BaseDtype::F32, rank)
+}
+
+fn lora_over(base_dtype: BaseDtype, rank: usize) -> TrainOptions {
+    let lora = LoraConfig { rank, alpha: 8.0, targets: Vec::new(), seed: 3, base_dtype };
     TrainOptions { lora: Some(lora), full: false }
 }
 
@@ -96,6 +101,48 @@ fn training_values_equal_inference_bit_for_bit() {
     }
 }
 
+#[test]
+fn training_over_a_packed_base_equals_inference_with_such_weights_bit_for_bit() {
+    for family in testing::trainable() {
+        let (_dir, checkpoint) = testing::checkpoint(family);
+        let (tokens, bounds) = packed();
+        let adapter = testing::adapter(checkpoint.config(), 4);
+        let mut of_formats = Vec::new();
+        for base_dtype in BaseDtype::ALL {
+            let options = LoadOptions { dtype: base_dtype.weights(), ..LoadOptions::whole(&checkpoint) };
+            let mut stage = Stage::load(&checkpoint, &options).unwrap();
+            let mut model = TrainModel::from_checkpoint(&checkpoint, &lora_over(base_dtype, 4)).unwrap();
+            let new = bits(&values(model.token_logprobs(&tokens, &bounds).unwrap()));
+            assert_eq!(new, bits(&by_stage(&mut stage, &tokens, &bounds)), "{family:?} {base_dtype}");
+            model.set_adapter(&adapter).unwrap();
+            stage.set_adapter(Some(&adapter)).unwrap();
+            let trained = bits(&values(model.token_logprobs(&tokens, &bounds).unwrap()));
+            assert_eq!(trained, bits(&by_stage(&mut stage, &tokens, &bounds)), "{family:?} {base_dtype}");
+            let replica = values(model.replica().token_logprobs(&tokens, &bounds).unwrap());
+            assert_eq!(trained, bits(&replica), "{family:?} {base_dtype}");
+            of_formats.push(trained);
+        }
+        let different: std::collections::BTreeSet<_> = of_formats.into_iter().collect();
+        assert_eq!(different.len(), BaseDtype::ALL.len(), "{family:?}: each format has values of its own");
+    }
+}
+
+#[test]
+fn a_base_in_sixteen_bits_takes_a_quarter_of_the_memory() {
+    let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
+    let bytes = |options| TrainModel::from_checkpoint(&checkpoint, &options).unwrap().frozen_bytes();
+    let layers = 4 * (64 * 32 + 32 * 32 + 128 * 32 + 32 * 64);
+    // 97 rows, in panels of sixteen.
+    let table = 112 * 32;
+    // With the layers' transpose.
+    assert_eq!(bytes(lora(4)), 8 * layers + 4 * table);
+    for sixteen_bits in [BaseDtype::Bf16, BaseDtype::F16] {
+        assert_eq!(bytes(lora_over(sixteen_bits, 4)), 2 * (layers + table));
+    }
+    assert!(bytes(lora_over(BaseDtype::Q8_0, 4)) < (layers + table) * 11 / 10);
+    assert_eq!(bytes(FULL), 0);
+}
+
 /// A weighted sum of log-probabilities.
 fn weighted(logprobs: Tensor<1>, model: &TrainModel) -> Tensor<1> {
     let n = logprobs.dims()[0];
@@ -146,6 +193,48 @@ fn gradients_equal_those_of_the_composed_path() {
             let worst = worst(&gradients(&kernels), &gradients(&composed));
             println!("{family:?} full {}: {worst:.2e}", options.full);
             assert!(worst < 1e-4, "{family:?} full {}: {worst:.2e}", options.full);
+        }
+    }
+}
+
+/// A checkpoint of the values that this one's matrices have in a format.
+fn widened(checkpoint: &Checkpoint, format: BaseDtype) -> (tempfile::TempDir, Checkpoint) {
+    let kind = format.weights().kind().unwrap();
+    let mut model = TrainModel::from_checkpoint(checkpoint, &FULL).unwrap();
+    let rounded = model.parameters().iter().map(|(_, tensor)| {
+        let dims = tensor.dims();
+        let stored: Vec<f32> = tensor.clone().inner().into_data().try_to_vec().unwrap();
+        // Norms stay f32.
+        let kept =
+            if dims[0] == 1 { stored } else { dequantize(kind, &quantize(kind, &stored).unwrap()).unwrap() };
+        Tensor::<2>::from_data(TensorData::new(kept, dims), model.device())
+    });
+    let rounded = rounded.collect();
+    model.set_parameters(rounded);
+    let dir = tempfile::tempdir().unwrap();
+    model.save_checkpoint(dir.path()).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    (dir, checkpoint)
+}
+
+#[test]
+fn gradients_over_a_base_in_sixteen_bits_are_those_over_its_values_in_f32() {
+    for family in testing::trainable() {
+        let (_dir, checkpoint) = testing::checkpoint(family);
+        let adapter = testing::adapter(checkpoint.config(), 4);
+        let of = |checkpoint: &Checkpoint, base_dtype| {
+            let mut model = TrainModel::from_checkpoint(checkpoint, &lora_over(base_dtype, 4)).unwrap();
+            model.set_adapter(&adapter).unwrap();
+            gradients(&model)
+        };
+        for format in [BaseDtype::Bf16, BaseDtype::F16] {
+            let (_dir, wide) = widened(&checkpoint, format);
+            let expected = of(&wide, BaseDtype::F32);
+            for ((name, got), (_, wanted)) in of(&checkpoint, format).iter().zip(&expected) {
+                assert_eq!(bits(got), bits(wanted), "{family:?} {format} {name}");
+            }
+            let unrounded = of(&checkpoint, BaseDtype::F32);
+            assert_ne!(bits(&unrounded[0].1), bits(&expected[0].1), "rounding shows");
         }
     }
 }
@@ -202,7 +291,7 @@ fn a_saved_checkpoint_computes_the_same() {
 fn activation_checkpointing_changes_no_bit_of_values_and_gradients() {
     for family in testing::trainable() {
         let (_dir, checkpoint) = testing::checkpoint(family);
-        for options in [lora(4), FULL] {
+        for options in [lora(4), lora_over(BaseDtype::Bf16, 4), FULL] {
             let mut model = TrainModel::from_checkpoint(&checkpoint, &options).unwrap();
             if options.lora.is_some() {
                 model.set_adapter(&testing::adapter(checkpoint.config(), 4)).unwrap();
@@ -223,8 +312,17 @@ fn activation_checkpointing_changes_no_bit_of_values_and_gradients() {
 
 #[test]
 fn a_step_along_the_gradient_raises_the_likelihood() {
+    let history = descent(BaseDtype::F32);
+    assert!(history.windows(2).all(|w| w[1] < w[0]), "{history:?}");
+    // Values that round to eight bits on the way need not fall at every step.
+    let history = descent(BaseDtype::Q8_0);
+    assert!(history[7] < history[0], "{history:?}");
+}
+
+/// Losses over eight steps along the gradient.
+fn descent(base_dtype: BaseDtype) -> Vec<f32> {
     let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
-    let mut model = TrainModel::from_checkpoint(&checkpoint, &lora(4)).unwrap();
+    let mut model = TrainModel::from_checkpoint(&checkpoint, &lora_over(base_dtype, 4)).unwrap();
     let (tokens, bounds) = packed();
     let mut history = Vec::new();
     for _ in 0..8 {
@@ -238,7 +336,7 @@ fn a_step_along_the_gradient_raises_the_likelihood() {
         let next = next.collect();
         model.set_parameters(next);
     }
-    assert!(history.windows(2).all(|w| w[1] < w[0]), "{history:?}");
+    history
 }
 
 #[test]
@@ -251,8 +349,8 @@ fn bad_inputs_are_named() {
     assert!(error(&[1, 2, 3], &[0, 2, 3]).contains("at least two"));
     assert!(error(&[1, 2, 3], &[0, 4]).contains("3 tokens"));
     assert!(error(&[1; 129], &[0, 129]).contains("128"));
-    let unknown = LoraConfig { rank: 4, alpha: 1.0, targets: vec!["qproj".to_owned()], seed: 0 };
-    let options = TrainOptions { lora: Some(unknown), full: false };
+    let mut options = lora(4);
+    options.lora.as_mut().unwrap().targets = vec!["qproj".to_owned()];
     let error = TrainModel::from_checkpoint(&checkpoint, &options).unwrap_err().to_string();
     assert!(error.contains("qproj") && error.contains("q_proj"), "{error}");
     assert!(TrainModel::from_checkpoint(&checkpoint, &TrainOptions::default()).is_err());

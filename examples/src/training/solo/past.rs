@@ -7,8 +7,9 @@ use echo_rollout::environment::draws::Draws;
 use echo_rollout::service::PolicyEngine;
 use echo_rollout::text::{Text, TextError};
 use echo_rollout::{Task, Weights};
+use echo_trainer::RunConfig;
 use parallax_engine::{Request, SamplingParams};
-use parallax_model::{Checkpoint, WeightDtype};
+use parallax_model::Checkpoint;
 use swarm_wire::PolicyVersion;
 
 use crate::rollouts::{ModelText, policy_engine};
@@ -30,13 +31,17 @@ pub(super) struct PastSelf {
 }
 
 impl PastSelf {
-    /// Loads the whole model in f32.
+    /// Loads the whole model in the format in which `run` trains it.
     ///
     /// # Errors
     /// Weights that cannot be read.
-    pub(super) fn load(checkpoint: &Checkpoint, cache_tokens: usize, seed: u64) -> anyhow::Result<Self> {
-        let engine = policy_engine(checkpoint, WeightDtype::F32, cache_tokens)?;
-        Ok(Self { engine, text: ModelText::open(checkpoint)?, kept: Mutex::default(), seed })
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        run: &RunConfig,
+        cache_tokens: usize,
+    ) -> anyhow::Result<Self> {
+        let engine = policy_engine(checkpoint, run.trainer.base_dtype.weights(), cache_tokens)?;
+        Ok(Self { engine, text: ModelText::open(checkpoint)?, kept: Mutex::default(), seed: run.seed })
     }
 
     /// Keeps the `weights` of `version`, and plays as one of those kept, each alike, until it is called again.
