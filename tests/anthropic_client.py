@@ -203,6 +203,25 @@ def tools():
         ((kind, (name, given)),) = called.blocks
         check((kind, called.reason) == ("tool_use", "tool_use") and name in names, called)
         check(json.loads(given) in ([{}] if name == "t" else [{"c": "a"}, {"c": "b"}]), called)
+    # A long call comes in pieces; one that breaks off keeps what it has.
+    def note(letters):
+        return dict(tool_choice={"type": "tool", "name": "note"}, tools=[{"name": "note", "input_schema": {
+            "type": "object", "properties": {"text": {"type": "string", "pattern": "^[a-z]{%d}$" % letters}}, "required": ["text"],
+            "additionalProperties": False}}])
+
+    def written(**asked):
+        events = tiny.sync.messages.create(**parameters(tiny, asked), stream=True)
+        return [event.delta.partial_json for event in events if event.type == "content_block_delta"]
+
+    asked = dict(note(40), max_tokens=400)
+    ((kind, (name, given)),) = ask(**asked).blocks
+    pieces = written(**asked)
+    check((kind, name) == ("tool_use", "note") and len(json.loads(given)["text"]) == 40, given)
+    check(len(pieces) > 3 and json.loads("".join(pieces)) == json.loads(given), pieces)
+    asked = dict(note(400), max_tokens=300)
+    cut = whole(**asked)
+    check((cut.stop_reason, cut.content[0].name) == ("max_tokens", "note"), cut)
+    check(cut.content[0].input == {"INVALID_JSON": "".join(written(**asked))}, cut)
     # Hot answers are held too; the client reads the arguments while they come.
     for _ in range(8):
         with tiny.sync.messages.stream(**parameters(tiny, dict(held, tool_choice={"type": "tool", "name": "w"}, temperature=1))) as stream:

@@ -478,6 +478,15 @@ def thoughts():
 WEATHER = {"type": "function", "function": {"name": "w", "description": "the weather", "parameters": {
     "type": "object", "properties": {"c": {"enum": ["a", "b"]}}, "required": ["c"], "additionalProperties": False}}}
 TIME = {"type": "function", "function": {"name": "t", "parameters": {"type": "object", "additionalProperties": False}}}
+
+
+def note(letters):
+    """A tool with one long argument."""
+    return {"type": "function", "function": {"name": "note", "parameters": {
+        "type": "object", "properties": {"text": {"type": "string", "pattern": "^[a-z]{%d}$" % letters}}, "required": ["text"],
+        "additionalProperties": False}}}
+
+
 CALL = r'<tool_call>\{"name": "(w|t)", "arguments": \{"c": "[ab]"\}\}</tool_call>'
 
 
@@ -489,12 +498,29 @@ def tools():
             ((name, arguments),) = forced.calls[0]
             check(name in names and forced.finishes == ["tool_calls"] and forced.text == "", forced)
             check(json.loads(arguments) in ([{}] if name == "t" else [{"c": "a"}, {"c": "b"}]), forced)
+    # A long call comes in pieces: who is called, then the arguments as they are written.
+    for seed in range(3):
+        asked = {**free, "tools": [note(40)], "tool_choice": "required", "seed": seed, "temperature": 1.5}
+        ((_, arguments),) = ask("chat", **asked).calls[0]
+        deltas = [call for chunk in pieces("chat", **asked) for choice in chunk.choices for call in choice.delta.tool_calls or []]
+        first, *more = deltas
+        check((first.index, first.type, first.function.name, first.function.arguments) == (0, "function", "note", "") and first.id, first)
+        check(len(more) > 3 and all((d.index, d.id, d.type, d.function.name) == (0, None, None, None) for d in more), more)
+        check("".join(d.function.arguments for d in more) == arguments and len(json.loads(arguments)["text"]) == 40, arguments)
+    # One that breaks off keeps what it has.
+    cut = ask("chat", **{**asked, "tools": [note(400)], "max_tokens": 300, "temperature": 0})
+    ((name, arguments),) = cut.calls[0]
+    check((name, cut.finishes, cut.text) == ("note", ["length"], ""), cut)
+    check(re.match(r'\{\s*"text"', arguments) and not arguments.endswith("}"), arguments)
     # Two calls in one answer, made by a form; one of them if the client wants no more.
     twice = {**free, "guided_regex": CALL + CALL}
     check(len(ask("chat", **twice).calls[0]) == 2 and len(ask("chat", **twice, parallel_tool_calls=True).calls[0]) == 2)
     check(len(ask("chat", **twice, parallel_tool_calls=False).calls[0]) == 1)
     calls = whole("chat", **twice).choices[0].message.tool_calls
     check(len({call.id for call in calls}) == 2 and all(call.type == "function" for call in calls))
+    deltas = [call for chunk in pieces("chat", **twice) for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    check([d.index for d in deltas] == sorted(d.index for d in deltas) and {d.index for d in deltas} == {0, 1}, deltas)
+    check([d.function.name for d in deltas if d.id] == [call.function.name for call in calls], deltas)
     # `auto` leaves an answer alone, and so does a strict tool that is not called; without tools markup is text.
     check(ask("chat", **free, tool_choice="auto", temperature=0).text == ask("chat", temperature=0, ignore_eos=None).text)
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
@@ -546,6 +572,15 @@ def responses():
         called = ask("responses", tools=[function], tool_choice=choice, temperature=1.5, max_output_tokens=400, seed=5)
         ((name, arguments),) = called.calls[0]
         check(name == "w" and json.loads(arguments)["c"] in "ab" and called.finishes == ["completed"], called)
+    long = {"type": "function", **note(40)["function"]}
+    asked = dict(tools=[long], tool_choice="required", temperature=1.5, max_output_tokens=400, seed=5)
+    ((_, arguments),) = ask("responses", **asked).calls[0]
+    written = [e.delta for e in pieces("responses", **asked) if e.type == "response.function_call_arguments.delta"]
+    check(len(written) > 3 and "".join(written) == arguments and len(json.loads(arguments)["text"]) == 40, written)
+    asked.update(tools=[{"type": "function", **note(400)["function"]}], temperature=0, max_output_tokens=300)
+    check(ask("responses", **asked).finishes == ["max_output_tokens"])
+    (item,) = whole("responses", **asked).output
+    check((item.type, item.name, item.status) == ("function_call", "note", "incomplete") and item.arguments.startswith("{"), item)
     for choice in ["none", "auto"]:
         check(ask("responses", tools=[function], tool_choice=choice, parallel_tool_calls=False) == said)
     # Log-probabilities where they are asked for, as the chat has them.

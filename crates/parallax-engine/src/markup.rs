@@ -1,19 +1,23 @@
 //! A model's raw text taken apart: reasoning, content, tool calls, as each model family writes them.
 //!
 //! [`Markup`] is a state machine over text that arrives in pieces. However the text is cut, the parts are the same once
-//! neighbours of one kind are joined: text that may be the beginning of a marker is held back until that is decided, and
-//! a tool call is given out whole. What looks like a call but cannot be read is content, markers included: nothing that a
-//! model said is lost.
+//! neighbours of one kind are joined: text that may be the beginning of a marker is held back until that is decided. Calls of
+//! tools on offer are given out while they are written ([`Markup::offering`]), others whole. What looks like a call but cannot
+//! be read is content, markers included: nothing that a model said is lost.
 
 mod calls;
 mod dialect;
 mod harmony;
+mod running;
+
+use std::collections::BTreeSet;
 
 use calls::CallSyntax;
 pub use calls::ToolCall;
 pub use dialect::Dialect;
 pub(crate) use dialect::{MAX_NAME_BYTES, is_of_name};
 use harmony::Harmony;
+use running::{Layout, Running};
 
 /// A piece of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,8 +26,14 @@ pub enum Part {
     Reasoning(String),
     /// The answer.
     Content(String),
-    /// A call of a tool.
+    /// A call of a tool, whole.
     Call(ToolCall),
+    /// A call of this tool begins: its arguments follow.
+    CallBegun(String),
+    /// More of the arguments of the call that began last, as the model writes them.
+    Arguments(String),
+    /// Those arguments are complete. Missing where the model broke off.
+    CallEnded,
 }
 
 /// A tool as calls are held to it.
@@ -54,6 +64,8 @@ pub struct MarkupOptions {
 #[derive(Debug, Clone)]
 pub struct Markup {
     options: MarkupOptions,
+    /// Tools whose calls are given out while they are written.
+    offered: BTreeSet<String>,
     state: State,
     /// Text that is not decided yet.
     held: String,
@@ -70,9 +82,9 @@ enum State {
     AfterCall,
     Content,
     /// Inside a call's markers; the text since the opening marker, which it includes, is held.
-    Call(CallSyntax),
-    /// The answer as a whole may be a call: decided at the end.
-    WholeCall,
+    Call(CallSyntax, Running),
+    /// The answer as a whole may be calls; all of it is held.
+    WholeCall(Running),
     /// Its own machine: everything is markers there.
     Harmony(Harmony),
 }
@@ -86,17 +98,25 @@ impl Markup {
         let state = match (options.forced_call, options.dialect, options.in_reasoning && options.reasoning) {
             (_, Dialect::Harmony, _) if !options.forced_call => State::Harmony(Harmony::new(options)),
             (_, _, true) => State::Reasoning,
-            (true, _, false) => State::WholeCall,
+            (true, _, false) => whole_call(options),
             _ => State::Start,
         };
-        Self { options, state, held: String::new() }
+        Self { options, offered: BTreeSet::new(), state, held: String::new() }
+    }
+
+    /// Calls of these tools are given out while the model writes them, where its family writes arguments as JSON: as
+    /// [`Part::CallBegun`], [`Part::Arguments`].. and [`Part::CallEnded`].
+    #[must_use]
+    pub fn offering(mut self, tools: impl IntoIterator<Item = String>) -> Self {
+        self.offered.extend(tools);
+        self
     }
 
     /// Takes a piece of text; returns the parts that it decides.
     pub fn push(&mut self, piece: &str) -> Vec<Part> {
         let mut parts = Vec::new();
         if let State::Harmony(machine) = &mut self.state {
-            machine.push(piece, &mut parts);
+            machine.push(piece, &self.offered, &mut parts);
         } else {
             self.held.push_str(piece);
             while self.advance(&mut parts) {}
@@ -116,30 +136,26 @@ impl Markup {
     /// The parts that were still undecided when the answer ended.
     pub fn finish(&mut self) -> Vec<Part> {
         let mut parts = Vec::new();
+        self.call(true, &mut parts);
         let held = std::mem::take(&mut self.held);
         match std::mem::replace(&mut self.state, State::Content) {
-            State::Harmony(mut machine) => machine.finish(&mut parts),
+            State::Harmony(mut machine) => machine.finish(&self.offered, &mut parts),
             State::Reasoning => text(&mut parts, Part::Reasoning, held),
-            State::WholeCall => match self.whole_call(&held) {
-                Some(found) => parts.extend(found.into_iter().map(Part::Call)),
-                None => text(&mut parts, Part::Content, held),
-            },
-            State::Call(syntax) => match syntax.read(&held, true) {
-                Some((found, rest)) => {
-                    parts.extend(found.into_iter().map(Part::Call));
-                    text(&mut parts, Part::Content, held[rest..].to_owned());
-                }
-                None => text(&mut parts, Part::Content, held),
-            },
+            State::WholeCall(mut running) => {
+                running.advance(&held, true, &self.offered, &mut parts);
+                let read = self.options.read_whole(&held);
+                let rest = running.settle(&held, read, &mut parts).to_owned();
+                text(&mut parts, Part::Content, rest);
+            }
             State::AfterReasoning | State::AfterCall => {}
-            State::Start | State::Content => text(&mut parts, Part::Content, held),
+            State::Start | State::Content | State::Call(..) => text(&mut parts, Part::Content, held),
         }
         parts
     }
 
     /// One decision; false when more text is needed.
     fn advance(&mut self, parts: &mut Vec<Part>) -> bool {
-        match &self.state {
+        match &mut self.state {
             State::Start => self.start(),
             State::Reasoning => {
                 let (shown, met) = cut(&mut self.held, &[THINK_END]);
@@ -158,29 +174,18 @@ impl Markup {
                 }
                 self.state = match self.state {
                     State::AfterCall => State::Content,
-                    _ if self.options.forced_call => State::WholeCall,
+                    _ if self.options.forced_call => whole_call(self.options),
                     _ => State::Start,
                 };
                 true
             }
             State::Content => self.content(parts),
-            State::Call(syntax) => {
-                let Some((found, rest)) = syntax.read(&self.held, false) else {
-                    if syntax.is_hopeless(&self.held) {
-                        // Not a call after all: its opening marker is content, what follows is looked at again.
-                        let rest = self.held.split_off(syntax.opening().len());
-                        text(parts, Part::Content, std::mem::replace(&mut self.held, rest));
-                        self.state = State::Content;
-                        return true;
-                    }
-                    return false;
-                };
-                parts.extend(found.into_iter().map(Part::Call));
-                self.held.drain(..rest);
-                self.state = State::AfterCall;
-                true
+            State::Call(..) => self.call(false, parts),
+            State::WholeCall(running) => {
+                running.advance(&self.held, false, &self.offered, parts);
+                false
             }
-            State::WholeCall | State::Harmony(_) => false,
+            State::Harmony(_) => false,
         }
     }
 
@@ -205,13 +210,8 @@ impl Markup {
         }
         let whole = if self.options.tools { self.options.dialect.is_whole_call(begun) } else { Some(false) };
         let Some(whole) = whole else { return false };
-        self.state = if whole { State::WholeCall } else { State::Content };
-        !whole
-    }
-
-    /// The calls of a whole answer: one that was forced is the same object in every dialect.
-    fn whole_call(&self, text: &str) -> Option<Vec<ToolCall>> {
-        if self.options.forced_call { calls::whole(text) } else { self.options.dialect.whole_answer(text) }
+        self.state = if whole { whole_call(self.options) } else { State::Content };
+        true
     }
 
     fn content(&mut self, parts: &mut Vec<Part>) -> bool {
@@ -220,9 +220,57 @@ impl Markup {
         let (shown, met) = cut(&mut self.held, &openings);
         text(parts, Part::Content, shown);
         let Some(met) = met else { return false };
-        self.state = State::Call(syntaxes[met]);
+        self.state = State::Call(syntaxes[met], Running::new(syntaxes[met].layout()));
         true
     }
+
+    /// Goes on with the call whose opening marker `held` begins with; false when more text is needed.
+    fn call(&mut self, ended: bool, parts: &mut Vec<Part>) -> bool {
+        let State::Call(syntax, running) = &mut self.state else { return false };
+        let opening = syntax.opening().len();
+        let inside = &self.held[opening..];
+        let closing = syntax.closing_in(inside, running.at());
+        let ended = ended || closing.is_some();
+        let shown = match &closing {
+            Some(closing) => closing.start,
+            None if ended => inside.len(),
+            None => inside.len() - syntax.undecided(inside),
+        };
+        let body = &inside[..shown];
+        running.advance(body, ended, &self.offered, parts);
+        if !ended && !(running.is_silent() && syntax.is_hopeless(inside)) {
+            return false;
+        }
+        let read = if ended { syntax.read(body) } else { None };
+        if read.is_none() && running.is_silent() {
+            // Not a call after all: its opening marker is content, what follows is looked at again.
+            let rest = self.held.split_off(opening);
+            text(parts, Part::Content, std::mem::replace(&mut self.held, rest));
+            self.state = State::Content;
+            return true;
+        }
+        let end = closing.map_or(shown, |closing| closing.end);
+        let mut rest = running.settle(body, read, parts).to_owned();
+        if !rest.is_empty() {
+            rest.push_str(&inside[shown..end]);
+        }
+        self.held.drain(..opening + end);
+        self.state = if rest.is_empty() { State::AfterCall } else { State::Content };
+        text(parts, Part::Content, rest);
+        true
+    }
+}
+
+impl MarkupOptions {
+    /// The calls of an answer that is nothing else: one that was forced is the same object in every dialect.
+    fn read_whole(self, text: &str) -> Option<Vec<ToolCall>> {
+        if self.forced_call { calls::whole(text) } else { self.dialect.whole_answer(text) }
+    }
+}
+
+fn whole_call(options: MarkupOptions) -> State {
+    let is_line = options.dialect == Dialect::Glm4 && !options.forced_call;
+    State::WholeCall(Running::new(if is_line { Layout::Line } else { Layout::Objects }))
 }
 
 /// Adds a text part unless it is empty.

@@ -67,6 +67,11 @@ impl Collected {
                 Part::Reasoning(text) => self.reasoning.push_str(&text),
                 Part::Content(text) => self.content.push_str(&text),
                 Part::Call(call) => self.calls.push(call),
+                Part::CallBegun(name) => self.calls.push(ToolCall::new(&name, String::new())),
+                Part::Arguments(text) => {
+                    self.calls.last_mut().expect("a call has begun").arguments.push_str(&text);
+                }
+                Part::CallEnded => {}
             }
         }
     }

@@ -153,9 +153,9 @@ impl ChatFrame {
         json!({"content": content, "refusal": null})
     }
 
-    fn call(&self, choice: usize, index: usize, call: &ToolCall) -> Value {
+    fn call(&self, choice: usize, index: usize, name: &str, arguments: &str) -> Value {
         json!({"id": format!("call_{}{choice:02}{index:03}", self.envelope.id), "type": "function",
-               "function": {"name": call.name, "arguments": call.arguments}})
+               "function": {"name": name, "arguments": arguments}})
     }
 
     fn whole(&self, collected: Vec<Collected>) -> Value {
@@ -171,7 +171,8 @@ impl ChatFrame {
                     message["reasoning_content"] = json!(one.reasoning);
                 }
                 if !one.calls.is_empty() {
-                    let calls = one.calls.iter().enumerate().map(|(i, call)| self.call(index, i, call));
+                    let calls = one.calls.iter().enumerate();
+                    let calls = calls.map(|(i, call)| self.call(index, i, &call.name, &call.arguments));
                     message["tool_calls"] = calls.collect();
                 }
                 let mut choice = json!({"index": index, "message": message, "logprobs": self.logprobs(&one.reports),
@@ -247,22 +248,41 @@ impl ChatWriter {
 
     fn parts(&mut self, choice: usize, parts: Vec<Part>, frames: &mut Vec<Frame>) {
         for part in parts {
-            let delta = match part {
-                Part::Content(text) => json!({"content": text}),
-                Part::Reasoning(_) if !self.frame.shows_thoughts => continue,
-                Part::Reasoning(text) => json!({"reasoning_content": text}),
-                Part::Call(call) => {
-                    let index = self.choices[choice].n_calls;
-                    self.choices[choice].n_calls += 1;
-                    let mut call = self.frame.call(choice, index, &call);
-                    call["index"] = json!(index);
-                    json!({"tool_calls": [call]})
+            match part {
+                Part::Content(text) => self.said(choice, &json!({"content": text}), frames),
+                Part::Reasoning(_) if !self.frame.shows_thoughts => {}
+                Part::Reasoning(text) => self.said(choice, &json!({"reasoning_content": text}), frames),
+                Part::Call(ToolCall { name, arguments, .. }) => {
+                    self.begin_call(choice, &name, frames);
+                    self.arguments(choice, &arguments, frames);
                 }
-            };
-            let reports = std::mem::take(&mut self.choices[choice].reports);
-            let logprobs = self.frame.logprobs(&reports);
-            frames.push(self.chunk(choice, &delta, &logprobs, None));
+                Part::CallBegun(name) => self.begin_call(choice, &name, frames),
+                Part::Arguments(text) => self.arguments(choice, &text, frames),
+                Part::CallEnded => {}
+            }
         }
+    }
+
+    fn begin_call(&mut self, choice: usize, name: &str, frames: &mut Vec<Frame>) {
+        let index = self.choices[choice].n_calls;
+        self.choices[choice].n_calls += 1;
+        let mut call = self.frame.call(choice, index, name, "");
+        call["index"] = json!(index);
+        self.said(choice, &json!({"tool_calls": [call]}), frames);
+    }
+
+    /// More of the arguments of the call that began last.
+    fn arguments(&mut self, choice: usize, text: &str, frames: &mut Vec<Frame>) {
+        let index = self.choices[choice].n_calls - 1;
+        let call = json!({"index": index, "function": {"arguments": text}});
+        self.said(choice, &json!({"tool_calls": [call]}), frames);
+    }
+
+    /// A delta, with the tokens that it became certain with.
+    fn said(&mut self, choice: usize, delta: &Value, frames: &mut Vec<Frame>) {
+        let reports = std::mem::take(&mut self.choices[choice].reports);
+        let logprobs = self.frame.logprobs(&reports);
+        frames.push(self.chunk(choice, delta, &logprobs, None));
     }
 }
 

@@ -85,7 +85,7 @@ pub(super) struct Reading {
     pub controls: Arc<ControlTokens>,
     /// Keep the markers: off for plain completions, whose text has no structure.
     pub markup: Option<MarkupOptions>,
-    /// What models that write arguments as plain text mean by them.
+    /// The tools on offer, with what models that write arguments as plain text mean by them.
     pub text_arguments: Arc<TextArguments>,
     pub stops: StopStrings,
     pub include_stop: bool,
@@ -109,7 +109,8 @@ pub(super) struct Generation {
 
 impl Generation {
     pub(super) fn new(tokens: TokenStream, reading: Reading) -> Self {
-        let markup = Markup::new(reading.markup.unwrap_or_default());
+        let offered = reading.text_arguments.keys().cloned();
+        let markup = Markup::new(reading.markup.unwrap_or_default()).offering(offered);
         Self {
             tokens,
             reading,
@@ -219,9 +220,9 @@ impl Generation {
             }
         }
         parts.retain(|part| {
-            let is_call = matches!(part, Part::Call(_));
-            self.n_calls += usize::from(is_call);
-            !(is_call && self.reading.single_call && self.n_calls > 1)
+            let is_of_call = !matches!(part, Part::Reasoning(_) | Part::Content(_));
+            self.n_calls += usize::from(matches!(part, Part::Call(_) | Part::CallBegun(_)));
+            !(is_of_call && self.reading.single_call && self.n_calls > 1)
         });
         parts
     }

@@ -292,7 +292,9 @@ impl MessageFrame {
             content.push(json!({"type": "text", "text": one.content}));
         }
         for (i, ToolCall { name, arguments, .. }) in one.calls.iter().enumerate() {
-            let input: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
+            // Those that the model did not write to their end are shown as Anthropic tells clients to send them back.
+            let input: Value =
+                serde_json::from_str(arguments).unwrap_or_else(|_| json!({"INVALID_JSON": arguments}));
             content.push(json!({"type": "tool_use", "id": self.call_id(i), "name": name, "input": input}));
         }
         let mut answer = self.json(&content, &one.usage);
@@ -307,6 +309,7 @@ impl MessageFrame {
 enum Block {
     Text,
     Thinking,
+    Call,
 }
 
 /// `message_start`, then for each block `content_block_start`, `content_block_delta`.., `content_block_stop`, then
@@ -361,44 +364,56 @@ impl MessageWriter {
         frames.push(self.stop_block());
     }
 
-    fn open(&mut self, block: Block, frames: &mut Vec<Frame>) {
-        if self.open == Some(block) {
-            return;
-        }
+    fn open(&mut self, block: Block, start: &Value, frames: &mut Vec<Frame>) {
         self.close(frames);
-        let start = match block {
-            Block::Text => json!({"type": "text", "text": ""}),
-            Block::Thinking => json!({"type": "thinking", "thinking": "", "signature": ""}),
-        };
-        frames.push(self.start_block(&start));
+        frames.push(self.start_block(start));
         self.open = Some(block);
+    }
+
+    fn open_text(&mut self, frames: &mut Vec<Frame>) {
+        self.open(Block::Text, &json!({"type": "text", "text": ""}), frames);
+    }
+
+    fn begin_call(&mut self, name: &str, frames: &mut Vec<Frame>) {
+        let id = self.frame.call_id(self.n_calls);
+        self.n_calls += 1;
+        self.open(Block::Call, &json!({"type": "tool_use", "id": id, "name": name, "input": {}}), frames);
+    }
+
+    fn arguments(&self, text: &str, frames: &mut Vec<Frame>) {
+        frames.push(self.block_delta(&json!({"type": "input_json_delta", "partial_json": text})));
     }
 
     fn part(&mut self, part: Part, frames: &mut Vec<Frame>) {
         match part {
             // White space between calls is no block of its own.
-            Part::Content(text) if self.open.is_none() && self.n_calls > 0 && text.trim().is_empty() => {}
+            Part::Content(text)
+                if matches!(self.open, None | Some(Block::Call))
+                    && self.n_calls > 0
+                    && text.trim().is_empty() => {}
             Part::Content(text) => {
-                self.open(Block::Text, frames);
+                if self.open != Some(Block::Text) {
+                    self.open_text(frames);
+                }
                 frames.push(self.block_delta(&json!({"type": "text_delta", "text": text})));
             }
             Part::Reasoning(_) if !self.frame.shows_thoughts => {}
             Part::Reasoning(text) => {
-                self.open(Block::Thinking, frames);
+                if self.open != Some(Block::Thinking) {
+                    let start = json!({"type": "thinking", "thinking": "", "signature": ""});
+                    self.open(Block::Thinking, &start, frames);
+                }
                 self.thoughts.update(text.as_bytes());
                 frames.push(self.block_delta(&json!({"type": "thinking_delta", "thinking": text})));
             }
             Part::Call(ToolCall { name, arguments, .. }) => {
+                self.begin_call(&name, frames);
+                self.arguments(&arguments, frames);
                 self.close(frames);
-                let id = self.frame.call_id(self.n_calls);
-                self.n_calls += 1;
-                frames.push(
-                    self.start_block(&json!({"type": "tool_use", "id": id, "name": name, "input": {}})),
-                );
-                frames
-                    .push(self.block_delta(&json!({"type": "input_json_delta", "partial_json": arguments})));
-                frames.push(self.stop_block());
             }
+            Part::CallBegun(name) => self.begin_call(&name, frames),
+            Part::Arguments(text) => self.arguments(&text, frames),
+            Part::CallEnded => self.close(frames),
         }
     }
 }
@@ -417,7 +432,8 @@ impl Writer for MessageWriter {
         let mut frames = Vec::new();
         let (parts, _, ending) = delta.split();
         if let Some(ending) = ending {
-            let calls = self.n_calls > 0 || parts.iter().any(|p| matches!(p, Part::Call(_)));
+            let calls =
+                self.n_calls > 0 || parts.iter().any(|p| matches!(p, Part::Call(_) | Part::CallBegun(_)));
             let reason = stop_reason(Some(ending.reason), ending.stop.as_ref(), calls);
             self.ending = Some((reason, ending.stop, ending.usage));
         }
@@ -430,7 +446,7 @@ impl Writer for MessageWriter {
     fn end(&mut self) -> Vec<Frame> {
         let mut frames = Vec::new();
         if self.n_blocks == 0 {
-            self.open(Block::Text, &mut frames);
+            self.open_text(&mut frames);
         }
         self.close(&mut frames);
         let (reason, stop, usage) =
@@ -536,6 +552,30 @@ mod tests {
             (&delta["usage"]["output_tokens"], &delta["usage"]["input_tokens"]),
             (&json!(5), &json!(2))
         );
+    }
+
+    #[test]
+    fn arguments_come_in_pieces_and_broken_ones_are_shown() {
+        let begun = || token(vec![Part::CallBegun("w".into()), Part::Arguments("{\"c\":".into())]);
+        let mut writer = MessageWriter::new(frame(true), 3);
+        let mut frames = writer.delta(0, begun());
+        frames.extend(writer.delta(0, token(vec![Part::Arguments("1}".into()), Part::CallEnded])));
+        // The second breaks off.
+        frames.extend(writer.delta(0, begun()));
+        frames.extend(writer.end());
+        let data: Vec<Value> = frames.iter().map(|f| serde_json::from_str(&f.data).unwrap()).collect();
+        let pieces = data.iter().map(|d| (&d["index"], &d["delta"]["partial_json"]));
+        let pieces: Vec<_> = pieces.filter(|(_, piece)| !piece.is_null()).collect();
+        let (first, second, open, rest) = (json!(0), json!(1), json!("{\"c\":"), json!("1}"));
+        assert_eq!(pieces, [(&first, &open), (&first, &rest), (&second, &open)]);
+        let call =
+            ["content_block_start", "content_block_delta", "content_block_delta", "content_block_stop"];
+        assert_eq!(names(&frames)[..4], call);
+        assert_eq!(names(&frames)[6..], ["content_block_stop", "message_delta", "message_stop"]);
+        let calls = ["{\"c\":1}", "{\"c\":"].map(|arguments| ToolCall::new("w", arguments.into()));
+        let whole = frame(true).whole(&Collected { calls: calls.to_vec(), ..Collected::default() });
+        assert_eq!(whole["content"][0]["input"], json!({"c": 1}));
+        assert_eq!(whole["content"][1]["input"], json!({"INVALID_JSON": "{\"c\":"}));
     }
 
     #[test]

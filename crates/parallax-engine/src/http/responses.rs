@@ -162,6 +162,8 @@ enum Item {
     /// Its text, and its tokens if they are reported.
     Message(String, Vec<Value>),
     Reasoning(String),
+    /// Its name, its arguments, and whether they are complete.
+    Call(String, String, bool),
 }
 
 /// `response.created`, `response.in_progress`, then for each item `output_item.added`, its deltas and `output_item.done`,
@@ -224,7 +226,7 @@ impl ResponseWriter {
             Part::Content(text)
                 if !matches!(self.open, Some(Item::Message(..)))
                     && text.trim().is_empty()
-                    && !self.output.is_empty() => {}
+                    && (!self.output.is_empty() || matches!(self.open, Some(Item::Call(..)))) => {}
             Part::Content(text) => {
                 if !matches!(self.open, Some(Item::Message(..))) {
                     self.close(frames);
@@ -259,24 +261,45 @@ impl ResponseWriter {
                 ));
             }
             Part::Call(ToolCall { name, arguments, .. }) => {
-                self.close(frames);
-                self.reports.clear();
-                let (id, index) = (self.item_id("fc"), self.output.len());
-                let call_id = format!("call_{}{index:03}", self.id);
-                let item = |arguments: &str, status: &str| {
-                    json!({"id": id, "type": "function_call", "call_id": call_id, "name": name,
-                           "arguments": arguments, "status": status})
-                };
-                let added = json!({"output_index": index, "item": item("", "in_progress")});
-                frames.push(self.event("response.output_item.added", added));
-                let delta = json!({"item_id": id, "output_index": index, "delta": arguments});
-                frames.push(self.event("response.function_call_arguments.delta", delta));
-                let done =
-                    json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments});
-                frames.push(self.event("response.function_call_arguments.done", done));
-                self.end_item(item(&arguments, "completed"), frames);
+                self.begin_call(name, frames);
+                self.arguments(&arguments, frames);
+                self.end_call(frames);
             }
+            Part::CallBegun(name) => self.begin_call(name, frames),
+            Part::Arguments(text) => self.arguments(&text, frames),
+            Part::CallEnded => self.end_call(frames),
         }
+    }
+
+    fn call(&self, name: &str, arguments: &str, status: &str) -> Value {
+        let call_id = format!("call_{}{:03}", self.id, self.output.len());
+        json!({"id": self.item_id("fc"), "type": "function_call", "call_id": call_id, "name": name,
+               "arguments": arguments, "status": status})
+    }
+
+    fn begin_call(&mut self, name: String, frames: &mut Vec<Frame>) {
+        self.close(frames);
+        let item = self.call(&name, "", "in_progress");
+        let added = json!({"output_index": self.output.len(), "item": item});
+        frames.push(self.event("response.output_item.added", added));
+        self.open = Some(Item::Call(name, String::new(), false));
+    }
+
+    /// More of the open call's arguments.
+    fn arguments(&mut self, text: &str, frames: &mut Vec<Frame>) {
+        self.reports.clear();
+        if let Some(Item::Call(_, arguments, _)) = &mut self.open {
+            arguments.push_str(text);
+        }
+        let delta = json!({"item_id": self.item_id("fc"), "output_index": self.output.len(), "delta": text});
+        frames.push(self.event("response.function_call_arguments.delta", delta));
+    }
+
+    fn end_call(&mut self, frames: &mut Vec<Frame>) {
+        if let Some(Item::Call(_, _, is_complete)) = &mut self.open {
+            *is_complete = true;
+        }
+        self.close(frames);
     }
 
     fn begin_item(&mut self, item: &Value, part: &Value, frames: &mut Vec<Frame>) {
@@ -303,6 +326,14 @@ impl ResponseWriter {
             }
             Item::Reasoning(text) => {
                 (self.reasoning(&text, "completed"), "response.reasoning_text.done", text, None)
+            }
+            Item::Call(name, arguments, is_complete) => {
+                let status = if is_complete { "completed" } else { "incomplete" };
+                let item = self.call(&name, &arguments, status);
+                let done = json!({"item_id": item["id"], "output_index": index, "name": name,
+                                  "arguments": arguments});
+                frames.push(self.event("response.function_call_arguments.done", done));
+                return self.end_item(item, frames);
             }
         };
         let id = item["id"].clone();
@@ -379,5 +410,45 @@ impl Writer for ResponseWriter {
         response["status"] = json!("failed");
         response["error"] = json!({"code": "server_error", "message": error.body()["error"]["message"]});
         vec![self.event("response.failed", json!({"response": response}))]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(parts: Vec<Part>) -> Delta {
+        let report = TokenReport { id: 0, logprob: 0.0, version: 0, reasoning: false, top: vec![] };
+        Delta::Token { parts, report }
+    }
+
+    #[test]
+    fn arguments_come_in_pieces_and_broken_ones_are_incomplete() {
+        let begun = || token(vec![Part::CallBegun("w".into()), Part::Arguments("{\"c\":".into())]);
+        let mut writer = ResponseWriter::new("1".into(), json!({}), None);
+        let mut frames = writer.delta(0, begun());
+        frames.extend(writer.delta(0, token(vec![Part::Arguments("1}".into()), Part::CallEnded])));
+        assert_eq!(
+            frames.iter().filter_map(|f| f.event).collect::<Vec<_>>(),
+            [
+                "response.output_item.added",
+                "response.function_call_arguments.delta",
+                "response.function_call_arguments.delta",
+                "response.function_call_arguments.done",
+                "response.output_item.done",
+            ]
+        );
+        // The second breaks off; white space behind it is no message.
+        frames.extend(writer.delta(0, begun()));
+        frames.extend(writer.delta(0, token(vec![Part::Content("\n".into())])));
+        frames.extend(writer.end());
+        let data: Vec<Value> = frames.iter().map(|f| serde_json::from_str(&f.data).unwrap()).collect();
+        let done: Vec<&Value> = data.iter().filter(|d| d["type"] == "response.output_item.done").collect();
+        let ends: Vec<(&Value, &Value)> =
+            done.iter().map(|d| (&d["item"]["arguments"], &d["item"]["status"])).collect();
+        let (whole, open) = (json!("{\"c\":1}"), json!("{\"c\":"));
+        assert_eq!(ends, [(&whole, &json!("completed")), (&open, &json!("incomplete"))]);
+        assert_eq!(data[0]["item"]["id"], done[0]["item"]["id"]);
+        assert_eq!(writer.finished()["output"].as_array().unwrap().len(), 2);
     }
 }

@@ -1,16 +1,36 @@
 //! Reading tool calls: each family's text between markers becomes names and JSON arguments.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::dialect::{ASSISTANT, PYTHON_TAG, is_named_call, is_of_name};
+use super::overlap;
+use super::running::Layout;
+
+/// Mistral's, between a name and its arguments.
+const ARGUMENTS: &str = "[ARGS]";
+/// Between a name and the id of its call.
+const CALL_ID: &str = "[CALL_ID]";
+pub(super) const MISTRAL_CALL: &str = "[TOOL_CALLS]";
+
+pub(super) const DEEPSEEK_CALL: &str = "<｜tool▁call▁begin｜>";
+pub(super) const DEEPSEEK_CALL_END: &str = "<｜tool▁call▁end｜>";
+pub(super) const DEEPSEEK_SEPARATOR: &str = "<｜tool▁sep｜>";
+pub(super) const FENCE: &str = "```json";
+
+pub(super) const KIMI_CALL: &str = "<|tool_call_begin|>";
+pub(super) const KIMI_CALL_END: &str = "<|tool_call_end|>";
+pub(super) const KIMI_ARGUMENTS: &str = "<|tool_call_argument_begin|>";
 
 /// A call that a model makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ToolCall {
     /// The tool.
     pub name: String,
-    /// Its arguments: the text of a JSON object, as the model wrote it.
+    /// Its arguments: the text of a JSON object, as the model wrote it where its family writes JSON.
     pub arguments: String,
     /// Arguments that the model wrote as plain text, where its family does so: name and text. In `arguments` they are
     /// JSON where they can be read as such.
@@ -18,7 +38,7 @@ pub struct ToolCall {
 }
 
 impl ToolCall {
-    fn new(name: &str, arguments: String) -> Self {
+    pub(crate) fn new(name: &str, arguments: String) -> Self {
         Self { name: name.to_owned(), arguments, texts: Vec::new() }
     }
 
@@ -60,8 +80,6 @@ pub(super) enum CallSyntax {
     MiniMax,
 }
 
-type Found = (Vec<ToolCall>, usize);
-
 impl CallSyntax {
     /// The marker that opens a call.
     pub(super) fn opening(self) -> &'static str {
@@ -71,7 +89,7 @@ impl CallSyntax {
             Self::Glm4 => ASSISTANT,
             Self::Phi4 => "<|tool_call|>",
             Self::PythonTag => PYTHON_TAG,
-            Self::Mistral => "[TOOL_CALLS]",
+            Self::Mistral => MISTRAL_CALL,
             Self::DeepSeek => "<｜tool▁calls▁begin｜>",
             Self::Kimi => "<|tool_calls_section_begin|>",
         }
@@ -89,20 +107,33 @@ impl CallSyntax {
         }
     }
 
-    /// The calls in a text that begins with the opening marker, and the length of what they take. `None`: not complete, or
-    /// not readable. `ended`: no more text comes.
-    pub(super) fn read(self, text: &str, ended: bool) -> Option<Found> {
-        let inside = &text[self.opening().len()..];
-        let (body, end) = match self.closing() {
-            Some(closing) => match inside.find(closing) {
-                Some(at) => (&inside[..at], self.opening().len() + at + closing.len()),
-                // A stop token may have taken the place of the closing marker.
-                None if ended => (inside, text.len()),
-                None => return None,
-            },
-            None if ended => (inside, text.len()),
-            None => return None,
-        };
+    /// Where the closing marker is in what stands behind the opening one, of which the first `from` bytes have none.
+    pub(super) fn closing_in(self, inside: &str, from: usize) -> Option<Range<usize>> {
+        let closing = self.closing()?;
+        let at = from + inside[from..].find(closing)?;
+        Some(at..at + closing.len())
+    }
+
+    /// Bytes at the end of a text that may be the beginning of the closing marker.
+    pub(super) fn undecided(self, inside: &str) -> usize {
+        self.closing().map_or(0, |closing| overlap(inside, closing))
+    }
+
+    /// How the text between the markers is laid out.
+    pub(super) fn layout(self) -> Layout {
+        match self {
+            Self::Hermes => Layout::Object,
+            Self::Phi4 | Self::PythonTag => Layout::Objects,
+            Self::Mistral => Layout::Mistral,
+            Self::DeepSeek => Layout::DeepSeek,
+            Self::Kimi => Layout::Kimi,
+            Self::Glm4 => Layout::Line,
+            Self::Glm | Self::QwenXml | Self::MiniMax => Layout::Elements,
+        }
+    }
+
+    /// The calls in the text between the markers. `None`: it cannot be read as calls and nothing else.
+    pub(super) fn read(self, body: &str) -> Option<Vec<ToolCall>> {
         let calls = match self {
             Self::Hermes => vec![object(body)?],
             Self::Glm => vec![glm(body)?],
@@ -114,34 +145,36 @@ impl CallSyntax {
             Self::QwenXml => elements(body, "<function=", "</function>", "<parameter=")?,
             Self::MiniMax => elements(body, "<invoke name=", "</invoke>", "<parameter name=")?,
         };
-        (!calls.is_empty()).then_some((calls, end))
+        (!calls.is_empty()).then_some(calls)
     }
 
-    /// The text is complete and still not readable, or begins as no call does: waiting does not help.
-    pub(super) fn is_hopeless(self, text: &str) -> bool {
-        let inside = &text[self.opening().len()..];
-        match self {
-            Self::Glm4 => is_named_call(inside) == Some(false),
-            _ => self.closing().is_some_and(|closing| inside.contains(closing)),
-        }
+    /// What stands behind the opening marker begins as no call does: waiting does not help.
+    pub(super) fn is_hopeless(self, inside: &str) -> bool {
+        self == Self::Glm4 && is_named_call(inside) == Some(false)
     }
 }
+
+/// Fields of an object, each as it is written.
+type RawFields<'a> = BTreeMap<String, &'a RawValue>;
 
 /// `{"name": .., "arguments" or "parameters": {..}}`.
 fn object(text: &str) -> Option<ToolCall> {
-    call_of(&serde_json::from_str(text.trim()).ok()?)
+    let outer: RawFields<'_> = serde_json::from_str(text.trim()).ok()?;
+    let inner = outer.get("function").copied().map(RawValue::get);
+    let inner: Option<RawFields<'_>> = inner.and_then(|text| serde_json::from_str(text).ok());
+    let call = inner.unwrap_or(outer);
+    let name: String = serde_json::from_str(call.get("name")?.get()).ok()?;
+    let arguments = call.get("arguments").or_else(|| call.get("parameters")).copied().map(RawValue::get);
+    let arguments = match arguments {
+        None | Some("null") => "{}".to_owned(),
+        Some(object) if object.starts_with('{') => object.to_owned(),
+        Some(text) => serde_json::from_str(text).ok()?,
+    };
+    is_object(&arguments).then(|| ToolCall::new(&name, arguments))
 }
 
-fn call_of(value: &Value) -> Option<ToolCall> {
-    let call = value.get("function").filter(|f| f.is_object()).unwrap_or(value);
-    let name = call.get("name")?.as_str()?;
-    let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
-        Some(Value::String(text)) if serde_json::from_str::<Map<String, Value>>(text).is_ok() => text.clone(),
-        Some(object @ Value::Object(_)) => object.to_string(),
-        None | Some(Value::Null) => "{}".to_owned(),
-        Some(_) => return None,
-    };
-    Some(ToolCall::new(name, arguments))
+fn is_object(text: &str) -> bool {
+    serde_json::from_str::<Map<String, Value>>(text).is_ok()
 }
 
 /// An answer that consists of calls: objects one after the other, with `;` between, or a list of them.
@@ -150,14 +183,14 @@ pub(super) fn whole(text: &str) -> Option<Vec<ToolCall>> {
     rest = rest.strip_prefix(PYTHON_TAG).unwrap_or(rest).trim();
     let mut calls = Vec::new();
     while !rest.is_empty() {
-        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
-        match values.next()?.ok()? {
-            Value::Array(list) => {
-                for value in &list {
-                    calls.push(call_of(value)?);
-                }
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<&RawValue>();
+        let value = values.next()?.ok()?.get();
+        if value.starts_with('[') {
+            for one in serde_json::from_str::<Vec<&RawValue>>(value).ok()? {
+                calls.push(object(one.get())?);
             }
-            value => calls.push(call_of(&value)?),
+        } else {
+            calls.push(object(value)?);
         }
         rest = rest[values.byte_offset()..].trim_start().trim_start_matches([';', ',']).trim_start();
     }
@@ -169,29 +202,40 @@ fn mistral(body: &str) -> Option<Vec<ToolCall>> {
     if body.trim_start().starts_with(['[', '{']) {
         return whole(body);
     }
-    body.split("[TOOL_CALLS]")
+    body.split(MISTRAL_CALL)
         .filter(|one| !one.trim().is_empty())
         .map(|one| {
-            let (name, arguments) = match one.split_once("[ARGS]") {
-                Some(split) => split,
-                None => one.split_at(one.find('{')?),
-            };
-            let name = name.split("[CALL_ID]").next().unwrap_or_default();
+            let (name, arguments) = mistral_parts(one)?;
             named(name, arguments)
         })
         .collect()
 }
 
+/// A name without the id behind it, and what stands where its arguments begin.
+pub(super) fn mistral_parts(text: &str) -> Option<(&str, &str)> {
+    let (marker, object) = (text.find(ARGUMENTS), text.find('{'));
+    let (before, arguments) = match (marker, object) {
+        (Some(at), object) if object.is_none_or(|object| at < object) => {
+            (&text[..at], &text[at + ARGUMENTS.len()..])
+        }
+        (_, object) => text.split_at(object?),
+    };
+    let name = before.split_once(CALL_ID).map_or(before, |(name, _)| name);
+    Some((name.trim(), arguments))
+}
+
 /// `<｜tool▁call▁begin｜>function<｜tool▁sep｜>name\n```json\n{..}\n```<｜tool▁call▁end｜>`, or without type and fence.
 fn deepseek(body: &str) -> Option<Vec<ToolCall>> {
-    body.split("<｜tool▁call▁begin｜>")
+    body.split(DEEPSEEK_CALL)
         .skip(1)
         .map(|one| {
-            let one = one.split("<｜tool▁call▁end｜>").next().unwrap_or_default();
-            let (before, after) = one.split_once("<｜tool▁sep｜>")?;
-            match after.split_once("```json") {
-                Some((name, fenced)) => named(name, fenced.trim_end().trim_end_matches('`')),
-                None => named(before, after),
+            let one = one.split(DEEPSEEK_CALL_END).next().unwrap_or_default();
+            let (before, after) = one.split_once(DEEPSEEK_SEPARATOR)?;
+            match after.split_once(FENCE) {
+                Some((name, fenced)) if !after.trim_start().starts_with('{') => {
+                    named(name, fenced.trim_end().trim_end_matches('`'))
+                }
+                _ => named(before, after),
             }
         })
         .collect()
@@ -199,16 +243,21 @@ fn deepseek(body: &str) -> Option<Vec<ToolCall>> {
 
 /// `<|tool_call_begin|>functions.name:0<|tool_call_argument_begin|>{..}<|tool_call_end|>`.
 fn kimi(body: &str) -> Option<Vec<ToolCall>> {
-    body.split("<|tool_call_begin|>")
+    body.split(KIMI_CALL)
         .skip(1)
         .map(|one| {
-            let one = one.split("<|tool_call_end|>").next().unwrap_or_default();
-            let (id, arguments) = one.split_once("<|tool_call_argument_begin|>")?;
-            let id = id.trim();
-            let name = id.rsplit_once(':').map_or(id, |(name, _)| name);
-            named(name.strip_prefix("functions.").unwrap_or(name), arguments)
+            let one = one.split(KIMI_CALL_END).next().unwrap_or_default();
+            let (id, arguments) = one.split_once(KIMI_ARGUMENTS)?;
+            named(kimi_name(id), arguments)
         })
         .collect()
+}
+
+/// The name in a call's id.
+pub(super) fn kimi_name(id: &str) -> &str {
+    let id = id.trim();
+    let name = id.rsplit_once(':').map_or(id, |(name, _)| name);
+    name.strip_prefix("functions.").unwrap_or(name)
 }
 
 /// `name`, then `<arg_key>k</arg_key><arg_value>v</arg_value>` for each argument; a value is JSON where it can be read so.
@@ -279,6 +328,6 @@ fn elements(body: &str, open: &str, close: &str, parameter: &str) -> Option<Vec<
 pub(super) fn named(name: &str, arguments: &str) -> Option<ToolCall> {
     let (name, arguments) = (name.trim(), arguments.trim());
     let arguments = if arguments.is_empty() { "{}" } else { arguments };
-    let readable = !name.is_empty() && serde_json::from_str::<Map<String, Value>>(arguments).is_ok();
+    let readable = !name.is_empty() && is_object(arguments);
     readable.then(|| ToolCall::new(name, arguments.to_owned()))
 }

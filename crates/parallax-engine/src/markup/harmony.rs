@@ -3,8 +3,11 @@
 //! The channel `analysis` is reasoning, `final` is content, `commentary` is content unless it is addressed to a tool: then
 //! it is a call. The prompt ends with `<|start|>assistant`, so that an answer begins with a channel.
 
+use std::collections::BTreeSet;
+
 use super::calls::named;
-use super::{MarkupOptions, Part, cut, text};
+use super::running::{Layout, Running};
+use super::{MarkupOptions, Part, cut, overlap, text};
 
 const MESSAGE: &str = "<|message|>";
 const STARTS: [&str; 2] = ["<|channel|>", "<|start|>"];
@@ -26,7 +29,7 @@ enum State {
     Reasoning,
     Content,
     /// A call of this tool: its text is held.
-    Call(String),
+    Call(String, Running),
 }
 
 impl Harmony {
@@ -39,13 +42,13 @@ impl Harmony {
         self.state == State::Reasoning
     }
 
-    pub(super) fn push(&mut self, piece: &str, parts: &mut Vec<Part>) {
+    pub(super) fn push(&mut self, piece: &str, offered: &BTreeSet<String>, parts: &mut Vec<Part>) {
         self.held.push_str(piece);
-        while self.advance(parts) {}
+        while self.advance(offered, parts) {}
     }
 
-    fn advance(&mut self, parts: &mut Vec<Part>) -> bool {
-        match self.state.clone() {
+    fn advance(&mut self, offered: &BTreeSet<String>, parts: &mut Vec<Part>) -> bool {
+        match &self.state {
             State::Outside => {
                 let markers: Vec<&str> = STARTS.iter().chain(&ENDS[..3]).copied().collect();
                 let (shown, met) = cut(&mut self.held, &markers);
@@ -65,15 +68,36 @@ impl Harmony {
             }
             State::Reasoning => self.message(parts, Part::Reasoning),
             State::Content => self.message(parts, Part::Content),
-            State::Call(tool) => {
-                let end = ENDS.iter().filter_map(|end| self.held.find(end).map(|at| (at, *end))).min();
-                let Some((at, end)) = end else { return false };
-                let arguments: String = self.held.drain(..at).collect();
-                self.leave(end);
-                call(parts, &tool, arguments);
-                true
-            }
+            State::Call(..) => self.call(false, offered, parts),
         }
+    }
+
+    /// Goes on with a call; false when more text is needed.
+    fn call(&mut self, ended: bool, offered: &BTreeSet<String>, parts: &mut Vec<Part>) -> bool {
+        let State::Call(tool, running) = &mut self.state else { return false };
+        let from = running.at();
+        let unread = &self.held[from..];
+        let end = ENDS.iter().filter_map(|end| unread.find(end).map(|at| (from + at, *end))).min();
+        let ended = ended || end.is_some();
+        let shown = match end {
+            Some((at, _)) => at,
+            None if ended => self.held.len(),
+            None => self.held.len() - ENDS.iter().map(|end| overlap(unread, end)).max().unwrap_or(0),
+        };
+        let body = &self.held[..shown];
+        running.advance(body, ended, offered, parts);
+        if !ended {
+            return false;
+        }
+        let read = named(tool, body).map(|call| vec![call]);
+        let rest = running.settle(body, read, parts).to_owned();
+        text(parts, Part::Content, rest);
+        self.held.drain(..shown);
+        match end {
+            Some((_, end)) => self.leave(end),
+            None => self.state = State::Outside,
+        }
+        true
     }
 
     fn message(&mut self, parts: &mut Vec<Part>, kind: fn(String) -> Part) -> bool {
@@ -97,27 +121,23 @@ impl Harmony {
             to.strip_prefix("functions.").unwrap_or(to).to_owned()
         });
         match tool {
-            Some(tool) if self.options.tools && !tool.is_empty() => State::Call(tool),
+            Some(tool) if self.options.tools && !tool.is_empty() => {
+                let running = Running::new(Layout::Body(tool.clone()));
+                State::Call(tool, running)
+            }
             _ if header.contains("analysis") && self.options.reasoning => State::Reasoning,
             _ => State::Content,
         }
     }
 
-    pub(super) fn finish(&mut self, parts: &mut Vec<Part>) {
+    pub(super) fn finish(&mut self, offered: &BTreeSet<String>, parts: &mut Vec<Part>) {
+        self.call(true, offered, parts);
         let held = std::mem::take(&mut self.held);
         match std::mem::replace(&mut self.state, State::Outside) {
-            State::Outside | State::Content => text(parts, Part::Content, held),
+            State::Outside | State::Content | State::Call(..) => text(parts, Part::Content, held),
             State::Reasoning => text(parts, Part::Reasoning, held),
             // A header that never became a message says nothing.
             State::Header => {}
-            State::Call(tool) => call(parts, &tool, held),
         }
-    }
-}
-
-fn call(parts: &mut Vec<Part>, tool: &str, arguments: String) {
-    match named(tool, &arguments) {
-        Some(call) => parts.push(Part::Call(call)),
-        None => text(parts, Part::Content, arguments),
     }
 }

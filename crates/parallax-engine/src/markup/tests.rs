@@ -1,6 +1,7 @@
 //! Every dialect's calls and thoughts, and that it does not matter how the text is cut.
 
 use proptest::prelude::*;
+use serde_json::Value;
 
 use super::*;
 
@@ -16,6 +17,9 @@ fn joined(parts: Vec<Part>) -> Vec<Part> {
             (Some(Part::Content(a)), Part::Content(b)) | (Some(Part::Reasoning(a)), Part::Reasoning(b)) => {
                 a.push_str(&b);
             }
+            (Some(Part::Call(call)), Part::Arguments(more)) => call.arguments.push_str(&more),
+            (_, Part::CallBegun(name)) => out.push(call(&name, "")),
+            (_, Part::CallEnded) => {}
             (_, Part::Call(call)) => out.push(Part::Call(ToolCall { texts: Vec::new(), ..call })),
             (_, part) => out.push(part),
         }
@@ -23,11 +27,24 @@ fn joined(parts: Vec<Part>) -> Vec<Part> {
     out
 }
 
-fn read(options: MarkupOptions, pieces: &[&str]) -> Vec<Part> {
-    let mut markup = Markup::new(options);
-    let mut parts: Vec<Part> = pieces.iter().flat_map(|piece| markup.push(piece)).collect();
+fn parts<S: AsRef<str>>(mut markup: Markup, pieces: &[S]) -> Vec<Part> {
+    let mut parts: Vec<Part> = pieces.iter().flat_map(|piece| markup.push(piece.as_ref())).collect();
     parts.extend(markup.finish());
-    joined(parts)
+    parts
+}
+
+/// Calls are read whole.
+fn read<S: AsRef<str>>(options: MarkupOptions, pieces: &[S]) -> Vec<Part> {
+    joined(parts(Markup::new(options), pieces))
+}
+
+/// Calls of the tools that the examples have are given out while they are written.
+fn offering(options: MarkupOptions) -> Markup {
+    Markup::new(options).offering(["w", "t", "get_weather"].map(str::to_owned))
+}
+
+fn characters(text: &str) -> Vec<String> {
+    text.chars().map(String::from).collect()
 }
 
 fn call(name: &str, arguments: &str) -> Part {
@@ -48,7 +65,7 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
         (
             Dialect::Hermes,
             "<think>\nweather?</think>\n\n<tool_call>\n{\"name\": \"w\", \"arguments\": {\"c\": \"Rome\"}}\n</tool_call>\n<tool_call>{\"name\":\"t\",\"arguments\":{}}</tool_call>",
-            vec![thought("\nweather?"), call("w", "{\"c\":\"Rome\"}"), call("t", "{}")],
+            vec![thought("\nweather?"), call("w", "{\"c\": \"Rome\"}"), call("t", "{}")],
         ),
         (
             Dialect::Hermes,
@@ -60,7 +77,7 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
         (
             Dialect::Llama3,
             "{\"name\": \"w\", \"parameters\": {\"c\": \"Rome\"}}; {\"name\": \"t\", \"parameters\": {}}",
-            vec![call("w", "{\"c\":\"Rome\"}"), call("t", "{}")],
+            vec![call("w", "{\"c\": \"Rome\"}"), call("t", "{}")],
         ),
         (Dialect::Llama3, "<|python_tag|>{\"name\": \"w\", \"parameters\": {}}", vec![call("w", "{}")]),
         (Dialect::Llama3, "{\"answer\": 42}", vec![content("{\"answer\": 42}")]),
@@ -68,7 +85,7 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
         (
             Dialect::Mistral,
             "Let me see.[TOOL_CALLS] [{\"name\": \"w\", \"arguments\": {\"c\": 1}}, {\"name\": \"t\", \"arguments\": {}}]",
-            vec![content("Let me see."), call("w", "{\"c\":1}"), call("t", "{}")],
+            vec![content("Let me see."), call("w", "{\"c\": 1}"), call("t", "{}")],
         ),
         (
             Dialect::Mistral,
@@ -111,7 +128,7 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
         (
             Dialect::Phi4,
             "<|tool_call|>[{\"name\": \"w\", \"arguments\": {\"c\": 1}}, {\"name\": \"t\", \"arguments\": {}}]<|/tool_call|>",
-            vec![call("w", "{\"c\":1}"), call("t", "{}")],
+            vec![call("w", "{\"c\": 1}"), call("t", "{}")],
         ),
         // Without a list, and the end token in the place of the closing marker.
         (
@@ -164,6 +181,126 @@ fn examples() -> Vec<(Dialect, &'static str, Vec<Part>)> {
 fn each_dialect_is_read() {
     for (dialect, said, meant) in examples() {
         assert_eq!(read(all(dialect), &[said]), meant, "{dialect:?}: {said}");
+        let written = parts(offering(all(dialect)), &characters(said));
+        assert_eq!(joined(written), meant, "{dialect:?}, while it is written: {said}");
+    }
+}
+
+/// Dialect, and what stands in front of a call's arguments and behind them.
+const WRITTEN: [(Dialect, &str, &str); 15] = [
+    (Dialect::Hermes, "<tool_call>\n{\"name\": \"w\", \"arguments\": ", "}\n</tool_call>"),
+    (
+        Dialect::Hermes,
+        "<tool_call>{\"id\": [1, {\"a\": \"}\"}], \"name\":\"w\",\"arguments\":",
+        ", \"n\": 7}</tool_call>",
+    ),
+    (Dialect::Hermes, "<tool_call>{\"name\": \"w\", \"arguments\":", "}"),
+    (Dialect::Llama3, "{\"name\": \"w\", \"parameters\": ", "}"),
+    (
+        Dialect::Llama3,
+        "<|python_tag|>{\"type\": \"function\", \"name\": \"w\", \"parameters\": ",
+        ", \"n\": 7}",
+    ),
+    (Dialect::Mistral, "[TOOL_CALLS] [{\"name\": \"w\", \"arguments\": ", ", \"id\": \"abc\"}]"),
+    (Dialect::Mistral, "[TOOL_CALLS]w[CALL_ID]abc[ARGS]", ""),
+    (Dialect::Mistral, "[TOOL_CALLS]w", ""),
+    (
+        Dialect::DeepSeek,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>w\n```json\n",
+        "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        Dialect::DeepSeek,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>w<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        Dialect::Kimi,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.w:0<|tool_call_argument_begin|>",
+        "<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    (Dialect::Glm4, "w\n", ""),
+    (Dialect::Phi4, "<|tool_call|>[{\"name\": \"w\", \"arguments\": ", "}, {\"name\": \"t\"}]<|/tool_call|>"),
+    (Dialect::Harmony, "<|channel|>commentary to=functions.w <|constrain|>json<|message|>", "<|call|>"),
+    (Dialect::Harmony, "<|start|>assistant to=functions.w<|channel|>commentary json<|message|>", ""),
+];
+
+#[test]
+fn arguments_are_given_out_while_they_are_written() {
+    let arguments = "{\"city\": \"Rome\"}";
+    for (dialect, before, behind) in WRITTEN {
+        let said = [before, arguments, behind].concat();
+        let parts = parts(offering(all(dialect)), &characters(&said));
+        // A bracket alone is not given out: it may be no argument's.
+        let mut expected = vec![Part::CallBegun("w".into()), Part::Arguments("{\"".into())];
+        expected.extend(arguments[2..].chars().map(|c| Part::Arguments(c.into())));
+        expected.push(Part::CallEnded);
+        assert_eq!(parts[..expected.len()], expected, "{dialect:?}: {said}");
+        let more = if dialect == Dialect::Phi4 { vec![call("t", "{}")] } else { vec![] };
+        assert_eq!(joined(parts[expected.len()..].to_vec()), more, "{dialect:?}: {said}");
+    }
+}
+
+#[test]
+fn calls_of_other_tools_and_arguments_in_other_forms_are_given_out_whole() {
+    for (said, meant) in [
+        ("{\"name\": \"unknown\", \"arguments\": {\"a\": 1}}", call("unknown", "{\"a\": 1}")),
+        ("{\"arguments\": {\"a\": 1}, \"name\": \"w\"}", call("w", "{\"a\": 1}")),
+        ("{\"name\": \"w\", \"arguments\": \"{\\\"a\\\": 1}\"}", call("w", "{\"a\": 1}")),
+        ("{\"name\": \"w\", \"arguments\": null}", call("w", "{}")),
+        ("{\"function\": {\"name\": \"w\", \"arguments\": {\"a\": 1}}}", call("w", "{\"a\": 1}")),
+    ] {
+        let parts =
+            parts(offering(all(Dialect::Hermes)), &characters(&format!("<tool_call>{said}</tool_call>")));
+        assert_eq!(parts, [meant], "{said}");
+    }
+}
+
+#[test]
+fn what_was_given_out_of_a_broken_call_stands() {
+    let second = "<tool_call>{\"name\": \"t\", \"arguments\": {}}</tool_call>";
+    for (dialect, said, meant) in [
+        // Brackets close around what is no JSON.
+        (
+            Dialect::Hermes,
+            "<tool_call>{\"name\": \"w\", \"arguments\": {\"a\": b}}</tool_call>",
+            vec![call("w", "{\"a\": b}")],
+        ),
+        // They do not close.
+        (
+            Dialect::Hermes,
+            "<tool_call>{\"name\": \"w\", \"arguments\": {\"a\": 1</tool_call>",
+            vec![call("w", "{\"a\": 1")],
+        ),
+        (
+            Dialect::Kimi,
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.w:0<|tool_call_argument_begin|>{\"a\": <|tool_call_end|><|tool_call_begin|>functions.t:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+            vec![call("w", "{\"a\": "), call("t", "{}")],
+        ),
+        // A bracket is missing behind them, or something else stands there.
+        (
+            Dialect::Hermes,
+            "<tool_call>{\"name\": \"w\", \"arguments\": {}</tool_call>\n",
+            vec![call("w", "{}")],
+        ),
+        (
+            Dialect::Hermes,
+            "<tool_call>{\"name\": \"w\", \"arguments\": {}} so</tool_call>\n",
+            vec![call("w", "{}"), content("so</tool_call>\n")],
+        ),
+        (
+            Dialect::Llama3,
+            "{\"name\": \"w\", \"parameters\": {}}; {\"answer\": 42}",
+            vec![call("w", "{}"), content("{\"answer\": 42}")],
+        ),
+    ] {
+        let then = if dialect == Dialect::Hermes { second } else { "" };
+        let mut meant = meant;
+        meant.extend((dialect == Dialect::Hermes).then(|| call("t", "{}")));
+        let said = [said, then].concat();
+        for pieces in [characters(&said), vec![said.clone()]] {
+            assert_eq!(joined(parts(offering(all(dialect)), &pieces)), meant, "{dialect:?}: {said}");
+        }
     }
 }
 
@@ -191,6 +328,9 @@ fn a_forced_call_is_the_whole_answer() {
             [call("w", "{\"a\":1}")]
         );
         assert_eq!(read(options, &["{\"name\":\"w\""]), [content("{\"name\":\"w\"")]);
+        let pieces = ["{\"name\":\"w\",\"arguments\":{\"a\"", ":1"];
+        let [first, second] = ["{\"a\"", ":1"].map(|piece| Part::Arguments(piece.into()));
+        assert_eq!(parts(offering(options), &pieces), [Part::CallBegun("w".into()), first, second]);
     }
 }
 
@@ -283,23 +423,98 @@ fn texts() -> impl Strategy<Value = String> {
     prop::collection::vec(prop::sample::select(words), 0..8).prop_map(|words| words.concat())
 }
 
+/// A text in pieces of so many characters, and of three behind them.
+fn pieces(text: &str, cuts: Vec<usize>) -> Vec<String> {
+    let mut characters = text.chars().peekable();
+    let mut cuts = cuts.into_iter().chain(std::iter::repeat(3));
+    std::iter::from_fn(|| {
+        characters.peek()?;
+        Some(characters.by_ref().take(cuts.next()?).collect())
+    })
+    .collect()
+}
+
+/// Arguments of a call, as one of two writers of JSON lays them out.
+fn arguments() -> impl Strategy<Value = String> {
+    const TEXT: &str = r#"[a-z\\"{}\[\],:;<> é\n]{0,10}"#;
+    let members = |value: BoxedStrategy<Value>| {
+        prop::collection::vec((TEXT, value), 0..4)
+            .prop_map(|members| Value::Object(members.into_iter().collect()))
+    };
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        TEXT.prop_map(Value::from),
+    ];
+    let value = leaf.prop_recursive(3, 16, 4, move |inner| {
+        let list = prop::collection::vec(inner.clone(), 0..4).prop_map(Value::Array);
+        prop_oneof![list, members(inner)]
+    });
+    (members(value.boxed()), any::<bool>()).prop_map(|(arguments, pretty)| {
+        if pretty { serde_json::to_string_pretty(&arguments).unwrap() } else { arguments.to_string() }
+    })
+}
+
+fn cuts() -> impl Strategy<Value = Vec<usize>> {
+    prop::collection::vec(1usize..9, 0..60)
+}
+
 proptest! {
     #[test]
     fn cuts_do_not_matter(
-        dialect in dialects(), text in texts(), cuts in prop::collection::vec(1usize..9, 0..60),
+        dialect in dialects(), text in texts(), cuts in cuts(),
         tools: bool, reasoning: bool, in_reasoning: bool, forced_call: bool,
     ) {
         let options = MarkupOptions { dialect, tools, reasoning, in_reasoning, forced_call };
-        let characters: Vec<char> = text.chars().collect();
-        let (mut pieces, mut at) = (Vec::new(), 0);
-        for n in cuts.into_iter().chain(std::iter::repeat(3)) {
-            if at >= characters.len() { break; }
-            let end = (at + n).min(characters.len());
-            pieces.push(characters[at..end].iter().collect::<String>());
-            at = end;
+        let pieces = pieces(&text, cuts);
+        let whole = read(options, &[&text]);
+        prop_assert_eq!(read(options, &pieces), &whole[..]);
+        let written = parts(offering(options), &[&text]);
+        let is_silent = !written.iter().any(|part| matches!(part, Part::CallBegun(_)));
+        let written = joined(written);
+        prop_assert_eq!(joined(parts(offering(options), &pieces)), &written[..]);
+        // What is no call, or no tool's on offer, reads as it does where calls are read whole.
+        prop_assert!(!is_silent || written == whole, "{:?} is not {:?}", written, whole);
+    }
+
+    #[test]
+    fn arguments_in_pieces_are_those_of_the_whole_call(
+        written in prop::sample::select(WRITTEN.to_vec()), arguments in arguments(), cuts in cuts(),
+    ) {
+        let (dialect, before, behind) = written;
+        let text = [before, &arguments, behind].concat();
+        let whole = read(all(dialect), &[&text]);
+        let meant = call("w", &arguments);
+        prop_assert_eq!(whole.first(), Some(&meant));
+        let written = parts(offering(all(dialect)), &pieces(&text, cuts));
+        prop_assert!(matches!(written.first(), Some(Part::CallBegun(_))));
+        prop_assert!(written.contains(&Part::CallEnded));
+        prop_assert_eq!(joined(written), whole);
+    }
+
+    #[test]
+    fn a_call_that_breaks_off_ends_where_it_does(
+        written in prop::sample::select(WRITTEN.to_vec()), arguments in arguments(), cuts in cuts(),
+        end in any::<prop::sample::Index>(),
+    ) {
+        let (dialect, before, behind) = written;
+        let text = [before, &arguments, behind].concat();
+        let n_before = before.chars().count();
+        let n_kept = n_before + 1 + end.index(text.chars().count() - n_before);
+        let kept: String = text.chars().take(n_kept).collect();
+        let written = parts(offering(all(dialect)), &pieces(&kept, cuts));
+        let has_ended = written.contains(&Part::CallEnded);
+        let has_begun = matches!(written.first(), Some(Part::CallBegun(_)));
+        match &joined(written)[..] {
+            [Part::Call(first), ..] if has_begun => {
+                let given = &first.arguments;
+                prop_assert!(arguments.starts_with(given.as_str()), "{} is not of {}", given, arguments);
+                prop_assert_eq!(has_ended, *given == arguments);
+                prop_assert!(has_ended || kept.ends_with(given.as_str()), "{} is lost", kept);
+            }
+            others => prop_assert!(others.iter().all(|part| !matches!(part, Part::Call(_))), "{:?}", others),
         }
-        let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
-        prop_assert_eq!(read(options, &pieces), read(options, &[&text]));
     }
 
     #[test]
