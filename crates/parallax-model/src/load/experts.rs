@@ -1,7 +1,7 @@
 //! Weights of a mixture of experts, out of any of the three layouts that checkpoints use, and rows picked out of larger
 //! tensors.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use parallax_kernels::{PackedWeight, WeightKind};
 
@@ -14,7 +14,7 @@ use crate::{
         experts::{Expert, ExpertWeights, RouterWeights},
         linear::FrozenLinear,
     },
-    weights::{Rows, pack::target, quantized::StoredRows},
+    weights::{RowReader, Rows, pack::target},
 };
 
 /// How one layer's expert tensors are stored.
@@ -35,19 +35,31 @@ impl Loader<'_> {
         Ok(FrozenLinear { parts: self.index.pack(pieces, k, self.dtype)?, transposed: None })
     }
 
-    /// Values computed from the tensor `name`, as a frozen linear layer in the format that was asked for. Native means
-    /// the format of the tensor, but bf16 where that has blocks: they would be rounded a second time.
+    /// Some rows of an opened weight as one frozen linear layer.
+    pub(super) fn rows_of(
+        &self,
+        reader: &RowReader<'_>,
+        rows: Range<usize>,
+    ) -> Result<FrozenLinear, LoadError> {
+        let (n, kind) = (rows.len(), target(self.dtype, reader.native(), reader.k()));
+        let mut bytes = Vec::new();
+        reader.append(rows, kind, &mut bytes)?;
+        let packed = PackedWeight::from_bytes(kind, &bytes, n, reader.k())
+            .map_err(|e| LoadError::Pack { name: reader.name().to_owned(), reason: e.to_string() })?;
+        Ok(FrozenLinear { parts: vec![packed], transposed: None })
+    }
+
+    /// Values computed from those of a weight, as a frozen linear layer in the format that was asked for. Native means the
+    /// format of the weight, but bf16 where that has blocks: they would be rounded a second time.
     pub(super) fn values(
         &self,
-        name: &str,
+        of: &RowReader<'_>,
         values: &[f32],
         n: usize,
         k: usize,
     ) -> Result<FrozenLinear, LoadError> {
-        let stored = self.index.stored_rows(name, 0..1)?;
-        let native = if stored.native.block().0 > 1 { WeightKind::Bf16 } else { stored.native };
-        let kind = target(self.dtype, &StoredRows { native, ..stored }, k);
-        self.values_as(kind, name, values, n, k)
+        let native = if of.native().block().0 > 1 { WeightKind::Bf16 } else { of.native() };
+        self.values_as(target(self.dtype, native, k), of.name(), values, n, k)
     }
 
     fn values_as(
@@ -177,16 +189,18 @@ impl Loader<'_> {
             }
             Layout::Transposed => {
                 let name = named("gate_up_proj");
-                let stored = self.index.read_rows_f32(&name, i * hidden..(i + 1) * hidden)?;
+                let reader = self.index.reader(&name)?;
+                let stored = reader.rows_f32(i * hidden..(i + 1) * hidden)?;
                 let column = |c: usize| stored.iter().skip(c).step_by(2 * ffn).copied();
                 let order = (0..ffn).map(|j| 2 * j).chain((0..ffn).map(|j| 2 * j + 1));
                 let values: Vec<f32> = order.flat_map(column).collect();
-                let gate_up = self.values(&name, &values, 2 * ffn, hidden)?;
+                let gate_up = self.values(&reader, &values, 2 * ffn, hidden)?;
                 let name = named("down_proj");
-                let stored = self.index.read_rows_f32(&name, i * ffn..(i + 1) * ffn)?;
+                let reader = self.index.reader(&name)?;
+                let stored = reader.rows_f32(i * ffn..(i + 1) * ffn)?;
                 let values: Vec<f32> =
                     (0..hidden).flat_map(|c| stored.iter().skip(c).step_by(hidden).copied()).collect();
-                (gate_up, self.values(&name, &values, hidden, ffn)?)
+                (gate_up, self.values(&reader, &values, hidden, ffn)?)
             }
         };
         let [gate_up_bias, down_bias] = self.expert_biases(layer, e, i)?;
@@ -200,8 +214,9 @@ impl Loader<'_> {
         }
         let named = |name: &str| layer_name(layer, &format!("{}.{name}", t.prefix));
         let row = |name: &str, n: usize| -> Result<Vec<f32>, LoadError> {
-            let all = self.index.read_shaped(&named(name), &[e.n_experts, n])?;
-            Ok(all[i * n..(i + 1) * n].to_vec())
+            let name = named(name);
+            self.index.check_shape(&name, &[e.n_experts, n])?;
+            Ok(self.index.read_rows_f32(&name, i..i + 1)?)
         };
         let stacked = |name: &str| format!("{name}.bias");
         if self.index.contains(&named(&stacked(t.gate))) {

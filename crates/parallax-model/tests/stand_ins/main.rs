@@ -15,7 +15,8 @@ mod writer;
 use std::{ops::Range, path::Path};
 
 use parallax_model::{
-    Checkpoint, Family, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want, WeightDtype,
+    Checkpoint, Family, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, TokenizerError, Want,
+    WeightDtype,
 };
 use serde_json::{Value, json};
 
@@ -199,7 +200,12 @@ fn a_stage_needs_the_bytes_of_its_layers_and_no_others() {
             .map(|copy| as_recorded(&golden, copy));
         let x = forward(&a, 0..n / 2, StageInput::Tokens(&tokens), tokens.len());
         let x = forward(&b, n / 2..n, StageInput::Hidden(&x), tokens.len());
-        assert_eq!(bits(&x), bits(&logits(&gguf, &tokens)), "{name}");
+        let opened = gguf.bytes_read();
+        let whole = logits(&gguf, &tokens);
+        let read = gguf.bytes_read() - opened;
+        let stored: u64 = gguf.tensor_spans(0..n).iter().map(|span| span.len).sum();
+        assert!(read <= stored, "{name}: {read} bytes were read of {stored}");
+        assert_eq!(bits(&x), bits(&whole), "{name}");
         let zeros = logits(&a, &tokens);
         assert_ne!(bits(&zeros), bits(&x), "{name}: the copy has holes");
     }
@@ -244,4 +250,15 @@ fn decays_that_are_none_are_refused() {
     let checkpoint = write(&gguf, &dir.path().join("model.gguf"));
     let error = Stage::load(&checkpoint, &LoadOptions::whole(&checkpoint)).unwrap_err().to_string();
     assert!(error.contains("model.layers.2.linear_attn.A") && error.contains("0.5"), "{error}");
+}
+
+#[test]
+fn a_file_without_vocabulary_has_no_tokenizer_and_another_kind_is_named() {
+    let mut gguf = convert(&recording("qwen3"), "qwen3", Age::New);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    assert!(matches!(write(&gguf, &path).tokenizer(), Err(TokenizerError::Missing(_))));
+    gguf.keys.insert("tokenizer.ggml.model".to_owned(), Key::Text("t5".to_owned()));
+    let error = write(&gguf, &path).tokenizer().unwrap_err().to_string();
+    assert!(error.contains("model.gguf") && error.contains("\"t5\""), "{error}");
 }
