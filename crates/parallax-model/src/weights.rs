@@ -22,6 +22,7 @@ pub(crate) use names::{LATENT_PARTS, LONG_ROPE_FACTORS, NEGATED_RATES, ROPE_FACT
 pub(crate) use pack::Rows;
 #[cfg(feature = "gpu")]
 pub(crate) use pack::Stacked;
+#[cfg(feature = "cpu")]
 pub(crate) use reader::RowReader;
 pub(crate) use source::Source;
 

@@ -1,5 +1,4 @@
-//! Weights of a mixture of experts, out of any of the three layouts that checkpoints use, and rows picked out of larger
-//! tensors.
+//! Weights of a mixture of experts, out of any of the layouts that checkpoints use, and rows picked out of larger tensors.
 
 use std::{ops::Range, sync::Arc};
 
@@ -23,6 +22,8 @@ enum Layout {
     Each,
     /// `PREFIX.GATE.weight`, [E, F, H].
     Stacked,
+    /// `PREFIX.gate_up_proj.weight`, [E, 2F, H], the gate's rows first, and `PREFIX.DOWN.weight`, [E, H, F].
+    Merged,
     /// `PREFIX.gate_up_proj`, [E, 2F, H], and `PREFIX.down_proj`, [E, H, F].
     Fused,
     /// The same, each matrix transposed.
@@ -143,6 +144,11 @@ impl Loader<'_> {
             return Ok(Layout::Stacked);
         }
         let fused = layer_name(layer, &format!("{}.gate_up_proj", t.prefix));
+        let merged = format!("{fused}.weight");
+        if self.index.contains(&merged) {
+            self.index.check_shape(&merged, &[e.n_experts, 2 * e.ffn, hidden])?;
+            return Ok(Layout::Merged);
+        }
         if !self.index.contains(&fused) {
             return Ok(Layout::Each);
         }
@@ -172,6 +178,11 @@ impl Loader<'_> {
                 let stacked = |name: &str| named(&format!("{name}.weight"));
                 let gate_up = [rows(stacked(t.gate), i * ffn, ffn), rows(stacked(t.up), i * ffn, ffn)];
                 let down = [rows(stacked(t.down), i * hidden, hidden)];
+                (self.rows(&gate_up, hidden)?, self.rows(&down, ffn)?)
+            }
+            Layout::Merged => {
+                let gate_up = [rows(named("gate_up_proj.weight"), 2 * i * ffn, 2 * ffn)];
+                let down = [rows(named(&format!("{}.weight", t.down)), i * hidden, hidden)];
                 (self.rows(&gate_up, hidden)?, self.rows(&down, ffn)?)
             }
             Layout::Fused => {
@@ -219,6 +230,10 @@ impl Loader<'_> {
             Ok(self.index.read_rows_f32(&name, i..i + 1)?)
         };
         let stacked = |name: &str| format!("{name}.bias");
+        if self.index.contains(&named(&stacked("gate_up_proj"))) {
+            let gate_up = row(&stacked("gate_up_proj"), 2 * ffn)?;
+            return Ok([Some(gate_up), Some(row(&stacked(t.down), hidden)?)]);
+        }
         if self.index.contains(&named(&stacked(t.gate))) {
             let gate_up = [row(&stacked(t.gate), ffn)?, row(&stacked(t.up), ffn)?].concat();
             return Ok([Some(gate_up), Some(row(&stacked(t.down), hidden)?)]);

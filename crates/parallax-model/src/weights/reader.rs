@@ -48,7 +48,7 @@ impl WeightIndex {
     pub(crate) fn reader<'a>(&'a self, name: &'a str) -> Result<RowReader<'a>, OpenError> {
         let shape = self.shape(name)?;
         let k = shape.last().copied().unwrap_or(1);
-        let n = shape.iter().rev().skip(1).product();
+        let n: usize = shape.iter().rev().skip(1).product();
         let (form, at_once) = match self.derived.get(name) {
             Some(_) if n == 0 || k == 0 => {
                 let (found, expected) = (shape.to_vec(), vec![1, 1]);

@@ -240,6 +240,47 @@ fn layers_that_guess_ahead_are_left_out() {
     assert!(error.contains("nextn_predict_layers"), "{error}");
 }
 
+/// Gate and up of all experts of a layer as one tensor, the gate's rows first: an option of llama.cpp's converter.
+fn merged(gguf: &Gguf) -> Gguf {
+    let mut out = gguf.clone();
+    out.tensors.retain(|t| !t.name.contains("ffn_up_exps"));
+    for t in out.tensors.iter_mut().filter(|t| t.name.contains("ffn_gate_exps")) {
+        let name = t.name.replace("ffn_gate_exps", "ffn_up_exps");
+        let up = gguf.tensors.iter().find(|t| t.name == name).unwrap();
+        let of_expert = t.values.len() / t.shape[0];
+        let pairs = t.values.chunks(of_expert).zip(up.values.chunks(of_expert));
+        let values: Vec<f32> = pairs.flat_map(|(gate, up)| [gate, up].concat()).collect();
+        t.values = values;
+        t.shape[1] *= 2;
+        t.name = name.replace("ffn_up_exps", "ffn_gate_up_exps");
+    }
+    out
+}
+
+#[test]
+fn experts_with_gate_and_up_in_one_tensor_compute_the_same() {
+    for (name, architecture) in [
+        ("mixtral", "llama"),
+        ("qwen3-moe", "qwen3moe"),
+        ("gpt-oss", "gpt-oss"),
+        ("deepseek-v3", "deepseek2"),
+        ("glm4-moe", "glm4moe"),
+        ("minimax-m2", "minimax-m2"),
+        ("qwen3-next", "qwen3next"),
+        ("qwen3.5-moe", "qwen35moe"),
+    ] {
+        let golden = recording(name);
+        let dir = tempfile::tempdir().unwrap();
+        let apart = convert(&golden, architecture, Age::New);
+        let merged = merged(&apart);
+        assert!(merged.tensors.len() < apart.tensors.len(), "{name}");
+        let [apart, merged] = [(apart, "apart.gguf"), (merged, "merged.gguf")]
+            .map(|(gguf, file)| write(&gguf, &dir.path().join(file)))
+            .map(|checkpoint| logits(&checkpoint, &longest_prompt(&golden)));
+        assert_eq!(bits(&merged), bits(&apart), "{name}");
+    }
+}
+
 #[test]
 fn decays_that_are_none_are_refused() {
     let golden = recording("qwen3.5");
