@@ -15,7 +15,7 @@ use parallax_engine::{
     Completion, EngineConfig, EngineHandle, Event, FinishReason, Request, RequestError, SamplingParams,
     StopStrings, TokenStream,
 };
-use parallax_model::{Checkpoint, StreamDecoder, Tokenizer, WeightDtype};
+use parallax_model::{Checkpoint, StreamDecoder, Tokenizer, TokenizerError, WeightDtype};
 use serde_json::json;
 
 use crate::program;
@@ -113,11 +113,15 @@ impl EngineTasks {
     /// Loads the whole model in f32, as it is trained.
     ///
     /// # Errors
-    /// Weights that cannot be read.
+    /// Weights that cannot be read, or a tokenizer that is there and broken.
     pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
-        let engine = rollouts::engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         // Without a tokenizer, texts cannot stop an answer; tokens can.
-        let tokenizer = checkpoint.tokenizer().ok();
+        let tokenizer = match checkpoint.tokenizer() {
+            Ok(tokenizer) => Some(tokenizer),
+            Err(TokenizerError::Missing(_)) => None,
+            Err(broken) => return Err(broken.into()),
+        };
+        let engine = rollouts::engine(checkpoint, WeightDtype::F32, cache_tokens)?;
         Ok(Self { engine, tokenizer, end_ids: checkpoint.config().eos.clone() })
     }
 

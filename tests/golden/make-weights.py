@@ -1,11 +1,13 @@
 """Golden data for stored weight formats: bytes beside the values that other implementations make of them.
 
-Run with Python 3.11, torch 2.15, transformers 5, gguf 0.19, safetensors: `python make-weights.py weights`.
+Run with Python 3.11, torch 2.15, transformers 5, gguf 0.19, compressed-tensors 0.11 (later ones have no activation order),
+safetensors: `python make-weights.py weights`.
 
 - ggml.safetensors: blocks of every GGUF type (`TYPE.raw`), and what gguf.quants.dequantize makes of them (`TYPE.values`).
   Types with a quantiser there are quantised noise; the k-quants are random bytes with finite scales.
 - fp8, gptq4, gptq8, awq, packed, mxfp4: one or more quantised weights in the layout of their exporters, and
   `expected.NAME`, computed here by the formulas of those formats with numpy and torch (transformers for MXFP4).
+- packed_order4, packed_order8: pack-quantized weights with `weight_g_idx`, packed and dequantised by compressed-tensors.
 """
 
 import sys
@@ -138,3 +140,31 @@ save("mxfp4", {
     # transformers gives [E, K, N].
     f"expected.{base}": values.transpose(1, 2).contiguous(),
 })
+
+# ---- the same with an activation order: columns dealt out to the groups, in their order, and an order never used
+from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize as quantize_groups
+
+own = np.random.default_rng(20261122)
+tensors = {}
+for name, bits, group in [
+    ("mlp.down_proj", 4, own.permutation(np.arange(K) // G)),
+    ("mlp.gate_proj", 8, own.permutation(np.arange(K) // G)),
+    ("mlp.up_proj", 4, np.arange(K) // G),
+    ("self_attn.o_proj", 4, np.full(K, -1)),
+]:
+    group = torch.from_numpy(group.astype(np.int32))
+    w = torch.from_numpy(own.normal(0, 0.1, (N, K)).astype(np.float32))
+    scale = torch.from_numpy(np.abs(own.normal(0, 0.1, (N, K // G))) / 8 + 0.01).to(torch.bfloat16).to(torch.float32)
+    args = QuantizationArgs(num_bits=bits, symmetric=True, strategy="group", group_size=G, actorder="group")
+    zero = torch.zeros_like(scale, dtype=torch.int8)
+    codes = quantize_groups(w, scale, zero, args, dtype=torch.int8, g_idx=group)
+    base = f"{LAYER}{name}"
+    tensors[f"{base}.weight_packed"] = pack_to_int32(codes, bits)
+    tensors[f"{base}.weight_scale"] = scale.to(torch.bfloat16)
+    tensors[f"{base}.weight_shape"] = torch.tensor([N, K])
+    tensors[f"{base}.weight_g_idx"] = group
+    tensors[f"expected.{base}.weight"] = dequantize(codes, scale, zero, args, g_idx=group)
+save("packed_order4", {k: v for k, v in tensors.items() if "gate_proj" not in k})
+save("packed_order8", {k: v for k, v in tensors.items() if "gate_proj" in k})

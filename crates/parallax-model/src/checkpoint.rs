@@ -5,6 +5,7 @@ mod resolve;
 mod tiny;
 
 use std::{
+    collections::HashMap,
     ops::Range,
     path::{Path, PathBuf},
     sync::OnceLock,
@@ -62,16 +63,26 @@ impl Definition {
         }
     }
 
-    /// As a tokenizer.json; none for what is broken.
-    fn to_json(&self) -> Option<Vec<u8>> {
+    /// As a tokenizer.json, tried before it is handed on.
+    fn to_json(&self) -> Result<Vec<u8>, TokenizerError> {
+        let tokenizer = self.tokenizer()?;
         match self {
-            Self::Json(bytes) => Some(bytes.clone()),
-            Self::Tiktoken { .. } => {
-                self.tokenizer().and_then(|tokenizer| tokenizer.to_json()).ok().map(String::into_bytes)
-            }
+            Self::Json(bytes) => Ok(bytes.clone()),
+            Self::Tiktoken { .. } => tokenizer.to_json().map(String::into_bytes),
+        }
+    }
+
+    /// The file that it is in.
+    fn file(&self) -> &'static str {
+        match self {
+            Self::Json(_) => "tokenizer.json",
+            Self::Tiktoken { .. } => "tiktoken.model",
         }
     }
 }
+
+/// Bytes of weights in memory while they are hashed: one tensor may hold all experts of a layer.
+const HASHED_AT_ONCE: usize = 1 << 22;
 
 /// An opened checkpoint. Weights stay on disk until they are asked for.
 #[derive(Debug)]
@@ -100,6 +111,13 @@ fn language_model_name(name: &str) -> Option<String> {
     None
 }
 
+/// The content of a JSON file beside the weights, `null` where there is none.
+fn json_of(file: &Path, bytes: Option<&[u8]>) -> Result<serde_json::Value, OpenError> {
+    let Some(bytes) = bytes else { return Ok(serde_json::Value::Null) };
+    serde_json::from_slice(bytes)
+        .map_err(|e| OpenError::Corrupt { path: file.to_owned(), reason: format!("it is no JSON: {e}") })
+}
+
 /// A configuration that knows fewer layers than there are weights for is of another model: it would compute, wrongly.
 /// Further ones that guess tokens ahead, as many as the configuration says, are no part of the model.
 fn check_layers(config: &ModelConfig, index: &WeightIndex) -> Result<(), OpenError> {
@@ -124,8 +142,8 @@ impl Checkpoint {
     /// Opens a `.gguf` file, any part of one, a directory with one, or a directory with config.json and safetensors.
     ///
     /// # Errors
-    /// Nothing is there, or what is there is incomplete, truncated, corrupt or of an unsupported architecture; or
-    /// generation_config.json has a text where a number belongs.
+    /// Nothing is there, or what is there is incomplete, truncated, corrupt or of an unsupported architecture; or a file
+    /// beside the weights cannot be read, is no JSON where it should be, or has a text where a number belongs.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         if path.is_dir() {
             return match hub::only_gguf(path).filter(|_| !hub::is_whole(path)) {
@@ -221,8 +239,8 @@ impl Checkpoint {
         index.rename(language_model_name);
         quantized::derive(&mut index, &fields["quantization_config"]).map_err(|e| e.within(location))?;
         check_layers(&config, &index).map_err(|e| e.within(&file))?;
-        let generation: serde_json::Value =
-            generation.and_then(|g| serde_json::from_slice(g).ok()).unwrap_or_default();
+        let generation_file = location.join("generation_config.json");
+        let generation = json_of(&generation_file, generation)?;
         // generation_config.json knows end tokens that config.json does not.
         let ids = match &generation["eos_token_id"] {
             serde_json::Value::Array(ids) => ids.iter().filter_map(serde_json::Value::as_u64).collect(),
@@ -233,19 +251,19 @@ impl Checkpoint {
                 config.eos.push(id);
             }
         }
-        let generation = GenerationDefaults::read(&generation)
-            .map_err(|e| OpenError::from(e).within(&location.join("generation_config.json")))?;
+        let generation =
+            GenerationDefaults::read(&generation).map_err(|e| OpenError::from(e).within(&generation_file))?;
         config.tied_embeddings |= !index.contains("lm_head.weight");
-        let settings = tokenizer_config.and_then(|t| serde_json::from_slice::<serde_json::Value>(t).ok());
+        let settings = json_of(&location.join("tokenizer_config.json"), tokenizer_config)?;
         let token = |name: &str| {
-            let value = settings.as_ref().map(|s| &s[name]);
-            value.and_then(|v| v.as_str().or_else(|| v["content"].as_str())).unwrap_or_default().to_owned()
+            let value = &settings[name];
+            value.as_str().or_else(|| value["content"].as_str()).unwrap_or_default().to_owned()
         };
-        let template = match (template, settings.as_ref().map(|s| &s["chat_template"])) {
+        let template = match (template, &settings["chat_template"]) {
             (Some(text), _) => Some(String::from_utf8_lossy(text).into_owned()),
-            (None, Some(serde_json::Value::String(text))) => Some(text.clone()),
+            (None, serde_json::Value::String(text)) => Some(text.clone()),
             // Several named templates: the default one.
-            (None, Some(serde_json::Value::Array(list))) => list
+            (None, serde_json::Value::Array(list)) => list
                 .iter()
                 .find(|t| t["name"] == "default")
                 .and_then(|t| t["template"].as_str())
@@ -277,12 +295,17 @@ impl Checkpoint {
     /// The model's tokenizer.
     ///
     /// # Errors
-    /// The checkpoint brings none, or it is of an unsupported kind.
+    /// The checkpoint brings none ([`TokenizerError::Missing`]), or it is broken or of an unsupported kind; the file is named.
     pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
         match &self.text {
-            Text::Json { tokenizer: Some(definition), .. } => definition.tokenizer(),
+            Text::Json { tokenizer: Some(definition), .. } => {
+                definition.tokenizer().map_err(|e| e.within(&self.location.join(definition.file())))
+            }
             Text::Json { tokenizer: None, .. } => Err(TokenizerError::Missing(self.location.clone())),
-            Text::Gguf(vocabulary) => vocabulary.tokenizer(),
+            Text::Gguf(vocabulary) if vocabulary.is_empty() => {
+                Err(TokenizerError::Missing(self.location.clone()))
+            }
+            Text::Gguf(vocabulary) => vocabulary.tokenizer().map_err(|e| e.within(&self.location)),
         }
     }
 
@@ -366,10 +389,9 @@ impl Checkpoint {
         if dtype != WeightDtype::Native {
             return self.config.stage_bytes(&layers, dtype);
         }
-        // Eight-bit floats are the one format that grows: they become bf16.
-        let in_memory = |span: &TensorSpan| {
-            if self.index.tensors[&span.name].dtype.is_fp8() { span.len * 2 } else { span.len }
-        };
+        let grown: HashMap<String, u64> =
+            self.index.derived.values().filter_map(quantized::Derived::in_memory).collect();
+        let in_memory = |span: &TensorSpan| grown.get(&span.name).copied().unwrap_or(span.len);
         self.tensor_spans(layers).iter().map(in_memory).sum()
     }
 
@@ -385,7 +407,10 @@ impl Checkpoint {
     }
 
     /// Tokenizer, chat template and generation settings as the files of an HF directory.
-    pub(crate) fn text_files(&self) -> Vec<(String, Vec<u8>)> {
+    ///
+    /// # Errors
+    /// The checkpoint has a tokenizer that is broken or of an unsupported kind. One without has no such file.
+    pub(crate) fn text_files(&self) -> Result<Vec<(String, Vec<u8>)>, TokenizerError> {
         let settings = |template: Option<&str>, bos: &str, eos: &str| {
             let json = serde_json::json!({"chat_template": template, "bos_token": bos, "eos_token": eos,
                 "tokenizer_class": "PreTrainedTokenizerFast"});
@@ -396,20 +421,24 @@ impl Checkpoint {
             serde_json::json!({"bos_token_id": self.config.bos, "eos_token_id": self.config.eos});
         self.generation.write(&mut generation);
         files.push(("generation_config.json".to_owned(), format!("{generation:#}\n").into_bytes()));
+        let mut put = |json: Vec<u8>| files.push(("tokenizer.json".to_owned(), json));
         match &self.text {
             Text::Json { tokenizer, template } => {
-                let json = tokenizer.as_ref().and_then(Definition::to_json);
-                files.extend(json.map(|t| ("tokenizer.json".to_owned(), t)));
+                if let Some(definition) = tokenizer {
+                    let named = |e: TokenizerError| e.within(&self.location.join(definition.file()));
+                    put(definition.to_json().map_err(named)?);
+                }
                 files.extend(template.as_ref().map(|(t, bos, eos)| settings(Some(t), bos, eos)));
             }
             Text::Gguf(vocabulary) => {
-                let tokenizer = vocabulary.tokenizer().and_then(|t| t.to_json()).ok();
-                files.extend(tokenizer.map(|t| ("tokenizer.json".to_owned(), t.into_bytes())));
+                if !vocabulary.is_empty() {
+                    put(self.tokenizer()?.to_json()?.into_bytes());
+                }
                 let (template, bos, eos) = vocabulary.template();
                 files.push(settings(template, bos, eos));
             }
         }
-        files
+        Ok(files)
     }
 
     /// Digest of configuration, tensor index and weights: equal ids compute equal values. Hex, 64 characters.
@@ -426,7 +455,10 @@ impl Checkpoint {
         hash.update(self.config.to_hf_json().to_string().as_bytes());
         for (name, info) in &self.index.tensors {
             hash.update(format!("\0{name}\0{:?}\0{}\0", info.shape, info.dtype.name()).as_bytes());
-            hash.update(&self.index.files[info.file].read(info.offset, info.len)?);
+            for first in (0..info.len).step_by(HASHED_AT_ONCE) {
+                let len = (info.len - first).min(HASHED_AT_ONCE as u64);
+                hash.update(&self.index.files[info.file].read(info.offset + first, len)?);
+            }
         }
         Ok(self.id.get_or_init(|| hash.finalize().to_hex().to_string()).clone())
     }

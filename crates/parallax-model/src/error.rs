@@ -164,6 +164,9 @@ pub enum LoadError {
     /// Reading the weights.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// A tokenizer that was to be kept beside trained weights.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// Packing the weights for the kernels.
     #[error("tensor {name:?}: {reason}")]
     Pack {
@@ -240,7 +243,9 @@ pub enum ForwardError {
 #[non_exhaustive]
 pub enum TokenizerError {
     /// The checkpoint brings no tokenizer.
-    #[error("{0} has neither a tokenizer.json nor a tiktoken.model beside it")]
+    #[error(
+        "{0} has no tokenizer: neither a tokenizer.json nor a tiktoken.model, nor a vocabulary of its own"
+    )]
     Missing(PathBuf),
     /// A pre-tokenizer kind without an equivalent here.
     #[error("the GGUF file's tokenizer is {model:?} with pre-tokenizer {pre:?}; supported are {supported}")]
@@ -258,6 +263,21 @@ pub enum TokenizerError {
     /// Encoding or decoding.
     #[error("tokenizer: {0}")]
     Run(String),
+    /// One of the above, with the file that it is about.
+    #[error("{path}: {source}")]
+    In {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<Self>,
+    },
+}
+
+impl TokenizerError {
+    /// Names the file.
+    pub(crate) fn within(self, path: &std::path::Path) -> Self {
+        Self::In { path: path.to_owned(), source: Box::new(self) }
+    }
 }
 
 /// A chat template that cannot be compiled or rendered.

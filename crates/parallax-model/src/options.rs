@@ -12,8 +12,8 @@ use crate::checkpoint::Checkpoint;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WeightDtype {
-    /// As stored in the file, for every format that the kernels run: floats, all GGUF block formats, MXFP4, and GPTQ and
-    /// AWQ as four-bit blocks with zero points. Eight-bit floats, and GPTQ weights in act-order, become bf16.
+    /// As stored in the file, for every format that the kernels run: floats, all GGUF block formats, MXFP4, and GPTQ, AWQ
+    /// and pack-quantized as blocks with zero points. Eight-bit floats, and groups in an activation order, become bf16.
     #[default]
     Native,
     /// 32-bit floats: the reference, and what training uses.

@@ -182,7 +182,7 @@ impl TrainModel {
     ///
     /// # Errors
     /// Neither or both of an adapter and all weights are asked for, an unknown target, weights that cannot be
-    /// read.
+    /// read; or all weights of a checkpoint whose tokenizer is broken.
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &TrainOptions) -> Result<Self, LoadError> {
         Self::load_on(checkpoint, options, Route::Kernels).map_err(|e| e.within(checkpoint.location()))
     }
@@ -194,7 +194,8 @@ impl TrainModel {
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config().clone();
         let device = Device::flex().autodiff();
-        let text_files = save::text_files(checkpoint);
+        // An adapter is saved without them.
+        let text_files = if options.full { checkpoint.text_files()? } else { Vec::new() };
         let geometries = geometries(&config)?;
         let (mode, parameters, frozen) = match (&options.lora, options.full) {
             (None, true) => {

@@ -9,6 +9,7 @@ pub mod gguf;
 mod names;
 pub(crate) mod pack;
 pub(crate) mod quantized;
+mod reader;
 pub(crate) mod safetensors;
 mod source;
 
@@ -21,6 +22,8 @@ pub(crate) use names::{LATENT_PARTS, LONG_ROPE_FACTORS, NEGATED_RATES, ROPE_FACT
 pub(crate) use pack::Rows;
 #[cfg(feature = "gpu")]
 pub(crate) use pack::Stacked;
+#[cfg(feature = "cpu")]
+pub(crate) use reader::RowReader;
 pub(crate) use source::Source;
 
 use self::quantized::Derived;
@@ -155,8 +158,7 @@ impl WeightIndex {
 
     /// The values of some rows, the tensor being seen as a matrix over its last dimension.
     pub(crate) fn read_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>, OpenError> {
-        let stored = self.stored_rows(name, rows)?;
-        Ok(to_f32(StoredDtype::Kind(stored.kind), &stored.bytes))
+        self.reader(name)?.rows_f32(rows)
     }
 
     /// As [`Self::read_f32`], with the shape the configuration asks for.

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use parallax_model::{Checkpoint, LoadOptions, ModelConfig, Stage, TrainModel};
+use parallax_model::{Checkpoint, LoadOptions, ModelConfig, Stage, TokenizerError, TrainModel, TrainOptions};
 use proptest::prelude::*;
 use safetensors::{SafeTensors, serialize, tensor::TensorView};
 use serde_json::json;
@@ -135,6 +135,63 @@ fn a_configuration_of_another_model_is_refused() {
     write_config(dir.path(), "num_hidden_layers", Some(json!(4)));
     let error = try_load(dir.path()).unwrap_err();
     assert!(error.contains("layers.3") && error.contains(dir.path().to_str().unwrap()), "{error}");
+}
+
+/// The errors of reading the tokenizer, and of copying it beside trained weights.
+fn tokenizer_errors(dir: &Path) -> [String; 2] {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let trained = TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: None, full: true });
+    [checkpoint.tokenizer().unwrap_err().to_string(), trained.map(|_| ()).unwrap_err().to_string()]
+}
+
+#[test]
+fn a_broken_tokenizer_is_named_and_a_missing_one_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path());
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert!(matches!(checkpoint.tokenizer(), Err(TokenizerError::Missing(_))));
+    let model = TrainModel::from_checkpoint(&checkpoint, &TrainOptions { lora: None, full: true }).unwrap();
+    let copy = tempfile::tempdir().unwrap();
+    model.save_checkpoint(copy.path()).unwrap();
+    assert!(!copy.path().join("tokenizer.json").exists());
+
+    // Before tokenizer.json, which comes first.
+    let path = dir.path().join("tiktoken.model");
+    std::fs::write(&path, "AA==").unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"tokenizer_class": "TikTokenTokenizer"}"#)
+        .unwrap();
+    for error in tokenizer_errors(dir.path()) {
+        assert!(error.contains(path.to_str().unwrap()) && error.contains("line 1"), "{error}");
+    }
+    let path = dir.path().join("tokenizer.json");
+    for content in [&b""[..], b"null", b"{}", b"{\"version\": \"1.0\"", b"\xff\xfe\x00"] {
+        std::fs::write(&path, content).unwrap();
+        for error in tokenizer_errors(dir.path()) {
+            assert!(error.contains(path.to_str().unwrap()), "{content:?}: {error}");
+            assert!(!error.contains("no tokenizer"), "{content:?}: {error}");
+        }
+    }
+    // What is there and cannot be read is not missing.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
+    assert!(error.contains(path.to_str().unwrap()), "{error}");
+}
+
+#[test]
+fn settings_beside_the_weights_that_are_no_json_are_named() {
+    for name in ["tokenizer_config.json", "generation_config.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        saved(dir.path());
+        let path = dir.path().join(name);
+        let _ = std::fs::remove_file(&path);
+        try_load(dir.path()).unwrap();
+        for content in [&b""[..], b"{\"chat_template\": \"{{", b"\xff\xfe\x00"] {
+            std::fs::write(&path, content).unwrap();
+            let error = try_load(dir.path()).unwrap_err();
+            assert!(error.contains(path.to_str().unwrap()) && error.contains("JSON"), "{error}");
+        }
+    }
 }
 
 proptest! {

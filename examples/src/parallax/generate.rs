@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use parallax_engine::{EngineConfig, EngineHandle, Event, FinishReason, Request, SamplingParams};
-use parallax_model::{ChatMessage, Checkpoint, StreamDecoder};
+use parallax_model::{ChatMessage, Checkpoint, StreamDecoder, TokenizerError};
 use serde::Serialize;
 
 use super::model::ModelArgs;
@@ -96,7 +96,11 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     // Text is a convenience with --prompt-ids, and the point without.
     let decoder = match checkpoint.tokenizer() {
         Ok(tokenizer) => Some(tokenizer.stream()),
-        Err(_) if args.prompt_ids.is_some() => None,
+        Err(TokenizerError::Missing(_)) if args.prompt_ids.is_some() => None,
+        Err(error) if args.prompt_ids.is_some() => {
+            program::say(&format!("tokens only, without text: {error}"));
+            None
+        }
         Err(error) => return Err(error.into()),
     };
     let loaded = args.model.load(checkpoint, cache_tokens)?;

@@ -135,15 +135,13 @@ pub fn model_profile(
 ) -> ModelProfile {
     let config = checkpoint.config();
     let n_layers = config.n_layers;
-    let stored =
-        |range: std::ops::Range<usize>| checkpoint.tensor_spans(range).iter().map(|s| s.len).sum::<u64>();
     let table = config.vocab as u64 * config.hidden as u64;
     let (layer_bytes, table_bytes) = if dtype == WeightDtype::Native {
         let spans = checkpoint.tensor_spans(0..n_layers);
         let embedding = spans.iter().find(|s| s.name == "model.embed_tokens.weight").map_or(0, |s| s.len);
         let head = spans.iter().find(|s| s.name == "lm_head.weight").map_or(0, |s| s.len);
-        let all = stored(0..n_layers);
-        ((all - embedding - head).div_ceil(n_layers.max(1) as u64), embedding)
+        let layers = checkpoint.stage_bytes(0..n_layers, dtype).saturating_sub(embedding + head);
+        (layers.div_ceil(n_layers.max(1) as u64), embedding)
     } else {
         (dtype.bytes(config.layer_parameters()), dtype.table().bytes(table))
     };

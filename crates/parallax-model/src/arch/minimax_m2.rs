@@ -25,6 +25,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         ("ffn_gate_exps", "block_sparse_moe.experts.w1"),
         ("ffn_up_exps", "block_sparse_moe.experts.w3"),
         ("ffn_down_exps", "block_sparse_moe.experts.w2"),
+        ("ffn_gate_up_exps", "block_sparse_moe.experts.gate_up_proj"),
     ],
     gguf_pairs: false,
 };

@@ -136,8 +136,8 @@ mod tests {
         assert!(checkpoint.config().eos.contains(&7), "end tokens are read as well");
 
         // A copy keeps them, to the digit.
-        let (_, copy) =
-            checkpoint.text_files().into_iter().find(|(name, _)| name == "generation_config.json").unwrap();
+        let files = checkpoint.text_files().unwrap();
+        let (_, copy) = files.into_iter().find(|(name, _)| name == "generation_config.json").unwrap();
         let copy: Value = serde_json::from_slice(&copy).unwrap();
         assert_eq!((&copy["temperature"], &copy["top_k"]), (&json!(0.6), &json!(20)));
         assert!(copy.get("top_p").is_none());

@@ -50,7 +50,7 @@ pub struct Router {
 
 /// Names of the experts' tensors within the layer. Three layouts are read, whichever the checkpoint has: one tensor per
 /// expert (`PREFIX.3.GATE.weight`), all experts stacked (`PREFIX.GATE.weight`, [E, F, H]; GGUF), and gate and up
-/// stacked too (`PREFIX.gate_up_proj`).
+/// stacked too (`PREFIX.gate_up_proj`; GGUF with `.weight`, the gate's rows first).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertTensors {
     /// What stands before the expert's number.

@@ -1,7 +1,6 @@
-//! Weights of a mixture of experts, out of any of the three layouts that checkpoints use, and rows picked out of larger
-//! tensors.
+//! Weights of a mixture of experts, out of any of the layouts that checkpoints use, and rows picked out of larger tensors.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use parallax_kernels::{PackedWeight, WeightKind};
 
@@ -14,7 +13,7 @@ use crate::{
         experts::{Expert, ExpertWeights, RouterWeights},
         linear::FrozenLinear,
     },
-    weights::{Rows, pack::target, quantized::StoredRows},
+    weights::{RowReader, Rows, pack::target},
 };
 
 /// How one layer's expert tensors are stored.
@@ -23,6 +22,8 @@ enum Layout {
     Each,
     /// `PREFIX.GATE.weight`, [E, F, H].
     Stacked,
+    /// `PREFIX.gate_up_proj.weight`, [E, 2F, H], the gate's rows first, and `PREFIX.DOWN.weight`, [E, H, F].
+    Merged,
     /// `PREFIX.gate_up_proj`, [E, 2F, H], and `PREFIX.down_proj`, [E, H, F].
     Fused,
     /// The same, each matrix transposed.
@@ -35,19 +36,31 @@ impl Loader<'_> {
         Ok(FrozenLinear { parts: self.index.pack(pieces, k, self.dtype)?, transposed: None })
     }
 
-    /// Values computed from the tensor `name`, as a frozen linear layer in the format that was asked for. Native means
-    /// the format of the tensor, but bf16 where that has blocks: they would be rounded a second time.
+    /// Some rows of an opened weight as one frozen linear layer.
+    pub(super) fn rows_of(
+        &self,
+        reader: &RowReader<'_>,
+        rows: Range<usize>,
+    ) -> Result<FrozenLinear, LoadError> {
+        let (n, kind) = (rows.len(), target(self.dtype, reader.native(), reader.k()));
+        let mut bytes = Vec::new();
+        reader.append(rows, kind, &mut bytes)?;
+        let packed = PackedWeight::from_bytes(kind, &bytes, n, reader.k())
+            .map_err(|e| LoadError::Pack { name: reader.name().to_owned(), reason: e.to_string() })?;
+        Ok(FrozenLinear { parts: vec![packed], transposed: None })
+    }
+
+    /// Values computed from those of a weight, as a frozen linear layer in the format that was asked for. Native means the
+    /// format of the weight, but bf16 where that has blocks: they would be rounded a second time.
     pub(super) fn values(
         &self,
-        name: &str,
+        of: &RowReader<'_>,
         values: &[f32],
         n: usize,
         k: usize,
     ) -> Result<FrozenLinear, LoadError> {
-        let stored = self.index.stored_rows(name, 0..1)?;
-        let native = if stored.native.block().0 > 1 { WeightKind::Bf16 } else { stored.native };
-        let kind = target(self.dtype, &StoredRows { native, ..stored }, k);
-        self.values_as(kind, name, values, n, k)
+        let native = if of.native().block().0 > 1 { WeightKind::Bf16 } else { of.native() };
+        self.values_as(target(self.dtype, native, k), of.name(), values, n, k)
     }
 
     fn values_as(
@@ -131,6 +144,11 @@ impl Loader<'_> {
             return Ok(Layout::Stacked);
         }
         let fused = layer_name(layer, &format!("{}.gate_up_proj", t.prefix));
+        let merged = format!("{fused}.weight");
+        if self.index.contains(&merged) {
+            self.index.check_shape(&merged, &[e.n_experts, 2 * e.ffn, hidden])?;
+            return Ok(Layout::Merged);
+        }
         if !self.index.contains(&fused) {
             return Ok(Layout::Each);
         }
@@ -162,6 +180,11 @@ impl Loader<'_> {
                 let down = [rows(stacked(t.down), i * hidden, hidden)];
                 (self.rows(&gate_up, hidden)?, self.rows(&down, ffn)?)
             }
+            Layout::Merged => {
+                let gate_up = [rows(named("gate_up_proj.weight"), 2 * i * ffn, 2 * ffn)];
+                let down = [rows(named(&format!("{}.weight", t.down)), i * hidden, hidden)];
+                (self.rows(&gate_up, hidden)?, self.rows(&down, ffn)?)
+            }
             Layout::Fused => {
                 let both = rows(named("gate_up_proj"), 2 * i * ffn, 2 * ffn);
                 let gate_up = if t.alternating {
@@ -177,16 +200,18 @@ impl Loader<'_> {
             }
             Layout::Transposed => {
                 let name = named("gate_up_proj");
-                let stored = self.index.read_rows_f32(&name, i * hidden..(i + 1) * hidden)?;
+                let reader = self.index.reader(&name)?;
+                let stored = reader.rows_f32(i * hidden..(i + 1) * hidden)?;
                 let column = |c: usize| stored.iter().skip(c).step_by(2 * ffn).copied();
                 let order = (0..ffn).map(|j| 2 * j).chain((0..ffn).map(|j| 2 * j + 1));
                 let values: Vec<f32> = order.flat_map(column).collect();
-                let gate_up = self.values(&name, &values, 2 * ffn, hidden)?;
+                let gate_up = self.values(&reader, &values, 2 * ffn, hidden)?;
                 let name = named("down_proj");
-                let stored = self.index.read_rows_f32(&name, i * ffn..(i + 1) * ffn)?;
+                let reader = self.index.reader(&name)?;
+                let stored = reader.rows_f32(i * ffn..(i + 1) * ffn)?;
                 let values: Vec<f32> =
                     (0..hidden).flat_map(|c| stored.iter().skip(c).step_by(hidden).copied()).collect();
-                (gate_up, self.values(&name, &values, hidden, ffn)?)
+                (gate_up, self.values(&reader, &values, hidden, ffn)?)
             }
         };
         let [gate_up_bias, down_bias] = self.expert_biases(layer, e, i)?;
@@ -200,10 +225,15 @@ impl Loader<'_> {
         }
         let named = |name: &str| layer_name(layer, &format!("{}.{name}", t.prefix));
         let row = |name: &str, n: usize| -> Result<Vec<f32>, LoadError> {
-            let all = self.index.read_shaped(&named(name), &[e.n_experts, n])?;
-            Ok(all[i * n..(i + 1) * n].to_vec())
+            let name = named(name);
+            self.index.check_shape(&name, &[e.n_experts, n])?;
+            Ok(self.index.read_rows_f32(&name, i..i + 1)?)
         };
         let stacked = |name: &str| format!("{name}.bias");
+        if self.index.contains(&named(&stacked("gate_up_proj"))) {
+            let gate_up = row(&stacked("gate_up_proj"), 2 * ffn)?;
+            return Ok([Some(gate_up), Some(row(&stacked(t.down), hidden)?)]);
+        }
         if self.index.contains(&named(&stacked(t.gate))) {
             let gate_up = [row(&stacked(t.gate), ffn)?, row(&stacked(t.up), ffn)?].concat();
             return Ok([Some(gate_up), Some(row(&stacked(t.down), hidden)?)]);

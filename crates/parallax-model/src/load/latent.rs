@@ -77,12 +77,13 @@ impl Loader<'_> {
         }
         let head = nope + value;
         self.index.check_shape(&whole, &[a.n_heads * head, rank])?;
-        for h in 0..a.n_heads {
-            let keys = self.index.read_rows_f32(&whole, h * head..h * head + nope)?;
+        let reader = self.index.reader(&whole)?;
+        for first in (0..a.n_heads).map(|h| h * head) {
+            let keys = reader.rows_f32(first..first + nope)?;
             let transposed: Vec<f32> =
                 (0..rank).flat_map(|r| keys.iter().skip(r).step_by(rank).copied()).collect();
-            to_latent.push(self.values(&whole, &transposed, rank, nope)?);
-            to_value.push(self.rows(&rows(&whole, h * head + nope, value), rank)?);
+            to_latent.push(self.values(&reader, &transposed, rank, nope)?);
+            to_value.push(self.rows_of(&reader, first + nope..first + head)?);
         }
         Ok((to_latent, to_value))
     }

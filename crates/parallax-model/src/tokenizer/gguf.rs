@@ -114,6 +114,11 @@ impl GgufVocabulary {
         }
     }
 
+    /// Whether the file has no vocabulary.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.model.is_empty()
+    }
+
     fn token(&self, id: Option<u32>) -> &str {
         id.and_then(|id| self.tokens.get(id as usize)).map_or("", String::as_str)
     }

@@ -243,7 +243,8 @@ mod tests {
             companions.contains(&"tiktoken.model".as_ref()),
             "it goes where the weights go: {companions:?}"
         );
-        let saved = checkpoint.text_files().into_iter().find(|(name, _)| name == "tokenizer.json").unwrap();
+        let files = checkpoint.text_files().unwrap();
+        let saved = files.into_iter().find(|(name, _)| name == "tokenizer.json").unwrap();
         assert_eq!(saved.1, tokenizer.to_json().unwrap().into_bytes());
         std::fs::copy(tiny.join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
         let tokenizer = Checkpoint::open(dir.path()).unwrap().tokenizer().unwrap();

@@ -5,12 +5,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::{Mode, TrainModel, init};
-use crate::{checkpoint::Checkpoint, error::SaveError, files};
-
-/// The files beside the weights that a copy of this checkpoint needs.
-pub(super) fn text_files(checkpoint: &Checkpoint) -> Vec<(String, Vec<u8>)> {
-    checkpoint.text_files()
-}
+use crate::{error::SaveError, files};
 
 impl TrainModel {
     /// Puts a file beside the weights that [`Self::save_checkpoint`] writes, e.g. `tokenizer.json`; one of the

@@ -62,6 +62,8 @@ fn module(stored: &str) -> Option<&'static str> {
         "ffn_gate_exps" => "mlp.experts.gate_proj",
         "ffn_up_exps" => "mlp.experts.up_proj",
         "ffn_down_exps" => "mlp.experts.down_proj",
+        // An option of the converter, instead of the first two.
+        "ffn_gate_up_exps" => "mlp.experts.gate_up_proj",
         "ffn_gate_shexp" => "mlp.shared_experts.gate_proj",
         "ffn_up_shexp" => "mlp.shared_experts.up_proj",
         "ffn_down_shexp" => "mlp.shared_experts.down_proj",

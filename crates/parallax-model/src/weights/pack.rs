@@ -3,12 +3,9 @@
 
 use std::ops::Range;
 
-use parallax_kernels::{
-    KernelError, PackedWeight, WeightKind,
-    dtype::{BLOCK, dequantize, quantize},
-};
+use parallax_kernels::{PackedWeight, WeightKind, dtype::BLOCK};
 
-use super::{WeightIndex, quantized::StoredRows};
+use super::{WeightIndex, reader::RowReader};
 use crate::{
     error::{LoadError, OpenError},
     options::WeightDtype,
@@ -29,13 +26,10 @@ impl Rows {
     }
 }
 
-/// Rows converted at a time, to bound the memory of floats in between.
-const ROWS_AT_ONCE: usize = 256;
-
-/// The kind that rows of `k` stored as `stored` get under `dtype`. Rows that are no whole number of blocks take the
-/// next format that fits: k-quants one with blocks of 32, those bf16.
-pub(crate) fn target(dtype: WeightDtype, stored: &StoredRows, k: usize) -> WeightKind {
-    let wanted = dtype.kind().unwrap_or(stored.native);
+/// The kind that rows of `k` get under `dtype`, `native` where that asks for none. Rows that are no whole number of blocks
+/// take the next format that fits: k-quants one with blocks of 32, those bf16.
+pub(crate) fn target(dtype: WeightDtype, native: WeightKind, k: usize) -> WeightKind {
+    let wanted = dtype.kind().unwrap_or(native);
     let wanted = match wanted {
         _ if k.is_multiple_of(wanted.block().0) => wanted,
         WeightKind::Q4K => WeightKind::Q4_1,
@@ -44,17 +38,6 @@ pub(crate) fn target(dtype: WeightDtype, stored: &StoredRows, k: usize) -> Weigh
         other => other,
     };
     if wanted.block().0 > 1 && !k.is_multiple_of(BLOCK) { WeightKind::Bf16 } else { wanted }
-}
-
-/// The same rows in another format.
-fn convert(stored: &StoredRows, to: WeightKind, k: usize) -> Result<Vec<u8>, KernelError> {
-    let (values, bytes) = stored.kind.block();
-    let row = k / values * bytes;
-    let mut out = Vec::with_capacity(stored.bytes.len() / row.max(1) * (k / to.block().0 * to.block().1));
-    for rows in stored.bytes.chunks(row.max(1) * ROWS_AT_ONCE) {
-        out.extend(quantize(to, &dequantize(stored.kind, rows)?)?);
-    }
-    Ok(out)
 }
 
 /// Rows of one format, one below the other, as they are stored.
@@ -74,27 +57,33 @@ impl WeightIndex {
         dtype: WeightDtype,
     ) -> Result<Vec<Stacked>, LoadError> {
         let mut stacks: Vec<Stacked> = Vec::new();
+        let mut opened: Option<RowReader<'_>> = None;
         for piece in pieces {
-            let error = |e: KernelError| LoadError::Pack { name: piece.name.clone(), reason: e.to_string() };
-            let shape = self.shape(&piece.name)?;
-            if shape.last() != Some(&k) {
+            // Pieces of one weight follow each other: what its rows share is read once.
+            let reader = match opened.take().filter(|reader| reader.name() == piece.name) {
+                Some(reader) => reader,
+                None => self.reader(&piece.name)?,
+            };
+            if reader.k() != k {
                 return Err(LoadError::Open(OpenError::Shape {
                     name: piece.name.clone(),
-                    found: shape.to_vec(),
+                    found: self.shape(&piece.name)?.to_vec(),
                     expected: vec![piece.n, k],
                 }));
             }
-            let stored = self.stored_rows(&piece.name, piece.range())?;
-            let kind = target(dtype, &stored, k);
-            let bytes =
-                if kind == stored.kind { stored.bytes } else { convert(&stored, kind, k).map_err(error)? };
+            let kind = target(dtype, reader.native(), k);
             match stacks.last_mut() {
                 Some(last) if last.kind == kind => {
-                    last.bytes.extend(bytes);
+                    reader.append(piece.range(), kind, &mut last.bytes)?;
                     last.n += piece.n;
                 }
-                _ => stacks.push(Stacked { kind, bytes, n: piece.n }),
+                _ => {
+                    let mut bytes = Vec::new();
+                    reader.append(piece.range(), kind, &mut bytes)?;
+                    stacks.push(Stacked { kind, bytes, n: piece.n });
+                }
             }
+            opened = Some(reader);
         }
         Ok(stacks)
     }
@@ -122,16 +111,16 @@ impl WeightIndex {
         k: usize,
         dtype: WeightDtype,
     ) -> Result<PackedWeight, LoadError> {
-        let error = |e: KernelError| LoadError::Pack { name: piece.name.clone(), reason: e.to_string() };
-        let stored = self.stored_rows(&piece.name, piece.range())?;
+        let reader = self.reader(&piece.name)?;
+        let kind = target(dtype, reader.native(), k);
+        let mut stored = Vec::new();
+        reader.append(piece.range(), kind, &mut stored)?;
         // Blocks never cross a row.
-        let row = stored.bytes.len() / piece.n.max(1);
-        let bytes = order.flat_map(|i| &stored.bytes[i * row..(i + 1) * row]).copied().collect();
-        let stored = StoredRows { bytes, ..stored };
-        let kind = target(dtype, &stored, k);
-        let bytes =
-            if kind == stored.kind { stored.bytes } else { convert(&stored, kind, k).map_err(error)? };
-        PackedWeight::from_bytes(kind, &bytes, piece.n, k).map_err(error)
+        let row = stored.len() / piece.n.max(1);
+        let bytes: Vec<u8> = order.flat_map(|i| &stored[i * row..(i + 1) * row]).copied().collect();
+        drop(stored);
+        PackedWeight::from_bytes(kind, &bytes, piece.n, k)
+            .map_err(|e| LoadError::Pack { name: piece.name.clone(), reason: e.to_string() })
     }
 }
 
@@ -141,8 +130,7 @@ mod tests {
 
     #[test]
     fn ragged_rows_take_the_next_format_that_fits() {
-        let stored = StoredRows { kind: WeightKind::F32, native: WeightKind::F32, bytes: Vec::new() };
-        let kind = |dtype, k| target(dtype, &stored, k);
+        let kind = |dtype, k| target(dtype, WeightKind::F32, k);
         assert_eq!(kind(WeightDtype::Q4K, 512), WeightKind::Q4K);
         assert_eq!(kind(WeightDtype::Q4K, 96), WeightKind::Q4_1);
         assert_eq!(kind(WeightDtype::Q6K, 96), WeightKind::Q8_0);

@@ -1,29 +1,18 @@
 //! Quantised Hugging Face checkpoints: a weight that is stored as several tensors (codes, scales, zero points) appears in
 //! the index under its plain name, and is put together when it is read.
 //!
-//! Each reader gives rows in a format of the kernels: bit-exact four-bit or eight-bit blocks where the stored numbers
-//! allow it, else f32 values that are rounded to bf16 unless another format was asked for.
+//! Each gives rows in a format of the kernels: bit-exact four-bit or eight-bit blocks where the stored numbers allow it,
+//! else f32 values that are rounded to bf16 unless another format was asked for.
 
 mod fp8;
 mod int;
+mod mxfp4;
 
-use std::ops::Range;
-
-use half::f16;
-use parallax_kernels::WeightKind;
 use serde_json::Value;
 
-use super::{StoredDtype, WeightIndex, to_f32};
+pub(super) use self::{fp8::Scaled, int::Coded, mxfp4::Mxfp4};
+use super::{StoredDtype, WeightIndex, reader::Form};
 use crate::error::OpenError;
-
-/// Rows of a weight in a format that the kernels know.
-#[derive(Debug)]
-pub(crate) struct StoredRows {
-    pub(crate) kind: WeightKind,
-    /// The kind that "native" gives them.
-    pub(crate) native: WeightKind,
-    pub(crate) bytes: Vec<u8>,
-}
 
 /// A weight that several stored tensors make up.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,14 +25,17 @@ pub(crate) struct Derived {
 /// How the stored tensors make up the weight. Names are those of the stored tensors.
 #[derive(Clone, Debug, PartialEq)]
 enum Recipe {
-    /// Eight-bit floats [N, K], multiplied by a scale per tensor, row, or block of these sizes.
-    Fp8 { codes: String, scale: String, block: [usize; 2] },
-    /// Codes packed along the inputs [K / per, N], groups of inputs sharing a scale [groups, N] and a zero point.
-    Gptq { base: String, bits: u32, zero_offset: i64 },
+    /// Eight-bit floats [N, K], multiplied by a scale per tensor, row, or block of these sizes; the scales may be bytes
+    /// that hold exponents.
+    Fp8 { codes: String, scale: String, block: [usize; 2], exponents: bool },
+    /// Codes packed along the inputs [K / per, N], groups of inputs sharing a scale [groups, N] and a zero point. Which
+    /// input is of which group may be listed: it is said to be in an order of its own where `scattered`.
+    Gptq { base: String, bits: u32, zero_offset: i64, scattered: bool },
     /// Four-bit codes packed along the outputs [K, N / 8] in AWQ's order.
     Awq { base: String },
-    /// compressed-tensors "pack-quantized": symmetric codes packed along the inputs [N, K / per], scales [N, groups].
-    Packed { base: String, bits: u32 },
+    /// compressed-tensors "pack-quantized": symmetric codes packed along the inputs [N, K / per], scales [N, groups],
+    /// groups as GPTQ's.
+    Packed { base: String, bits: u32, scattered: bool },
     /// Four-bit floats: bytes [.., K / 32, 16] with exponents [.., K / 32].
     Mxfp4 { base: String },
 }
@@ -97,6 +89,21 @@ fn packed_settings<'a>(name: &str, settings: &'a Value) -> Result<&'a Value, Ope
     Ok(weights)
 }
 
+/// Whether a scale is a byte that holds an exponent, as in files that are older than the type for it. Other whole numbers
+/// are no scales.
+fn holds_exponents(name: &str, dtype: StoredDtype, settings: &Value) -> Result<bool, OpenError> {
+    let said = settings["scale_fmt"].as_str().is_some_and(|format| format.eq_ignore_ascii_case("ue8m0"));
+    match dtype {
+        StoredDtype::Byte if said => Ok(true),
+        StoredDtype::Byte => Err(unsupported(
+            name,
+            "U8 where quantization_config does not say \"scale_fmt\": \"ue8m0\" (exponents)",
+        )),
+        StoredDtype::Signed(_) => Err(unsupported(name, format!("{}, which is no scale", dtype.name()))),
+        _ => Ok(false),
+    }
+}
+
 /// Finds the quantised weights among the tensors. `settings` is `quantization_config` of config.json.
 pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), OpenError> {
     let method = settings["quant_method"].as_str().unwrap_or_default();
@@ -115,7 +122,8 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
                 }
                 // Version 1 stores zero points less one; "gptq_v2" stores them as they are.
                 let zero_offset = i64::from(settings["checkpoint_format"].as_str() != Some("gptq_v2"));
-                let recipe = Recipe::Gptq { base: base.to_owned(), bits, zero_offset };
+                let scattered = settings["desc_act"] == true && settings["static_groups"] != true;
+                let recipe = Recipe::Gptq { base: base.to_owned(), bits, zero_offset, scattered };
                 (format!("{base}.weight"), vec![columns, rows * (32 / bits) as usize], recipe)
             }
         } else if let Some(base) = name.strip_suffix(".weight_packed") {
@@ -125,7 +133,8 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
             if !matches!(bits, 4 | 8) || weights["symmetric"] == false || weights["type"] == "float" {
                 return Err(unsupported(name, format!("pack-quantized as {weights}")));
             }
-            let recipe = Recipe::Packed { base: base.to_owned(), bits };
+            let scattered = weights["actorder"] == "group" || weights["actorder"] == true;
+            let recipe = Recipe::Packed { base: base.to_owned(), bits, scattered };
             (format!("{base}.weight"), vec![n, packed * (32 / bits) as usize], recipe)
         } else if let Some(base) = name.strip_suffix("_blocks") {
             let [outer @ .., blocks, 16] = info.shape.as_slice() else { continue };
@@ -143,7 +152,9 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
             let size = |i: usize| {
                 settings["weight_block_size"][i].as_u64().and_then(|v| usize::try_from(v).ok()).unwrap_or(128)
             };
-            let recipe = Recipe::Fp8 { codes: name.clone(), scale, block: [size(0).max(1), size(1).max(1)] };
+            let exponents = holds_exponents(&scale, index.tensors[&scale].dtype, settings)?;
+            let block = [size(0).max(1), size(1).max(1)];
+            let recipe = Recipe::Fp8 { codes: name.clone(), scale, block, exponents };
             (name.clone(), info.shape.clone(), recipe)
         } else {
             continue;
@@ -159,57 +170,41 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
     Ok(())
 }
 
-impl WeightIndex {
-    /// Rows of a weight, seen as a matrix over the last dimension, in a format of the kernels.
-    pub(crate) fn stored_rows(&self, name: &str, rows: Range<usize>) -> Result<StoredRows, OpenError> {
-        let shape = self.shape(name)?;
-        let k = shape.last().copied().unwrap_or(1);
-        let n = shape.iter().rev().skip(1).product::<usize>();
-        if rows.start > rows.end || rows.end > n {
-            return Err(OpenError::Shape {
-                name: name.to_owned(),
-                found: vec![n, k],
-                expected: vec![rows.end, k],
-            });
-        }
-        let Some(derived) = self.derived.get(name) else { return self.plain_rows(name, rows) };
-        match &derived.recipe {
-            Recipe::Fp8 { codes, scale, block } => self.fp8_rows(codes, scale, *block, rows, [n, k]),
-            Recipe::Gptq { base, bits, zero_offset } => {
-                self.gptq_rows(base, *bits, *zero_offset, rows, [n, k])
+impl Derived {
+    /// The stored tensor that grows in memory where no format is asked for, and its bytes there: eight-bit floats and
+    /// scattered groups become bf16, codes blocks with a scale for 32 of them. Scattered groups that turn out to be in
+    /// order take less.
+    pub(crate) fn in_memory(&self) -> Option<(String, u64)> {
+        let n = self.shape.iter().product::<usize>() as u64;
+        let blocks = |bits: u32| if bits == 4 { n / 32 * 20 } else { n / 32 * 34 };
+        Some(match &self.recipe {
+            Recipe::Fp8 { codes, .. } => (codes.clone(), 2 * n),
+            Recipe::Gptq { base, bits, scattered, .. } => {
+                (format!("{base}.qweight"), if *scattered { 2 * n } else { blocks(*bits) })
             }
-            Recipe::Awq { base } => self.awq_rows(base, rows, [n, k]),
-            Recipe::Packed { base, bits } => self.packed_rows(base, *bits, rows, [n, k]),
-            Recipe::Mxfp4 { base } => self.mxfp4_rows(base, rows, k),
-        }
-    }
-
-    /// Rows of a tensor that is stored as it is.
-    fn plain_rows(&self, name: &str, rows: Range<usize>) -> Result<StoredRows, OpenError> {
-        let info = self.get(name)?;
-        let bytes = self.read_rows(name, rows)?;
-        Ok(match info.dtype {
-            StoredDtype::Kind(kind) => StoredRows { kind, native: kind, bytes },
-            other => floats(&to_f32(other, &bytes), WeightKind::F32),
+            Recipe::Awq { base } => (format!("{base}.qweight"), blocks(4)),
+            Recipe::Packed { base, bits, scattered } => {
+                (format!("{base}.weight_packed"), if *scattered { 2 * n } else { blocks(*bits) })
+            }
+            Recipe::Mxfp4 { .. } => return None,
         })
     }
+}
 
-    /// GPT-OSS: the low nibble of byte `i` is weight `2 i`, the high one `2 i + 1`.
-    fn mxfp4_rows(&self, base: &str, rows: Range<usize>, k: usize) -> Result<StoredRows, OpenError> {
-        let (blocks, scales) = (format!("{base}_blocks"), format!("{base}_scales"));
-        let per_row = k / 32;
-        let n = self.get(&blocks)?.len as usize / (per_row * 16).max(1);
-        self.check_elements(&scales, n * per_row)?;
-        // The last dimension of the blocks is within a row: `per_row` of their rows make one of ours.
-        let codes = self.read_rows(&blocks, rows.start * per_row..rows.end * per_row)?;
-        let exponents = self.read_rows(&scales, rows)?;
-        let mut bytes = Vec::with_capacity(exponents.len() * 17);
-        for (exponent, codes) in exponents.iter().zip(codes.as_chunks::<16>().0) {
-            bytes.push(*exponent);
-            let code = |i: usize| codes[i / 2] >> (i % 2 * 4) & 15;
-            bytes.extend((0..16).map(|i| code(i) | code(i + 16) << 4));
-        }
-        Ok(StoredRows { kind: WeightKind::Mxfp4, native: WeightKind::Mxfp4, bytes })
+impl WeightIndex {
+    /// Reads what all rows of a weight share.
+    pub(super) fn open_derived(&self, derived: &Derived, size: [usize; 2]) -> Result<Form, OpenError> {
+        Ok(match &derived.recipe {
+            Recipe::Fp8 { codes, scale, block, exponents } => {
+                Form::Scaled(Scaled::open(self, codes, scale, *exponents, *block, size)?)
+            }
+            Recipe::Gptq { base, bits, zero_offset, .. } => {
+                Form::Coded(Coded::gptq(self, base, *bits, *zero_offset, size)?)
+            }
+            Recipe::Awq { base } => Form::Coded(Coded::awq(self, base, size)?),
+            Recipe::Packed { base, bits, .. } => Form::Coded(Coded::packed(self, base, *bits, size)?),
+            Recipe::Mxfp4 { base } => Form::Mxfp4(Mxfp4::open(self, base, size[1])?),
+        })
     }
 
     /// That a tensor has this many elements.
@@ -220,18 +215,6 @@ impl WeightIndex {
         }
         Err(OpenError::Shape { name: name.to_owned(), found: shape.clone(), expected: vec![expected] })
     }
-}
-
-/// Float rows; `native` is what they become when no format is asked for.
-fn floats(values: &[f32], native: WeightKind) -> StoredRows {
-    let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    StoredRows { kind: WeightKind::F32, native, bytes }
-}
-
-/// The f16 with exactly this value.
-fn exact_f16(value: f32) -> Option<f16> {
-    let half = f16::from_f32(value);
-    (half.to_f32() == value).then_some(half)
 }
 
 #[cfg(test)]

@@ -15,7 +15,8 @@ mod writer;
 use std::{ops::Range, path::Path};
 
 use parallax_model::{
-    Checkpoint, Family, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, Want, WeightDtype,
+    Checkpoint, Family, ForwardBatch, LoadOptions, SequenceRows, Stage, StageInput, TokenizerError, Want,
+    WeightDtype,
 };
 use serde_json::{Value, json};
 
@@ -199,7 +200,12 @@ fn a_stage_needs_the_bytes_of_its_layers_and_no_others() {
             .map(|copy| as_recorded(&golden, copy));
         let x = forward(&a, 0..n / 2, StageInput::Tokens(&tokens), tokens.len());
         let x = forward(&b, n / 2..n, StageInput::Hidden(&x), tokens.len());
-        assert_eq!(bits(&x), bits(&logits(&gguf, &tokens)), "{name}");
+        let opened = gguf.bytes_read();
+        let whole = logits(&gguf, &tokens);
+        let read = gguf.bytes_read() - opened;
+        let stored: u64 = gguf.tensor_spans(0..n).iter().map(|span| span.len).sum();
+        assert!(read <= stored, "{name}: {read} bytes were read of {stored}");
+        assert_eq!(bits(&x), bits(&whole), "{name}");
         let zeros = logits(&a, &tokens);
         assert_ne!(bits(&zeros), bits(&x), "{name}: the copy has holes");
     }
@@ -234,6 +240,47 @@ fn layers_that_guess_ahead_are_left_out() {
     assert!(error.contains("nextn_predict_layers"), "{error}");
 }
 
+/// Gate and up of all experts of a layer as one tensor, the gate's rows first: an option of llama.cpp's converter.
+fn merged(gguf: &Gguf) -> Gguf {
+    let mut out = gguf.clone();
+    out.tensors.retain(|t| !t.name.contains("ffn_up_exps"));
+    for t in out.tensors.iter_mut().filter(|t| t.name.contains("ffn_gate_exps")) {
+        let name = t.name.replace("ffn_gate_exps", "ffn_up_exps");
+        let up = gguf.tensors.iter().find(|t| t.name == name).unwrap();
+        let of_expert = t.values.len() / t.shape[0];
+        let pairs = t.values.chunks(of_expert).zip(up.values.chunks(of_expert));
+        let values: Vec<f32> = pairs.flat_map(|(gate, up)| [gate, up].concat()).collect();
+        t.values = values;
+        t.shape[1] *= 2;
+        t.name = name.replace("ffn_up_exps", "ffn_gate_up_exps");
+    }
+    out
+}
+
+#[test]
+fn experts_with_gate_and_up_in_one_tensor_compute_the_same() {
+    for (name, architecture) in [
+        ("mixtral", "llama"),
+        ("qwen3-moe", "qwen3moe"),
+        ("gpt-oss", "gpt-oss"),
+        ("deepseek-v3", "deepseek2"),
+        ("glm4-moe", "glm4moe"),
+        ("minimax-m2", "minimax-m2"),
+        ("qwen3-next", "qwen3next"),
+        ("qwen3.5-moe", "qwen35moe"),
+    ] {
+        let golden = recording(name);
+        let dir = tempfile::tempdir().unwrap();
+        let apart = convert(&golden, architecture, Age::New);
+        let merged = merged(&apart);
+        assert!(merged.tensors.len() < apart.tensors.len(), "{name}");
+        let [apart, merged] = [(apart, "apart.gguf"), (merged, "merged.gguf")]
+            .map(|(gguf, file)| write(&gguf, &dir.path().join(file)))
+            .map(|checkpoint| logits(&checkpoint, &longest_prompt(&golden)));
+        assert_eq!(bits(&merged), bits(&apart), "{name}");
+    }
+}
+
 #[test]
 fn decays_that_are_none_are_refused() {
     let golden = recording("qwen3.5");
@@ -244,4 +291,15 @@ fn decays_that_are_none_are_refused() {
     let checkpoint = write(&gguf, &dir.path().join("model.gguf"));
     let error = Stage::load(&checkpoint, &LoadOptions::whole(&checkpoint)).unwrap_err().to_string();
     assert!(error.contains("model.layers.2.linear_attn.A") && error.contains("0.5"), "{error}");
+}
+
+#[test]
+fn a_file_without_vocabulary_has_no_tokenizer_and_another_kind_is_named() {
+    let mut gguf = convert(&recording("qwen3"), "qwen3", Age::New);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    assert!(matches!(write(&gguf, &path).tokenizer(), Err(TokenizerError::Missing(_))));
+    gguf.keys.insert("tokenizer.ggml.model".to_owned(), Key::Text("t5".to_owned()));
+    let error = write(&gguf, &path).tokenizer().unwrap_err().to_string();
+    assert!(error.contains("model.gguf") && error.contains("\"t5\""), "{error}");
 }

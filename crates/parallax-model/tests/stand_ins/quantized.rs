@@ -23,7 +23,7 @@ struct Stored {
 
 #[derive(Clone, Copy, Debug)]
 enum Format {
-    /// A scale in f32, in bf16 or as a power of two (E8M0) per block of these sizes.
+    /// A scale in f32, in bf16 or as a power of two (E8M0, or a byte that holds one) per block of these sizes.
     Fp8Blocks([usize; 2], Dtype),
     Fp8Rows,
     Gptq {
@@ -36,6 +36,7 @@ enum Format {
     },
     Packed {
         group: usize,
+        act_order: bool,
     },
     Mxfp4,
 }
@@ -51,11 +52,12 @@ enum Native {
 }
 
 /// Recording, factor of its sizes, format, what it becomes.
-const CASES: [(&str, u64, Format, Native); 14] = [
+const CASES: [(&str, u64, Format, Native); 16] = [
     ("qwen3", 4, Format::Fp8Blocks([128, 128], Dtype::BF16), Native::Bf16),
     ("qwen3-moe-plain", 4, Format::Fp8Blocks([128, 128], Dtype::BF16), Native::Bf16),
     ("deepseek-v3", 1, Format::Fp8Blocks([32, 48], Dtype::F32), Native::Bf16),
     ("deepseek-v3", 1, Format::Fp8Blocks([32, 48], Dtype::F8_E8M0), Native::Bf16),
+    ("deepseek-v3", 1, Format::Fp8Blocks([32, 48], Dtype::U8), Native::Bf16),
     ("llama", 4, Format::Fp8Rows, Native::Bf16),
     ("qwen2", 4, Format::Gptq { bits: 4, group: 128, act_order: false }, Native::Blocks(5.0)),
     ("qwen2", 4, Format::Gptq { bits: 4, group: 128, act_order: true }, Native::Bf16),
@@ -64,7 +66,8 @@ const CASES: [(&str, u64, Format, Native); 14] = [
     ("llama", 4, Format::Awq { group: 64 }, Native::Blocks(5.0)),
     ("phi3", 4, Format::Awq { group: 64 }, Native::Blocks(5.0)),
     ("qwen3-moe-plain", 4, Format::Awq { group: 32 }, Native::Blocks(5.0)),
-    ("llama", 4, Format::Packed { group: 32 }, Native::Blocks(5.0)),
+    ("llama", 4, Format::Packed { group: 32, act_order: false }, Native::Blocks(5.0)),
+    ("llama", 4, Format::Packed { group: 32, act_order: true }, Native::Bf16),
     // With attention in bf16.
     ("gpt-oss", 2, Format::Mxfp4, Native::Blocks(6.9)),
 ];
@@ -78,8 +81,14 @@ impl Format {
                 "config_groups": {"group_0": group}, "quantization_status": "compressed"})
         };
         match self {
-            Self::Fp8Blocks(block, _) => json!({"quant_method": "fp8", "fmt": "e4m3",
-                "activation_scheme": "dynamic", "weight_block_size": block}),
+            Self::Fp8Blocks(block, dtype) => {
+                let mut settings = json!({"quant_method": "fp8", "fmt": "e4m3",
+                    "activation_scheme": "dynamic", "weight_block_size": block});
+                if dtype == Dtype::U8 {
+                    settings["scale_fmt"] = json!("ue8m0");
+                }
+                settings
+            }
             Self::Fp8Rows => compressed(
                 "float-quantized",
                 json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "channel"}),
@@ -88,10 +97,10 @@ impl Format {
                 "group_size": group, "desc_act": act_order, "sym": true, "checkpoint_format": "gptq"}),
             Self::Awq { group } => json!({"quant_method": "awq", "bits": 4, "group_size": group,
                 "version": "gemm", "zero_point": true}),
-            Self::Packed { group } => compressed(
+            Self::Packed { group, act_order } => compressed(
                 "pack-quantized",
                 json!({"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group",
-                    "group_size": group}),
+                    "group_size": group, "actorder": act_order.then_some("group")}),
             ),
             Self::Mxfp4 => json!({"quant_method": "mxfp4", "modules_to_not_convert":
                 ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}),
@@ -117,7 +126,7 @@ impl Format {
             Self::Fp8Rows => fp8(t, [1, t.shape[1]], Dtype::BF16, "weight_scale"),
             Self::Gptq { bits, group, act_order } => gptq(t, bits, group, act_order),
             Self::Awq { group } => awq(t, group),
-            Self::Packed { group } => packed(t, group),
+            Self::Packed { group, act_order } => packed(t, group, act_order),
             Self::Mxfp4 => mxfp4(t),
         }
     }
@@ -130,7 +139,7 @@ fn rounded(dtype: Dtype, value: f32) -> (Vec<u8>, f32) {
         Dtype::BF16 => (bf16::from_f32(value).to_le_bytes().into(), bf16::from_f32(value).to_f32()),
         Dtype::F16 => (f16::from_f32(value).to_le_bytes().into(), f16::from_f32(value).to_f32()),
         // The next larger one, so that no code has to be larger than there are.
-        Dtype::F8_E8M0 => {
+        Dtype::F8_E8M0 | Dtype::U8 => {
             let exponent = value.log2().ceil() as i32;
             (vec![(exponent + 127) as u8], f32::powi(2.0, exponent))
         }
@@ -231,11 +240,15 @@ fn by_group<T: Clone>(of_rows: &[T], groups: usize) -> Vec<T> {
     (0..groups).flat_map(|group| of_rows.iter().skip(group).step_by(groups).cloned()).collect()
 }
 
+/// The group of each input. Act-order deals them out: 37 shares no divisor with the numbers of inputs here.
+fn groups(k: usize, group: usize, act_order: bool) -> Vec<usize> {
+    let place = |i: usize| if act_order { (i * 37 + 11) % k } else { i };
+    (0..k).map(|i| place(i) / group).collect()
+}
+
 fn gptq(t: &mut Tensor, bits: u32, group: usize, act_order: bool) -> Vec<Stored> {
     let [n, k] = [t.shape[0], t.shape[1]];
-    // Act-order deals the inputs out among the groups: 37 shares no divisor with the numbers of inputs here.
-    let place = |i: usize| if act_order { (i * 37 + 11) % k } else { i };
-    let group_of: Vec<usize> = (0..k).map(|i| place(i) / group).collect();
+    let group_of = groups(k, group, act_order);
     let coded = codes(t, bits, Dtype::F16, true, &group_of);
     let (per, groups) = ((32 / bits) as usize, coded.groups);
     let name = |what: &str| t.name.replace("weight", what);
@@ -275,19 +288,24 @@ fn awq(t: &mut Tensor, group: usize) -> Vec<Stored> {
     ]
 }
 
-fn packed(t: &mut Tensor, group: usize) -> Vec<Stored> {
+fn packed(t: &mut Tensor, group: usize, act_order: bool) -> Vec<Stored> {
     let [n, k] = [t.shape[0], t.shape[1]];
-    let group_of: Vec<usize> = (0..k).map(|i| i / group).collect();
+    let group_of = groups(k, group, act_order);
     let coded = codes(t, 4, Dtype::BF16, true, &group_of);
     let weights: Vec<u32> = coded.codes.chunks(8).map(|c| word(4, c.iter().copied())).collect();
     let shape = [n, k].iter().flat_map(|n| (*n as i64).to_le_bytes()).collect();
     let scales = coded.scales.concat();
     let name = |what: &str| format!("{}_{what}", t.name);
-    vec![
+    let mut stored = vec![
         words(name("packed"), vec![n, k / 8], &weights),
         Stored { name: name("scale"), dtype: Dtype::BF16, shape: vec![n, coded.groups], bytes: scales },
         Stored { name: name("shape"), dtype: Dtype::I64, shape: vec![2], bytes: shape },
-    ]
+    ];
+    if act_order {
+        let order: Vec<u32> = group_of.iter().map(|group| *group as u32).collect();
+        stored.push(words(name("g_idx"), vec![k], &order));
+    }
+    stored
 }
 
 /// [E, K, N] in memory, [E, N, K / 32, 16] with exponents [E, N, K / 32] in the file: a byte has two neighbours.
@@ -368,7 +386,15 @@ fn quantised_checkpoints_compute_what_their_values_do() {
         let moved = worst(&logits(&before, &tokens), &expected);
         assert!(moved > 1e-2, "{what}: rounding changes something: {moved}");
 
+        let opened = stored.bytes_read();
         let (got, bytes) = logits_in(WeightDtype::Native, &stored, &tokens);
+        let whole = 0..stored.config().n_layers;
+        let spans: u64 = stored.tensor_spans(whole.clone()).iter().map(|span| span.len).sum();
+        let read = stored.bytes_read() - opened;
+        assert!(read <= spans, "{what}: {read} bytes read of {spans}");
+        // What is planned with counts scales, groups and norms too, but not that small matrices are filled up to whole panels.
+        let planned = stored.stage_bytes(whole, WeightDtype::Native) as f64 / bytes as f64;
+        assert!(factor == 1 || (0.9..1.4).contains(&planned), "{what}: {planned} of its size");
         let (in_bf16, bytes_of_bf16) = logits_in(WeightDtype::Bf16, &values, &tokens);
         match native {
             Native::Bf16 => {

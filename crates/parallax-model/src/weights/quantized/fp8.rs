@@ -3,35 +3,51 @@
 
 use std::ops::Range;
 
-use parallax_kernels::WeightKind;
-
-use super::{StoredRows, floats};
 use crate::{
     error::OpenError,
-    weights::{WeightIndex, to_f32},
+    weights::{StoredDtype, WeightIndex, reader::floats, to_f32},
 };
 
-impl WeightIndex {
-    pub(super) fn fp8_rows(
-        &self,
+/// Eight-bit floats [N, K] and their scales.
+#[derive(Debug)]
+pub(crate) struct Scaled {
+    codes: String,
+    dtype: StoredDtype,
+    k: usize,
+    scales: Vec<f32>,
+    share: Share,
+}
+
+/// What shares a scale.
+#[derive(Debug)]
+enum Share {
+    Tensor,
+    Row,
+    /// Blocks of these sizes, so many in a row.
+    Block {
+        sizes: [usize; 2],
+        in_row: usize,
+    },
+}
+
+impl Scaled {
+    /// Reads the scales, whose bytes may be `exponents` without being called so.
+    pub(super) fn open(
+        index: &WeightIndex,
         codes: &str,
         scale: &str,
-        block: [usize; 2],
-        rows: Range<usize>,
+        exponents: bool,
+        sizes: [usize; 2],
         [n, k]: [usize; 2],
-    ) -> Result<StoredRows, OpenError> {
-        let info = self.get(codes)?;
-        let mut values = to_f32(info.dtype, &self.read_rows(codes, rows.clone())?);
-        let (scale_info, scale_bytes) = self.read_bytes(scale)?;
-        let scales = to_f32(scale_info.dtype, &scale_bytes);
-        let blocks = [n.div_ceil(block[0]), k.div_ceil(block[1])];
-        // Which scale holds for a row and a column.
-        let at: Box<dyn Fn(usize, usize) -> usize> = match scale_info.shape.as_slice() {
-            [] | [1] | [1, 1] => Box::new(|_, _| 0),
-            [rows] | [rows, 1] if *rows == n => Box::new(|row, _| row),
-            shape if *shape == blocks => {
-                Box::new(|row, column| row / block[0] * blocks[1] + column / block[1])
-            }
+    ) -> Result<Self, OpenError> {
+        let dtype = index.get(codes)?.dtype;
+        let (info, bytes) = index.read_bytes(scale)?;
+        let scales = to_f32(if exponents { StoredDtype::Exponent } else { info.dtype }, &bytes);
+        let blocks = [n.div_ceil(sizes[0]), k.div_ceil(sizes[1])];
+        let share = match info.shape.as_slice() {
+            [] | [1] | [1, 1] => Share::Tensor,
+            [rows] | [rows, 1] if *rows == n => Share::Row,
+            shape if *shape == blocks => Share::Block { sizes, in_row: blocks[1] },
             other => {
                 return Err(OpenError::Shape {
                     name: scale.to_owned(),
@@ -40,11 +56,21 @@ impl WeightIndex {
                 });
             }
         };
-        for (row, values) in rows.zip(values.chunks_exact_mut(k.max(1))) {
+        Ok(Self { codes: codes.to_owned(), dtype, k, scales, share })
+    }
+
+    /// The values of some rows, as bytes.
+    pub(crate) fn rows(&self, index: &WeightIndex, rows: Range<usize>) -> Result<Vec<u8>, OpenError> {
+        let mut values = to_f32(self.dtype, &index.read_rows(&self.codes, rows.clone())?);
+        for (row, values) in rows.zip(values.chunks_exact_mut(self.k.max(1))) {
             for (column, value) in values.iter_mut().enumerate() {
-                *value *= scales[at(row, column)];
+                *value *= self.scales[match &self.share {
+                    Share::Tensor => 0,
+                    Share::Row => row,
+                    Share::Block { sizes, in_row } => row / sizes[0] * in_row + column / sizes[1],
+                }];
             }
         }
-        Ok(floats(&values, WeightKind::Bf16))
+        Ok(floats(&values))
     }
 }

@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
-use parallax_kernels::linear::linear;
+use ::safetensors::tensor::{Dtype, TensorView, serialize};
+use parallax_kernels::{WeightKind, linear::linear};
 use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
 use crate::{
     options::WeightDtype,
-    weights::{Rows, Source, safetensors},
+    weights::{Rows, Source, TensorInfo, safetensors, to_f32},
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -51,7 +52,7 @@ fn check(index: &WeightIndex) -> Vec<(String, WeightKind)> {
             let close = row.iter().zip(want).all(|(a, b)| (a - b).abs() <= b.abs() / 256.0);
             assert!(close, "{name} row {i}");
         }
-        assert!(index.stored_rows(name, 0..n / k + 1).is_err());
+        assert!(index.reader(name).unwrap().rows(0..n / k + 1).is_err());
     }
     assert!(!kinds.is_empty());
     kinds
@@ -155,7 +156,7 @@ fn integers_that_do_not_fill_their_words_are_refused() {
             ("x.scales", "F32", &[groups, n]),
         ]);
         derive(&mut index, &json!({"quant_method": "gptq", "bits": 4})).unwrap();
-        assert!(index.stored_rows("x.weight", 0..n).is_err(), "{n} outputs, {groups} groups");
+        assert!(index.reader("x.weight").is_err(), "{n} outputs, {groups} groups");
     }
 }
 
@@ -170,6 +171,123 @@ fn awq_packed_and_mxfp4_run_as_they_are_stored() {
     assert_eq!(kind_of(&kinds, "up_proj"), WeightKind::Int4);
     let kinds = check(&open("mxfp4", &json!({"quant_method": "mxfp4"})));
     assert_eq!(kind_of(&kinds, "experts"), WeightKind::Mxfp4);
+}
+
+/// `quantization_config` of llm-compressor's GPTQ with an activation order.
+fn in_order(bits: u32) -> Value {
+    let weights = json!({"num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32,
+        "actorder": "group"});
+    json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}})
+}
+
+#[test]
+fn packed_groups_in_an_order_of_their_own_are_found_by_input() {
+    let kinds = check(&open("packed_order4", &in_order(4)));
+    assert_eq!(kind_of(&kinds, "down_proj"), WeightKind::Bf16);
+    assert_eq!(kind_of(&check(&open("packed_order8", &in_order(8))), "gate_proj"), WeightKind::Bf16);
+    // Read in the order of the inputs, it is another weight.
+    let mut index = open("packed_order4", &in_order(4));
+    index.tensors.remove("model.layers.0.mlp.down_proj.weight_g_idx").unwrap();
+    let name = "model.layers.0.mlp.down_proj.weight";
+    assert_ne!(index.read_f32(name).unwrap(), index.read_f32(&format!("expected.{name}")).unwrap());
+}
+
+#[test]
+fn an_order_that_is_that_of_the_inputs_costs_nothing() {
+    let ordered = open("packed_order4", &in_order(4));
+    let mut plain = open("packed_order4", &in_order(4));
+    plain.tensors.retain(|name, _| !name.ends_with("weight_g_idx"));
+    // Listed in order; and -1 throughout, which says that there is none.
+    for module in ["mlp.up_proj", "self_attn.o_proj"] {
+        let name = format!("model.layers.0.{module}.weight");
+        let [a, b] = [&ordered, &plain].map(|index| index.reader(&name).unwrap());
+        assert_eq!((a.kind(), a.native()), (WeightKind::Int4, WeightKind::Int4), "{module}");
+        assert!(a.rows(0..24).unwrap() == b.rows(0..24).unwrap(), "{module}");
+    }
+}
+
+#[test]
+fn groups_that_are_not_there_are_named() {
+    for (file, list, settings) in [
+        ("packed_order4", "model.layers.0.mlp.down_proj.weight_g_idx", in_order(4)),
+        ("gptq4", "model.layers.0.mlp.down_proj.g_idx", json!({"quant_method": "gptq", "bits": 4})),
+    ] {
+        for bad in [4i32, -1, i32::MIN] {
+            let mut index = open(file, &settings);
+            let name = format!("{}.weight", list.rsplit_once('.').unwrap().0);
+            let (mut bytes, info) = (index.read_bytes(list).unwrap().1, index.tensors[list].clone());
+            bytes[4 * 77..4 * 78].copy_from_slice(&bad.to_le_bytes());
+            index.files.push(Source::memory("list", bytes));
+            let changed = TensorInfo { file: index.files.len() - 1, offset: 0, ..info };
+            index.tensors.insert(list.to_owned(), changed);
+            let error = index.read_f32(&name).unwrap_err().to_string();
+            for word in [list, &format!("group {bad}"), "there are 4"] {
+                assert!(error.contains(word), "{word}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_byte_of_a_quantised_weight_is_read_once() {
+    let gptq = json!({"quant_method": "gptq", "bits": 4});
+    let awq = json!({"quant_method": "awq", "bits": 4});
+    let fp8 = json!({"quant_method": "fp8", "weight_block_size": [64, 128]});
+    for (file, settings, module) in [
+        ("gptq4", &gptq, "mlp.down_proj"),
+        ("awq", &awq, "mlp.gate_proj"),
+        ("packed_order4", &in_order(4), "mlp.down_proj"),
+        ("fp8", &fp8, "self_attn.q_proj"),
+    ] {
+        let index = open(file, settings);
+        let base = format!("model.layers.0.{module}.");
+        let name = format!("{base}weight");
+        let stored = index.tensors.iter().filter(|(name, _)| name.starts_with(&base));
+        let stored: u64 = stored.filter(|(name, _)| !name.ends_with("_shape")).map(|(_, t)| t.len).sum();
+        let (n, k) = (index.shape(&name).unwrap()[0], index.shape(&name).unwrap()[1]);
+        let piece = |first, n| Rows { name: name.clone(), first, n };
+        let before = index.bytes_read();
+        // Some rows after the other, as heads are.
+        index.pack(&[piece(0, 8), piece(8, 8), piece(16, n - 16)], k, WeightDtype::Native).unwrap();
+        assert_eq!(index.bytes_read() - before, stored, "{file}");
+    }
+}
+
+/// Two rows of eight-bit floats, a scale for each of these dtype and bytes.
+fn scaled(dtype: Dtype, scales: &[u8]) -> WeightIndex {
+    // 1, 2 and -1.5, 448.
+    let codes = [0x38, 0x40, 0xbc, 0x7e];
+    let views = [
+        ("x.weight", TensorView::new(Dtype::F8_E4M3, vec![2, 2], &codes).unwrap()),
+        ("x.weight_scale_inv", TensorView::new(dtype, vec![2, 1], scales).unwrap()),
+    ];
+    safetensors::index([Source::memory("scaled", serialize(views, None).unwrap())]).unwrap()
+}
+
+#[test]
+fn bytes_are_exponents_where_the_settings_say_so() {
+    let settings =
+        |format: Value| json!({"quant_method": "fp8", "weight_block_size": [1, 2], "scale_fmt": format});
+    let read = |mut index: WeightIndex, format: Value| {
+        derive(&mut index, &settings(format)).map(|()| index.read_f32("x.weight").unwrap())
+    };
+    // Eight times, and an eighth.
+    let expected: [f32; 4] = [8.0, 16.0, -0.1875, 56.0];
+    let bytes = [130, 124];
+    assert_eq!(read(scaled(Dtype::U8, &bytes), json!("ue8m0")).unwrap(), expected);
+    assert_eq!(read(scaled(Dtype::U8, &bytes), json!("UE8M0")).unwrap(), expected);
+    // A type of their own says it already.
+    assert_eq!(read(scaled(Dtype::F8_E8M0, &bytes), Value::Null).unwrap(), expected);
+    // Numbers stay numbers, as in DeepSeek-V3.1.
+    let numbers: Vec<u8> = [8.0f32, 0.125].iter().flat_map(|v| v.to_le_bytes()).collect();
+    assert_eq!(read(scaled(Dtype::F32, &numbers), json!("ue8m0")).unwrap(), expected);
+    for (dtype, format) in
+        [(Dtype::U8, Value::Null), (Dtype::U8, json!("float")), (Dtype::I8, json!("ue8m0"))]
+    {
+        let error = read(scaled(dtype, &bytes), format.clone()).unwrap_err().to_string();
+        let what = if dtype == Dtype::U8 { "\"scale_fmt\": \"ue8m0\"" } else { "I8" };
+        assert!(error.contains("x.weight_scale_inv") && error.contains(what), "{format}: {error}");
+    }
 }
 
 #[test]
@@ -268,7 +386,7 @@ fn any_source_is_quantised_to_what_was_asked_for() {
 proptest! {
     #[test]
     fn broken_settings_and_shapes_are_errors(bits in 0u64..20, cut in 0usize..4, grow in 0usize..3) {
-        for name in ["gptq4", "awq", "packed", "mxfp4", "fp8"] {
+        for name in ["gptq4", "awq", "packed", "packed_order4", "mxfp4", "fp8"] {
             let mut index = safetensors::index([Source::open(&golden(name)).unwrap()]).unwrap();
             for (i, info) in index.tensors.values_mut().enumerate() {
                 if i % 4 == cut && let Some(last) = info.shape.last_mut() {
