@@ -112,15 +112,15 @@ fn combine(a: Part, b: Part, draws: &mut Draws, products: bool) -> Part {
     }
 }
 
-/// What is added and then what is taken off, each in the order in which it was given: one way to write what could be written
-/// in many, so that whoever learns from answers sees the same thing every time.
+/// The numbers in the order given, each with its sign: one way to write what could be written in many, so that whoever learns
+/// from answers sees the same thing every time.
 fn in_order(numbers: &[i64], signs: &[(usize, bool)]) -> String {
-    let with = |sign: bool| {
-        let at = |i: &usize| signs.contains(&(*i, sign));
-        (0..numbers.len()).filter(at).map(|i| numbers[i].to_string()).collect::<Vec<_>>()
-    };
-    let taken: String = with(false).iter().map(|number| format!("-{number}")).collect();
-    with(true).join("+") + &taken
+    let signed = numbers.iter().enumerate().map(|(i, number)| match (signs.contains(&(i, false)), i) {
+        (true, _) => format!("-{number}"),
+        (false, 0) => number.to_string(),
+        (false, _) => format!("+{number}"),
+    });
+    signed.collect()
 }
 
 /// Target and numbers of a prompt, which spares the verifier the search for them.
@@ -130,11 +130,11 @@ fn asked(prompt: &str) -> Option<(i64, Vec<i64>)> {
     Some((target.parse().ok()?, numbers.ok()?))
 }
 
-/// What is thought before the answer to sums: how much too large all numbers are together, `18-12=6` when 12 is to be made of
-/// 7, 8 and 3. Half of it is what has to be taken off.
+/// What is thought before the answer to sums: by how much all numbers together are too large, and what has to be taken off for
+/// that: `18-12=2*3` when 12 is to be made of 7, 8 and 3. The difference is even, since each number comes with one of two signs.
 fn thought(numbers: &[i64], target: i64) -> String {
     let all: i64 = numbers.iter().sum();
-    format!("{all}-{target}={}", all - target)
+    format!("{all}-{target}=2*{}", (all - target) / 2)
 }
 
 /// What stands inside `<answer>` where that is used, else the whole completion.
@@ -230,22 +230,16 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_sums_add_first_and_then_take_off_in_the_order_given() {
+    fn answers_of_sums_take_the_numbers_in_the_order_given() {
         for seed in 0..300 {
             let task = Countdown::tiny().task(seed).unwrap();
-            let given = asked(&task.prompt).unwrap().1;
             let answer = expression_of(&task.answer);
-            let (added, taken) = answer.split_once('-').unwrap_or((answer, ""));
-            let numbers = |text: &str, sign| -> Vec<i64> {
-                text.split(sign).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect()
-            };
-            for part in [numbers(added, '+'), numbers(taken, '-')] {
-                let mut rest = given.iter();
-                assert!(part.iter().all(|n| rest.any(|g| g == n)), "{task:?}");
-            }
+            let written: Vec<i64> =
+                answer.split(['+', '-']).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect();
+            assert_eq!(written, asked(&task.prompt).unwrap().1, "{task:?}");
         }
         assert_eq!(in_order(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "4+7-2");
-        assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "7-4");
+        assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "-4+7");
     }
 
     #[test]
@@ -253,7 +247,7 @@ mod tests {
         let env = Countdown::tiny();
         let prompt = "Make 12 from 7, 8, 3.".to_owned();
         let task = Task { seed: 1, prompt, answer: format!("{}\n7+8-3", thought(&[7, 8, 3], 12)) };
-        assert_eq!(task.answer, "18-12=6\n7+8-3");
+        assert_eq!(task.answer, "18-12=2*3\n7+8-3");
         let reward = |text: &str| env.verify(&task, text).unwrap().value();
         for right in
             [task.answer.as_str(), "7+8-3", "no idea\n\n 8+7-3 = 12\n", "?\n<answer>4=\n7+8-3</answer>\n8"]
