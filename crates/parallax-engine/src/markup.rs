@@ -9,6 +9,8 @@ mod calls;
 mod dialect;
 mod harmony;
 
+use std::collections::BTreeSet;
+
 use calls::CallSyntax;
 pub use calls::ToolCall;
 pub use dialect::Dialect;
@@ -54,6 +56,8 @@ pub struct MarkupOptions {
 #[derive(Debug, Clone)]
 pub struct Markup {
     options: MarkupOptions,
+    /// Names of the tools, if they are known.
+    offered: Option<BTreeSet<String>>,
     state: State,
     /// Text that is not decided yet.
     held: String,
@@ -89,7 +93,13 @@ impl Markup {
             (true, _, false) => State::WholeCall,
             _ => State::Start,
         };
-        Self { options, state, held: String::new() }
+        Self { options, offered: None, state, held: String::new() }
+    }
+
+    /// As [`Self::new`], where these tools are offered: an object that nothing marks as a call (Llama 3 writes them so) is one
+    /// only if it names one of them and has arguments.
+    pub fn for_tools(options: MarkupOptions, names: impl IntoIterator<Item = String>) -> Self {
+        Self { offered: Some(names.into_iter().collect()), ..Self::new(options) }
     }
 
     /// Takes a piece of text; returns the parts that it decides.
@@ -211,7 +221,10 @@ impl Markup {
 
     /// The calls of a whole answer: one that was forced is the same object in every dialect.
     fn whole_call(&self, text: &str) -> Option<Vec<ToolCall>> {
-        if self.options.forced_call { calls::whole(text) } else { self.options.dialect.whole_answer(text) }
+        if self.options.forced_call {
+            return calls::whole(text);
+        }
+        self.options.dialect.whole_answer(text, self.offered.as_ref())
     }
 
     fn content(&mut self, parts: &mut Vec<Part>) -> bool {

@@ -109,7 +109,8 @@ pub(super) struct Generation {
 
 impl Generation {
     pub(super) fn new(tokens: TokenStream, reading: Reading) -> Self {
-        let markup = Markup::new(reading.markup.unwrap_or_default());
+        let tools = reading.text_arguments.keys().cloned();
+        let markup = Markup::for_tools(reading.markup.unwrap_or_default(), tools);
         Self {
             tokens,
             reading,

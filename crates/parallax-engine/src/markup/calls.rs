@@ -1,5 +1,7 @@
 //! Reading tool calls: each family's text between markers becomes names and JSON arguments.
 
+use std::collections::BTreeSet;
+
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -133,9 +135,9 @@ fn object(text: &str) -> Option<ToolCall> {
 }
 
 fn call_of(value: &Value) -> Option<ToolCall> {
-    let call = value.get("function").filter(|f| f.is_object()).unwrap_or(value);
+    let (call, arguments) = call_members(value);
     let name = call.get("name")?.as_str()?;
-    let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
+    let arguments = match arguments {
         Some(Value::String(text)) if serde_json::from_str::<Map<String, Value>>(text).is_ok() => text.clone(),
         Some(object @ Value::Object(_)) => object.to_string(),
         None | Some(Value::Null) => "{}".to_owned(),
@@ -144,8 +146,32 @@ fn call_of(value: &Value) -> Option<ToolCall> {
     Some(ToolCall::new(name, arguments))
 }
 
+/// The object that says what is called, and the arguments in it.
+fn call_members(value: &Value) -> (&Value, Option<&Value>) {
+    let call = value.get("function").filter(|f| f.is_object()).unwrap_or(value);
+    (call, call.get("arguments").or_else(|| call.get("parameters")))
+}
+
 /// An answer that consists of calls: objects one after the other, with `;` between, or a list of them.
 pub(super) fn whole(text: &str) -> Option<Vec<ToolCall>> {
+    whole_of(text, |_| true)
+}
+
+/// As [`whole`]. Unless a marker stands in front, each object must name one of these tools and have arguments: it may be an
+/// answer that happens to have a name.
+pub(super) fn whole_of_tools(text: &str, offered: &BTreeSet<String>) -> Option<Vec<ToolCall>> {
+    if text.trim_start().starts_with(PYTHON_TAG) {
+        return whole(text);
+    }
+    whole_of(text, |value| {
+        let (call, arguments) = call_members(value);
+        let name = call.get("name").and_then(Value::as_str);
+        arguments.is_some() && name.is_some_and(|name| offered.contains(name))
+    })
+}
+
+fn whole_of(text: &str, is_call: impl Fn(&Value) -> bool) -> Option<Vec<ToolCall>> {
+    let call_of = |value: &Value| call_of(value).filter(|_| is_call(value));
     let mut rest = text.trim();
     rest = rest.strip_prefix(PYTHON_TAG).unwrap_or(rest).trim();
     let mut calls = Vec::new();

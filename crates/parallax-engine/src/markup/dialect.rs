@@ -1,5 +1,7 @@
 //! Which family writes how, found in the chat template.
 
+use std::collections::BTreeSet;
+
 use super::calls::{self, CallSyntax, ToolCall};
 use super::{THINK, THINK_END};
 
@@ -131,10 +133,15 @@ impl Dialect {
         }
     }
 
-    /// The calls of an answer that is nothing else.
-    pub(super) fn whole_answer(self, text: &str) -> Option<Vec<ToolCall>> {
-        match self {
-            Self::Glm4 => calls::glm4(text),
+    /// The calls of an answer that is nothing else; `offered` are the tools, if they are known.
+    pub(super) fn whole_answer(
+        self,
+        text: &str,
+        offered: Option<&BTreeSet<String>>,
+    ) -> Option<Vec<ToolCall>> {
+        match (self, offered) {
+            (Self::Glm4, _) => calls::glm4(text),
+            (Self::Llama3, Some(offered)) => calls::whole_of_tools(text, offered),
             _ => calls::whole(text),
         }
     }
