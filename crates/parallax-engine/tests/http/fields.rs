@@ -91,6 +91,23 @@ async fn prompts_are_cut_and_tokens_told_whole_and_streamed() {
 }
 
 #[tokio::test]
+async fn an_echo_is_what_was_asked_and_not_the_tokens_around_it() {
+    let address = start(Setup { begins: true, ..Setup::default() }).await;
+    let ask = json!({"prompt": "abc", "echo": true, "logprobs": 1, "max_tokens": 2, "temperature": 0});
+    for (prompt, tokens, offsets) in [
+        (json!("abc"), [".", "a", "b", "c", "d", "e"], [0, 0, 1, 2, 3, 4]),
+        (json!([0, 26, 1, 2]), ["a", ".", "b", "c", "d", "e"], [0, 1, 1, 2, 3, 4]),
+    ] {
+        let answer = post(address, "/v1/completions", &with(ask.clone(), "prompt", prompt)).await.json();
+        let choice = &answer["choices"][0];
+        assert_eq!((&choice["text"], usage(&answer).0), (&json!("abcde"), 4), "{answer}");
+        let report = &choice["logprobs"];
+        assert_eq!((&report["tokens"], &report["text_offset"]), (&json!(tokens), &json!(offsets)));
+        assert!(report["token_logprobs"][0].is_null() && report["token_logprobs"][1].is_number(), "{report}");
+    }
+}
+
+#[tokio::test]
 async fn thoughts_are_bounded_and_left_out_on_demand() {
     let template = Some("{{ messages[-1].content }}<think>");
     let address = start(Setup { template, ..Setup::default() }).await;
