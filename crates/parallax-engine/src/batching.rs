@@ -89,6 +89,11 @@ impl Scheduler {
         &self.running
     }
 
+    /// Sequences that can run together at most.
+    pub fn most_running(&self) -> usize {
+        self.config.running_sequences
+    }
+
     /// Sequences that hold none.
     pub fn waiting(&self) -> &FairQueue {
         &self.waiting

@@ -122,6 +122,7 @@ impl Engine {
             prefix_cache_queries,
             prefix_cache_hits,
             running: self.scheduler.running().len(),
+            most_running: self.scheduler.most_running(),
             waiting: self.scheduler.waiting().len(),
             preemptions: self.scheduler.preemptions(),
             pages: self.cache.n_pages(),
