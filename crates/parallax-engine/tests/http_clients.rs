@@ -244,6 +244,23 @@ async fn a_full_queue_refuses_what_does_not_fit_and_takes_it_later() {
 async fn break_off(address: SocketAddr, text: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(text.as_bytes()).await.unwrap();
+    rest(stream).await
+}
+
+/// A connection over which a request was answered, and which is kept for the next.
+async fn kept(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"}") {
+        assert_ne!(stream.read_buf(&mut seen).await.unwrap(), 0, "the connection is closed too soon");
+    }
+    assert!(seen.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&seen));
+    stream
+}
+
+/// What comes until the server closes the connection.
+async fn rest(mut stream: TcpStream) -> String {
     let mut seen = Vec::new();
     let closed = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut seen)).await;
     closed.expect("the server closes the connection").unwrap();
@@ -252,19 +269,22 @@ async fn break_off(address: SocketAddr, text: &str) -> String {
 
 #[tokio::test]
 async fn half_a_request_is_waited_for_only_so_long_and_answers_take_their_time() {
-    let limits = HttpLimits { read_time: Duration::from_millis(100), ..HttpLimits::default() };
+    // A connection that is closed in this test is closed for the time that its request takes.
+    let (read_time, idle_time) = (Duration::from_millis(100), 60 * PATIENCE);
+    let limits = HttpLimits { read_time, idle_time, ..HttpLimits::default() };
     let mut held = Held::over(Setup { limits, ..Setup::default() }).await;
     let address = held.address;
     let mut open = ask(address, "/v1/chat/completions", &with(chat("uv"), "stream", json!(true))).await;
     let mut seen = first_event(&mut open).await;
     held.wait_for_x().await;
 
-    // Heads: nothing, what HTTP/2 begins with, half of one; and a connection that is kept after an answer.
+    // Heads: nothing, what HTTP/2 begins with, half of one, the second on its connection.
     for head in ["", "PRI * HT", "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"] {
         assert_eq!(break_off(address, head).await, "", "{head:?}");
     }
-    let kept = break_off(address, "GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await;
-    assert!(kept.starts_with("HTTP/1.1 200"), "{kept}");
+    let mut second = kept(address).await;
+    second.write_all(b"GET /version HTTP/1.1\r\n").await.unwrap();
+    assert_eq!(rest(second).await, "");
 
     for path in ["/v1/chat/completions", "/v1/messages"] {
         let part = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{{}}");
@@ -282,6 +302,24 @@ async fn half_a_request_is_waited_for_only_so_long_and_answers_take_their_time()
     drop(held.stop);
     open.read_to_string(&mut seen).await.unwrap();
     assert!(seen.contains("data: [DONE]"), "an answer may take longer: {seen}");
+}
+
+#[tokio::test]
+async fn connections_are_kept_for_a_time_of_their_own() {
+    let (read_time, idle_time) = (60 * PATIENCE, Duration::from_millis(100));
+    let limits = HttpLimits { read_time, idle_time, ..HttpLimits::default() };
+    let address = start(Setup { limits, ..Setup::default() }).await;
+    assert_eq!(rest(kept(address).await).await, "");
+
+    // No answer has to be sooner.
+    let limits = HttpLimits { idle_time, ..HttpLimits::default() };
+    let mut held = Held::over(Setup { limits, ..Setup::default() }).await;
+    let open = ask(held.address, "/v1/chat/completions", &chat("uv")).await;
+    held.wait_for_x().await;
+    assert_eq!(rest(kept(held.address).await).await, "");
+    drop(held.stop);
+    let answer = rest(open).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("wxyz"), "{answer}");
 }
 
 #[tokio::test]

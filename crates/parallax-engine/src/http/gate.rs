@@ -55,9 +55,12 @@ pub struct HttpLimits {
     pub requests_per_minute: Option<u32>,
     /// Clients may put their requests before those of others (a negative `priority`); behind them they always may.
     pub urgent_requests: bool,
-    /// How long a client may take to send the head of a request, and then its body. A connection that is idle for as long
-    /// is closed.
+    /// How long a client may take to send the head of a request, and then its body; the first head counts from the
+    /// connection on, later ones from their first byte. One whose beginning comes together with the request before it is
+    /// waited for as long as an idle connection.
     pub read_time: Duration,
+    /// How long a connection stays open between two requests.
+    pub idle_time: Duration,
     /// Origins whose pages may use this server in a browser; `*` is all of them, none leaves it to its own pages.
     pub allow_origins: Vec<HeaderValue>,
 }
@@ -88,6 +91,7 @@ impl Default for HttpLimits {
             requests_per_minute: None,
             urgent_requests: false,
             read_time: Duration::from_secs(30),
+            idle_time: Duration::from_secs(75),
             allow_origins: Vec::new(),
         }
     }
