@@ -310,7 +310,8 @@ async fn named(State(server): State<Shared>, request: HttpRequest, next: Next) -
     response
 }
 
-/// A body that says it is JSON, still as bytes: reading it is work, see [`Server::read`].
+/// A body that says it is JSON, still as bytes: reading it is work, see [`Server::read`]. One that does not say so may come
+/// from a page of any origin: only for JSON do browsers ask whether it may.
 #[derive(Debug)]
 struct JsonBody {
     bytes: Bytes,
@@ -321,14 +322,14 @@ impl FromRequest<Shared> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: HttpRequest, server: &Shared) -> Result<Self, ApiError> {
-        if let Some(value) = request.headers().get(header::CONTENT_TYPE) {
-            let kind = value.to_str().unwrap_or("unreadable");
-            let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-            if essence != "application/json"
-                && !(essence.starts_with("application/") && essence.ends_with("+json"))
-            {
-                return Err(ApiError::unsupported_media(kind));
-            }
+        let value = request.headers().get(header::CONTENT_TYPE);
+        let kind = value.map(|value| value.to_str().unwrap_or("unreadable"));
+        let essence = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default();
+        let essence = essence.trim().to_ascii_lowercase();
+        if essence != "application/json"
+            && !(essence.starts_with("application/") && essence.ends_with("+json"))
+        {
+            return Err(ApiError::unsupported_media(kind));
         }
         let caller = request.extensions().get().copied().unwrap_or_default();
         let limits = &server.state.limits;

@@ -442,6 +442,8 @@ async fn bodies_that_are_no_request_get_the_right_4xx() {
             ("content-type: text/plain\r\n", b"{}".to_vec(), 415),
             ("content-type: application/x-www-form-urlencoded\r\n", b"a=1".to_vec(), 415),
             ("content-type: multipart/form-data\r\n", b"x".to_vec(), 415),
+            // So pages of any origin can send, without asking first.
+            ("", b"{}".to_vec(), 415),
         ];
         for (headers, body, status) in bodies {
             let answer = send(address, "POST", path, headers, &body).await;

@@ -8,35 +8,14 @@ use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::error::ApiError;
 
 /// Largest request body by default: a long context as JSON.
 pub const DEFAULT_BODY_LIMIT_BYTES: usize = 8 * 1024 * 1024;
 
-/// Headers that pages from elsewhere may send; from the seventh on, those that the clients of OpenAI and Anthropic add of
-/// their own.
-const SENT_HEADERS: [&str; 17] = [
-    "content-type",
-    "authorization",
-    "x-api-key",
-    "anthropic-version",
-    "anthropic-beta",
-    "x-request-id",
-    "anthropic-dangerous-direct-browser-access",
-    "x-stainless-arch",
-    "x-stainless-helper-method",
-    "x-stainless-lang",
-    "x-stainless-os",
-    "x-stainless-package-version",
-    "x-stainless-poll-helper",
-    "x-stainless-retry-count",
-    "x-stainless-runtime",
-    "x-stainless-runtime-version",
-    "x-stainless-timeout",
-];
-/// Headers of answers that they may read.
+/// Headers of answers that pages from elsewhere may read.
 const SHOWN_HEADERS: [&str; 3] = ["x-request-id", "request-id", "retry-after"];
 
 /// Statuses of refusals that are counted one by one.
@@ -75,10 +54,9 @@ impl HttpLimits {
         let all = origins.iter().any(|origin| origin == "*");
         let origin = if all { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
         let cors = CorsLayer::new().allow_origin(origin).allow_methods([Method::GET, Method::POST]);
-        let named = |names: &[&'static str]| -> Vec<HeaderName> {
-            names.iter().copied().map(HeaderName::from_static).collect()
-        };
-        Some(cors.allow_headers(named(&SENT_HEADERS)).expose_headers(named(&SHOWN_HEADERS)))
+        // Clients add headers of their own, and none means anything here but the keys.
+        let cors = cors.allow_headers(AllowHeaders::mirror_request());
+        Some(cors.expose_headers(SHOWN_HEADERS.map(HeaderName::from_static)))
     }
 }
 
