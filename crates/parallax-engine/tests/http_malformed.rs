@@ -293,7 +293,7 @@ fn particular() -> Vec<Case> {
         (json!({"input": "a", "truncation": "banana"}), "truncation"),
         (json!({"input": "a", "max_tool_calls": 3}), "max_tool_calls"),
         (json!({"input": "a", "prompt": {"id": "p"}}), "prompt"),
-        (json!({"input": "a", "text": {"verbosity": "low"}}), "text.verbosity"),
+        (json!({"input": "a", "text": {"verbosity": "mute"}}), "text.verbosity"),
         (json!({"input": "a", "reasoning": {"summary": 3}}), "reasoning.summary"),
         (json!({"input": "a", "n": 2}), "n is not supported"),
         (json!({"input": "a", "return_token_ids": true}), "return_token_ids"),

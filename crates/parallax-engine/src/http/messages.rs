@@ -254,6 +254,8 @@ fn stop_reason(reason: Option<FinishReason>, stop: Option<&String>, calls: bool)
     match (reason, stop) {
         (_, Some(_)) => "stop_sequence",
         (Some(FinishReason::Length), _) => "max_tokens",
+        // Whoever sends back what there is has it continued.
+        (Some(FinishReason::Aborted), _) => "pause_turn",
         _ if calls => "tool_use",
         _ => "end_turn",
     }
@@ -536,6 +538,20 @@ mod tests {
             (&delta["usage"]["output_tokens"], &delta["usage"]["input_tokens"]),
             (&json!(5), &json!(2))
         );
+    }
+
+    #[test]
+    fn every_end_has_anthropics_word() {
+        let stop = Some("x".to_owned());
+        for (reason, stop, calls, word) in [
+            (FinishReason::Stop, stop.as_ref(), true, "stop_sequence"),
+            (FinishReason::Length, None, true, "max_tokens"),
+            (FinishReason::Aborted, None, true, "pause_turn"),
+            (FinishReason::Stop, None, true, "tool_use"),
+            (FinishReason::Stop, None, false, "end_turn"),
+        ] {
+            assert_eq!(stop_reason(Some(reason), stop, calls), word);
+        }
     }
 
     #[test]

@@ -31,8 +31,9 @@ async fn responses_take_what_chat_takes_and_tell_what_they_were_asked() {
     }
     let told = with(with(ask, "truncation", json!("auto")), "user", json!("ann"));
     let told = with(told, "reasoning", json!({"effort": "low", "summary": "auto"}));
+    let told = with(told, "text", json!({"format": {"type": "text"}, "verbosity": "low"}));
     let answer = post(address, "/v1/responses", &told).await.json();
-    for field in ["truncation", "user", "reasoning"] {
+    for field in ["truncation", "user", "reasoning", "text"] {
         assert_eq!(answer[field], told[field], "{field}");
     }
 }
