@@ -131,8 +131,8 @@ type Shared = Arc<Server>;
 /// How long the last bytes of answers may take to leave, and connections to close, once all answers have ended.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// The routes, to be merged with others. Only [`serve`] and [`serve_until`] bound how long the head of a request may take, and
-/// how long a connection may be idle.
+/// The routes, to be merged with others. Only [`serve`] and [`serve_until`] bound how long the head of a request may take,
+/// how long a connection may be idle, and how long an answer waits to be taken.
 pub fn router(state: HttpState) -> Router {
     routes(&Arc::new(Server::new(state)))
 }

@@ -40,6 +40,8 @@ pub struct HttpLimits {
     pub read_time: Duration,
     /// How long a connection stays open between two requests.
     pub idle_time: Duration,
+    /// How long an answer waits for its client to take more of it; then the connection is closed and the answer ends.
+    pub write_time: Duration,
     /// Origins whose pages may use this server in a browser; `*` is all of them, none leaves it to its own pages.
     pub allow_origins: Vec<HeaderValue>,
 }
@@ -70,6 +72,7 @@ impl Default for HttpLimits {
             urgent_requests: false,
             read_time: Duration::from_secs(30),
             idle_time: Duration::from_secs(75),
+            write_time: Duration::from_secs(60),
             allow_origins: Vec::new(),
         }
     }

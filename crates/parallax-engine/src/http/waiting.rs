@@ -1,7 +1,8 @@
-//! How long a connection waits for a request: longer between two of them than once the next has begun to come.
+//! How long a connection waits for its client: to send a request, longer between two of them than once the next has begun to
+//! come, and to take an answer.
 //!
-//! hyper has one timer for both, which it starts when it begins to wait for a head and drops when the head is there. Here
-//! that timer starts with the longer time, and the first byte that comes leaves only the shorter one.
+//! hyper has one timer for the head and the time before it, which it starts when it begins to wait and drops when the head is
+//! there. Here that timer starts with the longer time, and the first byte that comes leaves only the shorter one.
 
 use std::io;
 use std::pin::Pin;
@@ -17,20 +18,42 @@ use tokio::net::TcpStream;
 use super::HttpLimits;
 
 /// A connection, and the timer of its heads.
-pub(super) fn timed(stream: TcpStream, limits: &HttpLimits) -> (Counted, HeadTimer) {
+pub(super) fn timed(stream: TcpStream, limits: &HttpLimits) -> (Timed<TcpStream>, HeadTimer) {
     let bytes = Arc::<AtomicU64>::default();
     let timer = HeadTimer { head: limits.read_time, idle: limits.idle_time, bytes: Arc::clone(&bytes) };
-    (Counted { stream, bytes }, timer)
+    (Timed { stream, bytes, write_time: limits.write_time, stalled: None }, timer)
 }
 
-/// A connection that counts what comes.
+/// A connection that counts what comes, and ends when its client takes nothing.
 #[derive(Debug)]
-pub(super) struct Counted {
-    stream: TcpStream,
+pub(super) struct Timed<S> {
+    stream: S,
+    /// Bytes that have come.
     bytes: Arc<AtomicU64>,
+    write_time: Duration,
+    /// Until then the client must take something.
+    stalled: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
-impl AsyncRead for Counted {
+impl<S> Timed<S> {
+    /// What became of a write, or that the client has taken nothing for too long.
+    fn in_time(
+        &mut self,
+        context: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let write_time = self.write_time;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(write_time)));
+        ready!(stalled.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -44,13 +67,14 @@ impl AsyncRead for Counted {
     }
 }
 
-impl AsyncWrite for Counted {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.in_time(context, written)
     }
 
     fn poll_write_vectored(
@@ -58,7 +82,8 @@ impl AsyncWrite for Counted {
         context: &mut Context<'_>,
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, pieces)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, pieces);
+        self.in_time(context, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -79,7 +104,6 @@ impl AsyncWrite for Counted {
 pub(super) struct HeadTimer {
     head: Duration,
     idle: Duration,
-    /// Bytes that have come.
     bytes: Arc<AtomicU64>,
 }
 
@@ -124,3 +148,23 @@ impl Future for HeadSleep {
 }
 
 impl Sleep for HeadSleep {}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_is_waited_for_only_so_long() {
+        let (stream, mut client) = tokio::io::duplex(1);
+        let write_time = Duration::from_millis(50);
+        let mut timed = Timed { stream, bytes: Arc::default(), write_time, stalled: None };
+        let mut taken = [0; 3];
+        let (written, read) = tokio::join!(timed.write_all(b"abc"), client.read_exact(&mut taken));
+        written.unwrap();
+        assert_eq!((read.unwrap(), &taken), (3, b"abc"));
+        let late = timed.write_all(b"de").await.unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+    }
+}
