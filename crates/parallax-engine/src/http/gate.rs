@@ -56,7 +56,7 @@ impl HttpLimits {
         let all = origins.iter().any(|origin| origin == "*");
         let origin = if all { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
         let cors = CorsLayer::new().allow_origin(origin).allow_methods([Method::GET, Method::POST]);
-        // Clients add headers of their own, and none means anything here but the keys.
+        // Clients add headers of their own, which nothing here reads.
         let cors = cors.allow_headers(AllowHeaders::mirror_request());
         Some(cors.expose_headers(SHOWN_HEADERS.map(HeaderName::from_static)))
     }
