@@ -89,6 +89,11 @@ impl Scheduler {
         &self.running
     }
 
+    /// Sequences that can run together at most.
+    pub fn most_running(&self) -> usize {
+        self.config.running_sequences
+    }
+
     /// Sequences that hold none.
     pub fn waiting(&self) -> &FairQueue {
         &self.waiting
@@ -183,7 +188,8 @@ impl Scheduler {
         self.waiting.push_back_in(sequence);
     }
 
-    /// The next steps have about so many rows, within the configured bound; sequences that decode all keep theirs.
+    /// The next steps have about so many rows, within the configured bound; there is one for each sequence that decodes, and some
+    /// for prompts.
     pub fn limit_rows(&mut self, rows: usize) {
         self.limit = rows;
     }

@@ -122,6 +122,7 @@ impl Engine {
             prefix_cache_queries,
             prefix_cache_hits,
             running: self.scheduler.running().len(),
+            most_running: self.scheduler.most_running(),
             waiting: self.scheduler.waiting().len(),
             preemptions: self.scheduler.preemptions(),
             pages: self.cache.n_pages(),
@@ -150,8 +151,8 @@ impl Engine {
         self.drafter = Some(drafter);
     }
 
-    /// Gives the next steps about `rows` rows, within [`EngineConfig::step_tokens`]: sequences that decode keep theirs, prompts
-    /// at least 16 together. No result depends on it.
+    /// Gives the next steps about `rows` rows, within [`EngineConfig::step_tokens`]: at least one for each sequence that decodes,
+    /// and 16 for prompts. No result depends on it.
     pub fn limit_rows(&mut self, rows: usize) {
         self.scheduler.limit_rows(rows);
     }

@@ -35,6 +35,7 @@ mod tokens;
 mod tools;
 mod turns;
 mod updates;
+mod waiting;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -49,7 +50,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::Listener;
 use axum::{Json, Router};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use parallax_model::{ChatTemplate, Tokenizer};
@@ -130,7 +131,8 @@ type Shared = Arc<Server>;
 /// How long the last bytes of answers may take to leave, and connections to close, once all answers have ended.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// The routes, to be merged with others. Only [`serve`] and [`serve_until`] bound how long the head of a request may take.
+/// The routes, to be merged with others. Only [`serve`] and [`serve_until`] bound how long the head of a request may take,
+/// how long a connection may be idle, and how long an answer waits to be taken.
 pub fn router(state: HttpState) -> Router {
     routes(&Arc::new(Server::new(state)))
 }
@@ -227,9 +229,9 @@ async fn serve_connections(
     more: Router,
     stop: impl Future<Output = ()>,
 ) {
-    // Of HTTP/1 alone, whose timer runs from the first moment: it bounds heads and idle connections.
-    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(server.state.limits.read_time);
+    // Of HTTP/1 alone, whose timer runs from the first moment.
+    let builder = Builder::new(TokioExecutor::new()).http1_only();
+    let limits = &server.state.limits;
     let service = TowerToHyperService::new(routes(server).merge(more).with_state::<()>(()));
     let (closing, _) = watch::channel(());
     let mut stop = pin!(stop);
@@ -239,7 +241,9 @@ async fn serve_connections(
             accepted = Listener::accept(&mut listener) => accepted,
             () = &mut stop => break,
         };
-        let (builder, service, mut told) = (builder.clone(), service.clone(), closing.subscribe());
+        let (stream, timer) = waiting::timed(stream, limits);
+        let (mut builder, service, mut told) = (builder.clone(), service.clone(), closing.subscribe());
+        builder.http1().timer(timer).header_read_timeout(limits.read_time);
         tokio::spawn(async move {
             let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
             tokio::select! {
@@ -306,7 +310,8 @@ async fn named(State(server): State<Shared>, request: HttpRequest, next: Next) -
     response
 }
 
-/// A body that says it is JSON, still as bytes: reading it is work, see [`Server::read`].
+/// A body that says it is JSON, still as bytes: reading it is work, see [`Server::read`]. One that does not say so may come
+/// from a page of any origin: only for JSON do browsers ask whether it may.
 #[derive(Debug)]
 struct JsonBody {
     bytes: Bytes,
@@ -317,14 +322,14 @@ impl FromRequest<Shared> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: HttpRequest, server: &Shared) -> Result<Self, ApiError> {
-        if let Some(value) = request.headers().get(header::CONTENT_TYPE) {
-            let kind = value.to_str().unwrap_or("unreadable");
-            let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-            if essence != "application/json"
-                && !(essence.starts_with("application/") && essence.ends_with("+json"))
-            {
-                return Err(ApiError::unsupported_media(kind));
-            }
+        let value = request.headers().get(header::CONTENT_TYPE);
+        let kind = value.map(|value| value.to_str().unwrap_or("unreadable"));
+        let essence = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default();
+        let essence = essence.trim().to_ascii_lowercase();
+        if essence != "application/json"
+            && !(essence.starts_with("application/") && essence.ends_with("+json"))
+        {
+            return Err(ApiError::unsupported_media(kind));
         }
         let caller = request.extensions().get().copied().unwrap_or_default();
         let limits = &server.state.limits;

@@ -64,7 +64,7 @@ pub struct MarkupOptions {
 #[derive(Debug, Clone)]
 pub struct Markup {
     options: MarkupOptions,
-    /// Tools whose calls are given out while they are written.
+    /// Tools whose calls are given out while they are written. Empty: unknown.
     offered: BTreeSet<String>,
     state: State,
     /// Text that is not decided yet.
@@ -105,7 +105,8 @@ impl Markup {
     }
 
     /// Calls of these tools are given out while the model writes them, where its family writes arguments as JSON: as
-    /// [`Part::CallBegun`], [`Part::Arguments`].. and [`Part::CallEnded`].
+    /// [`Part::CallBegun`], [`Part::Arguments`].. and [`Part::CallEnded`]. An object that nothing marks as a call (Llama 3 writes
+    /// them so) is one only if it names one of them and has arguments.
     #[must_use]
     pub fn offering(mut self, tools: impl IntoIterator<Item = String>) -> Self {
         self.offered.extend(tools);
@@ -143,7 +144,7 @@ impl Markup {
             State::Reasoning => text(&mut parts, Part::Reasoning, held),
             State::WholeCall(mut running) => {
                 running.advance(&held, true, &self.offered, &mut parts);
-                let read = self.options.read_whole(&held);
+                let read = self.options.read_whole(&held, &self.offered);
                 let rest = running.settle(&held, read, &mut parts).to_owned();
                 text(&mut parts, Part::Content, rest);
             }
@@ -263,8 +264,8 @@ impl Markup {
 
 impl MarkupOptions {
     /// The calls of an answer that is nothing else: one that was forced is the same object in every dialect.
-    fn read_whole(self, text: &str) -> Option<Vec<ToolCall>> {
-        if self.forced_call { calls::whole(text) } else { self.dialect.whole_answer(text) }
+    fn read_whole(self, text: &str, offered: &BTreeSet<String>) -> Option<Vec<ToolCall>> {
+        if self.forced_call { calls::whole(text) } else { self.dialect.whole_answer(text, offered) }
     }
 }
 

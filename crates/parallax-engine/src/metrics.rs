@@ -7,6 +7,8 @@ use crate::request::FinishReason;
 pub struct EngineMetrics {
     /// Sequences that hold cache pages.
     pub running: usize,
+    /// Sequences that can run together at most.
+    pub most_running: usize,
     /// Sequences in the queue.
     pub waiting: usize,
     /// Cache pages in all.

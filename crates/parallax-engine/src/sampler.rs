@@ -63,7 +63,8 @@ pub enum SampleError {
     },
     /// Constraint, bias and stop rules together allow nothing.
     #[error(
-        "no token is allowed at position {position}: constraint, logit_bias and min_tokens exclude each other"
+        "no token is allowed at position {position}: constraints (a form, allowed or forbidden tokens), logit_bias and \
+         min_tokens exclude each other"
     )]
     NothingAllowed {
         /// Position in the sequence.

@@ -370,7 +370,7 @@ async fn keys_share_no_prefixes_and_salts_part_them_further() {
         ("one", json!("mine"), false),
         ("one", json!("mine"), true),
     ] {
-        let headers = format!("authorization: Bearer {key}\r\n");
+        let headers = format!("authorization: Bearer {key}\r\ncontent-type: application/json\r\n");
         let body = with(ask.clone(), "cache_salt", salt).to_string();
         let answer = send(address, "POST", "/v1/completions", &headers, body.as_bytes()).await.json();
         assert_eq!(usage(&answer).1 > 0, found, "{key}: {answer}");

@@ -293,7 +293,7 @@ fn particular() -> Vec<Case> {
         (json!({"input": "a", "truncation": "banana"}), "truncation"),
         (json!({"input": "a", "max_tool_calls": 3}), "max_tool_calls"),
         (json!({"input": "a", "prompt": {"id": "p"}}), "prompt"),
-        (json!({"input": "a", "text": {"verbosity": "low"}}), "text.verbosity"),
+        (json!({"input": "a", "text": {"verbosity": "mute"}}), "text.verbosity"),
         (json!({"input": "a", "reasoning": {"summary": 3}}), "reasoning.summary"),
         (json!({"input": "a", "n": 2}), "n is not supported"),
         (json!({"input": "a", "return_token_ids": true}), "return_token_ids"),
@@ -442,6 +442,8 @@ async fn bodies_that_are_no_request_get_the_right_4xx() {
             ("content-type: text/plain\r\n", b"{}".to_vec(), 415),
             ("content-type: application/x-www-form-urlencoded\r\n", b"a=1".to_vec(), 415),
             ("content-type: multipart/form-data\r\n", b"x".to_vec(), 415),
+            // So pages of any origin can send, without asking first.
+            ("", b"{}".to_vec(), 415),
         ];
         for (headers, body, status) in bodies {
             let answer = send(address, "POST", path, headers, &body).await;

@@ -308,7 +308,9 @@ async fn an_adapter_that_takes_the_place_of_another_says_what_becomes_of_request
     let mut bystander = handle.submit(Request::greedy(vec![3], 4000)).unwrap();
     let mut stream = handle.submit(on(4000)).unwrap();
     while !matches!(stream.next().await, Some(Event::Token(_))) {}
-    assert_eq!(handle.metrics().running_adapters, ["pirate"]);
+    let metrics = handle.metrics();
+    assert_eq!(metrics.running_adapters, ["pirate"]);
+    assert_eq!(metrics.most_running, EngineConfig::default().running_sequences);
     let refused = handle.add_adapter_as("pirate", b"bad".to_vec(), OnSwap::Abort).await.unwrap_err();
     assert!(refused.to_string().contains("not an adapter"), "{refused}");
 

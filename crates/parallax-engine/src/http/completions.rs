@@ -162,7 +162,9 @@ impl TextFrame {
         let mut choices = Vec::with_capacity(collected.len());
         for (index, one) in collected.iter().enumerate() {
             let prompt = self.echoed.as_ref().map(|prompts| prompts[index / self.n].as_slice());
-            let mut text = prompt.map(|prompt| self.server.decode(prompt)).transpose()?.unwrap_or_default();
+            // Without special tokens, as an answer is.
+            let shown = prompt.map(|prompt| self.server.decode(prompt, false)).transpose()?;
+            let mut text = shown.unwrap_or_default();
             text.push_str(&one.content);
             let echoed = prompt.map(|prompt| (prompt, one.prompt_logprobs.as_slice()));
             let report = self

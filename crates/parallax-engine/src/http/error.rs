@@ -76,8 +76,11 @@ impl ApiError {
     }
 
     /// 415: the body is not declared as JSON.
-    pub fn unsupported_media(content_type: &str) -> Self {
-        let message = format!("send the body as content-type application/json, not {content_type:?}");
+    pub fn unsupported_media(content_type: Option<&str>) -> Self {
+        let mut message = "send the body as content-type application/json".to_owned();
+        if let Some(other) = content_type {
+            message += &format!(", not {other:?}");
+        }
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
     }
 

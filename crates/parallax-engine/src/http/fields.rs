@@ -208,6 +208,11 @@ impl<'a> Fields<'a> {
             self.object(name)?;
         }
         self.flag("store")?;
+        self.verbosity()
+    }
+
+    /// How much the model is to say, which no template here passes on.
+    pub(super) fn verbosity(&self) -> Result<(), ApiError> {
         self.choice("verbosity", &[("low", ()), ("medium", ()), ("high", ())])?;
         Ok(())
     }

@@ -8,35 +8,14 @@ use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::error::ApiError;
 
 /// Largest request body by default: a long context as JSON.
 pub const DEFAULT_BODY_LIMIT_BYTES: usize = 8 * 1024 * 1024;
 
-/// Headers that pages from elsewhere may send; from the seventh on, those that the clients of OpenAI and Anthropic add of
-/// their own.
-const SENT_HEADERS: [&str; 17] = [
-    "content-type",
-    "authorization",
-    "x-api-key",
-    "anthropic-version",
-    "anthropic-beta",
-    "x-request-id",
-    "anthropic-dangerous-direct-browser-access",
-    "x-stainless-arch",
-    "x-stainless-helper-method",
-    "x-stainless-lang",
-    "x-stainless-os",
-    "x-stainless-package-version",
-    "x-stainless-poll-helper",
-    "x-stainless-retry-count",
-    "x-stainless-runtime",
-    "x-stainless-runtime-version",
-    "x-stainless-timeout",
-];
-/// Headers of answers that they may read.
+/// Headers of answers that pages from elsewhere may read.
 const SHOWN_HEADERS: [&str; 3] = ["x-request-id", "request-id", "retry-after"];
 
 /// Statuses of refusals that are counted one by one.
@@ -55,9 +34,14 @@ pub struct HttpLimits {
     pub requests_per_minute: Option<u32>,
     /// Clients may put their requests before those of others (a negative `priority`); behind them they always may.
     pub urgent_requests: bool,
-    /// How long a client may take to send the head of a request, and then its body. A connection that is idle for as long
-    /// is closed.
+    /// How long a client may take to send the head of a request, and then its body; the first head counts from the
+    /// connection on, later ones from their first byte. One whose beginning comes together with the request before it is
+    /// waited for as long as an idle connection.
     pub read_time: Duration,
+    /// How long a connection stays open between two requests.
+    pub idle_time: Duration,
+    /// How long an answer waits for its client to take more of it; then the connection is closed and the answer ends.
+    pub write_time: Duration,
     /// Origins whose pages may use this server in a browser; `*` is all of them, none leaves it to its own pages.
     pub allow_origins: Vec<HeaderValue>,
 }
@@ -72,10 +56,9 @@ impl HttpLimits {
         let all = origins.iter().any(|origin| origin == "*");
         let origin = if all { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
         let cors = CorsLayer::new().allow_origin(origin).allow_methods([Method::GET, Method::POST]);
-        let named = |names: &[&'static str]| -> Vec<HeaderName> {
-            names.iter().copied().map(HeaderName::from_static).collect()
-        };
-        Some(cors.allow_headers(named(&SENT_HEADERS)).expose_headers(named(&SHOWN_HEADERS)))
+        // Clients add headers of their own, which nothing here reads.
+        let cors = cors.allow_headers(AllowHeaders::mirror_request());
+        Some(cors.expose_headers(SHOWN_HEADERS.map(HeaderName::from_static)))
     }
 }
 
@@ -88,6 +71,8 @@ impl Default for HttpLimits {
             requests_per_minute: None,
             urgent_requests: false,
             read_time: Duration::from_secs(30),
+            idle_time: Duration::from_secs(75),
+            write_time: Duration::from_secs(60),
             allow_origins: Vec::new(),
         }
     }

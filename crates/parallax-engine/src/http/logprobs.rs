@@ -59,11 +59,9 @@ pub(super) fn completion(
     let mut add = |id: u32, logprob: Option<f32>, top: Option<&[(u32, f32)]>| {
         let text = token_text(vocabulary, id);
         offsets.push(*offset);
-        // A character counts where it begins, however many tokens it is made of. Of special tokens only those of the prompt, which
-        // have no alternatives, are in the text.
-        let seen = |token: &&parallax_model::TokenBytes| !token.special || top.is_none();
+        // A character counts where it begins, however many tokens it is made of. Special tokens are not in the text.
         let begins = |byte: &&u8| **byte & 0xc0 != 0x80;
-        let token = vocabulary.get(id as usize).filter(seen);
+        let token = vocabulary.get(id as usize).filter(|token| !token.special);
         *offset += token.map_or(0, |token| token.bytes.iter().filter(begins).count());
         tops.push(top.map(|top| {
             let alternatives = top.iter().map(|(id, p)| (token_text(vocabulary, *id), json!(finite(*p))));
@@ -126,8 +124,9 @@ mod tests {
         let report = |id| TokenReport { id, logprob: -0.5, version: 0, reasoning: false, top: Vec::new() };
         let mut offset = 0;
         let reports = [1, 2, 3, 4].map(report);
-        let plain = completion(&vocabulary, Some((&[0], &[])), &reports, &mut offset);
-        // "<s>é!a": the prompt's special token is shown, the answer's is not.
-        assert_eq!((&plain["text_offset"], offset), (&json!([0, 3, 4, 5, 5]), 6));
+        let plain = completion(&vocabulary, Some((&[0, 4], &[-1.0])), &reports, &mut offset);
+        // "aé!a", between special tokens.
+        assert_eq!((&plain["text_offset"], offset), (&json!([0, 0, 1, 2, 3, 3]), 4));
+        assert_eq!(plain["tokens"][0], "<s>");
     }
 }

@@ -87,12 +87,17 @@ pub(super) fn text(scrape: &Scrape<'_>) -> String {
     let name = "vllm:lora_requests_info";
     let help = "Adapters of running and of waiting requests; the value is the time of this report.";
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
-    let list = |names: &[String]| names.iter().map(|name| clean(name)).collect::<Vec<_>>().join(",");
+    // What parts the names is in none of them.
+    let list = |names: &[String]| {
+        names.iter().map(|name| clean(name).replace(',', "_")).collect::<Vec<_>>().join(",")
+    };
     let (running, waiting) = (list(&engine.running_adapters), list(&engine.waiting_adapters));
+    // Every request of a step may have an adapter of its own.
+    let (most, now) = (engine.most_running, scrape.unix_seconds);
     let _ = writeln!(
         text,
-        "{name}{{{label},running_lora_adapters=\"{running}\",waiting_lora_adapters=\"{waiting}\"}} {}",
-        scrape.unix_seconds
+        "{name}{{{label},max_lora=\"{most}\",running_lora_adapters=\"{running}\",\
+         waiting_lora_adapters=\"{waiting}\"}} {now}"
     );
     if let Some(bytes) = scrape.resident_bytes {
         let name = "process_resident_memory_bytes";
@@ -157,10 +162,11 @@ mod tests {
     fn every_line_is_a_comment_or_a_sample_and_names_cannot_break_out() {
         let mut engine = EngineMetrics {
             running: 2,
+            most_running: 8,
             pages: 64,
             generated_tokens: 7,
             speculations: 3,
-            running_adapters: vec!["par\"rot".into(), "pirate".into()],
+            running_adapters: vec!["par\"rot".into(), "pirate,2".into()],
             ..EngineMetrics::default()
         };
         engine.latencies.inter_token.observe(0.02);
@@ -178,7 +184,7 @@ mod tests {
             "parallax:http_refusals_total{model_name=\"a_b_\",code=\"429\"} 1",
             "parallax:http_refusals_total{model_name=\"a_b_\",code=\"other\"} 0",
             "vllm:cache_config_info{model_name=\"a_b_\",block_size=\"16\",num_gpu_blocks=\"64\"} 1",
-            "vllm:lora_requests_info{model_name=\"a_b_\",running_lora_adapters=\"par_rot,pirate\",\
+            "vllm:lora_requests_info{model_name=\"a_b_\",max_lora=\"8\",running_lora_adapters=\"par_rot,pirate_2\",\
              waiting_lora_adapters=\"\"} 1750000000",
             "process_resident_memory_bytes 4096",
             "vllm:request_time_per_output_token_seconds_count{model_name=\"a_b_\"} 0",

@@ -41,19 +41,29 @@ impl Rendering {
                 variables.insert(name.to_owned(), value.clone());
             });
         }
-        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
-        if let Some(effort) = body.choice("reasoning_effort", &efforts)? {
-            variables.insert("reasoning_effort".to_owned(), json!(effort));
-            // Qwen's and its kin's templates know only on and off.
-            variables.entry("enable_thinking").or_insert_with(|| json!(effort != "none"));
-        }
         let continues = body.flag("continue_final_message")?.unwrap_or(false);
         let opens_turn = body.flag("add_generation_prompt")?.unwrap_or(!continues);
         if continues && opens_turn {
             let why = "cannot be true together with continue_final_message";
             return Err(body.fault("add_generation_prompt", why));
         }
-        Ok(Self { variables, continues, opens_turn: opens_turn || continues })
+        let mut rendering = Self { variables, continues, opens_turn: opens_turn || continues };
+        rendering.take_effort(body, "reasoning_effort")?;
+        Ok(rendering)
+    }
+
+    /// How hard to think, if the field `name` says so.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub(super) fn take_effort(&mut self, fields: &Fields<'_>, name: &str) -> Result<(), ApiError> {
+        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
+        if let Some(effort) = fields.choice(name, &efforts)? {
+            self.variables.insert("reasoning_effort".to_owned(), json!(effort));
+            // Qwen's and its kin's templates know only on and off.
+            self.variables.entry("enable_thinking").or_insert_with(|| json!(effort != "none"));
+        }
+        Ok(())
     }
 }
 

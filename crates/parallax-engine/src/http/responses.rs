@@ -85,11 +85,7 @@ fn read(
     let reasoning = body.object("reasoning")?;
     if let Some(reasoning) = &reasoning {
         reasoning.text("summary")?;
-        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
-        if let Some(effort) = reasoning.choice("effort", &efforts)? {
-            rendering.variables.insert("reasoning_effort".to_owned(), json!(effort));
-            rendering.variables.insert("enable_thinking".to_owned(), json!(effort != "none"));
-        }
+        rendering.take_effort(reasoning, "effort")?;
     }
     let offered = tools::openai(body)?;
     let messages = conversation::responses(body)?;
@@ -132,7 +128,7 @@ fn read(
 fn form(body: &Fields<'_>) -> Result<Option<format::Format>, ApiError> {
     let mut form = format::read(body)?;
     let Some(text) = body.object("text")? else { return Ok(form) };
-    text.unsupported("verbosity", &[json!("medium")])?;
+    text.verbosity()?;
     if let Some(asked) = text.object("format")?
         && let Some(own) = format::response_format(&asked, "text.format", false)?
         && let Some(other) = form.replace(own)
@@ -352,10 +348,14 @@ impl ResponseWriter {
     fn finished(&self) -> Value {
         let (reason, usage) = self.ending.unwrap_or_else(|| (FinishReason::Stop, Usage::default()));
         let mut response = self.frame.clone();
-        let cut = reason == FinishReason::Length;
-        response["status"] = json!(if cut { "incomplete" } else { "completed" });
-        if cut {
-            response["incomplete_details"] = json!({"reason": "max_output_tokens"});
+        let cut = match reason {
+            FinishReason::Length => Some("max_output_tokens"),
+            FinishReason::Aborted => Some("abort"),
+            FinishReason::Stop | FinishReason::Error => None,
+        };
+        response["status"] = json!(if cut.is_some() { "incomplete" } else { "completed" });
+        if let Some(why) = cut {
+            response["incomplete_details"] = json!({"reason": why});
         }
         response["output"] = json!(self.output);
         response["usage"] = json!({"input_tokens": usage.prompt_tokens,
@@ -415,6 +415,7 @@ impl Writer for ResponseWriter {
 
 #[cfg(test)]
 mod tests {
+    use super::super::generation::Ending;
     use super::*;
 
     fn token(parts: Vec<Part>) -> Delta {
@@ -450,5 +451,23 @@ mod tests {
         assert_eq!(ends, [(&whole, &json!("completed")), (&open, &json!("incomplete"))]);
         assert_eq!(data[0]["item"]["id"], done[0]["item"]["id"]);
         assert_eq!(writer.finished()["output"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_off_says_by_what() {
+        for (reason, event, why) in [
+            (FinishReason::Stop, "response.completed", Value::Null),
+            (FinishReason::Length, "response.incomplete", json!("max_output_tokens")),
+            (FinishReason::Aborted, "response.incomplete", json!("abort")),
+        ] {
+            let mut writer = ResponseWriter::new("1".into(), json!({}), None);
+            let parts = vec![Part::Content("a".into())];
+            let ending = Ending { parts, report: None, reason, stop: None, usage: Usage::default() };
+            writer.delta(0, Delta::End(ending));
+            let last = writer.end().pop().unwrap();
+            let response = serde_json::from_str::<Value>(&last.data).unwrap()["response"].clone();
+            assert_eq!((last.event, &response["incomplete_details"]["reason"]), (Some(event), &why));
+            assert_eq!(response["output"][0]["content"][0]["text"], "a", "{response}");
+        }
     }
 }

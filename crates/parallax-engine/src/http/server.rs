@@ -177,8 +177,10 @@ impl Server {
             .map_err(|e| ApiError::invalid(None, format!("the prompt cannot be tokenised: {e}")))
     }
 
-    pub(super) fn decode(&self, ids: &[u32]) -> Result<String, ApiError> {
-        self.state.tokenizer.decode_with_special(ids).map_err(|e| ApiError::internal(e.to_string()))
+    pub(super) fn decode(&self, ids: &[u32], special: bool) -> Result<String, ApiError> {
+        let tokenizer = &self.state.tokenizer;
+        let text = if special { tokenizer.decode_with_special(ids) } else { tokenizer.decode(ids) };
+        text.map_err(|e| ApiError::internal(e.to_string()))
     }
 
     /// How the answers of this model are read.

@@ -66,5 +66,5 @@ fn text(server: &Server, body: &Fields<'_>) -> Result<Value, ApiError> {
             body.fault("tokens", format!("holds {unknown}, which is outside the vocabulary of {vocab}"))
         );
     }
-    Ok(json!({"prompt": server.decode(&ids)?}))
+    Ok(json!({"prompt": server.decode(&ids, true)?}))
 }

@@ -48,7 +48,7 @@ pub(super) enum ToolChoice {
     Named(String),
 }
 
-/// Arguments that are texts, by tool; every tool is there.
+/// Arguments that are texts, by tool: every tool has its place, one that takes no texts an empty one.
 pub(super) type TextArguments = std::collections::BTreeMap<String, std::collections::BTreeSet<String>>;
 
 /// The tools of a request and how to choose among them.

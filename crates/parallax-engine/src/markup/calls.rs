@@ -1,6 +1,6 @@
 //! Reading tool calls: each family's text between markers becomes names and JSON arguments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde_json::value::RawValue;
@@ -159,12 +159,7 @@ type RawFields<'a> = BTreeMap<String, &'a RawValue>;
 
 /// `{"name": .., "arguments" or "parameters": {..}}`.
 fn object(text: &str) -> Option<ToolCall> {
-    let outer: RawFields<'_> = serde_json::from_str(text.trim()).ok()?;
-    let inner = outer.get("function").copied().map(RawValue::get);
-    let inner: Option<RawFields<'_>> = inner.and_then(|text| serde_json::from_str(text).ok());
-    let call = inner.unwrap_or(outer);
-    let name: String = serde_json::from_str(call.get("name")?.get()).ok()?;
-    let arguments = call.get("arguments").or_else(|| call.get("parameters")).copied().map(RawValue::get);
+    let (name, arguments) = members(text)?;
     let arguments = match arguments {
         None | Some("null") => "{}".to_owned(),
         Some(object) if object.starts_with('{') => object.to_owned(),
@@ -173,12 +168,39 @@ fn object(text: &str) -> Option<ToolCall> {
     is_object(&arguments).then(|| ToolCall::new(&name, arguments))
 }
 
+/// What is called, and the text of its arguments.
+fn members(text: &str) -> Option<(String, Option<&str>)> {
+    let outer: RawFields<'_> = serde_json::from_str(text.trim()).ok()?;
+    let inner = outer.get("function").copied().map(RawValue::get);
+    let inner: Option<RawFields<'_>> = inner.and_then(|text| serde_json::from_str(text).ok());
+    let call = inner.unwrap_or(outer);
+    let name = serde_json::from_str(call.get("name")?.get()).ok()?;
+    let arguments = call.get("arguments").or_else(|| call.get("parameters"));
+    Some((name, arguments.copied().map(RawValue::get)))
+}
+
 fn is_object(text: &str) -> bool {
     serde_json::from_str::<Map<String, Value>>(text).is_ok()
 }
 
 /// An answer that consists of calls: objects one after the other, with `;` between, or a list of them.
 pub(super) fn whole(text: &str) -> Option<Vec<ToolCall>> {
+    whole_of(text, object)
+}
+
+/// As [`whole`]. Unless a marker stands in front, each object must name one of these tools and have arguments: it may be an
+/// answer that happens to have a name.
+pub(super) fn whole_of_tools(text: &str, offered: &BTreeSet<String>) -> Option<Vec<ToolCall>> {
+    if text.trim_start().starts_with(PYTHON_TAG) {
+        return whole(text);
+    }
+    whole_of(text, |one| {
+        let (name, arguments) = members(one)?;
+        if arguments.is_some() && offered.contains(&name) { object(one) } else { None }
+    })
+}
+
+fn whole_of(text: &str, call_of: impl Fn(&str) -> Option<ToolCall>) -> Option<Vec<ToolCall>> {
     let mut rest = text.trim();
     rest = rest.strip_prefix(PYTHON_TAG).unwrap_or(rest).trim();
     let mut calls = Vec::new();
@@ -187,10 +209,10 @@ pub(super) fn whole(text: &str) -> Option<Vec<ToolCall>> {
         let value = values.next()?.ok()?.get();
         if value.starts_with('[') {
             for one in serde_json::from_str::<Vec<&RawValue>>(value).ok()? {
-                calls.push(object(one.get())?);
+                calls.push(call_of(one.get())?);
             }
         } else {
-            calls.push(object(value)?);
+            calls.push(call_of(value)?);
         }
         rest = rest[values.byte_offset()..].trim_start().trim_start_matches([';', ',']).trim_start();
     }

@@ -1,5 +1,7 @@
 //! Which family writes how, found in the chat template.
 
+use std::collections::BTreeSet;
+
 use super::calls::{self, CallSyntax, ToolCall};
 use super::{THINK, THINK_END};
 
@@ -131,10 +133,11 @@ impl Dialect {
         }
     }
 
-    /// The calls of an answer that is nothing else.
-    pub(super) fn whole_answer(self, text: &str) -> Option<Vec<ToolCall>> {
+    /// The calls of an answer that is nothing else; `offered` are the tools, none if they are unknown.
+    pub(super) fn whole_answer(self, text: &str, offered: &BTreeSet<String>) -> Option<Vec<ToolCall>> {
         match self {
             Self::Glm4 => calls::glm4(text),
+            Self::Llama3 if !offered.is_empty() => calls::whole_of_tools(text, offered),
             _ => calls::whole(text),
         }
     }

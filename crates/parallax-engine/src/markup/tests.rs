@@ -524,6 +524,50 @@ proptest! {
 }
 
 #[test]
+fn an_object_that_nothing_marks_is_a_call_only_of_a_tool_that_was_offered() {
+    let of_w = |options: MarkupOptions, text: &str| {
+        joined(parts(Markup::new(options).offering(["w".to_owned(), "t".to_owned()]), &[text]))
+    };
+    let llama = |text: &str| of_w(all(Dialect::Llama3), text);
+    for text in [
+        r#"{"name": "Ada", "born": 1815}"#,
+        r#"{"name": "Ada", "parameters": {"c": 1}}"#,
+        r#"{"name": "w"}"#,
+        r#"{"name": "w", "born": 1815}"#,
+        r#"{"function": {"name": "Ada", "parameters": {}}}"#,
+        r#"{"name": 7, "parameters": {}}"#,
+    ] {
+        assert_eq!(llama(text), [content(text)]);
+    }
+    for text in [
+        r#"{"name": "w", "parameters": {"c":1}}"#,
+        r#"{"type": "function", "name": "w", "arguments": {"c":1}}"#,
+        r#"{"type": "function", "function": {"name": "w", "parameters": {"c":1}}}"#,
+    ] {
+        assert_eq!(llama(text), [call("w", r#"{"c":1}"#)], "{text}");
+    }
+    assert_eq!(
+        llama(r#"{"name": "t", "parameters": null}; {"name": "w", "parameters": {}}"#),
+        [call("t", "{}"), call("w", "{}")]
+    );
+    // The first was given out before the second was seen.
+    assert_eq!(
+        llama(r#"{"name": "w", "parameters": {}}; {"name": "Ada", "parameters": {}}"#),
+        [call("w", "{}"), content(r#"{"name": "Ada", "parameters": {}}"#)]
+    );
+    // What is marked is meant as a call, whatever its name.
+    for marked in
+        [r#"<|python_tag|>{"name": "Ada"}"#, r#"So: <|python_tag|>{"name": "Ada", "parameters": {}}"#]
+    {
+        assert_eq!(llama(marked).last(), Some(&call("Ada", "{}")), "{marked}");
+    }
+    let hermes = of_w(all(Dialect::Hermes), r#"<tool_call>{"name": "Ada"}</tool_call>"#);
+    assert_eq!(hermes, [call("Ada", "{}")]);
+    let forced = MarkupOptions { forced_call: true, ..all(Dialect::Llama3) };
+    assert_eq!(of_w(forced, r#"{"name": "w", "arguments": {}}"#), [call("w", "{}")]);
+}
+
+#[test]
 fn thoughts_are_known_while_they_go_on() {
     for (dialect, before, thoughts, behind) in [
         (Dialect::Hermes, " <thi", ["nk>a", "b</thin"], "k>c"),

@@ -1,30 +1,44 @@
 //! Whether anything that ends fits a JSON schema: one that demands a value of its own kind inside of itself can be compiled and
 //! followed, but never to an end.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// Schemas that are looked at; one that is larger still counts as good.
 const MAX_VISITS: usize = 10_000;
+/// Schemas within each other, through references too; what is deeper counts as good. Each takes its share of the stack.
+const MAX_DEPTH: usize = 128;
 
 /// False where every value that fits would have to contain another that fits the same schema.
 pub(super) fn has_end(schema: &Value) -> bool {
-    Search { root: schema, open: Vec::new(), visits: 0 }.ends(schema)
+    Search { root: schema, open: Vec::new(), depth: 0, visits: 0 }.ends(schema)
 }
 
 struct Search<'a> {
     root: &'a Value,
     /// References that are being followed.
     open: Vec<&'a str>,
+    depth: usize,
     visits: usize,
 }
 
 impl<'a> Search<'a> {
     fn ends(&mut self, schema: &'a Value) -> bool {
         self.visits += 1;
-        let Some(fields) = schema.as_object().filter(|_| self.visits <= MAX_VISITS) else { return true };
+        let Some(fields) = schema.as_object() else { return true };
+        if self.visits > MAX_VISITS || self.depth == MAX_DEPTH {
+            return true;
+        }
+        self.depth += 1;
+        let ends = self.fields_end(schema, fields);
+        self.depth -= 1;
+        ends
+    }
+
+    fn fields_end(&mut self, schema: &'a Value, fields: &'a Map<String, Value>) -> bool {
         let all = |keyword: &str| fields.get(keyword).and_then(Value::as_array).into_iter().flatten();
         let one_of = |search: &mut Self, keyword: &str| {
-            !fields.contains_key(keyword) || all(keyword).any(|schema| search.ends(schema))
+            let mut ways = all(keyword).peekable();
+            ways.peek().is_none() || ways.any(|schema| search.ends(schema))
         };
         self.reference_ends(fields.get("$ref"))
             && all("allOf").all(|schema| self.ends(schema))
@@ -69,7 +83,9 @@ impl<'a> Search<'a> {
     fn object_ends(&mut self, schema: &'a Value) -> bool {
         let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
         required.into_iter().all(|name| {
-            let described = schema["properties"].get(name).or_else(|| schema.get("additionalProperties"));
+            let others =
+                || schema.get("additionalProperties").filter(|_| schema.get("patternProperties").is_none());
+            let described = schema["properties"].get(name).or_else(others);
             described.is_none_or(|schema| self.ends(schema))
         })
     }
@@ -104,7 +120,11 @@ mod tests {
         let mixed = json!({"type": ["object", "null"], "properties": {"next": itself}, "required": ["next"]});
         let empty = json!({"type": "array", "items": itself});
         let listed = json!({"enum": [1], "properties": {"next": itself}, "required": ["next"]});
-        for finite in [optional, either, mixed, empty, listed, json!(true), json!({})] {
+        // Whether the pattern fits the name, nobody looks.
+        let patterns = json!({"type": "object", "required": ["a"], "patternProperties": {"a": {}}, "additionalProperties": itself});
+        // The compiler says what is wrong with these.
+        let broken = json!({"anyOf": {"a": 1}, "oneOf": []});
+        for finite in [optional, either, mixed, empty, listed, patterns, broken, json!(true), json!({})] {
             assert!(has_end(&finite), "{finite}");
         }
     }
@@ -118,5 +138,17 @@ mod tests {
         }
         definitions.insert("60".to_owned(), json!({"type": "string"}));
         assert!(has_end(&json!({"$defs": definitions, "$ref": "#/$defs/0"})));
+    }
+
+    #[test]
+    fn a_long_way_of_references_does_not_use_up_the_stack() {
+        const N: usize = 9_000;
+        let definitions: serde_json::Map<String, serde_json::Value> = (0..N)
+            .map(|i| (i.to_string(), json!({"allOf": [{"$ref": format!("#/$defs/{}", (i + 1) % N)}]})))
+            .collect();
+        let schema = json!({"$defs": definitions, "$ref": "#/$defs/0"});
+        let small = std::thread::Builder::new().stack_size(512 * 1024);
+        let ends = small.spawn(move || has_end(&schema)).unwrap().join().unwrap();
+        assert!(ends, "it is too deep to tell");
     }
 }

@@ -31,8 +31,9 @@ async fn responses_take_what_chat_takes_and_tell_what_they_were_asked() {
     }
     let told = with(with(ask, "truncation", json!("auto")), "user", json!("ann"));
     let told = with(told, "reasoning", json!({"effort": "low", "summary": "auto"}));
+    let told = with(told, "text", json!({"format": {"type": "text"}, "verbosity": "low"}));
     let answer = post(address, "/v1/responses", &told).await.json();
-    for field in ["truncation", "user", "reasoning"] {
+    for field in ["truncation", "user", "reasoning", "text"] {
         assert_eq!(answer[field], told[field], "{field}");
     }
 }
@@ -88,6 +89,23 @@ async fn prompts_are_cut_and_tokens_told_whole_and_streamed() {
         json!({"prompt": "a".repeat(90), "truncate_prompt_tokens": -1, "max_tokens": 2, "temperature": 0});
     let answer = post(address, "/v1/completions", &long).await.json();
     assert_eq!((usage(&answer).0, &answer["choices"][0]["text"]), (62, &json!("bc")));
+}
+
+#[tokio::test]
+async fn an_echo_is_what_was_asked_and_not_the_tokens_around_it() {
+    let address = start(Setup { begins: true, ..Setup::default() }).await;
+    let ask = json!({"prompt": "abc", "echo": true, "logprobs": 1, "max_tokens": 2, "temperature": 0});
+    for (prompt, tokens, offsets) in [
+        (json!("abc"), [".", "a", "b", "c", "d", "e"], [0, 0, 1, 2, 3, 4]),
+        (json!([0, 26, 1, 2]), ["a", ".", "b", "c", "d", "e"], [0, 1, 1, 2, 3, 4]),
+    ] {
+        let answer = post(address, "/v1/completions", &with(ask.clone(), "prompt", prompt)).await.json();
+        let choice = &answer["choices"][0];
+        assert_eq!((&choice["text"], usage(&answer).0), (&json!("abcde"), 4), "{answer}");
+        let report = &choice["logprobs"];
+        assert_eq!((&report["tokens"], &report["text_offset"]), (&json!(tokens), &json!(offsets)));
+        assert!(report["token_logprobs"][0].is_null() && report["token_logprobs"][1].is_number(), "{report}");
+    }
 }
 
 #[tokio::test]

@@ -81,13 +81,20 @@ impl StageRunner for Alphabet {
     }
 }
 
-/// One token per letter.
-pub fn tokenizer() -> Tokenizer {
+/// One token per letter. `begins`: the full stop is a special token, and put in front of texts.
+pub fn tokenizer(begins: bool) -> Tokenizer {
     let vocab: serde_json::Map<String, Value> =
         LETTERS.chars().enumerate().map(|(i, c)| (c.to_string(), json!(i))).collect();
-    let file = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+    let stop = json!({"SpecialToken": {"id": ".", "type_id": 0}});
+    let [text, other] = ["A", "B"].map(|id| json!({"Sequence": {"id": id, "type_id": 0}}));
+    let before = json!({"type": "TemplateProcessing", "single": [stop, text], "pair": [stop, text, other],
+                        "special_tokens": {".": {"id": ".", "ids": [26], "tokens": ["."]}}});
+    let special = json!({"id": 26, "content": ".", "single_word": false, "lstrip": false, "rstrip": false,
+                         "normalized": false, "special": true});
+    let added = if begins { json!([special]) } else { json!([]) };
+    let file = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": false},
-        "post_processor": null, "decoder": {"type": "Fuse"},
+        "post_processor": begins.then_some(before), "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "."}});
     Tokenizer::from_json(file.to_string().as_bytes()).unwrap()
 }
@@ -109,6 +116,8 @@ pub struct Setup {
     pub updates: Option<Updates>,
     /// Bounds of the engine.
     pub config: EngineConfig,
+    /// Texts begin with a special token, the full stop.
+    pub begins: bool,
 }
 
 /// A server on a free port; ends with the runtime.
@@ -145,7 +154,7 @@ async fn open(setup: Setup) -> (TcpListener, HttpState) {
         stop_ids: vec![26],
         limits: setup.limits,
         readiness: setup.readiness,
-        ..HttpState::new(engine, tokenizer(), "alphabet")
+        ..HttpState::new(engine, tokenizer(setup.begins), "alphabet")
     };
     (TcpListener::bind("127.0.0.1:0").await.unwrap(), state)
 }
