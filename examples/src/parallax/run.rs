@@ -93,7 +93,10 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
         let form = "SCHEME://HOST or SCHEME://HOST:PORT, without a path or the scheme's usual port, or *";
         return Err(format!("give {form}"));
     }
-    text.parse().map_err(|_| "an origin has printable ASCII letters only".to_owned())
+    let printable = |text: &String| text.bytes().all(|byte| byte.is_ascii_graphic());
+    Some(text).filter(printable).and_then(|text| text.parse().ok()).ok_or_else(|| {
+        "an origin has printable ASCII letters only; write a name with others in its xn-- form".to_owned()
+    })
 }
 
 impl ListenArgs {
