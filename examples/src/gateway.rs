@@ -15,7 +15,7 @@ use parallax_engine::{
     Completion, EngineConfig, EngineHandle, Event, FinishReason, Request, RequestError, SamplingParams,
     StopStrings, TokenStream,
 };
-use parallax_model::{Checkpoint, StreamDecoder, Tokenizer, TokenizerError, WeightDtype};
+use parallax_model::{BaseDtype, Checkpoint, StreamDecoder, Tokenizer, TokenizerError};
 use serde_json::json;
 
 use crate::program;
@@ -30,6 +30,10 @@ pub struct GatewayArgs {
     /// Name under which clients ask for the base model [default: as --model]
     #[arg(long)]
     name: Option<String>,
+    /// Format of the weights under the adapters, which are frozen: bf16 and f16 take a quarter of f32's memory, q8_0 an eighth. Adapters,
+    /// gradients and optimisers are f32 with each. What was saved over one format is refused over another
+    #[arg(long, default_value_t = BaseDtype::F32, value_name = "f32|bf16|f16|q8_0")]
+    base_dtype: BaseDtype,
     /// Where to listen; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:8383")]
     listen: SocketAddr,
@@ -76,12 +80,13 @@ pub fn run(args: &GatewayArgs) -> anyhow::Result<()> {
     let name = args.name.clone().unwrap_or_else(|| args.model.clone());
     let config = GatewayConfig {
         api_keys,
+        base_dtype: args.base_dtype,
         max_models: args.max_models,
         concurrent_samples: EngineConfig::default().queued_requests,
         ..GatewayConfig::new(name.clone())
     };
     let checkpoint = Checkpoint::resolve(&args.model)?;
-    let sampler = Arc::new(EngineTasks::load(&checkpoint, args.cache_tokens)?);
+    let sampler = Arc::new(EngineTasks::load(&checkpoint, args.base_dtype, args.cache_tokens)?);
     let gateway = Gateway::open(config, checkpoint, sampler, &args.dir)?;
     tokio::runtime::Runtime::new()?.block_on(async {
         let listener = tokio::net::TcpListener::bind(args.listen).await;
@@ -110,18 +115,18 @@ pub struct EngineTasks {
 }
 
 impl EngineTasks {
-    /// Loads the whole model in f32, as it is trained.
+    /// Loads the whole model in the format in which it is trained over.
     ///
     /// # Errors
     /// Weights that cannot be read, or a tokenizer that is there and broken.
-    pub fn load(checkpoint: &Checkpoint, cache_tokens: usize) -> anyhow::Result<Self> {
+    pub fn load(checkpoint: &Checkpoint, base_dtype: BaseDtype, cache_tokens: usize) -> anyhow::Result<Self> {
         // Without a tokenizer, texts cannot stop an answer; tokens can.
         let tokenizer = match checkpoint.tokenizer() {
             Ok(tokenizer) => Some(tokenizer),
             Err(TokenizerError::Missing(_)) => None,
             Err(broken) => return Err(broken.into()),
         };
-        let engine = rollouts::engine(checkpoint, WeightDtype::F32, cache_tokens)?;
+        let engine = rollouts::engine(checkpoint, base_dtype.weights(), cache_tokens)?;
         Ok(Self { engine, tokenizer, end_ids: checkpoint.config().eos.clone() })
     }
 
@@ -252,7 +257,63 @@ impl TaskSampler for EngineTasks {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+    use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        gateway: GatewayArgs,
+    }
+
+    #[test]
+    fn the_format_of_frozen_weights_is_an_option_and_unknown_ones_are_named() {
+        let parsed = |more: &[&str]| Cli::try_parse_from([&["tinker-gateway"][..], more].concat());
+        let format = |more: &[&str]| parsed(more).unwrap().gateway.base_dtype;
+        assert_eq!(format(&[]), BaseDtype::F32);
+        for known in BaseDtype::ALL {
+            assert_eq!(format(&["--base-dtype", &known.to_string()]), known);
+        }
+        let unknown = parsed(&["--base-dtype", "q4_0"]).err().unwrap().to_string();
+        assert!(unknown.contains("q4_0") && unknown.contains("f32, bf16, f16, q8_0"), "{unknown}");
+    }
+
+    #[tokio::test]
+    async fn it_samples_with_the_bits_that_are_trained_over_in_each_format() {
+        let checkpoint = Checkpoint::resolve("tiny").unwrap();
+        let prompt: Vec<u32> = (40..60).collect();
+        let mut seen = Vec::new();
+        for base_dtype in BaseDtype::ALL {
+            let engine = EngineTasks::load(&checkpoint, base_dtype, 64).unwrap();
+            let task = SampleTask {
+                adapter: None,
+                prompt: prompt.clone(),
+                samples: 1,
+                max_tokens: Some(8),
+                temperature: 1.0,
+                top_k: 0,
+                top_p: 1.0,
+                seed: 3,
+                stop: Stop::Tokens(Vec::new()),
+                prompt_logprobs: false,
+                top_logprobs: 0,
+            };
+            let answer = engine.sample(task).await.unwrap().answers.remove(0);
+            let lora = LoraConfig { rank: 2, alpha: 32.0, targets: Vec::new(), seed: 1, base_dtype };
+            let options = TrainOptions { lora: Some(lora), full: false };
+            let trained = TrainModel::from_checkpoint(&checkpoint, &options).unwrap();
+            let tokens = [&prompt[..], &answer.tokens].concat();
+            let end = u32::try_from(tokens.len()).unwrap();
+            let learnt = trained.token_logprobs(&tokens, &[0, end]).unwrap().into_data();
+            let learnt: Vec<f32> = learnt.convert::<f32>().try_into_vec().unwrap();
+            assert_eq!(learnt[prompt.len() - 1..], answer.logprobs, "{base_dtype}");
+            seen.push(answer.logprobs);
+        }
+        assert_eq!(seen[0], seen[1], "the tiny model's weights are bf16");
+        assert_ne!(seen[0], seen[3], "another format, another policy");
+    }
 
     #[test]
     fn a_full_engine_is_not_the_clients_fault() {

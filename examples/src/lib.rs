@@ -1,5 +1,6 @@
 //! What the example binaries share: starting, logging, reports, the network; and the commands of `parallax`.
 
+pub mod auditor;
 pub mod demo;
 pub mod gateway;
 pub mod machine;

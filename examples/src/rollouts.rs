@@ -1,7 +1,8 @@
 //! What ties rollouts to a real model: its tokenizer and chat template as [`Text`], its forward pass as an auditor's
-//! [`Replay`], its engine as a learner's [`Sampler`].
+//! [`ModelReplay`], its engine as a learner's [`Sampler`].
 
 mod reach;
+mod replay;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use echo_rollout::environment::maths::{BrokenLines, Maths};
 use echo_rollout::environment::{Environment, Guests, by_name_with, is_address};
 use echo_rollout::service::external::TIME_LIMIT;
 use echo_rollout::service::{
-    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, PolicyEngine, Replay, Spreads,
+    Committer, Endpoint, EndpointConfig, External, ExternalConfig, InFlight, PolicyEngine, Spreads,
     VeriCommitter, Worker, WorkerConfig,
 };
 use echo_rollout::text::{Text, TextError, until_stop};
@@ -24,21 +25,18 @@ use echo_trainer::service::{Judge, Judged, Learner, Parts, SampleRequest, Sample
 use lattica_bitswap::{BlockStore, Blocks, MemoryStore};
 use lattica_net::Node;
 use parallax_engine::local::LocalStage;
-use parallax_engine::sampler::{Place, uniform};
 use parallax_engine::{EngineConfig, EngineHandle, Request, SamplingParams, StageRunner};
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use parallax_model::{
-    Adapter, BaseDtype, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, KvFormat, LoadOptions, Stage,
-    Tokenizer, WeightDtype, logprob,
+    BaseDtype, ChatMessage, ChatTemplate, Checkpoint, DeviceKind, KvFormat, LoadOptions, Tokenizer,
+    WeightDtype,
 };
 use swarm_wire::PolicyVersion;
-use veri_verify::config::DRAW_SLACK;
-use veri_verify::service::Auditor;
-use veri_verify::{Answer, Job};
 
 use crate::program;
 
 pub(crate) use reach::reach;
+pub use replay::ModelReplay;
 
 /// Tokens of a cache page.
 pub const PAGE_TOKENS: usize = 16;
@@ -164,88 +162,6 @@ pub fn policy_engine(
         Ok(Box::new(LocalStage::load(&model, &options).map_err(|e| e.to_string())?))
     };
     Ok(PolicyEngine::from(engine(checkpoint, dtype, cache_tokens)?).reading(Arc::new(read)))
-}
-
-/// An auditor's own copy of the model.
-#[derive(Debug)]
-pub struct ModelReplay {
-    auditor: Auditor,
-    /// The checkpoint, with the format of its weights.
-    model_id: String,
-    /// Hash of the installed adapter.
-    installed: Option<[u8; 32]>,
-    sampler: parallax_engine::Sampler,
-}
-
-impl ModelReplay {
-    /// Loads the whole model, in the format of the run's learner, for answers of up to `max_tokens`, prompt included.
-    ///
-    /// # Errors
-    /// Weights that cannot be read.
-    pub fn load(checkpoint: &Checkpoint, base_dtype: BaseDtype, max_tokens: usize) -> anyhow::Result<Self> {
-        let model_id = base_dtype.model_id(&checkpoint.id()?);
-        let stage = Stage::load(checkpoint, &load_options(checkpoint, base_dtype.weights(), max_tokens))?;
-        let auditor = Auditor::new(stage, checkpoint.config().n_layers)?;
-        let sampler = parallax_engine::Sampler::new(logprob::log_softmax);
-        Ok(Self { auditor, model_id, installed: None, sampler })
-    }
-}
-
-impl Replay for ModelReplay {
-    fn replay(
-        &mut self,
-        adapter: Option<&[u8]>,
-        job: &Job,
-        answer: &Answer,
-    ) -> Result<veri_verify::Replay, String> {
-        // In another format honest work has other bits.
-        if self.model_id != job.model_id {
-            return Err(format!("this auditor has model {}, not {}", self.model_id, job.model_id));
-        }
-        if self.installed != job.adapter_hash {
-            let adapter = adapter.map(Adapter::from_bytes).transpose().map_err(|e| e.to_string())?;
-            self.auditor.set_adapter(adapter.as_ref()).map_err(|e| e.to_string())?;
-            self.installed = job.adapter_hash;
-        }
-        let params = SamplingParams {
-            temperature: job.sampling.temperature,
-            top_k: job.sampling.top_k as usize,
-            top_p: job.sampling.top_p,
-            seed: job.sampling.seed,
-            ..SamplingParams::default()
-        };
-        let sampler = self.sampler;
-        let mut draw = |i: usize, logits: &[f32]| {
-            let position = (job.prompt.len() + i) as u64;
-            drawn(&sampler, logits, &params, position, answer.tokens[i])
-        };
-        self.auditor.replay(job, answer, Some(&mut draw)).map_err(|e| e.to_string())
-    }
-}
-
-/// What a sampler draws at `position`: `claimed`, when the random number lies in its share of the probabilities or so
-/// near to it that another order of summation moves it there.
-fn drawn(
-    sampler: &parallax_engine::Sampler,
-    logits: &[f32],
-    params: &SamplingParams,
-    position: u64,
-    claimed: u32,
-) -> u32 {
-    // Without a constraint every token may be drawn, so that there is always one.
-    let place = Place { position, generated: usize::MAX, history: None };
-    let sampled = sampler.sample(logits, params, place, None).map_or(u32::MAX, |sampled| sampled.id);
-    if sampled == claimed || params.temperature == 0.0 {
-        return sampled;
-    }
-    let distribution = sampler.distribution(logits, params, place, None).unwrap_or_default();
-    let shares: Vec<f64> = distribution.iter().map(|l| f64::from(*l).exp()).collect();
-    let Some(share) = shares.get(claimed as usize).filter(|share| **share > 0.0) else { return sampled };
-    let total: f64 = shares.iter().sum();
-    let begin = shares[..claimed as usize].iter().sum::<f64>() / total;
-    let near = begin - DRAW_SLACK..=begin + share / total + DRAW_SLACK;
-    let random = uniform(params.seed, params.stream, position);
-    if near.contains(&random) { claimed } else { sampled }
 }
 
 /// A learner's own engine: it samples answers to held-out tasks.
@@ -482,56 +398,7 @@ pub async fn start_worker(
 
 #[cfg(test)]
 mod tests {
-    use veri_verify::Sampling;
-
     use super::*;
-
-    /// What the engine samples after `prompt` under `seed`, with what an auditor needs to know of it.
-    async fn sampled(engine: &EngineHandle, prompt: &[u32], seed: u64, temperature: f32) -> (Job, Answer) {
-        let sampling = SamplingParams { temperature, seed, max_tokens: 24, ..SamplingParams::default() };
-        let request = Request { prompt: prompt.to_vec(), sampling, ..Request::default() };
-        let completion = engine.generate(request).await.unwrap();
-        let logprobs = completion.tokens.iter().map(|t| t.logprob).collect();
-        let answer = Answer::new(completion.token_ids(), logprobs);
-        let job = Job {
-            model_id: Checkpoint::resolve("tiny").unwrap().id().unwrap(),
-            policy_version: 0,
-            adapter_hash: None,
-            prompt: prompt.to_vec(),
-            sampling: Sampling { temperature, seed, ..Sampling::default() },
-            nonce: 1,
-        };
-        (job, answer)
-    }
-
-    fn agreeing(replay: &veri_verify::Replay, answer: &Answer) -> usize {
-        replay.tokens.as_ref().unwrap().iter().zip(&answer.tokens).filter(|(a, b)| a == b).count()
-    }
-
-    #[tokio::test]
-    async fn honest_draws_are_repeated_and_chosen_tokens_are_not() {
-        let checkpoint = Checkpoint::resolve("tiny").unwrap();
-        let engine = engine(&checkpoint, WeightDtype::F32, 256).unwrap();
-        let mut auditor = ModelReplay::load(&checkpoint, BaseDtype::F32, 256).unwrap();
-        let prompt: Vec<u32> = (40..150).collect();
-        for (seed, temperature) in [(1, 1.0), (2, 1.0), (3, 0.7), (4, 0.0)] {
-            let (job, answer) = sampled(&engine, &prompt, seed, temperature).await;
-            let replay = auditor.replay(None, &job, &answer).unwrap();
-            assert_eq!(agreeing(&replay, &answer), answer.tokens.len(), "seed {seed} at {temperature}");
-            assert_eq!(replay.logprobs, answer.logprobs, "the same bits");
-        }
-        // A worker that takes the tokens of another seed and reports their true log-probabilities.
-        let (_, chosen) = sampled(&engine, &prompt, 9, 1.0).await;
-        let (job, _) = sampled(&engine, &prompt, 1, 1.0).await;
-        let replay = auditor.replay(None, &job, &chosen).unwrap();
-        assert_eq!(replay.logprobs, chosen.logprobs);
-        assert!(agreeing(&replay, &chosen) * 10 < chosen.tokens.len() * 9, "{replay:?}");
-        // An auditor with weights in another format convicts nobody.
-        let mut other = ModelReplay::load(&checkpoint, BaseDtype::Q8_0, 256).unwrap();
-        assert!(other.replay(None, &job, &chosen).unwrap_err().contains("with weights in q8_0"));
-        let job = Job { model_id: BaseDtype::Q8_0.model_id(&job.model_id), ..job };
-        assert_ne!(other.replay(None, &job, &chosen).unwrap().logprobs, chosen.logprobs);
-    }
 
     #[test]
     fn a_transcript_of_turns_is_what_the_template_makes_of_it() {
@@ -546,24 +413,5 @@ mod tests {
         assert_eq!(transcript, text.tokenizer.encode(&chat, false).unwrap());
         let echo = text.observation(&task, "[the words of the assistant]").unwrap_err();
         assert!(echo.to_string().contains("once"), "{echo}");
-    }
-
-    #[test]
-    fn a_draw_on_the_edge_agrees_with_both_sides() {
-        let sampler = parallax_engine::Sampler::new(logprob::log_softmax);
-        let (params, position) =
-            (SamplingParams { seed: 5, temperature: 1.0, ..SamplingParams::default() }, 7);
-        // Token 0's share ends where the random number lies, give or take.
-        let random = uniform(params.seed, params.stream, position);
-        let logits = |share: f64| {
-            [share.ln() as f32, ((1.0 - share) / 2.0).ln() as f32, ((1.0 - share) / 2.0).ln() as f32]
-        };
-        for share in [random - DRAW_SLACK / 2.0, random + DRAW_SLACK / 2.0] {
-            for claimed in [0, 1] {
-                assert_eq!(drawn(&sampler, &logits(share), &params, position, claimed), claimed);
-            }
-            assert_ne!(drawn(&sampler, &logits(share), &params, position, 2), 2);
-        }
-        assert_eq!(drawn(&sampler, &logits(random + 0.01), &params, position, 1), 0);
     }
 }

@@ -11,6 +11,7 @@ const LATTICA_NODE: &str = env!("CARGO_BIN_EXE_lattica-node");
 const ROLLOUT_FLEET: &str = env!("CARGO_BIN_EXE_rollout-fleet");
 const TRAINING_SWARM: &str = env!("CARGO_BIN_EXE_training-swarm");
 const TINKER_GATEWAY: &str = env!("CARGO_BIN_EXE_tinker-gateway");
+const VERI_AUDIT: &str = env!("CARGO_BIN_EXE_veri-audit");
 
 fn run(binary: &str, args: &[&str]) -> Output {
     Command::new(binary).args(args).env_remove("RUST_LOG").output().unwrap()
@@ -44,6 +45,7 @@ fn every_binary_and_command_explains_itself() {
         ),
         (ROLLOUT_FLEET, &[]),
         (TINKER_GATEWAY, &[]),
+        (VERI_AUDIT, &["run", "check"]),
         (
             TRAINING_SWARM,
             &["losses", "bench", "pretrain", "sft", "dpo", "simulate", "solo", "exploitability", "staleness"],

@@ -49,6 +49,15 @@ impl Payload {
             Self::Lora(artefact) | Self::Full(artefact) => Some(artefact),
         }
     }
+
+    /// What is installed, of the artefact's bytes.
+    pub fn weights(&self, bytes: Bytes) -> Weights {
+        match self {
+            Self::Base => Weights::Base,
+            Self::Lora(_) => Weights::Lora(bytes),
+            Self::Full(_) => Weights::Full(bytes),
+        }
+    }
 }
 
 /// The weights of a version: a [`Payload`] whose bytes are here.

@@ -3,7 +3,8 @@
 //!
 //! The learner cuts the batch for as many trainers as there may be ([`crate::shares`]), whoever is there. A share of an assistant that
 //! does not come, goes or says something wrong is computed by somebody else, so that a step never depends on one, and comes out the
-//! same, bit for bit, with all of them, with some, and with none. An assistant keeps nothing but the weights: they are hashed by both
+//! same, bit for bit, with all of them, with some, and with none. Of who was wrong about one share, no other share of that round is
+//! believed. An assistant keeps nothing but the weights: they are hashed by both
 //! sides before it computes anything with them, and every answer names that hash.
 //!
 //! Pure: [`Leader`] says who computes what and how long it is waited for, [`check`] judges an answer, [`wire`] says how it travels.
@@ -109,6 +110,9 @@ pub enum Exclusion {
     /// NaN or infinity.
     #[error("a number in its share is not finite")]
     NotFinite,
+    /// Figures about something else.
+    #[error("it counts other tokens than its share has")]
+    OtherTokens,
     /// The same share, computed again, has other bits.
     #[error("its share has other bits than the learner computes")]
     Wrong,
@@ -125,6 +129,20 @@ impl Exclusion {
     /// or says what is not so, stays out.
     pub fn is_final(&self) -> bool {
         !matches!(self, Self::Late { .. } | Self::Gone { .. })
+    }
+
+    /// Whether what it said of a share is not so. Then nothing that it said in the same round is believed.
+    pub fn is_false(&self) -> bool {
+        matches!(
+            self,
+            Self::OtherShare { .. }
+                | Self::OtherWeights
+                | Self::Size { .. }
+                | Self::Damaged
+                | Self::NotFinite
+                | Self::OtherTokens
+                | Self::Wrong
+        )
     }
 }
 
@@ -212,7 +230,7 @@ pub fn check(
     let figures = [f.loss, f.clip_fraction, f.sampled_kl, f.ratio_deviation_max, c.filtered_fraction];
     let mut figures = figures.into_iter().chain([c.weight_mean, c.weight_max, c.effective_sample_share]);
     if share.task == Task::Gradients && (f.tokens, f.batch_tokens) != share.tokens() {
-        return Err(Exclusion::Protocol { reason: "it counts other tokens than its share has".to_owned() });
+        return Err(Exclusion::OtherTokens);
     }
     if !reply.values.iter().all(|v| v.is_finite()) || !figures.all(f64::is_finite) {
         return Err(Exclusion::NotFinite);

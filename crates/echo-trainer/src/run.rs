@@ -53,6 +53,9 @@ pub struct RunConfig {
     pub audit_fraction: f64,
     /// The first trajectories of each worker are always audited: this many.
     pub audit_first: u32,
+    /// Seconds that an auditor has for what it took, the weights included, before it is given to another; after three times what was
+    /// drawn is not used.
+    pub audit_timeout_s: u64,
     /// Peers that compute shares of each step's batch (`training-swarm assist`), while they are there. The batch is cut for all of them
     /// in any case.
     pub assistants: Vec<PeerId>,
@@ -83,6 +86,7 @@ impl Default for RunConfig {
             auditors: Vec::new(),
             audit_fraction: 0.0,
             audit_first: 0,
+            audit_timeout_s: 15,
             assistants: Vec::new(),
             assistant_timeout_s: 60,
             assistant_check: 0.0,
@@ -129,11 +133,6 @@ pub enum RunFault {
         "audit_fraction and audit_first ask for audits but auditors names nobody: add an auditor's peer id, or set both to 0"
     )]
     NoAuditor,
-    /// Auditors put adapters on their own copy of the base checkpoint.
-    #[error(
-        "audits recompute with adapters only: set trainer.full to false, or audit_fraction and audit_first to 0"
-    )]
-    AuditedFull,
     /// The trainer's settings.
     #[error("trainer: {0}")]
     Trainer(ConfigError),
@@ -190,6 +189,7 @@ impl RunConfig {
         for (setting, value) in [
             ("workers", self.workers as u64),
             ("workers_timeout_s", self.workers_timeout_s),
+            ("audit_timeout_s", self.audit_timeout_s),
             ("assistant_timeout_s", self.assistant_timeout_s),
             ("eval_tasks", self.eval_tasks),
             ("seconds", self.seconds),
@@ -210,9 +210,6 @@ impl RunConfig {
         }
         if self.is_audited() && self.auditors.is_empty() {
             faults.push(RunFault::NoAuditor);
-        }
-        if self.is_audited() && self.trainer.full {
-            faults.push(RunFault::AuditedFull);
         }
         // Checked here for the trainer's names of the settings; the dispatcher would name its own.
         faults.extend(self.trainer.faults().into_iter().map(RunFault::Trainer));
@@ -285,6 +282,7 @@ mod tests {
             environment: "chess".to_owned(),
             workers: 0,
             audit_fraction: 2.0,
+            audit_timeout_s: 0,
             ..RunConfig::default()
         };
         config.trainer.group_size = 0;
@@ -300,12 +298,17 @@ mod tests {
             "auditors",
             "group_size",
             "lora_rank",
-            "trainer.full",
+            "audit_timeout_s",
             "trainer: base_dtype",
         ] {
             assert!(text.contains(named), "{named}: {text}");
         }
         assert_eq!(text.lines().count(), 9, "{text}");
+        // Whole models are audited as adapters are.
+        let auditors = vec![PeerId::from_ed25519(&[1; 32])];
+        let mut full = RunConfig { auditors, audit_first: 2, audit_fraction: 0.1, ..RunConfig::default() };
+        full.trainer.full = true;
+        full.validate().unwrap();
         let mut stale = RunConfig::default();
         stale.trainer.max_staleness = 2;
         assert!(stale.validate().unwrap_err().to_string().contains("max_staleness = 2"));

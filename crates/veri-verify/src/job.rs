@@ -28,7 +28,7 @@ pub struct Job {
     pub model_id: String,
     /// Policy version that was asked for.
     pub policy_version: u64,
-    /// Hash of the adapter of that version, when there is one.
+    /// BLAKE3 of what that version installs, when there is something: an adapter, or the file of all weights.
     pub adapter_hash: Option<[u8; 32]>,
     /// Prompt tokens.
     pub prompt: Vec<u32>,

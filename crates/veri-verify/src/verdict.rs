@@ -127,6 +127,10 @@ pub struct Evidence {
     pub opening: Option<String>,
     /// The adapter of the job's policy version, PEFT safetensors in hexadecimal, when there is one.
     pub adapter: Option<String>,
+    /// The policy version replaces all weights: the job's `adapter_hash` is that of their safetensors file, which is too large to be
+    /// in here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
     /// What the auditor concluded.
     pub verdict: Verdict,
 }
@@ -137,12 +141,18 @@ pub struct Opened {
     audit: Audit,
     opening: Opening,
     adapter: Option<Vec<u8>>,
+    all_weights: Option<[u8; 32]>,
 }
 
 impl Opened {
-    /// The adapter to install before the recomputation; `None`: the base model.
+    /// The adapter to install before the recomputation; `None`: the base model, or [`Self::all_weights`].
     pub fn adapter(&self) -> Option<&[u8]> {
         self.adapter.as_deref()
+    }
+
+    /// BLAKE3 of the file of all weights with which to recompute instead of the base model's; whoever checks brings it along.
+    pub fn all_weights(&self) -> Option<[u8; 32]> {
+        self.all_weights
     }
 
     /// The verdict, by the thresholds of whoever checks.
@@ -174,12 +184,18 @@ impl Evidence {
         let audit = Audit::begin(&self.job, &self.answer, &signed, None, randomness, self.n_positions)?;
         let adapter = self.adapter.as_deref().map(|hex| unhex("adapter", hex)).transpose()?;
         let hash = adapter.as_ref().map(|bytes| *blake3::hash(bytes).as_bytes());
-        if hash != self.job.adapter_hash {
+        let (carried, all_weights) =
+            if self.full { (None, self.job.adapter_hash) } else { (self.job.adapter_hash, None) };
+        if hash != carried {
             return Err(malformed("the adapter is not the one of the job"));
+        }
+        if self.full && all_weights.is_none() {
+            return Err(malformed("the job names no weights"));
         }
         let Some(opening) = &self.opening else { return Err(Verdict::Withheld) };
         let opening = wire::decode_opening(&unhex("opening", opening)?);
-        Ok(Opened { audit, opening: opening.map_err(|e| malformed(e.to_string()))?, adapter })
+        let opening = opening.map_err(|e| malformed(e.to_string()))?;
+        Ok(Opened { audit, opening, adapter, all_weights })
     }
 }
 

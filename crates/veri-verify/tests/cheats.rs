@@ -168,6 +168,7 @@ fn evidence() -> Evidence {
         n_positions: 8,
         opening: Some(to_hex(&wire::encode_opening(&opening))),
         adapter: Some(to_hex(b"adapter")),
+        full: false,
         verdict,
     }
 }
@@ -178,10 +179,26 @@ fn anyone_comes_to_the_same_verdict_from_the_evidence() {
     let evidence: Evidence = serde_json::from_str(&told).unwrap();
     assert_eq!(evidence.worker(), Some(PeerId::from_ed25519(&key().verifying_key().to_bytes())));
     let opened = evidence.open().unwrap();
-    assert_eq!(opened.adapter(), Some(&b"adapter"[..]));
+    assert_eq!((opened.adapter(), opened.all_weights()), (Some(&b"adapter"[..]), None));
     let verdict = opened.judge(&replay(20), &Profile::f32());
     assert!(matches!(verdict, Verdict::Fail { reason: FailReason::HiddenStates, .. }));
     assert_eq!(verdict, evidence.verdict);
+}
+
+#[test]
+fn evidence_about_all_weights_names_their_file_instead_of_carrying_it() {
+    let full = Evidence { full: true, adapter: None, ..evidence() };
+    let told = serde_json::to_string(&full).unwrap();
+    let full: Evidence = serde_json::from_str(&told).unwrap();
+    let opened = full.open().unwrap();
+    assert_eq!((opened.adapter(), opened.all_weights()), (None, full.job.adapter_hash));
+    assert_eq!(opened.judge(&replay(20), &Profile::f32()), full.verdict);
+    // Either it carries what the job names, or it says that the job names a file.
+    let both = Evidence { adapter: evidence().adapter, ..full.clone() };
+    let neither = Evidence { full: false, ..full };
+    for told in [both, neither] {
+        assert!(matches!(told.open(), Err(Verdict::Malformed { .. })));
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use swarm_examples::program;
 ///
 /// Report (--json, and report.json in --out): model, env, workers, versions, reward_before, reward_after (rollouts of the first
 /// and last step), eval_before, eval_after (held-out tasks, sampled at temperature 1), eval_greedy_before, eval_greedy_after,
-/// seconds, trajectories {leased, consumed, dropped_stale, dropped_flat, rejected, lost, duplicated, open}, staleness {budget, max, mean},
+/// seconds, trajectories {leased, consumed, dropped_stale, dropped_flat, rejected, unproven, lost, duplicated, open}, staleness {budget, max, mean},
 /// learner_utilisation, ratio_deviation_max, update_bytes, full_bytes, cheater {peer, detected, audits_until_detected,
 /// poisoned_trained}, chat {prompt, reply, stages}, plots.
 #[derive(Debug, Parser)]

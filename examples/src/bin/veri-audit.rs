@@ -1,18 +1,21 @@
-//! Checks what auditors claim: repeats an audit from its evidence, with an own copy of the model.
+//! Audits: takes part in a training run as an auditor, and repeats an audit from its evidence, both with an own copy of the model.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use echo_rollout::Weights;
 use echo_rollout::service::Replay as _;
 use parallax_model::{BaseDtype, Checkpoint};
 use serde_json::json;
+use swarm_examples::auditor::{self, AuditArgs};
 use swarm_examples::program;
 use swarm_examples::rollouts::ModelReplay;
+use veri_verify::verdict::{Opened, to_hex};
 use veri_verify::{Evidence, Profile};
 
-/// Check the evidence of an audit without trusting the auditor.
+/// Audit the workers of a training run, or check the evidence of an audit without trusting the auditor.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
@@ -22,6 +25,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(Box<AuditArgs>),
     Check(CheckArgs),
 }
 
@@ -38,6 +42,9 @@ struct CheckArgs {
     /// The model that the job names
     #[arg(long)]
     model: String,
+    /// All weights of the policy version, where evidence names a file of them: the auditor kept it beside the evidence
+    #[arg(long, value_name = "FILE")]
+    weights: Option<PathBuf>,
     /// Print the report on stdout
     #[arg(long)]
     json: bool,
@@ -45,8 +52,34 @@ struct CheckArgs {
 
 fn main() -> ExitCode {
     program::run(|| match Cli::parse().command {
+        Command::Run(args) => auditor::run(&args),
         Command::Check(args) => check(&args),
     })
+}
+
+/// What to recompute with.
+fn weights(args: &CheckArgs, opened: &Opened) -> anyhow::Result<Weights> {
+    let Some(hash) = opened.all_weights() else {
+        return Ok(opened.adapter().map_or(Weights::Base, |file| Weights::Lora(file.to_vec().into())));
+    };
+    let path = args.weights.as_ref().with_context(|| {
+        let hash = to_hex(&hash);
+        format!(
+            "the evidence is about all weights of a version, which it does not carry: name their file with --weights. Its BLAKE3 is \
+             {hash}; the auditor kept it as weights-{}.safetensors beside the evidence",
+            &hash[..16]
+        )
+    })?;
+    let file = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let got = *blake3::hash(&file).as_bytes();
+    anyhow::ensure!(
+        got == hash,
+        "{} is another file than the one that the evidence names: its BLAKE3 is {}, not {}",
+        path.display(),
+        to_hex(&got),
+        to_hex(&hash)
+    );
+    Ok(Weights::Full(file.into()))
 }
 
 fn check(args: &CheckArgs) -> anyhow::Result<()> {
@@ -65,8 +98,10 @@ fn check(args: &CheckArgs) -> anyhow::Result<()> {
                 format!("the evidence is about model {other}, not {id}; name the right one with --model")
             })?;
             let n_tokens = job.prompt.len() + evidence.answer.tokens.len();
+            let weights = weights(args, &opened)?;
             let mut replay = ModelReplay::load(&checkpoint, format, n_tokens)?;
-            let again = replay.replay(opened.adapter(), job, &evidence.answer);
+            let again = replay.install(job.adapter_hash, weights);
+            let again = again.and_then(|()| replay.replay(job, &evidence.answer));
             opened.judge(&again.map_err(anyhow::Error::msg)?, &profile)
         }
     };

@@ -155,6 +155,9 @@ async fn serve(settings: Settings, config: NodeConfig, json: bool) -> anyhow::Re
             if !run.assistants.is_empty() {
                 program::say(&format!("assistants: {}", assist_command(&model, &node, address)));
             }
+            if !run.auditors.is_empty() {
+                program::say(&format!("auditors: {}", audit_command(&model, &node, address, &run)));
+            }
         }
         if let Some(news) = report.take(event) {
             program::say(&news);
@@ -172,15 +175,29 @@ async fn serve(settings: Settings, config: NodeConfig, json: bool) -> anyhow::Re
 fn join_command(model: &str, node: &NodeSettings, address: &str, run: &RunConfig) -> String {
     let mut words: Vec<Cow<'_, str>> = ["rollout-fleet", "--model", model].map(Cow::from).to_vec();
     words.extend(node.worker_words(address));
-    if run.trainer.base_dtype != BaseDtype::F32 {
-        words.extend(["--base-dtype".into(), Cow::Owned(run.trainer.base_dtype.to_string())]);
-    }
+    words.extend(format_words(run));
     if run.environment_program.is_empty() {
         words.extend(["--env", &run.environment].map(Cow::from));
     } else {
         words.push("--env-program".into());
         words.extend(run.environment_program.iter().map(Cow::from));
     }
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+}
+
+/// In which format workers and auditors have the weights, where it is not f32.
+fn format_words(run: &RunConfig) -> Vec<Cow<'static, str>> {
+    match run.trainer.base_dtype {
+        BaseDtype::F32 => Vec::new(),
+        other => vec!["--base-dtype".into(), other.to_string().into()],
+    }
+}
+
+/// What starts an auditor of `run`.
+fn audit_command(model: &str, node: &NodeSettings, address: &str, run: &RunConfig) -> String {
+    let mut words: Vec<Cow<'_, str>> = ["veri-audit", "run", "--model", model].map(Cow::from).to_vec();
+    words.extend(node.worker_words(address));
+    words.extend(format_words(run));
     words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
 }
 
@@ -262,6 +279,10 @@ mod tests {
         let mut thin = run.clone();
         thin.trainer.base_dtype = BaseDtype::Bf16;
         assert_eq!(command(&thin), format!("{start} --base-dtype bf16 --env holdem:station"));
+        assert_eq!(
+            audit_command("tiny", &NodeSettings::default(), address, &thin),
+            format!("veri-audit run --model tiny --network default --trainer {address} --base-dtype bf16")
+        );
         run.environment_program = ["python3", "game.py", "--say", "it's"].map(str::to_owned).to_vec();
         assert_eq!(command(&run), format!(r"{start} --env-program python3 game.py --say 'it'\''s'"));
         node.relay = true;

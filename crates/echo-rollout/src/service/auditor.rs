@@ -1,7 +1,8 @@
 //! An auditor: takes trajectories that the trainer drew, challenges their workers, recomputes and signs a verdict.
 //!
 //! The recomputation needs the model, so whoever wires an auditor hands it in as a [`Replay`] (a few lines over
-//! `veri_verify::service::Auditor`).
+//! `veri_verify::service::Auditor`). It is made with the very version that the lease names: the trainer's signed snapshot comes with
+//! the job, and the trainer serves that version's blocks for as long as a trajectory of it may be trained on.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use veri_verify::{Answer, Audit, Job, Profile, Verdict, wire as veri_wire};
 use super::payload_source::PayloadSource;
 use super::{AUDIT_NEXT, AUDIT_OPEN, AUDIT_VERDICT, AskError, LONG_POLL, VERDICT_DOMAIN, ask, veri};
 use crate::rollout::Trajectory;
-use crate::snapshot::SignedSnapshot;
+use crate::snapshot::{Payload, SignedSnapshot, Weights};
 use crate::wire;
 
 /// How an auditor behaves.
@@ -48,20 +49,23 @@ impl AuditorConfig {
     }
 }
 
-/// Recomputes an answer with the auditor's own copy of the model.
+/// Recomputes answers with the auditor's own copy of the model.
 pub trait Replay: Send {
-    /// Final-norm rows, log-probabilities and draws behind every sampled token of `answer`, under the policy whose adapter
-    /// is given (`None`: the base model); its hash is the job's. Calls for one adapter come together, so keep it
-    /// installed.
+    /// Whether the weights with this hash are installed; `None`: the base model's.
+    fn holds(&self, hash: Option<[u8; 32]>) -> bool;
+
+    /// Installs the weights with this hash in place of those before. Jobs of one version come together.
+    ///
+    /// # Errors
+    /// When they cannot be read or do not fit; then nothing need be installed any more.
+    fn install(&mut self, hash: Option<[u8; 32]>, weights: Weights) -> Result<(), String>;
+
+    /// Final-norm rows, log-probabilities and draws behind every sampled token of `answer`, under what is installed: the
+    /// weights whose hash is the job's.
     ///
     /// # Errors
     /// When it cannot be recomputed here; no verdict is given then.
-    fn replay(
-        &mut self,
-        adapter: Option<&[u8]>,
-        job: &Job,
-        answer: &Answer,
-    ) -> Result<veri_verify::Replay, String>;
+    fn replay(&mut self, job: &Job, answer: &Answer) -> Result<veri_verify::Replay, String>;
 }
 
 /// Why an auditor ended.
@@ -87,10 +91,18 @@ pub struct Audited<'a> {
     pub verdict: &'a Verdict,
     finding: &'a Finding,
     adapter: Option<&'a [u8]>,
+    full: bool,
+    all_weights: Option<&'a Bytes>,
 }
 
 impl Audited<'_> {
-    /// What anybody needs to repeat the audit, the adapter included.
+    /// The file of all weights that the recomputation was made with, where evidence names it and somebody is convicted by it. The
+    /// evidence is of no use without it.
+    pub fn all_weights(&self) -> Option<&Bytes> {
+        self.all_weights
+    }
+
+    /// What anybody needs to repeat the audit, the adapter included; of all weights the hash only.
     pub fn evidence(&self) -> Evidence {
         let Finding { job, answer, randomness, n_positions, opening, verdict } = self.finding;
         Evidence {
@@ -101,6 +113,7 @@ impl Audited<'_> {
             n_positions: *n_positions,
             opening: opening.as_deref().map(to_hex),
             adapter: self.adapter.map(to_hex),
+            full: self.full,
             verdict: verdict.clone(),
         }
     }
@@ -120,7 +133,6 @@ pub async fn run_auditor(
     mut on_verdict: impl FnMut(&Audited<'_>),
 ) -> Result<(), AuditorError> {
     let mut last_answer = Instant::now();
-    // By hash: another run's version of the same number is another adapter.
     let mut adapter: Option<([u8; 32], Bytes)> = None;
     loop {
         let question = proto::AuditRequest { max_jobs: 16 };
@@ -141,38 +153,45 @@ pub async fn run_auditor(
                 continue;
             }
         };
-        last_answer = Instant::now();
         if reply.finished {
             return Ok(());
         }
+        let mut claims = Vec::with_capacity(reply.jobs.len());
         for job in reply.jobs {
-            let claim = match claim(job, &config.trainer) {
-                Ok(claim) => claim,
-                Err(error) => {
-                    tracing::warn!(%error, "audit job refused");
-                    continue;
-                }
-            };
-            let wanted = claim.snapshot.manifest().payload.artefact().map(|artefact| artefact.hash);
-            if let Some(hash) = wanted
-                && adapter.as_ref().is_none_or(|(fetched, _)| *fetched != hash)
-            {
-                match payload(source, &claim.snapshot, &config.trainer).await {
-                    Ok(bytes) => adapter = Some((hash, bytes)),
-                    Err(reason) => {
-                        let version = claim.snapshot.manifest().version;
-                        tracing::warn!(%version, reason, "snapshot not available to the auditor");
-                        continue;
-                    }
-                }
+            match claim(job, &config.trainer) {
+                Ok(claim) => claims.push(claim),
+                Err(error) => tracing::warn!(%error, "audit job refused"),
             }
-            let bytes = wanted.and(adapter.as_ref()).map(|(_, bytes)| &bytes[..]);
-            let finding = audit(node, replay, config, &claim, bytes, randomness()).await;
-            let Some(finding) = finding else { continue };
+        }
+        // What is too old soonest comes first, and weights change once for each version.
+        claims.sort_by_key(|claim| claim.snapshot.manifest().version);
+        for claim in claims {
+            let manifest = claim.snapshot.manifest();
+            if let Err(reason) = take_up(source, replay, config, &claim, &mut adapter).await {
+                tracing::warn!(version = %manifest.version, reason, "snapshot not available to the auditor");
+                continue;
+            }
+            let Some(finding) = audit(node, replay, config, &claim, randomness()).await else { continue };
             let (trajectory, verdict) = (&claim.trajectory, &finding.verdict);
-            on_verdict(&Audited { trajectory, verdict, finding: &finding, adapter: bytes });
+            let full = matches!(manifest.payload, Payload::Full(_));
+            // Its blocks are still here.
+            let all_weights = if full && verdict.convicts() {
+                payload(source, &claim.snapshot, &config.trainer).await.ok()
+            } else {
+                None
+            };
+            on_verdict(&Audited {
+                trajectory,
+                verdict,
+                finding: &finding,
+                adapter: adapter.as_ref().map(|(_, bytes)| &bytes[..]),
+                full,
+                all_weights: all_weights.as_ref(),
+            });
             report(node, config, trajectory, verdict).await;
         }
+        // Whole models take their time, in which it was not asked for more.
+        last_answer = Instant::now();
     }
 }
 
@@ -181,6 +200,37 @@ struct Claim {
     trajectory: Trajectory,
     snapshot: SignedSnapshot,
     base_model_id: String,
+}
+
+impl Claim {
+    /// Hash of what the claimed version installs.
+    fn hash(&self) -> Option<[u8; 32]> {
+        self.snapshot.manifest().payload.artefact().map(|artefact| artefact.hash)
+    }
+}
+
+/// Has the weights of the claim installed, fetched where they are not there. The bytes of an adapter stay here, for evidence; those of
+/// all weights do not. Weights are known by their hash: another run's version of the same number is another one.
+async fn take_up(
+    source: &dyn PayloadSource,
+    replay: &mut dyn Replay,
+    config: &AuditorConfig,
+    claim: &Claim,
+    adapter: &mut Option<([u8; 32], Bytes)>,
+) -> Result<(), String> {
+    let (hash, to_install) = (claim.hash(), &claim.snapshot.manifest().payload);
+    let carried = if matches!(to_install, Payload::Lora(_)) { hash } else { None };
+    if replay.holds(hash) && adapter.as_ref().map(|(hash, _)| *hash) == carried {
+        return Ok(());
+    }
+    *adapter = None;
+    let bytes = match hash {
+        Some(_) => payload(source, &claim.snapshot, &config.trainer).await?,
+        None => Bytes::new(),
+    };
+    *adapter = carried.map(|hash| (hash, bytes.clone()));
+    let weights = to_install.weights(bytes);
+    off_runtime(|| replay.install(hash, weights))
 }
 
 fn claim(job: proto::AuditJob, trainer: &PeerId) -> Result<Claim, DecodeError> {
@@ -225,12 +275,10 @@ async fn audit(
     replay: &mut dyn Replay,
     config: &AuditorConfig,
     claim: &Claim,
-    adapter: Option<&[u8]>,
     randomness: [u8; 32],
 ) -> Option<Finding> {
     let t = &claim.trajectory;
-    let adapter_hash = claim.snapshot.manifest().payload.artefact().map(|a| a.hash);
-    let job = veri::job(&claim.base_model_id, t.lease(), adapter_hash, t.prompt());
+    let job = veri::job(&claim.base_model_id, t.lease(), claim.hash(), t.prompt());
     let answer = Answer::of_turns(t.steps().iter().map(|s| (s.token, s.logprob, s.trainable)));
     let n_positions = config.positions;
     let mut finding =
@@ -267,7 +315,7 @@ async fn audit(
             return None;
         }
     };
-    match off_runtime(|| replay.replay(adapter, &finding.job, &finding.answer)) {
+    match off_runtime(|| replay.replay(&finding.job, &finding.answer)) {
         Ok(replayed) => {
             let verdict = audit.judge(&opening, &replayed, &config.profile);
             found(finding, verdict)

@@ -134,11 +134,7 @@ impl SnapshotWatcher {
             let fetched = source.fetch(&manifest, &trainer).await;
             let bytes = fetched.map_err(|reason| SnapshotError::Fetch { version, reason })?;
             manifest.check_payload(&bytes)?;
-            let weights = match manifest.payload {
-                Payload::Full(_) => Weights::Full(bytes),
-                Payload::Lora(_) | Payload::Base => Weights::Lora(bytes),
-            };
-            Ok(Staged { version, hash: Some(hash), weights })
+            Ok(Staged { version, hash: Some(hash), weights: manifest.payload.weights(bytes) })
         })
     }
 

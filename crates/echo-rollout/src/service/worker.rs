@@ -99,7 +99,7 @@ pub struct Work<'a> {
     pub steps: &'a [Step],
     /// The final-norm row `[H]` that produced each sampled token.
     pub rows: &'a [Vec<f32>],
-    /// Hash of the installed adapter; `None` for the base model.
+    /// Hash of the installed adapter or of all weights; `None` for the base model.
     pub adapter_hash: Option<[u8; 32]>,
 }
 

@@ -36,13 +36,14 @@ pub enum Next {
     Done,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     /// Nobody computes it.
     Open,
     /// An assistant does, or this trainer.
     Taken,
-    Done,
+    /// By an assistant, or by this trainer.
+    Done(Option<PeerId>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +145,8 @@ impl Leader {
     /// the first ones for itself, which need not travel; an only one never does.
     pub fn next(&mut self, now_ms: u64, own: usize) -> Next {
         self.leave_out_late(now_ms);
-        let open: Vec<usize> = self.places(State::Open).collect();
+        let states = self.shares.iter().enumerate();
+        let open: Vec<usize> = states.filter(|(_, s)| **s == State::Open).map(|(share, _)| share).collect();
         let idle = self.assistants.iter().find(|(_, job)| job.is_none()).map(|(peer, _)| peer.clone());
         if let (Some(peer), Some(&share)) = (idle, open.get(own.max(1)..).and_then(<[usize]>::last)) {
             let attempt = Attempt { step: self.step, round: self.round, share };
@@ -167,7 +169,7 @@ impl Leader {
 
     /// A share was computed here.
     pub fn handle_own(&mut self, share: usize) {
-        self.shares[share] = State::Done;
+        self.shares[share] = State::Done(None);
     }
 
     /// `peer` answered as it should; true when the answer counts, false when it came too late.
@@ -178,18 +180,22 @@ impl Leader {
         if !job.late {
             self.late.remove(peer);
         }
-        let state =
-            self.shares.get_mut(attempt.share).filter(|s| attempt.round == round && **s != State::Done);
-        state.map(|state| *state = State::Done).is_some()
+        let missing = |s: &&mut State| attempt.round == round && !matches!(s, State::Done(_));
+        let state = self.shares.get_mut(attempt.share).filter(missing);
+        state.map(|state| *state = State::Done(Some(peer.clone()))).is_some()
     }
 
-    /// `peer` is left out; its share goes to somebody else. Until the learner is started again, if [`Exclusion::is_final`], even if it
-    /// has gone already.
+    /// `peer` is left out; its share goes to somebody else, and so do those of this round that it has answered, if
+    /// [`Exclusion::is_false`]. Until the learner is started again, if [`Exclusion::is_final`], even if it has gone already.
     pub fn exclude(&mut self, peer: &PeerId, why: Exclusion) {
         let gone = self.assistants.remove(peer);
         let known = gone.is_some();
         if let Some(job) = gone.flatten().filter(|job| self.is_awaited(job)) {
             self.shares[job.attempt.share] = State::Open;
+        }
+        if why.is_false() {
+            let by_peer = |share: &State| matches!(share, State::Done(Some(by)) if by == peer);
+            self.shares.iter_mut().filter(|share| by_peer(share)).for_each(|share| *share = State::Open);
         }
         if why.is_final() && !self.dismissed.contains_key(peer) {
             self.dismissed.insert(peer.clone(), why.clone());
@@ -204,10 +210,6 @@ impl Leader {
             self.news.remove(0);
         }
         self.news.push((peer, why));
-    }
-
-    fn places(&self, state: State) -> impl Iterator<Item = usize> {
-        self.shares.iter().enumerate().filter(move |(_, s)| **s == state).map(|(share, _)| share)
     }
 
     /// Whether the step waits for it.

@@ -53,7 +53,7 @@ proptest! {
         (0..n_assistants).for_each(|i| leader.join(&peer(i)).unwrap());
         for step in 0..6 {
             leader.begin(step, n_shares);
-            let mut done = vec![false; n_shares];
+            let (mut done, mut by) = (vec![false; n_shares], vec![None; n_shares]);
             let mut turns = 0;
             loop {
                 turns += 1;
@@ -71,6 +71,7 @@ proptest! {
                             if leader.handle_answer(&peer, attempt) {
                                 prop_assert!(attempt.step == step && !done[attempt.share]);
                                 done[attempt.share] = true;
+                                by[attempt.share] = Some(peer.clone());
                             }
                             busy.remove(&peer);
                         }
@@ -79,7 +80,13 @@ proptest! {
                             n_events += 1;
                             events.insert((now + ms, n_events), (peer, None, fate));
                         }
-                        (Some(_), Fate::Lies(_)) => leader.exclude(&peer, Exclusion::NotFinite),
+                        (Some(_), Fate::Lies(_)) => {
+                            leader.exclude(&peer, Exclusion::NotFinite);
+                            // Nothing that it said in this step counts.
+                            for (done, by) in done.iter_mut().zip(&mut by) {
+                                *done &= by.take_if(|by| *by == peer).is_none();
+                            }
+                        }
                     }
                 }
                 let next = leader.next(now, own);
@@ -154,6 +161,36 @@ fn who_is_late_three_times_in_a_row_is_out_and_who_answers_in_between_is_not() {
 }
 
 #[test]
+fn of_who_was_wrong_about_one_share_no_other_of_the_round_counts() {
+    for (why, believed) in [
+        (Exclusion::NotFinite, false),
+        (Exclusion::Wrong, false),
+        (Exclusion::Gone { reason: String::new() }, true),
+    ] {
+        let (mut leader, p) = (Leader::new(CONFIG), peer(0));
+        leader.join(&p).unwrap();
+        leader.begin(0, 4);
+        let ask = |leader: &mut Leader| {
+            let Next::Ask { attempt, .. } = leader.next(0, 1) else { panic!("it is not asked") };
+            attempt
+        };
+        for share in [3, 2] {
+            let attempt = ask(&mut leader);
+            assert!(attempt.share == share && leader.handle_answer(&p, attempt));
+        }
+        assert_eq!(ask(&mut leader).share, 1);
+        leader.exclude(&p, why);
+        let mut own = Vec::new();
+        while let Next::Own(mine) = leader.next(0, 1) {
+            mine.iter().for_each(|share| leader.handle_own(*share));
+            own.extend(mine);
+        }
+        assert_eq!(own, if believed { vec![0, 1] } else { vec![0, 1, 2, 3] });
+        assert_eq!(leader.next(0, 1), Next::Done);
+    }
+}
+
+#[test]
 fn who_joins_again_is_as_late_as_it_was() {
     let (mut leader, p) = (Leader::new(CONFIG), peer(0));
     for step in 0..3 {
@@ -209,7 +246,7 @@ fn what_is_no_answer_is_named() {
     assert_eq!(wrong(&|r| r.values[3] = f32::INFINITY), Exclusion::NotFinite);
     assert_eq!(wrong(&|r| r.figures.loss = f64::NAN), Exclusion::NotFinite);
     assert_eq!(wrong(&|r| r.figures.correction.weight_max = f64::INFINITY), Exclusion::NotFinite);
-    assert!(matches!(wrong(&|r| r.figures.tokens = usize::MAX), Exclusion::Protocol { .. }));
+    assert_eq!(wrong(&|r| r.figures.tokens = usize::MAX), Exclusion::OtherTokens);
 }
 
 #[test]

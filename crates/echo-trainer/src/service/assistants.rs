@@ -79,7 +79,7 @@ struct Shared {
     changed: Condvar,
     /// The newest weights.
     weights: watch::Sender<Option<Arc<Weights>>>,
-    /// Streams that are open.
+    /// Streams that are open, of those that the settings name: from before they are greeted until the last that is said.
     attended: watch::Sender<usize>,
 }
 
@@ -100,9 +100,9 @@ struct State {
     leader: Leader,
     connections: BTreeMap<PeerId, Connection>,
     n_connections: u64,
-    /// Of the present shares, with the assistant that each is of.
+    /// Of the present shares, with the assistant that each is of. What was not so is there until it is computed again.
     answers: Vec<Option<(Answer, Option<PeerId>)>>,
-    /// Shares of the last gradients that assistants computed, without one that was found wrong.
+    /// Shares of the last gradients that assistants computed, without those that were thrown away.
     assisted: usize,
     finished: bool,
 }
@@ -157,6 +157,24 @@ impl State {
         for (peer, reason) in out.collect::<Vec<_>>() {
             self.end(&peer, false, reason);
         }
+    }
+
+    /// Which of the present shares assistants computed.
+    fn assisted(&self) -> Vec<usize> {
+        let answers = self.answers.iter().enumerate();
+        answers.filter(|(_, answer)| matches!(answer, Some((_, Some(_))))).map(|(share, _)| share).collect()
+    }
+
+    /// Compares an assistant's answer with what was computed here. Where they differ this one counts, and the assistant's others of
+    /// this round are missing again.
+    fn compare(&mut self, share: usize, own: Answer) {
+        let liar = match &self.answers[share] {
+            Some((told, Some(peer))) if *told != own => peer.clone(),
+            _ => return,
+        };
+        self.answers[share] = Some((own, None));
+        self.leader.handle_own(share);
+        self.leader.exclude(&liar, Exclusion::Wrong);
     }
 
     fn now_ms(&self) -> u64 {
@@ -214,12 +232,12 @@ impl Assistants {
         self.shared.state().leader.take_news()
     }
 
-    /// Shares of the last step that assistants computed.
+    /// Shares of the last step's gradients that assistants computed, without those that were thrown away.
     pub fn assisted(&self) -> usize {
         self.shared.state().assisted
     }
 
-    /// Tells all that the run is over, and waits until they have heard it, for at most `grace`.
+    /// Tells all that the run is over, those too that are just being greeted, and waits until they have heard it, for at most `grace`.
     pub async fn finish(&self, grace: Duration) {
         self.node.unhandle_stream(PROTOCOL);
         {
@@ -259,6 +277,7 @@ impl averaging::Assistants for Assistants {
         let mut state = shared.state();
         state.leader.begin(weights.version.0, shares.len());
         state.answers = vec![None; shares.len()];
+        let mut checked = false;
         loop {
             let now_ms = state.now_ms();
             let next = state.leader.next(now_ms, own.width());
@@ -299,28 +318,23 @@ impl averaging::Assistants for Assistants {
                     let waited = shared.changed.wait_timeout(state, wait);
                     state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
-                Next::Done => break,
+                Next::Done if checked => break,
+                Next::Done => {
+                    checked = true;
+                    let assisted = state.assisted();
+                    let Some(drawn) = shared.config.drawn(state.leader.round(), assisted.len()) else {
+                        break;
+                    };
+                    let share = assisted[drawn];
+                    drop(state);
+                    let again = own.compute(std::slice::from_ref(&shares[share]))?.pop();
+                    state = shared.state();
+                    state.compare(share, again.expect("one answer for each share"));
+                }
             }
-        }
-        let by =
-            |answers: &[Option<(Answer, Option<PeerId>)>], share: usize| answers[share].as_ref()?.1.clone();
-        let assisted = (0..shares.len()).filter_map(|share| Some((share, by(&state.answers, share)?)));
-        let mut assisted: Vec<(usize, PeerId)> = assisted.collect();
-        if let Some(drawn) = shared.config.drawn(state.leader.round(), assisted.len()) {
-            let (share, peer) = assisted[drawn].clone();
-            drop(state);
-            let again = own.compute(std::slice::from_ref(&shares[share]))?.pop();
-            state = shared.state();
-            let told = state.answers[share].take().map(|(answer, _)| answer);
-            if told != again {
-                state.leader.exclude(&peer, Exclusion::Wrong);
-                state.end_dismissed();
-                assisted.remove(drawn);
-            }
-            state.answers[share] = again.map(|answer| (answer, None));
         }
         if shares.first().is_some_and(|share| share.task == Task::Gradients) {
-            state.assisted = assisted.len();
+            state.assisted = state.assisted().len();
         }
         let answers = std::mem::take(&mut state.answers);
         Ok(answers.into_iter().map(|answer| answer.expect("every share is done").0).collect())

@@ -106,7 +106,8 @@ impl std::fmt::Debug for Gateway {
 }
 
 impl Gateway {
-    /// A service for `checkpoint`, which `sampler` samples from; what clients save goes below `dir`.
+    /// A service for `checkpoint`, which `sampler` samples from with weights in `config.base_dtype`; what clients save goes below
+    /// `dir`.
     ///
     /// # Errors
     /// A checkpoint without an id, a directory that cannot be written.
@@ -116,7 +117,7 @@ impl Gateway {
         sampler: Arc<dyn TaskSampler>,
         dir: &Path,
     ) -> Result<Self, GatewayError> {
-        let id = checkpoint.id()?;
+        let id = config.base_dtype.model_id(&checkpoint.id()?);
         let shape = checkpoint.config();
         let limits = DatumLimits {
             vocabulary: u32::try_from(shape.vocab).unwrap_or(u32::MAX),

@@ -265,6 +265,7 @@ impl<P: Update + Send + 'static> Learner<P> {
         let secret = audit_secret(parts.node.identity(), config.seed);
         let collector_config = CollectorConfig {
             auditors: config.auditors.clone(),
+            audit_timeout: Duration::from_secs(config.audit_timeout_s),
             ..CollectorConfig::new(
                 config.dispatch(secret),
                 base_model_id.clone(),
@@ -500,6 +501,7 @@ impl<P: Update + Send + 'static> Learner<P> {
                 dropped_stale: counts.dropped_stale(),
                 dropped_flat: counts.dropped_for(DropReason::Flat),
                 rejected: counts.rejected(),
+                unproven: counts.dropped_for(DropReason::Unproven),
                 lost: counts.lost,
                 duplicated: counts.duplicated,
                 open: counts.open,

@@ -24,10 +24,10 @@ use crate::config::AuditPolicy;
 use crate::environment::Arithmetic;
 use crate::lease::{DropReason, SamplingSpec};
 use crate::service::{
-    Audited, AuditorConfig, BoxFuture, PayloadSource, Replay, VeriCommitter, Worker, WorkerConfig,
-    WorkerError, run_auditor,
+    Audited, AuditorConfig, BoxFuture, PayloadSource, PolicyEngine, Replay, VeriCommitter, Worker,
+    WorkerConfig, WorkerError, run_auditor,
 };
-use crate::snapshot::{Artefact, Payload, SnapshotManifest};
+use crate::snapshot::{Artefact, Payload, SnapshotManifest, Weights};
 use crate::sync::SequentialConfig;
 
 const VOCABULARY: usize = 128;
@@ -48,7 +48,7 @@ fn log_softmax(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|l| l - largest - sum.ln()).collect()
 }
 
-/// The weights are one number: the base model's, or the adapter's first byte.
+/// The weights are one number: the base model's, or the first byte of an adapter or of all weights.
 struct Model {
     base: f32,
     weights: f32,
@@ -90,17 +90,23 @@ impl StageRunner for Model {
     }
 }
 
-/// The auditor's own copy of the model.
-struct Recompute;
+/// The auditor's own copy of the model, with what is installed and its hash.
+#[derive(Default)]
+struct Recompute(Option<(Option<[u8; 32]>, f32)>);
 
 impl Replay for Recompute {
-    fn replay(
-        &mut self,
-        adapter: Option<&[u8]>,
-        job: &Job,
-        answer: &Answer,
-    ) -> Result<veri_verify::Replay, String> {
-        let weights = adapter.map_or(0.0, |bytes| f32::from(bytes[0]));
+    fn holds(&self, hash: Option<[u8; 32]>) -> bool {
+        self.0.is_some_and(|(held, _)| held == hash)
+    }
+
+    fn install(&mut self, hash: Option<[u8; 32]>, weights: Weights) -> Result<(), String> {
+        self.0 = Some((hash, weights.bytes().first().map_or(0.0, |byte| f32::from(*byte))));
+        Ok(())
+    }
+
+    fn replay(&mut self, job: &Job, answer: &Answer) -> Result<veri_verify::Replay, String> {
+        let (held, weights) = self.0.ok_or("nothing is installed")?;
+        assert_eq!(held, job.adapter_hash);
         let before = job.prompt.last().into_iter().chain(&answer.tokens);
         let rows: Vec<Vec<f32>> = before.take(answer.tokens.len()).map(|t| row(*t, weights)).collect();
         let scored = rows.iter().zip(&answer.tokens);
@@ -144,19 +150,23 @@ async fn connected(seed: u8, to: &Node) -> Node {
 }
 
 fn snapshot(seed: u8, version: u64) -> SignedSnapshot {
+    snapshot_of(seed, version, if version == 0 { |_| Payload::Base } else { Payload::Lora })
+}
+
+/// The same with all weights in every version.
+fn full_snapshot(seed: u8, version: u64) -> SignedSnapshot {
+    snapshot_of(seed, version, Payload::Full)
+}
+
+fn snapshot_of(seed: u8, version: u64, payload: fn(Artefact) -> Payload) -> SignedSnapshot {
     let key = SigningKey::from_bytes(&[seed; 32]);
     let hash = *blake3::hash(&[version as u8]).as_bytes();
     let root = swarm_wire::cid::raw(swarm_wire::cid::HASH_BLAKE3, &hash);
-    let payload = if version == 0 {
-        Payload::Base
-    } else {
-        Payload::Lora(Artefact { root, hash, bytes: 1, spread: false })
-    };
     let manifest = SnapshotManifest {
         run: RunId(7),
         version: PolicyVersion(version),
         parent: version.checked_sub(1).map(PolicyVersion),
-        payload,
+        payload: payload(Artefact { root, hash, bytes: 1, spread: false }),
         base_model_id: "three lines".to_owned(),
         created_by: PeerId::from_ed25519(&key.verifying_key().to_bytes()),
     };
@@ -207,6 +217,11 @@ fn worker_with(node: &Node, trainer: &PeerId, seed: u8, error: f32, adapters: Ar
     let engine =
         EngineHandle::start(Box::new(Model { base: error, weights: error }), EngineConfig::default())
             .unwrap();
+    let read = move |bytes: Option<Bytes>| -> Result<Box<dyn StageRunner>, String> {
+        let weights = error + bytes.map_or(0.0, |bytes| f32::from(bytes[0]));
+        Ok(Box::new(Model { base: error, weights }))
+    };
+    let engine = PolicyEngine::from(engine).reading(Arc::new(read));
     let committer = VeriCommitter::new(Identity::from_seed([seed; 32]), "three lines".to_owned(), 1);
     Worker::new(
         node.clone(),
@@ -227,21 +242,63 @@ fn round_config() -> SequentialConfig {
     SequentialConfig { groups_per_step: 5, min_workers: 1, ack_timeout_ms: 2000 }
 }
 
+/// What an auditor found.
+#[derive(Debug, Default)]
+struct Found {
+    /// Versions whose rollouts passed, once for each.
+    passed: Vec<u64>,
+    /// The evidence against a liar, with all weights where there are any.
+    proof: Option<(veri_verify::Evidence, Option<Bytes>)>,
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_trained_on() {
-    let trainer = node(1).await;
-    let auditor = connected(4, &trainer).await;
-    let collector = collecting(&trainer, config(vec![auditor.peer_id()])).await;
-    let (honest, liar) = (connected(2, &trainer).await, connected(3, &trainer).await);
+    let Found { passed, proof } = audited_rounds(1, snapshot, 0.25).await;
+    assert!(passed.len() > 5);
+    let (evidence, all_weights) = proof.unwrap();
+    assert!(!evidence.full && all_weights.is_none());
+    let opened = evidence.open().unwrap();
+    let weights = opened.adapter().map_or(Weights::Base, |bytes| Weights::Lora(bytes.to_vec().into()));
+    let mut again = Recompute::default();
+    again.install(evidence.job.adapter_hash, weights).unwrap();
+    let again = again.replay(&evidence.job, &evidence.answer).unwrap();
+    assert_eq!(opened.judge(&again, &veri_verify::Profile::f32()), evidence.verdict, "anyone finds the same");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whole_models_are_audited_with_the_very_version_that_was_sampled_with() {
+    let Found { passed, proof } = audited_rounds(101, full_snapshot, 1.0).await;
+    for version in 0..3 {
+        let n = passed.iter().filter(|v| **v == version).count();
+        assert!(n >= 20, "all rollouts of version {version}, not {n}");
+    }
+    let (evidence, all_weights) = proof.unwrap();
+    assert!(evidence.full && evidence.adapter.is_none(), "a whole model is not carried along");
+    let all_weights = all_weights.expect("but handed over to be kept");
+    assert_eq!(all_weights[..], [evidence.job.policy_version as u8]);
+    let opened = evidence.open().unwrap();
+    assert_eq!(opened.all_weights(), Some(*blake3::hash(&all_weights).as_bytes()));
+    let mut again = Recompute::default();
+    again.install(opened.all_weights(), Weights::Full(all_weights)).unwrap();
+    let again = again.replay(&evidence.job, &evidence.answer).unwrap();
+    assert_eq!(opened.judge(&again, &veri_verify::Profile::f32()), evidence.verdict, "anyone finds the same");
+}
+
+/// Three rounds of a trainer with this seed, an honest worker and a liar, of whose rollouts so many are audited.
+async fn audited_rounds(seed: u8, snapshot: fn(u8, u64) -> SignedSnapshot, fraction: f64) -> Found {
+    let trainer = node(seed).await;
+    let auditor = connected(seed + 3, &trainer).await;
+    let mut settings = config(vec![auditor.peer_id()]);
+    settings.dispatch.audit.fraction = fraction;
+    let collector = collecting(&trainer, settings).await;
+    let (honest, liar) = (connected(seed + 1, &trainer).await, connected(seed + 2, &trainer).await);
     let id = trainer.peer_id();
-    let honest_worker = worker(&honest, &id, 2, 0.0, false);
+    let honest_worker = worker(&honest, &id, seed + 1, 0.0, false);
     let mut stats = honest_worker.stats();
     let honest_run = tokio::spawn(honest_worker.run());
-    let liar_run = tokio::spawn(worker(&liar, &id, 3, 0.5, false).run());
-    let verdicts = Arc::new(AtomicU64::new(0));
-    let counted = Arc::clone(&verdicts);
-    let proof = Arc::new(Mutex::new(None));
-    let kept = Arc::clone(&proof);
+    let liar_run = tokio::spawn(worker(&liar, &id, seed + 2, 0.5, false).run());
+    let found = Arc::new(Mutex::new(Found::default()));
+    let kept = Arc::clone(&found);
     let audits = tokio::spawn(async move {
         let mut n = 0u8;
         let fresh = move || {
@@ -249,19 +306,24 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
             [n; 32]
         };
         let on_verdict = |audited: &Audited<'_>| {
-            counted.fetch_add(1, Ordering::Relaxed);
-            if matches!(audited.verdict, veri_verify::Verdict::Fail { .. }) {
-                *kept.lock().unwrap() = Some(audited.evidence());
+            let mut found = kept.lock().unwrap();
+            match audited.verdict {
+                veri_verify::Verdict::Pass { .. } => found.passed.push(audited.trajectory.lease().version.0),
+                veri_verify::Verdict::Fail { .. } => {
+                    found.proof = Some((audited.evidence(), audited.all_weights().cloned()));
+                }
+                _ => {}
             }
         };
         let config = AuditorConfig::new(id);
-        run_auditor(&auditor, &Adapters::default(), &mut Recompute, &config, fresh, on_verdict).await
+        let mut replay = Recompute::default();
+        run_auditor(&auditor, &Adapters::default(), &mut replay, &config, fresh, on_verdict).await
     });
 
     assert_eq!(collector.wait_for_workers(2, Duration::from_secs(20)).await, 2);
     let mut sync = SequentialSync::new(round_config(), PolicyVersion(0), 0);
     for version in 0..3u64 {
-        let snapshot = snapshot(1, version);
+        let snapshot = snapshot(seed, version);
         let round = collector.round(&mut sync, &snapshot);
         let groups = tokio::time::timeout(Duration::from_secs(60), round).await.unwrap().unwrap();
         assert_eq!(groups.len(), 5);
@@ -281,12 +343,8 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     assert_eq!(counts.consumed, 60);
     assert_eq!((counts.lost, counts.duplicated, counts.consumed_of_convicted), (0, 0, 0));
     assert!(counts.dropped_for(DropReason::Convicted) > 0);
-    assert!(verdicts.load(Ordering::Relaxed) > 5);
-    let evidence = proof.lock().unwrap().take().unwrap();
-    assert_eq!(evidence.worker(), Some(liar.peer_id()));
-    let opened = evidence.open().unwrap();
-    let again = Recompute.replay(opened.adapter(), &evidence.job, &evidence.answer).unwrap();
-    assert_eq!(opened.judge(&again, &veri_verify::Profile::f32()), evidence.verdict, "anyone finds the same");
+    let found = std::mem::take(&mut *found.lock().unwrap());
+    assert_eq!(found.proof.as_ref().unwrap().0.worker(), Some(liar.peer_id()));
     collector.check().unwrap();
     // The worker counts an answer a moment after the trainer has counted the trajectory.
     let counted = stats.wait_for(|s| s.accepted >= 60);
@@ -297,6 +355,7 @@ async fn rounds_go_from_snapshot_to_audited_groups_and_a_cheater_is_never_traine
     for node in [trainer, honest, liar] {
         node.shutdown().await;
     }
+    found
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

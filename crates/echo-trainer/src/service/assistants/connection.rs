@@ -1,6 +1,7 @@
 //! One assistant's stream, from its first frame to its end.
 
 use std::collections::VecDeque;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,19 +21,38 @@ const GREETING: Duration = Duration::from_secs(10);
 /// Weights that may be on their way to one assistant that has not confirmed them. The last place is kept for those that a share needs.
 const SENT_MAX: usize = 8;
 
-/// Serves the assistant at the other end until one of both has enough.
-pub(super) async fn attend(shared: Arc<Shared>, peer: PeerId, stream: Stream) {
-    let (reader, mut writer) = tokio::io::split(stream);
-    let mut reader = BufReader::new(reader);
-    if let Err(reason) = greet(&shared, &peer, &mut reader, &mut writer).await {
-        tracing::info!(%peer, reason, "an assistant was refused");
-        let end = Frame::End { finished: shared.state().finished, reason };
-        let _ = timeout(GREETING, last(&mut writer, &end)).await;
-        return;
+/// A stream that the end of the run waits for.
+struct Attended(Arc<Shared>);
+
+impl Attended {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.attended.send_modify(|streams| *streams += 1);
+        Self(Arc::clone(shared))
     }
-    shared.attended.send_modify(|streams| *streams += 1);
-    serve(&shared, &peer, &mut reader, &mut writer, GREETING).await;
-    shared.attended.send_modify(|streams| *streams -= 1);
+}
+
+impl Drop for Attended {
+    fn drop(&mut self) {
+        self.0.attended.send_modify(|streams| *streams -= 1);
+    }
+}
+
+/// Serves the assistant at the other end until one of both has enough. Counted at once, so that the run does not end before one that
+/// is being greeted was told so; strangers are not waited for.
+pub(super) fn attend(shared: Arc<Shared>, peer: PeerId, stream: Stream) -> impl Future<Output = ()> + Send {
+    let attended = shared.config.peers.contains(&peer).then(|| Attended::new(&shared));
+    async move {
+        let _attended = attended;
+        let (reader, mut writer) = tokio::io::split(stream);
+        let mut reader = BufReader::new(reader);
+        if let Err(reason) = greet(&shared, &peer, &mut reader, &mut writer).await {
+            tracing::info!(%peer, reason, "an assistant was refused");
+            let end = Frame::End { finished: shared.state().finished, reason };
+            let _ = timeout(GREETING, last(&mut writer, &end)).await;
+            return;
+        }
+        serve(&shared, &peer, &mut reader, &mut writer, GREETING).await;
+    }
 }
 
 /// Serves an assistant that was let in. Once its end is ordered, it has `grace` to take what is on its way, and the end.

@@ -11,8 +11,11 @@ use crate::averaging::Reply;
 use crate::averaging::wire::{Frame, decode_share, encode_frame, encode_reply};
 use crate::loss::LossConfig;
 use crate::loss::config::Correction;
+use crate::metrics::LossMetrics;
+use crate::parameters::Gradients;
 use crate::service::assistant::{Assistant, AssistantError, AssistantEvent};
-use crate::step::tests::Bigram;
+use crate::shares::{Cut, Replicas, policy_gradients};
+use crate::step::tests::{Bigram, sample};
 use crate::trainer::Trainer;
 use crate::trainer::tests::{config, round_with};
 
@@ -373,6 +376,87 @@ async fn a_share_of_other_bits_is_found_where_it_is_computed_again() {
     run.present(1).await;
     assert_eq!((run.step().await, run.step().await), (1, 1));
     assert!(run.assistants.take_news().is_empty() && run.weights() == alone(3, 2));
+}
+
+/// The learner's own hands, which take up a share only when this assistant has answered for its last one.
+struct Slow {
+    shared: Arc<Shared>,
+    assistant: PeerId,
+    policy: Bigram,
+}
+
+impl Hands for Slow {
+    fn width(&self) -> usize {
+        1
+    }
+
+    fn compute(&mut self, shares: &[Arc<Share>]) -> Result<Vec<Answer>, StepError> {
+        let began = Instant::now();
+        while self.shared.state().leader.asked(&self.assistant).is_some() {
+            assert!(began.elapsed() < Duration::from_secs(20), "it answers");
+            std::thread::yield_now();
+        }
+        Replicas::new(vec![&mut self.policy], &settings().loss).compute(shares)
+    }
+}
+
+/// Gradients of a batch in five shares, with whoever is there.
+fn in_five_shares(
+    compute: impl FnMut(&[Arc<Share>]) -> Result<Vec<Answer>, StepError>,
+) -> (Gradients, LossMetrics) {
+    let samples: Vec<_> =
+        (0..5).map(|i| sample(&[i % 4, 1, (i + 2) % 4], 1, 0.3 * f64::from(i) - 0.5)).collect();
+    let sizes = Cut { shares: 5, micro_batch_tokens: 1000 };
+    policy_gradients(compute, &samples, &settings().loss, sizes).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_who_is_found_wrong_in_a_round_nothing_of_that_round_is_believed() {
+    let run = Run::checking(20_000, 1.0).await;
+    tokio::spawn(flawed(run.nodes[0].clone(), run.learner.peer_id(), Flaw::Wrong));
+    run.present(1).await;
+    let (mut assistants, assistant) = (run.assistants.clone(), run.nodes[0].peer_id());
+    let shared = Arc::clone(&assistants.shared);
+    let computed = tokio::task::spawn_blocking(move || {
+        let mut own = Slow { shared, assistant, policy: Bigram::new(4) };
+        in_five_shares(|shares| averaging::Assistants::compute(&mut assistants, shares, &mut own))
+    });
+    let computed = computed.await.unwrap();
+    let (mut policy, loss) = (Bigram::new(4), settings().loss);
+    let mut alone = Replicas::new(vec![&mut policy], &loss);
+    assert_eq!(computed, in_five_shares(|shares| alone.compute(shares)), "only one of its two was looked at");
+    assert_eq!(run.assistants.assisted(), 0);
+    let found: Vec<Exclusion> = run.assistants.take_news().into_iter().map(|(_, why)| why).collect();
+    assert_eq!(found, [Exclusion::Wrong]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_being_greeted_when_the_run_ends_is_told_so_and_strangers_are_not_waited_for() {
+    let run = Run::start(20_000).await;
+    let stranger = node().await;
+    stranger.dial(&run.learner.listen_addrs().await[0]).await.unwrap();
+    let _silent = stranger.open_stream(&run.learner.peer_id(), PROTOCOL).await.unwrap();
+    let stream = run.nodes[0].open_stream(&run.learner.peer_id(), PROTOCOL).await.unwrap();
+    let (reader, mut writer) = tokio::io::split(stream);
+    let mut reader = BufReader::new(reader);
+    let mut attended = run.assistants.shared.attended.subscribe();
+    let here = tokio::time::timeout(Duration::from_secs(20), attended.wait_for(|streams| *streams == 1));
+    assert_eq!(*here.await.expect("it comes").unwrap(), 1);
+
+    let mut finishing = Box::pin(run.assistants.finish(Duration::from_secs(20)));
+    assert!(tokio::time::timeout(Duration::ZERO, &mut finishing).await.is_err(), "it is waited for");
+    let told = async {
+        let hello = Frame::Hello { base_model_id: MODEL.to_owned() };
+        frames::send(&mut writer, &hello, &[]).await.unwrap();
+        let mut told = Vec::new();
+        while let Ok(Some((frame, 0))) = frames::receive(&mut reader).await {
+            told.push(frame);
+        }
+        told
+    };
+    let both = async { tokio::join!(finishing, told) };
+    let ((), told) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it ends");
+    assert!(matches!(&told[..], [Frame::Welcome { .. }, Frame::End { finished: true, .. }]), "{told:?}");
 }
 
 #[test]

@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
+use parallax_model::BaseDtype;
+
 /// Limits of a gateway.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GatewayConfig {
     /// Name under which clients ask for the base model.
     pub model_name: String,
+    /// Format of the frozen weights under the adapters; the sampler has to have the same one, and what was saved over another is
+    /// refused. Default: f32.
+    pub base_dtype: BaseDtype,
     /// Keys that clients may send; empty lets everyone in. The PyPI client only sends keys that begin with `tml-`.
     pub api_keys: Vec<String>,
     /// Largest request body in bytes. Default: 16 MiB; the client cuts its requests at 5 MB.
@@ -61,6 +66,7 @@ impl GatewayConfig {
     pub fn new(model_name: impl Into<String>) -> Self {
         Self {
             model_name: model_name.into(),
+            base_dtype: BaseDtype::F32,
             api_keys: Vec::new(),
             body_bytes: 16 << 20,
             concurrent_requests: 1024,

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use parallax_model::BaseDtype;
 use parallax_model::train::{LoraConfig, TrainModel, TrainOptions};
 use prost::Message as _;
 use serde_json::json;
@@ -181,8 +180,8 @@ fn make(inner: &Inner, lora: LoraSpec, seed: u64) -> Result<Trained<TrainModel>,
     // All that there are may be more than these.
     let all = lora.attention && lora.mlp;
     let targets = if all { Vec::new() } else { attention.chain(mlp).map(str::to_owned).collect() };
-    let (rank, alpha) = (lora.rank, inner.config.lora_alpha);
-    let lora = LoraConfig { rank, alpha, targets, seed, base_dtype: BaseDtype::F32 };
+    let (rank, alpha, base_dtype) = (lora.rank, inner.config.lora_alpha, inner.config.base_dtype);
+    let lora = LoraConfig { rank, alpha, targets, seed, base_dtype };
     let made =
         TrainModel::from_checkpoint(&inner.checkpoint, &TrainOptions { lora: Some(lora), full: false });
     let policy = made.map_err(|e| JobError::Make { reason: e.to_string() })?;

@@ -105,6 +105,8 @@ pub struct TrajectoryCounts {
     pub dropped_flat: u64,
     /// Refused by admission or audit.
     pub rejected: u64,
+    /// Of these, drawn for an audit that came to no result: nobody took it up in time, or the worker did not open its commitment.
+    pub unproven: u64,
     /// In no state: always 0.
     pub lost: u64,
     /// Trained on twice: always 0.

@@ -153,7 +153,8 @@ async fn when_the_run_is_finished_workers_and_auditors_hear_it_and_end() {
     let id = trainer.peer_id();
     let audits = tokio::spawn(async move {
         let config = AuditorConfig::new(id);
-        run_auditor(&auditor, &Adapters::default(), &mut Recompute, &config, || [1; 32], |_| ()).await
+        let mut replay = Recompute::default();
+        run_auditor(&auditor, &Adapters::default(), &mut replay, &config, || [1; 32], |_| ()).await
     });
     assert_eq!(collector.wait_for_workers(1, Duration::from_secs(20)).await, 1);
     let asked = async {

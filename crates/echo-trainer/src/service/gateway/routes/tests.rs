@@ -4,7 +4,7 @@ use std::path::Path as FilePath;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use parallax_model::Checkpoint;
+use parallax_model::{BaseDtype, Checkpoint};
 use prost::Message as _;
 
 use super::super::datum::tests::{datum, request};
@@ -46,8 +46,13 @@ impl TaskSampler for Notes {
 }
 
 fn service(dir: &FilePath) -> (Arc<Inner>, Arc<Notes>) {
+    service_over(dir, BaseDtype::F32)
+}
+
+/// With frozen weights in this format.
+fn service_over(dir: &FilePath, base_dtype: BaseDtype) -> (Arc<Inner>, Arc<Notes>) {
     let notes = Arc::new(Notes::default());
-    let config = GatewayConfig { concurrent_samples: 4, ..GatewayConfig::new("tiny") };
+    let config = GatewayConfig { base_dtype, concurrent_samples: 4, ..GatewayConfig::new("tiny") };
     let service = Service::open(config, Checkpoint::tiny().unwrap(), notes.clone(), dir).unwrap();
     (Arc::clone(&service.inner), notes)
 }
@@ -137,6 +142,36 @@ async fn what_is_saved_anew_is_sampled_anew() {
     let saved = "sampler_weights/latest".to_owned();
     let Json(_) = delete_checkpoint(State(Arc::clone(&inner)), Path((model, saved))).await.unwrap();
     assert_eq!(notes.taken().len(), 1, "and goes when it is deleted");
+}
+
+#[tokio::test]
+async fn adapters_are_trained_over_frozen_weights_in_the_services_format_and_stay_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut adapters, mut saved) = (Vec::new(), Vec::<Value>::new());
+    for format in [BaseDtype::F32, BaseDtype::Bf16, BaseDtype::Q8_0] {
+        let (inner, notes) = service_over(dir.path(), format);
+        let (_, model) = model(&inner).await;
+        learn(&inner, &model, 1).await;
+        let path = save(&inner, &model, 3, &json!({"path": "latest"})).await["path"].clone();
+        assert!(matches!(sample(&inner, &json!({"model_path": path})).await, Outcome::Proto(_)));
+        let seen = notes.taken();
+        adapters.push(seen[0].rsplit_once(' ').unwrap().1.to_owned());
+        let info =
+            |path: &Value| weights_info(State(Arc::clone(&inner)), body(&json!({"tinker_path": path})));
+        assert!(info(&path).await.is_ok());
+        for other in &saved {
+            let refused = info(other).await.unwrap_err();
+            let wanted =
+                format!("this server's is {}", format.model_id(&Checkpoint::tiny().unwrap().id().unwrap()));
+            assert!(refused.detail.contains(&wanted), "{}", refused.detail);
+        }
+        saved.push(path);
+    }
+    assert_eq!(
+        adapters[0], adapters[1],
+        "the tiny model's weights are bf16: nothing is lost, nothing changes"
+    );
+    assert_ne!(adapters[0], adapters[2]);
 }
 
 #[tokio::test]
