@@ -1,8 +1,7 @@
 //! Countdown: reach a number with given numbers, each used once, and `+ - * /`.
 //!
 //! Every task is solvable because its target is computed from the numbers. The verifier does not compare with that
-//! solution: any expression that uses exactly the numbers and has exactly the value is right. What is written on the lines
-//! before the last is thinking, and free.
+//! solution: any expression that uses exactly the numbers and has exactly the value is right.
 
 use super::draws::{Draws, draw_on_side};
 use super::exact::{Fraction, evaluate};
@@ -112,15 +111,15 @@ fn combine(a: Part, b: Part, draws: &mut Draws, products: bool) -> Part {
     }
 }
 
-/// The numbers in the order given, each with its sign: one way to write what could be written in many, so that whoever learns
-/// from answers sees the same thing every time.
+/// What is added and then what is taken off, each in the order in which it was given: one way to write what could be written
+/// in many, so that whoever learns from answers sees the same thing every time.
 fn in_order(numbers: &[i64], signs: &[(usize, bool)]) -> String {
-    let signed = numbers.iter().enumerate().map(|(i, number)| match (signs.contains(&(i, false)), i) {
-        (true, _) => format!("-{number}"),
-        (false, 0) => number.to_string(),
-        (false, _) => format!("+{number}"),
-    });
-    signed.collect()
+    let with = |sign: bool| {
+        let at = |i: &usize| signs.contains(&(*i, sign));
+        (0..numbers.len()).filter(at).map(|i| numbers[i].to_string()).collect::<Vec<_>>()
+    };
+    let taken: String = with(false).iter().map(|number| format!("-{number}")).collect();
+    with(true).join("+") + &taken
 }
 
 /// Target and numbers of a prompt, which spares the verifier the search for them.
@@ -130,25 +129,13 @@ fn asked(prompt: &str) -> Option<(i64, Vec<i64>)> {
     Some((target.parse().ok()?, numbers.ok()?))
 }
 
-/// What is thought before the answer to sums: by how much all numbers together are too large, and what has to be taken off for
-/// that: `18-12=2*3` when 12 is to be made of 7, 8 and 3. The difference is even, since each number comes with one of two signs.
-fn thought(numbers: &[i64], target: i64) -> String {
-    let all: i64 = numbers.iter().sum();
-    format!("{all}-{target}=2*{}", (all - target) / 2)
-}
-
-/// What stands inside `<answer>` where that is used, else the whole completion.
+/// The expression in a completion: inside `<answer>` where that is used, else all of it, without what follows an `=`.
 pub(super) fn answer_of(completion: &str) -> &str {
-    match completion.rsplit_once("<answer>") {
-        Some((_, rest)) => rest.split_once("</answer>").map_or(rest, |(inner, _)| inner).trim(),
-        None => completion.trim(),
-    }
-}
-
-/// The expression on the last line of an answer, without what follows an `=`.
-fn expression_of(answer: &str) -> &str {
-    let last = answer.lines().next_back().unwrap_or_default();
-    last.split_once('=').map_or(last, |(left, _)| left).trim()
+    let inner = match completion.rsplit_once("<answer>") {
+        Some((_, rest)) => rest.split_once("</answer>").map_or(rest, |(inner, _)| inner),
+        None => completion,
+    };
+    inner.split_once('=').map_or(inner, |(left, _)| left).trim()
 }
 
 impl Environment for Countdown {
@@ -156,9 +143,9 @@ impl Environment for Countdown {
         if self.products { "countdown" } else { "countdown-sums" }
     }
 
-    /// The answers of sums have been written in three ways, and lines before the last were once no thinking but a mistake.
+    /// The answers of sums were written in another way once.
     fn version(&self) -> u32 {
-        if self.products { 2 } else { 3 }
+        if self.products { 1 } else { 2 }
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
@@ -167,12 +154,7 @@ impl Environment for Countdown {
         let solution = problem.solution.as_str();
         let answer = solution.strip_prefix('(').and_then(|s| s.strip_suffix(')')).unwrap_or(solution);
         let prompt = format!("Make {} from {}.", problem.target, numbers.join(", "));
-        let answer = if self.products {
-            answer.to_owned()
-        } else {
-            format!("{}\n{answer}", thought(&problem.numbers, problem.target))
-        };
-        Ok(Task { seed, prompt, answer })
+        Ok(Task { seed, prompt, answer: answer.to_owned() })
     }
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
@@ -183,7 +165,7 @@ impl Environment for Countdown {
     fn verify(&self, task: &Task, completion: &str) -> Result<Reward, RewardError> {
         let (target, numbers) = asked(&task.prompt)
             .ok_or_else(|| RewardError::OtherTask { environment: self.name().to_owned(), seed: task.seed })?;
-        let evaluated = evaluate(expression_of(answer_of(completion))).ok();
+        let evaluated = evaluate(answer_of(completion)).ok();
         let sorted = |mut numbers: Vec<Fraction>| {
             numbers.sort_unstable_by_key(|f| (f.numerator(), f.denominator()));
             numbers
@@ -230,31 +212,21 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_sums_take_the_numbers_in_the_order_given() {
+    fn answers_of_sums_add_first_and_then_take_off_in_the_order_given() {
         for seed in 0..300 {
             let task = Countdown::tiny().task(seed).unwrap();
-            let answer = expression_of(&task.answer);
-            let written: Vec<i64> =
-                answer.split(['+', '-']).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect();
-            assert_eq!(written, asked(&task.prompt).unwrap().1, "{task:?}");
+            let given = asked(&task.prompt).unwrap().1;
+            let (added, taken) = task.answer.split_once('-').unwrap_or((&task.answer, ""));
+            let numbers = |text: &str, sign| -> Vec<i64> {
+                text.split(sign).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect()
+            };
+            for part in [numbers(added, '+'), numbers(taken, '-')] {
+                let mut rest = given.iter();
+                assert!(part.iter().all(|n| rest.any(|g| g == n)), "{task:?}");
+            }
         }
         assert_eq!(in_order(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "4+7-2");
-        assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "-4+7");
-    }
-
-    #[test]
-    fn lines_before_the_last_are_thinking() {
-        let env = Countdown::tiny();
-        let prompt = "Make 12 from 7, 8, 3.".to_owned();
-        let task = Task { seed: 1, prompt, answer: format!("{}\n7+8-3", thought(&[7, 8, 3], 12)) };
-        assert_eq!(task.answer, "18-12=2*3\n7+8-3");
-        let reward = |text: &str| env.verify(&task, text).unwrap().value();
-        for right in
-            [task.answer.as_str(), "7+8-3", "no idea\n\n 8+7-3 = 12\n", "?\n<answer>4=\n7+8-3</answer>\n8"]
-        {
-            assert_eq!(reward(right), 1.0, "{right}");
-        }
-        assert_eq!(["7+8-3\n7+8+3", "7+8-3\n12", "7+8-3\n?"].map(reward), [0.1, 0.0, 0.0]);
+        assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "7-4");
     }
 
     #[test]
