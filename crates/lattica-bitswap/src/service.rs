@@ -106,6 +106,28 @@ impl Blocks {
         .await
     }
 
+    /// As [`Blocks::publish_bytes`], in chunks of another length than [`ExchangeConfig::leaf_bytes`]: a spread is done sooner in the
+    /// length that [`crate::spread::plan`] says. At most a block's length is taken, at least 1.
+    ///
+    /// Cancel safe: a publication that has begun ends in the store, pinned, but is not announced.
+    ///
+    /// # Errors
+    /// When the store refuses or the artefact is too large.
+    pub async fn publish_in_chunks(
+        &self,
+        name: &str,
+        kind: &str,
+        bytes: Bytes,
+        chunk_bytes: u64,
+    ) -> Result<Cid, PublishError> {
+        let (name, kind) = (name.to_owned(), kind.to_owned());
+        let leaf_bytes = chunk_bytes.clamp(1, swarm_wire::limits::BLOCK_MAX_BYTES as u64) as usize;
+        self.publishing(move |store, _| {
+            publish::publish_bytes(store, &name, &kind, HashKind::Blake3, leaf_bytes, &bytes)
+        })
+        .await
+    }
+
     /// As [`Blocks::publish_bytes`], as the version after `parent`: whoever has that one fetches only what differs. With a
     /// delta the root is another than that of the same bytes without a parent; there is none when it would not pay, or the
     /// parent is not stored.

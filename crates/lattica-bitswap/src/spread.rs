@@ -6,7 +6,8 @@
 //! once (BitTorrent BEP 16). The surprise: the uploader, not the receiver, decides the order of what was asked for.
 //!
 //! Map: [`bitmap`] (who has what), `neighbour` (what is known of one), `ask` (what is asked of whom), `near` (who on a local
-//! network asks afar), `offer` (what an idle uplink offers), `super_seed` (what the source shows to whom), [`uplink`] (how fast), [`plan`] (star or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
+//! network asks afar), `relayed` (relays carry each chunk once), `offer` (what an idle uplink offers), `super_seed` (what the source shows to
+//! whom), [`uplink`] (how fast), [`plan`] (star, chain, tree or mesh, by size and links), [`wire`] (bytes on a stream), [`config`].
 
 mod ask;
 pub mod bitmap;
@@ -15,6 +16,7 @@ mod near;
 mod neighbour;
 mod offer;
 pub mod plan;
+mod relayed;
 mod super_seed;
 pub mod uplink;
 pub mod wire;
@@ -98,7 +100,9 @@ pub struct Spread<P> {
     availability: Vec<u32>,
     /// How many neighbours on the same local network show a chunk or have it coming, of those that keep their word.
     near_copies: Vec<u32>,
-    /// What was asked for outside of it and when, as neighbours in it know.
+    /// How many neighbours show a chunk without a relay in between, of those that keep their word.
+    direct_copies: Vec<u32>,
+    /// What was asked for outside of the local network and when, as neighbours in it know.
     announced: BTreeMap<u32, Duration>,
     /// Higher is needed earlier: counts as that many copies fewer.
     urgency: Vec<u8>,
@@ -110,6 +114,8 @@ pub struct Spread<P> {
     asked: BTreeMap<u32, u32>,
     /// Chunks that may be asked for at a time; grows while answers come without queueing.
     window: f64,
+    /// No answer has waited in a queue yet: the window grows with every answer instead of with every window of them.
+    opening: bool,
     /// When wants were last given out.
     assigned_at: Duration,
     /// When the last new chunk came.
@@ -135,9 +141,11 @@ impl<P: Ord + Clone> Spread<P> {
             wanted: (0..n).filter(|&c| !have.contains(c)).map(|c| (0, ties[c as usize], c)).collect(),
             availability: vec![0; n as usize],
             near_copies: vec![0; n as usize],
+            direct_copies: vec![0; n as usize],
             announced: BTreeMap::new(),
             urgency: vec![0; n as usize],
             window: config.min_outstanding as f64,
+            opening: true,
             assigned_at: Duration::ZERO,
             arrived_at: Duration::ZERO,
             repeats_left: ((f64::from(missing) * config.endgame_fraction) as u32).max(4),
@@ -209,12 +217,21 @@ impl<P: Ord + Clone> Spread<P> {
 
     /// A neighbour is there: it is told what this member shows.
     pub fn add_neighbour(&mut self, peer: &P, now: Duration) {
+        self.add(peer, false, now);
+    }
+
+    /// As [`Spread::add_neighbour`], for one that is reached over a relay.
+    pub fn add_relayed_neighbour(&mut self, peer: &P, now: Duration) {
+        self.add(peer, true, now);
+    }
+
+    fn add(&mut self, peer: &P, relayed: bool, now: Duration) {
         if self.neighbours.contains_key(peer) || self.neighbours.len() >= self.config.max_neighbours {
             return;
         }
         let n = self.have.n_chunks();
         let shown = if self.super_seed.is_some() { Bitmap::empty(n) } else { self.have.clone() };
-        self.neighbours.insert(peer.clone(), Neighbour::new(n));
+        self.neighbours.insert(peer.clone(), Neighbour::new(n, relayed));
         self.send(peer, SpreadMessage::Holds(shown));
         self.reveal(now);
         self.assign(now);
@@ -231,6 +248,7 @@ impl<P: Ord + Clone> Spread<P> {
             self.rerank(chunk, |spread| spread.availability[chunk as usize] -= 1);
         }
         self.forget_near(&gone);
+        self.forget_direct(&gone);
         for &chunk in gone.asked.keys() {
             self.release(chunk);
         }
@@ -296,7 +314,10 @@ impl<P: Ord + Clone> Spread<P> {
             let alike = self.neighbours.values().filter(|n| n.near == near);
             let fastest = alike.filter_map(|n| n.latency).min().unwrap_or(took);
             if took <= fastest * 2 {
-                self.window = (self.window + 1.0 / self.window).min(self.config.max_outstanding as f64);
+                let step = if self.opening { 1.0 } else { 1.0 / self.window };
+                self.window = (self.window + step).min(self.config.max_outstanding as f64);
+            } else {
+                self.opening = false;
             }
             self.judge(peer);
         } else if !neighbour.cancelled.remove(&chunk) {
@@ -346,8 +367,14 @@ impl<P: Ord + Clone> Spread<P> {
                 neighbour.uploading -= 1;
                 self.uploads -= 1;
             }
-            if let Some(seed) = self.super_seed.as_mut().filter(|_| !sent) {
+        }
+        let idle = self.uploads == 0 && self.neighbours.values().all(|n| n.requests.is_empty());
+        if let Some(seed) = self.super_seed.as_mut().filter(|_| self.neighbours.contains_key(peer)) {
+            if !sent {
                 seed.failed(peer, chunk);
+            }
+            if idle {
+                seed.ran_dry(peer, &self.config);
             }
         }
         self.reveal(now);
@@ -419,7 +446,9 @@ impl<P: Ord + Clone> Spread<P> {
             }
             if neighbour.holds.insert(chunk) {
                 neighbour.nothing_new = false;
+                let direct = neighbour.direct;
                 self.rerank(chunk, |spread| spread.availability[chunk as usize] += 1);
+                self.direct_copies[chunk as usize] += u32::from(direct);
                 self.shown_near(peer, chunk);
                 if let Some(seed) = &mut self.super_seed {
                     seed.shown(peer, chunk, now);
@@ -454,9 +483,10 @@ impl<P: Ord + Clone> Spread<P> {
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         if neighbour.holds.remove(chunk) {
             neighbour.nothing_to_offer = false;
-            let relied_on = neighbour.relied_on;
+            let (relied_on, direct) = (neighbour.relied_on, neighbour.direct);
             self.rerank(chunk, |spread| spread.availability[chunk as usize] -= 1);
             self.near_copies[chunk as usize] -= u32::from(relied_on);
+            self.direct_copies[chunk as usize] -= u32::from(direct);
         }
         let neighbour = self.neighbours.get_mut(peer).expect("checked by handle");
         neighbour.strikes += 1;
@@ -491,7 +521,8 @@ impl<P: Ord + Clone> Spread<P> {
 
     fn reveal(&mut self, now: Duration) {
         let Some(seed) = &mut self.super_seed else { return };
-        for (to, chunk) in seed.reveal(&self.neighbours, &self.have, &self.config, now) {
+        for (to, chunk) in seed.reveal((&self.neighbours, &self.direct_copies), &self.have, &self.config, now)
+        {
             self.send(&to, SpreadMessage::Have(vec![chunk]));
         }
     }

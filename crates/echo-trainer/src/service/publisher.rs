@@ -85,8 +85,8 @@ impl Publisher {
         Self { run, base_model_id, node, blocks, kept: kept.max(1), published: Mutex::default() }
     }
 
-    /// Publishes weights as `version` for `workers`, and spreads them when that is faster than a copy for each of them. What is
-    /// not spread is published as an update of the version before: block by block, whichever of block and patch is smaller.
+    /// Publishes weights as `version` for `workers`, and spreads them, in chunks of the size that suits the links, when that is
+    /// faster than a copy for each of them. What is not spread is published as an update of the version before: block by block, whichever of block and patch is smaller.
     /// One that was published already is signed again as it was. Dropping the future leaves stored blocks stored.
     ///
     /// # Errors
@@ -110,15 +110,17 @@ impl Publisher {
             return Ok(self.sign(version, payload(known.artefact.clone())));
         }
         let length = bytes.len() as u64;
-        let pays = fleet(length, &self.links(workers)).pays_to_spread();
+        let plan = fleet(length, &self.links(workers)).plan();
+        let best = plan.best();
+        tracing::debug!(%version, bytes = length, shape = ?best.shape, seconds = best.seconds, "an update is planned");
+        let chunk_bytes = plan.spread_in_chunks();
         let name = format!("{kind}-{version}.safetensors");
-        let root = match published.back() {
-            Some(last) if !pays => {
-                self.blocks.publish_update(&name, kind, bytes, &last.artefact.root).await?
-            }
-            _ => self.blocks.publish_bytes(&name, kind, bytes).await?,
+        let root = match (chunk_bytes, published.back()) {
+            (Some(chunk_bytes), _) => self.blocks.publish_in_chunks(&name, kind, bytes, chunk_bytes).await?,
+            (None, Some(last)) => self.blocks.publish_update(&name, kind, bytes, &last.artefact.root).await?,
+            (None, None) => self.blocks.publish_bytes(&name, kind, bytes).await?,
         };
-        let part = if pays { self.spread(&root).await } else { None };
+        let part = if chunk_bytes.is_some() { self.spread(&root).await } else { None };
         let artefact = Artefact { root, hash, bytes: length, spread: part.is_some() };
         published.push_back(Published { version, artefact: artefact.clone(), part });
         self.retire(&mut published).await;
@@ -205,6 +207,7 @@ fn fleet(bytes: u64, links: &[WorkerLinks]) -> Fleet {
                 rate(l.uplink.into_iter().chain(to_here).max_by(f64::total_cmp))
             })
             .collect(),
+        leaves: links.iter().filter(|l| l.own.as_ref().is_some_and(|own| own.path.is_relayed())).count(),
         downlinks: each(|l| l.goodput_out_bytes_per_s).map(rate).collect(),
         hop_s: hops_s.iter().sum::<f64>() / n_hops,
     }

@@ -133,6 +133,13 @@ impl Spreading {
         self.member.lock().spread.neighbours().cloned().collect()
     }
 
+    /// Has chunks asked for as if `urgency` neighbours fewer had them, so that what is needed first comes early.
+    pub fn set_urgency(&self, chunks: std::ops::Range<u32>, urgency: u8) {
+        let end = chunks.end.min(self.member.n_chunks());
+        let mut state = self.member.lock();
+        (chunks.start..end).for_each(|chunk| state.spread.set_urgency(chunk, urgency));
+    }
+
     /// Waits until everything is here and on disk; `progress` hears of what came.
     ///
     /// Cancel safe.
@@ -422,14 +429,21 @@ impl Member {
         }
     }
 
-    /// Tells the state machine who is on the same local network, as far as links have been measured.
+    /// Whether `peer` is reached over a relay, as far as is known.
+    fn is_relayed(&self, peer: &PeerId) -> bool {
+        self.node().link(peer).is_some_and(|link| link.path.is_relayed())
+    }
+
+    /// Tells the state machine who is on the same local network or behind a relay, as far as links have been measured.
     fn look_at_links(&self) {
         let (now, node) = (self.now(), self.node());
         let mut state = self.lock();
         let neighbours: Vec<PeerId> = state.spread.neighbours().cloned().collect();
         for peer in neighbours {
             let link = node.link(&peer);
-            let near = link.is_some_and(|link| !link.path.is_relayed() && link.rtt_min_ms <= NEAR_RTT_MS);
+            let relayed = link.as_ref().is_some_and(|link| link.path.is_relayed());
+            let near = !relayed && link.is_some_and(|link| link.rtt_min_ms <= NEAR_RTT_MS);
+            state.spread.set_relayed(&peer, relayed, now);
             state.spread.set_near(&peer, near, now);
         }
     }

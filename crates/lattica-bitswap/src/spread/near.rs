@@ -58,16 +58,23 @@ impl<P: Ord + Clone> Spread<P> {
         self.assign(now);
     }
 
-    /// Whether a neighbour shows a chunk and nobody nearer has it or gets it.
+    /// Whether a neighbour shows a chunk and nobody nearer has it or gets it, or shows it without a relay.
     pub(super) fn may_ask(&self, neighbour: &Neighbour, chunk: u32) -> bool {
-        neighbour.holds.contains(chunk) && (neighbour.near || self.near_copies[chunk as usize] == 0)
+        let i = chunk as usize;
+        let nearest = neighbour.near || self.near_copies[i] == 0;
+        let direct = !neighbour.relayed || self.direct_copies[i] == 0;
+        neighbour.holds.contains(chunk) && nearest && direct
     }
 
     /// Whether a neighbour is relied on from now on, after what changed of it.
     pub(super) fn judge(&mut self, peer: &P) {
         let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
         let able = neighbour.strikes == 0 && neighbour.busy < MOST_BUSY;
-        let relied_on = neighbour.near && able;
+        let (relied_on, direct) = (neighbour.near && able, !neighbour.relayed && able);
+        if self.count_direct(peer, direct) && !direct {
+            self.look_again();
+        }
+        let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
         if std::mem::replace(&mut neighbour.relied_on, relied_on) == relied_on {
             return;
         }
@@ -204,7 +211,7 @@ impl<P: Ord + Clone> Spread<P> {
     }
 
     /// Neighbours may have something to ask for after all, when what was near is not.
-    fn look_again(&mut self) {
+    pub(super) fn look_again(&mut self) {
         self.neighbours.values_mut().for_each(|n| n.nothing_new = false);
     }
 }

@@ -17,6 +17,10 @@ pub(super) struct Neighbour {
     pub(super) near: bool,
     /// It is, and keeps its word: what it has or gets is asked of nobody further away.
     pub(super) relied_on: bool,
+    /// It is reached over a relay.
+    pub(super) relayed: bool,
+    /// It is not, and keeps its word: what it shows is asked of nobody over a relay.
+    pub(super) direct: bool,
     /// What it asked for outside of the local network.
     pub(super) coming: BTreeMap<u32, Coming>,
     /// How often in a row that did not come in time.
@@ -48,10 +52,12 @@ pub(super) struct Neighbour {
 }
 
 impl Neighbour {
-    pub(super) fn new(n_chunks: u32) -> Self {
+    pub(super) fn new(n_chunks: u32, relayed: bool) -> Self {
         Self {
             holds: Bitmap::empty(n_chunks),
             near: false,
+            relayed,
+            direct: !relayed,
             relied_on: false,
             coming: BTreeMap::new(),
             broken: 0,
@@ -84,9 +90,10 @@ impl Neighbour {
         Some(took)
     }
 
-    /// Who is asked next has the least to do for us, then is near; what was quick lately breaks ties, but is soon out of date.
-    pub(super) fn order(&self) -> (usize, bool, Option<Duration>) {
-        (self.asked.len(), !self.near, self.latency)
+    /// Who is asked next has the least to do for us, then is near, or keeps its word without a relay; what was quick lately breaks ties,
+    /// but is soon out of date.
+    pub(super) fn order(&self) -> (usize, bool, bool, Option<Duration>) {
+        (self.asked.len(), !self.near, !self.direct, self.latency)
     }
 
     fn patience(&self, usual: Option<Duration>, config: &SpreadConfig) -> Duration {

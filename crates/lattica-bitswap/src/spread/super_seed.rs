@@ -6,6 +6,9 @@ use std::time::Duration;
 use super::neighbour::Neighbour;
 use super::{Bitmap, SpreadConfig};
 
+/// Chunks that a neighbour is shown beyond [`SpreadConfig::reveal_window`] at most: what it may ask for at a time.
+const EXTRA_MAX: usize = 64;
+
 /// A chunk that was shown to a neighbour which does not have it yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Promise {
@@ -24,6 +27,8 @@ pub(super) struct SuperSeed<P> {
     n_sent: u64,
     n_promised: u64,
     promises: BTreeMap<P, BTreeMap<u32, Promise>>,
+    /// How many chunks more than usual each neighbour is shown, because the uplink waited for requests.
+    extra: BTreeMap<P, usize>,
     /// When a neighbour last got something.
     progress_at: Duration,
 }
@@ -39,6 +44,7 @@ impl<P: Ord + Clone> SuperSeed<P> {
             n_sent: 0,
             n_promised: 0,
             promises: BTreeMap::new(),
+            extra: BTreeMap::new(),
             progress_at: Duration::ZERO,
         }
     }
@@ -58,6 +64,15 @@ impl<P: Ord + Clone> SuperSeed<P> {
         self.forget(peer, chunk);
     }
 
+    /// The uplink has nothing to send after a chunk for `peer`. When chunks were shown that nobody has asked for yet, they
+    /// were too few for the way to there and back.
+    pub(super) fn ran_dry(&mut self, peer: &P, config: &SpreadConfig) {
+        if self.n_promised > 0 {
+            let extra = self.extra.entry(peer.clone()).or_default();
+            *extra = (*extra * 2 + config.reveal_window).min(EXTRA_MAX);
+        }
+    }
+
     /// `peer` says at `now` that it has `chunk`.
     pub(super) fn shown(&mut self, peer: &P, chunk: u32, now: Duration) {
         self.progress_at = now;
@@ -71,6 +86,7 @@ impl<P: Ord + Clone> SuperSeed<P> {
             self.promises.get(peer).into_iter().flat_map(|p| p.keys().copied()).collect();
         promised.into_iter().for_each(|chunk| self.forget(peer, chunk));
         self.promises.remove(peer);
+        self.extra.remove(peer);
         holds.iter().for_each(|chunk| self.count(chunk, |copies| copies - 1));
     }
 
@@ -97,7 +113,7 @@ impl<P: Ord + Clone> SuperSeed<P> {
     /// its one holder has kept to itself for a while, and anything when nobody gets anything any more.
     pub(super) fn reveal(
         &mut self,
-        neighbours: &BTreeMap<P, Neighbour>,
+        (neighbours, direct_copies): (&BTreeMap<P, Neighbour>, &[u32]),
         have: &Bitmap,
         config: &SpreadConfig,
         now: Duration,
@@ -107,21 +123,26 @@ impl<P: Ord + Clone> SuperSeed<P> {
         if stuck {
             self.progress_at = now;
         }
+        let some_direct = neighbours.values().any(|n| !n.relayed);
+        let total = (config.reveal_total + self.extra.values().sum::<usize>()) as u64;
         let mut reveals = Vec::new();
         loop {
             let before = reveals.len();
             for (name, neighbour) in neighbours {
                 let promises = self.promises.entry(name.clone()).or_default();
                 let shown = promises.values().filter(|p| **p == Promise::Shown).count();
-                let busy = self.n_promised >= config.reveal_total as u64;
-                if busy || shown >= config.reveal_window || neighbour.holds.is_full() {
+                let window = config.reveal_window + self.extra.get(name).copied().unwrap_or_default();
+                if self.n_promised >= total || shown >= window || neighbour.holds.is_full() {
                     continue;
                 }
+                // What only a leaf had, others would have to get over its relay.
+                let leaf = neighbour.relayed && some_direct && !stuck;
                 let within = stuck || self.n_sent + self.n_promised < budget;
                 let fits = |&&(copies, _, c): &&(u32, u32, u32)| {
                     let lacks = !neighbour.holds.contains(c) && !promises.contains_key(&c);
                     let kept = copies == 1 && now >= self.sent_at[c as usize] + config.stuck_after;
-                    have.contains(c) && lacks && (copies == 0 || kept || within)
+                    let may = if copies == 0 { !leaf } else { kept || within };
+                    have.contains(c) && lacks && may && (!leaf || direct_copies[c as usize] > 0)
                 };
                 let looked_at = self.order.iter().take_while(|(copies, ..)| within || *copies <= 1);
                 let Some(&(.., chunk)) = { looked_at }.find(fits) else { continue };

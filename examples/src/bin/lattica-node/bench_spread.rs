@@ -80,6 +80,7 @@ pub(crate) async fn run(args: &BenchSpreadArgs) -> anyhow::Result<()> {
         source_uplink: rate,
         uplinks: vec![rate; args.peers - n_liars],
         downlinks: vec![f64::INFINITY; args.peers - n_liars],
+        leaves: 0,
         hop_s: 0.0,
     };
     let bound_s = fleet.bound_s();

@@ -98,7 +98,7 @@ async fn run(
 impl Member {
     /// Makes `peer` a neighbour over a stream with this queue; `None` when it is one already, shunned, or there are enough.
     fn take(&self, peer: &PeerId, opener: PeerId, queue: mpsc::Sender<Outgoing>) -> Option<u64> {
-        let now = self.now();
+        let (now, relayed) = (self.now(), self.is_relayed(peer));
         let mut state = self.lock();
         let paused = state.paused.get(peer).is_some_and(|until| now < *until);
         if paused || self.has_failed() || self.is_shunned(peer) || *peer == self.node().peer_id() {
@@ -111,7 +111,11 @@ impl Member {
             state.spread.remove_neighbour(peer, now);
             state.links.remove(peer);
         }
-        state.spread.add_neighbour(peer, now);
+        if relayed {
+            state.spread.add_relayed_neighbour(peer, now);
+        } else {
+            state.spread.add_neighbour(peer, now);
+        }
         if !state.spread.is_neighbour(peer) {
             return None;
         }
