@@ -239,7 +239,8 @@ impl Markup {
         };
         let body = &inside[..shown];
         running.advance(body, ended, &self.offered, parts);
-        if !ended && !(running.is_silent() && syntax.is_hopeless(inside)) {
+        let decided = ended || (running.is_silent() && syntax.is_hopeless(inside));
+        if !decided {
             return false;
         }
         let read = if ended { syntax.read(body) } else { None };
