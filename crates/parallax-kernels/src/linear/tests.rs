@@ -170,9 +170,8 @@ fn thread_count_does_not_change_a_bit() {
         let (n, k, rows) = (500, whole(kind, 320), 9);
         let packed = packed(kind, n, k, 9);
         let x = noise(rows * k, 10);
-        let results: Vec<_> = [1, 2, 3, 7]
-            .map(|threads| with_threads(threads, || bits(&apply(&packed, &x))))
-            .into();
+        let results: Vec<_> =
+            [1, 2, 3, 7].map(|threads| with_threads(threads, || bits(&apply(&packed, &x)))).into();
         assert!(results.iter().all(|r| *r == results[0]), "{kind:?}");
     }
 }
