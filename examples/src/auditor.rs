@@ -2,20 +2,19 @@
 //! whoever is convicted. `veri-audit run`, and a role of the demo.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
 use echo_rollout::service::{Audited, AuditorConfig, AuditorError, Spreads, run_auditor};
 use lattica_bitswap::Blocks;
-use lattica_net::{Identity, Node, NodeConfig};
+use lattica_net::Node;
 use parallax_model::{BaseDtype, Checkpoint};
 use rand::RngExt as _;
 use serde_json::{Value, json};
 use swarm_wire::PeerId;
 use veri_verify::verdict::to_hex;
 
-use crate::network::{EVERYWHERE, NetworkArgs};
+use crate::learner_args::{LearnerArgs, Prepared};
 use crate::program;
 use crate::rollouts::{ModelReplay, memory_blocks, reach};
 
@@ -35,18 +34,8 @@ const WEIGHTS_KEPT: usize = 8;
                   run --trainer /ip4/192.0.2.1/udp/4001/quic-v1/p2p/12D3KooW... --identity auditor.key"
 )]
 pub struct AuditArgs {
-    /// Address of the learner, with its /p2p/ part
-    #[arg(long)]
-    trainer: Option<String>,
-    /// Print the peer id of --identity, for run.auditors, and end
-    #[arg(long)]
-    show_peer: bool,
-    /// How long to dial a learner that does not answer
-    #[arg(long, default_value_t = 60)]
-    patience_s: u64,
-    /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache; the one that the learner has
-    #[arg(long, default_value = "tiny")]
-    model: String,
+    #[command(flatten)]
+    learner: LearnerArgs,
     /// Format of the learner's frozen weights (its run.trainer.base_dtype)
     #[arg(long, default_value_t = BaseDtype::F32, value_name = "f32|bf16|f16|q8_0")]
     base_dtype: BaseDtype,
@@ -59,17 +48,6 @@ pub struct AuditArgs {
     /// Key file; made when it does not exist. The learner knows this machine by its peer id
     #[arg(long, default_value = "auditor.key")]
     identity: PathBuf,
-    /// Threads of the CPU kernels; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
-    /// The network's name, as the learner has it
-    #[arg(long, default_value = "default")]
-    network: String,
-    #[command(flatten)]
-    place: NetworkArgs,
-    /// Print what happens as JSON lines
-    #[arg(long)]
-    json: bool,
 }
 
 /// Runs it.
@@ -78,32 +56,20 @@ pub struct AuditArgs {
 /// A learner that cannot be reached or does not know this auditor, weights that cannot be read.
 pub fn run(args: &AuditArgs) -> anyhow::Result<()> {
     anyhow::ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
-    let identity = Identity::load_or_create(&args.identity)?;
-    if args.show_peer {
-        program::say(&format!("auditors = [\"{}\"]", identity.peer_id()));
-        return if args.json { program::report(&json!({"peer": identity.peer_id()})) } else { Ok(()) };
+    match args.learner.prepare(&args.identity, "auditors")? {
+        Some(prepared) => tokio::runtime::Runtime::new()?.block_on(serve(args, prepared)),
+        None => Ok(()),
     }
-    let trainer = args.trainer.as_ref().context("no learner named; give --trainer ADDRESS/p2p/PEER_ID")?;
-    let config = args.place.config(&args.network, EVERYWHERE);
-    let config = config.map_err(|faults| anyhow::anyhow!(faults.join("\n")))?;
-    if args.threads > 0 {
-        parallax_kernels::pool::set_threads(args.threads);
-    }
-    tokio::runtime::Runtime::new()?.block_on(serve(args, trainer, identity, config))
 }
 
-async fn serve(
-    args: &AuditArgs,
-    trainer: &str,
-    identity: Identity,
-    config: NodeConfig,
-) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::resolve(&args.model)?;
+async fn serve(args: &AuditArgs, prepared: Prepared) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::resolve(&args.learner.model)?;
     let mut replay = ModelReplay::load(&checkpoint, args.base_dtype, args.max_tokens)?;
-    let node = Node::start(identity, config).await?;
-    let learner = reach(&node, trainer, Duration::from_secs(args.patience_s)).await?;
+    let json = args.learner.json;
+    let node = Node::start(prepared.identity, prepared.config).await?;
+    let learner = reach(&node, &prepared.trainer, args.learner.patience()).await?;
     program::say(&format!("{} audits for {learner}", node.peer_id()));
-    if args.json {
+    if json {
         program::report(&json!({"event": "ready", "peer": node.peer_id()}))?;
     }
     let (mut audits, mut convictions, mut told) = (0_u64, 0_u64, Ok(()));
@@ -114,7 +80,7 @@ async fn serve(
             let said = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
             program::say(&format!("worker {} is convicted: {}", said("worker"), said("reason")));
         }
-        if args.json && told.is_ok() {
+        if json && told.is_ok() {
             told = program::report(event);
         }
     });
@@ -125,7 +91,7 @@ async fn serve(
     node.shutdown().await;
     told?;
     program::say(&format!("{}; {audits} audits, {convictions} convictions", ended?));
-    if args.json {
+    if json {
         program::report(&json!({"event": "done", "audits": audits, "convictions": convictions}))?;
     }
     Ok(())

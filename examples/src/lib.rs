@@ -3,6 +3,7 @@
 pub mod auditor;
 pub mod demo;
 pub mod gateway;
+pub mod learner_args;
 pub mod machine;
 pub mod network;
 pub mod parallax;

@@ -3,15 +3,14 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use clap::Args;
 use echo_trainer::RunConfig;
 use echo_trainer::service::{Assistant, AssistantError, AssistantEvent};
-use lattica_net::{Identity, Node, NodeConfig};
+use lattica_net::Node;
 use parallax_model::Checkpoint;
 use serde_json::json;
 
-use crate::network::{EVERYWHERE, NetworkArgs};
+use crate::learner_args::{LearnerArgs, Prepared};
 use crate::program;
 use crate::rollouts::{reach, trainable};
 
@@ -25,32 +24,11 @@ use crate::rollouts::{reach, trainable};
                   --trainer /ip4/192.0.2.1/udp/4001/quic-v1/p2p/12D3KooW... --identity assistant.key"
 )]
 pub struct AssistArgs {
-    /// Address of the learner, with its /p2p/ part
-    #[arg(long)]
-    trainer: Option<String>,
-    /// Print the peer id of --identity, for run.assistants, and end
-    #[arg(long)]
-    show_peer: bool,
-    /// How long to dial a learner that does not answer, or that was lost
-    #[arg(long, default_value_t = 60)]
-    patience_s: u64,
-    /// `tiny`, a directory, a .gguf file, or a repository in the local hub cache; the one that the learner has
-    #[arg(long, default_value = "tiny")]
-    model: String,
+    #[command(flatten)]
+    learner: LearnerArgs,
     /// Key file; made when it does not exist. The learner knows this machine by its peer id
     #[arg(long, default_value = "assistant.key")]
     identity: PathBuf,
-    /// Threads of the CPU kernels; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
-    /// The network's name, as the learner has it
-    #[arg(long, default_value = "default")]
-    network: String,
-    #[command(flatten)]
-    place: NetworkArgs,
-    /// Print what happens as JSON lines
-    #[arg(long)]
-    json: bool,
 }
 
 /// Between two tries to be let in.
@@ -61,18 +39,10 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// # Errors
 /// A learner that cannot be reached or refuses, a model that is not the learner's.
 pub fn run(args: &AssistArgs) -> anyhow::Result<()> {
-    let identity = Identity::load_or_create(&args.identity)?;
-    if args.show_peer {
-        program::say(&format!("assistants = [\"{}\"]", identity.peer_id()));
-        return if args.json { program::report(&json!({"peer": identity.peer_id()})) } else { Ok(()) };
+    match args.learner.prepare(&args.identity, "assistants")? {
+        Some(prepared) => tokio::runtime::Runtime::new()?.block_on(assist(&args.learner, prepared)),
+        None => Ok(()),
     }
-    let trainer = args.trainer.as_ref().context("no learner named; give --trainer ADDRESS/p2p/PEER_ID")?;
-    let config = args.place.config(&args.network, EVERYWHERE);
-    let config = config.map_err(|faults| anyhow::anyhow!(faults.join("\n")))?;
-    if args.threads > 0 {
-        parallax_kernels::pool::set_threads(args.threads);
-    }
-    tokio::runtime::Runtime::new()?.block_on(assist(args, trainer, identity, config))
 }
 
 /// What it has done.
@@ -85,24 +55,19 @@ struct Done {
     served: Option<Instant>,
 }
 
-async fn assist(
-    args: &AssistArgs,
-    trainer: &str,
-    identity: Identity,
-    config: NodeConfig,
-) -> anyhow::Result<()> {
+async fn assist(args: &LearnerArgs, prepared: Prepared) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let id = checkpoint.id()?;
-    let node = Node::start(identity, config).await?;
+    let node = Node::start(prepared.identity, prepared.config).await?;
     program::say(&format!("this assistant is {}", node.peer_id()));
     let mut done = Done::default();
     let mut signal = Box::pin(program::asked_to_stop());
     // A learner that was lost may come back, and one that is there may not be ready.
-    let patience = Duration::from_secs(args.patience_s);
+    let patience = args.patience();
     let mut missed = Instant::now();
     let ended = loop {
         let error = tokio::select! {
-            served = serve(args, trainer, &node, &checkpoint, &id, &mut done) => match served {
+            served = serve(args, &prepared.trainer, &node, &checkpoint, &id, &mut done) => match served {
                 Ok(()) => break Ok("the run is finished"),
                 Err(error) => error,
             },
@@ -130,14 +95,14 @@ async fn assist(
 
 /// Takes part until the run is over.
 async fn serve(
-    args: &AssistArgs,
+    args: &LearnerArgs,
     trainer: &str,
     node: &Node,
     checkpoint: &Checkpoint,
     id: &str,
     done: &mut Done,
 ) -> anyhow::Result<()> {
-    let learner = reach(node, trainer, Duration::from_secs(args.patience_s)).await?;
+    let learner = reach(node, trainer, args.patience()).await?;
     let assistant = Assistant::join(node, &learner, id).await?;
     let (run, settings) = (assistant.run(), assistant.trainer().clone());
     if args.json {

@@ -1,50 +1,12 @@
 //! A learner, a worker and assistants as separate programs, as on four machines: `training-swarm --config`, `rollout-fleet`,
 //! `training-swarm assist`. One assistant is killed in the middle of the run; what is learnt is what one process learns.
-#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
-use std::io::{BufRead as _, BufReader, Lines};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::Command;
 
 use serde_json::Value;
 
-/// A program whose stdout is read line by line; it does not outlive the test.
-struct Program {
-    process: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-impl Program {
-    fn start(binary: &str, args: &[&str]) -> Self {
-        let mut command = Command::new(binary);
-        let mut process = command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        Self { process, lines }
-    }
-
-    /// The next line; `None` at the end.
-    fn next(&mut self) -> Option<Value> {
-        self.lines.next().map(|line| serde_json::from_str(&line.unwrap()).unwrap())
-    }
-
-    /// The next line of this kind, and those before it are over.
-    fn until(&mut self, event: &str) -> Value {
-        std::iter::from_fn(|| self.next()).find(|line| line["event"] == event).expect("it says so")
-    }
-
-    fn succeeds(&mut self) -> bool {
-        self.process.wait().unwrap().success()
-    }
-}
-
-impl Drop for Program {
-    /// SIGKILL: it can neither finish nor tidy up.
-    fn drop(&mut self) {
-        // One that has ended needs neither.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
+use crate::program::Program;
 
 const SWARM: &str = env!("CARGO_BIN_EXE_training-swarm");
 const NETWORK: [&str; 2] = ["--network", "assistants-test"];
@@ -55,8 +17,9 @@ fn solo(dir: &Path, run: &str, trainer: &str) -> Vec<u8> {
     std::fs::write(&config, format!("[run]\nseed = 7\n{run}\n[run.trainer]\n{trainer}\n")).unwrap();
     let args = ["solo", "--config", config.to_str().unwrap(), "--out", out.to_str().unwrap(), "--json"];
     let mut alone = Program::start(SWARM, &args);
-    let report = std::iter::from_fn(|| alone.next()).last().unwrap();
-    assert!(alone.succeeds(), "{report}");
+    let (lines, done) = alone.end();
+    let report = lines.last().unwrap();
+    assert!(done, "{report}");
     std::fs::read(report["adapter"].as_str().unwrap()).unwrap()
 }
 
@@ -68,7 +31,7 @@ fn assistants_change_no_bit_and_one_that_is_killed_is_replaced() {
     let peer = |key: &String| {
         let mut shown = Program::start(SWARM, &["assist", "--identity", key, "--show-peer", "--json"]);
         let peer = shown.next().unwrap()["peer"].as_str().unwrap().to_owned();
-        assert!(shown.succeeds());
+        assert!(shown.end().1);
         peer
     };
     let peers = [peer(&keys[0]), peer(&keys[1])];
@@ -106,17 +69,18 @@ fn assistants_change_no_bit_and_one_that_is_killed_is_replaced() {
     assert_eq!((&first["version"], &first["assisted"]), (&1.into(), &2.into()), "{first}");
     drop(one);
 
-    let lines: Vec<Value> = std::iter::from_fn(|| learner.next()).collect();
-    assert!(learner.succeeds(), "{lines:?}");
+    let (lines, ended) = learner.end();
+    assert!(ended, "{lines:?}");
     let steps: Vec<&Value> = lines.iter().filter(|line| line["event"] == "step").collect();
     assert_eq!((steps.len(), &steps[3]["assisted"]), (4, &1.into()), "{lines:?}");
     let left_out = lines.iter().find(|line| line["event"] == "left_out").expect("somebody is missed");
     assert_eq!((&left_out["peer"], &left_out["dismissed"]), (&peers[0].as_str().into(), &false.into()));
     // The other one has the last weights, and hears that the run is over; so does the worker.
     let done = two.until("done");
-    assert_eq!((&done["version"], two.succeeds()), (&5.into(), true), "{done}");
+    assert_eq!((&done["version"], two.end().1), (&5.into(), true), "{done}");
     assert!(done["shares"].as_u64().unwrap() >= 5, "{done}");
-    assert!(std::iter::from_fn(|| worker.next()).last().is_some() && worker.succeeds());
+    let (lines, ended) = worker.end();
+    assert!(ended && !lines.is_empty(), "{lines:?}");
 
     let learnt = std::fs::read(dir.path().join("run/adapter.safetensors")).unwrap();
     assert!(

@@ -1,46 +1,12 @@
 //! A run that trains all weights and is audited, as separate programs: learner, auditor, an honest worker, and one that rounds its
 //! weights. The latter is found out with the very version that it was given, a whole model, and anybody can repeat that.
-#![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
-use std::io::{BufRead as _, BufReader, Lines};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// A program whose stdout is read line by line; it does not outlive the test.
-struct Program {
-    process: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-impl Program {
-    fn start(binary: &str, args: &[&str]) -> Self {
-        let mut command = Command::new(binary);
-        let mut process = command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        Self { process, lines }
-    }
-
-    /// The next line; `None` at the end.
-    fn next(&mut self) -> Option<Value> {
-        self.lines.next().map(|line| serde_json::from_str(&line.unwrap()).unwrap())
-    }
-
-    /// All lines that are left, and whether it had done what it was to do.
-    fn end(&mut self) -> (Vec<Value>, bool) {
-        let lines = std::iter::from_fn(|| self.next()).collect();
-        (lines, self.process.wait().unwrap().success())
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // One that has ended needs neither.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
+use crate::program::Program;
 
 const AUDIT: &str = env!("CARGO_BIN_EXE_veri-audit");
 const NETWORK: [&str; 2] = ["--network", "audits-test"];
