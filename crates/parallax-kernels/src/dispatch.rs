@@ -3,14 +3,17 @@
 //! Every level computes the same bits (see the crate documentation), so the choice is about speed alone.
 
 use std::cell::Cell;
+use std::fmt;
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "aarch64")]
+use crate::simd::neon::Neon;
 use crate::simd::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{avx2::Avx2, avx512::Avx512};
 
-/// An instruction set level. On other architectures than x86-64 only `Scalar` exists, which the compiler vectorises
-/// with whatever the target has.
+/// An instruction set level. On other architectures than x86-64 and aarch64 only `Scalar` exists, which the compiler
+/// vectorises with whatever the target has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Level {
@@ -20,7 +23,33 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// NEON, which every aarch64 processor with an operating system has.
+    Neon,
+    /// NEON and the dot products of bytes (`dotprod`: optional from ARMv8.2 on, always there from 8.4 on).
+    NeonDot,
 }
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "AVX2",
+            Self::Avx512 => "AVX-512",
+            Self::Neon => "NEON",
+            Self::NeonDot => "NEON with dot products",
+        })
+    }
+}
+
+/// Levels of this architecture, slowest first.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const LEVELS: &[Level] = &[Level::Scalar, Level::Avx2, Level::Avx512];
+/// Levels of this architecture, slowest first.
+#[cfg(target_arch = "aarch64")]
+pub(crate) const LEVELS: &[Level] = &[Level::Scalar, Level::Neon, Level::NeonDot];
+/// Levels of this architecture.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) const LEVELS: &[Level] = &[Level::Scalar];
 
 /// Proof that a level's instructions exist on this machine.
 #[derive(Clone, Copy)]
@@ -30,6 +59,10 @@ pub(crate) enum Isa {
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon<false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonDot(Neon<true>),
 }
 
 impl Isa {
@@ -40,7 +73,10 @@ impl Isa {
             Level::Avx2 => Avx2::detect().map(Self::Avx2),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => Avx512::detect().map(Self::Avx512),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => Neon::detect().map(Self::Neon),
+            #[cfg(target_arch = "aarch64")]
+            Level::NeonDot => Neon::detect().map(Self::NeonDot),
             _ => None,
         }
     }
@@ -52,6 +88,10 @@ impl Isa {
             Self::Avx2(_) => Level::Avx2,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => Level::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => Level::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot(_) => Level::NeonDot,
         }
     }
 }
@@ -67,7 +107,7 @@ pub fn level() -> Level {
 
 /// Levels of this machine, slowest first.
 pub fn available() -> Vec<Level> {
-    [Level::Scalar, Level::Avx2, Level::Avx512].into_iter().filter(|&l| Isa::detect(l).is_some()).collect()
+    LEVELS.iter().copied().filter(|&l| Isa::detect(l).is_some()).collect()
 }
 
 /// Calls `f` with this thread's kernels held to `level`; `None`, without calling it, where the machine lacks it.
@@ -83,9 +123,8 @@ pub fn with_level<R>(level: Level, f: impl FnOnce() -> R) -> Option<R> {
 pub(crate) fn current() -> Isa {
     static BEST: OnceLock<Isa> = OnceLock::new();
     FORCED.get().unwrap_or_else(|| {
-        *BEST.get_or_init(|| {
-            [Level::Avx512, Level::Avx2].into_iter().find_map(Isa::detect).unwrap_or(Isa::Scalar(Scalar))
-        })
+        *BEST
+            .get_or_init(|| LEVELS.iter().rev().copied().find_map(Isa::detect).unwrap_or(Isa::Scalar(Scalar)))
     })
 }
 
@@ -113,6 +152,18 @@ macro_rules! simd_kernel {
                 generic(s, $($arg),*)
             }
 
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon")]
+            fn neon(s: $crate::simd::neon::Neon<false>, $($arg: $ty),*) $(-> $ret)? {
+                generic(s, $($arg),*)
+            }
+
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon,dotprod")]
+            fn neon_dot(s: $crate::simd::neon::Neon<true>, $($arg: $ty),*) $(-> $ret)? {
+                generic(s, $($arg),*)
+            }
+
             match isa {
                 $crate::dispatch::Isa::Scalar(s) => generic(s, $($arg),*),
                 #[cfg(target_arch = "x86_64")]
@@ -121,6 +172,12 @@ macro_rules! simd_kernel {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the token exists, so the AVX-512 features named above were detected on this machine.
                 $crate::dispatch::Isa::Avx512(s) => unsafe { avx512(s, $($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: the token exists, so NEON was detected on this machine.
+                $crate::dispatch::Isa::Neon(s) => unsafe { neon(s, $($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: the token exists, so NEON and its dot products were detected on this machine.
+                $crate::dispatch::Isa::NeonDot(s) => unsafe { neon_dot(s, $($arg),*) },
             }
         }
     };
@@ -137,5 +194,15 @@ mod tests {
         assert_eq!(with_level(Level::Scalar, level), Some(Level::Scalar));
         assert_eq!(level(), outer);
         assert!(available().contains(&Level::Scalar));
+    }
+
+    #[test]
+    fn the_best_level_is_used_and_every_other_can_be_asked_for() {
+        assert_eq!(available().last(), Some(&level()));
+        for l in available() {
+            assert_eq!(with_level(l, level), Some(l));
+        }
+        assert_eq!(with_level(Level::Neon, level).is_some(), cfg!(target_arch = "aarch64"));
+        assert!(with_level(Level::NeonDot, level).is_none_or(|_| available().contains(&Level::Neon)));
     }
 }

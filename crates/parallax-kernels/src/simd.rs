@@ -4,7 +4,7 @@
 //! and the lane count is fixed, every level gives the same bits; the scalar level is the specification.
 
 /// Evaluates a group of value-only intrinsics within a method of a token.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! simd {
     ($e:expr) => {{
         // SAFETY: `self` is only made by `detect`, which saw the features; no intrinsic here touches memory.
@@ -13,7 +13,7 @@ macro_rules! simd {
 }
 
 /// One intrinsic that reads or writes memory, within a method of a token.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! memory {
     ($e:expr) => {{
         // SAFETY: `self` proves the feature; the pointer is derived from an array reference and the access, unaligned,
@@ -26,6 +26,8 @@ macro_rules! memory {
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod scalar;
 
 /// Lanes of a vector, at every level.

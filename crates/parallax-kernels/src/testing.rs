@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use half::bf16;
 
 use crate::attention::KvFormat;
-use crate::dispatch::{Level, available, with_level};
+use crate::dispatch::{LEVELS, Level, available, with_level};
 use crate::pool;
 pub(crate) use crate::reference::noise;
 
@@ -35,7 +35,7 @@ pub(crate) fn bits(v: &[f32]) -> Vec<u32> {
 /// Says on stderr which levels could not be tried here.
 pub(crate) fn same_at_every_level(f: impl Fn() -> Vec<f32>) -> Vec<f32> {
     let expected = with_level(Level::Scalar, &f).expect("the scalar level always exists");
-    for level in [Level::Avx2, Level::Avx512] {
+    for &level in LEVELS.iter().filter(|&&level| level != Level::Scalar) {
         match with_level(level, &f) {
             Some(got) => assert_eq!(bits(&expected), bits(&got), "{level:?} differs from the scalar level"),
             None => eprintln!("skipped: {level:?} is not on this machine ({:?})", available()),

@@ -7,13 +7,14 @@ use burn::tensor::Device;
 use crate::{error::LoadError, layer::Route, options::DeviceKind};
 
 impl DeviceKind {
-    /// What the driver calls the device of this kind on this machine; opens it.
+    /// What the driver calls the device of this kind on this machine, which it opens; of the processor, which instruction
+    /// set the kernels use.
     ///
     /// # Errors
     /// It was not compiled in, or is not present.
     pub fn describe(self) -> Result<String, LoadError> {
         match self {
-            Self::Cpu => Ok("this machine's processor".to_owned()),
+            Self::Cpu => Ok(format!("this machine's processor ({})", parallax_kernels::dispatch::level())),
             #[cfg(feature = "gpu")]
             other => Ok(gpu(other)?.client().properties().identity.name.clone()),
             #[cfg(not(feature = "gpu"))]

@@ -8,7 +8,8 @@ use crate::program;
 
 /// What `--device` can name: the processor, and the GPUs that this program was built for and finds.
 ///
-/// Report (--json): devices [{device, name, missing}]; `name` is the driver's, null where `missing` says why there is none.
+/// Report (--json): devices [{device, name, missing}]; `name` is the driver's, for the processor with the instruction set of its
+/// kernels, null where `missing` says why there is none.
 #[derive(Debug, Args)]
 pub struct DevicesArgs {
     /// Print the report on stdout
