@@ -1,11 +1,11 @@
 //! One spread in virtual time: its members, their links, who dies and who lies.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use swarm_sim::{Context, Fault, LinkConfig, Node, NodeId, Seed, World};
 
-use crate::spread::*;
+use crate::spread::{Action, Bitmap, Spread, SpreadConfig, SpreadMessage};
 
 #[derive(Debug, Clone)]
 enum Packet {
