@@ -88,6 +88,7 @@ def reload_page():
 
 def shot(name):
     if SHOTS:
+        SHOTS.mkdir(parents=True, exist_ok=True)
         (SHOTS / name).write_bytes(base64.b64decode(call("GET", session + "/screenshot")))
 
 
