@@ -28,8 +28,6 @@ use crate::punch::reach::Reachability;
 use crate::status::Status;
 use crate::wire::method_is_valid;
 
-mod adopted;
-mod answerless;
 mod behaviour;
 mod connection;
 mod counters;
@@ -47,6 +45,7 @@ mod news;
 mod peers_file;
 mod private_file;
 mod punch;
+mod quic;
 mod rendezvous;
 mod rpc_client;
 mod rpc_server;

@@ -43,8 +43,6 @@ struct Part {
     offer: GuessOffer,
     /// The socket to guess from, where the own NAT keeps ports.
     guesser: Option<UdpSocket>,
-    /// Where the own QUIC listens on this machine.
-    listener: SocketAddrV4,
 }
 
 impl Part {
@@ -55,10 +53,6 @@ impl Part {
         let listened = answer.await.unwrap_or_default();
         let listened: Vec<SocketAddrV4> =
             listened.iter().filter_map(|address| quic_address(&address.to_string())).collect();
-        let Some(listener) = listened.iter().min_by_key(|address| !address.ip().is_loopback()).copied()
-        else {
-            return Ok(None);
-        };
         let ports: Vec<u16> = listened.iter().map(SocketAddrV4::port).collect();
         let seen = mapping(&ports, shared.seen_at.borrow().iter().map(String::as_str));
         let Some((ip, mapping)) = seen else { return Ok(None) };
@@ -67,7 +61,7 @@ impl Part {
             Mapping::Changed => None,
         };
         let port = guesser.as_ref().map(UdpSocket::local_addr).transpose()?.map(|address| address.port());
-        Ok(Some(Self { offer: GuessOffer { nonce: rand::rng().random(), ip, port }, guesser, listener }))
+        Ok(Some(Self { offer: GuessOffer { nonce: rand::rng().random(), ip, port }, guesser }))
     }
 
     /// Whether the two parts fit together, and the peer names no address that is nearer than the relay.
@@ -161,14 +155,14 @@ async fn meet(
     secret: &Secret,
     (reader, writer): Halves<'_>,
 ) -> std::io::Result<()> {
-    let carrier = match (part.guesser, theirs.port) {
+    match (part.guesser, theirs.port) {
         (Some(socket), None) => {
             // Until the peer's NAT lets us in, every guess is lost.
             let Some(GuessMessage::Open) = reader.header(decode_guess).await? else {
                 return Err(Error::new(ErrorKind::InvalidData, "the peer opens nothing"));
             };
             let (socket, remote) = guess(socket, theirs.ip, secret).await?;
-            let carrier = shared.adopted.for_dial(socket, remote).await?;
+            shared.adopted.adopt(socket.into_std()?, remote)?;
             let dial = PunchDial { addresses: vec![multiaddr(remote)], as_listener: false, fresh_port: true };
             let dials = vec![dial];
             shared
@@ -176,26 +170,16 @@ async fn meet(
                 .await
                 .map_err(Error::other)?;
             tracing::debug!(peer = %connection.peer.short(), %remote, "a guessed port was met");
-            carrier
         }
         (None, Some(port)) => {
             let remote = SocketAddrV4::new(theirs.ip, port);
             let sockets = open(remote, secret).await?;
             say(writer, GuessMessage::Open).await?;
-            let (socket, first) = be_met(sockets, secret).await?;
-            let carrier = shared.adopted.for_listener(socket, remote, part.listener).await?;
-            carrier.hand_in(&first);
-            carrier
+            let socket = be_met(sockets, remote, secret).await?;
+            shared.adopted.adopt(socket.into_std()?, remote)?;
         }
         _ => return Err(Error::other("the parts do not fit")),
-    };
-    let stopped = shared.stopped.clone();
-    shared.network.spawn(async move {
-        tokio::select! {
-            () = carrier.run() => {}
-            () = stopped.cancelled() => {}
-        }
-    });
+    }
     Ok(())
 }
 
@@ -216,9 +200,8 @@ async fn guess(
                 // Errors are guesses that were refused on their way.
                 let Ok((n, SocketAddr::V4(from))) = received else { continue };
                 if *from.ip() == ip && secret.read(&datagram[..n]) == Some(Packet::Met) {
-                    socket.connect(from).await?;
                     // Should this one be lost, QUIC's first packet says the same.
-                    let _ = socket.try_send(&chosen);
+                    let _ = socket.try_send_to(&chosen, from.into());
                     return Ok((socket, from));
                 }
             }
@@ -237,8 +220,7 @@ async fn open(remote: SocketAddrV4, secret: &Secret) -> std::io::Result<Vec<UdpS
     let mut sockets = Vec::with_capacity(SOCKETS);
     for n in 0..SOCKETS {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
-        socket.connect(remote).await?;
-        let _ = socket.try_send(&packet);
+        let _ = socket.try_send_to(&packet, remote.into());
         sockets.push(socket);
         if n % OPENED_AT_ONCE == 0 {
             tokio::task::yield_now().await;
@@ -247,33 +229,42 @@ async fn open(remote: SocketAddrV4, secret: &Secret) -> std::io::Result<Vec<UdpS
     Ok(sockets)
 }
 
-/// Waits until the peer has chosen one of the sockets; the others are closed. What it sent there that is none of these packets.
-async fn be_met(sockets: Vec<UdpSocket>, secret: &Secret) -> std::io::Result<(UdpSocket, Vec<u8>)> {
-    let mut all: FuturesUnordered<_> = sockets.into_iter().map(|socket| be_chosen(socket, secret)).collect();
+/// Waits until the peer has chosen one of the sockets; the others are closed.
+async fn be_met(
+    sockets: Vec<UdpSocket>,
+    remote: SocketAddrV4,
+    secret: &Secret,
+) -> std::io::Result<UdpSocket> {
+    let mut all: FuturesUnordered<_> =
+        sockets.into_iter().map(|socket| be_chosen(socket, remote, secret)).collect();
     all.next().await.ok_or_else(|| Error::other("there are no sockets"))
 }
 
-async fn be_chosen(socket: UdpSocket, secret: &Secret) -> (UdpSocket, Vec<u8>) {
+async fn be_chosen(socket: UdpSocket, remote: SocketAddrV4, secret: &Secret) -> UdpSocket {
     let mut says = Packet::Open;
     let mut datagram = vec![0; DATAGRAM_MAX_BYTES];
     loop {
         tokio::select! {
-            received = socket.recv(&mut datagram) => {
-                let Ok(n) = received else { continue };
-                match secret.read(&datagram[..n]) {
+            received = socket.peek_from(&mut datagram) => {
+                let said = match received {
+                    Ok((n, from)) if from == SocketAddr::from(remote) => Some(secret.read(&datagram[..n])),
+                    // A stranger's, or an error: a packet of ours that was refused on its way.
+                    Ok(_) | Err(_) => None,
+                };
+                // Who was told that it met a socket begins to speak QUIC there, and that packet is left to QUIC.
+                if said == Some(None) && says == Packet::Met {
+                    return socket;
+                }
+                let _ = socket.try_recv_from(&mut datagram);
+                match said.flatten() {
                     Some(Packet::Guess) => says = Packet::Met,
-                    Some(Packet::Chosen) => return (socket, Vec::new()),
-                    // Who was told that it met a socket begins to speak QUIC there.
-                    None if says == Packet::Met => {
-                        datagram.truncate(n);
-                        return (socket, datagram);
-                    }
+                    Some(Packet::Chosen) => return socket,
                     Some(_) | None => continue,
                 }
             }
             () = sleep(RESEND_AFTER) => {}
         }
-        let _ = socket.try_send(&secret.packet(says));
+        let _ = socket.try_send_to(&secret.packet(says), remote.into());
     }
 }
 
@@ -300,15 +291,16 @@ mod tests {
         assert_eq!(sockets.len(), SOCKETS);
         // A forged packet from the same address does not count.
         let forged = Secret::new(&[3; 16], &[2; 16]).packet(Packet::Chosen);
-        guesser.send_to(&forged, sockets[0].local_addr().unwrap()).await.unwrap();
+        let port = sockets[0].local_addr().unwrap().port();
+        guesser.send_to(&forged, (Ipv4Addr::LOCALHOST, port)).await.unwrap();
         let (guessed, met) =
-            tokio::join!(guess(guesser, Ipv4Addr::LOCALHOST, &secret), be_met(sockets, &secret));
-        let ((guesser, remote), (socket, first)) = (guessed.unwrap(), met.unwrap());
-        assert_eq!((socket.local_addr().unwrap(), first), (remote.into(), Vec::new()));
-        guesser.send(b"through").await.unwrap();
+            tokio::join!(guess(guesser, Ipv4Addr::LOCALHOST, &secret), be_met(sockets, at_guesser, &secret));
+        let ((guesser, remote), socket) = (guessed.unwrap(), met.unwrap());
+        assert_eq!(socket.local_addr().unwrap().port(), remote.port());
+        guesser.send_to(b"through", remote).await.unwrap();
         let mut bytes = [0; 64];
         loop {
-            let n = socket.recv(&mut bytes).await.unwrap();
+            let (n, _) = socket.recv_from(&mut bytes).await.unwrap();
             // A choice that was sent again may still be on its way.
             if secret.read(&bytes[..n]).is_none() {
                 assert_eq!(&bytes[..n], b"through");

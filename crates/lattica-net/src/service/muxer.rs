@@ -1,5 +1,4 @@
-//! A connection whose streams are given another type as they open: what `early` and `answerless` wrap is the streams, not the
-//! connection.
+//! A connection whose streams are given another type as they open: what `early` wraps is the streams, not the connection.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};

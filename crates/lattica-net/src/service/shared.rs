@@ -17,12 +17,12 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::adopted::Adopted;
 use super::connection::Connection;
 use super::counters::{self, Counters};
 use super::credit::Credit;
 use super::driver::Command;
 use super::news::News;
+use super::quic::Adopted;
 use super::served::Served;
 use super::stream::Stream;
 use crate::config::NodeConfig;

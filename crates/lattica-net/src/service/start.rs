@@ -13,12 +13,10 @@ use libp2p::core::transport::{ListenerId, Transport as _};
 use libp2p::core::upgrade::Version;
 use libp2p::core::{Multiaddr, multiaddr::Protocol};
 use libp2p::swarm::{self, SwarmEvent};
-use libp2p::{Swarm, dns, identity::Keypair, noise, quic, relay, tcp, yamux};
+use libp2p::{Swarm, dns, identity::Keypair, noise, relay, tcp, yamux};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::adopted::Adopting;
-use super::answerless;
 use super::behaviour::Behaviour;
 use super::driver::{Driver, root_cause};
 use super::early;
@@ -28,6 +26,7 @@ use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::news;
 use super::punch::PUNCH_PROTOCOL;
+use super::quic::{Configs, Quic, Settings};
 use super::rendezvous;
 use super::rpc_client::RPC_PROTOCOL;
 use super::shared::{Acceptor, Shared, lock};
@@ -44,8 +43,7 @@ const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Read at once from a TCP socket. Memory that no data has passed through costs nothing.
 const TCP_READ_BYTES: usize = 64 * 1024;
 /// Streams that a peer may have open on one QUIC connection beside those of the limits: libp2p's protocols, and what is being
-/// reset. Each connection holds two tables for all of them from its beginning; with the default limits they are 448, the most
-/// that 512 places hold.
+/// reset.
 const OTHER_STREAMS: usize = 128;
 /// Incoming streams of a connection whose protocol is not agreed upon yet.
 const NEGOTIATING_STREAMS: usize = 128;
@@ -169,17 +167,18 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         .authenticate(noise.clone())
         .multiplex(yamux::Config::default())
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::connection(muxer))));
-    let mut quic = quic::Config::new(keypair);
-    quic.max_idle_timeout =
-        u32::try_from(liveness.quic_idle.as_millis()).expect("validated: at most an hour");
-    quic.keep_alive_interval = liveness.quic_keep_alive;
-    quic.handshake_timeout = liveness.dial_timeout;
     let limits = &shared.config.limits;
     let streams = limits.streams_per_connection + limits.waiting_streams_per_connection + OTHER_STREAMS;
-    quic.max_concurrent_stream_limit = u32::try_from(streams).expect("validated: three millions at most");
-    let quic = Adopting::new(quic::tokio::Transport::new(quic), Arc::clone(&shared.adopted)).map(
-        |(peer, muxer), _| (peer, StreamMuxerBox::new(early::connection(answerless::connection(muxer)))),
-    );
+    let settings = Settings {
+        idle: liveness.quic_idle,
+        keep_alive: liveness.quic_keep_alive,
+        handshake: liveness.dial_timeout,
+        streams: u32::try_from(streams).expect("validated: three millions at most"),
+    };
+    let configs = Configs::new(keypair, &settings)
+        .map_err(|error| setup("the encryption of QUIC", root_cause(&error)))?;
+    let quic = Quic::new(configs, Arc::clone(&shared.adopted))
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(early::connection(muxer))));
     let direct = quic.or_transport(tcp).map(|either, _| either.into_inner());
     let named =
         dns::tokio::Transport::system(direct).map_err(|error| setup("name lookup", error.to_string()))?;
