@@ -124,7 +124,9 @@ pub(crate) async fn answer(
         };
         say(&mut writer, GuessMessage::Offer(part.offer)).await?;
         let secret = Secret::new(&theirs.nonce, &part.offer.nonce);
-        meet(&shared, &connection, part, &theirs, &secret, (&mut reader, &mut writer)).await
+        let meeting = meet(&shared, &connection, part, &theirs, &secret, (&mut reader, &mut writer));
+        // No longer than the peer tries, so that the place is free for others then.
+        timeout(GUESS_TIMEOUT, meeting).await?
     };
     let answering = timeout(AGREEMENT_TIMEOUT + GUESS_TIMEOUT, answering);
     if let Some(Ok(Err(error))) = connection.until_closed(&shared, answering).await {
@@ -201,13 +203,13 @@ async fn guess(
                 let Ok((n, SocketAddr::V4(from))) = received else { continue };
                 if *from.ip() == ip && secret.read(&datagram[..n]) == Some(Packet::Met) {
                     // Should this one be lost, QUIC's first packet says the same.
-                    let _ = socket.try_send_to(&chosen, from.into());
+                    let _ = socket.send_to(&chosen, from).await;
                     return Ok((socket, from));
                 }
             }
             _ = pace.tick(), if ports.size_hint().0 > 0 => {
                 for port in ports.by_ref().take(GUESSES_AT_ONCE) {
-                    let _ = socket.try_send_to(&packet, SocketAddrV4::new(ip, port).into());
+                    let _ = socket.send_to(&packet, SocketAddrV4::new(ip, port)).await;
                 }
             }
         }
@@ -219,9 +221,11 @@ async fn open(remote: SocketAddrV4, secret: &Secret) -> std::io::Result<Vec<UdpS
     let packet = secret.packet(Packet::Open);
     let mut sockets = Vec::with_capacity(SOCKETS);
     for n in 0..SOCKETS {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
-        let _ = socket.try_send_to(&packet, remote.into());
-        sockets.push(socket);
+        // Sent before tokio knows the socket: it refuses to try until it has heard that the socket can be written to.
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.set_nonblocking(true)?;
+        let _ = socket.send_to(&packet, remote);
+        sockets.push(UdpSocket::from_std(socket)?);
         if n % OPENED_AT_ONCE == 0 {
             tokio::task::yield_now().await;
         }
@@ -264,7 +268,7 @@ async fn be_chosen(socket: UdpSocket, remote: SocketAddrV4, secret: &Secret) -> 
             }
             () = sleep(RESEND_AFTER) => {}
         }
-        let _ = socket.try_send_to(&secret.packet(says), remote.into());
+        let _ = socket.send_to(&secret.packet(says), remote).await;
     }
 }
 
@@ -281,6 +285,21 @@ mod tests {
             }
         }
         panic!("nothing was met in three tries");
+    }
+
+    /// A guess that arrives where nothing was sent from is lost.
+    #[tokio::test]
+    async fn sockets_have_sent_when_they_are_open() {
+        let guesser = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        guesser.set_nonblocking(true).unwrap();
+        let SocketAddr::V4(at_guesser) = guesser.local_addr().unwrap() else { panic!("asked for IPv4") };
+        let sockets = open(at_guesser, &Secret::new(&[1; 16], &[2; 16])).await.unwrap();
+        let mut from = std::collections::HashSet::new();
+        while let Ok((_, address)) = guesser.recv_from(&mut [0; 64]) {
+            from.insert(address.port());
+        }
+        // A system may drop what does not fit into the guesser's buffer.
+        assert!(from.len() > SOCKETS / 4, "{} of {} sockets", from.len(), sockets.len());
     }
 
     async fn meets() {
