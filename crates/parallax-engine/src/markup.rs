@@ -64,7 +64,7 @@ pub struct MarkupOptions {
 #[derive(Debug, Clone)]
 pub struct Markup {
     options: MarkupOptions,
-    /// Tools whose calls are given out while they are written. Empty: unknown.
+    /// Tools on offer, whose calls are given out while they are written. Empty: unknown, all calls are given out whole.
     offered: BTreeSet<String>,
     state: State,
     /// Text that is not decided yet.
@@ -93,7 +93,8 @@ const THINK: &str = "<think>";
 const THINK_END: &str = "</think>";
 
 impl Markup {
-    /// A machine at the beginning of an answer.
+    /// A machine at the beginning of an answer. It does not know which tools are on offer: calls are given out whole, whatever
+    /// they name, until [`Markup::offering`] tells it.
     pub fn new(options: MarkupOptions) -> Self {
         let state = match (options.forced_call, options.dialect, options.in_reasoning && options.reasoning) {
             (_, Dialect::Harmony, _) if !options.forced_call => State::Harmony(Harmony::new(options)),
@@ -230,7 +231,7 @@ impl Markup {
         let State::Call(syntax, running) = &mut self.state else { return false };
         let opening = syntax.opening().len();
         let inside = &self.held[opening..];
-        let closing = syntax.closing_in(inside, running.at());
+        let closing = syntax.closing_in(inside, running.seen());
         let ended = ended || closing.is_some();
         let shown = match &closing {
             Some(closing) => closing.start,

@@ -196,9 +196,8 @@ impl ChatFrame {
 /// Where one choice of a stream stands.
 #[derive(Debug, Clone, Default)]
 struct Choice {
+    /// A chunk was written.
     begun: bool,
-    /// The ids of the prompt's tokens were told.
-    told: bool,
     n_calls: usize,
     /// Tokens whose text is not certain yet: their reports wait for it.
     reports: Vec<TokenReport>,
@@ -220,11 +219,12 @@ impl ChatWriter {
         chunk["choices"] =
             json!([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
         if let Some(prompt) = &self.frame.told_prompt {
-            if !std::mem::replace(&mut self.choices[choice].told, true) {
+            if !self.choices[choice].begun {
                 chunk["prompt_token_ids"] = json!(prompt);
             }
             chunk["choices"][0]["token_ids"] = json!(std::mem::take(&mut self.choices[choice].ids));
         }
+        self.choices[choice].begun = true;
         if self.streams.every_chunk {
             let completion_tokens = self.choices.iter().map(|c| c.n_tokens).sum();
             let prompt_tokens = self.frame.prompt_tokens;
@@ -293,7 +293,7 @@ impl Writer for ChatWriter {
 
     fn delta(&mut self, choice: usize, delta: Delta) -> Vec<Frame> {
         let mut frames = Vec::new();
-        if !std::mem::replace(&mut self.choices[choice].begun, true) {
+        if !self.choices[choice].begun {
             let opening = json!({"role": "assistant", "content": ""});
             frames.push(self.chunk(choice, &opening, &Value::Null, None));
         }

@@ -433,14 +433,12 @@ impl Writer for MessageWriter {
     fn delta(&mut self, _choice: usize, delta: Delta) -> Vec<Frame> {
         let mut frames = Vec::new();
         let (parts, _, ending) = delta.split();
-        if let Some(ending) = ending {
-            let calls =
-                self.n_calls > 0 || parts.iter().any(|p| matches!(p, Part::Call(_) | Part::CallBegun(_)));
-            let reason = stop_reason(Some(ending.reason), ending.stop.as_ref(), calls);
-            self.ending = Some((reason, ending.stop, ending.usage));
-        }
         for part in parts {
             self.part(part, &mut frames);
+        }
+        if let Some(ending) = ending {
+            let reason = stop_reason(Some(ending.reason), ending.stop.as_ref(), self.n_calls > 0);
+            self.ending = Some((reason, ending.stop, ending.usage));
         }
         frames
     }

@@ -107,7 +107,7 @@ impl CallSyntax {
         }
     }
 
-    /// Where the closing marker is in what stands behind the opening one, of which the first `from` bytes have none.
+    /// Where the closing marker is in what stands behind the opening one; it does not begin in the first `from` bytes.
     pub(super) fn closing_in(self, inside: &str, from: usize) -> Option<Range<usize>> {
         let closing = self.closing()?;
         let at = from + inside[from..].find(closing)?;

@@ -43,6 +43,21 @@ pub enum Dialect {
 }
 
 impl Dialect {
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 11] = [
+        Self::Hermes,
+        Self::Llama3,
+        Self::Mistral,
+        Self::DeepSeek,
+        Self::Kimi,
+        Self::Glm,
+        Self::Glm4,
+        Self::Phi4,
+        Self::QwenXml,
+        Self::MiniMax,
+        Self::Harmony,
+    ];
+
     /// The dialect that a chat template teaches its model.
     pub fn of_template(source: &str) -> Self {
         let signs = [
@@ -133,7 +148,7 @@ impl Dialect {
         }
     }
 
-    /// The calls of an answer that is nothing else; `offered` are the tools, none if they are unknown.
+    /// The calls of an answer that is nothing else; `offered` are the tools, empty if they are unknown: then any may be called.
     pub(super) fn whole_answer(self, text: &str, offered: &BTreeSet<String>) -> Option<Vec<ToolCall>> {
         match self {
             Self::Glm4 => calls::glm4(text),

@@ -75,7 +75,7 @@ impl Harmony {
     /// Goes on with a call; false when more text is needed.
     fn call(&mut self, ended: bool, offered: &BTreeSet<String>, parts: &mut Vec<Part>) -> bool {
         let State::Call(tool, running) = &mut self.state else { return false };
-        let from = running.at();
+        let from = running.seen();
         let unread = &self.held[from..];
         let end = ENDS.iter().filter_map(|end| unread.find(end).map(|at| (from + at, *end))).min();
         let ended = ended || end.is_some();

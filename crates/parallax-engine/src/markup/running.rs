@@ -45,6 +45,8 @@ pub(super) struct Running {
     stage: Stage,
     /// Bytes of the text that are given out or passed over.
     at: usize,
+    /// Bytes of the text as it was when it was seen last.
+    seen: usize,
     n_calls: usize,
 }
 
@@ -59,12 +61,13 @@ enum Stage {
 
 impl Running {
     pub(super) fn new(layout: Layout) -> Self {
-        Self { layout, stage: Stage::Head, at: 0, n_calls: 0 }
+        Self { layout, stage: Stage::Head, at: 0, seen: 0, n_calls: 0 }
     }
 
-    /// Bytes at the beginning of the text that are done with.
-    pub(super) fn at(&self) -> usize {
-        self.at
+    /// Bytes of the text as [`Running::advance`] saw it last. No marker that ends the text begins in them: who looks for one need
+    /// not look there again.
+    pub(super) fn seen(&self) -> usize {
+        self.seen
     }
 
     /// Nothing was given out.
@@ -80,6 +83,7 @@ impl Running {
         offered: &BTreeSet<String>,
         parts: &mut Vec<Part>,
     ) {
+        self.seen = text.len();
         loop {
             let rest = &text[self.at..];
             match &mut self.stage {

@@ -369,20 +369,6 @@ fn templates_tell_their_dialect() {
     }
 }
 
-const DIALECTS: [Dialect; 11] = [
-    Dialect::Hermes,
-    Dialect::Llama3,
-    Dialect::Mistral,
-    Dialect::DeepSeek,
-    Dialect::Kimi,
-    Dialect::Glm,
-    Dialect::Glm4,
-    Dialect::Phi4,
-    Dialect::QwenXml,
-    Dialect::MiniMax,
-    Dialect::Harmony,
-];
-
 #[test]
 fn texts_stay_texts_where_the_schema_says_so() {
     let said = "<tool_call><function=write><parameter=content>\n{\"a\": 1}\n</parameter><parameter=n>12</parameter></function></tool_call>";
@@ -395,13 +381,13 @@ fn texts_stay_texts_where_the_schema_says_so() {
 }
 
 fn dialects() -> impl Strategy<Value = Dialect> {
-    prop::sample::select(DIALECTS.to_vec())
+    prop::sample::select(Dialect::ALL.to_vec())
 }
 
 /// Texts made of markers, calls and noise, so that the machine meets its own vocabulary in every order.
 fn texts() -> impl Strategy<Value = String> {
     let mut words: Vec<String> = examples().into_iter().map(|(_, said, _)| said.to_owned()).collect();
-    for dialect in DIALECTS {
+    for dialect in Dialect::ALL {
         words.extend(dialect.markers().iter().map(|m| (*m).to_owned()));
     }
     for noise in [

@@ -86,20 +86,6 @@ const GLM: &str = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.strip() }
     <arg_value>{{ value | tojson(ensure_ascii=False) if value is not string else value }}</arg_value>{% endfor %}\
     </tool_call>{% endfor %}{% endif %}{% endfor %}";
 
-const DIALECTS: [Dialect; 11] = [
-    Dialect::Hermes,
-    Dialect::Llama3,
-    Dialect::Mistral,
-    Dialect::DeepSeek,
-    Dialect::Kimi,
-    Dialect::Glm,
-    Dialect::Glm4,
-    Dialect::Phi4,
-    Dialect::QwenXml,
-    Dialect::MiniMax,
-    Dialect::Harmony,
-];
-
 /// The templates of a dialect.
 fn templates(dialect: Dialect) -> &'static [&'static str] {
     match dialect {
@@ -157,7 +143,7 @@ fn rendered(source: &str, messages: Vec<Value>) -> String {
 #[test]
 fn every_family_is_shown_a_call_and_its_result() {
     let turns = || vec![asks("How hot?"), calls_of("", &[weather("call_0")]), result("call_0", "31 C")];
-    for dialect in DIALECTS {
+    for dialect in Dialect::ALL {
         for template in templates(dialect) {
             assert_eq!(Dialect::of_template(template), dialect);
             let text = rendered(template, turns());
