@@ -139,11 +139,7 @@ impl Engine {
     /// What the resident adapters that these sequences pass through are called.
     fn adapters_of<'a>(&self, sequences: impl Iterator<Item = &'a Sequence>) -> Vec<String> {
         let used: BTreeSet<u32> = sequences.filter_map(Sequence::adapter).collect();
-        if used.is_empty() {
-            return Vec::new();
-        }
-        let is_used = |name: &&str| self.adapters.find(name).is_ok_and(|adapter| used.contains(&adapter.id));
-        self.adapters.names().filter(is_used).map(str::to_owned).collect()
+        used.into_iter().filter_map(|id| self.adapters.name_of(id)).map(str::to_owned).collect()
     }
 
     /// Lets `drafter` guess tokens from now on, as many as [`EngineConfig::draft_tokens`] allows.

@@ -50,8 +50,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::Listener;
 use axum::{Json, Router};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::server::conn::auto::Builder;
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use parallax_model::{ChatTemplate, Tokenizer};
 use serde_json::{Value, json};
@@ -229,8 +229,6 @@ async fn serve_connections(
     more: Router,
     stop: impl Future<Output = ()>,
 ) {
-    // Of HTTP/1 alone, whose timer runs from the first moment.
-    let builder = Builder::new(TokioExecutor::new()).http1_only();
     let limits = &server.state.limits;
     let service = TowerToHyperService::new(routes(server).merge(more).with_state::<()>(()));
     let (closing, _) = watch::channel(());
@@ -242,8 +240,10 @@ async fn serve_connections(
             () = &mut stop => break,
         };
         let (stream, timer) = waiting::timed(stream, limits);
-        let (mut builder, service, mut told) = (builder.clone(), service.clone(), closing.subscribe());
-        builder.http1().timer(timer).header_read_timeout(limits.read_time);
+        let (service, mut told) = (service.clone(), closing.subscribe());
+        // HTTP/1 alone, whose timer runs from the first moment.
+        let mut builder = http1::Builder::new();
+        builder.timer(timer).header_read_timeout(limits.read_time);
         tokio::spawn(async move {
             let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
             tokio::select! {

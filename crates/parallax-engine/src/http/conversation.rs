@@ -180,21 +180,14 @@ fn responses_item(
             let name = item.required_text("name")?;
             let call = call_value(id, name, &arguments(item, "arguments")?);
             // Calls that follow each other belong to one turn.
-            let last = messages.last_mut().filter(|m| m["role"] == "assistant");
-            match last {
-                Some(message) => {
-                    attach(thoughts, message);
-                    match message.get_mut("tool_calls").and_then(Value::as_array_mut) {
-                        Some(calls) => calls.push(call),
-                        None => message["tool_calls"] = json!([call]),
-                    }
-                }
-                None => {
-                    let mut message = json!({"role": "assistant", "content": "", "tool_calls": [call]});
-                    attach(thoughts, &mut message);
-                    messages.push(message);
-                }
+            let last = messages.pop_if(|last| last["role"] == "assistant");
+            let mut message = last.unwrap_or_else(|| json!({"role": "assistant", "content": ""}));
+            attach(thoughts, &mut message);
+            match message.get_mut("tool_calls").and_then(Value::as_array_mut) {
+                Some(calls) => calls.push(call),
+                None => message["tool_calls"] = json!([call]),
             }
+            messages.push(message);
         }
         "function_call_output" => {
             let id = item.required_text("call_id")?;
@@ -219,10 +212,11 @@ fn attach(thoughts: &mut String, message: &mut Value) {
     if thoughts.is_empty() {
         return;
     }
-    let mut all = message["reasoning_content"].as_str().unwrap_or_default().to_owned();
-    add_thoughts(&mut all, thoughts);
-    thoughts.clear();
-    message["reasoning_content"] = json!(all);
+    let more = std::mem::take(thoughts);
+    match &mut message["reasoning_content"] {
+        Value::String(all) => add_thoughts(all, &more),
+        none => *none = Value::String(more),
+    }
 }
 
 fn add_thoughts(all: &mut String, more: &str) {

@@ -13,6 +13,8 @@ pub(super) use masks::{Masked, Masks};
 
 /// Stop strings of a request. OpenAI takes 4, vLLM any number.
 const MAX_STOPS: usize = 16;
+/// Tokens of a request that end its answer; each token that is chosen is compared with all of them.
+const MAX_STOP_IDS: usize = 1024;
 /// Tokens of a request whose likelihood is changed.
 const MAX_BIASES: usize = 1024;
 /// Tokens that alone may be chosen.
@@ -97,7 +99,7 @@ pub(super) fn read(
         logit_bias: biases(body)?,
         seed: body.integer("seed", i64::MIN..=i64::MAX)?.map_or(fresh_seed, i64::cast_unsigned),
         min_tokens: body.count("min_tokens", 0, MAX_TOKENS)?.unwrap_or(0),
-        stop_ids: ids(body, "stop_token_ids")?,
+        stop_ids: stop_ids(body)?,
         ..SamplingParams::default()
     };
     // Both are read, so that both are checked; the newer name counts.
@@ -139,6 +141,16 @@ pub(super) fn truncate(
         prompt.drain(..prompt.len().saturating_sub(most));
     }
     Ok(())
+}
+
+/// vLLM's `stop_token_ids`.
+fn stop_ids(body: &Fields<'_>) -> Result<Vec<u32>, ApiError> {
+    let ids = ids(body, "stop_token_ids")?;
+    if ids.len() > MAX_STOP_IDS {
+        let why = format!("takes up to {MAX_STOP_IDS} tokens, not {}", ids.len());
+        return Err(body.fault("stop_token_ids", why));
+    }
+    Ok(ids)
 }
 
 /// vLLM's `allowed_token_ids`.
@@ -254,6 +266,7 @@ mod tests {
             (json!({"stop": ["", "a"]}), "stop"),
             (json!({"stop": [1]}), "stop[0]"),
             (json!({"stop_token_ids": [-1]}), "stop_token_ids[0]"),
+            (json!({"stop_token_ids": vec![1; MAX_STOP_IDS + 1]}), "stop_token_ids"),
             (json!({"min_tokens": 5, "max_tokens": 4}), "min_tokens"),
             (json!({"seed": 1.5}), "seed"),
             (json!({"allowed_token_ids": []}), "allowed_token_ids"),

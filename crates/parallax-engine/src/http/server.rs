@@ -295,7 +295,7 @@ impl Server {
             }
             bad_words.push(plain);
         }
-        let masks = Arc::new(Masks { allowed: sampling.allowed.clone(), bad_words });
+        let masks = Arc::new(Masks::new(sampling.allowed.clone(), bad_words));
         Ok(Some(Arc::new(Masked { masks, then })))
     }
 

@@ -19,6 +19,8 @@ use super::HttpLimits;
 
 /// A connection, and the timer of its heads.
 pub(super) fn timed(stream: TcpStream, limits: &HttpLimits) -> (Timed<TcpStream>, HeadTimer) {
+    // Else a token waits until the client has acknowledged the one before it. Where this fails nobody is there any more.
+    let _ = stream.set_nodelay(true);
     let bytes = Arc::<AtomicU64>::default();
     let timer = HeadTimer { head: limits.read_time, idle: limits.idle_time, bytes: Arc::clone(&bytes) };
     (Timed { stream, bytes, write_time: limits.write_time, stalled: None }, timer)
@@ -154,6 +156,15 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_written_leaves_at_once() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (_client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (timed, _) = timed(accepted.unwrap().0, &HttpLimits::default());
+        assert!(timed.stream.nodelay().unwrap());
+    }
 
     #[tokio::test]
     async fn a_client_that_takes_nothing_is_waited_for_only_so_long() {

@@ -215,7 +215,8 @@ mod tests {
         };
         let mut at = 0;
         while at < text.len() {
-            let longer = MORE.iter().position(|(token, _)| text[at..].starts_with(token));
+            let longer =
+                MORE.iter().position(|(token, _)| text.as_bytes()[at..].starts_with(token.as_bytes()));
             let (id, length) = match longer {
                 Some(more) => (END + u32::try_from(more).unwrap(), MORE[more].0.len()),
                 None => (u32::from(text.as_bytes()[at]), 1),
@@ -238,7 +239,21 @@ mod tests {
                 Dialect::QwenXml,
                 "<tool_call>\n<function=f>\n<parameter=a>\nDAYS\n</parameter>\n</function>\n</tool_call>",
             ),
+            (Dialect::Glm, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>DAYS</arg_value>\n</tool_call>"),
+            (
+                Dialect::MiniMax,
+                "<minimax:tool_call>\n<invoke name=\"f\">\n<parameter name=\"a\">DAYS</parameter>\n</invoke>\n</minimax:tool_call>",
+            ),
             (Dialect::Mistral, "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": DAYS}}]"),
+            (Dialect::Phi4, "<|tool_call|>[{\"name\": \"f\", \"arguments\": {\"a\": DAYS}}]<|/tool_call|>"),
+            (
+                Dialect::DeepSeek,
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": DAYS}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            ),
+            (
+                Dialect::Kimi,
+                "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{\"a\": DAYS}<|tool_call_end|><|tool_calls_section_end|>",
+            ),
             (Dialect::Llama3, "{\"name\": \"f\", \"parameters\": {\"a\": DAYS}}"),
             (Dialect::Glm4, "f\n{\"a\": DAYS}"),
             (

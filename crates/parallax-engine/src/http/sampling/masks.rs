@@ -8,12 +8,23 @@ use std::sync::Arc;
 use crate::constraint::{Constraint, ConstraintState};
 
 /// Which tokens are left.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::http) struct Masks {
-    /// These alone; `None`: all of the vocabulary.
-    pub allowed: Option<Vec<u32>>,
+    /// These alone, ascending; `None`: all of the vocabulary.
+    allowed: Option<Vec<u32>>,
     /// Of each of these words its last token does not follow the others.
-    pub bad_words: Vec<Vec<u32>>,
+    bad_words: Vec<Vec<u32>>,
+}
+
+impl Masks {
+    /// The tokens that alone may be chosen, in any order, and the words that must not come about.
+    pub(in crate::http) fn new(mut allowed: Option<Vec<u32>>, bad_words: Vec<Vec<u32>>) -> Self {
+        if let Some(ids) = &mut allowed {
+            ids.sort_unstable();
+            ids.dedup();
+        }
+        Self { allowed, bad_words }
+    }
 }
 
 /// Masks, and what else the answer must follow.
@@ -60,12 +71,12 @@ impl ConstraintState for Masking {
             then.mask(logits)?;
         }
         if let Some(allowed) = &self.masks.allowed {
-            let places = allowed.iter().map(|id| *id as usize);
-            let kept: Vec<_> = places.filter_map(|id| Some((id, *logits.get(id)?))).collect();
-            logits.fill(f32::NEG_INFINITY);
-            for (id, logit) in kept {
-                logits[id] = logit;
+            let (mut begin, end) = (0, logits.len());
+            for id in allowed.iter().map(|id| *id as usize).take_while(|id| *id < end) {
+                logits[begin..id].fill(f32::NEG_INFINITY);
+                begin = id + 1;
             }
+            logits[begin..].fill(f32::NEG_INFINITY);
         }
         for id in self.completing() {
             if let Some(logit) = logits.get_mut(id as usize) {
@@ -117,7 +128,7 @@ mod tests {
         bad_words: Vec<Vec<u32>>,
         then: Option<Arc<dyn Constraint>>,
     ) -> Masked {
-        Masked { masks: Arc::new(Masks { allowed, bad_words }), then }
+        Masked { masks: Arc::new(Masks::new(allowed, bad_words)), then }
     }
 
     #[test]

@@ -128,6 +128,15 @@ fn result(id: &str, content: &str) -> Value {
     json!({"role": "tool", "tool_call_id": id, "content": content})
 }
 
+/// Two calls under these ids, and their results the other way round.
+fn two_calls(first: &str, second: &str) -> Vec<Value> {
+    vec![
+        calls_of("", &[weather(first), call_value(second, "t", &json!({}))]),
+        result(second, "noon"),
+        result(first, "31 C"),
+    ]
+}
+
 fn tools() -> Vec<Value> {
     vec![json!({"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}})]
 }
@@ -157,13 +166,8 @@ fn every_family_is_shown_a_call_and_its_result() {
 
 #[test]
 fn mistral_is_shown_nine_letters_of_an_id() {
-    let turns = vec![
-        asks("q"),
-        calls_of("", &[weather("call_7f3a000"), call_value("aB3dE6gH9", "t", &json!({}))]),
-        result("aB3dE6gH9", "noon"),
-        result("call_7f3a000", "31 C"),
-        calls_of("", &[weather("call-ab12"), weather("call_7f3a001")]),
-    ];
+    let more = calls_of("", &[weather("call-ab12"), weather("call_7f3a001")]);
+    let turns = [vec![asks("q")], two_calls("call_7f3a000", "aB3dE6gH9"), vec![more]].concat();
     let (shaped, _) = shape(Dialect::Mistral, turns.clone(), Vec::new());
     let short = shaped[1]["tool_calls"][0]["id"].as_str().unwrap();
     assert_eq!(shaped[1]["tool_calls"][1]["id"], "aB3dE6gH9");
@@ -208,18 +212,11 @@ fn deepseek_is_shown_arguments_as_text_and_no_empty_content() {
 
 #[test]
 fn kimi_is_shown_calls_numbered_through_the_conversation() {
-    let turns = vec![
-        asks("q"),
-        calls_of("", &[weather("a"), call_value("b", "t", &json!({}))]),
-        result("b", "noon"),
-        result("a", "31 C"),
-        // Some clients begin anew in every turn.
-        calls_of("", &[call_value("a", "t", &json!({}))]),
-        result("a", "one"),
-        result("never asked for", "?"),
-    ];
+    // Some clients begin anew in every turn.
+    let again = calls_of("", &[call_value("a", "t", &json!({}))]);
+    let later = vec![again, result("a", "one"), result("never asked for", "?")];
     assert_eq!(
-        rendered(KIMI, turns),
+        rendered(KIMI, [vec![asks("q")], two_calls("a", "b"), later].concat()),
         "q<|im_end|><|tool_calls_section_begin|>\
          <|tool_call_begin|>functions.w:0<|tool_call_argument_begin|>{\"c\": \"Rome\", \"n\": [1, 2]}<|tool_call_end|>\
          <|tool_call_begin|>functions.t:1<|tool_call_argument_begin|>{}<|tool_call_end|>\
@@ -256,9 +253,9 @@ fn gpt_oss_is_shown_its_thoughts_before_its_calls() {
 
 #[test]
 fn llama_and_gpt_oss_are_shown_one_call_and_its_result_at_a_time() {
-    let mut both = calls_of("", &[weather("a"), call_value("b", "t", &json!({}))]);
-    both["reasoning_content"] = json!("Two things.");
-    let turns = vec![both, result("b", "noon"), result("a", "31 C"), result("c", "?"), asks("so?")];
+    let mut turns = two_calls("a", "b");
+    turns[0]["reasoning_content"] = json!("Two things.");
+    turns.extend([result("c", "?"), asks("so?")]);
     assert_eq!(
         rendered(LLAMA3, turns.clone()),
         "{\"name\": \"w\", \"parameters\": {\"c\": \"Rome\", \"n\": [1, 2]}}<|eot_id|>ipython: 31 C<|eot_id|>\
