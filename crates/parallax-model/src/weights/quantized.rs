@@ -163,12 +163,7 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
         };
         found.push(derived);
     }
-    for (name, shape, recipe) in found {
-        if shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).is_none() {
-            return Err(OpenError::Shape { name, found: shape, expected: Vec::new() });
-        }
-        index.derived.insert(name, Derived { shape, recipe });
-    }
+    index.derived.extend(found.into_iter().map(|(name, shape, recipe)| (name, Derived { shape, recipe })));
     Ok(())
 }
 
