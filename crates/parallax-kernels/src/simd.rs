@@ -66,8 +66,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Whether several rows are faster by [`Simd::dot4_wide`] than by [`Simd::dot4`].
     const WIDE: bool;
 
-    /// Asks for `v` to be brought into the cache.
-    fn prefetch<T>(self, v: &T);
+    /// Asks for `v` to be brought into the cache, where a level has a hint for it.
+    #[inline(always)]
+    fn prefetch<T>(self, _v: &T) {}
     fn splat(self, v: f32) -> Self::F;
     fn load(self, v: &[f32; LANES]) -> Self::F;
     fn store(self, v: Self::F, to: &mut [f32; LANES]);
@@ -103,8 +104,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn to_f32(self, v: Self::I) -> Self::F;
     /// Zero in every lane.
     fn zero(self) -> Self::I;
-    /// Where a block's integer sum starts, given the sum of the block's activations.
-    fn dot_start(self, activation_sum: i32) -> Self::I;
+    /// Where a block's integer sum starts, given the sum of the block's activations: at zero, unless weights are raised.
+    #[inline(always)]
+    fn dot_start(self, _activation_sum: i32) -> Self::I {
+        self.zero()
+    }
     /// Prepares four weights per output: byte `4 * output + j`.
     fn weights(self, v: &[u8; 4 * LANES]) -> Self::W;
     /// Adds, for each output, the exact product of its four weights with the four signed activations in `x`.

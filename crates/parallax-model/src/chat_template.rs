@@ -60,8 +60,8 @@ pub struct ChatTemplate {
 const NAME: &str = "chat";
 /// Template instructions of one rendering, about a second; a long conversation takes some ten thousand.
 const FUEL: u64 = 10_000_000;
-/// Bytes that a template may write, and make of one value: more than any context holds. Indented JSON of a request may be
-/// hundreds of times as long as the request.
+/// Bytes that a template may write, and `tojson` make of one value: more than any context holds. Indented JSON of a request
+/// may be hundreds of times as long as the request.
 const MAX_TEXT_BYTES: usize = 32 << 20;
 
 /// What a template has written.

@@ -62,6 +62,18 @@ pub(crate) enum LinearWeight {
     Dense(Tensor<2>),
 }
 
+impl LinearWeight {
+    /// Bytes of memory held, on whichever device.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Packed(packed) => packed.bytes(),
+            #[cfg(feature = "gpu")]
+            Self::Device(packed) => packed.bytes(),
+            Self::Dense(tensor) => 4 * tensor.dims().iter().product::<usize>(),
+        }
+    }
+}
+
 /// The rows of the batch at hand that an adapter applies to: everyone's, unless the batch chose. Shared by all parts of an
 /// adapter in a stage, which sets it before a pass and runs one pass at a time.
 #[derive(Debug, Default)]

@@ -42,7 +42,7 @@ pub(crate) struct Loader<'a> {
     pub(crate) dtype: WeightDtype,
     pub(crate) device: Device,
     pub(crate) route: Route,
-    /// Keep the transposed f32 weights too, by which the gradient of a frozen layer's input is faster.
+    /// Keep the transposed f32 weights too, by which the gradient of a frozen layer's input is faster. For f32 weights alone.
     pub(crate) keep_transposed: bool,
 }
 
@@ -132,24 +132,20 @@ impl Loader<'_> {
             let weight = DeviceLinear::upload(&self.device, &stacks, k).map_err(failed)?;
             return Ok(LinearWeight::Device(Arc::new(weight)));
         }
-        let mut values = Vec::new();
-        if self.route != Route::Kernels || self.keep_transposed {
-            for piece in &pieces {
-                values.extend(self.index.read_rows_f32(&piece.name, piece.range())?);
-            }
+        if self.route == Route::Kernels && !self.keep_transposed {
+            let parts = self.index.pack(&pieces, k, self.dtype)?;
+            return Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, transposed: None })));
         }
+        let mut values = Vec::new();
+        for piece in &pieces {
+            values.extend(self.index.read_rows_f32(&piece.name, piece.range())?);
+        }
+        let n = values.len() / k;
         if self.route != Route::Kernels {
-            let n = values.len() / k;
             return Ok(LinearWeight::Dense(self.tensor(values, [n, k])));
         }
-        let parts = if self.keep_transposed && self.dtype == WeightDtype::F32 {
-            vec![PackedWeight::pack_f32(WeightKind::F32, &values, values.len() / k, k).map_err(failed)?]
-        } else {
-            self.index.pack(&pieces, k, self.dtype)?
-        };
-        let n = values.len() / k;
-        let transposed = self.keep_transposed.then(|| PackedWeight::pack_transposed(&values, k, n));
-        let transposed = transposed.transpose().map_err(failed)?;
+        let parts = vec![PackedWeight::pack_f32(WeightKind::F32, &values, n, k).map_err(failed)?];
+        let transposed = Some(PackedWeight::pack_transposed(&values, k, n).map_err(failed)?);
         Ok(LinearWeight::Packed(Arc::new(FrozenLinear { parts, transposed })))
     }
 

@@ -236,19 +236,13 @@ impl Stage {
     }
 
     fn count_bytes(&self) -> u64 {
-        let linear = |weight: &LinearWeight| match weight {
-            LinearWeight::Packed(packed) => packed.bytes() as u64,
-            #[cfg(feature = "gpu")]
-            LinearWeight::Device(packed) => packed.bytes() as u64,
-            LinearWeight::Dense(tensor) => tensor.dims().iter().product::<usize>() as u64 * 4,
-        };
         let linears = self.layers.iter().flat_map(LayerWeights::linears);
-        let mut bytes: u64 = linears.map(|l| linear(&l.weight)).sum();
-        bytes += self.layers.iter().map(|l| l.inner_bytes() as u64).sum::<u64>();
-        bytes += self.embedding.as_ref().map_or(0, linear);
+        let mut bytes: usize = linears.map(|l| l.weight.bytes()).sum();
+        bytes += self.layers.iter().map(LayerWeights::inner_bytes).sum::<usize>();
+        bytes += self.embedding.as_ref().map_or(0, LinearWeight::bytes);
         let shared_table = self.embedding.is_some() && self.config.tied_embeddings;
-        bytes += self.head.as_ref().filter(|_| !shared_table).map_or(0, |(_, head)| linear(&head.weight));
-        bytes
+        bytes += self.head.as_ref().filter(|_| !shared_table).map_or(0, |(_, head)| head.weight.bytes());
+        bytes as u64
     }
 
     /// How it was loaded.

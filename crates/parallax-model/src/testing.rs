@@ -45,6 +45,11 @@ pub(crate) fn checkpoint(family: Family) -> (TempDir, Checkpoint) {
     });
     let louder = louder.collect();
     model.set_parameters(louder);
+    saved(&model)
+}
+
+/// A fully trained model, saved and opened again.
+pub(crate) fn saved(model: &TrainModel) -> (TempDir, Checkpoint) {
     let dir = tempfile::tempdir().unwrap();
     model.save_checkpoint(dir.path()).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();

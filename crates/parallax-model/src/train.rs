@@ -308,16 +308,10 @@ impl TrainModel {
     /// Bytes of memory that frozen linear layers and tables take; 0 where all weights are trained. Replicas share them.
     pub fn frozen_bytes(&self) -> usize {
         let Some(frozen) = &self.frozen else { return 0 };
-        let held = |weight: &LinearWeight| match weight {
-            LinearWeight::Packed(packed) => packed.held_bytes(),
-            LinearWeight::Dense(tensor) => 4 * tensor.dims().iter().product::<usize>(),
-            #[cfg(feature = "gpu")]
-            LinearWeight::Device(_) => unreachable!("training loads its weights on the CPU"),
-        };
         let linears = frozen.layers.iter().flat_map(LayerWeights::linears);
-        let layers: usize = linears.map(|linear| held(&linear.weight)).sum();
-        let head = if self.config.tied_embeddings { 0 } else { held(&frozen.head) };
-        layers + held(&frozen.embedding) + head
+        let layers: usize = linears.map(|linear| linear.weight.bytes()).sum();
+        let head = if self.config.tied_embeddings { 0 } else { frozen.head.bytes() };
+        layers + frozen.embedding.bytes() + head
     }
 
     /// The model's shape.

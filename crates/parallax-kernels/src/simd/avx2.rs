@@ -200,10 +200,6 @@ impl Simd for Avx2 {
         simd!([_mm256_setzero_si256(); 2])
     }
     #[inline(always)]
-    fn dot_start(self, _activation_sum: i32) -> Self::I {
-        simd!([_mm256_setzero_si256(); 2])
-    }
-    #[inline(always)]
     fn weights(self, v: &[u8; 4 * LANES]) -> Self::W {
         let w = self.bytes(v);
         (w, halves!(_mm256_abs_epi8(w)))

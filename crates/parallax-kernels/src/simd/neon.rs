@@ -92,8 +92,6 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     const WIDE: bool = false;
 
     #[inline(always)]
-    fn prefetch<T>(self, _v: &T) {}
-    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         simd!([vdupq_n_f32(v); 4])
     }
@@ -220,10 +218,6 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     #[inline(always)]
     fn zero(self) -> Self::I {
         simd!([vdupq_n_s32(0); 4])
-    }
-    #[inline(always)]
-    fn dot_start(self, _activation_sum: i32) -> Self::I {
-        self.zero()
     }
     #[inline(always)]
     fn weights(self, v: &[u8; 4 * LANES]) -> Self::W {

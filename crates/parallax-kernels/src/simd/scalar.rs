@@ -32,8 +32,6 @@ impl Simd for Scalar {
     const WIDE: bool = false;
 
     #[inline(always)]
-    fn prefetch<T>(self, _v: &T) {}
-    #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
         [v; LANES]
     }
@@ -112,10 +110,6 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn zero(self) -> Self::I {
-        [0; LANES]
-    }
-    #[inline(always)]
-    fn dot_start(self, _activation_sum: i32) -> Self::I {
         [0; LANES]
     }
     #[inline(always)]

@@ -27,13 +27,9 @@ impl FrozenLinear {
         self.parts[0].k()
     }
 
+    /// Bytes of memory held, the transpose included.
     pub(crate) fn bytes(&self) -> usize {
-        self.parts.iter().map(PackedWeight::bytes).sum()
-    }
-
-    /// Bytes with what training keeps beside.
-    pub(crate) fn held_bytes(&self) -> usize {
-        self.bytes() + self.transposed.as_ref().map_or(0, PackedWeight::bytes)
+        self.parts.iter().chain(&self.transposed).map(PackedWeight::bytes).sum()
     }
 
     /// y[T, N] = x[T, K] · Wᵀ.

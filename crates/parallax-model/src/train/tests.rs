@@ -211,10 +211,7 @@ fn widened(checkpoint: &Checkpoint, format: BaseDtype) -> (tempfile::TempDir, Ch
     });
     let rounded = rounded.collect();
     model.set_parameters(rounded);
-    let dir = tempfile::tempdir().unwrap();
-    model.save_checkpoint(dir.path()).unwrap();
-    let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    (dir, checkpoint)
+    testing::saved(&model)
 }
 
 #[test]
@@ -276,9 +273,7 @@ fn gradients_agree_with_finite_differences() {
 fn a_saved_checkpoint_computes_the_same() {
     let (_dir, checkpoint) = testing::checkpoint(Family::Qwen3);
     let model = TrainModel::from_checkpoint(&checkpoint, &FULL).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    model.save_checkpoint(dir.path()).unwrap();
-    let again = Checkpoint::open(dir.path()).unwrap();
+    let (dir, again) = testing::saved(&model);
     assert_eq!(again.id().unwrap(), checkpoint.id().unwrap());
     let other = TrainModel::new_random(checkpoint.config(), 8).unwrap();
     other.save_checkpoint(dir.path()).unwrap();

@@ -23,6 +23,9 @@ pub enum StoredDtype {
     Byte,
 }
 
+/// More elements than any tensor has, and few enough to multiply: a word holds up to eight codes, a block 32.
+const MAX_ELEMENTS: u64 = 1 << 56;
+
 impl StoredDtype {
     /// 32-bit float.
     pub const F32: Self = Self::Kind(WeightKind::F32);
@@ -90,6 +93,16 @@ impl StoredDtype {
     pub fn bytes(self, n: u64) -> Option<u64> {
         let (values, bytes) = self.block();
         n.is_multiple_of(values as u64).then(|| (n / values as u64).checked_mul(bytes as u64)).flatten()
+    }
+
+    /// As [`Self::bytes`], of a tensor of this shape. Dimensions beside an empty one count too: parts of their product are
+    /// taken later.
+    pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<u64> {
+        let n = shape.iter().try_fold(1u64, |n, d| n.checked_mul((*d as u64).max(1)))?;
+        if n > MAX_ELEMENTS {
+            return None;
+        }
+        self.bytes(if shape.contains(&0) { 0 } else { n })
     }
 
     /// Name as in GGUF, or as in safetensors.

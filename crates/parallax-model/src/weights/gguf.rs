@@ -215,15 +215,13 @@ impl GgufFile {
             shape.reverse();
             let dtype = stored_dtype(&name, c.u32()?)?;
             let offset = c.u64()?;
-            let n = shape.iter().try_fold(1u64, |n, d| n.checked_mul(*d as u64));
             let row = shape.last().copied().unwrap_or(1) as u64;
-            let len =
-                n.filter(|_| dtype.bytes(row).is_some()).and_then(|n| dtype.bytes(n)).ok_or_else(|| {
-                    source.corrupt(format!(
-                        "tensor {name:?} of shape {shape:?} is no whole number of {} blocks",
-                        dtype.name()
-                    ))
-                })?;
+            let len = dtype.bytes(row).and_then(|_| dtype.bytes_of(&shape)).ok_or_else(|| {
+                source.corrupt(format!(
+                    "tensor {name:?} of shape {shape:?} is no whole number of {} blocks",
+                    dtype.name()
+                ))
+            })?;
             let info = TensorInfo { shape, dtype, file: 0, offset, len, interleaved_heads: None };
             if tensors.insert(name.clone(), info).is_some() {
                 return Err(source.corrupt(format!("tensor {name:?} appears twice")));

@@ -8,8 +8,10 @@ mod fp8;
 mod int;
 mod mxfp4;
 
+use parallax_kernels::WeightKind;
 use serde_json::Value;
 
+use self::int::block_kind;
 pub(super) use self::{fp8::Scaled, int::Coded, mxfp4::Mxfp4};
 use super::{StoredDtype, WeightIndex, reader::Form};
 use crate::error::OpenError;
@@ -161,12 +163,7 @@ pub(crate) fn derive(index: &mut WeightIndex, settings: &Value) -> Result<(), Op
         };
         found.push(derived);
     }
-    for (name, shape, recipe) in found {
-        if shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).is_none() {
-            return Err(OpenError::Shape { name, found: shape, expected: Vec::new() });
-        }
-        index.derived.insert(name, Derived { shape, recipe });
-    }
+    index.derived.extend(found.into_iter().map(|(name, shape, recipe)| (name, Derived { shape, recipe })));
     Ok(())
 }
 
@@ -175,19 +172,20 @@ impl Derived {
     /// scattered groups become bf16, codes blocks with a scale for 32 of them. Scattered groups that turn out to be in
     /// order take less.
     pub(crate) fn in_memory(&self) -> Option<(String, u64)> {
-        let n = self.shape.iter().product::<usize>() as u64;
-        let blocks = |bits: u32| if bits == 4 { n / 32 * 20 } else { n / 32 * 34 };
-        Some(match &self.recipe {
-            Recipe::Fp8 { codes, .. } => (codes.clone(), 2 * n),
+        let coded = |bits, scattered| if scattered { WeightKind::Bf16 } else { block_kind(bits) };
+        let (tensor, kind) = match &self.recipe {
+            Recipe::Fp8 { codes, .. } => (codes.clone(), WeightKind::Bf16),
             Recipe::Gptq { base, bits, scattered, .. } => {
-                (format!("{base}.qweight"), if *scattered { 2 * n } else { blocks(*bits) })
+                (format!("{base}.qweight"), coded(*bits, *scattered))
             }
-            Recipe::Awq { base } => (format!("{base}.qweight"), blocks(4)),
+            Recipe::Awq { base } => (format!("{base}.qweight"), coded(4, false)),
             Recipe::Packed { base, bits, scattered } => {
-                (format!("{base}.weight_packed"), if *scattered { 2 * n } else { blocks(*bits) })
+                (format!("{base}.weight_packed"), coded(*bits, *scattered))
             }
             Recipe::Mxfp4 { .. } => return None,
-        })
+        };
+        let (values, bytes) = kind.block();
+        Some((tensor, (self.shape.iter().product::<usize>() / values * bytes) as u64))
     }
 }
 

@@ -104,8 +104,7 @@ fn header(file: &Source, file_index: usize) -> Result<BTreeMap<String, TensorInf
             return Err(OpenError::UnsupportedDtype { name, dtype: entry.dtype, readable: READABLE });
         };
         let (start, end) = entry.data_offsets;
-        let n = entry.shape.iter().try_fold(1u64, |n, d| n.checked_mul(*d as u64));
-        let wanted = n.and_then(|n| dtype.bytes(n));
+        let wanted = dtype.bytes_of(&entry.shape);
         let fits = end <= file.len() - data_start && end.checked_sub(start) == wanted && wanted.is_some();
         if !fits {
             return Err(file.corrupt(format!(
@@ -190,6 +189,19 @@ mod tests {
         }
         let error = lie(&|h| h["b"]["data_offsets"] = json!([16, 24]));
         assert!(error.contains("share bytes"), "{error}");
+    }
+
+    #[test]
+    fn dimensions_beside_an_empty_one_are_refused_where_nothing_could_have_them() {
+        for (shape, fine) in [
+            (json!([0, 1u64 << 40]), true),
+            (json!([0, 1u64 << 62]), false),
+            (json!([0, 1u64 << 40, 1u64 << 40]), false),
+        ] {
+            let header = json!({"e": {"dtype": "I32", "shape": shape, "data_offsets": [0, 0]}}).to_string();
+            let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+            assert_eq!(index([Source::memory("empty", file)]).is_ok(), fine, "{shape}");
+        }
     }
 
     #[test]

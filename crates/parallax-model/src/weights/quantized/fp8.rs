@@ -14,20 +14,9 @@ pub(crate) struct Scaled {
     codes: String,
     dtype: StoredDtype,
     k: usize,
+    /// Rows and columns of the blocks that share a scale.
+    block: [usize; 2],
     scales: Vec<f32>,
-    share: Share,
-}
-
-/// What shares a scale.
-#[derive(Debug)]
-enum Share {
-    Tensor,
-    Row,
-    /// Blocks of these sizes, so many in a row.
-    Block {
-        sizes: [usize; 2],
-        in_row: usize,
-    },
 }
 
 impl Scaled {
@@ -37,17 +26,17 @@ impl Scaled {
         codes: &str,
         scale: &str,
         exponents: bool,
-        sizes: [usize; 2],
+        block: [usize; 2],
         [n, k]: [usize; 2],
     ) -> Result<Self, OpenError> {
         let dtype = index.get(codes)?.dtype;
         let (info, bytes) = index.read_bytes(scale)?;
         let scales = to_f32(if exponents { StoredDtype::Exponent } else { info.dtype }, &bytes);
-        let blocks = [n.div_ceil(sizes[0]), k.div_ceil(sizes[1])];
-        let share = match info.shape.as_slice() {
-            [] | [1] | [1, 1] => Share::Tensor,
-            [rows] | [rows, 1] if *rows == n => Share::Row,
-            shape if *shape == blocks => Share::Block { sizes, in_row: blocks[1] },
+        let blocks = [n.div_ceil(block[0]), k.div_ceil(block[1])];
+        let block = match info.shape.as_slice() {
+            [] | [1] | [1, 1] => [n, k],
+            [rows] | [rows, 1] if *rows == n => [1, k],
+            shape if *shape == blocks => block,
             other => {
                 return Err(OpenError::Shape {
                     name: scale.to_owned(),
@@ -56,19 +45,16 @@ impl Scaled {
                 });
             }
         };
-        Ok(Self { codes: codes.to_owned(), dtype, k, scales, share })
+        Ok(Self { codes: codes.to_owned(), dtype, k, block, scales })
     }
 
     /// The values of some rows, as bytes.
     pub(crate) fn rows(&self, index: &WeightIndex, rows: Range<usize>) -> Result<Vec<u8>, OpenError> {
         let mut values = to_f32(self.dtype, &index.read_rows(&self.codes, rows.clone())?);
-        for (row, values) in rows.zip(values.chunks_exact_mut(self.k.max(1))) {
-            for (column, value) in values.iter_mut().enumerate() {
-                *value *= self.scales[match &self.share {
-                    Share::Tensor => 0,
-                    Share::Row => row,
-                    Share::Block { sizes, in_row } => row / sizes[0] * in_row + column / sizes[1],
-                }];
+        for (row, values) in rows.zip(values.chunks_exact_mut(self.k)) {
+            let of_row = &self.scales[row / self.block[0] * self.k.div_ceil(self.block[1])..];
+            for (values, scale) in values.chunks_mut(self.block[1]).zip(of_row) {
+                values.iter_mut().for_each(|value| *value *= scale);
             }
         }
         Ok(floats(&values))

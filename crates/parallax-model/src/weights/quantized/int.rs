@@ -58,6 +58,11 @@ struct Groups {
     n: usize,
 }
 
+/// The blocks that codes of so many bits fit.
+pub(super) fn block_kind(bits: u32) -> WeightKind {
+    if bits == 4 { WeightKind::Int4 } else { WeightKind::Q8_0 }
+}
+
 /// Field `i` of `bits` bits in a word.
 fn field(word: u32, bits: u32, i: usize) -> u8 {
     (word >> (bits as usize * i) & ((1 << bits) - 1)) as u8
@@ -222,10 +227,9 @@ impl Coded {
         let whole = self.groups.of.chunks(BLOCK).all(|block| block.iter().all(|g| *g == block[0]));
         let exact = |scale: &f32| f16::from_f32(*scale).to_f32() == *scale;
         if whole && self.k.is_multiple_of(BLOCK) && self.scales.iter().all(exact) {
-            self.blocks = match self.bits {
-                4 => Some(WeightKind::Int4),
-                _ => self.fits_eight_bits(index)?.then_some(WeightKind::Q8_0),
-            };
+            let kind = block_kind(self.bits);
+            let fits = kind == WeightKind::Int4 || self.fits_eight_bits(index)?;
+            self.blocks = fits.then_some(kind);
         }
         Ok(self)
     }
