@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 use echo_rollout::service::{Audited, AuditorConfig, AuditorError, Spreads, run_auditor};
+use echo_trainer::service::checkpoint_dir;
 use lattica_bitswap::Blocks;
 use lattica_net::Node;
 use parallax_model::{BaseDtype, Checkpoint};
@@ -138,15 +139,17 @@ fn keep(audited: &Audited<'_>, dir: &Path) -> anyhow::Result<(PathBuf, Option<Pa
         let others = others.filter(|name| name.to_string_lossy().starts_with("weights-")).count();
         if path.exists() || others < WEIGHTS_KEPT {
             if !path.exists() {
-                std::fs::write(&path, weights).with_context(|| format!("writing {}", path.display()))?;
+                checkpoint_dir::write(&path, weights)?;
             }
             kept = Some(path);
         } else {
             tracing::warn!(others, dir = %dir.display(), "so many files of weights are kept, and no more");
         }
     }
-    let path = dir.join(format!("evidence-{}.json", audited.trajectory.id().0));
-    let written = std::fs::write(&path, serde_json::to_vec(&evidence)?);
-    written.with_context(|| format!("writing {}", path.display()))?;
+    let told = serde_json::to_vec(&evidence)?;
+    // Leases of another run that is audited into the same directory have the same numbers.
+    let hash = to_hex(&blake3::hash(&told).as_bytes()[..4]);
+    let path = dir.join(format!("evidence-{}-{hash}.json", audited.trajectory.id().0));
+    checkpoint_dir::write(&path, &told)?;
     Ok((path, kept))
 }

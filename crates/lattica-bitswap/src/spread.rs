@@ -220,7 +220,7 @@ impl<P: Ord + Clone> Spread<P> {
         self.add(peer, false, now);
     }
 
-    /// As [`Spread::add_neighbour`], for one that is reached over a relay.
+    /// As [`Spread::add_neighbour`], for one that is reached over a relay for as long as it is a neighbour.
     pub fn add_relayed_neighbour(&mut self, peer: &P, now: Duration) {
         self.add(peer, true, now);
     }
@@ -521,8 +521,8 @@ impl<P: Ord + Clone> Spread<P> {
 
     fn reveal(&mut self, now: Duration) {
         let Some(seed) = &mut self.super_seed else { return };
-        for (to, chunk) in seed.reveal((&self.neighbours, &self.direct_copies), &self.have, &self.config, now)
-        {
+        let reveals = seed.reveal(&self.neighbours, &self.direct_copies, &self.have, &self.config, now);
+        for (to, chunk) in reveals {
             self.send(&to, SpreadMessage::Have(vec![chunk]));
         }
     }

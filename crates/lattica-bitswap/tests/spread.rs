@@ -11,11 +11,20 @@ use lattica_bitswap::spread::{Bitmap, SpreadMessage};
 use lattica_bitswap::{
     Block, BlockStore, Blocks, ExchangeConfig, FetchError, MemoryStore, SpreadConfig, Spreading, StoreError,
 };
-use lattica_net::{Identity, Node, NodeConfig};
+use lattica_net::{Identity, Node, NodeConfig, Stream, read_frame};
 use swarm_wire::{Cid, frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const LEAF: usize = 64 * 1024;
+
+fn loopback() -> NodeConfig {
+    NodeConfig::loopback("127.0.0.1", "spread-test")
+}
+
+/// A node that spreads nothing by itself.
+async fn node() -> Node {
+    Node::start(Identity::generate(), loopback()).await.unwrap()
+}
 
 struct Peer {
     node: Node,
@@ -27,8 +36,10 @@ async fn peer_with(store: Arc<dyn BlockStore>) -> Peer {
 }
 
 async fn peer_that_sends(store: Arc<dyn BlockStore>, spread_bytes_per_s: Option<f64>) -> Peer {
-    let node =
-        Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
+    peer_at(node().await, store, spread_bytes_per_s)
+}
+
+fn peer_at(node: Node, store: Arc<dyn BlockStore>, spread_bytes_per_s: Option<f64>) -> Peer {
     // Long enough for tests in which somebody waits for what is still on its way.
     let dont_have_grace = Duration::from_secs(60);
     let config =
@@ -131,8 +142,7 @@ fn lie(node: &Node) {
 async fn a_liar_is_dropped_and_nothing_wrong_is_stored() {
     let (source, member) = (peer().await, peer().await);
     let (root, _feeding) = publish(&source).await;
-    let liar =
-        Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
+    let liar = node().await;
     lie(&liar);
     // The manifest comes from the source, the first neighbour is the liar.
     member.node.dial(&source.node.listen_addrs().await[0]).await.unwrap();
@@ -216,8 +226,7 @@ async fn the_end_of_an_older_spread_leaves_the_newer_one_alone() {
 async fn members_that_nobody_asked_for_are_not_remembered() {
     let source = peer().await;
     let (root, feeding) = publish(&source).await;
-    let hostile =
-        Node::start(Identity::generate(), NodeConfig::loopback("127.0.0.1", "spread-test")).await.unwrap();
+    let hostile = node().await;
     hostile.dial(&source.node.listen_addrs().await[0]).await.unwrap();
     let mut stream = hostile.open_stream(&source.node.peer_id(), PROTOCOL).await.unwrap();
     let nobody = Identity::from_seed([9; 32]).peer_id();
@@ -248,4 +257,99 @@ async fn a_spread_takes_no_more_of_the_uplink_than_it_may() {
     join(&member, &source, &root).await.done(|_| ()).await.unwrap();
     assert!(begin.elapsed() >= Duration::from_secs_f64(content().len() as f64 / rate));
     assert_eq!(feeding.uploaded(), 64);
+}
+
+async fn say(stream: &mut Stream, frame: Frame) {
+    stream.write_all(&frame.encode()).await.unwrap();
+    stream.flush().await.unwrap();
+}
+
+/// The next message of a member to its neighbour.
+async fn told(stream: &mut Stream) -> SpreadMessage {
+    loop {
+        let payload = read_frame(stream, "test", FRAME_MAX_BYTES).await.unwrap().expect("it goes on");
+        if let Frame::Message(message) = Frame::decode(payload, 64).unwrap() {
+            return message;
+        }
+    }
+}
+
+/// The next chunks that a source shows.
+async fn shown(stream: &mut Stream) -> Vec<u32> {
+    loop {
+        if let SpreadMessage::Have(chunks) = told(stream).await {
+            return chunks;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_a_relay_a_source_shows_only_what_a_direct_neighbour_has() {
+    let relay = Node::start(Identity::generate(), NodeConfig { relay_server: true, ..loopback() }).await;
+    let relay = relay.unwrap();
+    let relays = vec![relay.listen_addrs().await.remove(0)];
+    // Nobody listens but the relay and the direct neighbour.
+    let quiet = || NodeConfig { listen: vec![], hole_punching: false, ..loopback() };
+    let leaf = Node::start(Identity::generate(), NodeConfig { relays, ..quiet() }).await.unwrap();
+    let circuit = loop {
+        match leaf.listen_addrs().await.into_iter().find(|address| address.contains("p2p-circuit")) {
+            Some(address) => break address,
+            None => tokio::task::yield_now().await,
+        }
+    };
+    let source = Node::start(Identity::generate(), quiet()).await.unwrap();
+    let source = peer_at(source, Arc::new(MemoryStore::new()), None);
+    let root = source.blocks.publish_bytes("weights", "weights", content()).await.unwrap();
+    // However slow this machine is, nobody waits too long.
+    let config = SpreadConfig { stuck_after: Duration::from_secs(600), ..SpreadConfig::default() };
+    let _feeding = source.blocks.spread(&root, None, config).await.unwrap();
+    let direct = node().await;
+    let mut streams = Vec::new();
+    for (node, address) in [(&direct, &direct.listen_addrs().await[0]), (&leaf, &circuit)] {
+        source.node.dial(address).await.unwrap();
+        while !node.is_connected(&source.node.peer_id()) {
+            tokio::task::yield_now().await;
+        }
+        streams.push(node.open_stream(&source.node.peer_id(), PROTOCOL).await.unwrap());
+    }
+    let [direct, leaf] = &mut streams[..] else { unreachable!("two of them") };
+    assert!(leaf.is_relayed() && !direct.is_relayed());
+
+    say(direct, Frame::Hello(root)).await;
+    let first = shown(direct).await[0];
+    say(leaf, Frame::Hello(root)).await;
+    say(direct, Frame::Message(SpreadMessage::Have(vec![first]))).await;
+    assert_eq!(shown(leaf).await, [first]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_urgent_is_asked_for_first() {
+    let (source, member, neighbour) = (peer().await, peer().await, node().await);
+    let (root, _feeding) = publish(&source).await;
+    let (taken, mut taking) = tokio::sync::mpsc::channel(1);
+    let hand_over = move |_, stream: Stream| {
+        let taken = taken.clone();
+        async move {
+            let _ = taken.send(stream).await;
+        }
+    };
+    neighbour.handle_stream(PROTOCOL, hand_over).unwrap();
+    // The manifest comes from the source, the first neighbour shows nothing yet.
+    member.node.dial(&source.node.listen_addrs().await[0]).await.unwrap();
+    member.blocks.fetch_manifest(&root, &[source.node.peer_id()]).await.unwrap();
+    member.node.dial(&neighbour.listen_addrs().await[0]).await.unwrap();
+    let config = SpreadConfig { min_outstanding: 4, ..SpreadConfig::default() };
+    let part = member.blocks.spread(&root, Some(&neighbour.peer_id()), config).await.unwrap();
+    // Of the 64 that there are.
+    part.set_urgency(60..100, 1);
+    let mut stream = taking.recv().await.unwrap();
+    say(&mut stream, Frame::Message(SpreadMessage::Holds(Bitmap::full(64)))).await;
+    let mut asked = Vec::new();
+    while asked.len() < 4 {
+        if let SpreadMessage::Request(chunk) = told(&mut stream).await {
+            asked.push(chunk);
+        }
+    }
+    asked.sort_unstable();
+    assert_eq!(asked, [60, 61, 62, 63]);
 }

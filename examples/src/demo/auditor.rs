@@ -21,9 +21,6 @@ pub struct AuditorArgs {
     /// The model.
     #[arg(long)]
     model: String,
-    /// Format of the learner's frozen weights
-    #[arg(long, default_value_t = BaseDtype::F32)]
-    base_dtype: BaseDtype,
     /// Directory for the evidence against convicted workers, which `veri-audit check` reads
     #[arg(long)]
     evidence: PathBuf,
@@ -35,7 +32,7 @@ pub struct AuditorArgs {
 /// A model that cannot be loaded, a learner that cannot be reached.
 pub async fn run(args: AuditorArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::resolve(&args.model)?;
-    let mut replay = ModelReplay::load(&checkpoint, args.base_dtype, MAX_TOKENS)?;
+    let mut replay = ModelReplay::load(&checkpoint, BaseDtype::F32, MAX_TOKENS)?;
     let node = args.node.start().await?;
     let trainer = node.dial(&args.trainer).await?;
     say(&json!({"event": "ready", "peer": node.peer_id()}));

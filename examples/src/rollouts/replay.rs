@@ -59,19 +59,19 @@ impl ModelReplay {
     fn changed_to(&mut self, weights: Weights) -> anyhow::Result<Loaded> {
         // All weights are of no use once others come, and two models may be too much.
         let base = self.loaded.take().filter(|loaded| !loaded.replaced);
-        if let Weights::Full(file) = weights {
-            drop(base);
-            // A copy only when somebody else has the bytes too.
-            let model = Checkpoint::resolve(&self.location)?.with_weights(file.into())?;
-            return Loaded::read(&model, &self.options, true);
-        }
+        let adapter = match weights {
+            Weights::Full(file) => {
+                drop(base);
+                // A copy only when somebody else has the bytes too.
+                let model = Checkpoint::resolve(&self.location)?.with_weights(file.into())?;
+                return Loaded::read(&model, &self.options, true);
+            }
+            Weights::Lora(file) => Some(Adapter::from_bytes(&file)?),
+            Weights::Base => None,
+        };
         let mut base = match base {
             Some(base) => base,
             None => Loaded::read(&Checkpoint::resolve(&self.location)?, &self.options, false)?,
-        };
-        let adapter = match weights {
-            Weights::Lora(file) => Some(Adapter::from_bytes(&file)?),
-            Weights::Base | Weights::Full(_) => None,
         };
         base.auditor.set_adapter(adapter.as_ref())?;
         Ok(base)

@@ -165,10 +165,16 @@ pub async fn run_auditor(
         }
         // What is too old soonest comes first, and weights change once for each version.
         claims.sort_by_key(|claim| claim.snapshot.manifest().version);
+        let mut unavailable = None;
         for claim in claims {
             let manifest = claim.snapshot.manifest();
+            // It may have taken long to find that out, and the others wait.
+            if unavailable == Some(claim.hash()) {
+                continue;
+            }
             if let Err(reason) = take_up(source, replay, config, &claim, &mut adapter).await {
                 tracing::warn!(version = %manifest.version, reason, "snapshot not available to the auditor");
+                unavailable = Some(claim.hash());
                 continue;
             }
             let Some(finding) = audit(node, replay, config, &claim, randomness()).await else { continue };

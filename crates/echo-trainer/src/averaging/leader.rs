@@ -136,6 +136,11 @@ impl Leader {
         self.shares = vec![State::Open; shares];
     }
 
+    /// The answers of this round were taken: none that comes now counts, whoever is found wrong from now on.
+    pub fn end(&mut self) {
+        self.shares.clear();
+    }
+
     /// Which time shares are given out.
     pub fn round(&self) -> u64 {
         self.round

@@ -191,6 +191,27 @@ fn of_who_was_wrong_about_one_share_no_other_of_the_round_counts() {
 }
 
 #[test]
+fn once_the_answers_are_taken_none_counts_although_one_that_was_is_found_wrong() {
+    let mut leader = Leader::new(CONFIG);
+    [peer(0), peer(1)].iter().for_each(|p| leader.join(p).unwrap());
+    leader.begin(0, 2);
+    let ask = |leader: &mut Leader, now_ms| {
+        let Next::Ask { peer, attempt } = leader.next(now_ms, 1) else { panic!("nobody is asked") };
+        (peer, attempt)
+    };
+    let (slow, late) = ask(&mut leader, 0);
+    let (quick, attempt) = ask(&mut leader, CONFIG.patience_ms);
+    assert!(late == attempt && leader.handle_answer(&quick, attempt));
+    assert_eq!(leader.next(CONFIG.patience_ms, 1), Next::Own(vec![0]));
+    leader.handle_own(0);
+    assert_eq!(leader.next(CONFIG.patience_ms, 1), Next::Done);
+    leader.end();
+    leader.exclude(&quick, Exclusion::OtherWeights);
+    assert!(!leader.handle_answer(&slow, late), "it is of a round that is over");
+    assert_eq!(leader.asked(&slow), None, "and can be asked again");
+}
+
+#[test]
 fn who_joins_again_is_as_late_as_it_was() {
     let (mut leader, p) = (Leader::new(CONFIG), peer(0));
     for step in 0..3 {

@@ -337,6 +337,7 @@ impl averaging::Assistants for Assistants {
             state.assisted = state.assisted().len();
         }
         let answers = std::mem::take(&mut state.answers);
+        state.leader.end();
         Ok(answers.into_iter().map(|answer| answer.expect("every share is done").0).collect())
     }
 }

@@ -86,8 +86,9 @@ impl Publisher {
     }
 
     /// Publishes weights as `version` for `workers`, and spreads them, in chunks of the size that suits the links, when that is
-    /// faster than a copy for each of them. What is not spread is published as an update of the version before: block by block, whichever of block and patch is smaller.
-    /// One that was published already is signed again as it was. Dropping the future leaves stored blocks stored.
+    /// faster than a copy for each of them. What is not spread is published as an update of the version before: block by block,
+    /// whichever of block and patch is smaller. One that was published already is signed again as it was. Dropping the future
+    /// leaves stored blocks stored.
     ///
     /// # Errors
     /// When the blocks cannot be stored.
@@ -111,9 +112,8 @@ impl Publisher {
         }
         let length = bytes.len() as u64;
         let plan = fleet(length, &self.links(workers)).plan();
-        let best = plan.best();
-        tracing::debug!(%version, bytes = length, shape = ?best.shape, seconds = best.seconds, "an update is planned");
         let chunk_bytes = plan.spread_in_chunks();
+        tracing::debug!(%version, bytes = length, spread_in = ?chunk_bytes, plan = ?plan.predictions(), "an update is planned");
         let name = format!("{kind}-{version}.safetensors");
         let root = match (chunk_bytes, published.back()) {
             (Some(chunk_bytes), _) => self.blocks.publish_in_chunks(&name, kind, bytes, chunk_bytes).await?,

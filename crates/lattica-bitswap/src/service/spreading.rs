@@ -429,21 +429,14 @@ impl Member {
         }
     }
 
-    /// Whether `peer` is reached over a relay, as far as is known.
-    fn is_relayed(&self, peer: &PeerId) -> bool {
-        self.node().link(peer).is_some_and(|link| link.path.is_relayed())
-    }
-
-    /// Tells the state machine who is on the same local network or behind a relay, as far as links have been measured.
+    /// Tells the state machine who is on the same local network, as far as links have been measured.
     fn look_at_links(&self) {
         let (now, node) = (self.now(), self.node());
         let mut state = self.lock();
         let neighbours: Vec<PeerId> = state.spread.neighbours().cloned().collect();
         for peer in neighbours {
             let link = node.link(&peer);
-            let relayed = link.as_ref().is_some_and(|link| link.path.is_relayed());
-            let near = !relayed && link.is_some_and(|link| link.rtt_min_ms <= NEAR_RTT_MS);
-            state.spread.set_relayed(&peer, relayed, now);
+            let near = link.is_some_and(|link| !link.path.is_relayed() && link.rtt_min_ms <= NEAR_RTT_MS);
             state.spread.set_near(&peer, near, now);
         }
     }

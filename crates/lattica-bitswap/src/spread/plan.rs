@@ -62,15 +62,12 @@ impl Plan {
         &self.predictions
     }
 
-    /// The fastest.
-    pub fn best(&self) -> Prediction {
-        self.predictions[0]
-    }
-
-    /// The size of chunks to spread in; `None` when a star is faster. Chains and trees are executed as a mesh.
+    /// The size of chunks to spread in; `None` when a star is done before a mesh. Nothing else is executed, so that it does not
+    /// matter what a chain or a tree would take.
     pub fn spread_in_chunks(&self) -> Option<u64> {
-        let mesh = self.predictions.iter().find(|p| p.shape == Shape::Mesh);
-        mesh.filter(|_| self.best().shape != Shape::Star).map(|mesh| mesh.chunk_bytes)
+        let of = |shape| self.predictions.iter().find(|p| p.shape == shape);
+        let (star, mesh) = (of(Shape::Star)?, of(Shape::Mesh)?);
+        (mesh.seconds < star.seconds).then_some(mesh.chunk_bytes)
     }
 }
 

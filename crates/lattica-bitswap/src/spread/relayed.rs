@@ -3,23 +3,10 @@
 //! A chunk that a neighbour shows directly is asked of nobody over a relay, and a source shows chunks that nobody has to
 //! direct neighbours, from whom everybody gets them. Who has no direct neighbours asks over relays as others ask directly.
 
-use std::time::Duration;
-
 use super::Spread;
 use super::neighbour::Neighbour;
 
 impl<P: Ord + Clone> Spread<P> {
-    /// Whether a neighbour is reached over a relay.
-    pub fn set_relayed(&mut self, peer: &P, relayed: bool, now: Duration) {
-        let Some(neighbour) = self.neighbours.get_mut(peer).filter(|n| n.relayed != relayed) else { return };
-        neighbour.relayed = relayed;
-        // What others show directly was not to be asked of it.
-        neighbour.nothing_new = false;
-        self.judge(peer);
-        self.reveal(now);
-        self.assign(now);
-    }
-
     /// Counts what a neighbour shows as what may be had directly, or not any more; `true` when that has changed.
     pub(super) fn count_direct(&mut self, peer: &P, direct: bool) -> bool {
         let neighbour = self.neighbours.get_mut(peer).expect("known to the caller");
@@ -42,37 +29,30 @@ impl<P: Ord + Clone> Spread<P> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{holds, member, requests};
+    use std::time::Duration;
+
+    use super::super::tests::{holds, member, only_the_second_is_asked_until_it_leaves, requests};
     use super::super::{Action, Bitmap, SpreadConfig, SpreadMessage};
     use super::*;
 
     const NOW: Duration = Duration::ZERO;
 
+    /// A member that lacks so many chunks, with neighbour 1 behind a relay and 2 not.
+    fn with_leaf(n_chunks: u32) -> Spread<u32> {
+        let mut spread = member(n_chunks);
+        spread.add_relayed_neighbour(&1, NOW);
+        spread.add_neighbour(&2, NOW);
+        spread
+    }
+
     #[test]
     fn what_is_shown_directly_is_not_asked_over_a_relay_until_its_holder_leaves() {
-        let mut spread = member(2);
-        spread.add_neighbour(&1, NOW);
-        spread.add_neighbour(&2, NOW);
-        spread.set_relayed(&1, true, NOW);
-        spread.handle(&2, holds(2, &[0]), NOW);
-        spread.handle(&1, holds(2, &[0, 1]), NOW);
-        let mut asked = requests(&mut spread, NOW);
-        asked.sort_unstable();
-        assert_eq!(asked, [(1, 1), (2, 0)]);
-        // Nor when it is offered, and the direct neighbour has too much to send just now.
-        spread.handle(&2, SpreadMessage::Busy(0), NOW);
-        spread.handle(&1, SpreadMessage::Offer(0), NOW);
-        assert_eq!(requests(&mut spread, NOW), []);
-        spread.remove_neighbour(&2, NOW);
-        assert_eq!(requests(&mut spread, NOW), [(1, 0)]);
+        only_the_second_is_asked_until_it_leaves(&mut with_leaf(2));
     }
 
     #[test]
     fn a_direct_neighbour_that_owes_an_answer_does_not_keep_others_from_being_asked() {
-        let mut spread = member(1);
-        spread.add_neighbour(&1, NOW);
-        spread.add_neighbour(&2, NOW);
-        spread.set_relayed(&1, true, NOW);
+        let mut spread = with_leaf(1);
         spread.handle(&2, holds(1, &[0]), NOW);
         spread.handle(&1, holds(1, &[0]), NOW);
         assert_eq!(requests(&mut spread, NOW), [(2, 0)]);
@@ -82,16 +62,13 @@ mod tests {
     }
 
     #[test]
-    fn a_neighbour_that_turns_out_to_be_direct_is_asked_and_one_that_is_alone_is_asked_over_the_relay() {
+    fn one_that_is_alone_is_asked_over_the_relay_and_what_others_show_directly_is_counted() {
         let mut spread = member(2);
-        spread.add_neighbour(&1, NOW);
-        spread.set_relayed(&1, true, NOW);
+        spread.add_relayed_neighbour(&1, NOW);
         spread.handle(&1, holds(2, &[0]), NOW);
         assert_eq!(requests(&mut spread, NOW), [(1, 0)]);
         spread.add_neighbour(&2, NOW);
         spread.handle(&2, holds(2, &[1]), NOW);
-        spread.set_relayed(&2, true, NOW);
-        spread.set_relayed(&2, false, NOW);
         assert_eq!(requests(&mut spread, NOW), [(2, 1)]);
         assert_eq!(spread.direct_copies, [0, 1]);
         spread.remove_neighbour(&2, NOW);

@@ -113,7 +113,8 @@ impl<P: Ord + Clone> SuperSeed<P> {
     /// its one holder has kept to itself for a while, and anything when nobody gets anything any more.
     pub(super) fn reveal(
         &mut self,
-        (neighbours, direct_copies): (&BTreeMap<P, Neighbour>, &[u32]),
+        neighbours: &BTreeMap<P, Neighbour>,
+        direct_copies: &[u32],
         have: &Bitmap,
         config: &SpreadConfig,
         now: Duration,

@@ -104,6 +104,22 @@ pub(super) fn holds(n_chunks: u32, chunks: &[u32]) -> SpreadMessage {
     SpreadMessage::Holds(bitmap)
 }
 
+/// Of two chunks that neighbour 1 has, and 2 one of, with 2 nearer in one way or the other.
+pub(super) fn only_the_second_is_asked_until_it_leaves(spread: &mut Spread<u32>) {
+    let now = Duration::ZERO;
+    spread.handle(&2, holds(2, &[0]), now);
+    spread.handle(&1, holds(2, &[0, 1]), now);
+    let mut asked = requests(spread, now);
+    asked.sort_unstable();
+    assert_eq!(asked, [(1, 1), (2, 0)]);
+    // Too busy just now: its chunk waits for it also when it is offered, and is asked elsewhere when it is gone.
+    spread.handle(&2, SpreadMessage::Busy(0), now);
+    spread.handle(&1, SpreadMessage::Offer(0), now);
+    assert_eq!(requests(spread, now), []);
+    spread.remove_neighbour(&2, now);
+    assert_eq!(requests(spread, now), [(1, 0)]);
+}
+
 #[test]
 fn the_rarest_chunk_is_asked_for_first_unless_another_is_urgent() {
     let now = Duration::ZERO;

@@ -42,13 +42,16 @@ pub(super) async fn open(member: Weak<Member>, peer: PeerId) {
         stream.flush().await
     });
     if let Ok(Ok(())) = hello.await {
-        let own = node.peer_id();
-        join(member, peer, own, stream, None).await;
+        let who = Who { peer, opener: node.peer_id(), relayed: stream.is_relayed() };
+        let (reader, writer) = tokio::io::split(stream);
+        let reader = BufReader::with_capacity(READ_BUFFER_BYTES, reader);
+        run(member, who, reader, writer, None).await;
     }
 }
 
 /// Takes a stream that `peer` opened to the spread that it names.
 pub(super) async fn accept(exchange: Weak<Exchange>, peer: PeerId, stream: Stream) {
+    let relayed = stream.is_relayed();
     let (reader, writer) = tokio::io::split(stream);
     let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, reader);
     let Ok(Ok(Some(frame))) = timeout(HELLO_TIMEOUT, read_limited(&mut reader, 0, HELLO_MAX_BYTES)).await
@@ -62,18 +65,22 @@ pub(super) async fn accept(exchange: Weak<Exchange>, peer: PeerId, stream: Strea
     };
     let contacts = member.sample(&peer);
     let member = Arc::downgrade(&member);
-    run(member, peer.clone(), peer, reader, writer, Some(Frame::Peers(contacts))).await;
+    let who = Who { opener: peer.clone(), peer, relayed };
+    run(member, who, reader, writer, Some(Frame::Peers(contacts))).await;
 }
 
-async fn join(member: Weak<Member>, peer: PeerId, opener: PeerId, stream: Stream, first: Option<Frame>) {
-    let (reader, writer) = tokio::io::split(stream);
-    run(member, peer, opener, BufReader::with_capacity(READ_BUFFER_BYTES, reader), writer, first).await;
+/// Who is at the other end of a stream.
+struct Who {
+    peer: PeerId,
+    /// Which of both ends opened it.
+    opener: PeerId,
+    /// The stream leads over a relay, and does to its end, whatever other ways to the peer there are by then.
+    relayed: bool,
 }
 
 async fn run(
     member: Weak<Member>,
-    peer: PeerId,
-    opener: PeerId,
+    who: Who,
     reader: Reader,
     writer: WriteHalf<Stream>,
     first: Option<Frame>,
@@ -82,7 +89,9 @@ async fn run(
     if let Some(frame) = first {
         let _ = queue.try_send(Outgoing::Frame(frame));
     }
-    let Some(generation) = member.upgrade().and_then(|m| m.take(&peer, opener, queue)) else {
+    let taken = member.upgrade().and_then(|m| m.take(&who, queue));
+    let peer = who.peer;
+    let Some(generation) = taken else {
         // Not taken: the opener still hears of other members.
         return write(member, peer, outgoing, writer).await;
     };
@@ -96,22 +105,22 @@ async fn run(
 }
 
 impl Member {
-    /// Makes `peer` a neighbour over a stream with this queue; `None` when it is one already, shunned, or there are enough.
-    fn take(&self, peer: &PeerId, opener: PeerId, queue: mpsc::Sender<Outgoing>) -> Option<u64> {
-        let (now, relayed) = (self.now(), self.is_relayed(peer));
+    /// Makes a peer a neighbour over a stream with this queue; `None` when it is one already, shunned, or there are enough.
+    fn take(&self, who: &Who, queue: mpsc::Sender<Outgoing>) -> Option<u64> {
+        let (now, Who { peer, opener, relayed }) = (self.now(), who);
         let mut state = self.lock();
         let paused = state.paused.get(peer).is_some_and(|until| now < *until);
         if paused || self.has_failed() || self.is_shunned(peer) || *peer == self.node().peer_id() {
             return None;
         }
         if let Some(link) = state.links.get(peer) {
-            if link.opener <= opener {
+            if link.opener <= *opener {
                 return None;
             }
             state.spread.remove_neighbour(peer, now);
             state.links.remove(peer);
         }
-        if relayed {
+        if *relayed {
             state.spread.add_relayed_neighbour(peer, now);
         } else {
             state.spread.add_neighbour(peer, now);
@@ -122,8 +131,9 @@ impl Member {
         state.generations += 1;
         let generation = state.generations;
         // Who accepts a stream names other members unasked.
-        let asked_peers = opener == self.node().peer_id();
-        let link = Link { opener, queue, generation, asked_peers, told_peers_at: Duration::ZERO };
+        let asked_peers = *opener == self.node().peer_id();
+        let link =
+            Link { opener: opener.clone(), queue, generation, asked_peers, told_peers_at: Duration::ZERO };
         state.links.insert(peer.clone(), link);
         drop(state);
         self.wake.notify_one();

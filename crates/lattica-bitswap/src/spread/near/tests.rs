@@ -1,6 +1,6 @@
 //! What one member does when its neighbours on the local network show, announce, take back, and lie.
 
-use super::super::tests::{holds, member, requests};
+use super::super::tests::{holds, member, only_the_second_is_asked_until_it_leaves, requests};
 use super::*;
 use crate::spread::{Action, SpreadConfig};
 
@@ -41,19 +41,7 @@ fn announcements(spread: &mut Spread<u32>) -> Vec<(u32, SpreadMessage)> {
 
 #[test]
 fn what_a_near_neighbour_shows_is_asked_of_nobody_else_until_it_leaves() {
-    let now = Duration::ZERO;
-    let mut spread = with_near();
-    spread.handle(&2, holds(2, &[0]), now);
-    spread.handle(&1, holds(2, &[0, 1]), now);
-    let mut asked = requests(&mut spread, now);
-    asked.sort_unstable();
-    assert_eq!(asked, [(1, 1), (2, 0)]);
-    // Busy: its chunk waits for it, and is asked elsewhere when it is gone.
-    spread.handle(&2, SpreadMessage::Busy(0), now);
-    spread.handle(&1, SpreadMessage::Offer(0), now);
-    assert_eq!(requests(&mut spread, now), []);
-    spread.remove_neighbour(&2, now);
-    assert_eq!(requests(&mut spread, now), [(1, 0)]);
+    only_the_second_is_asked_until_it_leaves(&mut with_near());
 }
 
 #[test]

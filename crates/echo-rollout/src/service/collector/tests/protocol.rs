@@ -4,6 +4,10 @@ use lattica_net::{CallError, Status, StatusCode};
 use swarm_wire::generated::echo::v1 as proto;
 
 use super::*;
+use crate::lease::Lease;
+use crate::lease::tests::lease;
+use crate::rollout::Trajectory;
+use crate::rollout::tests::sample;
 use crate::service::{AUDIT_NEXT, LEASE, REGISTER, SUBMIT};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -175,6 +179,43 @@ async fn when_the_run_is_finished_workers_and_auditors_hear_it_and_end() {
     rollouts.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn weights_that_an_auditor_cannot_get_are_asked_for_once_for_all_jobs_of_theirs() {
+    let trainer = node(85).await;
+    let auditor = connected(86, &trainer).await;
+    let (snapshot, worker) = (snapshot(85, 1), auditor.peer_id());
+    let job = |id| {
+        let lease = Lease { run: RunId(7), version: PolicyVersion(1), ..lease(id) };
+        let trajectory = Trajectory::new(sample(lease, &worker)).unwrap();
+        proto::AuditJob {
+            trajectory: Some((&trajectory).into()),
+            worker: worker.as_bytes().to_vec().into(),
+            snapshot: Some(snapshot.signed().clone()),
+            base_model_id: "three lines".to_owned(),
+        }
+    };
+    let given = proto::AuditReply { jobs: vec![job(1), job(2), job(3)], finished: false };
+    let replies = Mutex::new(vec![proto::AuditReply { jobs: Vec::new(), finished: true }, given]);
+    trainer.handle(AUDIT_NEXT, move |_, _| {
+        let reply = replies.lock().unwrap().pop().expect("it ends when it is told so");
+        async move { Ok(Bytes::from(prost::Message::encode_to_vec(&reply))) }
+    });
+    let source = Adapters { corrupt: true, ..Adapters::default() };
+    let (config, mut replay) = (AuditorConfig::new(trainer.peer_id()), Recompute::default());
+    let auditing = run_auditor(
+        &auditor,
+        &source,
+        &mut replay,
+        &config,
+        || [1; 32],
+        |_| panic!("there is nothing to recompute with"),
+    );
+    auditing.await.unwrap();
+    assert_eq!(source.fetched.load(Ordering::Relaxed), 1);
+    trainer.shutdown().await;
+    auditor.shutdown().await;
+}
+
 /// Asks as a worker would and gives the message back.
 async fn call<Q: prost::Message, A: prost::Message + Default>(
     from: &Node,
@@ -233,9 +274,8 @@ async fn junk_of_a_registered_worker_is_answered_and_not_written_down() {
     let rollouts = connected(82, &trainer).await;
     let collector = going_on(&trainer, &path, 0).await.unwrap();
     collector.publish(&snapshot(81, 0)).await.unwrap();
-    let one = crate::lease::tests::lease(3);
-    let junk: proto::Trajectory =
-        (&crate::Trajectory::new(crate::rollout::tests::sample(one, &rollouts.peer_id())).unwrap()).into();
+    let one = lease(3);
+    let junk: proto::Trajectory = (&Trajectory::new(sample(one, &rollouts.peer_id())).unwrap()).into();
     for _ in 0..5 {
         let _: proto::RegisterReply = call(&rollouts, &trainer, REGISTER, &registration(1)).await.unwrap();
         let failed = vec![proto::FailedLease { lease: 9, ..Default::default() }; 20];
