@@ -856,8 +856,8 @@ def schemas():
     formats = jsonschema.FormatChecker()
     for name, holds in {"date": is_date, "time": is_time, "date-time": is_moment}.items():
         formats.checks(name, ValueError)(holds)
-    # Fractions have any number of digits, and this model likes those: what can follow them is made likelier.
-    ending = {str(i): 4 for i in tiny.ids(" ,}]\"Z")}
+    # Fractions have any number of digits, and small models like those: what can follow them is made likelier.
+    ending = {str(i): 4 for end in " ,}]\"Z" for i in tiny.ids(end)}
     seats, faults, texts = asyncio.Semaphore(8), [], set()
 
     async def one(seed):
