@@ -17,6 +17,7 @@ use lattica_bitswap::unixfs::{self, Limits, Node, Tree, Walk};
 use lattica_bitswap::wire::Message;
 use lattica_bitswap::{Block, BlockStore, HashKind, MemoryStore, UnixfsError};
 use lattica_net::access;
+use lattica_net::dht;
 use lattica_net::news::record;
 use lattica_net::news::wire::{LINKS_DOMAIN, Reply, Request, decode_vector};
 use lattica_net::punch::guess::{GuessMessage, GuessOffer, Packet, Secret};
@@ -78,6 +79,7 @@ pub const DECODERS: &[Decoder] = &[
     Decoder::new("news", news, news_seeds),
     Decoder::new("link-vector", link_vector, vector_seeds),
     Decoder::new("peer-record", peer_record, record_seeds),
+    Decoder::new("dht-record", dht_record, dht_seeds),
     Decoder::new("rendezvous", rendezvous, rendezvous_seeds),
     Decoder::new("v1-message", v1_message, v1_seeds),
     Decoder::long("bitswap-message", bitswap_message, bitswap_seeds),
@@ -350,6 +352,26 @@ fn vector_seeds() -> Vec<Vec<u8>> {
     let coordinate = Coordinate { x_ms: 1.0, height_ms: 2.0, error: 0.3, ..Coordinate::default() };
     let vector = LinkVector { written_ms: 7, coordinate: Some(coordinate), neighbours: vec![neighbour] };
     vec![vector.encode_to_vec()]
+}
+
+fn dht_record(bytes: &[u8]) {
+    let _ = (dht::wire::decode(bytes, |_| Ok(())), dht::wire::decode_kept(bytes));
+    // Behind a good signature, where no random bytes get.
+    let statement = key().signed(dht::wire::RECORD_DOMAIN, bytes).encode_to_vec();
+    if let Ok(record) = dht::wire::decode(&statement, |_| Ok(())) {
+        assert!(record.publisher == peer() && dht::is_signed(&record.key()));
+        if let Some(now) = record.expires().checked_sub(Duration::from_secs(1)) {
+            let again = dht::wire::encode(&record, &key());
+            assert_eq!(dht::accept(now, &record.key(), &again, Some(&statement)), Ok(record));
+        }
+    }
+}
+
+fn dht_seeds() -> Vec<Vec<u8>> {
+    use swarm_wire::generated::lattica::v1::DhtRecord;
+    let value = Bytes::from_static(b"value");
+    let (network, name) = ("swarm".to_owned(), "name".to_owned());
+    vec![DhtRecord { network, name, sequence: 7, expires_s: 9, value }.encode_to_vec()]
 }
 
 fn bitswap_message(bytes: &[u8]) {

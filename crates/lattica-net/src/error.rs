@@ -386,6 +386,9 @@ pub enum DhtError {
     /// The query took too long.
     #[error("the query was not answered in time")]
     Timeout,
+    /// A record cannot be published as it is.
+    #[error("the record cannot be published: {0}")]
+    Unfit(#[from] crate::dht::Refusal),
     /// The record or key is too large, or the local store is full.
     #[error("the local record store refused: {reason}")]
     Store {

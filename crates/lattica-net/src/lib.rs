@@ -30,7 +30,7 @@
 //! Map. Core, without sockets or clocks: [`config`] (every limit), [`error`] (one enum per kind of operation), [`status`]
 //! (how calls are refused), [`event`], [`gossip`] (announcements), [`wire`] (frames), [`rpc`] (calls under way, admission; `rpc::once`: none runs twice; `rpc::hedge`: when to ask another peer), [`links`] (estimates
 //! of each path, the probe schedule, `links::map`: the links of others), [`news`] (what nodes tell each other; `news::record`: signed addresses), [`peers`] (addresses and connections), [`addr`] (which addresses are worth dialling), [`access`] (private
-//! swarms), [`relays`] (which relays to keep slots at), [`rendezvous`] (a point's book of who is where), [`punch`] (how two peers behind
+//! swarms), [`relays`] (which relays to keep slots at), [`rendezvous`] (a point's book of who is where), [`dht`] (signed records; `dht::own`: when a node's own are put again), [`punch`] (how two peers behind
 //! NATs reach each other; `punch::reach`: what the own NAT does). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
@@ -38,12 +38,13 @@
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
 //! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`, `service/guess` (ports that
 //! nobody knows),
-//! `service/news` with `service/peers_file`, `service/rendezvous`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
+//! `service/news` with `service/peers_file`, `service/rendezvous`, `service/dht_store` (what is kept for others), `service/records`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
 //! Feature `v1-compat`: `v1` and `service/v1` (calls to and from the original Lattica). On the wire: docs/WIRE.md.
 
 pub mod access;
 pub mod addr;
 pub mod config;
+pub mod dht;
 pub mod error;
 pub mod event;
 pub mod gossip;
@@ -64,6 +65,7 @@ pub mod service;
 
 pub use access::{Access, SwarmKey};
 pub use config::{Limits, Liveness, NodeConfig};
+pub use dht::SignedRecord;
 pub use error::{
     CallError, ConfigError, DhtError, DialError, FrameError, GossipError, IdentityError, StartError,
     StreamError, SwarmKeyFileError,

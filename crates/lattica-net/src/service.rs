@@ -32,6 +32,7 @@ mod behaviour;
 mod connection;
 mod counters;
 mod credit;
+mod dht_store;
 mod driver;
 mod early;
 mod frames;
@@ -46,6 +47,7 @@ mod peers_file;
 mod private_file;
 mod punch;
 mod quic;
+mod records;
 mod rendezvous;
 mod rpc_client;
 mod rpc_server;
@@ -474,7 +476,8 @@ impl Node {
         self.query(|reply| Command::Providers { key: key.to_vec(), reply }).await
     }
 
-    /// Stores a record of at most 64 KiB in the DHT. Records are not signed: sign the value if it matters.
+    /// Stores a record of at most 64 KiB in the DHT, where anybody may put another one in its place: what nobody else may
+    /// change goes to [`Node::publish_record`].
     /// Like the other queries it waits, at most ten seconds, for peers that have just connected to say what they are, and
     /// is made again, at most three times, where nobody's answer came through.
     ///

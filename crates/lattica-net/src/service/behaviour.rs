@@ -12,6 +12,7 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{StreamProtocol, autonat, gossipsub, identify, mdns, ping, relay, upnp};
 
+use super::dht_store::CheckedStore;
 use super::shared::Shared;
 use super::streams;
 use crate::config::NodeConfig;
@@ -40,7 +41,7 @@ pub(crate) struct Behaviour {
     pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
     pub(crate) identify: identify::Behaviour,
     pub(crate) ping: ping::Behaviour,
-    pub(crate) kad: kad::Behaviour<MemoryStore>,
+    pub(crate) kad: kad::Behaviour<CheckedStore>,
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
     pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
     pub(crate) gossip: Toggle<Gossip>,
@@ -132,7 +133,7 @@ fn again_after(per_minute: u32) -> Duration {
     Duration::from_secs(60) / per_minute
 }
 
-fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<MemoryStore> {
+fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<CheckedStore> {
     let peer = keypair.public().to_peer_id();
     let store = MemoryStoreConfig {
         max_records: DHT_RECORDS,
@@ -142,7 +143,8 @@ fn kad(keypair: &Keypair, config: &NodeConfig) -> kad::Behaviour<MemoryStore> {
     };
     let mut settings = kad::Config::new(kad_protocol(config));
     settings.set_query_timeout(Duration::from_secs(10)).set_max_packet_size(2 * DHT_VALUE_MAX_BYTES);
-    let mut kad = kad::Behaviour::with_config(peer, MemoryStore::with_config(peer, store), settings);
+    let store = CheckedStore::new(MemoryStore::with_config(peer, store));
+    let mut kad = kad::Behaviour::with_config(peer, store, settings);
     kad.set_mode(Some(if config.dht_server { kad::Mode::Server } else { kad::Mode::Client }));
     kad
 }

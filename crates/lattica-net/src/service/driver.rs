@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use libp2p::core::{ConnectedPoint, Multiaddr};
 use libp2p::gossipsub::{MessageId, TopicHash};
@@ -17,9 +18,11 @@ use tokio::sync::{mpsc, oneshot};
 use super::behaviour::{Behaviour, BehaviourEvent, kad_protocol};
 use super::counters;
 use super::gossip::Validator;
+use super::identity::Identity;
 use super::shared::Shared;
 use super::{libp2p_peer, wire_peer};
 use crate::addr::{is_plausible, without_peer};
+use crate::dht::SignedRecord;
 use crate::error::{DhtError, DialError, GossipError};
 use crate::event::NetEvent;
 use crate::gossip::{Announcement, Verdict};
@@ -88,12 +91,20 @@ pub(crate) enum Command {
     PutRecord { key: Vec<u8>, value: Vec<u8>, reply: Reply<(), DhtError> },
     /// Find a record.
     GetRecord { key: Vec<u8>, reply: Reply<Option<Vec<u8>>, DhtError> },
+    /// Sign a record and keep it stored.
+    PublishRecord { name: String, value: Bytes, ttl: Duration, reply: Reply<(), DhtError> },
+    /// Put a record no more.
+    UnpublishRecord { name: String },
+    /// Find a peer's newest record.
+    PublishedRecord { publisher: PeerId, name: String, reply: Reply<Option<SignedRecord>, DhtError> },
 }
 
 /// See the module.
 pub(crate) struct Driver {
     swarm: Swarm<Behaviour>,
     shared: Arc<Shared>,
+    /// Signs the records that this node publishes.
+    identity: Identity,
     commands: mpsc::Receiver<Command>,
     dials: Dials,
     queries: Queries,
@@ -114,12 +125,14 @@ impl Driver {
     pub(crate) fn new(
         swarm: Swarm<Behaviour>,
         shared: Arc<Shared>,
+        identity: Identity,
         commands: mpsc::Receiver<Command>,
     ) -> Self {
         let upkeep = Upkeep::new(&shared.config);
         Self {
             swarm,
             shared,
+            identity,
             commands,
             dials: Dials::default(),
             queries: Queries::default(),
@@ -198,6 +211,13 @@ impl Driver {
             Command::Providers { key, reply } => self.providers(key, reply),
             Command::PutRecord { key, value, reply } => self.put_record(key, value, reply),
             Command::GetRecord { key, reply } => self.get_record(key, reply),
+            Command::PublishRecord { name, value, ttl, reply } => {
+                self.publish_record(&name, value, ttl, reply);
+            }
+            Command::UnpublishRecord { name } => self.unpublish_record(&name),
+            Command::PublishedRecord { publisher, name, reply } => {
+                self.published_record(&publisher, &name, reply);
+            }
         }
     }
 

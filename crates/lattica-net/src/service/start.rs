@@ -87,7 +87,7 @@ pub(super) async fn start(
         shared.set_acceptor(GUESS_PROTOCOL, Some(Acceptor::Guess));
     }
 
-    let keypair = identity.libp2p_keypair();
+    let signer = identity.clone();
     let (ready, started) = oneshot::channel();
     let (end, ended) = watch::channel(());
     let node = Arc::clone(&shared);
@@ -98,7 +98,7 @@ pub(super) async fn start(
         .name("lattica-swarm".to_owned())
         .spawn(move || {
             let Some(runtime) = lock(&given).take() else { return };
-            run(runtime, &keypair, &node, queue, &listen, &external, ready);
+            run(runtime, &signer, &node, queue, &listen, &external, ready);
             drop(end);
         })
         .map_err(|error| {
@@ -119,7 +119,7 @@ pub(super) async fn start(
 
 fn run(
     runtime: Runtime,
-    keypair: &Keypair,
+    identity: &Identity,
     shared: &Arc<Shared>,
     commands: mpsc::Receiver<super::driver::Command>,
     listen: &[Multiaddr],
@@ -128,7 +128,7 @@ fn run(
 ) {
     runtime.block_on(async {
         let swarm = async {
-            let mut swarm = build(keypair, Arc::clone(shared))?;
+            let mut swarm = build(&identity.libp2p_keypair(), Arc::clone(shared))?;
             for address in external {
                 swarm.add_external_address(address.clone());
             }
@@ -137,7 +137,7 @@ fn run(
         };
         match swarm.await {
             Ok(swarm) => {
-                let driver = Driver::new(swarm, Arc::clone(shared), commands);
+                let driver = Driver::new(swarm, Arc::clone(shared), identity.clone(), commands);
                 if ready.send(Ok(())).is_ok() {
                     driver.run().await;
                     news::save(shared);

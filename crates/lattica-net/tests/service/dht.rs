@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 use super::{PATIENCE, Transport, config, connect, eventually, start};
 
 /// The DHT's protocol in the network of these tests.
-const KAD: &str = "/lattica/kad/2.0.0/test";
+pub(crate) const KAD: &str = "/lattica/kad/2.0.0/test";
 
 /// Kinds of questions, as the protocol numbers them.
 const PUT_VALUE: u8 = 0;

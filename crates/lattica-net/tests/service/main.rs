@@ -30,6 +30,7 @@ mod hostile;
 mod log;
 mod news;
 mod private;
+mod published;
 mod punch;
 mod rendezvous;
 mod stock;

@@ -14,7 +14,12 @@ use swarm_wire::PeerId;
 use super::super::behaviour::DHT_VALUE_MAX_BYTES;
 use super::super::wire_peer;
 use super::{Driver, Reply};
+use crate::dht::{self, SignedRecord, own::Own};
 use crate::error::DhtError;
+
+mod signed;
+
+use signed::weigh;
 
 /// Queries that run at the same time; further ones are refused.
 const QUERIES_MAX: usize = 1024;
@@ -37,7 +42,12 @@ pub(super) struct Queries {
     waiting: Vec<Query>,
     /// Keys that were announced while nobody was there to hear it.
     waiting_keys: HashSet<RecordKey>,
+    /// What this node publishes.
+    own: Own,
 }
+
+/// A signed record, where there is one.
+type Newest = Option<SignedRecord>;
 
 struct Query {
     what: What,
@@ -47,10 +57,17 @@ struct Query {
 }
 
 enum What {
+    /// Announce a key; again and for nobody, where it had to wait.
     Provide { key: RecordKey, reply: Option<Reply<(), DhtError>> },
+    /// Who announced a key, and those found so far.
     Providers { key: RecordKey, found: HashSet<PeerId>, reply: Reply<Vec<PeerId>, DhtError> },
-    Put { record: Record, reply: Reply<(), DhtError> },
+    /// Store a record; with its name, one of those that this node publishes.
+    Put { record: Record, own: Option<String>, reply: Option<Reply<(), DhtError>> },
+    /// A record of anybody's.
     Get { key: RecordKey, reply: Reply<Option<Vec<u8>>, DhtError> },
+    /// The newest signed record, and the best one so far.
+    Published { key: RecordKey, best: Newest, reply: Reply<Newest, DhtError> },
+    /// The addresses of a peer.
     Find { peer: LibPeerId },
 }
 
@@ -58,10 +75,12 @@ impl Query {
     /// Whether to make it again, when nobody answered.
     fn goes_on(&self, now: Duration) -> bool {
         let wanted = match &self.what {
-            What::Provide { reply, .. } => reply.as_ref().is_none_or(|reply| !reply.is_closed()),
+            What::Provide { reply, .. } | What::Put { reply, .. } => {
+                reply.as_ref().is_none_or(|reply| !reply.is_closed())
+            }
             What::Providers { reply, .. } => !reply.is_closed(),
-            What::Put { reply, .. } => !reply.is_closed(),
             What::Get { reply, .. } => !reply.is_closed(),
+            What::Published { reply, .. } => !reply.is_closed(),
             What::Find { .. } => false,
         };
         wanted && self.tries < TRIES && now < self.until
@@ -69,7 +88,7 @@ impl Query {
 
     fn fail(self, error: DhtError) {
         match self.what {
-            What::Provide { reply: Some(reply), .. } | What::Put { reply, .. } => {
+            What::Provide { reply: Some(reply), .. } | What::Put { reply: Some(reply), .. } => {
                 let _ = reply.send(Err(error));
             }
             What::Providers { reply, .. } => {
@@ -78,7 +97,10 @@ impl Query {
             What::Get { reply, .. } => {
                 let _ = reply.send(Err(error));
             }
-            What::Provide { reply: None, .. } | What::Find { .. } => {}
+            What::Published { reply, .. } => {
+                let _ = reply.send(Err(error));
+            }
+            What::Provide { reply: None, .. } | What::Put { reply: None, .. } | What::Find { .. } => {}
         }
     }
 }
@@ -158,6 +180,9 @@ impl Driver {
         let refusal = if value.len() > DHT_VALUE_MAX_BYTES {
             let reason = format!("{} bytes are over the limit of {DHT_VALUE_MAX_BYTES}", value.len());
             Some(DhtError::Store { reason })
+        } else if dht::is_signed(&key) {
+            let reason = "only signed records stand under such a key: use publish_record".to_owned();
+            Some(DhtError::Store { reason })
         } else {
             self.too_many_queries()
         };
@@ -165,7 +190,8 @@ impl Driver {
             let _ = reply.send(Err(error));
             return;
         }
-        let query = self.query(What::Put { record: Record::new(key, value), reply });
+        let record = Record::new(key, value);
+        let query = self.query(What::Put { record, own: None, reply: Some(reply) });
         self.make_when_known(query);
     }
 
@@ -214,9 +240,14 @@ impl Driver {
         let id = match &query.what {
             What::Provide { key, .. } => kad.start_providing(key.clone()),
             What::Providers { key, .. } => Ok(kad.get_providers(key.clone())),
-            What::Put { .. } if alone => return query.fail(DhtError::NoPeers),
+            What::Put { own, .. } if alone => {
+                if let Some(name) = own {
+                    self.queries.own.handle_alone(self.shared.now(), name);
+                }
+                return query.fail(DhtError::NoPeers);
+            }
             What::Put { record, .. } => kad.put_record(record.clone(), Quorum::One),
-            What::Get { key, .. } => Ok(kad.get_record(key.clone())),
+            What::Get { key, .. } | What::Published { key, .. } => Ok(kad.get_record(key.clone())),
             What::Find { peer } => Ok(kad.get_closest_peers(*peer)),
         };
         match id {
@@ -271,14 +302,20 @@ impl Driver {
                     let _ = reply.send(result);
                 }
             }
-            (What::Put { reply, .. }, QueryResult::PutRecord(result)) => {
-                let _ = reply.send(match result {
+            (What::Put { own, reply, .. }, QueryResult::PutRecord(result)) => {
+                let result = match result {
                     Ok(_) => Ok(()),
                     Err(PutRecordError::Timeout { .. }) => Err(DhtError::Timeout),
                     Err(PutRecordError::QuorumFailed { .. }) => {
                         Err(DhtError::NotStored { reason: "no peer accepted it".to_owned() })
                     }
-                });
+                };
+                if let Some(name) = own {
+                    self.handle_own_put(&name, &result);
+                }
+                if let Some(reply) = reply {
+                    let _ = reply.send(result);
+                }
             }
             (What::Get { reply, .. }, QueryResult::GetRecord(result)) => match result {
                 Ok(GetRecordOk::FoundRecord(found)) => {
@@ -293,6 +330,20 @@ impl Driver {
                 }
                 Err(GetRecordError::Timeout { .. }) => {
                     let _ = reply.send(Err(DhtError::Timeout));
+                }
+            },
+            (What::Published { key, mut best, reply }, QueryResult::GetRecord(result)) => match result {
+                Ok(GetRecordOk::FoundRecord(found)) => {
+                    weigh(&key, &found, &mut best);
+                    let what = What::Published { key, best, reply };
+                    self.queries.running.insert(id, Query { what, tries, until });
+                }
+                Ok(GetRecordOk::FinishedWithNoAdditionalRecord { .. })
+                | Err(GetRecordError::NotFound { .. }) => {
+                    let _ = reply.send(Ok(best));
+                }
+                Err(GetRecordError::Timeout { .. }) => {
+                    let _ = reply.send(best.map(Some).ok_or(DhtError::Timeout));
                 }
             },
             (What::Find { peer }, QueryResult::GetClosestPeers(result)) => {

@@ -126,6 +126,7 @@ fn contacts(addresses: &[String]) -> Vec<Contact> {
 impl Driver {
     pub(super) fn handle_tick(&mut self) {
         self.make_waiting();
+        self.put_due();
         let now = self.shared.now();
         for contact in &mut self.upkeep.bootstrap {
             if now < contact.try_at || self.swarm.is_connected(&contact.peer) {
