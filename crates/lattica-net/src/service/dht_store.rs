@@ -45,7 +45,7 @@ impl RecordStore for CheckedStore {
                 }
                 Err(refusal) => {
                     let publisher = record.publisher.map(|peer| peer.to_string());
-                    tracing::info!(key = ?record.key, publisher, %refusal, "DHT record not kept");
+                    tracing::debug!(key = ?record.key, publisher, %refusal, "DHT record not kept");
                     // libp2p has no better word; it is not sent.
                     return Err(store::Error::ValueTooLarge);
                 }

@@ -119,7 +119,7 @@ pub(super) fn weigh(key: &RecordKey, found: &PeerRecord, best: &mut Option<Signe
         Err(refusal) => {
             // Without a peer it was kept here, and may have expired since.
             let peer = found.peer.map(|peer| peer.to_string());
-            tracing::info!(peer, %refusal, "DHT record not used");
+            tracing::debug!(peer, %refusal, "DHT record not used");
         }
     }
 }
