@@ -9,10 +9,11 @@ use hmac::{Hmac, KeyInit, Mac};
 use libp2p::identity::Keypair;
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig, NoneTokenStore, ServerConfig,
+    TransportConfig, VarInt,
 };
 use sha2::Sha256;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::congestion::TolerantConfig;
 use super::{QuicError, tls};
@@ -70,6 +71,8 @@ impl Configs {
         let clients = lines.clone().map(|transport| {
             let mut client = ClientConfig::new(client.clone());
             client.transport_config(transport);
+            // Kept by name, and all peers go by the same one: what one gave out would be shown to the next.
+            client.token_store(Arc::new(NoneTokenStore));
             client
         });
         let servers = lines.map(|transport| {
@@ -103,6 +106,9 @@ impl Configs {
 
     /// An endpoint at a socket: one that also listens, or one that only dials.
     pub(super) fn endpoint(&self, socket: UdpSocket, listens: bool) -> io::Result<Endpoint> {
+        // Whoever gets less works on with it.
+        let _ = SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+        let _ = SockRef::from(&socket).set_send_buffer_size(SOCKET_BUFFER_BYTES);
         let server = listens.then(|| ServerConfig::clone(&self.servers[0]));
         Endpoint::new(self.endpoint.clone(), server, socket, Arc::new(quinn::TokioRuntime))
     }
@@ -116,9 +122,6 @@ pub(super) fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
         socket.set_only_v6(true)?;
     }
     socket.bind(&address.into())?;
-    // Whoever gets less works on with it.
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
     Ok(socket.into())
 }
 

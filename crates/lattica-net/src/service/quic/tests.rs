@@ -245,9 +245,21 @@ async fn with_many_handshakes_under_way_a_stock_peer_shows_where_it_is_and_gets_
             under_way.push((dial, upgrade));
         }
     }
-    let dial = c.dial(to, options(PortUse::New)).unwrap();
+    let dial = c.dial(to.clone(), options(PortUse::New)).unwrap();
     let (dialled, ((_, mut there), _)) = tokio::join!(dial, incoming(&mut b));
     echo(&mut dialled.unwrap().1, &mut there).await;
+    // Whoever shows it is let in as well, up to a limit.
+    while under_way.len() < 128 {
+        let dial = tokio::spawn(a.dial(to.clone(), options(PortUse::Reuse)).unwrap());
+        if let TransportEvent::Incoming { upgrade, .. } = event(&mut b).await {
+            under_way.push((dial, upgrade));
+        }
+    }
+    let dial = c.dial(to, options(PortUse::New)).unwrap();
+    tokio::select! {
+        dialled = dial => assert!(dialled.is_err()),
+        _ = incoming(&mut b) => panic!("one handshake too many"),
+    }
 }
 
 #[tokio::test]
@@ -298,6 +310,21 @@ async fn dials_leave_from_the_listeners_port_unless_they_ask_for_another() {
         dialled.unwrap();
         assert_eq!(address::socket(&seen).unwrap().port() == port, same);
     }
+}
+
+/// A node dials as soon as its listeners stand.
+#[tokio::test]
+async fn the_first_dial_leaves_from_the_listeners_port_although_a_wildcard_has_told_no_address() {
+    let ((mut a, ..), (mut b, ..)) = (ours(), ours());
+    let to = listen(&mut b, ANYWHERE).await;
+    a.listen_on(ListenerId::next(), "/ip4/0.0.0.0/udp/0/quic-v1".parse().unwrap()).unwrap();
+    let dial = a.dial(to, options(PortUse::Reuse)).unwrap();
+    let (dialled, (_, seen)) = tokio::join!(dial, incoming(&mut b));
+    dialled.unwrap();
+    let TransportEvent::NewAddress { listen_addr, .. } = event(&mut a).await else {
+        panic!("an address was expected")
+    };
+    assert_eq!(address::socket(&seen).unwrap().port(), address::socket(&listen_addr).unwrap().port());
 }
 
 #[tokio::test]

@@ -27,6 +27,8 @@ use super::{Configs, QuicError, address, config};
 const ARRIVALS: usize = 64;
 /// Handshakes of peers under way; beyond, a peer has to show first that it is where it says.
 const HANDSHAKES: usize = 64;
+/// Beyond that, it is refused before anything is computed for it. The swarm takes no more at a time.
+const HANDSHAKES_MAX: usize = 128;
 /// All peers go by this name in the handshake, and it is not sent.
 const NAME: &str = "peer";
 
@@ -55,7 +57,7 @@ struct Listener {
     local: SocketAddr,
     /// Tells the addresses that a wildcard stands for.
     watcher: Option<IfWatcher>,
-    /// Those, or the one that is listened at.
+    /// Those that it has told.
     ips: HashSet<IpAddr>,
     accepting: AbortHandle,
 }
@@ -77,14 +79,11 @@ impl Listener {
         let unusable = |reason| QuicError::Socket { address: at, reason };
         let socket = config::socket(at).map_err(unusable)?;
         let local = socket.local_addr().map_err(unusable)?;
-        let (watcher, ips) = if local.ip().is_unspecified() {
-            (Some(IfWatcher::new().map_err(QuicError::Interfaces)?), HashSet::new())
-        } else {
-            (None, HashSet::from([local.ip()]))
-        };
+        let watcher = local.ip().is_unspecified().then(IfWatcher::new).transpose();
+        let watcher = watcher.map_err(QuicError::Interfaces)?;
         let endpoint = configs.endpoint(socket, true).map_err(unusable)?;
         let accepting = tokio::spawn(accept(endpoint.clone(), id, local, report)).abort_handle();
-        Ok(Self { id, endpoint, local, watcher, ips, accepting })
+        Ok(Self { id, endpoint, local, watcher, ips: HashSet::new(), accepting })
     }
 
     /// An address of the machine that comes or goes.
@@ -113,11 +112,11 @@ impl Listener {
         Poll::Pending
     }
 
-    /// Whether packets to `remote` may leave here.
+    /// Whether packets to `remote` may leave here. A wildcard need not have told its addresses yet.
     fn reaches(&self, remote: SocketAddr) -> bool {
-        let here = |loopback: bool| self.ips.iter().any(|ip| ip.is_loopback() == loopback);
+        let ip = self.local.ip();
         self.local.is_ipv4() == remote.is_ipv4()
-            && (here(remote.ip().is_loopback()) || (self.ips.is_empty() && !remote.ip().is_loopback()))
+            && (ip.is_unspecified() || ip.is_loopback() == remote.ip().is_loopback())
     }
 }
 
@@ -196,9 +195,14 @@ impl Quic {
         // What comes through an adopted socket counts as heard by any listener.
         let listener_id = listener.or_else(|| self.listeners.first().map(|listener| listener.id))?;
         let remote = incoming.remote_address();
-        if Arc::strong_count(&self.handshakes) > HANDSHAKES && !incoming.remote_address_validated() {
+        let under_way = Arc::strong_count(&self.handshakes) - 1;
+        if under_way >= HANDSHAKES && !incoming.remote_address_validated() {
             // Dropped where it may not be asked again.
             let _ = incoming.retry();
+            return None;
+        }
+        if under_way >= HANDSHAKES_MAX {
+            incoming.refuse();
             return None;
         }
         let connecting = match incoming.accept_with(self.configs.server(remote)) {
