@@ -3,9 +3,10 @@
 //!
 //! The learner cuts the batch for as many trainers as there may be ([`crate::shares`]), whoever is there. A share of an assistant that
 //! does not come, goes or says something wrong is computed by somebody else, so that a step never depends on one, and comes out the
-//! same, bit for bit, with all of them, with some, and with none. Of who was wrong about one share, no other share of that round is
-//! believed. An assistant keeps nothing but the weights: they are hashed by both
-//! sides before it computes anything with them, and every answer names that hash.
+//! same, bit for bit, with all of them, with some, and with none. Of who was wrong about one share, no other share of that step is
+//! believed: those of the same round are computed by others, and where shares of an earlier round were taken from it, the step's
+//! rounds are made again from the first, without it. An assistant keeps nothing but the weights: they are hashed by both sides before
+//! it computes anything with them, and every answer names that hash.
 //!
 //! Pure: [`Leader`] says who computes what and how long it is waited for, [`check`] judges an answer, [`wire`] says how it travels.
 
@@ -40,11 +41,16 @@ pub trait Assistants {
     fn hold(&mut self, version: PolicyVersion, weights: &[Parameter]);
 
     /// Has `shares` computed under the weights that were given last, by whoever is there and by `own`; one answer for each of them
-    /// in their order.
+    /// in their order. `None` where somebody is found wrong whose answers of an earlier round under these weights were taken: all
+    /// rounds are to be made again, without it. At most once for each seat.
     ///
     /// # Errors
     /// What `own` cannot compute. Mistakes of others are not errors.
-    fn compute(&mut self, shares: &[Arc<Share>], own: &mut dyn Hands) -> Result<Vec<Answer>, StepError>;
+    fn compute(
+        &mut self,
+        shares: &[Arc<Share>],
+        own: &mut dyn Hands,
+    ) -> Result<Option<Vec<Answer>>, StepError>;
 }
 
 /// Nobody, in so many seats: the step is the one that all of them would make.
@@ -58,8 +64,12 @@ impl Assistants for Absent {
 
     fn hold(&mut self, _: PolicyVersion, _: &[Parameter]) {}
 
-    fn compute(&mut self, shares: &[Arc<Share>], own: &mut dyn Hands) -> Result<Vec<Answer>, StepError> {
-        own.compute(shares)
+    fn compute(
+        &mut self,
+        shares: &[Arc<Share>],
+        own: &mut dyn Hands,
+    ) -> Result<Option<Vec<Answer>>, StepError> {
+        own.compute(shares).map(Some)
     }
 }
 
@@ -131,7 +141,7 @@ impl Exclusion {
         !matches!(self, Self::Late { .. } | Self::Gone { .. })
     }
 
-    /// Whether what it said of a share is not so. Then nothing that it said in the same round is believed.
+    /// Whether what it said of a share is not so. Then nothing that it said in the same step is believed.
     pub fn is_false(&self) -> bool {
         matches!(
             self,

@@ -226,11 +226,12 @@ fn cut(samples: &[Sample], shares: usize) -> Vec<Range<usize>> {
 
 /// Gradients of the policy loss over `samples`. `compute` computes shares in their order, as [`Hands::compute`] does; the trainer asks
 /// its assistants there. A loss whose corrections depend on the current policy costs one more forward pass when the batch is cut.
+/// Where `compute` gives `None`, answers that it gave before are not to be believed, and all are asked for again.
 ///
 /// # Errors
 /// When there are no samples or they do not fit, or the model or the loss refuses them.
 pub fn policy_gradients(
-    mut compute: impl FnMut(&[Arc<Share>]) -> Result<Vec<Answer>, StepError>,
+    mut compute: impl FnMut(&[Arc<Share>]) -> Result<Option<Vec<Answer>>, StepError>,
     samples: &[Sample],
     config: &LossConfig,
     sizes: Cut,
@@ -255,23 +256,29 @@ pub fn policy_gradients(
         };
         batches.iter().map(&mut share).collect()
     };
-    let plan = match (needs_current(&whole.targets, config), n_parts) {
-        (false, _) => Some(RowPlan::new(&[], &whole.targets, config)?),
-        // The only part makes the plan from its own forward pass.
-        (true, 0 | 1) => None,
-        (true, _) => {
-            let mut current = Vec::with_capacity(whole.targets.rows());
-            for answer in compute(&shares(Task::Logprobs, None))? {
-                let Answer::Logprobs(logprobs) = answer else {
-                    unreachable!("log-probabilities were asked for")
-                };
-                current.extend(logprobs.into_iter().map(f64::from));
+    let answers = loop {
+        let plan = match (needs_current(&whole.targets, config), n_parts) {
+            (false, _) => Some(RowPlan::new(&[], &whole.targets, config)?),
+            // The only part makes the plan from its own forward pass.
+            (true, 0 | 1) => None,
+            (true, _) => {
+                let Some(answers) = compute(&shares(Task::Logprobs, None))? else { continue };
+                let mut current = Vec::with_capacity(whole.targets.rows());
+                for answer in answers {
+                    let Answer::Logprobs(logprobs) = answer else {
+                        unreachable!("log-probabilities were asked for")
+                    };
+                    current.extend(logprobs.into_iter().map(f64::from));
+                }
+                Some(RowPlan::new(&current, &whole.targets, config)?)
             }
-            Some(RowPlan::new(&current, &whole.targets, config)?)
+        };
+        if let Some(answers) = compute(&shares(Task::Gradients, plan.as_ref()))? {
+            break answers;
         }
     };
     let mut sum = Sum::default();
-    for answer in compute(&shares(Task::Gradients, plan.as_ref()))? {
+    for answer in answers {
         let Answer::Gradients(gradients, figures) = answer else { unreachable!("gradients were asked for") };
         sum.add((gradients, figures));
     }
@@ -297,7 +304,7 @@ mod tests {
     ) -> (Gradients, LossMetrics) {
         let mut replicas: Vec<Bigram> = (0..n).map(|_| policy.replica()).collect();
         let mut hands = Replicas::new(replicas.iter_mut().collect(), config);
-        policy_gradients(|shares| hands.compute(shares), samples, config, sizes).unwrap()
+        policy_gradients(|shares| hands.compute(shares).map(Some), samples, config, sizes).unwrap()
     }
 
     const WHOLE: Cut = Cut { shares: 1, micro_batch_tokens: 1000 };
@@ -369,10 +376,35 @@ mod tests {
     }
 
     #[test]
+    fn where_answers_are_not_believed_any_more_all_are_asked_for_again() {
+        let (samples, config) = (batch(), LossConfig::ppo().decoupled(Correction::tis(1.5)));
+        let sizes = Cut { shares: 3, ..WHOLE };
+        let expected = computed(&Bigram::new(4), 1, &samples, &config, sizes);
+        // The first log-probabilities are a lie, which is noticed with the gradients or never.
+        for noticed in [true, false] {
+            let (mut policy, mut tasks) = (Bigram::new(4), Vec::new());
+            let mut hands = Replicas::new(vec![&mut policy], &config);
+            let compute = |shares: &[Arc<Share>]| -> Result<Option<Vec<Answer>>, StepError> {
+                tasks.push(shares[0].task);
+                let mut answers = hands.compute(shares)?;
+                match (tasks.len(), answers.last_mut()) {
+                    (1, Some(Answer::Logprobs(told))) => told.iter_mut().for_each(|l| *l -= 0.25),
+                    (2, _) if noticed => return Ok(None),
+                    _ => {}
+                }
+                Ok(Some(answers))
+            };
+            let found = policy_gradients(compute, &samples, &config, sizes).unwrap();
+            assert_eq!(found == expected, noticed);
+            assert_eq!(tasks, [Task::Logprobs, Task::Gradients].repeat(if noticed { 2 } else { 1 }));
+        }
+    }
+
+    #[test]
     fn a_batch_without_samples_is_refused() {
         let (mut policy, config) = (Bigram::new(4), LossConfig::grpo());
         let mut hands = Replicas::new(vec![&mut policy], &config);
-        let refused = policy_gradients(|shares| hands.compute(shares), &[], &config, WHOLE);
+        let refused = policy_gradients(|shares| hands.compute(shares).map(Some), &[], &config, WHOLE);
         assert!(matches!(refused, Err(StepError::Pack(PackError::Empty { .. }))));
     }
 

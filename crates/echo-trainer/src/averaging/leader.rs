@@ -1,6 +1,6 @@
 //! Who computes which share, how long it is waited for, and who is out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use swarm_wire::PeerId;
 
@@ -34,6 +34,9 @@ pub enum Next {
     },
     /// All shares are computed.
     Done,
+    /// Somebody was found wrong whose answers of an earlier round of this step were taken. This round is given up: the step is begun
+    /// again with its first one, without that peer. At most once for each that may assist.
+    Again,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +64,10 @@ pub struct Leader {
     step: u64,
     round: u64,
     shares: Vec<State>,
+    /// Whose answers of earlier rounds of this step were taken. As many as may assist.
+    believed: BTreeSet<PeerId>,
+    /// One of those was found wrong.
+    doubted: bool,
     /// Who is there, with what it has not answered yet.
     assistants: BTreeMap<PeerId, Option<Job>>,
     /// How many answers in a row were late. Kept of those that have gone, too: who joins again is not on time by that. As many as may
@@ -83,6 +90,8 @@ impl Leader {
             step: 0,
             round: 0,
             shares: Vec::new(),
+            believed: BTreeSet::new(),
+            doubted: false,
             assistants: BTreeMap::new(),
             late: BTreeMap::new(),
             dismissed: BTreeMap::new(),
@@ -129,8 +138,12 @@ impl Leader {
         std::mem::take(&mut self.news)
     }
 
-    /// Begins with `shares` of `step`; what is left of others is given up.
+    /// Begins a round with `shares` of `step`, the next one where that is the step of the round before; what is left of others is
+    /// given up.
     pub fn begin(&mut self, step: u64, shares: usize) {
+        if step != self.step {
+            self.forget();
+        }
         self.step = step;
         self.round += 1;
         self.shares = vec![State::Open; shares];
@@ -138,7 +151,18 @@ impl Leader {
 
     /// The answers of this round were taken: none that comes now counts, whoever is found wrong from now on.
     pub fn end(&mut self) {
+        let by = |share: State| match share {
+            State::Done(by) => by,
+            State::Open | State::Taken => None,
+        };
+        self.believed.extend(std::mem::take(&mut self.shares).into_iter().filter_map(by));
+    }
+
+    /// Of this step nothing was taken yet.
+    fn forget(&mut self) {
         self.shares.clear();
+        self.believed.clear();
+        self.doubted = false;
     }
 
     /// Which time shares are given out.
@@ -150,6 +174,10 @@ impl Leader {
     /// the first ones for itself, which need not travel; an only one never does.
     pub fn next(&mut self, now_ms: u64, own: usize) -> Next {
         self.leave_out_late(now_ms);
+        if self.doubted {
+            self.forget();
+            return Next::Again;
+        }
         let states = self.shares.iter().enumerate();
         let open: Vec<usize> = states.filter(|(_, s)| **s == State::Open).map(|(share, _)| share).collect();
         let idle = self.assistants.iter().find(|(_, job)| job.is_none()).map(|(peer, _)| peer.clone());
@@ -190,8 +218,9 @@ impl Leader {
         state.map(|state| *state = State::Done(Some(peer.clone()))).is_some()
     }
 
-    /// `peer` is left out; its share goes to somebody else, and so do those of this round that it has answered, if
-    /// [`Exclusion::is_false`]. Until the learner is started again, if [`Exclusion::is_final`], even if it has gone already.
+    /// `peer` is left out; its share goes to somebody else. If [`Exclusion::is_false`], so do those of this round that it has answered,
+    /// and where answers of an earlier round of this step were taken from it, the step begins again ([`Next::Again`]). Until the
+    /// learner is started again, if [`Exclusion::is_final`], even if it has gone already.
     pub fn exclude(&mut self, peer: &PeerId, why: Exclusion) {
         let gone = self.assistants.remove(peer);
         let known = gone.is_some();
@@ -199,6 +228,7 @@ impl Leader {
             self.shares[job.attempt.share] = State::Open;
         }
         if why.is_false() {
+            self.doubted |= self.believed.contains(peer);
             let by_peer = |share: &State| matches!(share, State::Done(Some(by)) if by == peer);
             self.shares.iter_mut().filter(|share| by_peer(share)).for_each(|share| *share = State::Open);
         }

@@ -51,7 +51,10 @@ proptest! {
         let (mut now, mut events) = (0_u64, BTreeMap::<(u64, u64), (PeerId, Option<Attempt>, Fate)>::new());
         let (mut n_events, mut busy, mut out) = (0, BTreeSet::new(), BTreeSet::new());
         (0..n_assistants).for_each(|i| leader.join(&peer(i)).unwrap());
-        for step in 0..6 {
+        // Two rounds a step. Whose answers of the first were taken, and whether one of them lied since.
+        let (mut step, mut round, mut believed, mut doubted) = (0, 0, BTreeSet::new(), false);
+        let mut n_again = 0;
+        while step < 6 {
             leader.begin(step, n_shares);
             let (mut done, mut by) = (vec![false; n_shares], vec![None; n_shares]);
             let mut turns = 0;
@@ -82,7 +85,8 @@ proptest! {
                         }
                         (Some(_), Fate::Lies(_)) => {
                             leader.exclude(&peer, Exclusion::NotFinite);
-                            // Nothing that it said in this step counts.
+                            doubted |= believed.contains(&peer);
+                            // Nothing that it said in this round counts.
                             for (done, by) in done.iter_mut().zip(&mut by) {
                                 *done &= by.take_if(|by| *by == peer).is_none();
                             }
@@ -95,6 +99,7 @@ proptest! {
                         out.insert(peer);
                     }
                 }
+                prop_assert_eq!(next == Next::Again, doubted);
                 match next {
                     Next::Ask { peer, attempt } => {
                         prop_assert!(!done[attempt.share] && attempt.step == step);
@@ -119,11 +124,26 @@ proptest! {
                         let event = events.first_key_value().map_or(until_ms, |((at, _), _)| *at);
                         now = until_ms.min(event.max(now));
                     }
-                    Next::Done => break,
+                    Next::Done => {
+                        prop_assert!(done.iter().all(|d| *d), "{done:?}");
+                        leader.end();
+                        believed.extend(by.into_iter().flatten());
+                        (step, round) = if round == 0 { (step, 1) } else { (step + 1, 0) };
+                        if round == 0 {
+                            believed.clear();
+                        }
+                        break;
+                    }
+                    Next::Again => {
+                        (round, doubted) = (0, false);
+                        believed.clear();
+                        n_again += 1;
+                        break;
+                    }
                 }
             }
-            prop_assert!(done.iter().all(|d| *d), "{done:?}");
         }
+        prop_assert!(n_again <= n_assistants, "more than once for one");
         // Liars stay out.
         for peer in &out {
             prop_assert!(leader.join(peer).is_err() && leader.dismissed(peer).is_some());
@@ -187,6 +207,47 @@ fn of_who_was_wrong_about_one_share_no_other_of_the_round_counts() {
         }
         assert_eq!(own, if believed { vec![0, 1] } else { vec![0, 1, 2, 3] });
         assert_eq!(leader.next(0, 1), Next::Done);
+    }
+}
+
+#[test]
+fn who_is_wrong_makes_a_step_begin_again_where_it_was_believed_in_it() {
+    let gone = Exclusion::Gone { reason: String::new() };
+    for (believed_in, why, again) in [
+        (7, Exclusion::Wrong, true),
+        (7, Exclusion::NotFinite, true),
+        (7, gone, false),
+        (6, Exclusion::Wrong, false),
+    ] {
+        for between in [true, false] {
+            let (mut leader, p) = (Leader::new(CONFIG), peer(0));
+            leader.join(&p).unwrap();
+            leader.begin(believed_in, 2);
+            let Next::Ask { attempt, .. } = leader.next(0, 1) else { panic!("it is not asked") };
+            assert!(leader.handle_answer(&p, attempt));
+            assert_eq!(leader.next(0, 1), Next::Own(vec![0]));
+            leader.handle_own(0);
+            assert_eq!(leader.next(0, 1), Next::Done);
+            leader.end();
+            // Before the next round, or in it.
+            if between {
+                leader.exclude(&p, why.clone());
+            }
+            leader.begin(7, 2);
+            if !between {
+                assert!(matches!(leader.next(0, 1), Next::Ask { .. }));
+                leader.exclude(&p, why.clone());
+            }
+            if again {
+                assert_eq!(leader.next(0, 1), Next::Again, "{why}");
+                leader.begin(7, 2);
+            }
+            for share in [0, 1] {
+                assert_eq!(leader.next(0, 1), Next::Own(vec![share]), "{why}");
+                leader.handle_own(share);
+            }
+            assert_eq!(leader.next(0, 1), Next::Done);
+        }
     }
 }
 

@@ -271,9 +271,15 @@ impl averaging::Assistants for Assistants {
         })));
     }
 
-    fn compute(&mut self, shares: &[Arc<Share>], own: &mut dyn Hands) -> Result<Vec<Answer>, StepError> {
+    fn compute(
+        &mut self,
+        shares: &[Arc<Share>],
+        own: &mut dyn Hands,
+    ) -> Result<Option<Vec<Answer>>, StepError> {
         let shared = &self.shared;
-        let Some(weights) = shared.weights.borrow().clone() else { return own.compute(shares) };
+        let Some(weights) = shared.weights.borrow().clone() else {
+            return own.compute(shares).map(Some);
+        };
         let mut state = shared.state();
         state.leader.begin(weights.version.0, shares.len());
         state.answers = vec![None; shares.len()];
@@ -318,6 +324,10 @@ impl averaging::Assistants for Assistants {
                     let waited = shared.changed.wait_timeout(state, wait);
                     state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
+                Next::Again => {
+                    state.answers.clear();
+                    return Ok(None);
+                }
                 Next::Done if checked => break,
                 Next::Done => {
                     checked = true;
@@ -338,6 +348,6 @@ impl averaging::Assistants for Assistants {
         }
         let answers = std::mem::take(&mut state.answers);
         state.leader.end();
-        Ok(answers.into_iter().map(|answer| answer.expect("every share is done").0).collect())
+        Ok(Some(answers.into_iter().map(|answer| answer.expect("every share is done").0).collect()))
     }
 }

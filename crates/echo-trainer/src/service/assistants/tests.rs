@@ -11,8 +11,8 @@ use crate::averaging::Reply;
 use crate::averaging::wire::{Frame, decode_share, encode_frame, encode_reply};
 use crate::loss::LossConfig;
 use crate::loss::config::Correction;
-use crate::metrics::LossMetrics;
-use crate::parameters::Gradients;
+use crate::metrics::{LossMetrics, StepReport};
+use crate::parameters::{Gradients, Parameters};
 use crate::service::assistant::{Assistant, AssistantError, AssistantEvent};
 use crate::shares::{Cut, Replicas, policy_gradients};
 use crate::step::tests::{Bigram, sample};
@@ -30,13 +30,28 @@ fn settings() -> TrainerConfig {
     TrainerConfig { loss: LossConfig::ppo().decoupled(Correction::tis(1.5)), ..config() }
 }
 
-/// Weights after so many steps with this many replicas and nobody else.
-fn alone(replicas: usize, steps: usize) -> crate::parameters::Parameters {
+/// Reports of so many steps with this many replicas and nobody else, and the weights after them.
+fn told_alone(replicas: usize, steps: usize) -> (Vec<StepReport>, Parameters) {
     let mut trainer = Trainer::new(Bigram::new(4), TrainerConfig { replicas, ..settings() }).unwrap();
-    for _ in 0..steps {
-        round_with(&mut trainer, &mut averaging::Absent(0));
+    let reports = (0..steps).map(|_| round_with(&mut trainer, &mut averaging::Absent(0))).collect();
+    (reports, trainer.masters)
+}
+
+fn alone(replicas: usize, steps: usize) -> Parameters {
+    told_alone(replicas, steps).1
+}
+
+/// Checks this share of rounds, by this secret.
+fn checking(check: f64, secret: u64) -> AssistantsConfig {
+    AssistantsConfig {
+        peers: Vec::new(),
+        run: RunId(5),
+        base_model_id: MODEL.to_owned(),
+        trainer: settings(),
+        patience: Duration::from_secs(20),
+        check,
+        secret,
     }
-    trainer.masters
 }
 
 /// A learner with two seats.
@@ -44,6 +59,8 @@ struct Run {
     learner: Node,
     assistants: Assistants,
     trainer: Option<Trainer<Bigram>>,
+    /// Of its steps.
+    reports: Vec<StepReport>,
     nodes: [Node; 2],
 }
 
@@ -53,23 +70,20 @@ impl Run {
     }
 
     async fn checking(patience_ms: u64, check: f64) -> Self {
+        Self::with(AssistantsConfig { patience: Duration::from_millis(patience_ms), ..checking(check, 1) })
+            .await
+    }
+
+    async fn with(config: AssistantsConfig) -> Self {
         let (learner, nodes) = (node().await, [node().await, node().await]);
-        let config = AssistantsConfig {
-            peers: nodes.iter().map(Node::peer_id).collect(),
-            run: RunId(5),
-            base_model_id: MODEL.to_owned(),
-            trainer: settings(),
-            patience: Duration::from_millis(patience_ms),
-            check,
-            secret: 1,
-        };
+        let config = AssistantsConfig { peers: nodes.iter().map(Node::peer_id).collect(), ..config };
         let mut assistants = Assistants::start(learner.clone(), config).unwrap();
         let trainer = Trainer::new(Bigram::new(4), settings()).unwrap();
         trainer.introduce(&mut assistants);
         for node in &nodes {
             node.dial(&learner.listen_addrs().await[0]).await.unwrap();
         }
-        Self { learner, assistants, trainer: Some(trainer), nodes }
+        Self { learner, assistants, trainer: Some(trainer), reports: Vec::new(), nodes }
     }
 
     /// An honest assistant, and the weights that it holds one after the other.
@@ -100,10 +114,12 @@ impl Run {
         let mut assistants = self.assistants.clone();
         let mut trainer = self.trainer.take().unwrap();
         let step = tokio::task::spawn_blocking(move || {
-            round_with(&mut trainer, &mut assistants);
-            trainer
+            let report = round_with(&mut trainer, &mut assistants);
+            (trainer, report)
         });
-        self.trainer = Some(step.await.unwrap());
+        let (trainer, report) = step.await.unwrap();
+        self.trainer = Some(trainer);
+        self.reports.push(report);
         self.assistants.assisted()
     }
 
@@ -211,6 +227,17 @@ enum Flaw {
     Twice,
     /// Right in everything but one number.
     Wrong,
+    /// The same, and before that all its log-probabilities are a lie.
+    WrongTwice,
+    /// Only those.
+    WrongLogprobs,
+}
+
+impl Flaw {
+    /// Whether its log-probabilities are a lie as well, which only computing them again tells.
+    fn lies_first(self) -> bool {
+        matches!(self, Self::Nan | Self::OtherStep | Self::Damaged | Self::WrongTwice | Self::WrongLogprobs)
+    }
 }
 
 /// Takes part as a program with this flaw; ends when the learner ends it.
@@ -239,6 +266,9 @@ async fn flawed(node: Node, learner: PeerId, flaw: Flaw) {
         let answer = share.compute(&Bigram::new(4), &loss).unwrap();
         let mut reply = Reply::new(attempt, weights, answer);
         if share.task == Task::Logprobs {
+            if flaw.lies_first() {
+                reply.values.iter_mut().for_each(|logprob| *logprob -= 0.25);
+            }
             let (frame, bytes) = encode_reply(&reply);
             frames::send(&mut writer, &frame, &bytes).await.unwrap();
             continue;
@@ -250,7 +280,7 @@ async fn flawed(node: Node, learner: PeerId, flaw: Flaw) {
             Flaw::OtherRound => reply.attempt.round -= 1,
             Flaw::OtherWeights => reply.weights[0] ^= 1,
             Flaw::TooShort => _ = reply.values.pop(),
-            Flaw::Wrong => reply.values[2] += 0.5,
+            Flaw::Wrong | Flaw::WrongTwice => reply.values[2] += 0.5,
             _ => {}
         }
         let (frame, mut bytes) = encode_reply(&reply);
@@ -285,7 +315,7 @@ async fn flawed(node: Node, learner: PeerId, flaw: Flaw) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_does_something_else_is_left_out_and_the_step_is_the_same() {
-    let reference = alone(3, 1);
+    let (reports, weights) = told_alone(3, 1);
     for flaw in [
         Flaw::Dies,
         Flaw::Silent,
@@ -305,8 +335,10 @@ async fn whoever_does_something_else_is_left_out_and_the_step_is_the_same() {
         run.present(2).await;
         let late = flaw == Flaw::Silent;
         let computed = if late { run.step_without(&bad.peer_id()).await } else { run.step().await };
-        assert_eq!(computed, 1, "{flaw:?}: the honest one's share, and this one's here");
-        assert!(run.weights() == reference, "{flaw:?}: the step is the same, bit for bit");
+        assert!(
+            run.reports == reports && run.weights() == weights,
+            "{flaw:?}: the step is the same, bit for bit"
+        );
         let news = run.assistants.take_news();
         let [(peer, why)] = &news[..] else { panic!("{flaw:?}: {news:?}") };
         let fits = match flaw {
@@ -320,6 +352,8 @@ async fn whoever_does_something_else_is_left_out_and_the_step_is_the_same() {
             _ => matches!(why, Exclusion::Protocol { .. }),
         };
         assert!(fits && *peer == bad.peer_id(), "{flaw:?}: {why}");
+        // The honest one's share, and this one's here. Of a step that begins again it may still be at work on the old one.
+        assert!(computed == 1 || (why.is_false() && computed == 0), "{flaw:?}: {computed}");
         // Who was late once or has gone may come again.
         let again = Assistant::join(&bad, &learner, MODEL).await;
         assert_eq!(again.is_ok(), !why.is_final(), "{flaw:?}: {again:?}");
@@ -378,6 +412,42 @@ async fn a_share_of_other_bits_is_found_where_it_is_computed_again() {
     assert!(run.assistants.take_news().is_empty() && run.weights() == alone(3, 2));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_found_wrong_had_said_nothing_in_this_step() {
+    // Of two, the one with the greater name is asked for the share before the last. It lies about log-probabilities in the first round,
+    // which is not looked at, and about gradients in the second, where it is the first of the two shares that may be.
+    let drawn = |secret: &u64| {
+        let config = checking(0.5, *secret);
+        config.drawn(1, 2).is_none() && config.drawn(2, 2) == Some(0)
+    };
+    let secret = (0..).find(drawn).unwrap();
+    for (flaw, check) in [(Flaw::WrongTwice, 0.5), (Flaw::WrongLogprobs, 0.0)] {
+        let mut run = Run::with(checking(check, secret)).await;
+        let bad = usize::from(run.nodes[1].peer_id() > run.nodes[0].peer_id());
+        let liar = run.nodes[bad].peer_id();
+        tokio::spawn(flawed(run.nodes[bad].clone(), run.learner.peer_id(), flaw));
+        let _held = run.honest(1 - bad).await;
+        run.present(2).await;
+        let assisted = run.step().await;
+        let news = run.assistants.take_news();
+        if flaw == Flaw::WrongLogprobs {
+            assert!(news.is_empty() && assisted == 2);
+            assert!(run.reports != told_alone(3, 1).0, "what is not looked at is believed");
+            continue;
+        }
+        assert_eq!((assisted, news), (1, vec![(liar, Exclusion::Wrong)]));
+        for _ in 0..3 {
+            assert_eq!(run.step().await, 1);
+        }
+        let (reports, weights) = told_alone(3, 4);
+        assert!(
+            run.reports == reports && run.weights() == weights,
+            "as if it had never been there, bit for bit"
+        );
+        assert!(run.assistants.take_news().is_empty());
+    }
+}
+
 /// The learner's own hands, which take up a share only when this assistant has answered for its last one.
 struct Slow {
     shared: Arc<Shared>,
@@ -402,7 +472,7 @@ impl Hands for Slow {
 
 /// Gradients of a batch in five shares, with whoever is there.
 fn in_five_shares(
-    compute: impl FnMut(&[Arc<Share>]) -> Result<Vec<Answer>, StepError>,
+    compute: impl FnMut(&[Arc<Share>]) -> Result<Option<Vec<Answer>>, StepError>,
 ) -> (Gradients, LossMetrics) {
     let samples: Vec<_> =
         (0..5).map(|i| sample(&[i % 4, 1, (i + 2) % 4], 1, 0.3 * f64::from(i) - 0.5)).collect();
@@ -424,7 +494,8 @@ async fn of_who_is_found_wrong_in_a_round_nothing_of_that_round_is_believed() {
     let computed = computed.await.unwrap();
     let (mut policy, loss) = (Bigram::new(4), settings().loss);
     let mut alone = Replicas::new(vec![&mut policy], &loss);
-    assert_eq!(computed, in_five_shares(|shares| alone.compute(shares)), "only one of its two was looked at");
+    let expected = in_five_shares(|shares| alone.compute(shares).map(Some));
+    assert_eq!(computed, expected, "only one of its two was looked at");
     assert_eq!(run.assistants.assisted(), 0);
     let found: Vec<Exclusion> = run.assistants.take_news().into_iter().map(|(_, why)| why).collect();
     assert_eq!(found, [Exclusion::Wrong]);
@@ -461,16 +532,8 @@ async fn who_is_being_greeted_when_the_run_ends_is_told_so_and_strangers_are_not
 
 #[test]
 fn checks_are_drawn_as_often_as_they_are_asked_for() {
-    let config = |check| AssistantsConfig {
-        peers: Vec::new(),
-        run: RunId(1),
-        base_model_id: String::new(),
-        trainer: TrainerConfig::default(),
-        patience: Duration::ZERO,
-        check,
-        secret: 9,
-    };
-    let drawn = |check, n| (0..4000).filter_map(|round| config(check).drawn(round, n)).collect::<Vec<_>>();
+    let drawn =
+        |check, n| (0..4000).filter_map(|round| checking(check, 9).drawn(round, n)).collect::<Vec<_>>();
     assert!(drawn(0.0, 3).is_empty() && drawn(1.0, 0).is_empty());
     assert_eq!(drawn(1.0, 3).len(), 4000);
     let some = drawn(0.25, 3);
