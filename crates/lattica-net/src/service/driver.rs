@@ -15,6 +15,7 @@ use swarm_wire::PeerId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::behaviour::{Behaviour, BehaviourEvent, kad_protocol};
+use super::boxed::Boxed;
 use super::counters;
 use super::gossip::Validator;
 use super::shared::Shared;
@@ -92,7 +93,7 @@ pub(crate) enum Command {
 
 /// See the module.
 pub(crate) struct Driver {
-    swarm: Swarm<Behaviour>,
+    swarm: Swarm<Boxed<Behaviour>>,
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
     dials: Dials,
@@ -112,7 +113,7 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(
-        swarm: Swarm<Behaviour>,
+        swarm: Swarm<Boxed<Behaviour>>,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Command>,
     ) -> Self {
