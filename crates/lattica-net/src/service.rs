@@ -29,6 +29,7 @@ use crate::status::Status;
 use crate::wire::method_is_valid;
 
 mod behaviour;
+mod boxed;
 mod connection;
 mod counters;
 mod credit;

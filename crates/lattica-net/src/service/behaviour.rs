@@ -12,6 +12,7 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{StreamProtocol, autonat, gossipsub, identify, mdns, ping, relay, upnp};
 
+use super::boxed::Boxed;
 use super::dht_store::CheckedStore;
 use super::shared::Shared;
 use super::streams;
@@ -31,12 +32,13 @@ type Gossip = gossipsub::Behaviour<
     MaxCountSubscriptionFilter<AllowAllSubscriptionFilter>,
 >;
 
-/// The order matters: limits refuse before anybody else spends something on a connection.
+/// The order matters: limits refuse before anybody else spends something on a connection. What is off unless it is asked for is
+/// boxed, so that it takes no room of a connection's.
 #[derive(NetworkBehaviour)]
 pub(crate) struct Behaviour {
     pub(crate) limits: connection_limits::Behaviour,
     pub(crate) relay_client: relay::client::Behaviour,
-    pub(crate) relay_server: Toggle<relay::Behaviour>,
+    pub(crate) relay_server: Toggle<Boxed<relay::Behaviour>>,
     pub(crate) autonat_client: Toggle<autonat::v2::client::Behaviour>,
     pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
     pub(crate) identify: identify::Behaviour,
@@ -44,7 +46,7 @@ pub(crate) struct Behaviour {
     pub(crate) kad: kad::Behaviour<CheckedStore>,
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
     pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
-    pub(crate) gossip: Toggle<Gossip>,
+    pub(crate) gossip: Toggle<Boxed<Gossip>>,
     pub(crate) streams: streams::Behaviour,
 }
 
@@ -86,7 +88,7 @@ impl Behaviour {
             relay_client,
             relay_server: config
                 .relay_server
-                .then(|| relay::Behaviour::new(peer, relay_config(config)))
+                .then(|| Boxed(relay::Behaviour::new(peer, relay_config(config))))
                 .into(),
             // Who listens nowhere needs not ask where it can be reached: others would dial in vain, for ten seconds each.
             autonat_client: (config.autonat && !config.listen.is_empty())
@@ -98,7 +100,7 @@ impl Behaviour {
             kad: kad(keypair, config),
             mdns: mdns.into(),
             upnp: config.upnp.then(upnp::tokio::Behaviour::default).into(),
-            gossip: if config.gossip { Some(gossip(keypair)?) } else { None }.into(),
+            gossip: if config.gossip { Some(Boxed(gossip(keypair)?)) } else { None }.into(),
             streams: streams::Behaviour::new(shared),
         })
     }

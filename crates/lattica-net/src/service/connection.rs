@@ -32,7 +32,7 @@ pub(crate) enum OpenError {
     Io(std::io::Error),
 }
 
-/// Asks the connection's handler for a stream.
+/// Asks the connection's handler for a stream. It is sent boxed: a queue has room for 32 from the beginning.
 #[derive(Debug)]
 pub(crate) struct OpenRequest {
     pub(crate) protocol: StreamProtocol,
@@ -60,7 +60,7 @@ pub(crate) struct Connection {
     pub(crate) running: Arc<Semaphore>,
     /// A try for a direct connection that the peer asked for.
     pub(crate) punching: Semaphore,
-    opens: mpsc::Sender<OpenRequest>,
+    opens: mpsc::Sender<Box<OpenRequest>>,
     redundant: AtomicBool,
     blurs: AtomicBool,
     incoming: AtomicUsize,
@@ -83,7 +83,7 @@ impl Connection {
         (dialled, address): (bool, String),
         state: Arc<PeerState>,
         limits: &Limits,
-    ) -> (Arc<Self>, mpsc::Receiver<OpenRequest>) {
+    ) -> (Arc<Self>, mpsc::Receiver<Box<OpenRequest>>) {
         let (opens, requests) = mpsc::channel(OPEN_QUEUE);
         let connection = Arc::new(Self {
             key,
@@ -122,7 +122,8 @@ impl Connection {
     pub(crate) async fn open(&self, protocol: StreamProtocol) -> Result<libp2p::Stream, OpenError> {
         let (reply, answer) = oneshot::channel();
         let opened = async {
-            self.opens.send(OpenRequest { protocol, reply }).await.map_err(|_| OpenError::Lost)?;
+            let request = Box::new(OpenRequest { protocol, reply });
+            self.opens.send(request).await.map_err(|_| OpenError::Lost)?;
             answer.await.unwrap_or(Err(OpenError::Lost))
         };
         tokio::select! {
@@ -132,15 +133,19 @@ impl Connection {
     }
 
     /// Does `work` as long as the connection and its node stand; `None` when one of them ended first.
-    pub(crate) async fn until_closed<T>(
+    pub(crate) fn until_closed<T>(
         &self,
         shared: &Shared,
         work: impl Future<Output = T> + Send,
-    ) -> Option<T> {
-        tokio::select! {
-            done = work => Some(done),
-            () = self.closed.cancelled() => None,
-            () = shared.stopped.cancelled() => None,
+    ) -> impl Future<Output = Option<T>> {
+        // An async function would have room for it twice, as long as it is waited for.
+        let work = Box::pin(work);
+        async move {
+            tokio::select! {
+                done = work => Some(done),
+                () = self.closed.cancelled() => None,
+                () = shared.stopped.cancelled() => None,
+            }
         }
     }
 

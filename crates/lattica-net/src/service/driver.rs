@@ -16,6 +16,7 @@ use swarm_wire::PeerId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::behaviour::{Behaviour, BehaviourEvent, kad_protocol};
+use super::boxed::Boxed;
 use super::counters;
 use super::gossip::Validator;
 use super::identity::Identity;
@@ -101,7 +102,7 @@ pub(crate) enum Command {
 
 /// See the module.
 pub(crate) struct Driver {
-    swarm: Swarm<Behaviour>,
+    swarm: Swarm<Boxed<Behaviour>>,
     shared: Arc<Shared>,
     /// Signs the records that this node publishes.
     identity: Identity,
@@ -123,7 +124,7 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(
-        swarm: Swarm<Behaviour>,
+        swarm: Swarm<Boxed<Behaviour>>,
         shared: Arc<Shared>,
         identity: Identity,
         commands: mpsc::Receiver<Command>,

@@ -21,7 +21,7 @@ pub const LINK_PROTOCOL: StreamProtocol = StreamProtocol::new("/lattica/link/1.0
 const RELEASE_AFTER_MS: u64 = 2000;
 
 /// Every connection has two streams for probes as long as it stands.
-const READ_BUFFER_BYTES: usize = 512;
+const READ_BUFFER_BYTES: usize = 272;
 const _: () = assert!(READ_BUFFER_BYTES > LINK_FRAME_MAX_BYTES + frame::LENGTH_MAX_BYTES);
 
 /// Probe intervals after which another stream for probes is tried.

@@ -18,6 +18,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::behaviour::Behaviour;
+use super::boxed::Boxed;
 use super::driver::{Driver, root_cause};
 use super::early;
 use super::gate::Gate;
@@ -153,7 +154,7 @@ fn run(
     runtime.shutdown_timeout(Duration::from_millis(200));
 }
 
-fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, StartError> {
+fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Boxed<Behaviour>>, StartError> {
     let liveness = shared.config.liveness.clone();
     let peer = keypair.public().to_peer_id();
     let setup = |what, reason: String| StartError::Setup { what, reason };
@@ -202,12 +203,12 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Behaviour>, Sta
         .with_idle_connection_timeout(IDLE_TIMEOUT)
         .with_max_negotiating_inbound_streams(NEGOTIATING_STREAMS)
         .with_smart_dial();
-    Ok(Swarm::new(transport, behaviour, peer, config))
+    Ok(Swarm::new(transport, Boxed(behaviour), peer, config))
 }
 
 /// Listens on every address and waits until each listener has reported where.
 async fn listen_on(
-    swarm: &mut Swarm<Behaviour>,
+    swarm: &mut Swarm<Boxed<Behaviour>>,
     shared: &Shared,
     addresses: &[Multiaddr],
 ) -> Result<(), StartError> {

@@ -24,7 +24,7 @@ const STREAM_WINDOW_BYTES: u32 = 10_000_000;
 const CONNECTION_WINDOW_BYTES: u32 = 15_000_000;
 /// Incoming streams that a peer may open from the start. Each takes places in two tables even while there is none; more are
 /// allowed as they are used.
-pub(super) const FIRST_STREAMS: u32 = 32;
+pub(super) const FIRST_STREAMS: u32 = 16;
 /// What the system is asked to hold of a socket's datagrams; it may hold less.
 const SOCKET_BUFFER_BYTES: usize = 2 << 20;
 /// First packets that wait to be looked at, and bytes that came behind one and behind all of them.

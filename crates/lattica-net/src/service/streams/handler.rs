@@ -24,14 +24,14 @@ type Reply = oneshot::Sender<Result<libp2p::Stream, OpenError>>;
 pub(crate) struct Handler {
     shared: Arc<Shared>,
     connection: Arc<Connection>,
-    requests: mpsc::Receiver<OpenRequest>,
+    requests: mpsc::Receiver<Box<OpenRequest>>,
 }
 
 impl Handler {
     pub(super) fn new(
         shared: Arc<Shared>,
         connection: Arc<Connection>,
-        requests: mpsc::Receiver<OpenRequest>,
+        requests: mpsc::Receiver<Box<OpenRequest>>,
     ) -> Self {
         Self { shared, connection, requests }
     }
@@ -97,9 +97,12 @@ impl ConnectionHandler for Handler {
         cx: &mut Context<'_>,
     ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Reply, Infallible>> {
         match self.requests.poll_recv(cx) {
-            Poll::Ready(Some(request)) => Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest {
-                protocol: SubstreamProtocol::new(ReadyUpgrade::new(request.protocol), request.reply),
-            }),
+            Poll::Ready(Some(request)) => {
+                let OpenRequest { protocol, reply } = *request;
+                Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest {
+                    protocol: SubstreamProtocol::new(ReadyUpgrade::new(protocol), reply),
+                })
+            }
             Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
     }
