@@ -74,7 +74,7 @@ impl Countdown {
             }
             let Some(Part { value: target, text, signs }) = parts.pop() else { continue };
             if (1..=self.max_target.max(1)).contains(&target) {
-                let solution = if self.products { text } else { in_order(&numbers, &signs) };
+                let solution = if self.products { text } else { by_size(&numbers, &signs) };
                 return Some(Problem { numbers, target, solution });
             }
         }
@@ -111,15 +111,22 @@ fn combine(a: Part, b: Part, draws: &mut Draws, products: bool) -> Part {
     }
 }
 
-/// What is added and then what is taken off, each in the order in which it was given: one way to write what could be written
-/// in many, so that whoever learns from answers sees the same thing every time.
-fn in_order(numbers: &[i64], signs: &[(usize, bool)]) -> String {
-    let with = |sign: bool| {
-        let at = |i: &usize| signs.contains(&(*i, sign));
-        (0..numbers.len()).filter(at).map(|i| numbers[i].to_string()).collect::<Vec<_>>()
+/// The numbers from the largest on, each with its sign: one way to write what could be written in many, so that whoever learns
+/// from answers sees the same thing every time. In this order a sign mostly says whether the target is larger or smaller than
+/// what stands so far, which is easier to learn than which sum it is exactly.
+fn by_size(numbers: &[i64], signs: &[(usize, bool)]) -> String {
+    let mut signed: Vec<(i64, bool)> = signs.iter().map(|(i, added)| (numbers[*i], *added)).collect();
+    signed.sort_unstable_by(|a, b| b.cmp(a));
+    let sign = |added, first| match (added, first) {
+        (false, _) => "-",
+        (true, true) => "",
+        (true, false) => "+",
     };
-    let taken: String = with(false).iter().map(|number| format!("-{number}")).collect();
-    with(true).join("+") + &taken
+    signed
+        .iter()
+        .enumerate()
+        .map(|(at, (number, added))| format!("{}{number}", sign(*added, at == 0)))
+        .collect()
 }
 
 /// Target and numbers of a prompt, which spares the verifier the search for them.
@@ -143,9 +150,9 @@ impl Environment for Countdown {
         if self.products { "countdown" } else { "countdown-sums" }
     }
 
-    /// The answers of sums were written in another way once.
+    /// The answers of sums were written in other ways before.
     fn version(&self) -> u32 {
-        if self.products { 1 } else { 2 }
+        if self.products { 1 } else { 3 }
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
@@ -212,21 +219,17 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_sums_add_first_and_then_take_off_in_the_order_given() {
+    fn answers_of_sums_take_the_largest_number_first() {
         for seed in 0..300 {
             let task = Countdown::tiny().task(seed).unwrap();
-            let given = asked(&task.prompt).unwrap().1;
-            let (added, taken) = task.answer.split_once('-').unwrap_or((&task.answer, ""));
-            let numbers = |text: &str, sign| -> Vec<i64> {
-                text.split(sign).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect()
-            };
-            for part in [numbers(added, '+'), numbers(taken, '-')] {
-                let mut rest = given.iter();
-                assert!(part.iter().all(|n| rest.any(|g| g == n)), "{task:?}");
-            }
+            let mut given = asked(&task.prompt).unwrap().1;
+            given.sort_unstable_by(|a, b| b.cmp(a));
+            let written = task.answer.split(['+', '-']).filter(|n| !n.is_empty());
+            assert_eq!(written.map(|n| n.parse::<i64>().unwrap()).collect::<Vec<_>>(), given, "{task:?}");
         }
-        assert_eq!(in_order(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "4+7-2");
-        assert_eq!(in_order(&[4, 7], &[(1, true), (0, false)]), "7-4");
+        assert_eq!(by_size(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "7+4-2");
+        assert_eq!(by_size(&[4, 3, 6], &[(0, true), (1, true), (2, false)]), "-6+4+3");
+        assert_eq!(by_size(&[5, 2, 5], &[(0, false), (1, true), (2, true)]), "5-5+2");
     }
 
     #[test]
