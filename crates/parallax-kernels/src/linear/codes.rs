@@ -84,12 +84,19 @@ impl Codes for Nibbles {
     #[inline(always)]
     fn dot_block<S: Simd, const R: usize>(&self, s: S, x: [&ActivationBlock; R]) -> [S::F; R] {
         let mut dot = [s.acc_zero(); R];
-        for (g, plane) in rolled(&self.0).iter().enumerate() {
-            // Both nibbles of a byte while it is in a register.
+        let [first, rest @ ..] = &self.0;
+        // Both nibbles of a byte while it is in a register.
+        let (low, high) = s.nibbles(first);
+        for r in 0..R {
+            dot[r] = s.dot4_nibbles(dot[r], low, group(x[r], 0));
+            dot[r] = s.dot4_nibbles(dot[r], high, group(x[r], GROUPS / 2));
+        }
+        for (g, plane) in rolled(rest).iter().enumerate() {
+            let at = (g + 1) % (GROUPS / 2);
             let (low, high) = s.nibbles(plane);
             for r in 0..R {
-                dot[r] = s.dot4_nibbles(dot[r], low, group(x[r], g));
-                dot[r] = s.dot4_nibbles(dot[r], high, group(x[r], g + GROUPS / 2));
+                dot[r] = s.dot4_nibbles(dot[r], low, group(x[r], at));
+                dot[r] = s.dot4_nibbles(dot[r], high, group(x[r], at + GROUPS / 2));
             }
         }
         let mut total = [s.splat(0.0); R];
@@ -101,10 +108,11 @@ impl Codes for Nibbles {
 }
 
 /// All of `parts`, their number unknown to the compiler. Unrolled, a block's additions would be sorted row by row, and its
-/// prepared weights would not fit the registers.
+/// prepared weights would not fit the registers. Two things more would unroll a loop over them, and are avoided: a sum
+/// that starts at zero in it (hence the first part is multiplied before it), and an index whose check bounds the turns.
 #[inline(always)]
 pub(super) fn rolled<T>(parts: &[T]) -> &[T] {
-    &parts[..std::hint::black_box(parts.len())]
+    std::hint::black_box(parts)
 }
 
 /// The plane's bits for group `g`, moved to bit `to`.

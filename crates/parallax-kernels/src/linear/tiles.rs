@@ -180,10 +180,16 @@ impl Tile for Q8Tile {
         let scale = s.widen_f16(&self.scales);
         if S::WIDE && R > 1 {
             let mut dot = [s.zero(); R];
-            for (g, bytes) in rolled(&self.groups).iter().enumerate() {
+            let [first, rest @ ..] = &self.groups;
+            let w = s.weights_wide(first);
+            for r in 0..R {
+                dot[r] = s.dot4_wide(dot[r], w, [x[r].pairs[0][0], x[r].pairs[1][0]]);
+            }
+            for (g, bytes) in rolled(rest).iter().enumerate() {
                 let w = s.weights_wide(bytes);
+                let at = (g + 1) % GROUPS;
                 for r in 0..R {
-                    dot[r] = s.dot4_wide(dot[r], w, [x[r].pairs[0][g], x[r].pairs[1][g]]);
+                    dot[r] = s.dot4_wide(dot[r], w, [x[r].pairs[0][at], x[r].pairs[1][at]]);
                 }
             }
             // The sums are 256 times too large. That is a power of two, and the scales are far from the subnormals, so
