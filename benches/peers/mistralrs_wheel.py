@@ -12,8 +12,9 @@ In DIR, an executable file such as
 
 Prints the part of what `parallax bench --json` prints that it can. Times are those of whole requests, tokenizing and
 sampling included; decoding is the time of 65 tokens less that of 1. The wheel takes no call while another runs, so
-sequences at once are choices of one request; their prompt is one token, because its Llama refuses several prompts of
-more. What it refuses, or would take longer than a minute for, is left out, and said on stderr.
+sequences at once are choices of one request (it computes them together and answers with the first); their prompt is one
+token, because its Llama refuses several prompts of more. What it refuses, or would take longer than a minute for, is
+left out, and said on stderr.
 """
 import json
 import os
@@ -48,7 +49,7 @@ def request(n_prompt, n_tokens, turn, batch=1):
     # Names of works are exact; a token more for the beginning of a text is none.
     counted = answer.usage.prompt_tokens
     assert n_prompt <= counted <= n_prompt + 1, f"{n_prompt} words are {counted} tokens"
-    assert len(answer.choices) == batch, f"{len(answer.choices)} answers instead of {batch}"
+    assert answer.usage.completion_tokens == n_tokens, f"{answer.usage.completion_tokens} tokens of {n_tokens}"
     return seconds
 
 
