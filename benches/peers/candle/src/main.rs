@@ -160,6 +160,9 @@ impl Model {
 
     /// Tokens per second of all sequences.
     fn decode(&mut self, batch: usize) -> Result<f64> {
+        if batch > 1 && matches!(self.weights, Weights::Qwen3(_)) {
+            return Err("candle's Qwen3 caches one sequence on the CPU, and panics at more".into());
+        }
         self.forget();
         // One after the other: its Llama refuses prompts of several sequences at once.
         for at in 0..CONTEXT {
