@@ -62,29 +62,33 @@ def decode_rate(batch, turn):
 
 
 def repeated(work, expected_s, rate):
-    """Median, smallest and largest of some runs, or None."""
-    if expected_s > LIMIT_S:
+    """Median, smallest and largest of as many runs as fit into the limit, or None."""
+    n_runs = min(REPEATS, int(LIMIT_S / expected_s))
+    if n_runs == 0:
         print(f"{work} left out: would take {expected_s:.0f} s", file=sys.stderr)
         return None
     try:
-        rates = [rate(turn) for turn in range(REPEATS)]
+        rates = [rate(turn) for turn in range(n_runs)]
     except ValueError as error:
         print(f"{work} left out: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
-    return [round(r, 2) for r in (statistics.median(rates), min(rates), max(rates))]
+    found = [round(r, 2) for r in (statistics.median(rates), min(rates), max(rates))]
+    print(f"{work}: {found[0]} tokens/s, {n_runs} runs", file=sys.stderr)
+    return found
 
 
 report = {"engine": "mistral.rs " + version("mistralrs"), "prefill": [], "decode": []}
 request(CONTEXT, 2, 0)
-rate = 64 / request(64, 1, 1)
+rate = CONTEXT / request(CONTEXT, 1, 1)
 for n in PROMPTS:
-    found = repeated(f"prefill {n}", REPEATS * n / rate, lambda turn: n / request(n, 1, turn))
+    found = repeated(f"prefill {n}", n / rate, lambda turn: n / request(n, 1, turn))
     if found:
         rate, low, high = found
         report["prefill"].append({"prompt_tokens": n, "tokens_per_s": rate, "min": low, "max": high})
-rate = float("inf")
+# Of a few tokens, to know how long the others will take.
+rate = 4 / max(request(CONTEXT, 5, 2) - request(CONTEXT, 1, 2), 1e-3)
 for batch in BATCHES:
-    found = repeated(f"batch {batch}", REPEATS * batch * TOKENS / rate, lambda turn: decode_rate(batch, turn))
+    found = repeated(f"batch {batch}", batch * TOKENS / rate, lambda turn: decode_rate(batch, turn))
     if found:
         rate, low, high = found
         report["decode"].append({
