@@ -157,6 +157,9 @@ const SOKOBAN_TURNS: usize = 24;
 /// Turns of `sokoban-squares`; no level needs more than 12.
 const SQUARES_TURNS: usize = 16;
 
+/// Turns of `sokoban-pushes`; few levels need more than 6.
+const PUSHES_TURNS: usize = 8;
+
 /// Most candidates that a generator draws for one problem; one in a few is good where the settings admit any.
 const MAX_CANDIDATES: usize = 10_000;
 
@@ -317,6 +320,7 @@ pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environme
         "countdown-sums" => Ok(Box::new(Countdown::tiny())),
         "knights" => Ok(Box::new(Knights::default())),
         "sokoban" => Ok(Box::new(Sokoban::default())),
+        "sokoban-pushes" => Ok(Box::new(Sokoban::pushes(PUSHES_TURNS))),
         "sokoban-squares" => Ok(Box::new(Sokoban::tiny(SQUARES_TURNS))),
         "sokoban-steps" => Ok(Box::new(Sokoban::interactive(SOKOBAN_TURNS))),
         other => Err(UnknownEnvironment::Name { name: other.to_owned() }),
@@ -364,7 +368,7 @@ pub fn check_name(name: &str) -> Result<(), UnknownEnvironment> {
 pub enum UnknownEnvironment {
     /// Not a name.
     #[error(
-        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, judged@TASKS:DIRECTORY, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-squares, sokoban-steps, http://HOST:PORT/"
+        "there is no environment {name}; known: arithmetic, calculator, countdown, countdown-sums, holdem, judged@TASKS:DIRECTORY, knights, kuhn, leduc, maths:FILE, sokoban, sokoban-pushes, sokoban-squares, sokoban-steps, http://HOST:PORT/"
     )]
     Name {
         /// The name that was asked for.

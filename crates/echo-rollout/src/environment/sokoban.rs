@@ -14,13 +14,15 @@ use super::{Environment, Episode, MAX_CANDIDATES, Reward, RewardError, Task, Tur
 const RULES: &str = "\nPush each $ onto a dot. You are @, # is wall. ";
 /// What a prompt says before the squares.
 const SQUARES_RULES: &str = "Push each $ onto a dot. You are @, # is wall. U, D, L or R?\n";
+/// The same where a turn is a push.
+const PUSHES_RULES: &str = "Push $ onto the dot. You are @, # is wall. U, D, L or R?\n";
 const CONTEXT: &str = "echo-rollout sokoban task v1";
 /// How often a beginner makes just any move.
 const WHIM: f64 = 0.2;
 /// Most positions that the search visits for one level.
 pub const MAX_STATES: usize = 200_000;
 
-/// How a level is shown.
+/// How a level is shown, and what a letter says there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum View {
     /// Drawn, in the usual characters.
@@ -29,6 +31,9 @@ pub enum View {
     /// player's own square, a letter for the column and a digit for the row. Half as long, and nobody need count characters
     /// or subtract squares to see who stands beside whom.
     Squares,
+    /// Named by the way from the box, as in `#r1u1 @l1d1 .r3d2 $b1`, and a letter says which way the box is pushed: the player
+    /// walks by itself to where it has to stand for that, and nothing happens where it cannot. Levels of one box.
+    Pushes,
 }
 
 /// Small levels with their own generator.
@@ -90,6 +95,11 @@ impl Sokoban {
         Self { view: View::Squares, ends_lost: true, ..Self::interactive(turns) }
     }
 
+    /// The same with a push a turn, so that the box is what has to be understood.
+    pub fn pushes(turns: usize) -> Self {
+        Self { view: View::Pushes, ..Self::tiny(turns) }
+    }
+
     /// Columns and rows of every level.
     fn size(&self) -> (usize, usize) {
         (self.width.clamp(4, 12), self.height.clamp(4, 12))
@@ -99,6 +109,26 @@ impl Sokoban {
         match self.view {
             View::Picture => level.to_string(),
             View::Squares => level.squares(),
+            View::Pushes => level.squares_from_box(),
+        }
+    }
+
+    /// What stands in a prompt before the squares; none before a picture.
+    fn squares_rules(&self) -> Option<&'static str> {
+        match self.view {
+            View::Picture => None,
+            View::Squares => Some(SQUARES_RULES),
+            View::Pushes => Some(PUSHES_RULES),
+        }
+    }
+
+    /// The letters of a solution: its moves, or those that push.
+    fn letters(&self, level: &Level, solution: &Solution) -> Vec<Move> {
+        let mut level = level.clone();
+        let pushes = |step: &Move| level.step(*step) == Some(true);
+        match self.view {
+            View::Pushes => solution.moves.iter().copied().filter(pushes).collect(),
+            View::Picture | View::Squares => solution.moves.clone(),
         }
     }
 
@@ -126,7 +156,7 @@ impl Sokoban {
             }
         }
         let mut free: Vec<usize> = inner.into_iter().filter(|at| !level.wall(*at)).collect();
-        let boxes = self.boxes.clamp(1, 4);
+        let boxes = if self.view == View::Pushes { 1 } else { self.boxes.clamp(1, 4) };
         if free.len() < 2 * boxes + 1 {
             return None;
         }
@@ -174,7 +204,10 @@ impl Episode for Play<'_> {
         self.turn += 1;
         let level = self.level.as_mut().ok_or_else(|| self.rules.other_task(self.seed))?;
         for step in moves(said).unwrap_or_default().into_iter().take(self.rules.moves_per_turn.max(1)) {
-            level.step(step);
+            match self.rules.view {
+                View::Pushes => _ = level.push(step),
+                View::Picture | View::Squares => _ = level.step(step),
+            }
             if level.solved() {
                 break;
             }
@@ -196,7 +229,8 @@ impl Episode for Play<'_> {
         let Some(level) = self.level.as_ref().filter(|_| self.rules.moves_per_turn == 1) else {
             return Vec::new();
         };
-        let best = solve(level, MAX_STATES).and_then(|solution| solution.moves.first().copied());
+        let solution = solve(level, MAX_STATES);
+        let best = solution.and_then(|solution| self.rules.letters(level, &solution).first().copied());
         // Where nothing leads to the end any more, all moves are alike.
         let whim = if best.is_some() { WHIM } else { 1.0 };
         let share = |step| whim / 4.0 + if Some(step) == best { 1.0 - whim } else { 0.0 };
@@ -208,6 +242,7 @@ impl Environment for Sokoban {
     fn name(&self) -> &str {
         match self.view {
             View::Squares => "sokoban-squares",
+            View::Pushes => "sokoban-pushes",
             View::Picture if self.turns > 1 => "sokoban-steps",
             View::Picture => "sokoban",
         }
@@ -216,20 +251,20 @@ impl Environment for Sokoban {
     fn version(&self) -> u32 {
         match self.view {
             View::Squares => 2,
-            View::Picture => 1,
+            View::Picture | View::Pushes => 1,
         }
     }
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let (level, solution) = self.level(seed).ok_or_else(|| no_task(self.name()))?;
-        let answer: String = solution.moves.iter().map(|m| m.letter()).collect();
-        let prompt = match self.view {
-            View::Picture => {
+        let answer: String = self.letters(&level, &solution).iter().map(|m| m.letter()).collect();
+        let prompt = match self.squares_rules() {
+            None => {
                 let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
                 format!("{level}{RULES}{ask}: U, D, L or R.")
             }
             // The squares last, so that they are as far from the move as in every later turn.
-            View::Squares => format!("{SQUARES_RULES}{}", level.squares()),
+            Some(rules) => format!("{rules}{}", self.show(&level)),
         };
         Ok(Task { seed, prompt, answer })
     }
@@ -240,10 +275,10 @@ impl Environment for Sokoban {
 
     fn episode<'a>(&'a self, task: &'a Task) -> Box<dyn Episode + 'a> {
         // What the prompt shows spares the search for the level.
-        let level = match self.view {
-            View::Picture => task.prompt.split_once(RULES).and_then(|(level, _)| level.parse().ok()),
-            View::Squares => {
-                let squares = task.prompt.strip_prefix(SQUARES_RULES);
+        let level = match self.squares_rules() {
+            None => task.prompt.split_once(RULES).and_then(|(level, _)| level.parse().ok()),
+            Some(rules) => {
+                let squares = task.prompt.strip_prefix(rules);
                 let (width, height) = self.size();
                 squares.and_then(|squares| Level::from_squares(squares, width, height).ok())
             }
@@ -296,6 +331,26 @@ mod tests {
                 task.answer.clone()
             });
             assert_eq!(answers[0], answers[1], "a seed is the same level");
+        }
+    }
+
+    #[test]
+    fn push_by_push_reaches_the_same_end() {
+        for seed in (0..20).chain((0..4).map(held_out_seed)) {
+            let env = Sokoban::pushes(12);
+            let task = env.task(seed).unwrap();
+            let mut play = env.episode(&task);
+            for (pushed, letter) in task.answer.chars().enumerate() {
+                let options = play.options();
+                let best = options.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+                assert!((best.1 - (1.0 - 0.75 * WHIM)).abs() < 1e-12, "{task:?}");
+                match play.step(&letter.to_string()).unwrap() {
+                    Turn::Done(reward) => {
+                        assert_eq!((reward.value(), pushed + 1), (1.0, task.answer.len()), "{task:?}");
+                    }
+                    Turn::Continue { .. } => assert!(pushed + 1 < task.answer.len(), "{task:?}"),
+                }
+            }
         }
     }
 

@@ -30,6 +30,16 @@ impl Move {
         }
     }
 
+    /// The other way.
+    pub fn back(self) -> Self {
+        match self {
+            Self::Up => Self::Down,
+            Self::Down => Self::Up,
+            Self::Left => Self::Right,
+            Self::Right => Self::Left,
+        }
+    }
+
     /// The move that a letter of either case stands for.
     pub fn from_letter(letter: char) -> Option<Self> {
         Self::ALL.into_iter().find(|m| m.letter().starts_with(letter.to_ascii_uppercase()))
@@ -110,13 +120,22 @@ impl Level {
     /// rows. Without inner walls there is no such part. What moves is always at the same distance from the end, where a small
     /// model finds it.
     pub(super) fn squares(&self) -> String {
+        self.squares_from(self.player, '@', [('.', &self.goals), ('$', &self.boxes)])
+    }
+
+    /// The same as seen from the first box, as in `#r1u1 @l1d1 .r3d2 $b1`.
+    pub(super) fn squares_from_box(&self) -> String {
+        self.squares_from(self.boxes[0], '$', [('@', &[self.player]), ('.', &self.goals)])
+    }
+
+    fn squares_from(&self, from: usize, own: char, parts: [(char, &[usize]); 2]) -> String {
         let walls: Vec<usize> = (0..self.walls.len()).filter(|at| self.walls[*at]).collect();
-        let parts = [('#', &walls[..]), ('.', &self.goals[..]), ('$', &self.boxes[..])];
-        let ways = |squares: &[usize]| squares.iter().filter_map(|at| self.way(*at)).collect::<String>();
-        let parts = parts.map(|(kind, squares)| (kind, ways(squares))).into_iter();
+        let ways =
+            |squares: &[usize]| squares.iter().filter_map(|at| self.way(from, *at)).collect::<String>();
+        let parts = [('#', &walls[..])].into_iter().chain(parts).map(|(kind, squares)| (kind, ways(squares)));
         let mut written: Vec<String> =
             parts.filter(|(_, ways)| !ways.is_empty()).map(|(kind, ways)| format!("{kind}{ways}")).collect();
-        written.extend(self.square(self.player).map(|named| format!("@{named}")));
+        written.extend(self.square(from).map(|named| format!("{own}{named}")));
         written.join(" ")
     }
 
@@ -126,9 +145,9 @@ impl Level {
         Some(format!("{}{row}", char::from(b'a' + column as u8)))
     }
 
-    /// How a square inside of the border is reached from the player's.
-    fn way(&self, at: usize) -> Option<String> {
-        let ((column, row), (from_column, from_row)) = (self.inside(at)?, self.inside(self.player)?);
+    /// How a square inside of the border is reached from another one.
+    fn way(&self, from: usize, at: usize) -> Option<String> {
+        let ((column, row), (from_column, from_row)) = (self.inside(at)?, self.inside(from)?);
         let across = if column < from_column { 'l' } else { 'r' };
         let along = if row < from_row { 'u' } else { 'd' };
         Some(format!("{across}{}{along}{}", column.abs_diff(from_column), row.abs_diff(from_row)))
@@ -142,35 +161,41 @@ impl Level {
         inside.then(|| (column - 1, row - 1))
     }
 
-    /// The level of these [`Level::squares`] in a room of `width` x `height`, border included, at most 12 each.
+    /// The level of these [`Level::squares`] or [`Level::squares_from_box`] in a room of `width` x `height`, border included, at
+    /// most 12 each.
     ///
     /// # Errors
     /// Squares that are none, or counts that do not make a level.
     pub(super) fn from_squares(text: &str, width: usize, height: usize) -> Result<Self, LevelError> {
         let mut level = Self::room(width, height);
-        let (players, others): (Vec<&str>, Vec<&str>) =
-            text.split_whitespace().partition(|part| part.starts_with('@'));
         let unknown = |part: &str| LevelError::Square { found: part.chars().take(80).collect() };
-        let &[player] = &players[..] else { return level.counted(players.len()) };
-        let here = (0..width * height).find(|at| level.square(*at).is_some_and(|name| name == player[1..]));
-        level.player = here.ok_or_else(|| unknown(player))?;
+        let mut parts: Vec<&str> = text.split_whitespace().collect();
+        let Some(own) = parts.pop() else { return level.counted(0) };
+        let (kind, named) = own.split_at_checked(1).ok_or_else(|| unknown(own))?;
+        let from = (0..width * height).find(|at| level.square(*at).is_some_and(|name| name == named));
+        let mut squares = vec![(kind, from.ok_or_else(|| unknown(own))?)];
         let ways: HashMap<String, usize> =
-            (0..width * height).filter_map(|at| Some((level.way(at)?, at))).collect();
-        for part in others {
-            let (kind, mut squares) = part.split_at_checked(1).ok_or_else(|| unknown(part))?;
-            while !squares.is_empty() {
-                let (way, rest) = squares.split_at_checked(4).ok_or_else(|| unknown(part))?;
-                let at = *ways.get(way).ok_or_else(|| unknown(part))?;
-                match kind {
-                    "#" => level.set_wall(at),
-                    "." => level.goals.push(at),
-                    "$" => level.boxes.push(at),
-                    _ => return Err(unknown(part)),
-                }
-                squares = rest;
+            (0..width * height).filter_map(|at| Some((level.way(squares[0].1, at)?, at))).collect();
+        for part in parts {
+            let (kind, mut rest) = part.split_at_checked(1).ok_or_else(|| unknown(part))?;
+            while !rest.is_empty() {
+                let (way, others) = rest.split_at_checked(4).ok_or_else(|| unknown(part))?;
+                squares.push((kind, *ways.get(way).ok_or_else(|| unknown(part))?));
+                rest = others;
             }
         }
-        level.counted(players.len())
+        let mut players = 0;
+        for (kind, at) in squares {
+            match kind {
+                "#" => level.set_wall(at),
+                "." => level.goals.push(at),
+                "$" => level.boxes.push(at),
+                "@" => (level.player, players) = (at, players + 1),
+                _ => return Err(unknown(kind)),
+            }
+        }
+        level.boxes.sort_unstable();
+        level.counted(players)
     }
 
     /// Itself with so many players, when the counts make a level.
@@ -212,6 +237,38 @@ impl Level {
     /// Whether all boxes do.
     pub fn solved(&self) -> bool {
         self.boxes_on_goals() == self.boxes.len()
+    }
+
+    /// Walks around the first box and pushes it one square, where the player can come to stand behind it and nothing is in its
+    /// way. Returns whether it moved.
+    pub fn push(&mut self, step: Move) -> bool {
+        let stone = self.boxes[0];
+        let behind = self.next(stone, step.back());
+        if !self.reaches(behind) {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.player, behind);
+        let pushed = self.step(step) == Some(true);
+        if !pushed {
+            self.player = before;
+        }
+        pushed
+    }
+
+    /// Whether the player can walk to a square without pushing.
+    fn reaches(&self, end: usize) -> bool {
+        let mut seen = self.walls.clone();
+        self.boxes.iter().for_each(|stone| seen[*stone] = true);
+        let mut open = vec![self.player];
+        while let Some(at) = open.pop() {
+            if at == end {
+                return true;
+            }
+            if !std::mem::replace(&mut seen[at], true) {
+                open.extend(Move::ALL.map(|step| self.next(at, step)).into_iter().filter(|to| !seen[*to]));
+            }
+        }
+        false
     }
 
     fn next(&self, at: usize, step: Move) -> usize {
@@ -336,19 +393,47 @@ mod tests {
         assert_eq!(level.squares(), "#r0u2r1u1 .r2d0 $r1u2 @b3");
         assert_eq!(Level::from_squares(&level.squares(), 6, 6), Ok(level));
         let plain: Level = SMALL.parse().unwrap();
+        assert_eq!(plain.squares_from_box(), "@l1d0 .r1d0 $b0");
+        assert_eq!(Level::from_squares("@l1d0 .r1d0 $b0", 5, 4), Ok(plain.clone()));
         assert_eq!(plain.squares(), ".r2d0 $r1d0 @a0");
         assert_eq!(Level::from_squares(".r2d0 $r1d0 @a0", 5, 4), Ok(plain));
     }
 
     #[test]
+    fn a_push_walks_around_the_box_where_there_is_a_way() {
+        let mut level: Level = "######\n#@   #\n# $# #\n#   .#\n######".parse().unwrap();
+        assert!(!level.push(Move::Right), "a wall is in its way");
+        assert!(level.push(Move::Down));
+        assert_eq!(level.to_string(), "######\n#    #\n# @# #\n# $ .#\n######");
+        assert!(!level.push(Move::Down), "the border is");
+        assert!(!level.push(Move::Up), "nobody stands in the border");
+        assert!(level.push(Move::Right) && level.push(Move::Right));
+        assert!(level.solved());
+        let mut shut: Level = "######\n#@#$.#\n#    #\n######".parse().unwrap();
+        assert!(!shut.push(Move::Right), "a wall stands behind it");
+        let mut corridor: Level = "######\n# @$.#\n######".parse().unwrap();
+        assert!(!corridor.push(Move::Left), "no way past the box");
+        assert_eq!(corridor.player(), 8);
+    }
+
+    #[test]
     fn squares_that_are_no_level_are_named() {
         let error = |text: &str| Level::from_squares(text, 5, 4).unwrap_err();
-        for text in
-            [".r3d0 $r1d0 @a0", ".r2u1 $r1d0 @a0", ".r2 $r1d0 @a0", "xr2d0 $r1d0 @a0", "é0 @a0", "@d0", "@"]
-        {
+        for text in [
+            ".r3d0 $r1d0 @a0",
+            ".r2u1 $r1d0 @a0",
+            ".r2 $r1d0 @a0",
+            "xr2d0 $r1d0 @a0",
+            "é0 @a0",
+            "@d0",
+            "@",
+            "é",
+            ".r2d0 $r1d0",
+            ".r2d0 $r1d0 @a0 @b0",
+        ] {
             assert!(matches!(error(text), LevelError::Square { .. }), "{text}");
         }
-        for text in ["", ".r2d0 $r1d0", ".r2d0 @a0", ".r2d0 $r1d0 @a0 @b0"] {
+        for text in ["", ".r2d0 @a0", ".r2d0 @r1d0 @a0", ".r2d0 $a0"] {
             assert!(matches!(error(text), LevelError::Counts { .. }), "{text}");
         }
     }
