@@ -33,6 +33,14 @@ PROMPTS, BATCHES, CONTEXT, TOKENS, REPEATS, LIMIT_S = (128, 512), (1, 8, 32), 16
 # One token each behind a space, in most vocabularies.
 WORDS = "time year people way day man thing woman life child world school state family student group country".split()
 
+
+def end(kind, error, trace):
+    sys.__excepthook__(kind, error, trace)
+    os._exit(1)
+
+
+# The wheel's threads do not end by themselves: whoever called this would wait for ever.
+sys.excepthook = end
 runner = Runner(
     which=Which.GGUF(quantized_model_id=os.path.dirname(MODEL), quantized_filename=os.path.basename(MODEL)),
     max_seqs=max(BATCHES), prefix_cache_n=0, token_source="none")
@@ -95,5 +103,4 @@ for batch in BATCHES:
             "batch": batch, "context": CONTEXT if batch == 1 else 1, "tokens_per_s": round(rate / batch, 2),
             "aggregate": rate, "aggregate_min": low, "aggregate_max": high})
 print(json.dumps(report), flush=True)
-# Its threads do not end by themselves.
 os._exit(0)

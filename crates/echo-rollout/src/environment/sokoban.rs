@@ -122,14 +122,25 @@ impl Sokoban {
         }
     }
 
-    /// The letters of a solution: its moves, or those that push.
-    fn letters(&self, level: &Level, solution: &Solution) -> Vec<Move> {
-        let mut level = level.clone();
-        let pushes = |step: &Move| level.step(*step) == Some(true);
-        match self.view {
-            View::Pushes => solution.moves.iter().copied().filter(pushes).collect(),
-            View::Picture | View::Squares => solution.moves.clone(),
+    fn prompt(&self, level: &Level) -> String {
+        let shown = self.show(level);
+        match self.squares_rules() {
+            // The squares last, so that they are as far from the move as in every later turn.
+            Some(rules) => format!("{rules}{shown}"),
+            None => {
+                let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
+                format!("{shown}{RULES}{ask}: U, D, L or R.")
+            }
         }
+    }
+
+    /// The letters of a solution: its moves, or those that push.
+    fn letters(&self, level: &Level, solution: Solution) -> Vec<Move> {
+        if self.view != View::Pushes {
+            return solution.moves;
+        }
+        let mut level = level.clone();
+        solution.moves.into_iter().filter(|step| level.step(*step) == Some(true)).collect()
     }
 
     fn draw(&self, draws: &mut Draws) -> Option<(Level, Solution)> {
@@ -230,7 +241,7 @@ impl Episode for Play<'_> {
             return Vec::new();
         };
         let solution = solve(level, MAX_STATES);
-        let best = solution.and_then(|solution| self.rules.letters(level, &solution).first().copied());
+        let best = solution.and_then(|solution| self.rules.letters(level, solution).first().copied());
         // Where nothing leads to the end any more, all moves are alike.
         let whim = if best.is_some() { WHIM } else { 1.0 };
         let share = |step| whim / 4.0 + if Some(step) == best { 1.0 - whim } else { 0.0 };
@@ -257,16 +268,8 @@ impl Environment for Sokoban {
 
     fn task(&self, seed: u64) -> Result<Task, RewardError> {
         let (level, solution) = self.level(seed).ok_or_else(|| no_task(self.name()))?;
-        let answer: String = self.letters(&level, &solution).iter().map(|m| m.letter()).collect();
-        let prompt = match self.squares_rules() {
-            None => {
-                let ask = if self.turns > 1 { "Say your next move" } else { "Say all moves" };
-                format!("{level}{RULES}{ask}: U, D, L or R.")
-            }
-            // The squares last, so that they are as far from the move as in every later turn.
-            Some(rules) => format!("{rules}{}", self.show(&level)),
-        };
-        Ok(Task { seed, prompt, answer })
+        let answer: String = self.letters(&level, solution).iter().map(|m| m.letter()).collect();
+        Ok(Task { seed, prompt: self.prompt(&level), answer })
     }
 
     fn turns(&self) -> usize {
@@ -358,16 +361,12 @@ mod tests {
     fn a_lost_level_is_over_where_that_is_the_rule() {
         let lost = |env: Sokoban| {
             let level = Level::from_squares(".r1d3 $l1d0 @c0", 6, 6).unwrap();
-            let prompt = match env.view {
-                View::Squares => format!("{SQUARES_RULES}{}", level.squares()),
-                View::Picture => format!("{level}{RULES}"),
-            };
-            env.episode(&Task { seed: 1, prompt, answer: String::new() }).step("L").unwrap()
+            let task = Task { seed: 1, prompt: env.prompt(&level), answer: String::new() };
+            env.episode(&task).step("L").unwrap()
         };
-        assert!(
-            matches!(lost(Sokoban::tiny(16)), Turn::Done(reward) if reward.value() == 0.0),
-            "a box in a corner"
-        );
+        for env in [Sokoban::tiny(16), Sokoban::pushes(8)] {
+            assert!(matches!(lost(env), Turn::Done(reward) if reward.value() == 0.0), "a box in a corner");
+        }
         assert!(matches!(lost(Sokoban::interactive(16)), Turn::Continue { .. }));
     }
 
