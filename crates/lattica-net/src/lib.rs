@@ -34,11 +34,11 @@
 //! NATs reach each other; `punch::reach`: what the own NAT does). Shell,
 //! feature `service`: [`service`] ([`Node`]) with `service/start` (threads, transports, listeners), `service/driver` (the
 //! task that owns the swarm), `service/behaviour` (libp2p's parts), `service/streams` (our own part of it), `service/gate`
-//! (nobody unproved gets in), `service/quic` (the transport, with its own map), `service/early` (openers of streams that do not wait for an answer), by way of `service/muxer`, `service/shared` (what all tasks see), `service/counters`, `service/connection`, `service/stream`,
+//! (nobody unproved gets in), `service/boxed` (connections take less room), `service/quic` (the transport, with its own map), `service/early` (openers of streams that do not wait for an answer), by way of `service/muxer`, `service/shared` (what all tasks see), `service/counters`, `service/connection`, `service/stream`,
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
 //! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`, `service/guess` (ports that
 //! nobody knows),
-//! `service/news` with `service/peers_file`, `service/rendezvous`, `service/dht_store` (what is kept for others), `service/records`, `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
+//! `service/news` with `service/peers_file`, `service/rendezvous`, `service/dht_store` (what is kept for others), `service/records` (signed records, for the application), `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
 //! Feature `v1-compat`: `v1` and `service/v1` (calls to and from the original Lattica). On the wire: docs/WIRE.md.
 
 pub mod access;

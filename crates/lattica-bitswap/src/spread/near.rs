@@ -36,10 +36,14 @@ impl Neighbour {
 
 impl<P: Ord + Clone> Spread<P> {
     /// Whether a neighbour is on the same local network. What such a one shows, or says is coming, is asked of nobody
-    /// further away, so that little more than one copy comes into the network.
+    /// further away, so that little more than one copy comes into the network. One that is reached over a relay is not near,
+    /// whatever other way there is to it: chunks would not take that one.
     pub fn set_near(&mut self, peer: &P, near: bool, now: Duration) {
-        let Some(neighbour) = self.neighbours.get_mut(peer).filter(|n| n.near != near) else { return };
-        neighbour.near = near;
+        let Some(neighbour) = self.neighbours.get_mut(peer) else { return };
+        let near = near && !neighbour.relayed;
+        if std::mem::replace(&mut neighbour.near, near) == near {
+            return;
+        }
         // What others nearer had was not to be asked of it.
         neighbour.nothing_new = false;
         self.judge(peer);

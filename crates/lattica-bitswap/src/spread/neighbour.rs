@@ -13,7 +13,7 @@ const PATIENCE: u32 = 8;
 pub(super) struct Neighbour {
     /// What it shows.
     pub(super) holds: Bitmap,
-    /// It is on the same local network.
+    /// It is on the same local network, and reached without a relay.
     pub(super) near: bool,
     /// It is, and keeps its word: what it has or gets is asked of nobody further away.
     pub(super) relied_on: bool,

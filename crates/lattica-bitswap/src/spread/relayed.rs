@@ -62,6 +62,20 @@ mod tests {
     }
 
     #[test]
+    fn a_leaf_is_not_near_whatever_other_way_there_is_to_it() {
+        let mut spread = with_leaf(1);
+        spread.set_near(&1, true, NOW);
+        spread.handle(&2, holds(1, &[0]), NOW);
+        spread.handle(&1, holds(1, &[0]), NOW);
+        assert_eq!(requests(&mut spread, NOW), [(2, 0)]);
+        // What were left to the near one, and over a relay to the direct one, nobody would be asked for.
+        spread.handle(&2, SpreadMessage::Busy(0), NOW);
+        let later = spread.next_deadline().unwrap();
+        spread.handle_timeout(later);
+        assert_eq!(requests(&mut spread, later), [(2, 0)]);
+    }
+
+    #[test]
     fn one_that_is_alone_is_asked_over_the_relay_and_what_others_show_directly_is_counted() {
         let mut spread = member(2);
         spread.add_relayed_neighbour(&1, NOW);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Refusal, TTL_MAX, TTL_MIN, check_name, check_value};
+use super::{Refusal, TTL_MAX, TTL_MIN, check_name, check_value, next_sequence};
 
 /// Names that one node publishes.
 pub const NAMES_MAX: usize = 256;
@@ -19,6 +19,8 @@ const SOON: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 pub struct Own {
     entries: BTreeMap<String, Entry>,
+    /// The highest sequence so far, under whatever name, also one that was withdrawn.
+    last: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -26,6 +28,8 @@ struct Entry {
     value: Bytes,
     ttl: Duration,
     put_at: Duration,
+    /// Of the record that was put last.
+    sequence: Option<u64>,
 }
 
 impl Own {
@@ -44,7 +48,7 @@ impl Own {
         if n_names >= NAMES_MAX && !self.entries.contains_key(name) {
             return Err(Refusal::Full { n_names });
         }
-        self.entries.insert(name.to_owned(), Entry { value, ttl, put_at: now });
+        self.entries.insert(name.to_owned(), Entry { value, ttl, put_at: now, sequence: None });
         Ok(())
     }
 
@@ -58,16 +62,29 @@ impl Own {
         self.entries.iter().find(|(_, entry)| entry.put_at <= now).map(|(name, _)| name.clone())
     }
 
-    /// The value of a record that is put now, and how long it is to count. It is due again soon, unless somebody stores it.
-    pub fn put(&mut self, now: Duration, name: &str) -> Option<(Bytes, Duration)> {
+    /// The sequence of the next record at this time of day, where one of `kept` is known under its name.
+    pub fn next_sequence(&self, time_of_day: Duration, kept: Option<u64>) -> u64 {
+        next_sequence(time_of_day, kept.max(self.last))
+    }
+
+    /// The value of a record that is put now with this sequence, and how long it is to count. It is due again soon, unless
+    /// somebody stores it.
+    pub fn put(&mut self, now: Duration, name: &str, sequence: u64) -> Option<(Bytes, Duration)> {
         let entry = self.entries.get_mut(name)?;
         entry.put_at = now + SOON.min(entry.ttl / PUTS);
+        entry.sequence = Some(sequence);
+        self.last = self.last.max(Some(sequence));
         Some((entry.value.clone(), entry.ttl))
     }
 
-    /// Somebody stored it.
-    pub fn handle_stored(&mut self, now: Duration, name: &str) {
-        if let Some(entry) = self.entries.get_mut(name) {
+    /// Whether this record is the one that was put last: neither replaced since nor withdrawn.
+    pub fn is_last(&self, name: &str, sequence: u64) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.sequence == Some(sequence))
+    }
+
+    /// Somebody stored the record of this sequence.
+    pub fn handle_stored(&mut self, now: Duration, name: &str, sequence: u64) {
+        if let Some(entry) = self.entries.get_mut(name).filter(|entry| entry.sequence == Some(sequence)) {
             entry.put_at = now + entry.ttl / PUTS;
         }
     }
@@ -114,9 +131,9 @@ mod tests {
         }
         assert_eq!(own.publish(S, "more", value(1), HOUR), Err(Refusal::Full { n_names: NAMES_MAX }));
         assert_eq!(own.publish(S, "0", value(2), HOUR), Ok(()));
-        assert_eq!(own.put(S, "0"), Some((value(2), HOUR)));
+        assert_eq!(own.put(S, "0", 1), Some((value(2), HOUR)));
         assert!(own.withdraw("0") && !own.withdraw("0"));
-        assert_eq!(own.put(S, "0"), None);
+        assert_eq!(own.put(S, "0", 2), None);
         assert_eq!(own.publish(S, "more", value(1), HOUR), Ok(()));
     }
 
@@ -125,17 +142,42 @@ mod tests {
         let mut own = Own::default();
         own.publish(S, "a", value(1), HOUR).unwrap();
         assert_eq!(own.due(S).as_deref(), Some("a"));
-        own.put(S, "a");
+        own.put(S, "a", 1);
         // Nothing is heard of it.
         assert_eq!(own.due(60 * S), None);
         assert_eq!(own.due(61 * S).as_deref(), Some("a"));
-        own.put(61 * S, "a");
-        own.handle_stored(62 * S, "a");
+        own.put(61 * S, "a", 2);
+        own.handle_stored(62 * S, "a", 2);
         assert_eq!(own.due(1261 * S), None);
         assert_eq!(own.due(1262 * S).as_deref(), Some("a"), "after a third of its time");
-        own.put(1262 * S, "a");
+        own.put(1262 * S, "a", 3);
         own.handle_alone(1263 * S, "a");
         assert_eq!(own.due(1263 * S).as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn what_becomes_of_an_older_record_says_nothing_of_the_one_in_its_place() {
+        let mut own = Own::default();
+        own.publish(S, "a", value(1), HOUR).unwrap();
+        own.put(S, "a", 1);
+        assert!(own.is_last("a", 1));
+        own.publish(S, "a", value(2), HOUR).unwrap();
+        assert!(!own.is_last("a", 1), "replaced");
+        own.put(S, "a", 2);
+        own.handle_stored(2 * S, "a", 1);
+        assert_eq!(own.due(61 * S).as_deref(), Some("a"), "nobody stored the newer one");
+        assert!(own.is_last("a", 2) && own.withdraw("a") && !own.is_last("a", 2));
+    }
+
+    #[test]
+    fn sequences_grow_also_after_a_record_was_withdrawn() {
+        let mut own = Own::default();
+        let at = Duration::from_millis(9);
+        assert_eq!((own.next_sequence(at, None), own.next_sequence(at, Some(20))), (9, 21));
+        own.publish(S, "a", value(1), HOUR).unwrap();
+        own.put(S, "a", 9);
+        own.withdraw("a");
+        assert_eq!((own.next_sequence(at, None), own.next_sequence(at, Some(5))), (10, 10));
     }
 
     #[test]
@@ -146,7 +188,7 @@ mod tests {
             let now = S + Duration::from_secs(*s);
             let due = own.due(now).is_some();
             if due {
-                own.put(now, "a");
+                own.put(now, "a", *s);
             }
             due
         });

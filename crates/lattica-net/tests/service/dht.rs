@@ -11,8 +11,8 @@ use super::{PATIENCE, Transport, config, connect, eventually, start};
 pub(crate) const KAD: &str = "/lattica/kad/2.0.0/test";
 
 /// Kinds of questions, as the protocol numbers them.
-const PUT_VALUE: u8 = 0;
-const GET_VALUE: u8 = 1;
+pub(crate) const PUT_VALUE: u8 = 0;
+pub(crate) const GET_VALUE: u8 = 1;
 const ADD_PROVIDER: u8 = 2;
 
 /// A DHT server by hand.

@@ -11,16 +11,12 @@ use lattica_net::{DhtError, Identity, Node, NodeConfig, read_frame};
 use swarm_wire::frame;
 use tokio::io::AsyncWriteExt as _;
 
-use super::dht::KAD;
+use super::dht::{GET_VALUE, KAD, PUT_VALUE};
 use super::log::{keep, logged};
 use super::{PATIENCE, Transport, config, connect, start};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const NAME: &str = "models/small";
-
-/// Kinds of questions, as the protocol numbers them.
-const PUT_VALUE: u8 = 0;
-const GET_VALUE: u8 = 1;
 
 fn unix_now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap()
@@ -75,6 +71,14 @@ async fn refused(from: &Node, to: &Node, key: &[u8], value: &[u8]) -> bool {
     stream.write_all(&message(PUT_VALUE, key, value)).await.unwrap();
     assert!(put(from, to, b"next", b"question").await);
     !matches!(read_frame(&mut stream, "answer", 1 << 17).now_or_never(), Some(Ok(Some(_))))
+}
+
+/// Whether `to` itself has this statement when it is asked for the record.
+async fn kept(from: &Node, to: &Node, key: &[u8], statement: &[u8]) -> bool {
+    let mut stream = from.open_stream(&to.peer_id(), KAD).await.unwrap();
+    stream.write_all(&message(GET_VALUE, key, b"")).await.unwrap();
+    let answer = tokio::time::timeout(PATIENCE, read_frame(&mut stream, "answer", 1 << 17)).await.unwrap();
+    answer.unwrap().expect("an answer").windows(statement.len()).any(|part| part == statement)
 }
 
 /// What `reader` finds.
@@ -230,6 +234,21 @@ async fn what_nobody_could_store_is_put_when_somebody_comes() {
     let stored = async { while found(&reader, &a).await.is_none() {} };
     tokio::time::timeout(PATIENCE, stored).await.expect("it is put");
     assert_eq!(reader.published_record(&a.peer_id(), "taken back").await, Ok(None));
+}
+
+#[tokio::test]
+async fn what_is_taken_back_is_not_told_any_more_although_somebody_put_it_here_again() {
+    let (a, b) = (start(config(Transport::Quic)).await, start(config(Transport::Quic)).await);
+    connect(&a, &b).await;
+    a.publish_record(NAME, Bytes::from_static(b"one"), HOUR).await.unwrap();
+    let record = found(&b, &a).await.unwrap();
+    let (key, statement) = (record.key(), wire::encode(&record, a.identity()));
+    assert!(put(&b, &a, &key, &statement).await);
+    assert!(kept(&b, &a, &key, &statement).await);
+    a.unpublish_record(NAME).await;
+    // Asked of the swarm after that.
+    a.listen_addrs().await;
+    assert!(!kept(&b, &a, &key, &statement).await);
 }
 
 #[tokio::test]

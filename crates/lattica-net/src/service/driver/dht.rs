@@ -61,8 +61,8 @@ enum What {
     Provide { key: RecordKey, reply: Option<Reply<(), DhtError>> },
     /// Who announced a key, and those found so far.
     Providers { key: RecordKey, found: HashSet<PeerId>, reply: Reply<Vec<PeerId>, DhtError> },
-    /// Store a record; with its name, one of those that this node publishes.
-    Put { record: Record, own: Option<String>, reply: Option<Reply<(), DhtError>> },
+    /// Store a record; with its name and sequence, one of those that this node publishes.
+    Put { record: Record, own: Option<(String, u64)>, reply: Option<Reply<(), DhtError>> },
     /// A record of anybody's.
     Get { key: RecordKey, reply: Reply<Option<Vec<u8>>, DhtError> },
     /// The newest signed record, and the best one so far.
@@ -240,8 +240,12 @@ impl Driver {
         let id = match &query.what {
             What::Provide { key, .. } => kad.start_providing(key.clone()),
             What::Providers { key, .. } => Ok(kad.get_providers(key.clone())),
+            What::Put { own: Some((name, sequence)), .. } if !self.queries.own.is_last(name, *sequence) => {
+                let reason = "it was taken back, or another one is in its place".to_owned();
+                return query.fail(DhtError::NotStored { reason });
+            }
             What::Put { own, .. } if alone => {
-                if let Some(name) = own {
+                if let Some((name, _)) = own {
                     self.queries.own.handle_alone(self.shared.now(), name);
                 }
                 return query.fail(DhtError::NoPeers);
@@ -254,7 +258,13 @@ impl Driver {
             Ok(id) => {
                 self.queries.running.insert(id, query);
             }
-            Err(error) => query.fail(store_error(&error)),
+            Err(error) => {
+                let error = store_error(&error);
+                if let What::Put { own: Some((name, sequence)), .. } = &query.what {
+                    self.handle_own_put(name, *sequence, Some(&error));
+                }
+                query.fail(error);
+            }
         }
     }
 
@@ -310,8 +320,8 @@ impl Driver {
                         Err(DhtError::NotStored { reason: "no peer accepted it".to_owned() })
                     }
                 };
-                if let Some(name) = own {
-                    self.handle_own_put(&name, &result);
+                if let Some((name, sequence)) = own {
+                    self.handle_own_put(&name, sequence, result.as_ref().err());
                 }
                 if let Some(reply) = reply {
                     let _ = reply.send(result);

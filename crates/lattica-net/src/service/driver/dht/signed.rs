@@ -7,7 +7,7 @@ use libp2p::kad::store::RecordStore as _;
 use libp2p::kad::{PeerRecord, Record, RecordKey};
 use swarm_wire::PeerId;
 
-use super::{Driver, Reply, TRIES, What};
+use super::{Driver, Reply, What};
 use crate::dht::{self, SignedRecord, wire};
 use crate::error::DhtError;
 use crate::service::news::unix_now;
@@ -24,30 +24,25 @@ impl Driver {
         ttl: Duration,
         reply: Reply<(), DhtError>,
     ) {
-        if let Some(error) = self.too_many_queries() {
-            let _ = reply.send(Err(error));
-            return;
-        }
-        match self.queries.own.publish(self.shared.now(), name, value, ttl) {
-            Ok(()) => self.put_own(name, Some(reply)),
-            Err(refusal) => {
-                let _ = reply.send(Err(refusal.into()));
+        let published = self.queries.own.publish(self.shared.now(), name, value, ttl);
+        // Published all the same, and put when there is room.
+        let refusal = published.err().map(DhtError::from).or_else(|| self.too_many_queries());
+        match refusal {
+            None => self.put_own(name, Some(reply)),
+            Some(error) => {
+                let _ = reply.send(Err(error));
             }
         }
     }
 
-    /// Takes a record back, also one that is to be put again.
+    /// Takes a record back, also one that waits or is to be put again.
     pub(in crate::service::driver) fn unpublish_record(&mut self, name: &str) {
         if !self.queries.own.withdraw(name) {
             return;
         }
         let key = self.own_key(name);
-        self.swarm.behaviour_mut().kad.remove_record(&key);
-        for query in self.queries.running.values_mut() {
-            if matches!(&query.what, What::Put { own: Some(own), .. } if own == name) {
-                query.tries = TRIES;
-            }
-        }
+        // Whoever put it here last.
+        self.swarm.behaviour_mut().kad.store_mut().remove(&key);
     }
 
     /// Puts own records again whose time has come.
@@ -62,31 +57,35 @@ impl Driver {
     }
 
     fn put_own(&mut self, name: &str, reply: Option<Reply<(), DhtError>>) {
-        let Some((value, ttl)) = self.queries.own.put(self.shared.now(), name) else { return };
         let (key, now) = (self.own_key(name), unix_now());
-        // Later than the last one even when the clock was set back.
+        // Later than the last one even when the clock was set back, or it is of an earlier start of this node.
         let kept = self.swarm.behaviour_mut().kad.store_mut().get(&key);
-        let last = kept.and_then(|kept| wire::decode_kept(&kept.value).ok()).map(|kept| kept.sequence);
+        let kept = kept.and_then(|kept| wire::decode_kept(&kept.value).ok()).map(|kept| kept.sequence);
+        let sequence = self.queries.own.next_sequence(now, kept);
+        let Some((value, ttl)) = self.queries.own.put(self.shared.now(), name, sequence) else { return };
         let record = SignedRecord {
             publisher: self.shared.local.clone(),
             network: self.shared.config.network.clone(),
             name: name.to_owned(),
-            sequence: dht::next_sequence(now, last),
+            sequence,
             expires_s: (now + ttl).as_secs(),
             value,
         };
         let statement = wire::encode(&record, &self.identity);
         // The time beside it is for nodes that do not read the record.
         let record = Record { expires: Some(Instant::now() + ttl), ..Record::new(key, statement) };
-        let query = self.query(What::Put { record, own: Some(name.to_owned()), reply });
+        let query = self.query(What::Put { record, own: Some((name.to_owned(), sequence)), reply });
         self.make_when_known(query);
     }
 
-    /// An own record was put, or not.
-    pub(super) fn handle_own_put(&mut self, name: &str, result: &Result<(), DhtError>) {
-        match result {
-            Ok(()) => self.queries.own.handle_stored(self.shared.now(), name),
-            Err(error) => tracing::warn!(name, %error, "own DHT record: put again soon"),
+    /// An own record was put, or not because of an error.
+    pub(super) fn handle_own_put(&mut self, name: &str, sequence: u64, error: Option<&DhtError>) {
+        match error {
+            None => self.queries.own.handle_stored(self.shared.now(), name, sequence),
+            Some(error) if self.queries.own.is_last(name, sequence) => {
+                tracing::warn!(name, %error, "own DHT record: put again soon");
+            }
+            Some(_) => {}
         }
     }
 
