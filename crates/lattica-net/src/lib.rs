@@ -37,7 +37,7 @@
 //! (nobody unproved gets in), `service/boxed` (connections take less room), `service/quic` (the transport, with its own map), `service/early` (openers of streams that do not wait for an answer), by way of `service/muxer`, `service/shared` (what all tasks see), `service/counters`, `service/connection`, `service/stream`,
 //! `service/frames` (bytes to frames), `service/rpc_client` with `service/credit` (what the peer grants),
 //! `service/rpc_server` with `service/served` (calls that run, whichever stream they came on), `service/link_probe`, `service/punch`, `service/guess` (ports that
-//! nobody knows),
+//! nobody knows) with `service/tcp` (libp2p's TCP transport, which takes in what was met),
 //! `service/news` with `service/peers_file`, `service/rendezvous`, `service/dht_store` (what is kept for others), `service/records` (signed records, for the application), `service/tensor`, `service/gossip`, `service/identity`, `service/swarm_key_file`, `service/private_file`.
 //! Feature `v1-compat`: `v1` and `service/v1` (calls to and from the original Lattica). On the wire: docs/WIRE.md.
 

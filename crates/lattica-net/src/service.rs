@@ -58,6 +58,7 @@ mod start;
 mod stream;
 mod streams;
 mod swarm_key_file;
+mod tcp;
 mod tensor;
 #[cfg(feature = "v1-compat")]
 mod v1;

@@ -4,6 +4,10 @@
 //!
 //! Of `n` open ports among 64,512, `m` guesses at different ports miss all with a chance of about `exp(-n m / 64512)`: with 256
 //! and 2048 once in 3,400 tries. NATs that hand ports out in a row are met sooner, because the guesses are evenly spread.
+//!
+//! Over TCP a packet is the first one of a connection. The many sockets send theirs first, which the other NAT drops; a guess
+//! that meets one makes both ends open the same connection at once. The guessing socket has to live until the answer is there,
+//! so a bounded number of guesses stands at a time, each for twice the round trip.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
@@ -15,12 +19,16 @@ use sha2::Sha256;
 pub const SOCKETS: usize = 256;
 /// Ports that the other side tries.
 pub const GUESSES: usize = 2048;
-/// Guesses that leave together, and the pause after them: 2000 packets of 21 bytes in a second.
+/// Guesses for QUIC that leave together, and the pause after them: 2000 packets of 21 bytes in a second.
 pub const GUESSES_AT_ONCE: usize = 2;
 /// See [`GUESSES_AT_ONCE`].
 pub const GUESS_PAUSE: Duration = Duration::from_millis(1);
-/// Everything after the agreement takes no longer.
-pub const GUESS_TIMEOUT: Duration = Duration::from_secs(4);
+/// Guesses over TCP that stand at the same time: each is a socket.
+pub const STANDING: usize = 256;
+/// A guess over TCP stands at least this long ..
+const STANDS_MIN: Duration = Duration::from_millis(256);
+/// .. and at most this long.
+const STANDS_MAX: Duration = Duration::from_millis(512);
 /// How often this is tried with one peer ..
 pub const TRIES: usize = 2;
 /// .. in this time.
@@ -33,6 +41,63 @@ const PORTS: u32 = 65_536 - PORTS_FROM;
 /// the golden section of their number.
 const STEP: u32 = 39_871;
 
+/// What is to lead through the ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// A UDP socket that becomes QUIC's.
+    Quic,
+    /// A TCP connection.
+    Tcp,
+}
+
+impl Way {
+    /// Every way, the better one first.
+    pub const ALL: [Self; 2] = [Self::Quic, Self::Tcp];
+
+    /// Everything after the agreement takes no longer.
+    pub fn timeout(self) -> Duration {
+        match self {
+            Self::Quic => Duration::from_secs(4),
+            Self::Tcp => Duration::from_secs(6),
+        }
+    }
+
+    /// The socket address in a multiaddress that leads this way, over IPv4 and directly.
+    pub fn address(self, multiaddr: &str) -> Option<SocketAddrV4> {
+        let mut parts = multiaddr.strip_prefix("/ip4/")?.split('/');
+        let ip = parts.next()?.parse().ok()?;
+        let (transport, port) = (parts.next()?, parts.next()?.parse().ok()?);
+        let leads = match self {
+            Self::Quic => transport == "udp" && parts.next() == Some("quic-v1"),
+            Self::Tcp => transport == "tcp",
+        };
+        // Only who is there may follow.
+        let rest = (parts.next(), parts.next(), parts.next());
+        let direct = matches!(rest, (None, ..) | (Some("p2p"), Some(_), None));
+        (leads && direct).then(|| SocketAddrV4::new(ip, port))
+    }
+
+    /// The other way round.
+    pub fn multiaddr(self, address: SocketAddrV4) -> String {
+        let (ip, port) = (address.ip(), address.port());
+        match self {
+            Self::Quic => format!("/ip4/{ip}/udp/{port}/quic-v1"),
+            Self::Tcp => format!("/ip4/{ip}/tcp/{port}"),
+        }
+    }
+}
+
+/// How long a guess over TCP stands, when a round trip over the relay takes `rtt`: the direct one is hardly longer, and the
+/// answer of a busy machine may take as long again.
+pub fn stands(rtt: Option<Duration>) -> Duration {
+    rtt.map_or(STANDS_MAX, |rtt| rtt.saturating_mul(2).clamp(STANDS_MIN, STANDS_MAX))
+}
+
+/// The pause after each guess over TCP, so that no more than [`STANDING`] stand at the same time.
+pub fn tcp_pause(stands: Duration) -> Duration {
+    stands / STANDING as u32
+}
+
 /// What the own NAT does to ports, as peers tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
@@ -42,11 +107,15 @@ pub enum Mapping {
     Changed,
 }
 
-/// Where this node is seen and what its NAT does, from its QUIC ports and the addresses at which peers see it, the most
-/// promising first. `None` when nobody sees it over QUIC and IPv4.
-pub fn mapping<'a>(ports: &[u16], seen: impl IntoIterator<Item = &'a str>) -> Option<(Ipv4Addr, Mapping)> {
+/// Where this node is seen and what its NAT does, from the ports that it listens on for `way` and the addresses at which peers
+/// see it, the most promising first. `None` when nobody sees it there over IPv4.
+pub fn mapping<'a>(
+    way: Way,
+    ports: &[u16],
+    seen: impl IntoIterator<Item = &'a str>,
+) -> Option<(Ipv4Addr, Mapping)> {
     let mut found: Option<(Ipv4Addr, Mapping)> = None;
-    for address in seen.into_iter().filter_map(quic_address) {
+    for address in seen.into_iter().filter_map(|address| way.address(address)) {
         let kept = ports.contains(&address.port());
         match &mut found {
             None => found = Some((*address.ip(), if kept { Mapping::Kept } else { Mapping::Changed })),
@@ -57,27 +126,13 @@ pub fn mapping<'a>(ports: &[u16], seen: impl IntoIterator<Item = &'a str>) -> Op
     found
 }
 
-/// The socket address in a multiaddress of QUIC over IPv4 that leads there directly.
-pub fn quic_address(address: &str) -> Option<SocketAddrV4> {
-    let mut parts = address.strip_prefix("/ip4/")?.split('/');
-    let ip = parts.next()?.parse().ok()?;
-    let ("udp", port, "quic-v1") = (parts.next()?, parts.next()?, parts.next()?) else { return None };
-    let direct = parts.all(|part| part != "p2p-circuit");
-    Some(SocketAddrV4::new(ip, port.parse().ok()?)).filter(|_| direct)
-}
-
-/// The other way round.
-pub fn multiaddr(address: SocketAddrV4) -> String {
-    format!("/ip4/{}/udp/{}/quic-v1", address.ip(), address.port())
-}
-
 /// The ports to try, all different; `seed` says where to begin.
 pub fn guesses(seed: u32) -> impl Iterator<Item = u16> {
     let begin = seed % PORTS;
     (0..GUESSES as u32).map(move |n| (PORTS_FROM + (begin + n * STEP) % PORTS) as u16)
 }
 
-/// Bytes of a packet.
+/// Bytes of a packet, which is a datagram, or over TCP the first bytes of a connection.
 pub const PACKET_BYTES: usize = 1 + 4 + 16;
 /// Begins a packet. QUIC's begin with another bit set (RFC 9000, section 17), so the two are never mistaken for each other.
 const FIRST_BYTE: u8 = 0x0b;
@@ -109,9 +164,10 @@ pub struct GuessOffer {
 /// What a packet says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packet {
-    /// From each of the many sockets, so that its NAT lets answers in; the other NAT drops it.
+    /// From each of the many sockets, so that its NAT lets answers in; the other NAT drops it. Over TCP the connection's first
+    /// packet does that.
     Open,
-    /// A guess.
+    /// A guess; over TCP that, too, is a first packet.
     Guess,
     /// The guess arrived.
     Met,
@@ -270,33 +326,61 @@ mod tests {
             assert!(ports.iter().all(|port| *port >= 1024));
         }
         let all = GUESS_PAUSE * (GUESSES / GUESSES_AT_ONCE) as u32;
-        assert!(all < GUESS_TIMEOUT / 2, "there is time for the answers");
+        assert!(all < Way::Quic.timeout() / 2, "there is time for the answers");
+    }
+
+    #[test]
+    fn guesses_over_tcp_stand_for_two_round_trips_and_never_too_many_of_them() {
+        let ms = Duration::from_millis;
+        assert_eq!(stands(None), ms(512));
+        let rtts = [0, 1, 128, 200, 256, 90_000].map(|rtt| stands(Some(ms(rtt))).as_millis());
+        assert_eq!(rtts, [256, 256, 256, 400, 512, 512]);
+        assert_eq!(stands(Some(Duration::MAX)), STANDS_MAX);
+        for stands in [STANDS_MIN, ms(333), STANDS_MAX] {
+            let begun_meanwhile = stands.as_nanos() / tcp_pause(stands).as_nanos();
+            assert!(begun_meanwhile <= STANDING as u128 + 1, "{begun_meanwhile}");
+            // The last one, and its answer.
+            let all = tcp_pause(stands) * GUESSES as u32 + 2 * stands;
+            assert!(all < Way::Tcp.timeout(), "{all:?}");
+        }
     }
 
     #[test]
     fn a_nat_is_known_by_what_peers_see() {
         let ip = Ipv4Addr::new(203, 0, 113, 5);
-        let seen = |ports: &[u16]| {
-            let addresses: Vec<String> =
-                ports.iter().map(|port| multiaddr(SocketAddrV4::new(ip, *port))).collect();
-            mapping(&[4001], addresses.iter().map(String::as_str))
-        };
-        assert_eq!(seen(&[]), None);
-        assert_eq!(seen(&[4001]), Some((ip, Mapping::Kept)));
-        assert_eq!(seen(&[4001, 4001]), Some((ip, Mapping::Kept)));
-        assert_eq!(seen(&[5123]), Some((ip, Mapping::Changed)));
-        assert_eq!(seen(&[4001, 5123]), Some((ip, Mapping::Changed)));
-        for other in [
-            "/ip4/9.9.9.9/tcp/4001",
-            "/ip6/::1/udp/4001/quic-v1",
-            "/ip4/9.9.9.9/udp/1/quic-v1/p2p/R/p2p-circuit",
-        ] {
-            assert_eq!(mapping(&[4001], [other]), None, "{other}");
+        for (way, other) in [(Way::Quic, Way::Tcp), (Way::Tcp, Way::Quic)] {
+            let seen = |ports: &[u16]| {
+                let at = |port: &u16| SocketAddrV4::new(ip, *port);
+                let addresses: Vec<String> = ports.iter().map(|port| way.multiaddr(at(port))).collect();
+                assert_eq!(mapping(other, &[4001], addresses.iter().map(String::as_str)), None);
+                mapping(way, &[4001], addresses.iter().map(String::as_str))
+            };
+            assert_eq!(seen(&[]), None);
+            assert_eq!(seen(&[4001]), Some((ip, Mapping::Kept)));
+            assert_eq!(seen(&[4001, 4001]), Some((ip, Mapping::Kept)));
+            assert_eq!(seen(&[5123]), Some((ip, Mapping::Changed)));
+            assert_eq!(seen(&[4001, 5123]), Some((ip, Mapping::Changed)));
         }
-        assert_eq!(
-            quic_address("/ip4/9.9.9.9/udp/7/quic-v1/p2p/Q"),
-            Some(SocketAddrV4::new(Ipv4Addr::new(9, 9, 9, 9), 7))
-        );
+    }
+
+    #[test]
+    fn addresses_of_a_way_lead_there_over_ipv4_and_directly() {
+        let at = Some(SocketAddrV4::new(Ipv4Addr::new(9, 9, 9, 9), 7));
+        for (address, quic, tcp) in [
+            ("/ip4/9.9.9.9/udp/7/quic-v1", at, None),
+            ("/ip4/9.9.9.9/udp/7/quic-v1/p2p/Q", at, None),
+            ("/ip4/9.9.9.9/tcp/7", None, at),
+            ("/ip4/9.9.9.9/tcp/7/p2p/Q", None, at),
+            ("/ip4/9.9.9.9/udp/7", None, None),
+            ("/ip4/9.9.9.9/tcp/7/ws", None, None),
+            ("/ip4/9.9.9.9/tcp/70000", None, None),
+            ("/ip6/::1/udp/7/quic-v1", None, None),
+            ("/ip6/::1/tcp/7", None, None),
+            ("/ip4/9.9.9.9/udp/7/quic-v1/p2p/R/p2p-circuit", None, None),
+            ("/ip4/9.9.9.9/tcp/7/p2p/R/p2p-circuit/p2p/Q", None, None),
+        ] {
+            assert_eq!((Way::Quic.address(address), Way::Tcp.address(address)), (quic, tcp), "{address}");
+        }
     }
 
     #[test]

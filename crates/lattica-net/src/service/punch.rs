@@ -19,6 +19,7 @@ use super::frames::{FrameReader, write_all};
 use super::guess;
 use super::shared::Shared;
 use crate::addr::without_peer;
+use crate::punch::guess::Way;
 use crate::punch::{
     FIRST_LONG_PAUSE, GUESS_AFTER, PunchDial, TRY_TIMEOUT, answerer_dials, asker_dials, pause_after,
     worth_dialling,
@@ -35,7 +36,7 @@ const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Tries for a direct connection whenever there is none, as long as the relayed one stands.
 pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>) {
     let trying = async {
-        let (mut failed, mut guesses) = (0, true);
+        let (mut failed, mut ways) = (0, Way::ALL.to_vec());
         let mut seen = shared.seen_at.subscribe();
         loop {
             if is_direct(&shared, &connection) {
@@ -47,9 +48,7 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
             match ask(&shared, &connection).await {
                 Ok(()) => {
                     wait_direct(&shared, &connection, GUESS_AFTER).await;
-                    if guesses && !is_direct(&shared, &connection) {
-                        guesses = guess(&shared, &connection).await;
-                    }
+                    guess(&shared, &connection, &mut ways).await;
                     wait_direct(&shared, &connection, TRY_TIMEOUT - GUESS_AFTER).await;
                 }
                 Err(error) if error.kind() == ErrorKind::Unsupported => return,
@@ -74,14 +73,22 @@ pub(crate) async fn keep_direct(shared: Arc<Shared>, connection: Arc<Connection>
     connection.until_closed(&shared, trying).await;
 }
 
-/// Tries it with ports that have to be guessed; whether the peer knows how to.
-async fn guess(shared: &Arc<Shared>, connection: &Connection) -> bool {
-    match guess::ask(shared, connection).await {
-        Err(error) if error.kind() == ErrorKind::Unsupported => return false,
-        Err(error) => tracing::debug!(peer = %connection.peer.short(), %error, "no port was met"),
-        Ok(_) => {}
+/// Tries it with ports that have to be guessed, the next way where nothing comes of one. Those that the peer does not know are
+/// forgotten.
+async fn guess(shared: &Arc<Shared>, connection: &Connection, ways: &mut Vec<Way>) {
+    for way in ways.clone() {
+        if is_direct(shared, connection) {
+            return;
+        }
+        match guess::ask(shared, connection, way).await {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) if error.kind() == ErrorKind::Unsupported => ways.retain(|known| *known != way),
+            Err(error) => {
+                tracing::debug!(peer = %connection.peer.short(), ?way, %error, "no port was met");
+            }
+        }
     }
-    true
 }
 
 /// Waits until the node is seen elsewhere, and at least as long as for the first of the long pauses.

@@ -25,12 +25,13 @@ use super::news::News;
 use super::quic::Adopted;
 use super::served::Served;
 use super::stream::Stream;
+use super::tcp::AdoptedTcp;
 use crate::config::NodeConfig;
 use crate::error::DialError;
 use crate::event::NetEvent;
 use crate::links::PeerLinks;
 use crate::peers::PeerTable;
-use crate::punch::guess::Tries;
+use crate::punch::guess::{Tries, Way};
 use crate::rpc::hedge::Latencies;
 use crate::rpc::once::Outgoing;
 use crate::rpc::{Admission, Refusal};
@@ -52,7 +53,7 @@ pub(crate) enum Acceptor {
     /// Direct connections instead of relayed ones.
     Punch,
     /// Ports of NATs that have to be guessed.
-    Guess,
+    Guess(Way),
     /// The link probes.
     Link,
     /// The application.
@@ -88,8 +89,8 @@ pub(crate) struct PeerState {
     asking: OneAtATime,
     /// The peer's question to this node as a rendezvous point.
     meeting: OneAtATime,
-    /// When ports were guessed together with the peer.
-    guesses: Mutex<Tries>,
+    /// When ports were guessed together with the peer, for each way.
+    guesses: Mutex<[Tries; Way::ALL.len()]>,
 }
 
 /// One permit.
@@ -139,8 +140,8 @@ impl PeerState {
     }
 
     /// Whether ports may be guessed together with the peer now; it counts then.
-    pub(crate) fn may_guess(&self, now: Duration) -> bool {
-        lock(&self.guesses).begin(now)
+    pub(crate) fn may_guess(&self, way: Way, now: Duration) -> bool {
+        lock(&self.guesses)[way as usize].begin(now)
     }
 
     /// Asks for a place for a call of the peer with a body of `body_bytes`; it is given back on drop.
@@ -261,6 +262,8 @@ pub(crate) struct Shared {
     pub(crate) seen_at: watch::Sender<Vec<String>>,
     /// Sockets that were made elsewhere and lead to peers.
     pub(crate) adopted: Arc<Adopted>,
+    /// The same for TCP.
+    pub(crate) adopted_tcp: Arc<AdoptedTcp>,
     /// Ports are guessed with one peer at a time.
     pub(crate) guessing: Semaphore,
     started: Instant,
@@ -302,6 +305,7 @@ impl Shared {
             counters: Counters::default(),
             seen_at: watch::channel(Vec::new()).0,
             adopted: Arc::default(),
+            adopted_tcp: Arc::default(),
             guessing: Semaphore::new(1),
             started: Instant::now(),
             table: Mutex::new(table),

@@ -22,7 +22,7 @@ use super::boxed::Boxed;
 use super::driver::{Driver, root_cause};
 use super::early;
 use super::gate::Gate;
-use super::guess::GUESS_PROTOCOL;
+use super::guess;
 use super::identity::Identity;
 use super::link_probe::LINK_PROTOCOL;
 use super::news;
@@ -31,9 +31,11 @@ use super::quic::{Configs, Quic, Settings};
 use super::rendezvous;
 use super::rpc_client::RPC_PROTOCOL;
 use super::shared::{Acceptor, Shared, lock};
+use super::tcp::Tcp;
 use crate::addr::is_relayed;
 use crate::config::NodeConfig;
 use crate::error::StartError;
+use crate::punch::guess::Way;
 
 /// Commands that wait for the swarm; further callers wait.
 const COMMAND_QUEUE: usize = 256;
@@ -85,7 +87,9 @@ pub(super) async fn start(
     shared.set_acceptor(LINK_PROTOCOL, Some(Acceptor::Link));
     if shared.config.hole_punching {
         shared.set_acceptor(PUNCH_PROTOCOL, Some(Acceptor::Punch));
-        shared.set_acceptor(GUESS_PROTOCOL, Some(Acceptor::Guess));
+        for way in Way::ALL {
+            shared.set_acceptor(guess::protocol(way), Some(Acceptor::Guess(way)));
+        }
     }
 
     let signer = identity.clone();
@@ -161,7 +165,7 @@ fn build(keypair: &Keypair, shared: Arc<Shared>) -> Result<Swarm<Boxed<Behaviour
     let noise =
         noise::Config::new(keypair).map_err(|error| setup("the encryption of TCP", error.to_string()))?;
 
-    let tcp = tcp::tokio::Transport::new(tcp::Config::new().nodelay(true))
+    let tcp = Tcp::new(tcp::Config::new().nodelay(true), Arc::clone(&shared.adopted_tcp))
         // The encryption reads 8 KiB at a time, which is a system call for each.
         .map(|stream, _| BufReader::with_capacity(TCP_READ_BYTES, stream))
         .upgrade(Version::V1Lazy)

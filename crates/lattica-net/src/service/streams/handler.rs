@@ -51,8 +51,8 @@ impl Handler {
             Acceptor::Punch => {
                 shared.network.clone().spawn(punch::answer(shared, connection, stream, place));
             }
-            Acceptor::Guess => {
-                shared.network.clone().spawn(guess::answer(shared, connection, stream, place));
+            Acceptor::Guess(way) => {
+                shared.network.clone().spawn(guess::answer(shared, connection, *way, stream, place));
             }
             Acceptor::Link => {
                 shared.network.clone().spawn(link_probe::answer(shared, connection, stream, place));
