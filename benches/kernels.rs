@@ -75,8 +75,8 @@ fn sweeps(c: &mut Criterion) {
         for rows in [1, 4, 8, 32, 128] {
             let head_rows = if rows <= 32 { rows } else { 1 };
             let (x, wide) = (noise(rows * HIDDEN, 1), noise(rows * FFN, 2));
-            let mut y =
-                [rows * (HIDDEN + 2 * KV), rows * HIDDEN, rows * 2 * FFN, head_rows * VOCAB].map(|n| vec![0.0; n]);
+            let mut y = [rows * (HIDDEN + 2 * KV), rows * HIDDEN, rows * 2 * FFN, head_rows * VOCAB]
+                .map(|n| vec![0.0; n]);
             group.throughput(Throughput::Bytes(model.bytes() as u64));
             group.bench_function(BenchmarkId::from_parameter(rows), |b| {
                 b.iter(|| model.sweep(black_box(&x), &wide, rows, head_rows, &mut y));

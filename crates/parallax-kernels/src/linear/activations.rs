@@ -102,10 +102,7 @@ pub(crate) fn with_made<R>(
             for row in mine {
                 // SAFETY: a row, and with it its blocks, belongs to one task.
                 let (x, blocks) = unsafe {
-                    (
-                        all.slice(row * k..(row + 1) * k),
-                        all_blocks.slice(row * per_row..(row + 1) * per_row),
-                    )
+                    (all.slice(row * k..(row + 1) * k), all_blocks.slice(row * per_row..(row + 1) * per_row))
                 };
                 make(row, &mut *x);
                 quantize(isa, x, several, blocks);

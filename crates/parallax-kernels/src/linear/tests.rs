@@ -218,8 +218,7 @@ fn norms_and_gates_in_front_have_the_bits_of_calls_of_their_own() {
                 })
             };
             let normed = both(&|left, y| norm_linear(&x, &weight, EPS, left, &ws, y).unwrap());
-            let gated =
-                both(&|left, y| gated_linear(Activation::Silu, &gate_up, left, &ws, y).unwrap());
+            let gated = both(&|left, y| gated_linear(Activation::Silu, &gate_up, left, &ws, y).unwrap());
             let mut lefts = [vec![0.0; rows * k], vec![0.0; rows * k]];
             norm::rms_norm(&x, &weight, EPS, &mut lefts[0]).unwrap();
             activation::gated_mul(Activation::Silu, &gate_up, k, &mut lefts[1]).unwrap();
