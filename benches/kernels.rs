@@ -54,16 +54,10 @@ impl Model {
     }
 
     /// All linear layers of one step; `head_rows` rows need logits.
-    fn sweep(&self, x: &[f32], wide: &[f32], rows: usize, head_rows: usize, y: &mut [Vec<f32>; 5]) {
-        let [a, b, c, d, logits] = y;
+    fn sweep(&self, x: &[f32], wide: &[f32], rows: usize, head_rows: usize, y: &mut [Vec<f32>; 4]) {
+        let [qkv, a, d, logits] = y;
         for layer in &self.layers {
-            let [q, k, v] = &layer.qkv;
-            linear_multi(
-                x,
-                &[q, k, v],
-                &mut [&mut a[..rows * HIDDEN], &mut b[..rows * KV], &mut c[..rows * KV]],
-            )
-            .expect("shapes fit");
+            linear_multi(x, &layer.qkv, &mut qkv[..rows * (HIDDEN + 2 * KV)]).expect("shapes fit");
             linear(x, &layer.o, &mut a[..rows * HIDDEN]).expect("shapes fit");
             linear(x, &layer.gate_up, &mut d[..rows * 2 * FFN]).expect("shapes fit");
             linear(wide, &layer.down, &mut a[..rows * HIDDEN]).expect("shapes fit");
@@ -81,7 +75,7 @@ fn sweeps(c: &mut Criterion) {
         for rows in [1, 4, 8, 32, 128] {
             let head_rows = if rows <= 32 { rows } else { 1 };
             let (x, wide) = (noise(rows * HIDDEN, 1), noise(rows * FFN, 2));
-            let mut y = [rows * HIDDEN, rows * KV, rows * KV, rows * 2 * FFN, head_rows * VOCAB]
+            let mut y = [rows * (HIDDEN + 2 * KV), rows * HIDDEN, rows * 2 * FFN, head_rows * VOCAB]
                 .map(|n| vec![0.0; n]);
             group.throughput(Throughput::Bytes(model.bytes() as u64));
             group.bench_function(BenchmarkId::from_parameter(rows), |b| {

@@ -99,7 +99,8 @@ fn gate<S: Simd>(s: S, activation: Activation, x: S::F) -> (S::F, S::F) {
 }
 
 simd_kernel! {
-    fn forward(s; activation: Activation, gate_up: &[f32], ffn: usize, y: &mut [f32]) {
+    /// [`gated_mul`] of a few rows.
+    pub(crate) fn forward(s; activation: Activation, gate_up: &[f32], ffn: usize, y: &mut [f32]) {
         for (gate_up, y) in gate_up.chunks_exact(2 * ffn).zip(y.chunks_exact_mut(ffn)) {
             let (gates, up) = gate_up.split_at(ffn);
             for i in (0..ffn).step_by(LANES) {

@@ -10,6 +10,7 @@ mod store;
 mod tiles;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 pub use self::backward::causal_attention_backward;
 use self::core::{Queries, attend};
@@ -182,10 +183,11 @@ fn attention(
         }
     };
     let mut block = ROW_BLOCK;
-    let mut blocks = runs_of_rows(rows.len(), block, together);
+    let mut blocks = RUNS.take();
+    runs_of_rows(&mut blocks, rows.len(), block, together);
     while block > 1 && blocks.len() * n_kv_heads < ITEMS_PER_THREAD * pool::threads() {
         block /= 2;
-        blocks = runs_of_rows(rows.len(), block, together);
+        runs_of_rows(&mut blocks, rows.len(), block, together);
     }
     let keys: usize = rows.iter().map(|r| r.n_keys - scoring.first_key(r.n_keys)).sum();
     let items = blocks.len() * n_kv_heads;
@@ -201,23 +203,29 @@ fn attention(
             attend(isa, kv, &queries, &out, lse.as_ref());
         }
     });
+    RUNS.set(blocks);
     Ok(())
 }
 
-/// Runs of rows, of at most `most`, in which every row goes `together` with the one before it.
+thread_local! {
+    /// Runs of rows of the last call.
+    static RUNS: RefCell<Vec<Range<usize>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Fills `runs` with runs of rows, of at most `most`, in which every row goes `together` with the one before it.
 fn runs_of_rows(
+    runs: &mut Vec<Range<usize>>,
     n_rows: usize,
     most: usize,
     together: impl Fn(usize, usize) -> bool,
-) -> Vec<std::ops::Range<usize>> {
-    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+) {
+    runs.clear();
     for t in 0..n_rows {
         match runs.last_mut() {
             Some(last) if last.len() < most && together(t - 1, t) => last.end = t + 1,
             _ => runs.push(t..t + 1),
         }
     }
-    runs
 }
 
 #[cfg(test)]

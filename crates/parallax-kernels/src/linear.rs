@@ -17,15 +17,18 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use self::activations::{ActivationBlock, with_quantized};
+pub(crate) use self::activations::with_left;
+use self::activations::{Left, with_made};
 pub use self::backward::linear_backward;
 use self::blocks::PackedBlocks;
 use self::panels::{Bf16Line, F16Line, PackedDense};
 use self::super_tiles::{Q2KTile, Q3KTile, Q4KTile, Q5KTile, Q6KTile};
 use self::tiles::{Int4Tile, Mxfp4Tile, Q4Tile, Q8Tile, Q41Tile, Q50Tile, Q51Tile};
-use crate::dispatch::{self, Isa};
+use crate::activation::{self, Activation};
+use crate::dispatch;
 use crate::dtype::{WeightKind, check_blocks};
 use crate::error::{KernelError, check_len, rows_of};
+use crate::norm;
 use crate::parallel::{Shared, for_rows, share, task_count};
 use crate::pool;
 use crate::simd::{LANES, Line, Simd};
@@ -207,21 +210,65 @@ impl PackedWeight {
 /// # Errors
 /// When the lengths do not fit together.
 pub fn linear(x: &[f32], w: &PackedWeight, y: &mut [f32]) -> Result<(), KernelError> {
-    linear_multi(x, &[w], &mut [y])
+    linear_multi(x, std::slice::from_ref(w), y)
 }
 
-/// Several products of the same rows: `ys[i] [T, N_i] = x [T, K] * ws[i]^T`, with one activation quantisation and one
-/// fork-join for all of them. Bit-equal to separate calls of [`linear`].
+/// Several products of the same rows, side by side: in `y` [T, sum of all N] the columns of a weight are `x [T, K] * W^T`.
+/// One activation quantisation and one fork-join for all of them. Bit-equal to separate calls of [`linear`].
 ///
 /// # Errors
-/// When the lengths do not fit together, or the weights differ in K.
-pub fn linear_multi(x: &[f32], ws: &[&PackedWeight], ys: &mut [&mut [f32]]) -> Result<(), KernelError> {
-    check_len("linear", "outputs list", ws.len(), ys.len())?;
-    let mut jobs = Vec::with_capacity(ws.len());
-    for (w, y) in ws.iter().zip(ys) {
-        jobs.push(Product::new(x, w, 0..w.n(), y)?);
-    }
-    run(x, &jobs);
+/// When the lengths do not fit together, the weights differ in K, or there is none.
+pub fn linear_multi(x: &[f32], ws: &[PackedWeight], y: &mut [f32]) -> Result<(), KernelError> {
+    let (rows, k) = shape(x.len(), ws, y.len())?;
+    with_left(dispatch::current(), x, k, any_quantized(ws), |left| run(left, rows, k, side_by_side(ws, y)));
+    Ok(())
+}
+
+/// [`linear_multi`] of the RMS norm of the rows ([`norm::rms_norm`]), which is left in `normed` [T, K]. A row is quantised right
+/// after it was normed, while it is in the cache. Bit-equal to both calls.
+///
+/// # Errors
+/// When the lengths do not fit together, the weights differ in K, or there is none.
+pub fn norm_linear(
+    x: &[f32],
+    norm: &[f32],
+    eps: f32,
+    normed: &mut [f32],
+    ws: &[PackedWeight],
+    y: &mut [f32],
+) -> Result<(), KernelError> {
+    let (rows, k) = shape(x.len(), ws, y.len())?;
+    check_len("norm_linear", "norm", k, norm.len())?;
+    check_len("norm_linear", "normed", x.len(), normed.len())?;
+    let isa = dispatch::current();
+    let make = |row: usize, to: &mut [f32]| norm::forward(isa, &x[row * k..(row + 1) * k], norm, eps, to);
+    with_made(isa, normed, k, k * 8, any_quantized(ws), make, |left| {
+        run(left, rows, k, side_by_side(ws, y));
+    });
+    Ok(())
+}
+
+/// [`linear_multi`] of the gated activation of the rows of `gate_up` [T, 2K] ([`activation::gated_mul`]), which is left in
+/// `inner` [T, K]. A row is quantised right after it was made, while it is in the cache. Bit-equal to both calls.
+///
+/// # Errors
+/// When the lengths do not fit together, the weights differ in K, or there is none.
+pub fn gated_linear(
+    activation: Activation,
+    gate_up: &[f32],
+    inner: &mut [f32],
+    ws: &[PackedWeight],
+    y: &mut [f32],
+) -> Result<(), KernelError> {
+    let (rows, k) = shape(inner.len(), ws, y.len())?;
+    check_len("gated_linear", "gate_up", 2 * inner.len(), gate_up.len())?;
+    let isa = dispatch::current();
+    let make = |row: usize, to: &mut [f32]| {
+        activation::forward(isa, activation, &gate_up[row * 2 * k..(row + 1) * 2 * k], k, to);
+    };
+    with_made(isa, inner, k, k * 20, any_quantized(ws), make, |left| {
+        run(left, rows, k, side_by_side(ws, y));
+    });
     Ok(())
 }
 
@@ -243,42 +290,68 @@ pub fn linear_rows(
             got: rows.end,
         });
     }
-    let job = Product::new(x, w, rows, y)?;
-    run(x, &[job]);
+    let (k, stride) = (w.k(), rows.len());
+    let n_rows = rows_of("linear", "x", x.len(), k)?;
+    check_len("linear", "y", n_rows * stride, y.len())?;
+    let product = Product { weight: w, out: Output::new(y, stride, 0, rows) };
+    with_left(dispatch::current(), x, k, w.wants_quantized(), |left| {
+        run(left, n_rows, k, std::iter::once(product));
+    });
     Ok(())
 }
 
+/// T and K of the products of `x_len` elements with `ws`, after a look at all lengths.
+fn shape(x_len: usize, ws: &[PackedWeight], y_len: usize) -> Result<(usize, usize), KernelError> {
+    let op = "linear";
+    let k = ws.first().map_or(0, PackedWeight::k);
+    let rows = rows_of(op, "x", x_len, k)?;
+    for w in ws {
+        check_len(op, "a row of a weight", k, w.k())?;
+    }
+    check_len(op, "y", rows * ws.iter().map(PackedWeight::n).sum::<usize>(), y_len)?;
+    Ok((rows, k))
+}
+
+fn any_quantized(ws: &[PackedWeight]) -> bool {
+    ws.iter().any(PackedWeight::wants_quantized)
+}
+
 /// One weight, the outputs wanted of it, and where they go.
+#[derive(Clone)]
 struct Product<'a> {
     weight: &'a PackedWeight,
-    rows: usize,
     out: Output<'a>,
 }
 
+/// All outputs of `ws`, those of each row one after the other in `y`.
+fn side_by_side<'a>(
+    ws: &'a [PackedWeight],
+    y: &'a mut [f32],
+) -> impl Iterator<Item = Product<'a>> + Clone + Sync {
+    let stride: usize = ws.iter().map(PackedWeight::n).sum();
+    let y = Shared::new(y);
+    ws.iter().scan(0usize, move |next, weight| {
+        let (first_column, columns) = (*next, 0..weight.n());
+        *next += weight.n();
+        Some(Product { weight, out: Output { y, stride, first_row: 0, first_column, columns } })
+    })
+}
+
 /// Destination of a product, written panel by panel from several threads.
+#[derive(Clone)]
 pub(crate) struct Output<'a> {
     y: Shared<'a, f32>,
     /// Elements from one row of `y` to the next.
     stride: usize,
     /// The row of the left operand that row 0 of `y` belongs to.
     first_row: usize,
-    /// Outputs of the weight that are wanted; column 0 of `y` is `columns.start`.
+    /// The column of `y` that `columns.start` goes to.
+    first_column: usize,
+    /// Outputs of the weight that are wanted.
     columns: Range<usize>,
 }
 
-impl<'a> Product<'a> {
-    fn new(
-        x: &[f32],
-        weight: &'a PackedWeight,
-        columns: Range<usize>,
-        y: &'a mut [f32],
-    ) -> Result<Self, KernelError> {
-        let rows = rows_of("linear", "x", x.len(), weight.k())?;
-        check_len("linear", "y", rows * columns.len(), y.len())?;
-        let stride = columns.len();
-        Ok(Self { weight, rows, out: Output::new(y, stride, 0, columns) })
-    }
-
+impl Product<'_> {
     fn panels(&self) -> Range<usize> {
         self.out.columns.start / LANES..self.out.columns.end.div_ceil(LANES)
     }
@@ -286,7 +359,7 @@ impl<'a> Product<'a> {
 
 impl<'a> Output<'a> {
     pub(crate) fn new(y: &'a mut [f32], stride: usize, first_row: usize, columns: Range<usize>) -> Self {
-        Self { y: Shared::new(y), stride, first_row, columns }
+        Self { y: Shared::new(y), stride, first_row, first_column: 0, columns }
     }
 
     /// The part of `y` that holds the outputs of `panel` for one row, and the lanes they come from.
@@ -302,7 +375,7 @@ impl<'a> Output<'a> {
         let first = panel * LANES;
         let from = self.columns.start.max(first);
         let to = self.columns.end.min(first + LANES);
-        let start = (row - self.first_row) * self.stride + (from - self.columns.start);
+        let start = (row - self.first_row) * self.stride + self.first_column + (from - self.columns.start);
         // SAFETY: the segment belongs to this panel and row, which by contract nobody else holds.
         let segment = unsafe { self.y.slice(start..start + (to - from)) };
         (segment, from - first..to - first)
@@ -342,45 +415,27 @@ impl<'a> Output<'a> {
     }
 }
 
-fn run(x: &[f32], jobs: &[Product<'_>]) {
-    let Some(first) = jobs.first() else { return };
-    let (rows, k) = (first.rows, first.weight.k());
-    let isa = dispatch::current();
-    let total: usize = jobs.iter().map(|j| j.panels().len()).sum();
-    let tasks = task_count(total, rows * k * LANES);
-    let quantized = jobs.iter().any(|j| j.weight.wants_quantized());
-    with_left(isa, x, k, quantized, |left| {
-        pool::run(tasks, |task| {
-            let mine = share(total, tasks, task);
-            let mut before = 0;
-            for job in jobs {
-                let panels = job.panels();
-                let from = mine.start.clamp(before, before + panels.len()) - before;
-                let to = mine.end.clamp(before, before + panels.len()) - before;
-                before += panels.len();
-                job.weight.multiply(left, 0..rows, panels.start + from..panels.start + to, &job.out);
-            }
-        });
-    });
-}
-
-/// The left operand of a product: plain, and quantised where a weight wants it so.
-#[derive(Clone, Copy)]
-pub(crate) struct Left<'a> {
-    isa: Isa,
-    x: &'a [f32],
-    blocks: &'a [ActivationBlock],
-}
-
-/// Prepares `x` [T, K] for products, with its quantised form if `quantized`.
-pub(crate) fn with_left<R>(
-    isa: Isa,
-    x: &[f32],
+/// Computes all products of `rows` rows of `k` elements, panels shared out.
+fn run<'a>(
+    left: Left<'_>,
+    rows: usize,
     k: usize,
-    quantized: bool,
-    f: impl FnOnce(Left<'_>) -> R,
-) -> R {
-    with_quantized(isa, quantized.then_some(x), k, |blocks| f(Left { isa, x, blocks }))
+    products: impl Iterator<Item = Product<'a>> + Clone + Sync,
+) {
+    let total: usize = products.clone().map(|product| product.panels().len()).sum();
+    let tasks = task_count(total, rows * k * LANES);
+    pool::run(tasks, move |task| {
+        let mine = share(total, tasks, task);
+        let mut before = 0;
+        for product in products.clone() {
+            let panels = product.panels();
+            let from = mine.start.clamp(before, before + panels.len()) - before;
+            let to = mine.end.clamp(before, before + panels.len()) - before;
+            before += panels.len();
+            let panels = panels.start + from..panels.start + to;
+            product.weight.multiply(left, 0..rows, panels, &product.out);
+        }
+    });
 }
 
 impl PackedWeight {

@@ -75,7 +75,8 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
 }
 
 simd_kernel! {
-    fn forward(s; x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    /// [`rms_norm`] of a few rows.
+    pub(crate) fn forward(s; x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
         for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
             let inverse = s.splat(inverse_rms(s, x, eps));
             for i in (0..w.len()).step_by(LANES) {

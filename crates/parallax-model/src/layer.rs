@@ -3,10 +3,11 @@
 //! x ── norm ── mixer ── norm ──(+)── norm ── feed-forward ── norm ──(+)──      (of the norms, those that it has)
 //!
 //! The hidden state is a Burn tensor [T, H]; `route` says whether an operation runs on our kernels, on the CPU or a GPU, or
-//! is composed of Burn operations.
+//! is composed of Burn operations. In a stage on the CPU attention and dense feed-forward parts are one operation (`fused`).
 
 mod delta;
 mod experts;
+mod fused;
 mod latent;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +17,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 pub(crate) use self::{
     delta::DeltaMixerWeights,
     experts::ExpertsMlpWeights,
+    fused::forward_fused,
     latent::{LatentAdapter, LatentMixerWeights},
 };
 
@@ -26,9 +28,9 @@ use crate::{
     error::ForwardError,
     ops::{
         activation::GatedMul,
-        attention::{Geometry, KvStore, PackedAttention, PagedAttention, PagedRows},
+        attention::{Geometry, KvStore, PackedAttention, PagedRows},
         composed,
-        delta::{SigmoidGate, StateStore},
+        delta::StateStore,
         embedding::Embedding,
         linear::{Adapted, AddLora, Dense, Frozen, FrozenLinear, Lora, LoraModule},
         norm::{HeadNorms, RmsNorm},
@@ -87,6 +89,13 @@ impl AdapterRows {
 
     pub(crate) fn get(&self) -> Option<Arc<Vec<u32>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What the adapter's modules in a linear layer add in this batch; `None` when it has no rows.
+    pub(crate) fn lora(&self, modules: &Arc<Vec<LoraModule>>) -> Option<Lora> {
+        let rows = self.get();
+        let used = rows.as_ref().is_none_or(|rows| !rows.is_empty());
+        used.then(|| Lora { modules: Arc::clone(modules), rows })
     }
 }
 
@@ -151,11 +160,7 @@ impl Linear {
     }
 
     pub(crate) fn forward(&self, x: &Tensor<2>, route: Route) -> Tensor<2> {
-        let mut adapters = self.lora.iter().filter_map(|part| {
-            let rows = part.rows.get();
-            let used = rows.as_ref().is_none_or(|rows| !rows.is_empty());
-            used.then(|| (part, Lora { modules: Arc::clone(&part.modules), rows }))
-        });
+        let mut adapters = self.lora.iter().filter_map(|part| Some((part, part.rows.lora(&part.modules)?)));
         let x = x.clone();
         let y = match (&self.weight, route) {
             (LinearWeight::Packed(weight), _) => match (adapters.next(), &self.bias) {
@@ -395,9 +400,8 @@ fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
 fn attend_rows(qkv: Tensor<2>, g: &Arc<Geometry>, index: usize, attend: &Attend, route: Route) -> Tensor<2> {
     let geometry = Arc::clone(g);
     match (attend, route) {
-        (Attend::Paged { store, rows, .. }, Route::Kernels) => {
-            let (store, rows) = (Arc::clone(store), Arc::clone(rows));
-            run1(qkv, PagedAttention { geometry, store, layer: index, rows })
+        (Attend::Paged { .. }, Route::Kernels) => {
+            unreachable!("with packed weights, which a stage on the CPU has, attention is fused")
         }
         (Attend::Packed { positions, cu_seqlens }, Route::Kernels) => {
             let (positions, cu_seqlens) = (Arc::clone(positions), Arc::clone(cu_seqlens));
@@ -433,12 +437,8 @@ impl AttentionWeights {
                 Route::Composed => composed::head_norms(&qkv, &q.weight, &k.weight, g, eps),
             };
         }
-        let mut attended = attend_rows(qkv, g, index, attend, route);
-        if let Some(gate) = &self.gate {
-            let [_, columns] = attended.dims();
-            attended = run2(attended, gate.forward(x, route), SigmoidGate { columns });
-        }
-        self.o.forward(&attended, route)
+        assert!(self.gate.is_none(), "models with output gates run fused alone");
+        self.o.forward(&attend_rows(qkv, g, index, attend, route), route)
     }
 }
 
@@ -472,7 +472,7 @@ fn residual(
     x + scaled(result, scale)
 }
 
-/// One layer. `index` counts within the stage.
+/// One layer, operation by operation. `index` counts within the stage.
 pub(crate) fn forward(
     weights: &LayerWeights,
     x: Tensor<2>,
@@ -480,13 +480,21 @@ pub(crate) fn forward(
     attend: &Attend,
     route: Route,
 ) -> Tensor<2> {
-    let scale = weights.residual_scale;
-    let x = residual(x, &weights.mixer_norms, scale, route, |x| match &weights.mixer {
+    feed(weights, mix(weights, x, index, attend, route), route)
+}
+
+/// The layer's first half.
+fn mix(weights: &LayerWeights, x: Tensor<2>, index: usize, attend: &Attend, route: Route) -> Tensor<2> {
+    residual(x, &weights.mixer_norms, weights.residual_scale, route, |x| match &weights.mixer {
         MixerWeights::Attention(attention) => attention.forward(x, index, attend, route),
         MixerWeights::Latent(latent) => latent.forward(x, index, attend, route),
         MixerWeights::Delta(delta) => delta.forward(x, index, attend, route),
-    });
-    residual(x, &weights.mlp_norms, scale, route, |x| match &weights.mlp {
+    })
+}
+
+/// The layer's second half.
+fn feed(weights: &LayerWeights, x: Tensor<2>, route: Route) -> Tensor<2> {
+    residual(x, &weights.mlp_norms, weights.residual_scale, route, |x| match &weights.mlp {
         MlpWeights::Dense(mlp) => mlp.forward(x, route),
         MlpWeights::Experts(experts) => experts.forward(x, route),
     })

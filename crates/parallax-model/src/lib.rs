@@ -22,7 +22,7 @@
 //!   architecture, one short file each; [`catalogue`]: known checkpoints
 //! - `checkpoint`: one checkpoint, whatever its container; [`hub`]: names of models elsewhere and the cache of what was fetched; `weights/`: GGUF, safetensors, names
 //! - [`tokenizer`], [`chat_template`]: text <-> tokens, messages -> prompt
-//! - `layer`: runs any layer that the configuration describes; `ops/`: the hot operations as Burn extension ops, and composed of Burn's own
+//! - `layer`: runs any layer that the configuration describes; `ops/`: the hot operations as Burn extension ops, fused for inference, and composed of Burn's own
 //! - `load`: weights packed for the kernels; `stage`: what one node holds; `train`: the same layers with gradients
 //! - `adapter`: LoRA adapters, PEFT names; [`logprob`]: the one log-probability
 

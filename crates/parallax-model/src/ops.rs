@@ -2,8 +2,8 @@
 //!
 //! One small trait, [`CpuOp`], says what an operation is: slices in, values out, and the gradients of its
 //! inputs. The extension trait [`ModelOps`] carries any such operation through Burn's dispatch, with or without
-//! autodiff, so that each operation is written once and without Burn's types. `composed` says the same in Burn
-//! operations, the specification, and `gpu` for GPUs.
+//! autodiff, so that each operation is written once and without Burn's types. Where nothing asks for gradients, `fused`
+//! runs whole parts of a layer as one. `composed` says the same in Burn operations, the specification, and `gpu` for GPUs.
 
 pub(crate) mod activation;
 pub(crate) mod attention;
@@ -13,6 +13,7 @@ pub(crate) mod composed;
 pub(crate) mod delta;
 pub(crate) mod embedding;
 pub(crate) mod experts;
+pub(crate) mod fused;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 pub(crate) mod head;
@@ -20,9 +21,10 @@ pub(crate) mod latent;
 pub(crate) mod linear;
 mod matrix;
 pub(crate) mod norm;
+mod scratch;
 mod share;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::Deref, sync::Arc};
 
 use burn::{
     backend::{Backend, Dispatch, Flex, backend_extension, tensor::FloatTensor},
@@ -164,9 +166,35 @@ fn tensor(values: Vec<f32>, shape: Vec<usize>) -> FlexTensor {
     FlexTensor::from_data(burn::tensor::TensorData::new(values, shape))
 }
 
+/// The values of a tensor in memory, shared with it.
+#[derive(Debug)]
+pub(crate) struct Values(FlexTensor);
+
+impl Values {
+    /// Of a tensor on the CPU that is no part of a graph of gradients.
+    pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
+        let tensor = tensor.clone().try_into_primitive::<Flex>();
+        Self(contiguous(&tensor.expect("inference with packed weights has all others in memory")))
+    }
+}
+
+impl Deref for Values {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        slice(&self.0)
+    }
+}
+
 impl Kernels for Flex {
     fn run(inputs: &[FlexTensor], op: &SharedOp, keep: bool) -> (FlexTensor, Vec<f32>) {
-        let inputs: Vec<FlexTensor> = inputs.iter().map(contiguous).collect();
+        let gathered: Vec<FlexTensor>;
+        let inputs = if inputs.iter().all(|input| input.is_contiguous()) {
+            inputs
+        } else {
+            gathered = inputs.iter().map(contiguous).collect();
+            gathered.as_slice()
+        };
         let slices: Vec<&[f32]> = inputs.iter().map(slice).collect();
         let output = op.forward(&slices, keep);
         (tensor(output.values, output.shape), output.saved)

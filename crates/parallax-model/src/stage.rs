@@ -18,6 +18,7 @@ use crate::{
         self,
         attention::{KvStore, PagedRows},
         delta::StateStore,
+        fused::FusedParts,
         head,
     },
     options::{KvFormat, LoadOptions},
@@ -119,6 +120,8 @@ pub struct Stage {
     device: Device,
     route: Route,
     layers: Vec<LayerWeights>,
+    /// Of each layer, with its adapters; empty when these have changed, until the next pass.
+    fused: Vec<Arc<FusedParts>>,
     embedding: Option<LinearWeight>,
     head: Option<(NormWeights, Linear)>,
     store: Arc<KvStore>,
@@ -223,6 +226,7 @@ impl Stage {
             device,
             route,
             layers,
+            fused: Vec::new(),
             embedding,
             head,
             store,
@@ -334,6 +338,9 @@ impl Stage {
     ) -> Result<StageOutput, ForwardError> {
         let rows = Arc::new(batch::rows(batch, &self.options, &self.config)?);
         self.choose_adapters(batch)?;
+        if self.fused.is_empty() {
+            self.fused = self.layers.iter().map(|layer| Arc::new(layer.fused())).collect();
+        }
         let x = self.enter(batch, input)?;
         if !self.is_recurrent() {
             return self.run(batch, x, rows);
@@ -353,8 +360,8 @@ impl Stage {
     ) -> Result<StageOutput, ForwardError> {
         let (store, states) = (Arc::clone(&self.store), Arc::clone(&self.states));
         let attend = Attend::Paged { store, states, rows };
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = layer::forward(layer, x, index, &attend, self.route);
+        for (index, (layer, parts)) in self.layers.iter().zip(&self.fused).enumerate() {
+            x = layer::forward_fused(layer, parts, x, index, &attend, self.route);
         }
         let Some((norm, head)) = &self.head else {
             let hidden = values(x)?;
@@ -447,6 +454,7 @@ impl Stage {
     /// # Errors
     /// A module or shape that the model does not have; the adapter applied before stays.
     pub fn set_adapter(&mut self, adapter: Option<&Adapter>) -> Result<(), AdapterError> {
+        self.fused.clear();
         let slot = &self.default_adapter;
         load::attach(&mut self.layers, &self.options.layers, &self.config, slot, adapter, &self.device)
     }
@@ -462,6 +470,7 @@ impl Stage {
             return Err(AdapterError::TooMany { limit: MAX_ADAPTERS });
         }
         let slot = AdapterSlot { id: Some(id), ..AdapterSlot::default() };
+        self.fused.clear();
         let range = &self.options.layers;
         load::attach(&mut self.layers, range, &self.config, &slot, Some(adapter), &self.device)?;
         self.adapters.insert(id, slot);
@@ -471,6 +480,7 @@ impl Stage {
     /// Removes a resident adapter; whether there was one. Sequences must not name it any more.
     pub fn remove_adapter(&mut self, id: u32) -> bool {
         let Some(slot) = self.adapters.remove(&id) else { return false };
+        self.fused.clear();
         let range = &self.options.layers;
         load::attach(&mut self.layers, range, &self.config, &slot, None, &self.device)
             .expect("removing checks nothing that could fail");

@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use super::core::Queries;
 use super::store::{Element, Geometry, Pair, with_pair};
 use super::tiles::{Columns, dots, score, weigh};
-use super::{KvFormat, KvPages, Paging, ROW_BLOCK, Scoring, runs_of_rows};
+use super::{KvFormat, KvPages, Paging, ROW_BLOCK, RUNS, Scoring, runs_of_rows};
 use crate::dispatch::{self, simd_kernel};
 use crate::error::{KernelError, check_len};
 use crate::parallel::{Shared, share, task_count};
@@ -83,7 +83,8 @@ pub fn latent_attention(
     check_len(op, "out", rows.len() * n_heads * value_width, out.len())?;
     // All heads read the same rows; they are cut into groups so that one row alone keeps several threads busy.
     let group = (1..=GROUP.min(n_heads)).rev().find(|g| n_heads.is_multiple_of(*g)).unwrap_or(1);
-    let blocks = runs_of_rows(rows.len(), ROW_BLOCK, |a, b| rows[a].seq == rows[b].seq);
+    let mut blocks = RUNS.take();
+    runs_of_rows(&mut blocks, rows.len(), ROW_BLOCK, |a, b| rows[a].seq == rows[b].seq);
     let keys: usize = rows.iter().map(|r| r.n_keys).sum();
     let items = blocks.len() * (n_heads / group);
     let tasks = task_count(items, keys * group * width * 2 / blocks.len().max(1));
@@ -97,6 +98,7 @@ pub fn latent_attention(
             attend_latent(isa, kv, &queries, value_width, &out);
         }
     });
+    RUNS.set(blocks);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 
 use crate::dispatch::{Isa, simd_kernel};
 use crate::dtype::BLOCK;
-use crate::parallel::for_rows;
+use crate::parallel::{Shared, for_ranges, for_rows};
 use crate::simd::{LANES, Simd};
 
 /// Thirty-two activations: `scale * q`.
@@ -58,22 +58,71 @@ thread_local! {
     static SCRATCH: RefCell<Vec<ActivationBlock>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Calls `f` with the blocks of `x` [T, K], or with none when there is nothing to quantise.
-pub(crate) fn with_quantized<R>(
+/// The left operand of a product: plain, and quantised where a weight wants it so.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    pub isa: Isa,
+    pub x: &'a [f32],
+    pub blocks: &'a [ActivationBlock],
+}
+
+/// Prepares `x` [T, K] for products, with its quantised form if `quantized`.
+pub(crate) fn with_left<R>(
     isa: Isa,
-    x: Option<&[f32]>,
+    x: &[f32],
     k: usize,
-    f: impl FnOnce(&[ActivationBlock]) -> R,
+    quantized: bool,
+    f: impl FnOnce(Left<'_>) -> R,
 ) -> R {
-    let Some(x) = x else { return f(&[]) };
+    with_blocks(if quantized { x.len() / BLOCK } else { 0 }, |blocks| {
+        let several = x.len() > k;
+        for_rows(blocks, k / BLOCK, k * 4, |rows, chunk| {
+            quantize(isa, &x[rows.start * k..rows.end * k], several, chunk)
+        });
+        f(Left { isa, x, blocks })
+    })
+}
+
+/// The same of rows that `make` writes into `x` [T, K], given their number: each is quantised right after it was made. Both
+/// are `work` operations.
+pub(crate) fn with_made<R>(
+    isa: Isa,
+    x: &mut [f32],
+    k: usize,
+    work: usize,
+    quantized: bool,
+    make: impl Fn(usize, &mut [f32]) + Sync,
+    f: impl FnOnce(Left<'_>) -> R,
+) -> R {
+    with_blocks(if quantized { x.len() / BLOCK } else { 0 }, |blocks| {
+        let rows = x.len() / k;
+        let (several, per_row) = (rows > 1, blocks.len() / rows.max(1));
+        let (all, all_blocks) = (Shared::new(&mut *x), Shared::new(&mut *blocks));
+        for_ranges(rows, work, |mine| {
+            for row in mine {
+                // SAFETY: a row, and with it its blocks, belongs to one task.
+                let (x, blocks) = unsafe {
+                    (all.slice(row * k..(row + 1) * k), all_blocks.slice(row * per_row..(row + 1) * per_row))
+                };
+                make(row, &mut *x);
+                quantize(isa, x, several, blocks);
+            }
+        });
+        f(Left { isa, x, blocks })
+    })
+}
+
+/// Calls `f` with `n` blocks that hold anything.
+fn with_blocks<R>(n: usize, f: impl FnOnce(&mut [ActivationBlock]) -> R) -> R {
+    if n == 0 {
+        return f(&mut []);
+    }
     // Taken out, not borrowed: a nested product on this thread then simply allocates its own.
     let mut blocks = SCRATCH.with(|s| std::mem::take(&mut *s.borrow_mut()));
-    blocks.resize(x.len() / BLOCK, ActivationBlock::EMPTY);
-    let several = x.len() > k;
-    for_rows(&mut blocks, k / BLOCK, k * 4, |rows, chunk| {
-        quantize(isa, &x[rows.start * k..rows.end * k], several, chunk)
-    });
-    let result = f(&blocks);
+    if blocks.len() < n {
+        blocks.resize(n, ActivationBlock::EMPTY);
+    }
+    let result = f(&mut blocks[..n]);
     SCRATCH.with(|s| *s.borrow_mut() = blocks);
     result
 }

@@ -176,20 +176,61 @@ fn thread_count_does_not_change_a_bit() {
     }
 }
 
+/// The rows of two results side by side.
+fn beside(a: &[f32], b: &[f32], rows: usize) -> Vec<f32> {
+    let pairs = a.chunks_exact(a.len() / rows).zip(b.chunks_exact(b.len() / rows));
+    pairs.flat_map(|(a, b)| [a, b].concat()).collect()
+}
+
 #[test]
 fn several_weights_and_parts_equal_whole_calls() {
     let (k, rows) = (96, 5);
     let x = noise(rows * k, 11);
     let a = PackedWeight::pack_f32(WeightKind::Q8_0, &noise(50 * k, 12), 50, k).unwrap();
     let b = PackedWeight::pack_f32(WeightKind::F32, &noise(21 * k, 13), 21, k).unwrap();
-    let (mut ya, mut yb) = (vec![0.0; rows * 50], vec![0.0; rows * 21]);
-    linear_multi(&x, &[&a, &b], &mut [&mut ya, &mut yb]).unwrap();
-    assert_eq!((bits(&ya), bits(&yb)), (bits(&apply(&a, &x)), bits(&apply(&b, &x))));
+    let (ya, yb) = (apply(&a, &x), apply(&b, &x));
+    let mut y = vec![f32::NAN; rows * 71];
+    linear_multi(&x, &[a.clone(), b], &mut y).unwrap();
+    assert_eq!(bits(&y), bits(&beside(&ya, &yb, rows)));
     for range in [0..50, 0..16, 3..4, 7..45, 48..50, 9..9] {
         let mut part = vec![0.0; rows * range.len()];
         linear_rows(&x, &a, range.clone(), &mut part).unwrap();
         let want: Vec<f32> = ya.chunks_exact(50).flat_map(|row| row[range.clone()].to_vec()).collect();
         assert_eq!(bits(&part), bits(&want), "{range:?}");
+    }
+}
+
+#[test]
+fn norms_and_gates_in_front_have_the_bits_of_calls_of_their_own() {
+    const EPS: f32 = 1e-5;
+    for kind in KINDS {
+        let k = whole(kind, 96);
+        let raw = stored(kind, 37, k, 2);
+        let ws = [PackedWeight::from_bytes(kind, &raw, 37, k).unwrap(), packed(WeightKind::F32, 20, k, 3)];
+        for rows in [1, 3, 8, 33] {
+            let (x, weight, gate_up) = (noise(rows * k, 4), noise(k, 5), noise(rows * 2 * k, 6));
+            // The left operand as it is left behind, and the product.
+            let both = |f: &dyn Fn(&mut [f32], &mut [f32])| {
+                same_at_every_level(|| {
+                    let (mut left, mut y) = (vec![f32::NAN; rows * k], vec![f32::NAN; rows * 57]);
+                    f(&mut left, &mut y);
+                    [left, y].concat()
+                })
+            };
+            let normed = both(&|left, y| norm_linear(&x, &weight, EPS, left, &ws, y).unwrap());
+            let gated = both(&|left, y| gated_linear(Activation::Silu, &gate_up, left, &ws, y).unwrap());
+            let mut lefts = [vec![0.0; rows * k], vec![0.0; rows * k]];
+            norm::rms_norm(&x, &weight, EPS, &mut lefts[0]).unwrap();
+            activation::gated_mul(Activation::Silu, &gate_up, k, &mut lefts[1]).unwrap();
+            for (got, left) in [&normed, &gated].into_iter().zip(&lefts) {
+                assert_eq!(bits(&got[..rows * k]), bits(left), "{kind:?} {rows}");
+                let y = beside(&expected(kind, left, &raw, k), &apply(&ws[1], left), rows);
+                assert_eq!(bits(&got[rows * k..]), bits(&y), "{kind:?} {rows}");
+            }
+            let (mut left, mut y) = (vec![0.0; rows * k], vec![0.0; rows * 57]);
+            with_threads(3, || norm_linear(&x, &weight, EPS, &mut left, &ws, &mut y)).unwrap();
+            assert_eq!(bits(&[left, y].concat()), bits(&normed), "{kind:?} {rows} on three threads");
+        }
     }
 }
 
@@ -268,6 +309,12 @@ fn wrong_shapes_are_refused() {
     );
     assert!(linear(&[0.0; 64], &w, &mut y).is_err());
     assert!(linear_rows(&[0.0; 32], &w, 1..3, &mut y).is_err());
+    let (wider, ws) = (packed(WeightKind::Q8_0, 1, 64, 2), std::slice::from_ref(&w));
+    assert!(linear_multi(&[0.0; 64], &[w.clone(), wider], &mut [0.0; 5]).is_err());
+    assert!(linear_multi(&[], &[], &mut []).is_err());
+    assert!(norm_linear(&[0.0; 32], &[0.0; 31], 0.0, &mut [0.0; 32], ws, &mut y).is_err());
+    assert!(norm_linear(&[0.0; 32], &[0.0; 32], 0.0, &mut [0.0; 64], ws, &mut y).is_err());
+    assert!(gated_linear(Activation::Silu, &[0.0; 63], &mut [0.0; 32], ws, &mut y).is_err());
     assert!(w.dequantize_row(2, &mut [0.0; 32]).is_err());
     assert!(PackedWeight::pack_f32(WeightKind::Q8_0, &[0.0; 66], 2, 33).is_err());
     assert!(PackedWeight::from_bytes(WeightKind::Q8_0, &[0; 33], 1, 32).is_err());

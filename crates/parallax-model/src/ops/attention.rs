@@ -1,5 +1,5 @@
-//! Rotary embedding and causal grouped attention: over a paged store (inference, which also appends to it), and
-//! inside packed sequences (training). Both give the same bits for the same rows.
+//! The paged store that inference attends to, and the operation of training: rotary embedding and causal grouped attention
+//! inside packed sequences. Inference runs the same kernels inside a fused operation (`fused.rs`), with the same bits.
 
 use std::{
     ops::Range,
@@ -9,8 +9,8 @@ use std::{
 use burn::tensor::{Device, Tensor};
 use parallax_kernels::{
     attention::{
-        KvFormat, KvPages, Paging, RowRef, Scoring, append_kv, causal_attention_backward,
-        causal_attention_forward, latent::LatentPages, paged_attention,
+        KvFormat, KvPages, RowRef, Scoring, causal_attention_backward, causal_attention_forward,
+        latent::LatentPages,
     },
     rope::{RopeTable, rope_apply, rope_apply_inverse},
 };
@@ -195,7 +195,7 @@ impl KvStore {
         self.layers.iter().map(bytes).sum()
     }
 
-    fn with_pages<R>(&self, layer: usize, f: impl FnOnce(&mut KvPages) -> R) -> R {
+    pub(super) fn with_pages<R>(&self, layer: usize, f: impl FnOnce(&mut KvPages) -> R) -> R {
         let mut layer = self.layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *layer {
             LayerStore::Pages(pages) => f(pages),
@@ -209,6 +209,13 @@ impl KvStore {
             LayerStore::Latents(latents) => f(latents),
             _ => unreachable!("a store has latent rows where the layer's attention is latent"),
         }
+    }
+
+    /// One layer of keys and values.
+    #[cfg(test)]
+    pub(crate) fn pages(page_tokens: usize, n_pages: usize, n_kv_heads: usize, head_dim: usize) -> Self {
+        let pages = KvPages::new(KvFormat::F32, n_pages, page_tokens, n_kv_heads, head_dim).expect(SIZES);
+        Self { page_tokens, layers: vec![Mutex::new(LayerStore::Pages(pages))] }
     }
 
     /// One layer of latent rows.
@@ -253,34 +260,6 @@ pub(crate) struct PagedRows {
     pub(crate) sequences: Arc<Vec<StateRows>>,
     #[cfg(feature = "gpu")]
     pub(crate) device: super::gpu::DeviceBatch,
-}
-
-/// Input: qkv [T, (Q + 2K)·D]; result [T, Q·D]. Appends the rows' keys and values to the store.
-#[derive(Debug)]
-pub(crate) struct PagedAttention {
-    pub(crate) geometry: Arc<Geometry>,
-    pub(crate) store: Arc<KvStore>,
-    /// Index within the stage.
-    pub(crate) layer: usize,
-    pub(crate) rows: Arc<PagedRows>,
-}
-
-impl CpuOp for PagedAttention {
-    fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
-        let g = &self.geometry;
-        let [q, k, v] = g.rotated(inputs[0], &self.rows.positions);
-        let mut out = vec![0.0; q.len()];
-        self.store.with_pages(self.layer, |pages| {
-            let paging = Paging { rows: &self.rows.rows, tables: &self.rows.tables };
-            append_kv(pages, &paging, &k, &v).expect(SHAPES);
-            paged_attention(&q, g.n_heads, &paging, pages, &g.scoring(), &mut out).expect(SHAPES);
-        });
-        Output::matrix(out, g.n_heads * g.head_dim)
-    }
-
-    fn backward(&self, _args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
-        unreachable!("training attends inside packed sequences, never through a store")
-    }
 }
 
 /// Input: qkv [T, (Q + 2K)·D] of packed sequences; result [T, Q·D].

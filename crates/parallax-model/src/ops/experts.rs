@@ -10,7 +10,11 @@ use parallax_kernels::{
     router::{Choice, RouterGroups, RouterRule, RouterScore, route},
 };
 
-use super::{BackwardArgs, CpuOp, Output, linear::FrozenLinear, share};
+use super::{
+    BackwardArgs, CpuOp, Output,
+    linear::{FrozenLinear, add_bias},
+    share,
+};
 use crate::config::ExpertActivation;
 
 const SHAPES: &str = "shapes were checked when the weights were loaded";
@@ -122,13 +126,6 @@ impl ExpertWeights {
     pub(crate) fn bytes(&self) -> usize {
         self.router.weight.bytes()
             + self.experts.iter().map(|e| e.gate_up.bytes() + e.down.bytes()).sum::<usize>()
-    }
-}
-
-fn add_bias(y: &mut [f32], bias: Option<&[f32]>) {
-    let Some(bias) = bias else { return };
-    for row in y.chunks_exact_mut(bias.len()) {
-        row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
     }
 }
 

@@ -34,24 +34,8 @@ impl FrozenLinear {
 
     /// y[T, N] = x[T, K] · Wᵀ.
     pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
-        let (n, rows) = (self.n(), x.len() / self.k());
-        let mut y = vec![0.0; rows * n];
-        if let [only] = self.parts.as_slice() {
-            linear(x, only, &mut y).expect(SHAPES);
-            return y;
-        }
-        let mut outputs: Vec<Vec<f32>> = self.parts.iter().map(|p| vec![0.0; rows * p.n()]).collect();
-        let weights: Vec<&PackedWeight> = self.parts.iter().collect();
-        let mut slices: Vec<&mut [f32]> = outputs.iter_mut().map(Vec::as_mut_slice).collect();
-        linear_multi(x, &weights, &mut slices).expect(SHAPES);
-        let mut first = 0;
-        for part in &outputs {
-            let width = part.len() / rows.max(1);
-            for (to, from) in y.chunks_exact_mut(n).zip(part.chunks_exact(width)) {
-                to[first..first + width].copy_from_slice(from);
-            }
-            first += width;
-        }
+        let mut y = vec![0.0; x.len() / self.k() * self.n()];
+        linear_multi(x, &self.parts, &mut y).expect(SHAPES);
         y
     }
 
@@ -68,15 +52,14 @@ impl FrozenLinear {
 }
 
 /// Adds the bias, if there is one, to rows.
-fn add_bias(mut y: Vec<f32>, bias: Option<&&[f32]>) -> Vec<f32> {
+pub(super) fn add_bias(y: &mut [f32], bias: Option<&[f32]>) {
     if let Some(bias) = bias {
         for row in y.chunks_exact_mut(bias.len()) {
-            for (y, b) in row.iter_mut().zip(*bias) {
+            for (y, b) in row.iter_mut().zip(bias) {
                 *y += b;
             }
         }
     }
-    y
 }
 
 /// Gradient of a bias: the sum over rows.
@@ -96,7 +79,9 @@ pub(crate) struct Frozen(pub(crate) Arc<FrozenLinear>);
 
 impl CpuOp for Frozen {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
-        Output::matrix(add_bias(self.0.apply(inputs[0]), inputs.get(1)), self.0.n())
+        let mut y = self.0.apply(inputs[0]);
+        add_bias(&mut y, inputs.get(1).copied());
+        Output::matrix(y, self.0.n())
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
@@ -116,8 +101,9 @@ pub(crate) struct Dense {
 impl CpuOp for Dense {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
         let rows = inputs[0].len() / self.k;
-        let y = matrix::nt(inputs[0], inputs[1], rows, self.n, self.k);
-        Output::matrix(add_bias(y, inputs.get(2)), self.n)
+        let mut y = matrix::nt(inputs[0], inputs[1], rows, self.n, self.k);
+        add_bias(&mut y, inputs.get(2).copied());
+        Output::matrix(y, self.n)
     }
 
     fn backward(&self, args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
@@ -171,7 +157,7 @@ impl Lora {
     }
 
     /// Adds to the chosen rows, or to all.
-    fn apply(&self, y: &mut [f32], n: usize, x: &[f32], a: &[f32], b: &[f32]) -> Vec<f32> {
+    pub(super) fn apply(&self, y: &mut [f32], n: usize, x: &[f32], a: &[f32], b: &[f32]) -> Vec<f32> {
         let Some(chosen) = self.rows.as_deref() else { return self.add(y, n, x, a, b) };
         let k = x.len() / (y.len() / n);
         let mut picked = pick(y, n, chosen);
@@ -239,7 +225,8 @@ pub(crate) struct Adapted {
 impl CpuOp for Adapted {
     fn forward(&self, inputs: &[&[f32]], keep: bool) -> Output {
         let n = self.base.n();
-        let mut y = add_bias(self.base.apply(inputs[0]), inputs.get(3));
+        let mut y = self.base.apply(inputs[0]);
+        add_bias(&mut y, inputs.get(3).copied());
         let inner = self.lora.apply(&mut y, n, inputs[0], inputs[1], inputs[2]);
         Output { saved: if keep { inner } else { Vec::new() }, ..Output::matrix(y, n) }
     }

@@ -58,6 +58,13 @@ pub(crate) fn columns(x: &[f32], width: usize, range: &std::ops::Range<usize>) -
     part
 }
 
+/// The same into a buffer.
+pub(super) fn columns_into(x: &[f32], width: usize, range: &std::ops::Range<usize>, part: &mut [f32]) {
+    for (row, part) in x.chunks_exact(width).zip(part.chunks_exact_mut(range.len())) {
+        part.copy_from_slice(&row[range.clone()]);
+    }
+}
+
 /// The inverse of [`columns`].
 pub(crate) fn put_columns(x: &mut [f32], width: usize, range: &std::ops::Range<usize>, part: &[f32]) {
     for (row, part) in x.chunks_exact_mut(width).zip(part.chunks_exact(range.len())) {

@@ -188,6 +188,21 @@ fn bad_load_options_are_refused() {
 }
 
 #[test]
+fn a_pass_has_the_adapter_of_its_time() {
+    let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
+    let mut stage = Stage::load(&checkpoint, &options(&checkpoint, 0..4)).unwrap();
+    let tokens = testing::tokens(7, 0);
+    let logits = |stage: &mut Stage| {
+        bits(&stage.forward(&one(0, 7, &[0]), StageInput::Tokens(&tokens)).unwrap().logits)
+    };
+    let bare = logits(&mut stage);
+    stage.set_adapter(Some(&testing::adapter(checkpoint.config(), 3))).unwrap();
+    assert_ne!(logits(&mut stage), bare);
+    stage.set_adapter(None).unwrap();
+    assert_eq!(logits(&mut stage), bare);
+}
+
+#[test]
 fn resident_adapters_share_a_batch_and_change_no_bit() {
     for (family, route) in
         [(Family::Llama, Route::Kernels), (Family::Qwen3, Route::Kernels), (Family::Llama, Route::Composed)]
