@@ -157,9 +157,6 @@ const SOKOBAN_TURNS: usize = 24;
 /// Turns of `sokoban-squares`; no level needs more than 12.
 const SQUARES_TURNS: usize = 16;
 
-/// Turns of `sokoban-pushes`; of 20,000 levels drawn like its own none took the solver more than 5.
-const PUSHES_TURNS: usize = 8;
-
 /// Most candidates that a generator draws for one problem; one in a few is good where the settings admit any.
 const MAX_CANDIDATES: usize = 10_000;
 
@@ -320,7 +317,7 @@ pub fn by_name_with(name: &str, guests: &Guests<'_>) -> Result<Box<dyn Environme
         "countdown-sums" => Ok(Box::new(Countdown::tiny())),
         "knights" => Ok(Box::new(Knights::default())),
         "sokoban" => Ok(Box::new(Sokoban::default())),
-        "sokoban-pushes" => Ok(Box::new(Sokoban::pushes(PUSHES_TURNS))),
+        "sokoban-pushes" => Ok(Box::new(Sokoban::pushes())),
         "sokoban-squares" => Ok(Box::new(Sokoban::tiny(SQUARES_TURNS))),
         "sokoban-steps" => Ok(Box::new(Sokoban::interactive(SOKOBAN_TURNS))),
         other => Err(UnknownEnvironment::Name { name: other.to_owned() }),
