@@ -23,8 +23,8 @@ const IDLE: Duration = Duration::from_secs(15);
 
 /// A first packet of a peer that connects.
 pub(super) struct Arrival {
-    /// Who listened, unless it was an adopted socket.
-    pub(super) listener: Option<ListenerId>,
+    /// Who listened; each adopted socket has a name of its own, whether or not the node listens anywhere.
+    pub(super) listener: ListenerId,
     /// Where.
     pub(super) local: SocketAddr,
     pub(super) incoming: quinn::Incoming,
@@ -35,6 +35,8 @@ pub(super) struct Arrival {
 pub(crate) struct Adopted {
     transport: OnceLock<(Arc<Configs>, mpsc::Sender<Arrival>)>,
     endpoints: Mutex<HashMap<SocketAddr, Endpoint>>,
+    /// One more than there are endpoints, replaced ones included: they live on as long as they have connections.
+    living: Arc<()>,
 }
 
 impl Adopted {
@@ -53,14 +55,13 @@ impl Adopted {
         };
         let remote = SocketAddr::from(remote);
         let mut endpoints = lock(&self.endpoints);
-        if endpoints.len() >= ENDPOINTS_MAX && !endpoints.contains_key(&remote) {
+        if Arc::strong_count(&self.living) > ENDPOINTS_MAX {
             return Err(Error::new(ErrorKind::QuotaExceeded, "too many sockets were adopted"));
         }
         let endpoint = configs.endpoint(socket, true)?;
         let local = endpoint.local_addr()?;
         endpoints.insert(remote, endpoint.clone());
-        drop(endpoints);
-        let (table, arrivals) = (Arc::clone(self), arrivals.clone());
+        let (table, arrivals, place) = (Arc::clone(self), arrivals.clone(), Arc::clone(&self.living));
         tokio::spawn(async move {
             hear(&endpoint, remote, local, &arrivals).await;
             let mut endpoints = lock(&table.endpoints);
@@ -68,6 +69,7 @@ impl Adopted {
             if endpoints.get(&remote).is_some_and(|now| now.local_addr().ok() == Some(local)) {
                 endpoints.remove(&remote);
             }
+            drop(place);
         });
         Ok(())
     }
@@ -84,6 +86,7 @@ impl Adopted {
 
 /// Reports who arrives until there is no connection, or nobody to report to.
 async fn hear(endpoint: &Endpoint, remote: SocketAddr, local: SocketAddr, arrivals: &mpsc::Sender<Arrival>) {
+    let listener = ListenerId::next();
     let mut looks = interval_at(Instant::now() + IDLE, IDLE);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -92,7 +95,7 @@ async fn hear(endpoint: &Endpoint, remote: SocketAddr, local: SocketAddr, arriva
                 // The hole is for one.
                 Some(incoming) if incoming.remote_address() != remote => incoming.ignore(),
                 Some(incoming) => {
-                    if arrivals.send(Arrival { listener: None, local, incoming }).await.is_err() {
+                    if arrivals.send(Arrival { listener, local, incoming }).await.is_err() {
                         return;
                     }
                 }

@@ -123,7 +123,7 @@ impl Listener {
 /// Reports whoever arrives.
 async fn accept(endpoint: Endpoint, id: ListenerId, local: SocketAddr, report: mpsc::Sender<Arrival>) {
     while let Some(incoming) = endpoint.accept().await {
-        if report.send(Arrival { listener: Some(id), local, incoming }).await.is_err() {
+        if report.send(Arrival { listener: id, local, incoming }).await.is_err() {
             return;
         }
     }
@@ -191,9 +191,7 @@ impl Quic {
 
     /// Answers a first packet, unless it makes no sense.
     fn answer(&self, arrival: Arrival) -> Option<Event> {
-        let Arrival { listener, local, incoming } = arrival;
-        // What comes through an adopted socket counts as heard by any listener.
-        let listener_id = listener.or_else(|| self.listeners.first().map(|listener| listener.id))?;
+        let Arrival { listener: listener_id, local, incoming } = arrival;
         let remote = incoming.remote_address();
         let under_way = Arc::strong_count(&self.handshakes) - 1;
         if under_way >= HANDSHAKES && !incoming.remote_address_validated() {
