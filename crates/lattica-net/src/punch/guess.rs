@@ -15,6 +15,8 @@ use std::time::Duration;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
+use crate::addr::is_plausible;
+
 /// Sockets that the side with the changing ports opens.
 pub const SOCKETS: usize = 256;
 /// Ports that the other side tries.
@@ -159,6 +161,17 @@ pub struct GuessOffer {
     pub ip: Ipv4Addr,
     /// The port at which the socket that will guess is seen; `None` where the NAT changes ports, and many sockets are opened.
     pub port: Option<u16>,
+}
+
+impl GuessOffer {
+    /// Whether anything may be sent to where the peer says that it is seen, given the relay's address: to one machine that is no
+    /// nearer than the relay, and to no port that is not handed out to conversations.
+    pub fn is_plausible(&self, relay: &str) -> bool {
+        let one_machine = !(self.ip.is_unspecified() || self.ip.is_broadcast() || self.ip.is_multicast());
+        one_machine
+            && self.port.is_none_or(|port| u32::from(port) >= PORTS_FROM)
+            && is_plausible(&format!("/ip4/{}", self.ip), relay)
+    }
 }
 
 /// What a packet says.
@@ -381,6 +394,26 @@ mod tests {
         ] {
             assert_eq!((Way::Quic.address(address), Way::Tcp.address(address)), (quic, tcp), "{address}");
         }
+    }
+
+    #[test]
+    fn a_peer_cannot_point_us_at_our_own_network_at_many_machines_or_at_a_service() {
+        let relay = "/ip4/9.9.9.1/udp/1/quic-v1/p2p/R/p2p-circuit";
+        let may = |ip: [u8; 4], port: Option<u16>, relay: &str| {
+            GuessOffer { nonce: [1; NONCE_BYTES], ip: Ipv4Addr::from(ip), port }.is_plausible(relay)
+        };
+        for port in [None, Some(1024), Some(40_000)] {
+            assert!(may([9, 9, 9, 9], port, relay));
+            // To connect to 0.0.0.0 is to connect to oneself.
+            let others =
+                [[0; 4], [127, 0, 0, 1], [192, 168, 0, 1], [169, 254, 0, 1], [224, 0, 0, 1], [255; 4]];
+            for ip in others {
+                assert!(!may(ip, port, relay), "{ip:?}");
+            }
+        }
+        assert!(!may([9, 9, 9, 9], Some(22), relay) && !may([9, 9, 9, 9], Some(1023), relay));
+        // Where the relay itself is near, so may the peer be.
+        assert!(may([192, 168, 0, 1], None, "/ip4/192.168.0.2/tcp/1/p2p/R/p2p-circuit"));
     }
 
     #[test]

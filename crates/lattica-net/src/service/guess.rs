@@ -19,7 +19,6 @@ use super::driver::Command;
 use super::frames::{FrameReader, write_all};
 use super::punch::is_direct;
 use super::shared::Shared;
-use crate::addr::is_plausible;
 use crate::punch::PunchDial;
 use crate::punch::guess::{
     GuessMessage, GuessOffer, Mapping, SOCKETS, Secret, Way, guesses, mapping, stands,
@@ -90,10 +89,9 @@ impl Part {
         Ok(Some(Self { way, offer: GuessOffer { nonce: rand::rng().random(), ip, port }, guesser }))
     }
 
-    /// Whether the two parts fit together, and the peer names no address that is nearer than the relay.
+    /// Whether the two parts fit together, and what the peer names may be sent to.
     fn fits(&self, theirs: &GuessOffer, relay: &str) -> bool {
-        let named = self.way.multiaddr(SocketAddrV4::new(theirs.ip, theirs.port.unwrap_or(1)));
-        self.offer.port.is_some() != theirs.port.is_some() && is_plausible(&named, relay)
+        self.offer.port.is_some() != theirs.port.is_some() && theirs.is_plausible(relay)
     }
 }
 
