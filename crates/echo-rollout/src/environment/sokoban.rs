@@ -14,7 +14,7 @@ use super::{Environment, Episode, MAX_CANDIDATES, Reward, RewardError, Task, Tur
 const RULES: &str = "\nPush each $ onto a dot. You are @, # is wall. ";
 /// What a prompt says before the squares.
 const SQUARES_RULES: &str = "Push each $ onto a dot. You are @, # is wall. U, D, L or R?\n";
-/// The same where a turn is a push.
+/// The same where a letter is a push.
 const PUSHES_RULES: &str = "Push $ onto the dot. You are @, # is wall. All pushes, U, D, L or R?\n";
 const CONTEXT: &str = "echo-rollout sokoban task v1";
 /// How often a beginner makes just any move.

@@ -420,7 +420,7 @@ impl CpuOp for GatedDelta {
     }
 }
 
-/// Inputs: y [T, N], gate [T, N] or [T, 1]; result y · sigmoid(gate).
+/// Inputs: y [T, N], gate [T, 1]; result y · sigmoid(gate).
 #[derive(Debug)]
 pub(crate) struct SigmoidGate {
     pub(crate) columns: usize,
@@ -429,18 +429,13 @@ pub(crate) struct SigmoidGate {
 impl CpuOp for SigmoidGate {
     fn forward(&self, inputs: &[&[f32]], _keep: bool) -> Output {
         let mut y = inputs[0].to_vec();
-        if inputs[1].len() == y.len() {
-            apply_gate(Gate::Sigmoid, inputs[1], &mut y).expect(SHAPES);
-        } else {
-            let wide: Vec<f32> =
-                inputs[1].iter().flat_map(|g| std::iter::repeat_n(*g, self.columns)).collect();
-            apply_gate(Gate::Sigmoid, &wide, &mut y).expect(SHAPES);
-        }
+        let wide: Vec<f32> = inputs[1].iter().flat_map(|g| std::iter::repeat_n(*g, self.columns)).collect();
+        apply_gate(Gate::Sigmoid, &wide, &mut y).expect(SHAPES);
         Output::matrix(y, self.columns)
     }
 
     fn backward(&self, _args: &BackwardArgs<'_>) -> Vec<Option<Vec<f32>>> {
-        unreachable!("models with output gates are refused where gradients are asked for")
+        unreachable!("models with experts are refused where gradients are asked for")
     }
 }
 

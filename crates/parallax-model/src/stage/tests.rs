@@ -192,14 +192,23 @@ fn a_pass_has_the_adapter_of_its_time() {
     let (_dir, checkpoint) = testing::checkpoint(Family::Llama);
     let mut stage = Stage::load(&checkpoint, &options(&checkpoint, 0..4)).unwrap();
     let tokens = testing::tokens(7, 0);
-    let logits = |stage: &mut Stage| {
-        bits(&stage.forward(&one(0, 7, &[0]), StageInput::Tokens(&tokens)).unwrap().logits)
+    let logits = |stage: &mut Stage, adapter: Option<u32>| {
+        let rows = SequenceRows { adapter, ..sequence(0, 7, &[0]) };
+        let batch = ForwardBatch { sequences: vec![rows] };
+        bits(&stage.forward(&batch, StageInput::Tokens(&tokens)).unwrap().logits)
     };
-    let bare = logits(&mut stage);
-    stage.set_adapter(Some(&testing::adapter(checkpoint.config(), 3))).unwrap();
-    assert_ne!(logits(&mut stage), bare);
+    let [first, second] = [3, 4].map(|rank| testing::adapter(checkpoint.config(), rank));
+    let bare = logits(&mut stage, None);
+    stage.set_adapter(Some(&first)).unwrap();
+    let adapted = logits(&mut stage, None);
+    assert_ne!(adapted, bare);
     stage.set_adapter(None).unwrap();
-    assert_eq!(logits(&mut stage), bare);
+    assert_eq!(logits(&mut stage, None), bare);
+    stage.add_adapter(7, &second).unwrap();
+    let other = logits(&mut stage, Some(7));
+    assert!(other != bare && other != adapted);
+    stage.add_adapter(7, &first).unwrap();
+    assert_eq!(logits(&mut stage, Some(7)), adapted, "a replaced one is gone");
 }
 
 #[test]
