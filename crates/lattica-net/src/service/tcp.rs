@@ -122,12 +122,13 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// The transport as a node has it, what it took in, and who it is.
+    /// The transport, what it took in, and who it is. Not `V1Lazy` as in a node: what that leaves unsent goes out only when somebody
+    /// polls the connection.
     fn node() -> (Boxed<(PeerId, StreamMuxerBox)>, Arc<AdoptedTcp>, PeerId) {
         let keypair = Keypair::generate_ed25519();
         let adopted = Arc::<AdoptedTcp>::default();
         let transport = Tcp::new(tcp::Config::new(), Arc::clone(&adopted))
-            .upgrade(Version::V1Lazy)
+            .upgrade(Version::V1)
             .authenticate(noise::Config::new(&keypair).unwrap())
             .multiplex(yamux::Config::default())
             .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
