@@ -129,13 +129,18 @@ def stop(out):
     out["stopped"] = run("return [current.turns[3].finish, current.turns[3].content.length, " + LAST
                          + ".querySelector('.speed').textContent]")
     # In the middle, by the button and by the keyboard: what came stays, also after a reload, and is how the answer begins.
-    # This model is too fast for that: its events come as slowly as a large one's.
+    # This model is too fast for that: its events come as slowly as a large one's, and most of them not before the stop.
     slow = """const real = window.fetch;
         window.fetch = async (...asked) => {
             const answer = await real(...asked), reader = new TextDecoder(), writer = new TextEncoder();
+            const stopped = asked[1].signal;
+            let events = 0;
             const slower = new TransformStream({async transform(bytes, out) {
                 for (const event of reader.decode(bytes, {stream: true}).split(/(?<=\\n\\n)/)) {
-                    await new Promise(done => setTimeout(done, 8));
+                    await new Promise(done => {
+                        if (events++ < 60 || stopped.aborted) setTimeout(done, 8);
+                        else stopped.addEventListener('abort', done);
+                    });
                     out.enqueue(writer.encode(event));
                 }
             }});
