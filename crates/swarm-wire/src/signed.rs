@@ -46,6 +46,15 @@ impl Signer for SigningKey {
     }
 }
 
+/// The key that a statement of `domain` says it is signed with, before anybody has looked at the signature.
+///
+/// # Errors
+/// When it is no key of 32 bytes.
+pub fn claimed_key(statement: &Signed, domain: &str) -> Result<[u8; 32], DecodeError> {
+    let bad = |_| DecodeError::BadSignature { domain: domain.to_owned() };
+    statement.public_key.as_ref().try_into().map_err(bad)
+}
+
 /// Who signed a statement of `domain`.
 ///
 /// # Errors
@@ -64,7 +73,7 @@ pub fn verify(statement: &Signed, domain: &str) -> Result<PeerId, DecodeError> {
         });
     }
     let bad = || DecodeError::BadSignature { domain: domain.to_owned() };
-    let public_key: [u8; 32] = statement.public_key.as_ref().try_into().map_err(|_| bad())?;
+    let public_key = claimed_key(statement, domain)?;
     let signature = Signature::from_slice(&statement.signature).map_err(|_| bad())?;
     let key = VerifyingKey::from_bytes(&public_key).map_err(|_| bad())?;
     key.verify_strict(&signed_bytes(domain, &statement.payload), &signature).map_err(|_| bad())?;

@@ -62,11 +62,7 @@ fn read(statement: &[u8]) -> Result<(Signed, SignedRecord), DecodeError> {
     let signed = Signed::decode(statement).map_err(|e| DecodeError::message(WHAT, &e))?;
     let message =
         pb::DhtRecord::decode(signed.payload.clone()).map_err(|e| DecodeError::message(WHAT, &e))?;
-    let key: [u8; 32] = signed
-        .public_key
-        .as_ref()
-        .try_into()
-        .map_err(|_| DecodeError::BadSignature { domain: RECORD_DOMAIN.to_owned() })?;
+    let key = signed::claimed_key(&signed, RECORD_DOMAIN)?;
     if message.network.len() > NETWORK_MAX_BYTES {
         let got = format!("{} bytes", message.network.len());
         return Err(DecodeError::invalid("network of a DHT record", got));

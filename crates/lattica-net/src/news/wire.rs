@@ -153,11 +153,7 @@ pub fn decode_vector(
     repeated::check("neighbours in a link vector", &signed.payload, neighbours, CLAIMS_MAX)?;
     let message =
         pb::LinkVector::decode(signed.payload.clone()).map_err(|e| DecodeError::message(what, &e))?;
-    let key: [u8; 32] = signed
-        .public_key
-        .as_ref()
-        .try_into()
-        .map_err(|_| DecodeError::BadSignature { domain: LINKS_DOMAIN.to_owned() })?;
+    let key = signed::claimed_key(&signed, LINKS_DOMAIN)?;
     if !wants(&PeerId::from_ed25519(&key), message.written_ms) {
         return Ok(None);
     }

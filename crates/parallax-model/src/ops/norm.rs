@@ -53,8 +53,8 @@ impl HeadNorms {
 
 /// A column range of all rows as one contiguous buffer.
 pub(crate) fn columns(x: &[f32], width: usize, range: &std::ops::Range<usize>) -> Vec<f32> {
-    let mut part = Vec::with_capacity(x.len() / width * range.len());
-    x.chunks_exact(width).for_each(|row| part.extend_from_slice(&row[range.clone()]));
+    let mut part = vec![0.0; x.len() / width * range.len()];
+    columns_into(x, width, range, &mut part);
     part
 }
 
