@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use calls::CallSyntax;
 pub use calls::ToolCall;
 pub use dialect::Dialect;
+#[cfg(feature = "http")]
 pub(crate) use dialect::{MAX_NAME_BYTES, is_of_name};
 use harmony::Harmony;
 use running::{Layout, Running};

@@ -7,7 +7,9 @@ mod latent;
 
 use std::sync::Arc;
 
-pub(crate) use self::adapters::{attach, linear_at, lora_shape};
+pub(crate) use self::adapters::attach;
+#[cfg(feature = "train")]
+pub(crate) use self::adapters::linear_at;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use parallax_kernels::{

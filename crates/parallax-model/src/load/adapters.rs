@@ -7,10 +7,10 @@ use burn::tensor::{Device, Tensor, TensorData};
 use crate::{
     adapter::{
         Adapter, LoraTensors,
-        modules::{self, Module, Place, module_of, module_shape, split},
+        modules::{Module, Place, module_of, split},
     },
     config::{Mixer, ModelConfig},
-    error::{AdapterError, ConfigError, OpenError},
+    error::AdapterError,
     layer::{AdapterSlot, LatentAdapter, LayerWeights, Linear, MixerWeights, MlpWeights},
     ops::latent::LatentLora,
 };
@@ -125,19 +125,4 @@ fn add(
         let linear = linear_at(layer, part.place).expect("every module has its place in the loaded layer");
         linear.add_module(slot, a, matrix(b, [outputs, rank]), part.offset, adapter.scale());
     }
-}
-
-/// Shape of a module's factors.
-pub(crate) fn lora_shape(
-    config: &ModelConfig,
-    layer: usize,
-    module: &str,
-) -> Result<(usize, usize), OpenError> {
-    module_shape(config, layer, module).ok_or_else(|| {
-        OpenError::Config(ConfigError::Invalid {
-            field: "LoRA target".to_owned(),
-            value: module.to_owned(),
-            reason: format!("known are {}", modules::names().collect::<Vec<_>>().join(", ")),
-        })
-    })
 }

@@ -237,7 +237,11 @@ pub(super) fn lora_parameters(
     let mut shapes = std::collections::BTreeMap::new();
     for target in &targets {
         for layer in 0..config.n_layers {
-            shapes.insert(format!("layers.{layer}.{target}"), load::lora_shape(config, layer, target)?);
+            let shape = module_shape(config, layer, target).ok_or_else(|| {
+                let known = modules::names().collect::<Vec<_>>().join(", ");
+                invalid("LoRA target", (*target).to_owned(), &format!("known are {known}"))
+            })?;
+            shapes.insert(format!("layers.{layer}.{target}"), shape);
         }
     }
     let mut rng = SplitMix(lora.seed);
