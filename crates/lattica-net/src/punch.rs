@@ -7,9 +7,10 @@
 //! side also dials from a fresh port, which finds a peer that everybody can reach even when its own NAT hands out another port
 //! for each destination.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::addr::{is_plausible, is_relayed};
+use crate::addr::{is_plausible, is_relayed, scope};
 
 pub mod guess;
 pub mod reach;
@@ -57,8 +58,9 @@ fn plan<const N: usize>(dials: [PunchDial; N]) -> Vec<PunchDial> {
     dials.into_iter().filter(|dial| !dial.addresses.is_empty()).collect()
 }
 
-/// The addresses to name, out of those that peers say they see us at (one entry for each who says so): what most of them see
-/// first, then what was heard of first.
+/// The addresses to name, out of those that peers say they see us at (one entry for each who says so): one of each scope, IP
+/// version and transport first, since a NAT may show each peer another port; then what most of them see, then what was heard
+/// of first.
 pub fn candidates<'a>(seen: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let mut counted: Vec<(&str, usize)> = Vec::new();
     for address in seen.into_iter().filter(|a| !is_relayed(a)) {
@@ -68,7 +70,11 @@ pub fn candidates<'a>(seen: impl IntoIterator<Item = &'a str>) -> Vec<String> {
         }
     }
     counted.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
-    counted.into_iter().take(CANDIDATES_MAX).map(|(address, _)| address.to_owned()).collect()
+    let mut kinds = BTreeSet::new();
+    let kind = |address: &str| (scope(address), address.starts_with("/ip6/"), address.contains("/udp/"));
+    let (one_each, others): (Vec<_>, Vec<_>) =
+        counted.into_iter().partition(|&(address, _)| kinds.insert(kind(address)));
+    one_each.into_iter().chain(others).take(CANDIDATES_MAX).map(|(address, _)| address.to_owned()).collect()
 }
 
 /// Those of the peer's addresses that may be dialled, given the relay's address: none that is nearer than the relay, or a peer
@@ -114,8 +120,14 @@ mod tests {
     fn what_most_peers_see_is_named_first_and_never_a_circuit() {
         let seen = [TCP, QUIC, "/ip4/9.9.9.9/tcp/1/p2p/Q/p2p-circuit", QUIC];
         assert_eq!(candidates(seen), owned(&[QUIC, TCP]));
+    }
+
+    #[test]
+    fn peers_that_each_see_another_port_do_not_crowd_out_what_another_transport_shows() {
         let many: Vec<String> = (0..99).map(|port| format!("/ip4/9.9.9.9/tcp/{port}")).collect();
-        assert_eq!(candidates(many.iter().map(String::as_str)).len(), CANDIDATES_MAX);
+        let named = candidates(many.iter().map(String::as_str).chain([QUIC]));
+        assert_eq!(named.len(), CANDIDATES_MAX);
+        assert_eq!(named[..3], owned(&["/ip4/9.9.9.9/tcp/0", QUIC, "/ip4/9.9.9.9/tcp/1"]));
     }
 
     #[test]
