@@ -110,14 +110,17 @@ pub enum Mapping {
 }
 
 /// Where this node is seen and what its NAT does, from the ports that it listens on for `way` and the addresses at which peers
-/// see it, the most promising first. `None` when nobody sees it there over IPv4.
+/// see it, the most promising first. Peers nearer than the relay, given its address, are on this side of the NAT and tell
+/// nothing of it. `None` when nobody else sees it there over IPv4.
 pub fn mapping<'a>(
     way: Way,
     ports: &[u16],
+    relay: &str,
     seen: impl IntoIterator<Item = &'a str>,
 ) -> Option<(Ipv4Addr, Mapping)> {
     let mut found: Option<(Ipv4Addr, Mapping)> = None;
-    for address in seen.into_iter().filter_map(|address| way.address(address)) {
+    let told = seen.into_iter().filter(|address| is_plausible(address, relay));
+    for address in told.filter_map(|address| way.address(address)) {
         let kept = ports.contains(&address.port());
         match &mut found {
             None => found = Some((*address.ip(), if kept { Mapping::Kept } else { Mapping::Changed })),
@@ -301,6 +304,7 @@ mod tests {
         }
     }
 
+    const RELAY: &str = "/ip4/9.9.9.1/udp/1/quic-v1/p2p/R/p2p-circuit";
     const EASY: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(9, 9, 9, 9), 5000);
 
     /// Guesses until one is met.
@@ -361,12 +365,16 @@ mod tests {
     #[test]
     fn a_nat_is_known_by_what_peers_see() {
         let ip = Ipv4Addr::new(203, 0, 113, 5);
+        // A peer in the own network sees the own port, whatever the NAT does.
+        let near = |way: Way| way.multiaddr(SocketAddrV4::new(Ipv4Addr::new(192, 168, 0, 2), 4001));
         for (way, other) in [(Way::Quic, Way::Tcp), (Way::Tcp, Way::Quic)] {
             let seen = |ports: &[u16]| {
                 let at = |port: &u16| SocketAddrV4::new(ip, *port);
-                let addresses: Vec<String> = ports.iter().map(|port| way.multiaddr(at(port))).collect();
-                assert_eq!(mapping(other, &[4001], addresses.iter().map(String::as_str)), None);
-                mapping(way, &[4001], addresses.iter().map(String::as_str))
+                let far = ports.iter().map(|port| way.multiaddr(at(port)));
+                let addresses: Vec<String> = std::iter::once(near(way)).chain(far).collect();
+                let mapping = |way| mapping(way, &[4001], RELAY, addresses.iter().map(String::as_str));
+                assert_eq!(mapping(other), None);
+                mapping(way)
             };
             assert_eq!(seen(&[]), None);
             assert_eq!(seen(&[4001]), Some((ip, Mapping::Kept)));
@@ -398,20 +406,19 @@ mod tests {
 
     #[test]
     fn a_peer_cannot_point_us_at_our_own_network_at_many_machines_or_at_a_service() {
-        let relay = "/ip4/9.9.9.1/udp/1/quic-v1/p2p/R/p2p-circuit";
         let may = |ip: [u8; 4], port: Option<u16>, relay: &str| {
             GuessOffer { nonce: [1; NONCE_BYTES], ip: Ipv4Addr::from(ip), port }.is_plausible(relay)
         };
         for port in [None, Some(1024), Some(40_000)] {
-            assert!(may([9, 9, 9, 9], port, relay));
+            assert!(may([9, 9, 9, 9], port, RELAY));
             // To connect to 0.0.0.0 is to connect to oneself.
             let others =
                 [[0; 4], [127, 0, 0, 1], [192, 168, 0, 1], [169, 254, 0, 1], [224, 0, 0, 1], [255; 4]];
             for ip in others {
-                assert!(!may(ip, port, relay), "{ip:?}");
+                assert!(!may(ip, port, RELAY), "{ip:?}");
             }
         }
-        assert!(!may([9, 9, 9, 9], Some(22), relay) && !may([9, 9, 9, 9], Some(1023), relay));
+        assert!(!may([9, 9, 9, 9], Some(22), RELAY) && !may([9, 9, 9, 9], Some(1023), RELAY));
         // Where the relay itself is near, so may the peer be.
         assert!(may([192, 168, 0, 1], None, "/ip4/192.168.0.2/tcp/1/p2p/R/p2p-circuit"));
     }

@@ -69,8 +69,8 @@ impl Guesser {
 }
 
 impl Part {
-    /// `None` when nobody tells where this node is seen, over IPv4 and this way.
-    async fn new(shared: &Shared, way: Way) -> std::io::Result<Option<Self>> {
+    /// `None` when nobody beyond the NAT tells where this node is seen, over IPv4 and this way.
+    async fn new(shared: &Shared, way: Way, relay: &str) -> std::io::Result<Option<Self>> {
         let (reply, answer) = oneshot::channel();
         shared.command(Command::ListenAddrs { reply }).await.map_err(Error::other)?;
         let listened = answer.await.unwrap_or_default();
@@ -79,7 +79,7 @@ impl Part {
             .filter_map(|address| way.address(&address.to_string()))
             .map(|address| address.port())
             .collect();
-        let seen = mapping(way, &ports, shared.seen_at.borrow().iter().map(String::as_str));
+        let seen = mapping(way, &ports, relay, shared.seen_at.borrow().iter().map(String::as_str));
         let Some((ip, mapping)) = seen else { return Ok(None) };
         let guesser = match mapping {
             Mapping::Kept => Some(Guesser::new(way).await?),
@@ -99,7 +99,7 @@ impl Part {
 /// `Ok(true)` a connection may be about to stand.
 pub(crate) async fn ask(shared: &Arc<Shared>, connection: &Connection, way: Way) -> std::io::Result<bool> {
     let Ok(_one) = shared.guessing.try_acquire() else { return Ok(false) };
-    let Some(part) = Part::new(shared, way).await? else { return Ok(false) };
+    let Some(part) = Part::new(shared, way, &connection.address).await? else { return Ok(false) };
     let stream = match connection.open(protocol(way)).await {
         Ok(stream) => stream,
         Err(OpenError::Io(error)) => return Err(error),
@@ -141,7 +141,7 @@ pub(crate) async fn answer(
         };
         let one = shared.guessing.try_acquire();
         let needed = connection.is_relayed() && !is_direct(&shared, &connection) && one.is_ok();
-        let part = if needed { Part::new(&shared, way).await? } else { None };
+        let part = if needed { Part::new(&shared, way, &connection.address).await? } else { None };
         let Some(part) = part.filter(|part| {
             part.fits(&theirs, &connection.address) && connection.state.may_guess(way, shared.now())
         }) else {
