@@ -7,6 +7,7 @@ use swarm_wire::limits::{NAME_MAX_BYTES, RPC_BODY_MAX_BYTES};
 
 use crate::access::Access;
 use crate::addr::last_peer;
+use crate::dht::NETWORK_MAX_BYTES;
 use crate::error::ConfigError;
 use crate::relays::CANDIDATES_MAX;
 
@@ -205,7 +206,7 @@ impl NodeConfig {
         let bad = |field: &'static str, value: String, allowed: &'static str| {
             Err(ConfigError { field, value, allowed })
         };
-        let network_ok = (1..=64).contains(&self.network.len())
+        let network_ok = (1..=NETWORK_MAX_BYTES).contains(&self.network.len())
             && self.network.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
         if !network_ok {
             return bad("network", self.network.clone(), "1 to 64 letters, digits, '-', '_' or '.'");

@@ -27,7 +27,8 @@ pub const STATEMENT_MAX_BYTES: usize = VALUE_MAX_BYTES + 1024;
 pub const TTL_MIN: Duration = Duration::from_secs(60);
 /// The longest. So long, too, can an older record be shown to who has not seen a newer one.
 pub const TTL_MAX: Duration = Duration::from_secs(24 * 3600);
-/// How far the clocks of a publisher and of who keeps or reads its record may be apart.
+/// How far behind its publisher's the clock may be of who keeps or reads a record that counts for the longest time. To a clock
+/// that is ahead, records end sooner.
 pub const SKEW_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Why a record is not published, kept or used.
@@ -153,12 +154,6 @@ pub fn key(network: &str, publisher: &PeerId, name: &str) -> Vec<u8> {
 /// Whether only signed records may stand under `key`.
 pub fn is_signed(key: &[u8]) -> bool {
     key.starts_with(SIGNED_PREFIX)
-}
-
-/// The sequence of a publisher's next record, where the one before had `last`: the time of day, or one more than before.
-pub fn next_sequence(now: Duration, last: Option<u64>) -> u64 {
-    let time = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-    last.map_or(time, |last| time.max(last.saturating_add(1)))
 }
 
 /// Whether what somebody put or answered under `key` counts, where `kept` was accepted before.
@@ -304,14 +299,6 @@ mod tests {
         assert_eq!(offer(NOW, &old_bytes, &new_bytes), Err(Refusal::Older { sequence: 7, known: 8 }));
         assert_eq!(offer(NOW, &new_bytes, &new_bytes), Ok(new), "put again");
         assert_eq!(offer(NOW + Duration::from_secs(HOUR_S), &old_bytes, &new_bytes), Ok(old.clone()));
-    }
-
-    #[test]
-    fn sequences_grow_even_where_the_clock_is_set_back() {
-        assert_eq!(next_sequence(Duration::from_millis(9), None), 9);
-        assert_eq!(next_sequence(Duration::from_millis(9), Some(3)), 9);
-        assert_eq!(next_sequence(Duration::from_millis(9), Some(9)), 10);
-        assert_eq!(next_sequence(Duration::from_millis(9), Some(u64::MAX)), u64::MAX);
     }
 
     proptest! {

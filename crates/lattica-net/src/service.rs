@@ -491,7 +491,8 @@ impl Node {
         self.query(|reply| Command::PutRecord { key: key.to_vec(), value, reply }).await
     }
 
-    /// Reads a record from the DHT; `None` when nobody has it.
+    /// Reads a record from the DHT; `None` when nobody has it. The first answer counts, whoever gave it: what was stored with
+    /// [`Node::publish_record`] is read with [`Node::published_record`].
     ///
     /// Cancel safe: a question that has been asked is answered to nobody.
     ///

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Refusal, TTL_MAX, TTL_MIN, check_name, check_value, next_sequence};
+use super::{Refusal, TTL_MAX, TTL_MIN, check_name, check_value};
 
 /// Names that one node publishes.
 pub const NAMES_MAX: usize = 256;
@@ -62,9 +62,11 @@ impl Own {
         self.entries.iter().find(|(_, entry)| entry.put_at <= now).map(|(name, _)| name.clone())
     }
 
-    /// The sequence of the next record at this time of day, where one of `kept` is known under its name.
+    /// The sequence of the next record, where one of `kept` is known under its name: this time of day in milliseconds, or one
+    /// more than the highest so far.
     pub fn next_sequence(&self, time_of_day: Duration, kept: Option<u64>) -> u64 {
-        next_sequence(time_of_day, kept.max(self.last))
+        let time = u64::try_from(time_of_day.as_millis()).unwrap_or(u64::MAX);
+        kept.max(self.last).map_or(time, |last| time.max(last.saturating_add(1)))
     }
 
     /// The value of a record that is put now with this sequence, and how long it is to count. It is due again soon, unless
@@ -170,10 +172,11 @@ mod tests {
     }
 
     #[test]
-    fn sequences_grow_also_after_a_record_was_withdrawn() {
+    fn sequences_grow_also_where_the_clock_is_set_back_or_after_a_record_was_withdrawn() {
         let mut own = Own::default();
         let at = Duration::from_millis(9);
-        assert_eq!((own.next_sequence(at, None), own.next_sequence(at, Some(20))), (9, 21));
+        let kept = [None, Some(3), Some(9), Some(20), Some(u64::MAX)];
+        assert_eq!(kept.map(|kept| own.next_sequence(at, kept)), [9, 9, 10, 21, u64::MAX]);
         own.publish(S, "a", value(1), HOUR).unwrap();
         own.put(S, "a", 9);
         own.withdraw("a");

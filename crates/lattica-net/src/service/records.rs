@@ -12,8 +12,9 @@ use crate::error::DhtError;
 
 impl Node {
     /// Publishes `value` (at most 32 KiB) under `name` (at most 255 bytes) in the DHT, signed by this node, in place of what it
-    /// published there before: nobody else can change it. It counts for `ttl` (a minute to a day) and is put again every third
-    /// of that while the node runs, and soon where nobody stored it, until [`Node::unpublish_record`]. At most 256 names.
+    /// published there before: nobody else can change it. It counts for `ttl` (a minute to a day), by the clocks of those who
+    /// keep and read it, and is put again every third of that while the node runs, and soon where nobody stored it, until
+    /// [`Node::unpublish_record`]. At most 256 names.
     ///
     /// Cancel safe: what has begun goes on, and it is put again all the same.
     ///

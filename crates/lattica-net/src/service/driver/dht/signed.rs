@@ -48,10 +48,10 @@ impl Driver {
     /// Puts own records again whose time has come.
     pub(in crate::service::driver) fn put_due(&mut self) {
         for _ in 0..PUTS_PER_TICK {
+            let Some(name) = self.queries.own.due(self.shared.now()) else { return };
             if self.dht_is_empty() || self.too_many_queries().is_some() {
                 return;
             }
-            let Some(name) = self.queries.own.due(self.shared.now()) else { return };
             self.put_own(&name, None);
         }
     }
