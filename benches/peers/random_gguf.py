@@ -22,7 +22,7 @@ SHAPES = {
     "qwen3-moe-1b": dict(
         arch="qwen3moe", layers=12, hidden=1024, ffn=3072, heads=16, kv_heads=4, head=128, vocab=None, tied=True,
         experts=64, used=8, expert_ffn=384),
-    # For tests of this script.
+    # Small, to try this script with.
     "qwen3-moe-tiny": dict(
         arch="qwen3moe", layers=2, hidden=256, ffn=512, heads=4, kv_heads=2, head=64, vocab=None, tied=False,
         experts=8, used=2, expert_ffn=128),

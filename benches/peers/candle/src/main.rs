@@ -8,7 +8,6 @@
 //! Prints the part of what `parallax bench --json` prints that candle has: of architectures `llama` and `qwen3` (its
 //! Qwen3-MoE computes experts on CUDA only). What it refuses is left out, and said on stderr.
 
-use std::cell::Cell;
 use std::error::Error;
 use std::fs::File;
 use std::path::Path;
@@ -98,7 +97,7 @@ struct Model {
     weights: Weights,
     n_vocab: usize,
     /// Of the random tokens.
-    state: Cell<u64>,
+    state: u64,
 }
 
 impl Model {
@@ -117,7 +116,7 @@ impl Model {
             }
             other => return Err(format!("candle computes no {other} from GGUF on the CPU").into()),
         };
-        Ok(Self { weights, n_vocab, state: Cell::new(1) })
+        Ok(Self { weights, n_vocab, state: 1 })
     }
 
     fn forward(&mut self, tokens: &Tensor, at: usize) -> Result<Tensor> {
@@ -135,14 +134,12 @@ impl Model {
     }
 
     /// Xorshift: any tokens will do.
-    fn random(&self, batch: usize, n_tokens: usize) -> Result<Tensor> {
+    fn random(&mut self, batch: usize, n_tokens: usize) -> Result<Tensor> {
         let token = |_| {
-            let mut x = self.state.get();
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            self.state.set(x);
-            (x % self.n_vocab as u64) as u32
+            self.state ^= self.state << 13;
+            self.state ^= self.state >> 7;
+            self.state ^= self.state << 17;
+            (self.state % self.n_vocab as u64) as u32
         };
         let tokens: Vec<u32> = (0..batch * n_tokens).map(token).collect();
         Ok(Tensor::from_vec(tokens, (batch, n_tokens), &Device::Cpu)?)

@@ -66,7 +66,7 @@ impl Countdown {
             let low = self.min_numbers.max(1);
             let n = low + draws.below(self.max_numbers.saturating_sub(low) + 1);
             let numbers: Vec<i64> = (0..n).map(|_| draws.between(1, self.max_number.max(1))).collect();
-            let mut parts: Vec<Part> = numbers.iter().enumerate().map(|(i, n)| Part::of(i, *n)).collect();
+            let mut parts: Vec<Part> = numbers.iter().copied().map(Part::of).collect();
             while parts.len() > 1 {
                 let a = parts.swap_remove(draws.below(parts.len()));
                 let b = parts.swap_remove(draws.below(parts.len()));
@@ -74,7 +74,7 @@ impl Countdown {
             }
             let Some(Part { value: target, text, signs }) = parts.pop() else { continue };
             if (1..=self.max_target.max(1)).contains(&target) {
-                let solution = if self.products { text } else { by_size(&numbers, &signs) };
+                let solution = if self.products { text } else { by_size(signs) };
                 return Some(Problem { numbers, target, solution });
             }
         }
@@ -86,13 +86,13 @@ impl Countdown {
 struct Part {
     value: i64,
     text: String,
-    /// Which numbers, and whether each is added in the end or taken off. Means something where there are only sums.
-    signs: Vec<(usize, bool)>,
+    /// Its numbers, and whether each is added in the end or taken off. Means something where there are only sums.
+    signs: Vec<(i64, bool)>,
 }
 
 impl Part {
-    fn of(index: usize, number: i64) -> Self {
-        Self { value: number, text: number.to_string(), signs: vec![(index, true)] }
+    fn of(number: i64) -> Self {
+        Self { value: number, text: number.to_string(), signs: vec![(number, true)] }
     }
 }
 
@@ -100,7 +100,7 @@ fn combine(a: Part, b: Part, draws: &mut Draws, products: bool) -> Part {
     let (more, less) = if a.value >= b.value { (a, b) } else { (b, a) };
     let joined = |value, sign| {
         let text = format!("({}{sign}{})", more.text, less.text);
-        let others = less.signs.iter().map(|(index, added)| (*index, *added != (sign == '-')));
+        let others = less.signs.iter().map(|(number, added)| (*number, *added != (sign == '-')));
         Part { value, text, signs: more.signs.iter().copied().chain(others).collect() }
     };
     match draws.below(if products { 4 } else { 2 }) {
@@ -114,19 +114,15 @@ fn combine(a: Part, b: Part, draws: &mut Draws, products: bool) -> Part {
 /// The numbers from the largest on, each with its sign: one way to write what could be written in many, so that whoever learns
 /// from answers sees the same thing every time. In this order a sign mostly says whether the target is larger or smaller than
 /// what stands so far, which is easier to learn than which sum it is exactly.
-fn by_size(numbers: &[i64], signs: &[(usize, bool)]) -> String {
-    let mut signed: Vec<(i64, bool)> = signs.iter().map(|(i, added)| (numbers[*i], *added)).collect();
-    signed.sort_unstable_by(|a, b| b.cmp(a));
+fn by_size(mut signs: Vec<(i64, bool)>) -> String {
+    signs.sort_unstable_by(|a, b| b.cmp(a));
     let sign = |added, first| match (added, first) {
         (false, _) => "-",
         (true, true) => "",
         (true, false) => "+",
     };
-    signed
-        .iter()
-        .enumerate()
-        .map(|(at, (number, added))| format!("{}{number}", sign(*added, at == 0)))
-        .collect()
+    let written = signs.into_iter().enumerate();
+    written.map(|(at, (number, added))| format!("{}{number}", sign(added, at == 0))).collect()
 }
 
 /// Target and numbers of a prompt, which spares the verifier the search for them.
@@ -227,9 +223,9 @@ mod tests {
             let written = task.answer.split(['+', '-']).filter(|n| !n.is_empty());
             assert_eq!(written.map(|n| n.parse::<i64>().unwrap()).collect::<Vec<_>>(), given, "{task:?}");
         }
-        assert_eq!(by_size(&[4, 7, 2], &[(1, true), (2, false), (0, true)]), "7+4-2");
-        assert_eq!(by_size(&[4, 3, 6], &[(0, true), (1, true), (2, false)]), "-6+4+3");
-        assert_eq!(by_size(&[5, 2, 5], &[(0, false), (1, true), (2, true)]), "5-5+2");
+        assert_eq!(by_size(vec![(4, true), (2, false), (7, true)]), "7+4-2");
+        assert_eq!(by_size(vec![(4, true), (3, true), (6, false)]), "-6+4+3");
+        assert_eq!(by_size(vec![(5, false), (2, true), (5, true)]), "5-5+2");
     }
 
     #[test]

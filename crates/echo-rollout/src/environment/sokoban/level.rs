@@ -31,7 +31,7 @@ impl Move {
     }
 
     /// The other way.
-    pub fn back(self) -> Self {
+    fn back(self) -> Self {
         match self {
             Self::Up => Self::Down,
             Self::Down => Self::Up,

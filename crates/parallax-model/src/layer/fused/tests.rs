@@ -68,7 +68,7 @@ fn geometry() -> Arc<Geometry> {
         scale: 0.125,
         window: Some(9),
         softcap: Some(20.0),
-        sinks: None,
+        sinks: Some(noise(HEADS, 5)),
     })
 }
 
@@ -111,25 +111,25 @@ fn adapt(weights: &mut LayerWeights, rows: Vec<u32>) {
     }
 }
 
-/// Bits of the layer's result, fused and operation by operation.
+/// Bits of the layer's result for two sequences, a third of the rows being the second's, fused and operation by operation.
 fn both(weights: &LayerWeights, x: &[f32]) -> [Vec<u32>; 2] {
     let n = x.len() / WIDTH;
     let x = tensor(x.to_vec(), [n, WIDTH]);
     let parts = Arc::new(weights.fused());
     assert!(parts.attention.is_some() && parts.mlp.is_some());
-    let rows = PagedRows {
-        positions: (0..n as u32).collect(),
-        rows: (1..=n).map(|n_keys| RowRef { seq: 0, n_keys }).collect(),
-        tables: vec![vec![2, 0, 1]],
-        ..PagedRows::default()
-    };
+    let lens = [n - n / 3, n / 3];
+    let rows: Vec<RowRef> =
+        (0..2).flat_map(|seq| (1..=lens[seq]).map(move |n_keys| RowRef { seq, n_keys })).collect();
+    let positions: Vec<u32> = rows.iter().map(|row| row.n_keys as u32 - 1).collect();
+    let packed = Attend::packed(positions.clone(), &[0, lens[0] as u32, n as u32]);
+    let tables = vec![vec![2, 0], vec![1]];
+    let rows = PagedRows { positions, rows, tables, ..PagedRows::default() };
     let attend = Attend::Paged {
         store: Arc::new(KvStore::pages(16, 3, KV_HEADS, DIM)),
         states: Arc::new(StateStore::new(0)),
         rows: Arc::new(rows),
     };
     let fused = forward_fused(weights, &parts, x.clone(), 0, &attend, Route::Kernels);
-    let packed = Attend::packed((0..n as u32).collect(), &[0, n as u32]);
     [fused, layer::forward(weights, x, 0, &packed, Route::Kernels)].map(values)
 }
 
