@@ -389,7 +389,7 @@ pub enum DhtError {
     /// A record cannot be published as it is.
     #[error("the record cannot be published: {0}")]
     Unfit(#[from] crate::dht::Refusal),
-    /// The record or key is too large, or the local store is full.
+    /// The record or key is too large, the key is one of signed records, too many queries run, or the local store is full.
     #[error("the local record store refused: {reason}")]
     Store {
         /// The reason.
