@@ -389,7 +389,16 @@ pub enum DhtError {
     /// A record cannot be published as it is.
     #[error("the record cannot be published: {0}")]
     Unfit(#[from] crate::dht::Refusal),
-    /// The record or key is too large, or the local store is full.
+    /// A key that is kept for signed records.
+    #[error("only signed records stand under a key that begins like this one: use publish_record, or another key")]
+    ReservedKey,
+    /// As much runs or waits as this node keeps at once.
+    #[error("{running} DHT queries or announcements run or wait already; try again when some have ended")]
+    Busy {
+        /// How many.
+        running: usize,
+    },
+    /// The record is too large, or the local store is full.
     #[error("the local record store refused: {reason}")]
     Store {
         /// The reason.

@@ -51,7 +51,7 @@ pub struct BenchSwarmArgs {
     /// Only 0 is possible: this command adds no delay to the links of the machine
     #[arg(long, default_value_t = 0.0)]
     rtt_ms: f64,
-    /// Not possible yet: a killed stage fails its requests, it is not recovered
+    /// Not possible yet: this command kills no stage
     #[arg(long)]
     kill_every_s: Option<u64>,
     /// Print the report on stdout
@@ -98,7 +98,7 @@ impl Drop for Stages {
 pub fn run(args: BenchSwarmArgs) -> anyhow::Result<()> {
     if args.kill_every_s.is_some() {
         bail!(
-            "--kill-every-s needs recovery of killed stages, which is not there yet: a killed stage fails its requests"
+            "--kill-every-s is not possible yet: this command kills no stage; kill a `parallax join` beside `parallax serve` by hand"
         );
     }
     ensure!(

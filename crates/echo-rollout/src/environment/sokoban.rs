@@ -89,8 +89,8 @@ impl Sokoban {
         Self { turns, moves_per_turn: 1, ..Self::default() }
     }
 
-    /// One move a turn, squares named instead of drawn, over where it is lost: meant for a model of some 0.3 million
-    /// parameters (docs/LEARNING.md).
+    /// One move a turn, squares named instead of drawn, over where it is lost: meant for small models, though those of
+    /// some 0.3 million parameters have hardly learnt it (docs/LEARNING.md).
     pub fn tiny(turns: usize) -> Self {
         Self { view: View::Squares, ends_lost: true, ..Self::interactive(turns) }
     }

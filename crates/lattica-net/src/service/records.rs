@@ -19,9 +19,10 @@ impl Node {
     /// Cancel safe: what has begun goes on, and it is put again all the same.
     ///
     /// # Errors
-    /// [`DhtError::Unfit`] when something is out of range; nothing is published then. Any other error says that nobody stored it
-    /// yet, with nobody there or none who accepts it (a record of another start of this node, whose clock was ahead, may
-    /// stand in its way until it expires); it is put again all the same, unless it was replaced or taken back meanwhile.
+    /// [`DhtError::Unfit`] when something is out of range; nothing is published then. Any other error says that nobody is known
+    /// to have stored it yet: nobody is there, none accepts it in time (a record of another start of this node, whose clock was
+    /// ahead, may stand in its way until it expires), too many queries run, or the own store is full. It is put again all the
+    /// same, unless it was replaced or taken back meanwhile.
     pub async fn publish_record(&self, name: &str, value: Bytes, ttl: Duration) -> Result<(), DhtError> {
         let name = name.to_owned();
         self.query(|reply| Command::PublishRecord { name, value, ttl, reply }).await

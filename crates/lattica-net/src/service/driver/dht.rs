@@ -111,9 +111,8 @@ impl Driver {
     }
 
     fn too_many_queries(&self) -> Option<DhtError> {
-        let reason = format!("{QUERIES_MAX} queries run already");
-        (self.queries.running.len() + self.queries.waiting.len() >= QUERIES_MAX)
-            .then_some(DhtError::Store { reason })
+        let running = self.queries.running.len() + self.queries.waiting.len();
+        (running >= QUERIES_MAX).then_some(DhtError::Busy { running })
     }
 
     /// Announces a key. With nobody there yet the announcement is kept and made when the first peer joins.
@@ -130,8 +129,7 @@ impl Driver {
         let waiting = &mut self.queries.waiting_keys;
         // Those who announce again and again wait once.
         let _ = reply.send(if waiting.len() >= WAITING_MAX && !waiting.contains(&key) {
-            let reason = format!("{WAITING_MAX} announcements wait for the first peer");
-            Err(DhtError::Store { reason })
+            Err(DhtError::Busy { running: waiting.len() })
         } else if let Err(error) = self.swarm.behaviour_mut().kad.start_providing(key.clone()) {
             Err(store_error(&error))
         } else {
@@ -181,8 +179,7 @@ impl Driver {
             let reason = format!("{} bytes are over the limit of {DHT_VALUE_MAX_BYTES}", value.len());
             Some(DhtError::Store { reason })
         } else if dht::is_signed(&key) {
-            let reason = "only signed records stand under such a key: use publish_record".to_owned();
-            Some(DhtError::Store { reason })
+            Some(DhtError::ReservedKey)
         } else {
             self.too_many_queries()
         };
