@@ -346,7 +346,7 @@ fn particular() -> Vec<Case> {
             json!({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}),
             "context_management",
         ),
-        (json!({"output_config": {"effort": "low"}}), "output_config.effort"),
+        (json!({"output_config": {"effort": "extreme"}}), "output_config.effort"),
         (json!({"output_format": {"type": "json_object"}}), "output_format.type"),
         (
             json!({"output_format": {"type": "json_schema", "schema": {}},
