@@ -186,6 +186,7 @@ def conversations():
     same_prompt(f"{RENDERED}42<eos><user>so?<assistant>", messages=turns)
     # What others make of an answer changes none of it.
     check(ask(metadata={"user_id": "ann"}, service_tier="auto", cache_control={"type": "ephemeral"}) == ask())
+    check(ask(output_config={"effort": "low"}) == ask())
     long = [{"role": "user", "content": f"{time.time()} the same long beginning " * 4}]
     used = [whole(messages=long).usage for _ in range(2)]
     check(used[0].cache_read_input_tokens == 0 < used[0].input_tokens and used[1].cache_read_input_tokens > 100, used)

@@ -86,6 +86,18 @@ pub fn say(line: &str) {
     eprintln!("{line}");
 }
 
+/// What a program was asked to list: stdout, so that it can be searched and paged. Who stops reading has had enough.
+///
+/// # Errors
+/// A stdout that cannot be written.
+pub fn list(text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    match std::io::stdout().lock().write_all(format!("{text}\n").as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
 /// The report: one JSON object on one line of stdout.
 ///
 /// # Errors

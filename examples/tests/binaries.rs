@@ -71,6 +71,18 @@ fn devices_are_named_or_missing_with_a_reason() {
 }
 
 #[test]
+fn lists_go_to_stdout_and_beside_a_report_to_stderr() {
+    for (command, listed) in [("models", "Qwen/Qwen3-0.6B"), ("devices", "cpu")] {
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let plain = run(PARALLAX, &[command]);
+        assert!(text(plain.stdout).contains(listed) && text(plain.stderr).is_empty(), "{command}");
+        let reported = run(PARALLAX, &[command, "--json"]);
+        assert!(text(reported.stderr).contains(listed), "{command}");
+        assert_eq!(text(reported.stdout).lines().count(), 1, "{command}");
+    }
+}
+
+#[test]
 fn the_example_fleet_is_planned_and_played() {
     let scenario = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/simulate.toml");
     let output = run(TRAINING_SWARM, &["simulate", "--scenario", scenario, "--staleness", "2", "--json"]);
@@ -137,6 +149,14 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
         (PARALLAX, &["generate", "--model", "tiny", "--prompt", "hi", "--temperature=-1"], "temperature"),
         (PARALLAX, &["score", "--model", "tiny", "--ids", "/no/such/file.json"], "/no/such/file.json"),
         (PARALLAX, &["run", "--model", "tiny", "--port", taken.as_str()], "--port"),
+        (
+            PARALLAX,
+            &["run", "--model", "tiny", "--port", "0", "--step-tokens", "16"],
+            "--running-sequences 64 is out of range, expected 1..=16 (--step-tokens)",
+        ),
+        (PARALLAX, &["chat"], "--url"),
+        (PARALLAX, &["chat", "--model", "tiny", "--url", "http://127.0.0.1:1"], "--url"),
+        (PARALLAX, &["generate", "--model", "tiny"], "--prompt-ids"),
         (DEMO_SWARM, &["--workers", "0"], "--workers"),
         (DEMO_SWARM, &["--mode", "async", "--staleness", "0"], "staleness"),
         (DEMO_SWARM, &["--cheater", "--workers", "1"], "--workers"),

@@ -78,7 +78,8 @@ impl EngineConfig {
             return fault("step_tokens", self.step_tokens, "1..=65536".into());
         }
         if self.running_sequences == 0 || self.running_sequences > self.step_tokens {
-            return fault("running_sequences", self.running_sequences, format!("1..={}", self.step_tokens));
+            let expected = format!("1..={} (step_tokens)", self.step_tokens);
+            return fault("running_sequences", self.running_sequences, expected);
         }
         if self.queued_requests == 0 {
             return fault("queued_requests", 0, "at least 1".into());

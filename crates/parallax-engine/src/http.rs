@@ -44,7 +44,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request as HttpRequest, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -165,8 +165,10 @@ fn routes(server: &Shared) -> Router {
         .route("/metrics", get(metrics_text))
         .route("/", get(|| async { pages::chat() }))
         .route("/cluster", get(|| async { pages::cluster() }))
-        .fallback(|| async { ApiError::not_found("no such route") })
-        .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .fallback(|method: Method, uri: Uri| async move { ApiError::no_route(&method, uri.path()) })
+        .method_not_allowed_fallback(|method: Method, uri: Uri| async move {
+            ApiError::method_not_allowed(&method, uri.path())
+        })
         .layer(DefaultBodyLimit::max(limit))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a bug").into_response()))
         .layer(middleware::from_fn(in_the_shape_of_the_api));
@@ -291,7 +293,13 @@ async fn in_the_shape_of_the_api(request: HttpRequest, next: Next) -> Response {
     let is_anthropic = request.uri().path().starts_with("/v1/messages");
     let response = next.run(request).await;
     match response.extensions().get::<ApiError>() {
-        Some(error) if is_anthropic => error.clone().into_anthropic_response(),
+        Some(error) if is_anthropic => {
+            let mut shaped = error.clone().into_anthropic_response();
+            if let Some(allowed) = response.headers().get(header::ALLOW) {
+                shaped.headers_mut().insert(header::ALLOW, allowed.clone());
+            }
+            shaped
+        }
         _ => response,
     }
 }

@@ -209,6 +209,7 @@ fn particular() -> Vec<Case> {
         (json!({"length_penalty": 1.5}), "length_penalty"),
         (json!({"allowed_token_ids": []}), "allowed_token_ids"),
         (json!({"allowed_token_ids": [9999]}), "outside the vocabulary"),
+        (json!({"stop_token_ids": [9999]}), "stop_token_ids holds 9999"),
         (json!({"bad_words": ["a".repeat(300)]}), "bad_words"),
         (json!({"truncate_prompt_tokens": 0}), "truncate_prompt_tokens"),
         (json!({"thinking_token_budget": 0}), "thinking_token_budget"),
@@ -345,7 +346,7 @@ fn particular() -> Vec<Case> {
             json!({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}),
             "context_management",
         ),
-        (json!({"output_config": {"effort": "low"}}), "output_config.effort"),
+        (json!({"output_config": {"effort": "extreme"}}), "output_config.effort"),
         (json!({"output_format": {"type": "json_object"}}), "output_format.type"),
         (
             json!({"output_format": {"type": "json_schema", "schema": {}},
@@ -453,6 +454,8 @@ async fn bodies_that_are_no_request_get_the_right_4xx() {
         }
         let answer = send(address, "GET", path, "", b"").await;
         assert_eq!(answer.status, 405, "{path}");
+        assert!(answer.body.contains(&format!("{path} does not take GET")), "{}", answer.body);
+        assert!(answer.head.to_ascii_lowercase().contains("allow: post"), "{}", answer.head);
         let unknown = json!({"model": "gpt-9", "prompt": "a", "input": "a", "tokens": [1], "max_tokens": 1,
                              "messages": [{"role": "user", "content": "a"}]});
         let answer = post(address, path, &unknown).await;
@@ -460,8 +463,15 @@ async fn bodies_that_are_no_request_get_the_right_4xx() {
         check_shape(path, &answer.json(), 404);
         n += 2;
     }
-    for path in ["/nothing", "/v1/nothing", "/v1/models/other"] {
-        assert_eq!(send(address, "GET", path, "", b"").await.status, 404, "{path}");
+    for (path, named) in [
+        ("/nothing", "GET /nothing"),
+        ("/v1/nothing", "GET /v1/nothing"),
+        ("/chat/completions", "base_url"),
+        ("/v1/models/other", "other"),
+    ] {
+        let answer = send(address, "GET", path, "", b"").await;
+        assert_eq!(answer.status, 404, "{path}");
+        assert!(answer.body.contains(named), "{path}: {}", answer.body);
         n += 1;
     }
     println!("{n} requests that are none");

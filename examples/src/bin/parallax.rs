@@ -13,7 +13,8 @@ use swarm_examples::program;
 #[command(
     version,
     after_help = "Start here:\n  parallax generate --model tiny --prompt 'What is 1+2?' --chat\n  parallax models\n\nEvery \
-                  command that takes --json prints one JSON object as the last line of stdout; all else goes to stderr."
+                  command that takes --json prints one JSON object as the last line of stdout, and what it says to people on \
+                  stderr."
 )]
 struct Cli {
     #[command(subcommand)]

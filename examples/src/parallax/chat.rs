@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 
 use anyhow::{Context as _, bail};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use parallax_engine::{EngineConfig, EngineHandle, Event, FinishReason, Request, SamplingParams};
 use parallax_model::{ChatMessage, ChatTemplate, DeviceKind, KvFormat, Tokenizer, WeightDtype};
 use serde_json::{Value, json};
@@ -19,14 +19,16 @@ const MAX_EVENT_BYTES: usize = 1 << 20;
 /// Talk with a model in the terminal. `/new` starts over, `/exit` (or ctrl-d) ends.
 #[derive(Debug, Args)]
 #[command(
+    group(ArgGroup::new("partner").required(true).args(["model", "url"])),
     after_help = "Examples:\n  parallax chat --model tiny\n  parallax chat --url http://127.0.0.1:3001\n  echo 'What is 1+2?' \
                   | parallax chat --model tiny"
 )]
 pub struct ChatArgs {
-    /// The model to load: `tiny`, a directory, a .gguf file, or a repository in the local hub cache
-    #[arg(long, required_unless_present = "url", conflicts_with = "url")]
+    /// `tiny` (embedded), a directory with config.json and safetensors, a .gguf file, or `ORG/NAME[@REVISION]` on Hugging
+    /// Face or the hub that HF_ENDPOINT names
+    #[arg(long)]
     model: Option<String>,
-    /// A server to talk to instead
+    /// A server to talk to instead of loading a model, as `parallax run` and `parallax serve` print it
     #[arg(long)]
     url: Option<String>,
     /// The server's API key

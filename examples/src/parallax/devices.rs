@@ -46,6 +46,10 @@ pub fn run(args: DevicesArgs) -> anyhow::Result<()> {
         let what = row.name.as_deref().or(row.missing.as_deref()).unwrap_or_default();
         format!("{:<6} {what}", row.device)
     };
-    program::say(&devices.iter().map(line).collect::<Vec<_>>().join("\n"));
-    if args.json { program::report(&Report { devices }) } else { Ok(()) }
+    let lines = devices.iter().map(line).collect::<Vec<_>>().join("\n");
+    if !args.json {
+        return program::list(&lines);
+    }
+    program::say(&lines);
+    program::report(&Report { devices })
 }

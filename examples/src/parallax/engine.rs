@@ -1,9 +1,9 @@
 //! How the engine shares its steps and its memory among requests: options of the commands that serve.
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use parallax_engine::speculate::PromptLookup;
-use parallax_engine::{DraftModel, Drafter, EngineConfig, EngineHandle, OnSwap, StageRunner};
+use parallax_engine::{ConfigError, DraftModel, Drafter, EngineConfig, EngineHandle, OnSwap, StageRunner};
 use parallax_model::{Checkpoint, DeviceKind};
 
 use super::model::ModelArgs;
@@ -32,7 +32,7 @@ pub struct EngineArgs {
     /// error
     #[arg(long, default_value_t = EngineConfig::default().patience_ms / 1000, value_name = "S")]
     patience_s: u64,
-    /// Requests that are computed together; others wait in a queue that is fair between API keys
+    /// Requests that are computed together, at most --step-tokens; others wait in a queue that is fair between API keys
     #[arg(long, default_value_t = EngineConfig::default().running_sequences, value_name = "N")]
     running_sequences: usize,
     /// Requests in the engine, waiting and running; one more gets 429
@@ -81,7 +81,12 @@ impl EngineArgs {
             model: model.to_owned(),
         };
         // Before a draft model is loaded: a typing error should not cost a load.
-        config.validate()?;
+        config.validate().map_err(|fault| {
+            let ConfigError { field, value, expected } = fault;
+            let (option, expected) =
+                (field.replace('_', "-"), expected.replace("step_tokens", "--step-tokens"));
+            anyhow!("--{option} {value} is out of range, expected {expected}")
+        })?;
         let shape = runner.shape();
         let drafter: Option<Box<dyn Drafter>> = match self.draft.as_deref() {
             None => None,

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use parallax_engine::{EngineConfig, EngineHandle, Event, FinishReason, Request, SamplingParams};
 use parallax_model::{ChatMessage, Checkpoint, StreamDecoder, TokenizerError};
 use serde::Serialize;
@@ -16,9 +16,10 @@ use crate::program;
 /// threads and stages.
 ///
 /// Report (--json): prompt_ids, token_ids (a met end token included), text, logprobs (of the chosen tokens, at
-/// temperature 1), finish_reason (stop or length), ttft_ms, decode_tokens_per_s.
+/// temperature 1), finish_reason (stop or length), ttft_ms, decode_tokens_per_s, load_ms.
 #[derive(Debug, Args)]
 #[command(
+    group(ArgGroup::new("what").required(true).args(["prompt", "prompt_ids"])),
     after_help = "Examples:\n  parallax generate --model tiny --prompt 'What is 1+2?' --chat\n  parallax generate \
                         --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Gravity is' --max-tokens 40 --stages 3\n  \
                         parallax generate --model DIR --prompt-ids 1,2,3 --json      (needs no tokenizer)"
@@ -27,7 +28,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// The prompt as text
-    #[arg(long, required_unless_present = "prompt_ids", conflicts_with = "prompt_ids")]
+    #[arg(long)]
     prompt: Option<String>,
     /// The prompt as token ids
     #[arg(long, value_delimiter = ',')]

@@ -11,8 +11,11 @@ use crate::program;
 
 /// Supported families, and known checkpoints with the memory they need.
 ///
+/// Weights are as `--dtype` keeps them, keys and values of 1024 tokens as f32: `--kv q8` takes about a quarter of that. Any other
+/// checkpoint of a supported family works too.
+///
 /// Report (--json): families [...], models [{name, family, parameters, layers, context, weights_gb {bf16, q8_0, q4_0},
-/// kv_mb_per_1k_tokens}]. Any other checkpoint of a supported family works too.
+/// kv_mb_per_1k_tokens}].
 #[derive(Debug, Args)]
 pub struct ModelsArgs {
     /// Print the report on stdout
@@ -67,9 +70,12 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         );
     }
     table += "Any other checkpoint of these families works too: a directory with config.json and safetensors, or GGUF.";
+    if !args.json {
+        return program::list(&table);
+    }
     program::say(&table);
     let families = Family::ALL.map(Family::name).to_vec();
-    if args.json { program::report(&Report { families, models }) } else { Ok(()) }
+    program::report(&Report { families, models })
 }
 
 fn row(known: &KnownModel) -> Row {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -52,14 +52,22 @@ impl ApiError {
         )
     }
 
-    /// 404: no such model or route.
+    /// 404: no such model or adapter.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found_error", message)
     }
 
+    /// 404: no such route.
+    pub fn no_route(method: &Method, path: &str) -> Self {
+        Self::not_found(format!(
+            "there is no {method} {path} here: OpenAI's routes are under /v1, which its clients take as the end of base_url; \
+             Anthropic's clients add /v1 themselves"
+        ))
+    }
+
     /// 405: the route exists under another method.
-    pub fn method_not_allowed() -> Self {
-        let message = "this route does not take that HTTP method";
+    pub fn method_not_allowed(method: &Method, path: &str) -> Self {
+        let message = format!("{path} does not take {method}: the header `allow` says what it takes");
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 

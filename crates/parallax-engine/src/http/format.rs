@@ -127,7 +127,6 @@ pub(super) fn response_format(
 pub(super) fn output_config(body: &Fields<'_>) -> Result<Option<Format>, ApiError> {
     let mut newer = None;
     if let Some(config) = body.object("output_config")? {
-        config.unsupported("effort", &[json!("high")])?;
         newer = config.object("format")?;
     }
     let (field, format) = match (newer, body.object("output_format")?) {
@@ -245,7 +244,6 @@ mod tests {
         for (body, name) in [
             (json!({"output_format": format, "output_config": {"format": format}}), "output_format"),
             (json!({"output_format": {"type": "json_schema"}}), "output_format.schema"),
-            (json!({"output_config": {"effort": "low"}}), "output_config.effort"),
         ] {
             let error = read(body.clone()).expect_err(&body.to_string()).to_string();
             assert!(error.contains(name), "{body}: {error}");

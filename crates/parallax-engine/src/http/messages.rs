@@ -156,6 +156,9 @@ impl Asked {
             };
             rendering.variables.insert("enable_thinking".to_owned(), json!(thinks != Thinking::Unseen));
         }
+        if let Some(config) = body.object("output_config")? {
+            rendering.take_output_effort(&config)?;
+        }
         let messages = conversation(body)?;
         rendering.continues = messages.len() > 1 && messages.last().is_some_and(|m| m["role"] == "assistant");
         if messages.last().is_some_and(|m| m.get("tool_calls").is_some()) {

@@ -57,11 +57,23 @@ impl Rendering {
     /// # Errors
     /// 400 naming the field.
     pub(super) fn take_effort(&mut self, fields: &Fields<'_>, name: &str) -> Result<(), ApiError> {
-        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh"].map(|word| (word, word));
+        let efforts = ["none", "minimal", "low", "medium", "high", "xhigh", "max"].map(|word| (word, word));
         if let Some(effort) = fields.choice(name, &efforts)? {
             self.variables.insert("reasoning_effort".to_owned(), json!(effort));
             // Qwen's and its kin's templates know only on and off.
             self.variables.entry("enable_thinking").or_insert_with(|| json!(effort != "none"));
+        }
+        Ok(())
+    }
+
+    /// Anthropic's `output_config.effort`: how hard to think; whether to think at all says `thinking`.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub(super) fn take_output_effort(&mut self, config: &Fields<'_>) -> Result<(), ApiError> {
+        let efforts = ["low", "medium", "high", "xhigh", "max"].map(|word| (word, word));
+        if let Some(effort) = config.choice("effort", &efforts)? {
+            self.variables.insert("reasoning_effort".to_owned(), json!(effort));
         }
         Ok(())
     }
@@ -100,5 +112,29 @@ impl Server {
         let in_reasoning = prefill.is_none() && text.trim_end().ends_with("<think>");
         text.push_str(&prefill.unwrap_or_default());
         Ok(Prompt { text, in_reasoning })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn efforts_of_both_apis_reach_the_template() {
+        for (effort, thinks) in [("max", true), ("minimal", true), ("none", false)] {
+            let body = json!({"reasoning_effort": effort});
+            let rendering = Rendering::read(&Fields::of(&body, "").unwrap()).unwrap();
+            let wanted = json!({"reasoning_effort": effort, "enable_thinking": thinks});
+            assert_eq!(Value::Object(rendering.variables), wanted);
+        }
+        let of_output = |effort: &str| {
+            let config = json!({"effort": effort});
+            let mut rendering = Rendering::default();
+            rendering.take_output_effort(&Fields::of(&config, "output_config").unwrap())?;
+            Ok::<_, ApiError>(Value::Object(rendering.variables))
+        };
+        assert_eq!(of_output("low").unwrap(), json!({"reasoning_effort": "low"}));
+        let refused = of_output("none").unwrap_err().to_string();
+        assert!(refused.contains("output_config.effort"), "{refused}");
     }
 }

@@ -223,6 +223,7 @@ impl Server {
     /// 400 for what the engine refuses, 429 when there is no room, 503 when nobody can compute.
     pub(super) fn start(&self, ask: Ask, entry: Entry) -> Result<Job, ApiError> {
         self.check_ready()?;
+        self.check_vocabulary("stop_token_ids", &ask.sampling.params.stop_ids)?;
         let constraint = self.masked(&ask.sampling, self.bounded(&ask, self.constraint(&ask)?)?)?;
         let limits = self.state.engine.limits();
         let Ask { prompts, sampling, placement, adapter, prompt_logprobs, markup, single_call, .. } = ask;
@@ -270,6 +271,17 @@ impl Server {
         Ok(Job { generations, seat: entry.seat })
     }
 
+    /// Refuses token ids that the model does not have.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub(super) fn check_vocabulary(&self, field: &str, ids: &[u32]) -> Result<(), ApiError> {
+        let vocab = self.state.engine.limits().vocab;
+        let Some(unknown) = ids.iter().find(|id| **id as usize >= vocab) else { return Ok(()) };
+        let why = format!("{field} holds {unknown}, which is outside the vocabulary of {vocab}");
+        Err(ApiError::invalid(Some(field), why))
+    }
+
     /// The constraint without the tokens and words that the answer must not have, if there are any.
     fn masked(
         &self,
@@ -279,11 +291,7 @@ impl Server {
         if sampling.allowed.is_none() && sampling.bad_words.is_empty() {
             return Ok(then);
         }
-        let vocab = self.state.engine.limits().vocab;
-        if let Some(id) = sampling.allowed.iter().flatten().find(|id| **id as usize >= vocab) {
-            let why = format!("allowed_token_ids holds {id}, which is outside the vocabulary of {vocab}");
-            return Err(ApiError::invalid(Some("allowed_token_ids"), why));
-        }
+        self.check_vocabulary("allowed_token_ids", sampling.allowed.as_deref().unwrap_or_default())?;
         let mut bad_words = Vec::new();
         for word in &sampling.bad_words {
             let bare = if word.trim_start().is_empty() { word.as_str() } else { word.trim_start() };

@@ -60,11 +60,6 @@ fn text(server: &Server, body: &Fields<'_>) -> Result<Value, ApiError> {
         return Err(body.missing("tokens"));
     }
     let ids = sampling::ids(body, "tokens")?;
-    let vocab = server.state.engine.limits().vocab;
-    if let Some(unknown) = ids.iter().find(|id| **id as usize >= vocab) {
-        return Err(
-            body.fault("tokens", format!("holds {unknown}, which is outside the vocabulary of {vocab}"))
-        );
-    }
+    server.check_vocabulary("tokens", &ids)?;
     Ok(json!({"prompt": server.decode(&ids, true)?}))
 }
