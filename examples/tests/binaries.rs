@@ -151,8 +151,13 @@ fn wrong_input_ends_in_one_sentence_and_a_failure() {
         (PARALLAX, &["run", "--model", "tiny", "--port", taken.as_str()], "--port"),
         (
             PARALLAX,
-            &["run", "--model", "tiny", "--port", "0", "--step-tokens", "16"],
+            &["run", "--model", "tiny", "--port", "0", "--step-tokens", "16", "--running-sequences", "64"],
             "--running-sequences 64 is out of range, expected 1..=16 (--step-tokens)",
+        ),
+        (
+            PARALLAX,
+            &["run", "--model", "tiny", "--port", "0", "--draft", "lookup", "--draft-tokens", "0"],
+            "--draft lookup with --draft-tokens 0",
         ),
         (PARALLAX, &["chat"], "--url"),
         (PARALLAX, &["chat", "--model", "tiny", "--url", "http://127.0.0.1:1"], "--url"),

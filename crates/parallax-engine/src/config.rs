@@ -68,14 +68,17 @@ impl Default for EngineConfig {
 }
 
 impl EngineConfig {
+    /// The most that `step_tokens` can be.
+    pub const MAX_STEP_TOKENS: usize = 65_536;
+
     /// Checks the ranges.
     ///
     /// # Errors
     /// A field outside its range, by name.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let fault = |field, value, expected: String| Err(ConfigError { field, value, expected });
-        if self.step_tokens == 0 || self.step_tokens > 65536 {
-            return fault("step_tokens", self.step_tokens, "1..=65536".into());
+        if self.step_tokens == 0 || self.step_tokens > Self::MAX_STEP_TOKENS {
+            return fault("step_tokens", self.step_tokens, format!("1..={}", Self::MAX_STEP_TOKENS));
         }
         if self.running_sequences == 0 || self.running_sequences > self.step_tokens {
             let expected = format!("1..={} (step_tokens)", self.step_tokens);
