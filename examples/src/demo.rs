@@ -108,7 +108,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     let path = args.out.join("report.json");
     std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("writing {}", path.display()))?;
-    program::say(&format!("{}\nreport: {}", report.for_people(), path.display()));
+    program::tell(&format!("{}\nreport: {}", report.for_people(), path.display()), args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
 }
 

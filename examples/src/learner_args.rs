@@ -63,7 +63,7 @@ impl LearnerArgs {
     pub fn prepare(&self, key: &Path, setting: &str) -> anyhow::Result<Option<Prepared>> {
         let identity = Identity::load_or_create(key)?;
         if self.show_peer {
-            program::say(&format!("{setting} = [\"{}\"]", identity.peer_id()));
+            program::tell(&format!("{setting} = [\"{}\"]", identity.peer_id()), self.json)?;
             if self.json {
                 program::report(&json!({"peer": identity.peer_id()}))?;
             }

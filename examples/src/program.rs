@@ -1,4 +1,5 @@
-//! A program's frame: logging to stderr, one sentence on failure, the report as the last line of stdout.
+//! A program's frame: logging to stderr, one sentence on failure, what was asked for on stdout, in words or as a report on its last
+//! line.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -80,13 +81,13 @@ pub async fn stopping() {
     });
 }
 
-/// A line for people.
+/// A line for people about what goes on.
 #[expect(clippy::print_stderr, reason = "programs talk to people on stderr")]
 pub fn say(line: &str) {
     eprintln!("{line}");
 }
 
-/// What a program was asked to list: stdout, so that it can be searched and paged. Who stops reading has had enough.
+/// What a program was asked for, in words: stdout, so that it can be searched and paged. Who stops reading has had enough.
 ///
 /// # Errors
 /// A stdout that cannot be written.
@@ -96,6 +97,18 @@ pub fn list(text: &str) -> anyhow::Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
+}
+
+/// What a command was asked for, in words: as a [`list`], but on stderr where its report goes to stdout (`json`).
+///
+/// # Errors
+/// A stdout that cannot be written.
+pub fn tell(text: &str, json: bool) -> anyhow::Result<()> {
+    if !json {
+        return list(text);
+    }
+    say(text);
+    Ok(())
 }
 
 /// The report: one JSON object on one line of stdout.

@@ -3,6 +3,7 @@
 //! This file also makes cargo build the binaries for `cargo test`, which the tests with real processes need.
 #![expect(clippy::unwrap_used, reason = "a broken expectation ends the test")]
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Output};
 
 const PARALLAX: &str = env!("CARGO_BIN_EXE_parallax");
@@ -14,7 +15,23 @@ const TINKER_GATEWAY: &str = env!("CARGO_BIN_EXE_tinker-gateway");
 const VERI_AUDIT: &str = env!("CARGO_BIN_EXE_veri-audit");
 
 fn run(binary: &str, args: &[&str]) -> Output {
-    Command::new(binary).args(args).env_remove("RUST_LOG").output().unwrap()
+    Command::new(binary).args(args).env_remove("RUST_LOG").env("NO_PROXY", "127.0.0.1").output().unwrap()
+}
+
+/// Where everybody who asks is told this.
+fn server(body: &'static str) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let request = BufReader::new(&stream).lines().map_while(Result::ok);
+            assert!(request.take_while(|line| !line.is_empty()).count() > 0);
+            let head =
+                format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+            (&stream).write_all([head.as_bytes(), body.as_bytes()].concat().as_slice()).unwrap();
+        }
+    });
+    url
 }
 
 #[test]
@@ -71,15 +88,58 @@ fn devices_are_named_or_missing_with_a_reason() {
 }
 
 #[test]
-fn lists_go_to_stdout_and_beside_a_report_to_stderr() {
-    for (command, listed) in [("models", "Qwen/Qwen3-0.6B"), ("devices", "cpu")] {
+fn what_was_asked_for_goes_to_stdout_and_beside_a_report_to_stderr() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (ids, cluster, blocks, key) = (path("ids.json"), path("cluster.json"), path("blocks"), path("a.key"));
+    std::fs::write(&ids, r#"{"sequences":[[1,2,3]]}"#).unwrap();
+    std::fs::write(&cluster, r#"{"nodes":[{"id":"a","memory_gb":80,"bandwidth_gbps":100}]}"#).unwrap();
+    std::fs::create_dir(&blocks).unwrap();
+    let head = server(r#"{"nodes":[{"peer":"one","layers":[0,2],"state":"ready"}],"why":"serving"}"#);
+    let scenario = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/simulate.toml");
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/golden-rl-losses.json");
+    let cases: &[(&str, &[&str], &str)] = &[
+        (PARALLAX, &["models"], "Qwen/Qwen3-0.6B"),
+        (PARALLAX, &["devices"], "cpu"),
+        (PARALLAX, &["status", "--url", &head], "one layers 0..2"),
+        (PARALLAX, &["plan", "--cluster", &cluster, "--model", "tiny"], "pipeline 0: a "),
+        (PARALLAX, &["score", "--model", "tiny", "--ids", &ids], "sequence 0: 3 tokens"),
+        (LATTICA_NODE, &["store", &blocks, "list"], "pins"),
+        (TRAINING_SWARM, &["simulate", "--plan", "--scenario", scenario], "learner busy"),
+        (TRAINING_SWARM, &["losses", "--cases", golden], " loss "),
+        (TRAINING_SWARM, &["assist", "--show-peer", "--identity", &key], "assistants = ["),
+        (VERI_AUDIT, &["run", "--show-peer", "--identity", &key], "auditors = ["),
+    ];
+    for (binary, args, asked) in cases {
         let text = |bytes| String::from_utf8(bytes).unwrap();
-        let plain = run(PARALLAX, &[command]);
-        assert!(text(plain.stdout).contains(listed) && text(plain.stderr).is_empty(), "{command}");
-        let reported = run(PARALLAX, &[command, "--json"]);
-        assert!(text(reported.stderr).contains(listed), "{command}");
-        assert_eq!(text(reported.stdout).lines().count(), 1, "{command}");
+        let plain = run(binary, args);
+        let (stdout, stderr) = (text(plain.stdout), text(plain.stderr));
+        assert!(plain.status.success() && stdout.contains(asked), "{args:?}: {stdout}{stderr}");
+        assert!(!stderr.contains(asked), "{args:?}: {stderr}");
+        let reported = run(binary, &[*args, &["--json"]].concat());
+        let (stdout, stderr) = (text(reported.stdout), text(reported.stderr));
+        assert!(serde_json::from_str::<serde_json::Value>(&stdout).is_ok(), "{args:?}: {stdout}");
+        assert_eq!(stdout.lines().count(), 1, "{args:?}: {stdout}");
+        // One binary has no words beside a report.
+        assert!(*binary == LATTICA_NODE || stderr.contains(asked), "{args:?}: {stderr}");
     }
+}
+
+#[test]
+fn a_model_without_a_tokenizer_answers_in_token_ids() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/tiny");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(tiny.join(file), dir.path().join(file)).unwrap();
+    }
+    let model = dir.path().to_str().unwrap();
+    let args = ["generate", "--model", model, "--prompt-ids", "1,2,3", "--max-tokens", "4"];
+    let reported = run(PARALLAX, &[&args[..], &["--json"]].concat());
+    let report: serde_json::Value = serde_json::from_slice(&reported.stdout).unwrap();
+    let ids: Vec<String> = report["token_ids"].as_array().unwrap().iter().map(ToString::to_string).collect();
+    let told = String::from_utf8(run(PARALLAX, &args).stdout).unwrap();
+    assert!(!ids.is_empty());
+    assert_eq!(told, format!("{}\n", ids.join(",")));
 }
 
 #[test]

@@ -12,9 +12,9 @@ use swarm_examples::program;
 #[derive(Debug, Parser)]
 #[command(
     version,
-    after_help = "Start here:\n  parallax generate --model tiny --prompt 'What is 1+2?' --chat\n  parallax models\n\nEvery \
-                  command that takes --json prints one JSON object as the last line of stdout, and what it says to people on \
-                  stderr."
+    after_help = "Start here:\n  parallax generate --model tiny --prompt 'What is 1+2?' --chat\n  parallax models\n\nWhat a \
+                  command was asked for goes to stdout, how it gets on to stderr. Every command that takes --json prints one JSON \
+                  object as the last line of stdout, and all words on stderr."
 )]
 struct Cli {
     #[command(subcommand)]

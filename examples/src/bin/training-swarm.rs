@@ -20,8 +20,8 @@ use swarm_examples::training::{
     version,
     args_conflicts_with_subcommands = true,
     after_help = "Start here:\n  training-swarm --config examples/configs/training-swarm.toml\n  training-swarm assist --trainer ADDRESS\n  training-swarm bench --model tiny\n  training-swarm pretrain --config \
-                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm reward --config examples/configs/dpo.toml --out reward-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n  training-swarm pretrain --config examples/configs/pretrain-kuhn.toml --out kuhn\n  training-swarm solo --config examples/configs/kuhn.toml\n  training-swarm exploitability --env kuhn --model kuhn\n  training-swarm staleness --config examples/configs/staleness.toml\n\nEvery command that takes --json prints one JSON object \
-                  as the last line of stdout; all else goes to stderr."
+                  examples/configs/pretrain-tiny.toml --out tiny\n  training-swarm sft --config examples/configs/sft.toml --out sft-out\n  training-swarm dpo --config examples/configs/dpo.toml --out dpo-out\n  training-swarm reward --config examples/configs/dpo.toml --out reward-out\n  training-swarm simulate --scenario examples/configs/simulate.toml --curve 0,1,2,3,6,11\n  training-swarm pretrain --config examples/configs/pretrain-kuhn.toml --out kuhn\n  training-swarm solo --config examples/configs/kuhn.toml\n  training-swarm exploitability --env kuhn --model kuhn\n  training-swarm staleness --config examples/configs/staleness.toml\n\nWhat a command was asked for goes to stdout, how it gets on \
+                  to stderr. Every command that takes --json prints one JSON object as the last line of stdout, and all words on stderr."
 )]
 struct Cli {
     #[command(flatten)]

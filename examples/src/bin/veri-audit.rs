@@ -105,17 +105,14 @@ fn check(args: &CheckArgs) -> anyhow::Result<()> {
             opened.judge(&again.map_err(anyhow::Error::msg)?, &profile)
         }
     };
-    program::say(&format!(
-        "{}: {} (the auditor said {})",
-        verdict.word(),
-        verdict.reason(),
-        evidence.verdict.word()
-    ));
+    let (word, reason) = (verdict.word(), verdict.reason());
+    let line = format!("{word}: {reason} (the auditor said {})", evidence.verdict.word());
+    program::tell(&line, args.json)?;
     if !args.json {
         return Ok(());
     }
     program::report(&json!({
-        "verdict": verdict.word(), "reason": verdict.reason(), "auditor_verdict": evidence.verdict.word(),
+        "verdict": word, "reason": reason, "auditor_verdict": evidence.verdict.word(),
         "worker": evidence.worker(), "profile": profile.name
     }))
 }

@@ -123,17 +123,14 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         prefill: Vec::new(),
         decode: Vec::new(),
     };
-    program::say(&format!(
-        "{}, {} threads, loaded in {:.0} ms",
-        report.machine, report.threads, report.load_ms
-    ));
+    let line = format!("{}, {} threads, loaded in {:.0} ms", report.machine, report.threads, report.load_ms);
+    program::tell(&line, args.json)?;
     prefill(runner, 32)?; // warm-up
     for &prompt_tokens in &args.prompt_tokens {
         let runs = repeat(args.repeats, || prefill(runner, prompt_tokens))?;
         let [min, median, max] = spread(runs);
-        program::say(&format!(
-            "prefill {prompt_tokens:5} tokens: {median:8.1} tokens/s ({min:.1} to {max:.1})"
-        ));
+        let line = format!("prefill {prompt_tokens:5} tokens: {median:8.1} tokens/s ({min:.1} to {max:.1})");
+        program::tell(&line, args.json)?;
         report.prefill.push(Prefill { prompt_tokens, tokens_per_s: median, min, max });
     }
     for &batch in &args.batch {
@@ -141,10 +138,11 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         let [aggregate_min, aggregate, aggregate_max] = spread(runs.iter().map(|r| r.aggregate).collect());
         let [_, step_ms, _] = spread(runs.iter().map(|r| r.step_ms).collect());
         let [_, engine_overhead_ms, _] = spread(runs.iter().map(|r| r.overhead_ms).collect());
-        program::say(&format!(
+        let line = format!(
             "decode batch {batch:4}: {aggregate:8.1} tokens/s ({aggregate_min:.1} to {aggregate_max:.1}), step {step_ms:.2} ms, \
              of it {engine_overhead_ms:.3} ms outside the forward pass"
-        ));
+        );
+        program::tell(&line, args.json)?;
         report.decode.push(Decode {
             batch,
             context: args.context,
@@ -157,7 +155,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         });
     }
     report.rss_mb = machine::resident_mb();
-    program::say(&format!("resident memory {:.0} MB", report.rss_mb));
+    program::tell(&format!("resident memory {:.0} MB", report.rss_mb), args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
 }
 

@@ -148,10 +148,11 @@ pub fn run(args: BenchSwarmArgs) -> anyhow::Result<()> {
         machine: machine::describe(),
         commit: machine::commit(),
     };
-    program::say(&format!(
+    let line = format!(
         "{tpot_ms:.2} ms a token over {} processes, {single_process_tpot_ms:.2} in one ({:.2}x); {} streams: {aggregate_tokens_per_s:.0} tokens/s; identical: {}",
         args.nodes, report.tpot_ratio, args.streams, report.outputs_identical
-    ));
+    );
+    program::tell(&line, args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
 }
 

@@ -47,9 +47,6 @@ pub fn run(args: DevicesArgs) -> anyhow::Result<()> {
         format!("{:<6} {what}", row.device)
     };
     let lines = devices.iter().map(line).collect::<Vec<_>>().join("\n");
-    if !args.json {
-        return program::list(&lines);
-    }
-    program::say(&lines);
-    program::report(&Report { devices })
+    program::tell(&lines, args.json)?;
+    if args.json { program::report(&Report { devices }) } else { Ok(()) }
 }

@@ -30,7 +30,7 @@ pub struct GenerateArgs {
     /// The prompt as text
     #[arg(long)]
     prompt: Option<String>,
-    /// The prompt as token ids
+    /// The prompt as token ids. Where the model has no tokenizer, the answer is token ids, too
     #[arg(long, value_delimiter = ',')]
     prompt_ids: Option<Vec<u32>>,
     /// Treat the prompt as a user's chat message: apply the model's chat template
@@ -104,10 +104,15 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
+    let has_text = decoder.is_some();
     let loaded = args.model.load(checkpoint, cache_tokens)?;
     let engine = EngineHandle::start(Box::new(loaded.pipeline), EngineConfig::default())?;
     let mut report = stream(&engine, request, decoder, args.json)?;
     report.load_ms = loaded.load_ms;
+    if !has_text && !args.json {
+        let ids: Vec<String> = report.token_ids.iter().map(u32::to_string).collect();
+        program::list(&ids.join(","))?;
+    }
     program::say(&format!(
         "\n{} tokens, {}: first after {:.1} ms, then {:.1} tokens/s",
         report.token_ids.len(),

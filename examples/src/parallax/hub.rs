@@ -43,7 +43,7 @@ struct Report {
 /// A hub that does not have the model or cannot be reached, a disk that is full.
 pub fn run(args: FetchArgs) -> anyhow::Result<()> {
     let (path, bytes) = fetch(&args.model)?;
-    program::say(&format!("{} is at {path}", args.model));
+    program::tell(&format!("{} is at {path}", args.model), args.json)?;
     if args.json {
         program::report(&Report { path, bytes })?;
     }

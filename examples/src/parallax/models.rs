@@ -70,12 +70,9 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         );
     }
     table += "Any other checkpoint of these families works too: a directory with config.json and safetensors, or GGUF.";
-    if !args.json {
-        return program::list(&table);
-    }
-    program::say(&table);
+    program::tell(&table, args.json)?;
     let families = Family::ALL.map(Family::name).to_vec();
-    program::report(&Report { families, models })
+    if args.json { program::report(&Report { families, models }) } else { Ok(()) }
 }
 
 fn row(known: &KnownModel) -> Row {

@@ -122,18 +122,16 @@ pub fn run(args: PlanArgs) -> anyhow::Result<()> {
     for (i, pipeline) in plan.pipelines.iter().enumerate().take(SHOWN_PIPELINES) {
         let stages: Vec<String> =
             pipeline.stages.iter().map(|s| format!("{} {}", s.node, s.layers)).collect();
-        program::say(&format!(
-            "pipeline {i}: {} ({:.2} ms a token)",
-            stages.join(" -> "),
-            pipeline.latency_ms
-        ));
+        let line = format!("pipeline {i}: {} ({:.2} ms a token)", stages.join(" -> "), pipeline.latency_ms);
+        program::tell(&line, args.json)?;
     }
-    program::say(&format!(
+    let line = format!(
         "{:.1} tokens/s of at most {:.1}; {} nodes stand by; planned in {plan_ms:.1} ms",
         plan.throughput_tokens_per_s,
         plan.upper_bound_tokens_per_s,
         plan.standby.len()
-    ));
+    );
+    program::tell(&line, args.json)?;
     if !args.json {
         return Ok(());
     }

@@ -60,7 +60,8 @@ pub fn run(args: ScoreArgs) -> anyhow::Result<()> {
         let scored = parallax_engine::score(&mut loaded.pipeline, ids)
             .with_context(|| format!("{path}: sequence {i}"))?;
         let sum: f64 = scored.logprobs.iter().map(|l| f64::from(*l)).sum();
-        program::say(&format!("sequence {i}: {} tokens, log-probability {sum:.4}", ids.len()));
+        let line = format!("sequence {i}: {} tokens, log-probability {sum:.4}", ids.len());
+        program::tell(&line, args.json)?;
         report.last_logits_argmax.extend(scored.argmax.last());
         report.logprobs.push(scored.logprobs);
         report.argmax.push(scored.argmax);

@@ -35,16 +35,17 @@ pub fn run(args: StatusArgs) -> anyhow::Result<()> {
             Value::Array(range) => format!("layers {}..{}", range[0], range[1]),
             _ => "no layers".to_owned(),
         };
-        program::say(&format!(
+        let line = format!(
             "{} {layers:14} {} {:.2} ms rtt, {:.3} ms a layer {}",
             node["peer"].as_str().unwrap_or_default(),
             node["state"].as_str().unwrap_or_default(),
             node["rtt_ms"].as_f64().unwrap_or_default(),
             node["decode_ms_per_layer"].as_f64().unwrap_or_default(),
             node["detail"].as_str().unwrap_or_default(),
-        ));
+        );
+        program::tell(&line, args.json)?;
     }
-    program::say(status["why"].as_str().unwrap_or_default());
+    program::tell(status["why"].as_str().unwrap_or_default(), args.json)?;
     if args.json { program::report(&status) } else { Ok(()) }
 }
 

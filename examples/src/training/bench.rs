@@ -93,7 +93,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     times_ms.sort_by(f64::total_cmp);
     let median = times_ms[times_ms.len() / 2];
     let tokens_per_s = (args.batch * args.seq) as f64 / median * 1e3;
-    program::say(&format!("{tokens_per_s:.0} tokens/s, {median:.1} ms forward and backward"));
+    let line = format!("{tokens_per_s:.0} tokens/s, {median:.1} ms forward and backward");
+    program::tell(&line, args.json)?;
     if !args.json {
         return Ok(());
     }

@@ -92,7 +92,7 @@ fn run(
     for fault in &report.broken {
         program::say(&format!("left out: line {}: {}", fault.line, fault.reason));
     }
-    program::say(&format!(
+    let line = format!(
         "{} examples ({} lines left out), {} steps, loss {:.4} -> {:.4}, {:.0} s: {}",
         report.examples,
         report.broken_lines,
@@ -101,6 +101,7 @@ fn run(
         report.loss_after,
         report.seconds,
         args.out.display()
-    ));
+    );
+    program::tell(&line, args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
 }

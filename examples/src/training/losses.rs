@@ -34,7 +34,7 @@ pub fn run(args: &LossesArgs) -> anyhow::Result<()> {
         std::fs::read_to_string(&args.cases).with_context(|| format!("reading {}", args.cases.display()))?;
     let cases = CaseFile::parse(&text)?.run(&training_device())?;
     for case in &cases {
-        program::say(&format!("{:18} loss {:+.9}", case.name, case.loss));
+        program::tell(&format!("{:18} loss {:+.9}", case.name, case.loss), args.json)?;
     }
     if args.json { program::report(&json!({ "cases": cases })) } else { Ok(()) }
 }

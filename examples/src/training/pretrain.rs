@@ -18,7 +18,7 @@ pub fn run(args: &MakeArgs) -> anyhow::Result<()> {
             p.step, p.loss, p.held_out_reward, p.seconds
         ));
     })?;
-    program::say(&format!(
+    let line = format!(
         "{} parameters, loss {:.3} -> {:.3}, held-out reward {:.3}, {:.0} s: {}",
         report.parameters,
         report.loss_before,
@@ -26,6 +26,7 @@ pub fn run(args: &MakeArgs) -> anyhow::Result<()> {
         report.held_out_reward,
         report.seconds,
         args.out.display()
-    ));
+    );
+    program::tell(&line, args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
 }

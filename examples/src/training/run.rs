@@ -167,7 +167,7 @@ async fn serve(settings: Settings, config: NodeConfig, json: bool) -> anyhow::Re
     .await?;
     report.seconds = started.elapsed().as_secs_f64();
     report.write(&dir)?;
-    program::say(&report.for_people());
+    program::tell(&report.for_people(), json)?;
     if json { program::report(&report) } else { Ok(()) }
 }
 

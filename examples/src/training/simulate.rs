@@ -53,21 +53,22 @@ pub fn run(args: &SimulateArgs) -> anyhow::Result<()> {
     scenario.staleness_budget = args.staleness.unwrap_or(scenario.staleness_budget);
     if args.plan {
         let plan = scenario.plan()?;
-        say_plan(&scenario, &plan);
+        tell_plan(&scenario, &plan, args.json)?;
         return if args.json { program::report(&plan) } else { Ok(()) };
     }
     let outcome = scenario.run()?;
-    say_plan(&scenario, &outcome.plan);
-    say(&outcome);
+    tell_plan(&scenario, &outcome.plan, args.json)?;
+    tell(&outcome, args.json)?;
     let mut curve = Vec::new();
     for staleness_budget in &args.curve {
-        curve.push(Scenario { staleness_budget: *staleness_budget, ..scenario.clone() }.run()?);
-        curve.last().into_iter().for_each(say);
+        let point = Scenario { staleness_budget: *staleness_budget, ..scenario.clone() }.run()?;
+        tell(&point, args.json)?;
+        curve.push(point);
     }
     if args.json { program::report(&Report { outcome, curve }) } else { Ok(()) }
 }
 
-fn say_plan(scenario: &Scenario, plan: &Plan) {
+fn tell_plan(scenario: &Scenario, plan: &Plan, json: bool) -> anyhow::Result<()> {
     let fleet: Vec<String> = scenario
         .workers
         .iter()
@@ -76,28 +77,31 @@ fn say_plan(scenario: &Scenario, plan: &Plan) {
         .map(|(k, n)| format!("{n} {}", k.name))
         .collect();
     let f = &plan.forecast;
-    program::say(&format!(
+    let line = format!(
         "{}: steps of {:.1} s, learner busy {:.0} %, {:.4} a step",
         if fleet.is_empty() { "no workers".to_owned() } else { fleet.join(" + ") },
         f.step_s,
         100.0 * f.utilisation,
         f.cost_per_step
-    ));
+    );
+    program::tell(&line, json)?;
     if f.min_staleness > scenario.staleness_budget {
-        program::say(&format!(
+        let line = format!(
             "the learner would wait: a staleness budget of {} is needed for it not to, and {} is allowed",
             f.min_staleness, scenario.staleness_budget
-        ));
+        );
+        program::tell(&line, json)?;
     }
     let more: Vec<String> = plan.more.iter().map(|m| format!("{} more of {}", m.count, m.kind)).collect();
     if !more.is_empty() {
-        program::say(&format!("too slow for the learner; enough would be {}", more.join(", or ")));
+        program::tell(&format!("too slow for the learner; enough would be {}", more.join(", or ")), json)?;
     }
+    Ok(())
 }
 
-fn say(o: &Outcome) {
+fn tell(o: &Outcome, json: bool) -> anyhow::Result<()> {
     let saving = o.saving.map(|s| format!(", {:.0} % saved", 100.0 * s)).unwrap_or_default();
-    program::say(&format!(
+    let line = format!(
         "staleness budget {:2}: steps of {:.1} s (forecast {:.1}), learner busy {:.1} %, {:.4} a step{saving}, age {:.2} on average, {} at most",
         o.staleness_budget,
         o.step_s,
@@ -106,16 +110,19 @@ fn say(o: &Outcome) {
         o.cost_per_step,
         o.mean_staleness,
         o.max_staleness
-    ));
+    );
+    program::tell(&line, json)?;
     for change in &o.fleet_changes {
         let fleet: Vec<String> =
             change.workers.iter().map(|KindCount { kind, count }| format!("{count} {kind}")).collect();
-        program::say(&format!(
+        let line = format!(
             "  after step {} ({:.0} s): {} at {:.2} an hour",
             change.after_steps,
             change.at_s,
             fleet.join(" + "),
             change.price_per_hour
-        ));
+        );
+        program::tell(&line, json)?;
     }
+    Ok(())
 }

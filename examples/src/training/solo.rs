@@ -125,7 +125,7 @@ pub fn run(args: &SoloArgs) -> anyhow::Result<()> {
     run.trainer.steps = args.steps.unwrap_or(run.trainer.steps);
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
     let report = tokio::runtime::Runtime::new()?.block_on(train(&settings, &args.out, args.json))?;
-    program::say(&report.for_people());
+    program::tell(&report.for_people(), args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
 }
 

@@ -120,10 +120,11 @@ pub fn run(args: &StalenessArgs) -> anyhow::Result<()> {
     for named in &settings.losses {
         for staleness in &args.staleness {
             let run = runtime.block_on(report.learn(&settings, named, *staleness))?;
-            program::say(&format!(
+            let line = format!(
                 "staleness {staleness:2}, {}: reward {:.3} at the end, held out {:.3} -> {:.3}, {:.0} s",
                 named.name, run.reward_last, run.eval_before, run.eval_after, run.seconds
-            ));
+            );
+            program::tell(&line, args.json)?;
         }
     }
     report.plot(args)?;
@@ -198,7 +199,7 @@ impl Report {
             plots.push(line_plot(&path, &title, "policy version", "mean reward of rollouts", &lines)?);
         }
         for plot in &plots {
-            program::say(&format!("plot: {}", plot.display()));
+            program::tell(&format!("plot: {}", plot.display()), args.json)?;
         }
         self.plots = plots;
         Ok(())

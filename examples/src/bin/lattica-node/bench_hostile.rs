@@ -65,7 +65,7 @@ pub(crate) async fn run(args: &BenchHostileArgs) -> anyhow::Result<()> {
             quiet_p99_us = Some(load(args).measure(&friend, &scene.attacked.peer).await?.p99_us);
         }
         let found = scene.measure(&friend, attack, args).await?;
-        program::say(&found.to_string());
+        program::tell(&found.to_string(), args.json)?;
         measured.push(found);
         scene.stop(&friend).await?;
     }

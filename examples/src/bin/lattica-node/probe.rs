@@ -104,7 +104,7 @@ async fn answer(node: &Node, args: &ProbeArgs) -> anyhow::Result<()> {
     if args.json {
         program::report(&json!({"peer": node.peer_id(), "addresses": addresses}))?;
     } else {
-        program::say(&format!("call this node with --to {}", node.peer_id()));
+        program::list(&format!("call this node with --to {}", node.peer_id()))?;
     }
     let (mut input, mut nowhere) = (tokio::io::stdin(), tokio::io::sink());
     let mut asked_to_stop = std::pin::pin!(tokio::io::copy(&mut input, &mut nowhere));
@@ -169,7 +169,7 @@ async fn call(node: &Node, args: &ProbeArgs, peer: &PeerId) -> anyhow::Result<()
         return program::report(&report);
     }
     for (name, value) in report.as_object().into_iter().flatten() {
-        program::say(&format!("{name:>16}  {value}"));
+        program::list(&format!("{name:>16}  {value}"))?;
     }
     Ok(())
 }

@@ -224,7 +224,7 @@ fn tell(report: &Value, json: bool) -> anyhow::Result<()> {
         return program::report(report);
     }
     for (name, value) in report.as_object().into_iter().flatten() {
-        program::say(&format!("{name:>9}  {value}"));
+        program::list(&format!("{name:>9}  {value}"))?;
     }
     Ok(())
 }

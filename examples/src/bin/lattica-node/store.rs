@@ -74,9 +74,9 @@ pub(crate) fn run(args: &StoreArgs) -> anyhow::Result<()> {
     }
     for (name, value) in report.as_object().into_iter().flatten() {
         match value {
-            Value::Array(lines) if lines.is_empty() => program::say(&format!("{name}: none")),
-            Value::Array(lines) => lines.iter().for_each(|line| program::say(&line.to_string())),
-            value => program::say(&format!("{name}: {value}")),
+            Value::Array(lines) if lines.is_empty() => program::list(&format!("{name}: none"))?,
+            Value::Array(lines) => lines.iter().try_for_each(|line| program::list(&line.to_string()))?,
+            value => program::list(&format!("{name}: {value}"))?,
         }
     }
     Ok(())
