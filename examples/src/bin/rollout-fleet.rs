@@ -13,6 +13,29 @@ use swarm_examples::parallax::model::DTYPES;
 use swarm_examples::program;
 use swarm_examples::rollouts::{WorkerOptions, start_worker};
 
+/// The flags that a file takes the place of: all but --json.
+const IN_A_FILE: [&str; 19] = [
+    "trainer",
+    "patience_s",
+    "model",
+    "env",
+    "env_program",
+    "workers",
+    "network",
+    "bootstrap",
+    "listen",
+    "external",
+    "via",
+    "swarm_key",
+    "mdns",
+    "keys",
+    "base_dtype",
+    "dtype",
+    "leases",
+    "cache_tokens",
+    "in_flight",
+];
+
 /// Runs rollout workers against a trainer until it is done with them.
 ///
 /// With --json: one line per change, `{"workers":[STATS,…]}`, where STATS is `{"peer":…,"version":…,"sampled":…,
@@ -24,8 +47,8 @@ use swarm_examples::rollouts::{WorkerOptions, start_worker};
 )]
 #[serde(default, deny_unknown_fields)]
 struct Args {
-    /// A TOML file with these options (dashes become underscores) instead of flags
-    #[arg(long)]
+    /// A TOML file with these options (dashes become underscores) instead of flags, of which only --json may be beside it
+    #[arg(long, conflicts_with_all = IN_A_FILE)]
     #[serde(skip)]
     config: Option<PathBuf>,
     /// Address of the trainer, with its /p2p/ part
@@ -38,7 +61,7 @@ struct Args {
     #[arg(long, default_value = "tiny")]
     model: String,
     /// The trainer's environment, or the http address at which it is asked
-    #[arg(long, default_value = "arithmetic")]
+    #[arg(long, default_value = "arithmetic", conflicts_with = "env_program")]
     env: String,
     /// A program that is the environment instead, and its arguments (`--env-program python3 examples/environments/guess.py`);
     /// the trainer has the same one
@@ -129,13 +152,20 @@ const DRAIN: std::time::Duration = std::time::Duration::from_secs(30);
 
 fn main() -> ExitCode {
     program::run(|| {
-        let mut args = Args::parse();
-        if let Some(path) = &args.config {
-            args = program::settings(path)?;
-        }
+        let args = options(Args::parse())?;
         let settled = settle(&args).map_err(|faults| anyhow::anyhow!(faults.join("\n")))?;
         tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(fleet(&args, &settled))
     })
+}
+
+/// The flags, or what the file says that they name.
+///
+/// # Errors
+/// A file that cannot be read, or says what is no option.
+fn options(flags: Args) -> anyhow::Result<Args> {
+    let Some(path) = &flags.config else { return Ok(flags) };
+    let file: Args = program::settings(path)?;
+    Ok(Args { json: flags.json || file.json, ..file })
 }
 
 /// What the words in the options mean.
@@ -313,6 +343,37 @@ mod tests {
         assert_eq!(file.place.bootstrap, ["B", "C"]);
         let unknown = toml::from_str::<Args>("swarmkey = \"k\"").unwrap_err().to_string();
         assert!(unknown.contains("swarmkey"), "{unknown}");
+    }
+
+    #[test]
+    fn beside_a_file_only_json_counts_and_other_flags_are_refused() {
+        let command = Args::command();
+        let named = |id: &str| command.get_arguments().find(|argument| argument.get_id() == id).unwrap();
+        let refused: Vec<&str> = command
+            .get_arg_conflicts_with(named("config"))
+            .iter()
+            .map(|argument| argument.get_id().as_str())
+            .collect();
+        for argument in command.get_arguments().map(|argument| argument.get_id().as_str()) {
+            let taken = ["config", "json", "help"].contains(&argument);
+            assert!(taken != refused.contains(&argument), "{argument}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fleet.toml");
+        std::fs::write(&path, "trainer = \"T\"\nworkers = 2\n").unwrap();
+        let flags = |more: &[&str]| {
+            let config = ["rollout-fleet", "--config", path.to_str().unwrap()];
+            Args::try_parse_from([&config[..], more].concat())
+        };
+        let cases: [(&[&str], bool); 2] = [(&[], false), (&["--json"], true)];
+        for (more, json) in cases {
+            let args = options(flags(more).unwrap()).unwrap();
+            assert_eq!((&*args.trainer, args.workers, args.json), ("T", 2, json));
+        }
+        let error = flags(&["--workers", "3"]).unwrap_err().to_string();
+        assert!(error.contains("--config") && error.contains("--workers"), "{error}");
+        let both = ["rollout-fleet", "--env", "sort", "--env-program", "python3"];
+        assert!(Args::try_parse_from(both).is_err());
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct ChatArgs {
     #[arg(long, env = "PARALLAX_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
     /// Weights in memory, with --model
-    #[arg(long, default_value = "native", value_name = DTYPES)]
+    #[arg(long, default_value = "native", value_name = DTYPES, conflicts_with = "url")]
     dtype: WeightDtype,
     /// 0 is greedy
     #[arg(long, default_value_t = 0.0)]

@@ -58,7 +58,7 @@ pub struct ServeArgs {
     #[command(flatten)]
     engine: EngineArgs,
     /// Leave all layers to the machines that join
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["layers", "memory_gb"])]
     no_layers: bool,
     /// Cached positions of all requests together, on every stage [default: the model's context, at most 8192]
     #[arg(long)]

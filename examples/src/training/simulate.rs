@@ -26,7 +26,7 @@ pub struct SimulateArgs {
     #[arg(long)]
     staleness: Option<u64>,
     /// The same for each of these budgets
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', conflicts_with = "plan")]
     curve: Vec<u64>,
     /// Choose and forecast only; play nothing
     #[arg(long)]

@@ -117,16 +117,26 @@ struct Report {
 /// # Errors
 /// Settings out of range, an unknown environment, a model that cannot be trained, a full disk.
 pub fn run(args: &SoloArgs) -> anyhow::Result<()> {
-    let mut settings: Settings = program::settings(&args.config)?;
-    settings.model = args.model.clone().unwrap_or(settings.model);
-    let run = &mut settings.run;
-    run.environment = args.env.clone().unwrap_or_else(|| run.environment.clone());
-    run.seed = args.seed.unwrap_or(run.seed);
-    run.trainer.steps = args.steps.unwrap_or(run.trainer.steps);
+    let settings = settings(args)?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
     let report = tokio::runtime::Runtime::new()?.block_on(train(&settings, &args.out, args.json))?;
     program::tell(&report.for_people(), args.json)?;
     if args.json { program::report(&report) } else { Ok(()) }
+}
+
+/// The file, with what the flags say instead.
+fn settings(args: &SoloArgs) -> anyhow::Result<Settings> {
+    let mut settings: Settings = program::settings(&args.config)?;
+    settings.model = args.model.clone().unwrap_or(settings.model);
+    let run = &mut settings.run;
+    if let Some(environment) = &args.env {
+        run.environment.clone_from(environment);
+        // It would come before the one by name.
+        run.environment_program.clear();
+    }
+    run.seed = args.seed.unwrap_or(run.seed);
+    run.trainer.steps = args.steps.unwrap_or(run.trainer.steps);
+    Ok(settings)
 }
 
 /// A loaded model with everything that plays and learns.
@@ -341,5 +351,28 @@ impl Report {
         lines.push(format!("adapter: {}", self.adapter.display()));
         lines.extend(self.plots.iter().map(|p| format!("plot: {}", p.display())));
         lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::FromArgMatches as _;
+
+    use super::*;
+
+    #[test]
+    fn an_environment_that_is_named_takes_the_place_of_a_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, "[run]\nenvironment_program = [\"python3\", \"game.py\"]\nseed = 5\n").unwrap();
+        let run = |more: &[&str]| {
+            let command = SoloArgs::augment_args(clap::Command::new("solo").no_binary_name(true));
+            let config = ["--config", path.to_str().unwrap()];
+            let matches = command.get_matches_from([&config[..], more].concat());
+            settings(&SoloArgs::from_arg_matches(&matches).unwrap()).unwrap().run
+        };
+        let (file, named) = (run(&[]), run(&["--env", "kuhn", "--seed", "6"]));
+        assert_eq!((file.environment_program.len(), file.seed), (2, 5));
+        assert_eq!((&*named.environment, named.environment_program.len(), named.seed), ("kuhn", 0, 6));
     }
 }

@@ -49,10 +49,10 @@ pub(crate) struct ProbeArgs {
     #[arg(long, default_value = "default")]
     network: String,
     /// How long to wait for a direct connection, in seconds.
-    #[arg(long, default_value_t = 10.0)]
+    #[arg(long, default_value_t = 10.0, requires = "to")]
     patience_s: f64,
     /// Then send a stream of this many MiB to the peer and tell how fast it arrived.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, requires = "to")]
     stream_mib: u64,
     /// Then go on calling, half a second at most for each answer, until standard input ends. Prints {"calling":true} before,
     /// and {"gap_ms":…} when a call is answered after more than half a second without an answer.
