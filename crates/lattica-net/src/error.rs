@@ -390,7 +390,7 @@ pub enum DhtError {
     #[error("the record cannot be published: {0}")]
     Unfit(#[from] crate::dht::Refusal),
     /// A key that is kept for signed records.
-    #[error("only signed records stand under a key that begins like this one: use publish_record, or another key")]
+    #[error("only signed records stand under such a key: use publish_record, or another key")]
     ReservedKey,
     /// As much runs or waits as this node keeps at once.
     #[error("{running} DHT queries or announcements run or wait already; try again when some have ended")]
