@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use lattica_net::{Limits, NodeConfig, StreamError, TensorReceiver, TensorSender};
 use swarm_wire::{DType, TensorHeader};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-use super::{PATIENCE, Transport, config, connect, eventually, pair, start, stranger};
+use super::{PATIENCE, Transport, config, connect, pair, start, stranger};
 
 async fn twenty_megabytes_go_there_and_back(transport: Transport) {
     let (a, b) = pair(transport).await;
@@ -95,7 +97,7 @@ over_quic_and_tcp!(a_peer_that_leaves_ends_its_streams);
 
 #[tokio::test]
 async fn streams_beyond_the_limit_wait_and_beyond_that_are_reset() {
-    let limits = Limits { streams_per_connection: 2, waiting_streams_per_connection: 3, ..Limits::default() };
+    let limits = Limits { streams_per_connection: 2, waiting_streams_per_connection: 8, ..Limits::default() };
     let server = start(NodeConfig { limits, ..config(Transport::Quic) }).await;
     let client = start(config(Transport::Quic)).await;
     connect(&client, &server).await;
@@ -107,20 +109,30 @@ async fn streams_beyond_the_limit_wait_and_beyond_that_are_reset() {
         })
         .unwrap();
     let peer = server.peer_id();
-    // The link probes of the client hold one place; two streams run and the others wait.
-    eventually("the link is measured", || client.link(&peer).is_some()).await;
-    let mut streams = Vec::new();
-    for _ in 0..6 {
-        streams.push(client.open_stream(&peer, "/test/greet/1.0.0").await.unwrap());
+    // The client's own streams, such as link probes, take places too, and streams may arrive in another order.
+    let mut reads = FuturesUnordered::new();
+    for _ in 0..14 {
+        let mut stream = client.open_stream(&peer, "/test/greet/1.0.0").await.unwrap();
+        reads.push(async move { stream.read_u8().await.map(|greeting| (stream, greeting)) });
     }
-    let mut last = streams.pop().unwrap();
-    assert!(last.read_u8().await.is_err(), "the sixth stream was reset, not forgotten");
-    let mut waiting = streams.split_off(2);
-    for stream in &mut streams {
-        assert_eq!(stream.read_u8().await.unwrap(), b'!');
-    }
-    drop(streams);
-    for stream in &mut waiting[..2] {
-        assert_eq!(tokio::time::timeout(PATIENCE, stream.read_u8()).await.unwrap().unwrap(), b'!');
-    }
+    let (mut running, mut greeted, mut reset) = (Vec::new(), 0, 0);
+    let seen = async {
+        while let Some(read) = reads.next().await {
+            match read {
+                Ok((stream, greeting)) => {
+                    assert_eq!(greeting, b'!');
+                    greeted += 1;
+                    running.push(stream);
+                    assert!(running.len() <= 2 || reset >= 4, "a third ran beside the two");
+                }
+                Err(_) => reset += 1,
+            }
+            // Nobody ends a stream before all that are too many were reset; those that waited run then.
+            if reset >= 4 {
+                running.clear();
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, seen).await.expect("every stream is greeted or reset, none forgotten");
+    assert!((4..=10).contains(&greeted), "{greeted} were greeted, {reset} reset");
 }
