@@ -857,12 +857,14 @@ def schemas():
     for name, holds in {"date": is_date, "time": is_time, "date-time": is_moment}.items():
         formats.checks(name, ValueError)(holds)
     # Fractions have any number of digits, and small models like those: what can follow them is made likelier.
-    ending = {str(i): 4 for end in " ,}]\"Z" for i in tiny.ids(end)}
+    ending = {str(i): 7 for end in " ,}]\"Z" for i in tiny.ids(end)[:1]}
+    # Where the vocabulary has it whole, it ends what a schema that contains itself leaves open.
+    ending |= {str(ids[0]): 10 for ids in map(tiny.ids, ["null", " null"]) if len(ids) == 1}
     seats, faults, texts = asyncio.Semaphore(8), [], set()
 
     async def one(seed):
         form = drawn_schema(seed)
-        asked = dict(model="tiny", messages=USER, temperature=1, seed=seed, max_tokens=480, logit_bias=ending,
+        asked = dict(model="tiny", messages=USER, temperature=1, seed=seed, max_tokens=640, logit_bias=ending,
                      response_format={"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": form}})
         try:
             async with seats:
@@ -884,7 +886,7 @@ def schemas():
 
     runner.run(all_seeds())
     check(not faults, len(faults), faults[:3])
-    check(len(texts) > 0.8 * options.schemas, len(texts))
+    check(len(texts) > 0.7 * options.schemas, len(texts))
 
 
 AREAS = [models, chat_sampling, completions_sampling, completions, conversations, thoughts, tools, responses, helpers, together,

@@ -35,6 +35,20 @@ fn server(body: &'static str) -> String {
 }
 
 #[test]
+fn the_embedded_engine_answers_a_question() {
+    let embedded = env!("CARGO_BIN_EXE_embed-engine");
+    let output = run(embedded, &[]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    // One greedy answer and two sampled ones.
+    assert!(output.status.success() && said.starts_with("42\n") && said.lines().count() == 3, "{said}");
+    let other = run(embedded, &["tiny", "What is 1+1?"]);
+    assert!(other.status.success() && !other.stdout.starts_with(b"42\n"), "{other:?}");
+    let output = run(embedded, &["no-such-model.gguf"]);
+    let why = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && why.contains("no-such-model.gguf"), "{why}");
+}
+
+#[test]
 fn every_binary_and_command_explains_itself() {
     let commands: &[(&str, &[&str])] = &[
         (

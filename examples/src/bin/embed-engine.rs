@@ -1,20 +1,21 @@
-//! The engine inside another application: `embed-engine [MODEL]` streams one answer, blocking, then samples two, async.
+//! The engine inside another application: `embed-engine [MODEL [QUESTION]]` streams an answer, blocking, then samples two, async.
 #![expect(clippy::print_stdout, reason = "what it says is what it is for")]
 
-use parallax_engine::{EngineConfig, EngineHandle, Event, Request, SamplingParams, local::LocalStage};
-use parallax_model::{Checkpoint, LoadOptions};
+use anyhow::Context as _;
+use parallax_engine::{EngineConfig, EngineHandle, Event, Request, local::LocalStage};
+use parallax_model::{ChatMessage, Checkpoint, LoadOptions};
 
 fn main() -> anyhow::Result<()> {
-    let model = std::env::args().nth(1).unwrap_or_else(|| "tiny".to_owned());
-    let checkpoint = Checkpoint::resolve(&model)?;
+    let mut args = std::env::args().skip(1);
+    let checkpoint = Checkpoint::resolve(args.next().as_deref().unwrap_or("tiny"))?;
+    let question = args.next().unwrap_or_else(|| "What is 12+30?".to_owned());
+    let template = checkpoint.chat_template()?.context("the model has no chat template")?;
     let tokenizer = checkpoint.tokenizer()?;
+    let prompt = tokenizer.encode(&template.render(&[ChatMessage::new("user", question)], true)?, false)?;
     let stage = LocalStage::load(&checkpoint, &LoadOptions::whole(&checkpoint))?;
     let engine = EngineHandle::start(Box::new(stage), EngineConfig::default())?;
-    let stop_ids = checkpoint.config().eos.clone();
-    let sampling = SamplingParams { max_tokens: 32, stop_ids, ..SamplingParams::default() };
-    let prompt = tokenizer.encode("What is 12+7?", true)?;
-    let mut request = Request { prompt, sampling, ..Request::default() };
-
+    let mut request = Request { prompt, ..Request::default() };
+    (request.sampling.max_tokens, request.sampling.stop_ids) = (64, checkpoint.config().eos.clone());
     let (mut stream, mut text) = (engine.submit(request.clone())?, tokenizer.stream());
     while let Some(event) = stream.next_blocking() {
         if let Event::Token(token) = event {
@@ -22,7 +23,6 @@ fn main() -> anyhow::Result<()> {
         }
     }
     println!("{}", text.finish()?);
-
     request.sampling.temperature = 1.0;
     tokio::runtime::Runtime::new()?.block_on(async {
         for mut stream in engine.submit_n(request, 2)? {
