@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::{ArgGroup, Args};
 use parallax_engine::{EngineConfig, EngineHandle, Event, FinishReason, Request, SamplingParams};
-use parallax_model::{ChatMessage, Checkpoint, StreamDecoder, TokenizerError};
+use parallax_model::{ChatMessage, Checkpoint, StreamDecoder, Tokenizer, TokenizerError};
 use serde::Serialize;
 
 use super::model::ModelArgs;
@@ -78,7 +78,8 @@ struct Report {
 pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let checkpoint = args.model.open()?;
     let config = checkpoint.config();
-    let prompt_ids = prompt_ids(&args, &checkpoint)?;
+    let tokenizer = tokenizer(&args, &checkpoint)?;
+    let prompt_ids = prompt_ids(&args, &checkpoint, tokenizer.as_ref())?;
     let sampling = SamplingParams {
         temperature: args.temperature,
         top_k: args.top_k,
@@ -94,22 +95,12 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let limits = parallax_engine::RequestLimits { vocab: config.vocab, context_tokens: config.max_context };
     request.validate(&limits)?;
     let cache_tokens = prompt_ids.len() + request.token_allowance(&limits);
-    // Text is a convenience with --prompt-ids, and the point without.
-    let decoder = match checkpoint.tokenizer() {
-        Ok(tokenizer) => Some(tokenizer.stream()),
-        Err(TokenizerError::Missing(_)) if args.prompt_ids.is_some() => None,
-        Err(error) if args.prompt_ids.is_some() => {
-            program::say(&format!("tokens only, without text: {error}"));
-            None
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let has_text = decoder.is_some();
     let loaded = args.model.load(checkpoint, cache_tokens)?;
     let engine = EngineHandle::start(Box::new(loaded.pipeline), EngineConfig::default())?;
+    let decoder = tokenizer.as_ref().map(Tokenizer::stream);
     let mut report = stream(&engine, request, decoder, args.json)?;
     report.load_ms = loaded.load_ms;
-    if !has_text && !args.json {
+    if tokenizer.is_none() && !args.json {
         let ids: Vec<String> = report.token_ids.iter().map(u32::to_string).collect();
         program::list(&ids.join(","))?;
     }
@@ -123,12 +114,27 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     if args.json { program::report(&report) } else { Ok(()) }
 }
 
-fn prompt_ids(args: &GenerateArgs, checkpoint: &Checkpoint) -> anyhow::Result<Vec<u32>> {
-    if let Some(ids) = &args.prompt_ids {
-        return Ok(ids.clone());
+/// Text is a convenience with --prompt-ids, and the point without.
+fn tokenizer(args: &GenerateArgs, checkpoint: &Checkpoint) -> anyhow::Result<Option<Tokenizer>> {
+    match checkpoint.tokenizer() {
+        Ok(tokenizer) => Ok(Some(tokenizer)),
+        Err(TokenizerError::Missing(_)) if args.prompt_ids.is_some() => Ok(None),
+        Err(error) if args.prompt_ids.is_some() => {
+            program::say(&format!("tokens only, without text: {error}"));
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
     }
-    let text = args.prompt.as_deref().unwrap_or_default();
-    let tokenizer = checkpoint.tokenizer()?;
+}
+
+fn prompt_ids(
+    args: &GenerateArgs,
+    checkpoint: &Checkpoint,
+    tokenizer: Option<&Tokenizer>,
+) -> anyhow::Result<Vec<u32>> {
+    let (Some(text), Some(tokenizer)) = (&args.prompt, tokenizer) else {
+        return Ok(args.prompt_ids.clone().unwrap_or_default());
+    };
     if !args.chat {
         return Ok(tokenizer.encode(text, true)?);
     }
